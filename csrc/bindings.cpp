@@ -1,0 +1,58 @@
+// The only file that knows Python. Tensors arrive as raw addresses (0 = absent), sizes and strides in elements.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "cpu/token_logprobs.h"
+
+namespace py = pybind11;
+using namespace rlhf;
+
+namespace {
+
+using Address = uintptr_t;
+using RowSizes = std::array<int64_t, 4>;  // outer, inner, outer_stride, inner_stride
+using Release = py::call_guard<py::gil_scoped_release>;
+
+template <typename T = void> T* at(Address address) { return reinterpret_cast<T*>(address); }
+Rows rows(const RowSizes& s) { return {s[0], s[1], s[2], s[3]}; }
+
+cpu::TokenLogprobs token_logprobs(Address logits, int dtype, const RowSizes& sizes, int64_t vocabulary, Address targets,
+                                  Address mask, double temperature, bool want_entropy,
+                                  const std::array<Address, 4>& stats) {
+  return {at<>(logits), DType(dtype), rows(sizes), vocabulary, at<int64_t>(targets), at<uint8_t>(mask), temperature,
+          want_entropy, at<>(stats[0]), at<>(stats[1]), at<>(stats[2]), at<>(stats[3])};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels of rlhf_fast; the Python side in rlhf_fast/ops checks every argument first.";
+#if defined(RLHF_FAST_WITH_CUDA)
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+
+  // stats = logprobs, entropy, row_max, row_logsum
+  m.def(
+      "token_logprobs_forward",
+      [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, Address mask,
+         double temperature, bool want_entropy, std::array<Address, 4> stats, Address gradient, int threads) {
+        return cpu::token_logprobs_forward(
+            token_logprobs(logits, dtype, sizes, vocabulary, targets, mask, temperature, want_entropy, stats),
+            at<>(gradient), threads);
+      },
+      Release());
+  m.def(
+      "token_logprobs_backward",
+      [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, Address mask,
+         double temperature, std::array<Address, 4> stats, Address grad_logprobs, Address grad_entropy,
+         Address gradient, RowSizes gradient_sizes, int threads) {
+        cpu::token_logprobs_backward(
+            token_logprobs(logits, dtype, sizes, vocabulary, targets, mask, temperature, stats[1] != 0, stats),
+            at<>(grad_logprobs), at<>(grad_entropy), at<>(gradient), rows(gradient_sizes), threads);
+      },
+      Release());
+}

@@ -1,0 +1,138 @@
+"""Which implementation of an op runs, and why another one cannot.
+
+Backends: ``reference`` (plain PyTorch, any device), ``cpu`` (C++), ``triton``, ``cuda`` (C++).
+Precedence: argument ``backend=`` > ``use_backend(...)`` > environment ``RLHF_FAST_BACKEND`` > automatic by device.
+A backend that was asked for and cannot run raises and says why; automatic choice never skips a broken one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+# Automatic order per device type. Triton stands before CUDA C++ until a recorded benchmark says otherwise.
+_AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+_override: ContextVar[str | None] = ContextVar("rlhf_fast_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why."""
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use the backend `name` for every op inside the block that is not given ``backend=``."""
+    token = _override.set(_checked(name))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def resolve(op: str, impls: Collection[str], device: torch.device, backend: str | None = None) -> str:
+    """The name of the backend that runs `op` on `device`, out of `impls` and "reference".
+
+    Raises BackendError where the one asked for cannot run, ValueError for an unknown name.
+    """
+    return _resolve(op, tuple(impls), device.type, backend)
+
+
+# The choice is made once, while torch.compile traces; the compiled graph shows it as an argument of the op.
+@torch.compiler.assume_constant_result
+def _resolve(op: str, impls: tuple[str, ...], device: str, backend: str | None) -> str:
+    name = backend or _override.get() or os.environ.get("RLHF_FAST_BACKEND")
+    if name is None:
+        order = _AUTOMATIC.get(device, ("reference",))
+        name = next(n for n in order if n == "reference" or n in impls)
+    reason = why_not(op, impls, device, _checked(name))
+    if reason is not None:
+        raise BackendError(f"{op}: backend {name!r} cannot run on {device}: {reason}")
+    return name
+
+
+def why_not(op: str, impls: Collection[str], device: str, name: str) -> str | None:
+    """None where backend `name` can run `op` on this device type, else the reason why not."""
+    if name == "reference":
+        return None
+    if name not in impls:
+        return f"{op} has no {name} implementation"
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device == "cpu" and not interpreting():
+            return "Triton needs a GPU (set TRITON_INTERPRET=1 to interpret its kernels on the CPU)"
+        return None if device in ("cpu", "cuda", "xpu") else f"Triton does not run on {device}"
+    if device != name:
+        return f"it runs on {name} tensors"
+    reason = _native_error()
+    if reason is None and name == "cuda" and not native().with_cuda:
+        reason = "rlhf_fast was built without a CUDA compiler"
+    return reason
+
+
+def report(device: str) -> dict[str, dict[str, str | None]]:
+    """op -> backend -> None (it runs on `device`) or the reason why not."""
+    from rlhf_fast.ops import table
+
+    return {op: {name: why_not(op, impls, device, name) for name in BACKENDS} for op, impls in table().items()}
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels (on the CPU) in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def native() -> ModuleType:
+    """The compiled module. Raises ImportError with the loader's own message where it cannot be loaded."""
+    from rlhf_fast import _native
+
+    return _native
+
+
+@cache
+def _native_error() -> str | None:
+    try:
+        native()
+    except ImportError as error:
+        return f"the native module does not load: {error}"
+    return None
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+# --- How a tensor is handed to the native module: address, type code, row addressing ---------------------------------
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/native.h
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """The tensor's address, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def row_sizes(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+    """(outer, inner, outer_stride, inner_stride) in elements, of a (outer, inner, V) tensor with unit last stride."""
+    return (tensor.shape[0], tensor.shape[1], tensor.stride(0), tensor.stride(1))
+
+
+def threads() -> int:
+    """How many threads a native CPU kernel uses: as many as PyTorch."""
+    return torch.get_num_threads()
+
+
+def stream(device: torch.device) -> int:
+    """The address of the current CUDA stream of `device`."""
+    return torch.cuda.current_stream(device).cuda_stream

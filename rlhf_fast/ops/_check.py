@@ -1,0 +1,53 @@
+"""Argument checks that every op makes first, with the offending values in the message."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def floating(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+    return tensor
+
+
+def shaped(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
+    """`tensor` must have exactly `shape`; `meaning` names it, e.g. "(B, T)"."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must be {meaning} = {tuple(shape)}, got {tuple(tensor.shape)}")
+    return tensor
+
+
+def same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -> None:
+    for name, tensor in others:
+        if tensor is not None and tensor.device != first[1].device:
+            raise ValueError(f"{name} is on {tensor.device}, {first[0]} on {first[1].device}")
+
+
+def positive(name: str, value: float) -> float:
+    if not value > 0:
+        raise ValueError(f"{name} must be > 0, got {value}")
+    return float(value)
+
+
+def ids(name: str, tensor: Tensor) -> Tensor:
+    """Token ids as contiguous int64."""
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}")
+    return tensor.to(torch.int64).contiguous()
+
+
+def mask_bytes(mask: Tensor | None, shape: tuple[int, ...], meaning: str) -> Tensor | None:
+    """A mask (any dtype, nonzero counts) as contiguous uint8 0/1 of exactly `shape`."""
+    if mask is None:
+        return None
+    shaped("mask", mask, shape, meaning)
+    return (mask != 0).to(torch.uint8).contiguous()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which results are computed and returned: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
