@@ -28,12 +28,14 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
+        architectures = os.environ.get("RLHF_FAST_CUDA_ARCHITECTURES")
         configure = [
             "cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DRLHF_FAST_OUTPUT_DIR={target.parent}",
+            *([f"-DRLHF_FAST_CUDA_ARCHITECTURES={architectures}"] if architectures else []),
             *os.environ.get("RLHF_FAST_CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         subprocess.run(configure, check=True)

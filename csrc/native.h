@@ -3,6 +3,12 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define RLHF_HD __host__ __device__ inline
+#else
+#define RLHF_HD inline
+#endif
+
 namespace rlhf {
 
 // Codes of the element types, the same numbers as in rlhf_fast/backends.py.
@@ -12,8 +18,8 @@ enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 struct Rows {
   int64_t outer, inner;                // number of rows = outer * inner
   int64_t outer_stride, inner_stride;  // in elements
-  int64_t count() const { return outer * inner; }
-  int64_t offset(int64_t row) const { return (row / inner) * outer_stride + (row % inner) * inner_stride; }
+  RLHF_HD int64_t count() const { return outer * inner; }
+  RLHF_HD int64_t offset(int64_t row) const { return (row / inner) * outer_stride + (row % inner) * inner_stride; }
 };
 
 }  // namespace rlhf

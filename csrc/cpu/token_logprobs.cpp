@@ -41,7 +41,7 @@ RLHF_INLINE Stats<C> block_stats(const T* logits, int64_t n, int64_t skip, C tem
       ties += d == 0 ? C(1) : C(0);
     }
   }
-  return {max, max == -infinity<C>() ? rest : rest + (ties - 1), spread};
+  return {max, rest + (ties - 1), spread};  // of nothing but -inf: no_stats
 }
 
 template <typename T, typename C>
@@ -71,31 +71,27 @@ RLHF_INLINE void row_gradient(const T* logits, T* gradient, int64_t vocabulary, 
 }
 
 template <typename T>
-RLHF_INLINE int64_t forward_rows(const TokenLogprobs& op, void* gradient, int64_t begin, int64_t end) {
+RLHF_INLINE void forward_rows(const TokenLogprobs& op, void* gradient, int64_t begin, int64_t end) {
   using C = typename Compute<T>::type;
   auto* logprobs = static_cast<C*>(op.logprobs);
   auto* entropy = static_cast<C*>(op.entropy);
   auto* row_max = static_cast<C*>(op.row_max);
   auto* row_logsum = static_cast<C*>(op.row_logsum);
   const C temperature = C(op.temperature);
-  int64_t bad = -1;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t offset = op.rows.offset(row), target = op.targets[row];
     const T* logits = static_cast<const T*>(op.logits) + offset;
     T* row_out = gradient ? static_cast<T*>(gradient) + offset : nullptr;
-    const bool counts = !op.mask || op.mask[row];
-    if (!counts || target < 0 || target >= op.vocabulary) {
-      if (counts && bad < 0) bad = row;
+    if ((op.mask && !op.mask[row]) || target < 0 || target >= op.vocabulary) {
       logprobs[row] = row_max[row] = row_logsum[row] = 0;
       if (op.want_entropy) entropy[row] = 0;
       if (row_out) std::fill(row_out, row_out + op.vocabulary, T{});
       continue;
     }
-    Stats<C> others{-infinity<C>(), 0, 0};
+    Stats<C> others = no_stats(-infinity<C>());
     for (int64_t start = 0; start < op.vocabulary; start += kBlock) {
       const int64_t n = std::min(kBlock, op.vocabulary - start);
-      const auto block = block_stats(logits + start, n, target - start, temperature, op.want_entropy);
-      others = start == 0 ? block : merge(others, block);
+      others = merge(others, block_stats(logits + start, n, target - start, temperature, op.want_entropy));
     }
     const auto result = finish(others, C(load(logits[target]) / temperature), -infinity<C>());
     logprobs[row] = result.logprob;
@@ -106,7 +102,6 @@ RLHF_INLINE int64_t forward_rows(const TokenLogprobs& op, void* gradient, int64_
       row_gradient(logits, row_out, op.vocabulary, target, temperature, result.logprob, result.entropy, result.max,
                    result.logsum, C(1), C(0));
   }
-  return bad;
 }
 
 template <typename T>
@@ -129,8 +124,8 @@ RLHF_INLINE void backward_rows(const TokenLogprobs& op, const void* grad_logprob
 }
 
 #define RLHF_FOR_DTYPE(NAME, T)                                                                               \
-  RLHF_CLONES int64_t forward_##NAME(const TokenLogprobs& op, void* gradient, int64_t begin, int64_t end) {   \
-    return forward_rows<T>(op, gradient, begin, end);                                                         \
+  RLHF_CLONES void forward_##NAME(const TokenLogprobs& op, void* gradient, int64_t begin, int64_t end) {      \
+    forward_rows<T>(op, gradient, begin, end);                                                                \
   }                                                                                                           \
   RLHF_CLONES void backward_##NAME(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy, \
                                    void* gradient, Rows gradient_rows, int64_t begin, int64_t end) {          \
@@ -147,14 +142,9 @@ constexpr decltype(&backward_f32) kBackward[] = {backward_f32, backward_f64, bac
 
 }  // namespace
 
-int64_t token_logprobs_forward(const TokenLogprobs& op, void* gradient, int threads) {
-  int64_t bad = op.rows.count();
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(min : bad)
-  for (int64_t row = 0; row < op.rows.count(); ++row) {
-    const int64_t found = kForward[int(op.dtype)](op, gradient, row, row + 1);
-    if (found >= 0 && found < bad) bad = found;
-  }
-  return bad < op.rows.count() ? bad : -1;
+void token_logprobs_forward(const TokenLogprobs& op, void* gradient, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < op.rows.count(); ++row) kForward[int(op.dtype)](op, gradient, row, row + 1);
 }
 
 void token_logprobs_backward(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy,

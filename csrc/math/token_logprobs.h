@@ -2,19 +2,18 @@
 #pragma once
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define RLHF_HD __host__ __device__ inline
-#else
-#define RLHF_HD inline
-#endif
+#include "native.h"
 
 namespace rlhf {
 
 // A set of logits z: its maximum m, rest = sum of exp(z - m) over all but one maximal element, and
 // spread = sum of exp(z - m) (m - z). `rest` without the leading 1 is what keeps log1p exact when one logit leads.
+// No logits at all: max = -inf, rest = -1, spread = 0, so that 1 + rest is always the sum of exp(z - m).
 template <typename T> struct Stats {
   T max, rest, spread;
 };
+
+template <typename T> RLHF_HD Stats<T> no_stats(T minus_inf) { return {minus_inf, T(-1), T(0)}; }
 
 template <typename T> RLHF_HD Stats<T> merge(Stats<T> a, Stats<T> b) {
   if (b.max > a.max) {
@@ -22,9 +21,9 @@ template <typename T> RLHF_HD Stats<T> merge(Stats<T> a, Stats<T> b) {
     a = b;
     b = c;
   }
-  const T shift = a.max - b.max;
+  const T shift = a.max == b.max ? T(0) : a.max - b.max;  // -inf meets -inf where both are empty
   const T scale = std::exp(-shift);
-  if (!(scale == 0)) {  // also keeps -inf (an absent set) out of 0 * inf, and lets NaN through
+  if (!(scale == 0)) {  // keeps the shift of an empty set out of 0 * inf, and lets NaN through
     a.spread += scale * (b.spread + shift * (1 + b.rest));
     a.rest += scale * (1 + b.rest);
   }
@@ -38,7 +37,7 @@ template <typename T> struct RowResult {
 // `others` are all logits of the row but the target's.
 template <typename T> RLHF_HD RowResult<T> finish(Stats<T> others, T target, T minus_inf) {
   RowResult<T> out;
-  if (others.max == minus_inf && others.rest == 0) {  // nothing but the target
+  if (others.max == minus_inf && others.rest == -1) {  // nothing but the target
     out.logprob = target - target;                    // 0, NaN where the target is not finite
     out.entropy = 0;
     out.max = target;

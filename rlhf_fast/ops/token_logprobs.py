@@ -88,12 +88,14 @@ def reference(
     if mask is not None:  # a masked row is replaced before the softmax, so that nothing behind the mask gets through
         z = torch.where((mask != 0)[..., None], z, torch.zeros_like(z))
         targets = torch.where(mask != 0, targets, torch.zeros_like(targets))
+    z = z - z.amax(-1, keepdim=True).detach()  # changes nothing but the rounding, which matters for logits of 1e4
     is_target = torch.arange(z.shape[-1], device=z.device) == targets[..., None]
-    others = torch.logsumexp(z.masked_fill(is_target, -torch.inf), -1)
+    finite = z.clamp_min(torch.finfo(z.dtype).min / 2)  # forbidden tokens: probability 0, gradient 0 and not NaN
+    others = torch.logsumexp(finite.masked_fill(is_target, -torch.inf), -1)
     target = z.gather(-1, targets[..., None])[..., 0]
     logprobs = -torch.nn.functional.softplus(others - target, threshold=torch.inf)
-    log_p = torch.log_softmax(z, -1)
-    entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(z.dtype).min)).sum(-1)
+    log_p = torch.log_softmax(finite, -1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
     if mask is not None:
         logprobs, entropy = (torch.where(mask != 0, x, torch.zeros_like(x)) for x in (logprobs, entropy))
     return logprobs, entropy
@@ -101,12 +103,10 @@ def reference(
 
 def _cpu_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool,
                  stats: list[Tensor], gradient: Tensor | None) -> None:  # fmt: skip
-    row = native().token_logprobs_forward(
+    native().token_logprobs_forward(
         address(logits), DTYPE_CODES[logits.dtype], row_sizes(logits), logits.shape[-1], address(targets),
         address(mask), temperature, want_entropy, [address(s) for s in stats], address(gradient), threads(),
     )  # fmt: skip
-    if row >= 0:
-        raise IndexError(f"targets: row {row} is {targets.view(-1)[row].item()}, outside [0, {logits.shape[-1]})")
 
 
 def _cpu_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, stats: list[Tensor],
@@ -130,12 +130,31 @@ def _triton_backward(*args: Any) -> None:
     kernels.backward(*args)
 
 
+def _cuda_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool,
+                  stats: list[Tensor], gradient: Tensor | None) -> None:  # fmt: skip
+    native().token_logprobs_forward_cuda(
+        address(logits), DTYPE_CODES[logits.dtype], row_sizes(logits), logits.shape[-1], address(targets),
+        address(mask), temperature, want_entropy, [address(s) for s in stats], address(gradient),
+        logits.get_device(), stream(logits.device),
+    )  # fmt: skip
+
+
+def _cuda_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, stats: list[Tensor],
+                   grad_logprobs: Tensor | None, grad_entropy: Tensor | None, gradient: Tensor) -> None:  # fmt: skip
+    native().token_logprobs_backward_cuda(
+        address(logits), DTYPE_CODES[logits.dtype], row_sizes(logits), logits.shape[-1], address(targets),
+        address(mask), temperature, [address(s) if s.numel() else 0 for s in stats], address(grad_logprobs),
+        address(grad_entropy), address(gradient), row_sizes(gradient), logits.get_device(), stream(logits.device),
+    )  # fmt: skip
+
+
 # forward(logits, targets, mask, temperature, want_entropy, stats, gradient | None)
 # backward(logits, targets, mask, temperature, stats, grad_logprobs | None, grad_entropy | None, gradient)
 # with logits (outer, inner, V), stats = [logprobs, entropy, row_max, row_logsum] each (outer, inner), or empty.
 IMPLS = {
     "cpu": (_cpu_forward, _cpu_backward),
     "triton": (_triton_forward, _triton_backward),
+    "cuda": (_cuda_forward, _cuda_backward),
 }
 OPS = {"token_logprobs": tuple(IMPLS)}
 
@@ -150,6 +169,7 @@ def empty_stats(logits: Tensor, want_entropy: bool) -> list[Tensor]:
 @torch.library.custom_op("rlhf_fast::token_logprobs", mutates_args=())
 def _forward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool,
              inplace_backward: bool, backend: str) -> list[Tensor]:  # fmt: skip
+    _check.targets_inside(targets, mask, logits.shape[-1])
     stats = empty_stats(logits, want_entropy)
     IMPLS[backend][0](logits, targets, mask, temperature, want_entropy, stats, None)
     return stats
