@@ -5,6 +5,9 @@
 #include <array>
 
 #include "cpu/token_logprobs.h"
+#if defined(RLHF_FAST_WITH_CUDA)
+#include "cuda/token_logprobs.h"
+#endif
 
 namespace py = pybind11;
 using namespace rlhf;
@@ -25,6 +28,13 @@ cpu::TokenLogprobs token_logprobs(Address logits, int dtype, const RowSizes& siz
           want_entropy, at<>(stats[0]), at<>(stats[1]), at<>(stats[2]), at<>(stats[3])};
 }
 
+// sizes = sequences, time, reward_stride, value_stride; outputs = advantages (or 0), returns
+cpu::Gae gae(Address rewards, Address values, int dtype, const std::array<int64_t, 4>& sizes, Address mask,
+             Address cu_seqlens, Address bootstrap, double gamma, double lam, const std::array<Address, 2>& outputs) {
+  return {at<>(rewards), at<>(values), DType(dtype), sizes[0], sizes[1], sizes[2], sizes[3], at<uint8_t>(mask),
+          at<int64_t>(cu_seqlens), at<>(bootstrap), gamma, lam, at<>(outputs[0]), at<>(outputs[1])};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -40,7 +50,7 @@ PYBIND11_MODULE(_native, m) {
       "token_logprobs_forward",
       [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, Address mask,
          double temperature, bool want_entropy, std::array<Address, 4> stats, Address gradient, int threads) {
-        return cpu::token_logprobs_forward(
+        cpu::token_logprobs_forward(
             token_logprobs(logits, dtype, sizes, vocabulary, targets, mask, temperature, want_entropy, stats),
             at<>(gradient), threads);
       },
@@ -55,4 +65,43 @@ PYBIND11_MODULE(_native, m) {
             at<>(grad_logprobs), at<>(grad_entropy), at<>(gradient), rows(gradient_sizes), threads);
       },
       Release());
+#if defined(RLHF_FAST_WITH_CUDA)
+  m.def(
+      "token_logprobs_forward_cuda",
+      [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, Address mask,
+         double temperature, bool want_entropy, std::array<Address, 4> stats, Address gradient, int device,
+         Address stream) {
+        cuda::token_logprobs_forward(
+            token_logprobs(logits, dtype, sizes, vocabulary, targets, mask, temperature, want_entropy, stats),
+            at<>(gradient), device, stream);
+      },
+      Release());
+  m.def(
+      "token_logprobs_backward_cuda",
+      [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, Address mask,
+         double temperature, std::array<Address, 4> stats, Address grad_logprobs, Address grad_entropy,
+         Address gradient, RowSizes gradient_sizes, int device, Address stream) {
+        cuda::token_logprobs_backward(
+            token_logprobs(logits, dtype, sizes, vocabulary, targets, mask, temperature, stats[1] != 0, stats),
+            at<>(grad_logprobs), at<>(grad_entropy), at<>(gradient), rows(gradient_sizes), device, stream);
+      },
+      Release());
+#endif
+
+  m.def(
+      "gae",
+      [](Address rewards, Address values, int dtype, std::array<int64_t, 4> sizes, Address mask, Address cu_seqlens,
+         Address bootstrap, double gamma, double lam, std::array<Address, 2> outputs, int threads) {
+        return cpu::gae(::gae(rewards, values, dtype, sizes, mask, cu_seqlens, bootstrap, gamma, lam, outputs), threads);
+      },
+      Release());
+#if defined(RLHF_FAST_WITH_CUDA)
+  m.def(
+      "gae_cuda",
+      [](Address rewards, Address values, int dtype, std::array<int64_t, 4> sizes, Address mask, Address cu_seqlens,
+         Address bootstrap, double gamma, double lam, std::array<Address, 2> outputs, Address stream) {
+        cuda::gae(::gae(rewards, values, dtype, sizes, mask, cu_seqlens, bootstrap, gamma, lam, outputs), at<>(stream));
+      },
+      Release());
+#endif
 }

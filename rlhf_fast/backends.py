@@ -82,7 +82,9 @@ def report(device: str) -> dict[str, dict[str, str | None]]:
     """op -> backend -> None (it runs on `device`) or the reason why not."""
     from rlhf_fast.ops import table
 
-    return {op: {name: why_not(op, impls, device, name) for name in BACKENDS} for op, impls in table().items()}
+    return {
+        op: {name: why_not(op, impls, device, name) for name in BACKENDS} for op, impls in table().items()
+    }
 
 
 def interpreting() -> bool:
@@ -115,7 +117,12 @@ def _checked(name: str) -> str:
 
 # --- How a tensor is handed to the native module: address, type code, row addressing ---------------------------------
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/native.h
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+}  # DType in csrc/native.h
 
 
 def address(tensor: torch.Tensor | None) -> int:

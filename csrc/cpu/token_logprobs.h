@@ -19,8 +19,8 @@ struct TokenLogprobs {
 
 // Fills logprobs, entropy, row_max, row_logsum. Where `gradient` is not null it also writes d logprob / d logits
 // of every row there (same type and strides as the logits, which it may overwrite).
-// Returns the first row whose target is outside [0, vocabulary), or -1.
-int64_t token_logprobs_forward(const TokenLogprobs& op, void* gradient, int threads);
+// A row whose target is outside [0, vocabulary) is treated as masked: nothing out of bounds is read.
+void token_logprobs_forward(const TokenLogprobs& op, void* gradient, int threads);
 
 // gradient = grad_logprobs * d logprob / d logits + grad_entropy * d entropy / d logits; each upstream may be null.
 void token_logprobs_backward(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy,

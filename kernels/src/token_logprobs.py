@@ -250,5 +250,3 @@ def backward(
         HAS_MASK=mask is not None, HAS_LOGPROB=grad_logprobs is not None, HAS_ENTROPY=grad_entropy is not None,
         BLOCK=_block(vocabulary), num_warps=8,
     )  # fmt: skip
-
-

@@ -48,6 +48,18 @@ def mask_bytes(mask: Tensor | None, shape: tuple[int, ...], meaning: str) -> Ten
     return (mask != 0).to(torch.uint8).contiguous()
 
 
+def targets_inside(targets: Tensor, mask: Tensor | None, vocabulary: int) -> None:
+    """IndexError for a counted target outside [0, vocabulary); looked at on the CPU only (a GPU would have to wait)."""
+    if targets.device.type != "cpu":
+        return
+    outside = (targets < 0) | (targets >= vocabulary)
+    if mask is not None:
+        outside &= mask != 0
+    if outside.any():
+        row = int(outside.view(-1).nonzero()[0])
+        raise IndexError(f"targets: row {row} is {targets.view(-1)[row].item()}, outside [0, {vocabulary})")
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which results are computed and returned: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -98,7 +98,12 @@ def reference(
 
 
 def _checked(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, mask: Tensor | None, chunk: int | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    chunk: int | None,
 ) -> torch.Size:
     _check.floating("hidden", hidden)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
@@ -173,7 +178,9 @@ def _accumulate(total: Tensor, tile: Tensor, hidden: Tensor) -> None:
 class _Tiles:
     """Tiles of logits over the counted rows, all in one buffer; on a GPU their gradients in a buffer of the head's type."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, chunk: int) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, chunk: int
+    ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.index = _counted(mask)
         self.mask = mask if self.index is None else None
@@ -215,6 +222,7 @@ def _empty_results(hidden: Tensor, want_entropy: bool, want_row_gradient: bool) 
 def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None,
              temperature: float, want_entropy: bool, want_row_gradient: bool, chunk_tokens: int,
              backend: str) -> list[Tensor]:  # fmt: skip
+    _check.targets_inside(targets, mask, weight.shape[0])
     results = _empty_results(hidden, want_entropy, want_row_gradient)
     tiles = _Tiles(hidden, weight, bias, mask, chunk_tokens)
     if tiles.index is not None:
@@ -235,7 +243,9 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, targets, mask, temperature, want_entropy, want_row_gradient, chunk_tokens, backend):
+def _(
+    hidden, weight, bias, targets, mask, temperature, want_entropy, want_row_gradient, chunk_tokens, backend
+):
     return _empty_results(hidden, want_entropy, want_row_gradient)
 
 
@@ -263,7 +273,9 @@ def _backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
     return [grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)]
 
 
-def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], dtype: torch.dtype):
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], dtype: torch.dtype
+):
     grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
     grad_weight = weight.new_empty(weight.shape if needs[1] else (0,), dtype=dtype)
     grad_bias = weight.new_empty(weight.shape[0] if needs[2] else 0, dtype=dtype)
@@ -277,7 +289,18 @@ def _(hidden, weight, bias, targets, mask, temperature, stats, grad_logprobs, gr
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, targets, mask, ctx.temperature, _, ctx.row_gradient, ctx.chunk_tokens, ctx.backend = inputs
+    (
+        hidden,
+        weight,
+        bias,
+        targets,
+        mask,
+        ctx.temperature,
+        _,
+        ctx.row_gradient,
+        ctx.chunk_tokens,
+        ctx.backend,
+    ) = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, targets, mask, *output)
 

@@ -1,0 +1,295 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_fast import BackendError, token_logprobs, use_backend
+from rlhf_fast.ops.token_logprobs import reference
+from tests.numerics import assert_contract
+
+BACKENDS = ["reference", "cpu", "triton"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# (leading shape, V): one token, odd vocabulary, ragged against every block size, many rows
+SHAPES = [((1,), 1), ((3,), 17), ((2, 3), 1023), ((2, 2), 4099), ((1, 2, 2), 9001)]
+
+
+def eager(logits, targets, temperature=1.0):
+    log_p = torch.log_softmax(logits / temperature, -1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, targets[..., None])[..., 0], entropy
+
+
+def value_and_grad(fn, logits, targets, weights, **options):
+    x = logits.detach().clone().requires_grad_()
+    logprobs, entropy = fn(x, targets, **options)
+    (logprobs * weights[0] + entropy * weights[1]).sum().backward()
+    return logprobs.detach(), entropy.detach(), x.grad
+
+
+def draw(shape, vocabulary, dtype, scale=3.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(*shape, vocabulary, generator=g) * scale).to(dtype)
+    targets = torch.randint(0, vocabulary, shape, generator=g)
+    weights = torch.randn(2, *shape, generator=g)
+    return logits, targets, weights
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_logits_give_the_logistic_function(backend):
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    logprobs, entropy = token_logprobs(logits, torch.tensor([1]), return_entropy=True, backend=backend)
+    assert logprobs.item() == pytest.approx(math.log(0.75), rel=1e-6)
+    assert entropy.item() == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_temperature_divides_the_logits(backend):
+    logits = torch.tensor([[0.0, 2 * math.log(3.0)]])
+    logprobs = token_logprobs(logits, torch.tensor([0]), temperature=2.0, backend=backend)
+    assert logprobs.item() == pytest.approx(math.log(0.25), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "vocabulary"), SHAPES, ids=str)
+def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, shape, vocabulary):
+    logits, targets, weights = draw(shape, vocabulary, dtype)
+
+    def op(x, t, temperature):
+        return token_logprobs(x, t, temperature=temperature, return_entropy=True, backend=backend)
+
+    kernel = value_and_grad(op, logits, targets, weights, temperature=0.7)
+    own = value_and_grad(eager, logits, targets, weights, temperature=0.7)
+    oracle = value_and_grad(eager, logits.double(), targets, weights.double(), temperature=0.7)
+    for name, *triple in zip(("logprobs", "entropy", "gradient"), kernel, own, oracle, strict=True):
+        assert_contract(name, *triple)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_logits_of_ten_thousand_stay_exact(backend, scale):
+    logits, targets, weights = draw((4,), 301, torch.float32, scale=1.0)
+    logits = logits + scale
+
+    def op(x, t):
+        return token_logprobs(x, t, return_entropy=True, backend=backend)
+
+    kernel = value_and_grad(op, logits, targets, weights)
+    own = value_and_grad(eager, logits, targets, weights)
+    oracle = value_and_grad(eager, logits.double(), targets, weights.double())
+    for name, *triple in zip(("logprobs", "entropy", "gradient"), kernel, own, oracle, strict=True):
+        assert_contract(name, *triple)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("margin", [14.0, 17.0, 20.0, 40.0])
+def test_a_confident_token_keeps_its_value_and_gradient(backend, margin):
+    # softmax collapse: z - lse is 15 % off at a margin of 14 nats and exactly 0 from 16 in float32
+    logits = torch.zeros(1, 5)
+    logits[0, 2] = margin
+    x = logits.clone().requires_grad_()
+    logprob, entropy = token_logprobs(x, torch.tensor([2]), return_entropy=True, backend=backend)
+    logprob.sum().backward()
+    others = 4 * math.exp(-margin)
+    assert logprob.item() == pytest.approx(-math.log1p(others), rel=2e-6)
+    assert x.grad[0, 2].item() == pytest.approx(others / (1 + others), rel=2e-6)
+    assert x.grad[0, 0].item() == pytest.approx(-math.exp(-margin) / (1 + others), rel=2e-6)
+    if backend != "reference":  # which is exact in float64 only
+        assert entropy.item() == pytest.approx(math.log1p(others) + others * margin / (1 + others), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forbidden_tokens_have_no_probability_and_no_gradient(backend):
+    logits = torch.tensor([[1.0, -torch.inf, 2.0], [-torch.inf, -torch.inf, 0.5]], requires_grad=True)
+    logprobs, entropy = token_logprobs(logits, torch.tensor([0, 2]), return_entropy=True, backend=backend)
+    (logprobs + entropy).sum().backward()
+    assert logprobs[0].item() == pytest.approx(-math.log1p(math.e), rel=1e-6)
+    assert logprobs[1].item() == 0
+    assert entropy[1].item() == 0
+    assert not logits.grad.isnan().any()
+    assert logits.grad[0, 1] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_behind_the_mask_gets_through(backend):
+    logits, targets, weights = draw((2, 4), 33, torch.float32)
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0]])
+    dirty = logits.clone()
+    dirty[mask == 0] = torch.nan
+    wild = torch.where(mask == 0, torch.full_like(targets, -100), targets)
+
+    def op(x, t):
+        return token_logprobs(x, t, mask=mask, return_entropy=True, backend=backend)
+
+    for a, b in zip(
+        value_and_grad(op, logits, targets, weights), value_and_grad(op, dirty, wild, weights), strict=True
+    ):
+        assert torch.equal(a, b)
+        assert (a[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_all_masked_batch_gives_a_connected_zero(backend):
+    logits = torch.full((2, 5), torch.nan, requires_grad=True)
+    out = token_logprobs(logits, torch.zeros(2, dtype=torch.long), mask=torch.zeros(2), backend=backend)
+    out.sum().backward()
+    assert torch.equal(out.detach(), torch.zeros(2))
+    assert torch.equal(logits.grad, torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_strided_slice_gives_the_bits_of_its_copy(backend):
+    logits, targets, weights = draw((3, 5), 70, torch.float32)
+    view, index = logits[:, :-1], targets[:, 1:]
+
+    def op(x, t):
+        return token_logprobs(x, t, return_entropy=True, backend=backend)
+
+    x = logits.clone().requires_grad_()
+    logprobs, entropy = op(x[:, :-1], index)
+    (logprobs * weights[0][:, 1:] + entropy * weights[1][:, 1:]).sum().backward()
+    expected = value_and_grad(op, view.contiguous(), index, weights[..., 1:])
+    assert torch.equal(logprobs.detach(), expected[0])
+    assert torch.equal(entropy.detach(), expected[1])
+    assert torch.equal(x.grad[:, :-1], expected[2])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_in_place_is_the_gradient_and_takes_no_second_buffer(backend, dtype):
+    logits, targets, weights = draw((2, 3), 129, dtype)
+
+    def run(inplace):
+        leaf = logits.clone().requires_grad_()
+        x = leaf * 1  # the logits of a model are not a leaf
+        out = token_logprobs(x, targets, inplace_backward=inplace, backend=backend)
+        (out * weights[0]).sum().backward()
+        return leaf.grad, x.detach()
+
+    expected, untouched = run(False)
+    gradient, overwritten = run(True)
+    assert torch.equal(gradient, expected)
+    assert torch.equal(overwritten, expected)
+    assert torch.equal(untouched, logits)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_the_same_inputs_give_the_same_bits_with_and_without_gradients(backend):
+    logits, targets, _ = draw((4,), 5000, torch.float32)
+    with torch.no_grad():
+        quiet = token_logprobs(logits, targets, backend=backend)
+    again = token_logprobs(logits.clone().requires_grad_(), targets, backend=backend)
+    assert torch.equal(quiet, again.detach())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_many_rows_are_all_written(backend):
+    rows = 70_000 if backend == "cpu" else 300  # the interpreter runs one program at a time
+    logits = torch.randn(rows, 3)
+    targets = torch.randint(0, 3, (rows,))
+    out = token_logprobs(logits, targets, backend=backend)
+    torch.testing.assert_close(out, eager(logits, targets)[0], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_large_vocabulary_is_exact(backend):
+    logits, targets, weights = draw((2,), 262_144, torch.float32)
+
+    def op(x, t):
+        return token_logprobs(x, t, return_entropy=True, backend=backend)
+
+    kernel = value_and_grad(op, logits, targets, weights)
+    own = value_and_grad(eager, logits, targets, weights)
+    oracle = value_and_grad(eager, logits.double(), targets, weights.double())
+    for name, *triple in zip(("logprobs", "entropy", "gradient"), kernel, own, oracle, strict=True):
+        assert_contract(name, *triple)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.floats(-50, 50), st.integers(0, 10_000))
+def test_a_shift_of_all_logits_changes_nothing_and_probabilities_sum_to_one(vocabulary, shift, seed):
+    logits, _, _ = draw((1,), vocabulary, torch.float64, seed=seed)
+    every = torch.arange(vocabulary)
+    logprobs = token_logprobs(logits.expand(vocabulary, -1), every, backend="cpu")
+    assert logprobs.exp().sum().item() == pytest.approx(1.0, abs=1e-10)
+    torch.testing.assert_close(
+        token_logprobs((logits + shift).expand(vocabulary, -1), every, backend="cpu"),
+        logprobs,
+        rtol=0,
+        atol=1e-10,
+    )
+
+
+def test_the_reference_is_differentiable_twice():
+    logits, targets, _ = draw((2, 2), 5, torch.float64, scale=1.0)
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: reference(x, targets, temperature=0.7), logits)
+    assert torch.autograd.gradgradcheck(lambda x: reference(x, targets, temperature=0.7), logits)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_the_registered_op_passes_opcheck(backend):
+    logits, targets, _ = draw((2, 2), 9, torch.float64)
+    mask = torch.tensor([[1, 0], [1, 1]], dtype=torch.uint8)
+    for want_entropy in (False, True):
+        args = (logits.requires_grad_(), targets, mask, 0.7, want_entropy, False, backend)
+        torch.library.opcheck(torch.ops.rlhf_fast.token_logprobs.default, args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_compiles_without_graph_breaks(backend):
+    logits, targets, weights = draw((2, 3), 50, torch.float32)
+
+    def loss(x):
+        logprobs, entropy = token_logprobs(x, targets, return_entropy=True, backend=backend)
+        return (logprobs * weights[0] + entropy * weights[1]).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss(a).backward()
+    compiled(b).backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-7)
+
+
+def test_bad_input_raises_with_the_shapes_in_the_message():
+    logits, targets = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"targets must be .* \(2, 3\), got \(2, 2\)"):
+        token_logprobs(logits, targets[:, :2])
+    with pytest.raises(ValueError, match=r"mask must be .* got \(3,\)"):
+        token_logprobs(logits, targets, mask=torch.ones(3))
+    with pytest.raises(TypeError, match=r"targets must be int64 or int32, got torch.float32"):
+        token_logprobs(logits, targets.float())
+    with pytest.raises(TypeError, match=r"logits must be .* got torch.int64"):
+        token_logprobs(logits.long(), targets)
+    with pytest.raises(ValueError, match=r"temperature must be > 0, got 0"):
+        token_logprobs(logits, targets, temperature=0)
+
+
+@pytest.mark.parametrize("target", [-1, 5])
+def test_a_target_outside_the_vocabulary_names_its_row(target):
+    with pytest.raises(IndexError, match=rf"row 1 is {target}, outside \[0, 5\)"):
+        token_logprobs(torch.zeros(3, 5), torch.tensor([0, target, 1]), backend="cpu")
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch):
+    logits, targets = torch.zeros(1, 2), torch.tensor([0])
+    with pytest.raises(BackendError, match=r"token_logprobs: backend 'cuda' cannot run on cpu: "):
+        token_logprobs(logits, targets, backend="cuda")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        token_logprobs(logits, targets, backend="fast")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(BackendError, match="Triton needs a GPU"), use_backend("triton"):
+        token_logprobs(logits, targets)
+
+
+def test_the_argument_wins_over_the_context_and_the_context_over_the_environment(monkeypatch):
+    logits, targets = torch.zeros(1, 2), torch.tensor([0])
+    monkeypatch.setenv("RLHF_FAST_BACKEND", "cuda")
+    with use_backend("reference"):
+        token_logprobs(logits, targets)
+        with pytest.raises(BackendError):
+            token_logprobs(logits, targets, backend="cuda")
+    with pytest.raises(BackendError):
+        token_logprobs(logits, targets)
