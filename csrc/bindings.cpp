@@ -4,8 +4,10 @@
 
 #include <array>
 
+#include "cpu/gae.h"
 #include "cpu/token_logprobs.h"
 #if defined(RLHF_FAST_WITH_CUDA)
+#include "cuda/gae.h"
 #include "cuda/token_logprobs.h"
 #endif
 
@@ -29,8 +31,9 @@ cpu::TokenLogprobs token_logprobs(Address logits, int dtype, const RowSizes& siz
 }
 
 // sizes = sequences, time, reward_stride, value_stride; outputs = advantages (or 0), returns
-cpu::Gae gae(Address rewards, Address values, int dtype, const std::array<int64_t, 4>& sizes, Address mask,
-             Address cu_seqlens, Address bootstrap, double gamma, double lam, const std::array<Address, 2>& outputs) {
+cpu::Gae gae_call(Address rewards, Address values, int dtype, const std::array<int64_t, 4>& sizes, Address mask,
+                  Address cu_seqlens, Address bootstrap, double gamma, double lam,
+                  const std::array<Address, 2>& outputs) {
   return {at<>(rewards), at<>(values), DType(dtype), sizes[0], sizes[1], sizes[2], sizes[3], at<uint8_t>(mask),
           at<int64_t>(cu_seqlens), at<>(bootstrap), gamma, lam, at<>(outputs[0]), at<>(outputs[1])};
 }
@@ -92,7 +95,7 @@ PYBIND11_MODULE(_native, m) {
       "gae",
       [](Address rewards, Address values, int dtype, std::array<int64_t, 4> sizes, Address mask, Address cu_seqlens,
          Address bootstrap, double gamma, double lam, std::array<Address, 2> outputs, int threads) {
-        return cpu::gae(::gae(rewards, values, dtype, sizes, mask, cu_seqlens, bootstrap, gamma, lam, outputs), threads);
+        return cpu::gae(gae_call(rewards, values, dtype, sizes, mask, cu_seqlens, bootstrap, gamma, lam, outputs), threads);
       },
       Release());
 #if defined(RLHF_FAST_WITH_CUDA)
@@ -100,7 +103,7 @@ PYBIND11_MODULE(_native, m) {
       "gae_cuda",
       [](Address rewards, Address values, int dtype, std::array<int64_t, 4> sizes, Address mask, Address cu_seqlens,
          Address bootstrap, double gamma, double lam, std::array<Address, 2> outputs, Address stream) {
-        cuda::gae(::gae(rewards, values, dtype, sizes, mask, cu_seqlens, bootstrap, gamma, lam, outputs), at<>(stream));
+        cuda::gae(gae_call(rewards, values, dtype, sizes, mask, cu_seqlens, bootstrap, gamma, lam, outputs), at<>(stream));
       },
       Release());
 #endif

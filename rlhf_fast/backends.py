@@ -82,9 +82,7 @@ def report(device: str) -> dict[str, dict[str, str | None]]:
     """op -> backend -> None (it runs on `device`) or the reason why not."""
     from rlhf_fast.ops import table
 
-    return {
-        op: {name: why_not(op, impls, device, name) for name in BACKENDS} for op, impls in table().items()
-    }
+    return {op: {name: why_not(op, impls, device, name) for name in BACKENDS} for op, impls in table().items()}
 
 
 def interpreting() -> bool:

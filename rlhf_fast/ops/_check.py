@@ -49,7 +49,7 @@ def mask_bytes(mask: Tensor | None, shape: tuple[int, ...], meaning: str) -> Ten
 
 
 def targets_inside(targets: Tensor, mask: Tensor | None, vocabulary: int) -> None:
-    """IndexError for a counted target outside [0, vocabulary); looked at on the CPU only (a GPU would have to wait)."""
+    """IndexError for a counted target outside [0, vocabulary); on the CPU only, a GPU would have to wait."""
     if targets.device.type != "cpu":
         return
     outside = (targets < 0) | (targets >= vocabulary)

@@ -91,9 +91,7 @@ def reference(
     dtype = _check.compute_dtype(hidden.dtype)
     if mask is not None:
         hidden = torch.where((mask != 0)[..., None], hidden, torch.zeros_like(hidden))
-    logits = torch.nn.functional.linear(
-        hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    )
+    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return rows.reference(logits, targets, temperature=temperature, mask=mask)
 
 
@@ -118,9 +116,7 @@ def _checked(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk_tokens must be >= 1, got {chunk}")
     _check.shaped("targets", targets, hidden.shape[:-1], "hidden.shape[:-1]")
-    _check.same_device(
-        ("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias), ("mask", mask)
-    )
+    _check.same_device(("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias), ("mask", mask))
     return hidden.shape[:-1]
 
 
@@ -137,7 +133,7 @@ OPS = {"linear_logprobs": tuple(rows.IMPLS)}
 
 
 def _counted(mask: Tensor | None) -> Tensor | None:
-    """Indices of the rows that count, or None for all of them (always None on a GPU: finding them would synchronise)."""
+    """Indices of the rows that count; None for all of them, and always on a GPU, where finding them would wait."""
     return mask.nonzero()[:, 0] if mask is not None and mask.device.type == "cpu" else None
 
 
@@ -176,11 +172,9 @@ def _accumulate(total: Tensor, tile: Tensor, hidden: Tensor) -> None:
 
 
 class _Tiles:
-    """Tiles of logits over the counted rows, all in one buffer; on a GPU their gradients in a buffer of the head's type."""
+    """Tiles of logits over the counted rows, in one buffer; on a GPU their gradients in one of the head's type."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, chunk: int
-    ) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, chunk: int) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.index = _counted(mask)
         self.mask = mask if self.index is None else None
@@ -243,9 +237,7 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 
 @_forward.register_fake
-def _(
-    hidden, weight, bias, targets, mask, temperature, want_entropy, want_row_gradient, chunk_tokens, backend
-):
+def _(hidden, weight, bias, targets, mask, temperature, want_entropy, want_row_gradient, chunk_tokens, backend):
     return _empty_results(hidden, want_entropy, want_row_gradient)
 
 
@@ -273,9 +265,7 @@ def _backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
     return [grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)]
 
 
-def _empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], dtype: torch.dtype
-):
+def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], dtype: torch.dtype):
     grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
     grad_weight = weight.new_empty(weight.shape if needs[1] else (0,), dtype=dtype)
     grad_bias = weight.new_empty(weight.shape[0] if needs[2] else 0, dtype=dtype)

@@ -68,11 +68,7 @@ def token_logprobs(
         logprobs, entropy = reference(logits, ids, temperature=temperature, mask=mask)
     else:
         # (outer, inner, V): a view of up to three dimensions, whatever the strides of the leading ones.
-        rows = (
-            logits.reshape(-1, *logits.shape[-2:])
-            if logits.dim() > 3
-            else logits[(None,) * (3 - logits.dim())]
-        )
+        rows = logits.reshape(-1, *logits.shape[-2:]) if logits.dim() > 3 else logits[(None,) * (3 - logits.dim())]
         if rows.stride(-1) != 1 and rows.shape[-1] > 1:
             rows = rows.contiguous()
         flat = rows.shape[:-1]
@@ -89,18 +85,12 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """(logprobs, entropy) by definition, differentiable any number of times."""
     z = logits.to(_check.compute_dtype(logits.dtype)) / temperature
-    if (
-        mask is not None
-    ):  # a masked row is replaced before the softmax, so that nothing behind the mask gets through
+    if mask is not None:  # a masked row is replaced before the softmax, so that nothing behind the mask gets through
         z = torch.where((mask != 0)[..., None], z, torch.zeros_like(z))
         targets = torch.where(mask != 0, targets, torch.zeros_like(targets))
-    z = (
-        z - z.amax(-1, keepdim=True).detach()
-    )  # changes nothing but the rounding, which matters for logits of 1e4
+    z = z - z.amax(-1, keepdim=True).detach()  # changes nothing but the rounding, which matters for logits of 1e4
     is_target = torch.arange(z.shape[-1], device=z.device) == targets[..., None]
-    finite = z.clamp_min(
-        torch.finfo(z.dtype).min / 2
-    )  # forbidden tokens: probability 0, gradient 0 and not NaN
+    finite = z.clamp_min(torch.finfo(z.dtype).min / 2)  # forbidden tokens: probability 0, gradient 0 and not NaN
     others = torch.logsumexp(finite.masked_fill(is_target, -torch.inf), -1)
     target = z.gather(-1, targets[..., None])[..., 0]
     logprobs = -torch.nn.functional.softplus(others - target, threshold=torch.inf)

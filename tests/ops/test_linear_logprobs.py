@@ -155,9 +155,7 @@ def test_it_equals_token_logprobs_of_the_logits():
     )
 
 
-@pytest.mark.parametrize(
-    ("frozen", "products"), [(True, 2), (False, 4)], ids=["frozen head 2P", "trained head 4P"]
-)
+@pytest.mark.parametrize(("frozen", "products"), [(True, 2), (False, 4)], ids=["frozen head 2P", "trained head 4P"])
 def test_the_products_are_those_of_the_cost_model(frozen, products, monkeypatch):
     hidden, weight, _, targets, _ = draw((8,))
     hidden.requires_grad_()
