@@ -1,0 +1,85 @@
+"""What the backbone needs to know about a Hugging Face model, or why that model cannot be one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_fast.errors import UserError
+
+# Config entries by which architectures change the logits after the head; absent, None and 1 mean unchanged.
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_softcap",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
+
+
+def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Module name -> decoder layer, in order. Raises UserError for a model that is not a plain causal LM."""
+    kind = type(model).__name__
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"unsupported architecture {kind}: it has an encoder; a causal language model is needed")
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise UserError(f"unsupported architecture {kind}: its output head is {type(head).__name__}, not nn.Linear")
+    for name in LOGIT_CHANGES:
+        value = getattr(config, name, None)
+        if value is not None and value != 1:
+            raise UserError(f"unsupported architecture {kind}: its logits are changed by {name}={value}")
+    decoder = model.get_decoder()
+    count = getattr(config, "num_hidden_layers", None)
+    stacks = [stack for stack in decoder.children() if isinstance(stack, nn.ModuleList) and len(stack) == count]
+    if len(stacks) != 1:
+        raise UserError(f"unsupported architecture {kind}: found {len(stacks)} stacks of {count} decoder layers, not 1")
+    names = {module: name for name, module in model.named_modules()}
+    return {names[layer]: layer for layer in stacks[0]}
+
+
+def adaptable_linears(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Module name -> plain linear layer, for all inside the decoder layers. Quantised subclasses are not plain."""
+    return {
+        f"{prefix}.{name}": module
+        for prefix, layer in layers.items()
+        for name, module in layer.named_modules()
+        if type(module) in (nn.Linear, Conv1D)
+    }
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of an nn.Linear or a Conv1D, which stores its weight transposed."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    out_features, in_features = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
+    return out_features, in_features
+
+
+def select_linears(available: Iterable[str], targets: str | Iterable[str]) -> list[str]:
+    """The names that `targets` means: "all-linear", or last parts of names ("q_proj", "mlp.up_proj").
+
+    Raises UserError for a target that matches nothing.
+    """
+    available = list(available)
+    if targets == "all-linear":
+        chosen = available
+    else:
+        wanted = [targets] if isinstance(targets, str) else list(targets)
+        for target in wanted:
+            if not any(_ends_with(name, target) for name in available):
+                known = sorted({name.rsplit(".", 1)[-1] for name in available})
+                raise UserError(f"no linear layer is named {target!r}; there are: {', '.join(known)}")
+        chosen = [name for name in available if any(_ends_with(name, target) for target in wanted)]
+    if not chosen:
+        raise UserError("the decoder has no plain nn.Linear or Conv1D to adapt; subclasses (quantised ones) cannot be")
+    return chosen
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)

@@ -1,0 +1,407 @@
+"""One frozen causal language model that plays every role of an RLHF run.
+
+A role is an adapter (or none: the base model) and, for the critic and the reward, a linear head of the same name. The
+base weights exist once; a role adds its LoRA pairs and its head and nothing else.
+
+Roles by convention: "policy", "reference" (the base model unless an adapter of that name exists), "critic", "reward".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.architecture import adaptable_linears, decoder_layers, linear_shape, select_linears
+from rlhf_fast.models.lora import LoRA, LoRALinear, Route, routed
+from rlhf_fast.models.routing import RoutedLayer, Traversal, traversing
+from rlhf_fast.ops.linear_logprobs import linear_logprobs
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one scoring traversal gives; all fp32, without gradients.
+
+    logprobs, ref_logprobs: (B, T), nats, 0 where the mask is 0. values: (B, T), the value before each token.
+    scores: (B,), the reward head at the last real token. None for a role that does not exist.
+    """
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor | None
+    scores: Tensor | None
+
+
+class Backbone:
+    """The roles on one model. Freezes every parameter of `model` and puts it in eval mode: no role has dropout.
+
+    model: a decoder-only language model of transformers, on its device and in its dtype.
+    Raises UserError, with the reason, for an architecture that cannot be one.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        layers = decoder_layers(model)
+        self._available = adaptable_linears(layers)
+        self.model = model.eval().requires_grad_(False)
+        self.layer_names = list(layers)
+        for index, layer in enumerate(layers.values()):
+            RoutedLayer(layer, index)
+        self._linears: dict[str, LoRALinear] = {}
+        self.adapters: dict[str, dict[str, LoRA]] = {}
+        self.heads: dict[str, nn.Linear] = {}
+        self._recompute = False
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in) of every linear decoder layer that can be adapted."""
+        return {name: linear_shape(module) for name, module in self._available.items()}
+
+    # Adapters and heads
+
+    def add_adapter(
+        self,
+        name: str,
+        *,
+        rank: int = 8,
+        alpha: float = 16,
+        targets: str | Iterable[str] = "all-linear",
+        top_layers: int | None = None,
+        trainable: bool = True,
+        copy_of: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
+    ) -> None:
+        """Give the role `name` an adapter whose delta is zero, or, with `copy_of`, that adapter's pairs and values.
+
+        targets: "all-linear" or last parts of module names. top_layers: adapt only that many layers, from the top.
+        `copy_of` decides rank, alpha, targets and layers itself. `trainable` holds for the adapter's whole life.
+        dtype: fp32 for anything that is trained or averaged; a frozen copy may take the dtype of the model.
+        """
+        if copy_of is not None:
+            source = self._adapter(copy_of)
+            shapes = {module: (pair.rank, pair.scale) for module, pair in source.items()}
+        else:
+            if rank < 1:
+                raise UserError(f"the rank of adapter {name!r} must be at least 1, got {rank}")
+            modules = select_linears(self._names_in_top(top_layers), targets)
+            shapes = {module: (rank, alpha / rank) for module in modules}
+        self.create_adapter(name, shapes, trainable=trainable, dtype=dtype, seed=seed)
+        if copy_of is not None:
+            self.copy_adapter(copy_of, name)
+
+    def create_adapter(
+        self,
+        name: str,
+        shapes: Mapping[str, tuple[int, float]],
+        *,
+        trainable: bool = True,
+        dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
+    ) -> None:
+        """The general form of `add_adapter`: module name -> (rank, scale). The delta is zero."""
+        if name in self.adapters:
+            raise UserError(f"there is already an adapter named {name!r}")
+        unknown = [module for module in shapes if module not in self._available]
+        if unknown:
+            raise UserError(f"adapter {name!r} is for {unknown[0]!r}, which is no linear decoder layer of this model")
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        pairs = {}
+        for module, (rank, scale) in shapes.items():
+            if module not in self._linears:
+                self._linears[module] = LoRALinear(self._available[module])
+            pairs[module] = self._linears[module].add(
+                name, rank, scale, trainable=trainable, dtype=dtype, generator=generator
+            )
+        self.adapters[name] = pairs
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget the adapter and the head of this role."""
+        for module in self._adapter(name):
+            del self._linears[module].bank[name]
+        del self.adapters[name]
+        self.heads.pop(name, None)
+
+    def add_head(self, name: str, *, trainable: bool = True, copy_of: str | None = None) -> None:
+        """Give the role `name` a head (D -> 1, fp32, no bias as in transformers' `score`), zero or a copy."""
+        if name in self.heads:
+            raise UserError(f"there is already a head named {name!r}")
+        weight = self.lm_head_weight
+        head = nn.Linear(weight.shape[1], 1, bias=False, dtype=torch.float32, device=weight.device)
+        with torch.no_grad():
+            head.weight.zero_()
+            if copy_of is not None:
+                head.weight.copy_(self.head(copy_of).weight)
+        self.heads[name] = head.requires_grad_(trainable)
+
+    def head(self, name: str) -> nn.Linear:
+        if name not in self.heads:
+            raise UserError(f"there is no head named {name!r}; there are: {sorted(self.heads)}")
+        return self.heads[name]
+
+    def named_parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter and the head of a role, under the names of PEFT's files without their prefix."""
+        if name not in self.adapters and name not in self.heads:
+            raise UserError(f"there is no role named {name!r}; there are: {sorted({*self.adapters, *self.heads})}")
+        named: dict[str, nn.Parameter] = {}
+        for module, pair in self.adapters.get(name, {}).items():
+            named[f"{module}.lora_A.weight"] = pair.a
+            named[f"{module}.lora_B.weight"] = pair.b
+        if name in self.heads:
+            named["score.weight"] = self.heads[name].weight
+        return named
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        return list(self.named_parameters_of(name).values())
+
+    # Values of adapters, by name, while training runs. A role keeps its Parameter objects: optimizers stay valid.
+
+    @torch.no_grad()
+    def snapshot(self, name: str) -> dict[str, Tensor]:
+        """A copy of the role's adapter and head, for `restore`."""
+        return {key: parameter.clone() for key, parameter in self.named_parameters_of(name).items()}
+
+    @torch.no_grad()
+    def restore(self, name: str, snapshot: Mapping[str, Tensor]) -> None:
+        """Put values back; the snapshot must have the role's names and shapes."""
+        own = self.named_parameters_of(name)
+        _check_same(own, snapshot, f"adapter {name!r} and the snapshot")
+        for key, parameter in own.items():
+            parameter.copy_(snapshot[key])
+
+    @torch.no_grad()
+    def copy_adapter(self, src: str, dst: str) -> None:
+        """dst = src, for the adapter alone."""
+        for ours, theirs in self._paired(dst, src):
+            ours.copy_(theirs)
+
+    @torch.no_grad()
+    def lerp_adapter(self, dst: str, src: str, weight: float) -> None:
+        """dst = dst + weight (src - dst), for the adapter alone: a moving average when repeated."""
+        for ours, theirs in self._paired(dst, src):
+            if ours.dtype != torch.float32:
+                raise UserError(f"adapter {dst!r} is {ours.dtype}: small steps would be lost, an average needs fp32")
+            ours.lerp_(theirs.to(ours.dtype), weight)
+
+    @torch.no_grad()
+    def swap_adapters(self, a: str, b: str) -> None:
+        """Exchange the values of two adapters."""
+        for first, second in self._paired(a, b):
+            kept = first.clone()
+            first.copy_(second)
+            second.copy_(kept)
+
+    # Forward
+
+    def enable_checkpointing(self, enabled: bool = True) -> None:
+        """Keep only the input of each adapted layer for the backward, which then computes the layer again."""
+        self._recompute = enabled
+
+    @property
+    def first_adapted_layer(self) -> int:
+        """Index of the lowest layer with an adapter; the last layer when there is none."""
+        prefixes = [name + "." for name in self.layer_names]
+        modules = [module for pairs in self.adapters.values() for module in pairs]
+        adapted = (i for i, prefix in enumerate(prefixes) if any(m.startswith(prefix) for m in modules))
+        return next(adapted, len(prefixes) - 1)
+
+    @contextmanager
+    def using(self, role: str | None) -> Iterator[None]:
+        """`model` itself plays this role: for `model.generate` and plain forwards."""
+        with routed(Route((self._adapter_name(role),))):
+            yield
+
+    @torch.no_grad()
+    def lower(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """(B, T) -> (B, T, D), the input of the first adapted layer, which is the same for every role at all times.
+
+        Compute it once per rollout and give its rows to `hidden`. None when the first layer is adapted. It stays
+        valid until an adapter is added or removed.
+        """
+        first = self.first_adapted_layer
+        if first == 0:
+            return None
+        traversal = Traversal(Route((None,)), input_ids.shape[0], first, stop=True)
+        self._traverse(traversal, input_ids, attention_mask)
+        assert traversal.reached is not None
+        return traversal.reached
+
+    def hidden(
+        self, input_ids: Tensor, attention_mask: Tensor, roles: Sequence[str | None], *, lower: Tensor | None = None
+    ) -> dict[str | None, Tensor]:
+        """Last hidden states (after the final norm) of every role: role -> (B, T, D), in one traversal.
+
+        input_ids, attention_mask: (B, T); padding may be on either side. None is the base model, and so is
+        "reference" without an adapter. lower: what `lower` gave for these rows.
+        """
+        batch, time = input_ids.shape
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must be {tuple(input_ids.shape)} like input_ids, got {tuple(attention_mask.shape)}"
+            )
+        if not roles or len(set(roles)) != len(roles):
+            raise ValueError(f"roles must be one or more different names, got {list(roles)}")
+        first = self.first_adapted_layer
+        if lower is not None and (first == 0 or lower.shape[:2] != input_ids.shape):
+            given = f"{tuple(lower.shape)} with input_ids {tuple(input_ids.shape)}"
+            raise ValueError(f"lower must be (B, T, D) for the input of layer {first} > 0, got {given}")
+        route = Route(tuple(self._adapter_name(role) for role in roles), batch * time)
+        recompute = self._recompute and torch.is_grad_enabled()
+        traversal = Traversal(route, batch, first, start=lower, recompute=recompute)
+        states = self._traverse(traversal, input_ids, attention_mask)
+        return dict(zip(roles, states.split(batch), strict=True))
+
+    def _traverse(self, traversal: Traversal, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.model.training:
+            raise RuntimeError("the model is in training mode, where dropout would make the roles differ: call eval()")
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        with traversing(traversal):
+            output = self.model.get_decoder()(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            )
+        return output.last_hidden_state
+
+    # Heads on hidden states
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """(V, D)."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def lm_head_bias(self) -> Tensor | None:
+        """(V,) or None."""
+        return self.model.get_output_embeddings().bias
+
+    def logprobs(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        mask: Tensor,
+        *,
+        temperature: float = 1.0,
+        return_entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """log p(input_ids[:, t] | tokens before t): (B, T, D), (B, T), (B, T) -> (B, T), fp32, nats.
+
+        mask: 1 for the tokens that count; position 0 has no prediction and never counts. The others are 0 and cost
+        no product with the head. return_entropy: also the entropy of each prediction, (B, T).
+        """
+        # Row t - 1 predicts token t.
+        predicts = F.pad(mask[:, 1:], (0, 1)).flatten().nonzero().squeeze(-1)
+        rows = hidden.flatten(0, 1).index_select(0, predicts)
+        targets = input_ids.flatten().index_select(0, predicts + 1)
+        result = linear_logprobs(
+            rows, self.lm_head_weight, targets,
+            bias=self.lm_head_bias, temperature=temperature, return_entropy=return_entropy,
+        )
+
+        def placed(values: Tensor) -> Tensor:
+            flat = values.new_zeros(mask.numel())
+            return flat.index_copy(0, predicts + 1, values).view(mask.shape)
+
+        if isinstance(result, tuple):
+            return placed(result[0]), placed(result[1])
+        return placed(result)
+
+    def values(self, role: str, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T), fp32: at t the value before token t, from hidden state t - 1; 0 at t = 0."""
+        return F.pad(self.head(role)(hidden[:, :-1].float()).squeeze(-1), (1, 0))
+
+    def scores(self, role: str, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T, D) -> (B,), fp32: the head at the last real token of each row."""
+        last = attention_mask.shape[1] - 1 - attention_mask.flip(1).long().argmax(1)
+        rows = torch.arange(len(last), device=last.device)
+        return self.head(role)(hidden[rows, last].float()).squeeze(-1)
+
+    @torch.no_grad()
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor,
+        *,
+        temperature: float = 1.0,
+        lower: Tensor | None = None,
+    ) -> Scores:
+        """Policy and reference log-probabilities, values and scores of the roles that exist, in one traversal."""
+        roles = ["policy", "reference", *(role for role in ("critic", "reward") if role in self.heads)]
+        hidden = self.hidden(input_ids, attention_mask, roles, lower=lower)
+        logprobs = self.logprobs(hidden["policy"], input_ids, mask, temperature=temperature)
+        ref_logprobs = self.logprobs(hidden["reference"], input_ids, mask, temperature=temperature)
+        assert isinstance(logprobs, Tensor)
+        assert isinstance(ref_logprobs, Tensor)
+        return Scores(
+            logprobs,
+            ref_logprobs,
+            self.values("critic", hidden["critic"]) if "critic" in hidden else None,
+            self.scores("reward", hidden["reward"], attention_mask) if "reward" in hidden else None,
+        )
+
+    # Bytes
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes of unique storages: "base", and "adapter:<name>" and "head:<name>" of each role."""
+        seen: set[int] = set()
+        sizes = {"base": _new_bytes([*self.model.parameters(), *self.model.buffers()], seen)}
+        for name, pairs in self.adapters.items():
+            sizes[f"adapter:{name}"] = _new_bytes([p for pair in pairs.values() for p in (pair.a, pair.b)], seen)
+        for name, head in self.heads.items():
+            sizes[f"head:{name}"] = _new_bytes(head.parameters(), seen)
+        return sizes
+
+    # Names
+
+    def _adapter(self, name: str) -> dict[str, LoRA]:
+        if name not in self.adapters:
+            raise UserError(f"there is no adapter named {name!r}; there are: {sorted(self.adapters)}")
+        return self.adapters[name]
+
+    def _adapter_name(self, role: str | None) -> str | None:
+        """The adapter a role uses; None is the base model."""
+        if role is None or (role == "reference" and role not in self.adapters):
+            return None
+        self._adapter(role)
+        return role
+
+    def _names_in_top(self, top_layers: int | None) -> list[str]:
+        count = len(self.layer_names)
+        top = count if top_layers is None else top_layers
+        if not 1 <= top <= count:
+            raise UserError(f"top_layers must be from 1 to {count}, the layers of this model, got {top_layers}")
+        prefixes = tuple(f"{name}." for name in self.layer_names[count - top :])
+        return [name for name in self._available if name.startswith(prefixes)]
+
+    def _paired(self, dst: str, src: str) -> list[tuple[Tensor, Tensor]]:
+        tensors = []
+        for name in (dst, src):
+            pairs = self._adapter(name)
+            tensors.append({(m, part): getattr(pair, part) for m, pair in pairs.items() for part in ("a", "b")})
+        _check_same(tensors[0], tensors[1], f"adapters {dst!r} and {src!r}")
+        return [(tensors[0][key], tensors[1][key]) for key in tensors[0]]
+
+
+def _check_same(ours: Mapping, theirs: Mapping, what: str) -> None:
+    if ours.keys() != theirs.keys():
+        raise UserError(f"{what} have different layers: {len(ours)} and {len(theirs)} tensors")
+    for key in ours:
+        if ours[key].shape != theirs[key].shape:
+            raise UserError(
+                f"{what} differ in the shape of {key}: {tuple(ours[key].shape)} and {tuple(theirs[key].shape)}"
+            )
+
+
+def _new_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    """Bytes of the storages not in `seen`, which gets them. Counts on the meta device too."""
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            total += storage.nbytes()
+    return total
