@@ -1,6 +1,7 @@
 """Builds rlhf_fast._native with CMake and ninja; all metadata is in pyproject.toml."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,16 +14,12 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def has_cxx_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
+    chosen = os.environ.get("CXX")
+    return any(shutil.which(name) for name in (shlex.split(chosen)[:1] if chosen else ("c++", "g++", "clang++")))
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        if not has_cxx_compiler():
-            sys.exit(
-                "rlhf_fast: no C++ compiler found: install g++ or clang++ (Debian/Ubuntu: apt-get install g++), "
-                "or set CXX to one."
-            )
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -31,15 +28,24 @@ class CMakeBuild(build_ext):
         architectures = os.environ.get("RLHF_FAST_CUDA_ARCHITECTURES")
         configure = [
             "cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja",
-            "-DCMAKE_BUILD_TYPE=Release",
+            # Named every time: the folder is kept, and may remember the ones of an isolated build that is gone.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DCMAKE_BUILD_TYPE=Release",
             f"-DRLHF_FAST_OUTPUT_DIR={target.parent}",
             *([f"-DRLHF_FAST_CUDA_ARCHITECTURES={architectures}"] if architectures else []),
-            *os.environ.get("RLHF_FAST_CMAKE_ARGS", "").split(),
+            *shlex.split(os.environ.get("RLHF_FAST_CMAKE_ARGS", "")),
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
 
+
+# Said before anything else is done, so that it is the one line that pip shows.
+if {"bdist_wheel", "editable_wheel", "build", "build_ext", "install"} & set(sys.argv) and not has_cxx_compiler():
+    sys.exit(
+        "rlhf_fast: no C++ compiler found: install g++ or clang++ (Debian/Ubuntu: apt-get install g++), "
+        "or set CXX to one."
+    )
 
 setup(ext_modules=[Extension("rlhf_fast._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
