@@ -1,0 +1,139 @@
+"""The CUDA kernels' own source, compiled for the host with one thread per CUDA thread: what CI runs without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_fast.backends import DTYPE_CODES, address, row_sizes
+from rlhf_fast.ops.token_logprobs import empty_stats, reference
+from tests.numerics import assert_contract
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++ (std::barrier, std::jthread)")
+    library = tmp_path_factory.mktemp("host_cuda") / "token_logprobs.so"
+    include = [f"-I{HERE}", f"-I{HERE.parents[1] / 'csrc'}"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-DRLHF_FAST_NO_CLONES"]
+    source = str(HERE / "token_logprobs.cpp")
+    subprocess.run([compiler, *flags, *include, source, "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def _pointers(stats: list[Tensor]):
+    return (ctypes.c_void_p * 4)(*(s.data_ptr() or None if s.numel() else None for s in stats))
+
+
+def _rows(tensor: Tensor):
+    return (ctypes.c_int64 * 4)(*row_sizes(tensor))
+
+
+def _forward(host, logits, targets, mask=None, temperature=1.0, want_entropy=True, gradient=None):
+    stats = [s.fill_(torch.nan) for s in empty_stats(logits, want_entropy)]
+    pointer = ctypes.c_void_p
+    host.forward(
+        pointer(address(logits)), DTYPE_CODES[logits.dtype], _rows(logits), ctypes.c_int64(logits.shape[-1]),
+        pointer(address(targets)), pointer(address(mask)), ctypes.c_double(temperature), int(want_entropy),
+        _pointers(stats), pointer(address(gradient)),
+    )  # fmt: skip
+    return stats
+
+
+def _backward(host, logits, targets, stats, grad_logprobs, grad_entropy, gradient, mask=None, temperature=1.0):
+    pointer = ctypes.c_void_p
+    host.backward(
+        pointer(address(logits)), DTYPE_CODES[logits.dtype], _rows(logits), ctypes.c_int64(logits.shape[-1]),
+        pointer(address(targets)), pointer(address(mask)), ctypes.c_double(temperature), _pointers(stats),
+        pointer(address(grad_logprobs)), pointer(address(grad_entropy)), pointer(address(gradient)), _rows(gradient),
+    )  # fmt: skip
+
+
+def _eager(logits, targets, temperature):
+    log_p = torch.log_softmax(logits / temperature, -1)
+    return log_p.gather(-1, targets[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def _with_gradients(function, logits, targets, temperature, grad_logprobs, grad_entropy):
+    leaf = logits.clone().requires_grad_()
+    logprobs, entropy = function(leaf, targets, temperature)
+    upstream = [grad_logprobs.to(logprobs.dtype), grad_entropy.to(entropy.dtype)]
+    (gradient,) = torch.autograd.grad([logprobs, entropy], [leaf], upstream)
+    return logprobs.detach(), entropy.detach(), gradient
+
+
+@pytest.mark.parametrize("dtype", list(DTYPE_CODES), ids=str)
+@pytest.mark.parametrize(("vocabulary", "temperature"), [(1, 1.0), (17, 0.7), (4099, 1.3), (9001, 1.0)])
+def test_forward_and_backward_keep_the_numerics_contract(host, dtype, vocabulary, temperature):
+    torch.manual_seed(vocabulary)
+    logits = (4 * torch.randn(2, 3, vocabulary)).to(dtype)[:, 1:]  # strided rows, aligned nowhere in particular
+    targets = torch.randint(vocabulary, logits.shape[:-1])
+    g = [torch.randn(logits.shape[:-1], dtype=torch.float64) for _ in range(2)]
+    oracle = _with_gradients(lambda x, y, t: reference(x, y, temperature=t), logits.double(), targets, temperature, *g)
+    eager = _with_gradients(_eager, logits, targets, temperature, *g)
+
+    stats = _forward(host, logits, targets, temperature=temperature)
+    gradient = torch.full(logits.shape, torch.nan, dtype=dtype)
+    upstream = [x.to(stats[0].dtype) for x in g]
+    _backward(host, logits, targets, stats, *upstream, gradient, temperature=temperature)
+    for name, *values in zip(("logprobs", "entropy", "gradient"), (*stats[:2], gradient), eager, oracle, strict=True):
+        assert_contract(name, *values)
+
+    in_place = logits.contiguous().clone()
+    _backward(host, in_place, targets, stats, *upstream, in_place, temperature=temperature)
+    assert torch.equal(in_place, gradient)
+
+
+def test_forward_writes_the_gradient_over_the_logits(host):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(1, 3, 4101), torch.randint(4101, (1, 3))
+    expected = _with_gradients(_eager, logits.double(), targets, 1.0, torch.ones(1, 3), torch.zeros(1, 3))[2]
+    _forward(host, logits, targets, gradient=logits)
+    torch.testing.assert_close(logits, expected.float(), rtol=0, atol=1e-7)
+
+
+def test_masked_rows_are_never_read_and_give_zero(host):
+    logits, targets = torch.randn(1, 3, 40), torch.tensor([[1, 10**9, 2]])
+    logits[0, 1] = torch.nan
+    mask = torch.tensor([[1, 0, 1]], dtype=torch.uint8)
+    gradient = torch.full_like(logits, torch.nan)
+    stats = _forward(host, logits, targets, mask, gradient=gradient)
+    assert all(s[0, 1] == 0 for s in stats)
+    assert not gradient[0, 1].any()
+    assert torch.isfinite(gradient).all()
+
+
+def test_a_target_outside_the_vocabulary_makes_its_own_row_nan(host):
+    logits, targets = torch.randn(1, 4, 33), torch.tensor([[1, 33, -1, 32]])
+    stats = _forward(host, logits, targets)
+    assert stats[0].isnan().tolist() == [[False, True, True, False]]
+
+
+def test_banned_tokens_and_ties_at_the_maximum_are_exact(host):
+    logits = torch.full((1, 2, 4096), -torch.inf)
+    logits[0, 0, [0, 4000]] = 5.0  # two equal candidates, whole threads without any
+    logits[0, 1, 7] = 3.0  # nothing but the target
+    logprobs, entropy, *_ = _forward(host, logits, torch.tensor([[4000, 7]]))
+    half = torch.tensor(2.0).log().item()
+    torch.testing.assert_close(logprobs, torch.tensor([[-half, 0.0]]))
+    torch.testing.assert_close(entropy, torch.tensor([[half, 0.0]]))
+
+
+def test_a_confident_token_keeps_its_value_and_its_gradient(host):
+    logits = torch.zeros(1, 1, 2)
+    logits[..., 0] = 20.0
+    gradient = torch.empty_like(logits)
+    logprobs, *_ = _forward(host, logits, torch.tensor([[0]]), gradient=gradient)
+    p = 2.061153618190204e-09  # 1 / (1 + e^20)
+    torch.testing.assert_close(logprobs.double(), torch.tensor([[-p]], dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), torch.tensor([[[p, -p]]], dtype=torch.float64), rtol=1e-6, atol=0)
