@@ -153,7 +153,7 @@ class Backbone:
             named[f"{module}.lora_A.weight"] = pair.a
             named[f"{module}.lora_B.weight"] = pair.b
         if name in self.heads:
-            named["score.weight"] = self.heads[name].weight
+            named["score.weight"] = self.heads[name].get_parameter("weight")
         return named
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
