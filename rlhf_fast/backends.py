@@ -45,8 +45,6 @@ def resolve(op: str, impls: Collection[str], device: torch.device, backend: str 
     return _resolve(op, tuple(impls), device.type, backend)
 
 
-# The choice is made once, while torch.compile traces; the compiled graph shows it as an argument of the op.
-@torch.compiler.assume_constant_result
 def _resolve(op: str, impls: tuple[str, ...], device: str, backend: str | None) -> str:
     name = backend or _override.get() or os.environ.get("RLHF_FAST_BACKEND")
     if name is None:
@@ -56,6 +54,11 @@ def _resolve(op: str, impls: tuple[str, ...], device: str, backend: str | None) 
     if reason is not None:
         raise BackendError(f"{op}: backend {name!r} cannot run on {device}: {reason}")
     return name
+
+
+# The choice is made once, while torch.compile traces; the compiled graph shows it as an argument of the op.
+# This is all that torch.compiler.assume_constant_result does, but that imports torch._dynamo, for seconds.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(op: str, impls: Collection[str], device: str, name: str) -> str | None:
@@ -76,13 +79,6 @@ def why_not(op: str, impls: Collection[str], device: str, name: str) -> str | No
     if reason is None and name == "cuda" and not native().with_cuda:
         reason = "rlhf_fast was built without a CUDA compiler"
     return reason
-
-
-def report(device: str) -> dict[str, dict[str, str | None]]:
-    """op -> backend -> None (it runs on `device`) or the reason why not."""
-    from rlhf_fast.ops import table
-
-    return {op: {name: why_not(op, impls, device, name) for name in BACKENDS} for op, impls in table().items()}
 
 
 def interpreting() -> bool:
