@@ -27,13 +27,14 @@ def load_model(
     Raises UserError for a path that is no model, an architecture that is no causal LM, or missing weights.
     """
     attention = _attention(attn_implementation, torch.device(device))
+    _check_folder(path)
     try:
         config = AutoConfig.from_pretrained(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise UserError(f"model {path} cannot be loaded: {_reason(path, error)}") from error
+        raise UserError(f"model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     model, report = loaded
     absent = [*report["missing_keys"], *report["mismatched_keys"]]
     if absent:
@@ -41,15 +42,18 @@ def load_model(
     return model.to(device).eval()
 
 
-def _reason(path: str | Path, error: Exception) -> str:
+def _check_folder(path: str | Path) -> None:
+    """A path that cannot be a hub id ("name" or "owner/name") must be a folder with a config.json."""
     folder = Path(path)
-    if not folder.exists() and (folder.is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
-        return "there is no such folder"
+    reason = None
     if folder.is_file():
-        return "it is a file; the folder that holds config.json is needed"
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        return "the folder has no config.json"
-    return str(error).strip().splitlines()[0]
+        reason = "it is a file; the folder that holds config.json is needed"
+    elif folder.is_dir():
+        reason = None if (folder / "config.json").is_file() else "the folder has no config.json"
+    elif folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2:
+        reason = "there is no such folder"
+    if reason is not None:
+        raise UserError(f"model {path} cannot be loaded: {reason}")
 
 
 def _attention(name: str, device: torch.device) -> str:

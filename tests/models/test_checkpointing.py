@@ -89,8 +89,10 @@ def test_every_role_has_the_same_gradients_with_checkpointing_as_without(family,
     SCENARIOS[scenario](checkpointed)
     found = gradients(checkpointed)
     assert found.keys() == expected.keys()
+    exact = scenario != "one joint traversal"  # there the products have other shapes, so other rounding
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 2e-5}
     for key, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(gradient, expected[key], **tolerance, msg=lambda text, key=key: f"{key}: {text}")
         assert gradient.abs().max() > 0, f"{key} has no gradient to compare"
 
 

@@ -1,0 +1,70 @@
+import json
+
+import pytest
+import torch
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.loading import load_model
+from tests.models.tiny_models import make_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_model_is_loaded_in_the_dtype_asked_for(folder):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(folder, dtype=dtype)
+        assert model.dtype == dtype
+        assert not model.training
+    expected = make_model("llama").state_dict()
+    loaded = load_model(folder, dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+def test_attention_is_an_option(folder):
+    assert load_model(folder, dtype=torch.float32).config._attn_implementation == "sdpa"
+    eager = load_model(folder, dtype=torch.float32, attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
+    with pytest.raises(UserError, match="attn_implementation must be one of auto, eager, sdpa, flash_attention_2, got"):
+        load_model(folder, dtype=torch.float32, attn_implementation="flash")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_wrong_paths_are_told_apart_in_one_line(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_text("x")
+    for path, reason in (
+        (tmp_path / "nowhere", "there is no such folder"),
+        ("./nowhere", "there is no such folder"),
+        (file, "it is a file; the folder that holds config.json is needed"),
+        (tmp_path, "the folder has no config.json"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_model(path, dtype=torch.float32)
+        assert str(error.value) == f"model {path} cannot be loaded: {reason}"
+
+
+def test_unknown_architecture_is_named(folder):
+    edit_config(folder, model_type="perceptron9000")
+    with pytest.raises(UserError, match="perceptron9000") as error:
+        load_model(folder, dtype=torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_architecture_without_a_causal_lm_is_named(folder):
+    edit_config(folder, model_type="vit", architectures=["ViTModel"])
+    with pytest.raises(UserError, match="cannot be loaded: .*ViTConfig"):
+        load_model(folder, dtype=torch.float32)
+
+
+def test_missing_weights_are_an_error(folder):
+    edit_config(folder, num_hidden_layers=5)
+    with pytest.raises(UserError, match=r"lacks \d+ of its weights, such as model\.layers\.4"):
+        load_model(folder, dtype=torch.float32)
