@@ -1,5 +1,5 @@
 """Where rewards come from: Python functions, a reward adapter on the backbone, or a reward model of its own."""
 
-from rlhf_fast.rewards.sources import Rewards, load_rewards
+from rlhf_fast.rewards.sources import AdapterSource, Rewards, load_rewards, write_stats
 
-__all__ = ["Rewards", "load_rewards"]
+__all__ = ["AdapterSource", "Rewards", "load_rewards", "write_stats"]

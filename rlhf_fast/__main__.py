@@ -1,0 +1,5 @@
+"""`python -m rlhf_fast`."""
+
+from rlhf_fast.cli import main
+
+main()

@@ -1,0 +1,148 @@
+"""DPO and IPO: raise the chosen completion's log-probability over the rejected one's, relative to the reference.
+
+The reference's log-probabilities never change, so they are computed once, before the first step.
+Sources: Rafailov et al. 2023 (2305.18290); Azar et al. 2023 (2310.12036) for `loss_type: ipo`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
+from rlhf_fast.data.encoding import Prompt, pad_id
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.peft_io import save_adapter
+from rlhf_fast.ops.preference_loss import preference_loss
+from rlhf_fast.training.config import SamplingConfig
+from rlhf_fast.training.experience import evaluate_policy
+from rlhf_fast.training.job import Job
+from rlhf_fast.training.optim import adamw, learning_rate, set_learning_rates, update
+from rlhf_fast.training.pairs import Pair, encode_pair, load_pair_rows
+from rlhf_fast.training.run import Run
+from rlhf_fast.training.setup import add_policy, add_rewards, build_encoder, build_model, try_rewards
+
+
+class AlgorithmConfig(SamplingConfig):
+    """DPO's keys; batch_size counts pairs. `reward` only judges held-out samples before and after."""
+
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: float = Field(0.1, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+
+
+@dataclass
+class PreferenceJob(Job):
+    """held_out_prompts: prompts to sample for the reward, when there is one."""
+
+    held_out_prompts: list[Prompt] = field(default_factory=list)
+
+
+def prepare(config: AlgorithmConfig) -> PreferenceJob:
+    train_rows, held_out_rows = load_pair_rows(config)
+    backbone, tokenizer, saved = build_model(config)
+    add_policy(backbone, config, saved)
+    backbone.enable_checkpointing(config.gradient_checkpointing)
+    rewards = add_rewards(backbone, config, columns=list(train_rows[0].values))
+    encoder = build_encoder(config, backbone, tokenizer)
+    train, held_out = ([encode_pair(encoder, row) for row in rows] for rows in (train_rows, held_out_rows))
+    optimizers = {"policy": adamw(backbone.parameters_of("policy"), config)}
+    job = PreferenceJob(backbone, encoder, train, held_out, optimizers, rewards)
+    if rewards is not None:
+        if "prompt" not in train_rows[0].values:
+            raise UserError(f"{config.data}: a reward samples held-out prompts, so it needs a prompt column")
+        prompts = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
+        job.held_out_prompts = [prompts.prompt(row) for row in held_out_rows]
+        try_rewards(job, config, job.held_out_prompts)
+    return job
+
+
+def train(job: PreferenceJob, config: AlgorithmConfig, run: Run) -> None:
+    """Reference log-probabilities once; then batches of pairs in shuffled order, one update per step."""
+    references = reference_logprobs(job, config, job.train)
+    for step in run.steps():
+        rate = learning_rate(config, step)
+        set_learning_rates(job, {"policy": rate})
+        indices = shuffled_indices(len(job.train), config.seed, step * config.batch_size, config.batch_size)
+        pairs = [job.train[i] for i in indices]
+        losses = accumulate(job, config, pairs, references[indices])
+        norms = update(job, config, {"loss": losses["loss"]})
+        metrics = {**{name: float(value) for name, value in losses.items()}, **norms, "learning_rate": rate}
+        run.log(step, metrics, tokens=sum(len(p.chosen.ids) + len(p.rejected.ids) for p in pairs))
+
+
+def accumulate(job: Job, config: AlgorithmConfig, pairs: list[Pair], references: Tensor) -> dict[str, Tensor]:
+    """Backward of one batch of pairs in micro-batches; loss and metrics are means over the pairs."""
+    size = config.micro_batch_size or len(pairs)
+    totals: dict[str, Tensor] = {}
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        loss, metrics = pair_loss(job, config, part, references[start : start + size])
+        share = len(part) / len(pairs)
+        (loss * share).backward()
+        for name, value in {"loss": loss, **metrics}.items():
+            totals[name] = totals.get(name, 0.0) + value.detach() * share
+    return totals
+
+
+def pair_loss(
+    job: Job, config: AlgorithmConfig, pairs: list[Pair], references: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss over the pairs. references: (B, 2), chosen and rejected."""
+    batch = _batch(job, pairs)
+    chosen, rejected = completion_logprobs(job, "policy", batch).split(len(pairs))
+    lengths = batch.mask.sum(1).split(len(pairs))
+    return preference_loss(
+        chosen, rejected, references[:, 0], references[:, 1], variant=config.loss_type, beta=config.beta,
+        label_smoothing=config.label_smoothing, chosen_lengths=lengths[0], rejected_lengths=lengths[1],
+    )  # fmt: skip
+
+
+def completion_logprobs(job: Job, role: str, batch: Batch) -> Tensor:
+    """(B,): the sum over each completion's tokens."""
+    hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, [role])[role]
+    return job.backbone.logprobs(hidden, batch.input_ids, batch.mask).sum(1)
+
+
+@torch.no_grad()
+def reference_logprobs(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> Tensor:
+    """(pairs, 2): the reference's log-probabilities of chosen and rejected."""
+    size = config.micro_batch_size or config.batch_size
+    parts = []
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        sums = completion_logprobs(job, "reference", _batch(job, part))
+        parts.append(torch.stack(sums.split(len(part)), dim=1))
+    return torch.cat(parts)
+
+
+def _batch(job: Job, pairs: list[Pair]) -> Batch:
+    examples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return pad_batch(examples, pad_id(job.encoder.tokenizer)).to(job.device)
+
+
+@torch.no_grad()
+def evaluate(job: PreferenceJob, config: AlgorithmConfig) -> dict[str, Any]:
+    """Loss, accuracy and margin on the held-out pairs; with a reward, also samples for the held-out prompts."""
+    references = reference_logprobs(job, config, job.held_out)
+    size = config.micro_batch_size or config.batch_size
+    totals: dict[str, float] = {}
+    for start in range(0, len(job.held_out), size):
+        part = job.held_out[start : start + size]
+        loss, metrics = pair_loss(job, config, part, references[start : start + size])
+        for name, value in {"loss": loss, **metrics}.items():
+            totals[name] = totals.get(name, 0.0) + float(value) * len(part) / len(job.held_out)
+    if job.rewards is None:
+        return {"metrics": totals, "samples": []}
+    sampled = evaluate_policy(job, config, job.held_out_prompts)
+    return {"metrics": {**totals, **sampled["metrics"]}, "samples": sampled["samples"]}
+
+
+def save(job: Job, config: AlgorithmConfig, folder: Path) -> None:
+    """The policy at the top of `folder`; the reference beside it where it is an adapter."""
+    save_adapter(job.backbone, "policy", str(folder))
+    if "reference" in job.backbone.adapters:
+        save_adapter(job.backbone, "reference", str(folder / "reference"))

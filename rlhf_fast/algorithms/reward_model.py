@@ -1,0 +1,113 @@
+"""Bradley-Terry reward model: an adapter and a head whose score at the last token ranks chosen above rejected.
+
+The run folder is the reward adapter, with the mean and standard deviation of its scores on the training pairs beside
+it, so that PPO is paid in scores of zero mean and unit spread.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
+from rlhf_fast.data.encoding import pad_id
+from rlhf_fast.models.peft_io import save_adapter
+from rlhf_fast.ops.reward_loss import reward_loss
+from rlhf_fast.rewards import write_stats
+from rlhf_fast.training.config import Config
+from rlhf_fast.training.job import Job
+from rlhf_fast.training.optim import adamw, learning_rate, set_learning_rates, update
+from rlhf_fast.training.pairs import Pair, encode_pair, load_pair_rows
+from rlhf_fast.training.run import Run
+from rlhf_fast.training.setup import add_trained_adapter, build_encoder, build_model
+
+
+class AlgorithmConfig(Config):
+    """The reward model's keys; batch_size counts pairs."""
+
+
+def prepare(config: AlgorithmConfig) -> Job:
+    """The role 'reward': a fresh adapter, or one that starts from a saved adapter, and a head."""
+    train_rows, held_out_rows = load_pair_rows(config)
+    backbone, tokenizer, saved = build_model(config)
+    encoder = build_encoder(config, backbone, tokenizer)
+    add_trained_adapter(backbone, "reward", config, saved)
+    if "reward" not in backbone.heads:
+        backbone.add_head("reward")
+    backbone.enable_checkpointing(config.gradient_checkpointing)
+    optimizers = {"reward": adamw(backbone.parameters_of("reward"), config)}
+    train, held_out = ([encode_pair(encoder, row) for row in rows] for rows in (train_rows, held_out_rows))
+    return Job(backbone, encoder, train, held_out, optimizers)
+
+
+def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
+    """Batches of pairs in shuffled order; one update per step."""
+    for step in run.steps():
+        rate = learning_rate(config, step)
+        set_learning_rates(job, {"reward": rate})
+        indices = shuffled_indices(len(job.train), config.seed, step * config.batch_size, config.batch_size)
+        pairs = [job.train[i] for i in indices]
+        losses = accumulate(job, config, pairs)
+        norms = update(job, config, {"loss": losses["loss"]})
+        metrics = {**{name: float(value) for name, value in losses.items()}, **norms, "learning_rate": rate}
+        run.log(step, metrics, tokens=sum(len(p.chosen.ids) + len(p.rejected.ids) for p in pairs))
+
+
+def accumulate(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> dict[str, Tensor]:
+    """Backward of one batch of pairs in micro-batches; loss and metrics are means over the pairs."""
+    size = config.micro_batch_size or len(pairs)
+    totals: dict[str, Tensor] = {}
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        chosen, rejected = pair_scores(job, part)
+        loss, metrics = reward_loss(chosen, rejected)
+        share = len(part) / len(pairs)
+        (loss * share).backward()
+        for name, value in {"loss": loss, **metrics}.items():
+            totals[name] = totals.get(name, 0.0) + value.detach() * share
+    return totals
+
+
+def pair_scores(job: Job, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+    """Scores of chosen and rejected, (B,) each, in one traversal."""
+    batch = _batch(job, pairs)
+    hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["reward"])["reward"]
+    chosen, rejected = job.backbone.scores("reward", hidden, batch.attention_mask).split(len(pairs))
+    return chosen, rejected
+
+
+def _batch(job: Job, pairs: list[Pair]) -> Batch:
+    examples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return pad_batch(examples, pad_id(job.encoder.tokenizer)).to(job.device)
+
+
+@torch.no_grad()
+def all_scores(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+    """Scores of every pair, (B,) each."""
+    size = config.micro_batch_size or config.batch_size
+    parts = [pair_scores(job, pairs[i : i + size]) for i in range(0, len(pairs), size)]
+    return torch.cat([c for c, _ in parts]), torch.cat([r for _, r in parts])
+
+
+def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
+    """Loss, accuracy (a tie counts half) and margin on the held-out pairs."""
+    chosen, rejected = all_scores(job, config, job.held_out)
+    loss, metrics = reward_loss(chosen, rejected)
+    right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+    return {
+        "metrics": {
+            "accuracy": float(right.mean()),
+            "accuracy_se": float(right.std(correction=0)) / len(right) ** 0.5,
+            "margin": float(metrics["margin"]),
+            "loss": float(loss),
+        },
+        "samples": [],
+    }
+
+
+def save(job: Job, config: AlgorithmConfig, folder: Path) -> None:
+    """The reward adapter with its head at the top of `folder`, and the statistics of its scores."""
+    save_adapter(job.backbone, "reward", str(folder))
+    scores = torch.cat(all_scores(job, config, job.train)).double()
+    write_stats(folder, float(scores.mean()), float(scores.std().clamp(min=1e-6)))

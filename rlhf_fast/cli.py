@@ -1,0 +1,131 @@
+"""The command line. `rlhf_fast train` runs one algorithm, or a list of stages, from a YAML file and flags."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from rlhf_fast.errors import UserError
+
+# One line per mistake is ours to print; Python's own tracebacks stay plain.
+app = typer.Typer(
+    help="RLHF on one frozen model: PPO, GRPO, DPO, SFT and reward models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+TRAIN_HELP = """Train from a YAML file and flags.
+
+    rlhf_fast train config.yaml learning_rate=1e-4 --steps 200
+
+    rlhf_fast train --algorithm grpo --model M --data prompts.jsonl --reward rewards.py:score
+
+Every key of the YAML file is also a flag, as key=value or --key value; `rlhf_fast keys ppo` lists them.
+"""
+
+
+def main() -> None:
+    """The `rlhf_fast` command."""
+    app()
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """A UserError becomes one line on stderr and exit status 2."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command(help=TRAIN_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[str | None, typer.Option(help="YAML file; may also be the first word")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="sft, reward_model, ppo, grpo or dpo")] = None,
+    model: Annotated[str | None, typer.Option(help="model folder, adapter folder of a run, or tiny")] = None,
+    data: Annotated[str | None, typer.Option(help="examples: .jsonl, .csv or .parquet")] = None,
+    reward: Annotated[str | None, typer.Option(help="file.py:function, pkg.mod:function or a folder")] = None,
+    output_dir: Annotated[str | None, typer.Option("--output_dir", "--output-dir", help="run folder")] = None,
+    steps: Annotated[str | None, typer.Option(help="training steps")] = None,
+    batch_size: Annotated[str | None, typer.Option("--batch_size", "--batch-size", help="sequences a step")] = None,
+    learning_rate: Annotated[str | None, typer.Option("--learning_rate", "--learning-rate")] = None,
+    kl_coef: Annotated[str | None, typer.Option("--kl_coef", "--kl-coef", help="ppo and grpo")] = None,
+    lora_rank: Annotated[str | None, typer.Option("--lora_rank", "--lora-rank")] = None,
+    seed: Annotated[str | None, typer.Option()] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="print plan and bytes; write nothing")] = False,
+    resume: Annotated[str | None, typer.Option(help="auto, or a run or checkpoint folder")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in output_dir")] = False,
+) -> None:
+    # Hugging Face libraries talk a lot while they load; what matters is reported by us.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    words = list(context.args)
+    if config is None and words and not words[0].startswith("--") and "=" not in words[0]:
+        config = words.pop(0)
+    declared = {
+        "algorithm": algorithm, "model": model, "data": data, "reward": reward, "output_dir": output_dir,
+        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "kl_coef": kl_coef,
+        "lora_rank": lora_rank, "seed": seed,
+    }  # fmt: skip
+    flags: dict[str, Any] = {key: value for key, value in declared.items() if value is not None}
+    with _one_line_errors():
+        from rlhf_fast.algorithms.launch import launch
+        from rlhf_fast.training.config import parse_overrides
+        from rlhf_fast.training.run import Stopped
+
+        try:
+            launch(config, {**flags, **parse_overrides(words)}, dry_run=dry_run, resume=resume, overwrite=overwrite)
+        except Stopped as stopped:
+            typer.echo(str(stopped))
+            raise typer.Exit(stopped.exit_code) from None
+
+
+@app.command()
+def keys(algorithm: Annotated[str, typer.Argument(help="sft, reward_model, ppo, grpo or dpo")]) -> None:
+    """List an algorithm's keys, with defaults."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    with _one_line_errors():
+        from rlhf_fast.algorithms import load_algorithm
+
+        table = Table("key", "default", "what", title=algorithm)
+        for name, info in load_algorithm(algorithm).AlgorithmConfig.model_fields.items():
+            default = "(required)" if info.is_required() else str(info.default)
+            table.add_row(name, Text(default), Text(info.description or ""))
+    Console().print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Which backend can run each op here, and why another cannot."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from rlhf_fast.ops import report
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ops = report(device)
+    names = list(dict.fromkeys(name for backends in ops.values() for name in backends))
+    table = Table("op", *names, title=f"op x backend on {device}")
+    reasons: dict[str, None] = {}
+    for op, backends in ops.items():
+        cells = []
+        for name in names:
+            reason = backends.get(name, "not written")
+            cells.append("yes" if reason is None else "-")
+            if reason is not None:
+                reasons[f"{name}: {reason}"] = None
+        table.add_row(op, *cells)
+    console = Console()
+    console.print(table)
+    for line in reasons:
+        console.print(Text(f"  {line}"))

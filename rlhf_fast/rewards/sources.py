@@ -1,0 +1,118 @@
+"""Rewards from several sources, weighted and summed, with every bad answer reported as one line."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.models.peft_io import load_adapter
+from rlhf_fast.rewards.functions import call, check_columns, load_function
+from rlhf_fast.rewards.model import RewardModel
+
+STATS_FILE = "reward_stats.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named callable (prompts, completions, columns) -> one score per completion."""
+
+    name: str
+    weight: float
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """The role 'reward' of the backbone; a raw score s counts as (s - mean) / std."""
+
+    name: str
+    weight: float
+    mean: float
+    std: float
+
+
+@dataclass
+class Rewards:
+    """The sum of weighted sources."""
+
+    sources: list[Source] = field(default_factory=list)
+    adapter: AdapterSource | None = None
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """UserError when a function needs a column that the data lacks."""
+        for source in self.sources:
+            check_columns(source.name, source.function, columns)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        columns: dict[str, list[Any]],
+        adapter_scores: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total reward (B,) fp32 on the CPU, and each source's own scores by name.
+
+        prompts: the rows' own `prompt` values; completions: text; columns: the other columns, as lists;
+        adapter_scores: (B,) raw scores of the role 'reward', needed when there is such a source.
+        """
+        parts = {s.name: call(s.name, s.function, prompts, completions, columns) for s in self.sources}
+        total = sum((s.weight * parts[s.name] for s in self.sources), torch.zeros(len(completions)))
+        if self.adapter is not None:
+            assert adapter_scores is not None, "the caller scores the role 'reward' in its joint traversal"
+            scores = (adapter_scores.float().cpu() - self.adapter.mean) / self.adapter.std
+            parts[self.adapter.name] = scores
+            total = total + self.adapter.weight * scores
+        return total, parts
+
+
+def load_rewards(weights: Mapping[str, float], backbone: Backbone, *, chat: bool = False) -> Rewards:
+    """Rewards from 'pkg.mod:function', 'file.py:function', a reward adapter folder or a reward model folder.
+
+    weights: spec -> weight. An adapter is loaded onto `backbone` as the frozen role 'reward'. chat: a reward model
+    sees plain prompts through its chat template. Raises UserError for anything else.
+    """
+    rewards = Rewards()
+    for spec, weight in weights.items():
+        folder = Path(spec)
+        if (folder / "adapter_config.json").is_file():
+            if rewards.adapter is not None:
+                raise UserError(f"only one reward adapter per run; found {rewards.adapter.name} and {spec}")
+            load_adapter(backbone, "reward", str(folder), trainable=False)
+            rewards.adapter = AdapterSource(spec, weight, *read_stats(folder))
+        elif (folder / "config.json").is_file():
+            device = next(backbone.model.parameters()).device
+            rewards.sources.append(Source(spec, weight, RewardModel(spec, device=device, chat=chat)))
+        elif ":" in spec:
+            rewards.sources.append(Source(spec, weight, load_function(spec)))
+        else:
+            raise UserError(
+                f"reward {spec!r} is neither module:function, file.py:function, nor a folder with "
+                "adapter_config.json or config.json"
+            )
+    return rewards
+
+
+def read_stats(folder: Path) -> tuple[float, float]:
+    """(mean, std) of a reward adapter's raw scores on its training data; (0, 1) when none were stored."""
+    path = folder / STATS_FILE
+    if not path.is_file():
+        return 0.0, 1.0
+    try:
+        stats = json.loads(path.read_text())
+        mean, std = float(stats["mean"]), float(stats["std"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} must hold a mean and a std: {error}") from None
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise UserError(f"{path}: mean and std must be finite and std > 0, got {mean} and {std}")
+    return mean, std
+
+
+def write_stats(folder: Path, mean: float, std: float) -> None:
+    (folder / STATS_FILE).write_text(json.dumps({"mean": mean, "std": std}) + "\n")

@@ -1,0 +1,82 @@
+"""Checkpoints that are either whole or absent: written beside, flushed, checked, renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_fast.errors import UserError
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
+    """Write `folder`/step-N, then remove all but the newest `keep`. A kill at any moment loses nothing older."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target, staging = folder / f"step-{step}", folder / f".step-{step}.tmp"
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir()
+    torch.save(state, staging / "state.pt")
+    manifest = {"step": step, "sha256": _sha256(staging / "state.pt")}
+    (staging / "manifest.json").write_text(json.dumps(manifest))
+    for path in (staging / "state.pt", staging / "manifest.json", staging):
+        _flush(path)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(staging, target)
+    _flush(folder)
+    for old in list_checkpoints(folder)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first."""
+    return sorted(folder.glob("step-*"), key=_step, reverse=True)
+
+
+def load_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:
+    """(step, state) of one checkpoint; UserError when it is incomplete or its checksum is wrong."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        found = _sha256(path / "state.pt")
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"checkpoint {path} is incomplete: {error}") from None
+    if found != manifest["sha256"]:
+        raise UserError(f"checkpoint {path} is damaged: its checksum does not match")
+    return manifest["step"], torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+
+
+def newest_good_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, telling on stderr which ones were skipped; None when there is none."""
+    for path in list_checkpoints(folder):
+        try:
+            return load_checkpoint(path)
+        except UserError as error:
+            print(f"warning: {error}; trying the one before", file=sys.stderr)
+    return None
+
+
+def _step(path: Path) -> int:
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,166 @@
+"""Configuration: one flat set of keys, the same in YAML files and on the command line."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlhf_fast.errors import UserError
+
+
+class FromStage(BaseModel):
+    """`{from: NAME}`: what the stage NAME of the same run produced."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    stage: str = Field(alias="from")
+
+
+class Config(BaseModel):
+    """Keys that every algorithm has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    algorithm: str = Field(description="sft, reward_model, ppo, grpo or dpo")
+    model: str | FromStage = Field(description="model folder, adapter folder of an earlier run, or tiny (built by code)")
+    data: str = Field(description="examples: .jsonl, .csv or .parquet")
+    eval_data: str | None = Field(None, description="held-out examples; default: the last rows of data")
+    eval_size: int | None = Field(None, ge=1, description="rows held out; default: a tenth, at most 64")
+    output_dir: str = Field("run", description="run folder: adapters, metrics, samples, curves, checkpoints")
+    seed: int = 0
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
+    attn_implementation: str = Field("auto", description="auto: flash-attn where installed, on a GPU, else SDPA")
+
+    chat: Literal["auto"] | bool = Field("auto", description="chat template for plain prompts too (true), or never")
+    max_prompt_tokens: int | None = Field(None, ge=1, description="default: what the model's context leaves")
+    max_tokens: int | None = Field(None, ge=2, description="prompt + completion; default: the model's context")
+    truncate_prompts: bool = Field(False, description="cut long prompts at the front instead of stopping")
+
+    batch_size: int = Field(32, ge=1, description="sequences per step")
+    micro_batch_size: int | None = Field(None, ge=1, description="rows per pass; default: all of a minibatch")
+    steps: int = Field(100, ge=1, description="optimizer steps; for ppo and grpo, rollouts")
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="per role")
+    max_bad_steps: int = Field(5, ge=1, description="stop after so many non-finite updates in a row")
+
+    lora_rank: int = Field(8, ge=0, description="0 trains every weight (sft only)")
+    lora_alpha: float = Field(16, gt=0)
+    lora_targets: str | list[str] = "all-linear"
+    top_layers: int | None = Field(None, ge=1, description="adapters on the top layers only; the rest runs once")
+    gradient_checkpointing: bool = False
+
+    log_every: int = Field(10, ge=1, description="lines on a terminal that cannot show a progress bar")
+    save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+    report_to: Literal["none", "tensorboard"] = "tensorboard"
+
+
+class SamplingConfig(Config):
+    """Keys of the algorithms that sample completions and score them, if only to compare before and after."""
+
+    reward: str | FromStage | list[str | FromStage] | None = Field(
+        None, description="pkg.mod:function, file.py:function, a reward adapter or a reward model folder; or several"
+    )
+    reward_weights: list[float] | None = Field(None, description="one per reward; default 1")
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0, description="0: off. Truncated sampling biases the importance ratio")
+    top_p: float = Field(1.0, gt=0, le=1)
+    missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the reward of an unfinished completion")
+
+
+class RolloutConfig(SamplingConfig):
+    """Keys of the algorithms that learn from their own samples."""
+
+    reward: str | FromStage | list[str | FromStage] = Field(
+        description="pkg.mod:function, file.py:function, a reward adapter or a reward model folder; or several"
+    )
+    num_generations: int = Field(1, ge=1, description="completions per prompt; batch_size counts completions")
+    clip_eps_low: float = Field(0.2, gt=0)
+    clip_eps_high: float = Field(0.2, gt=0)
+    dual_clip: float | None = Field(None, gt=1)
+    ppo_epochs: int = Field(1, ge=1, description="passes over each rollout")
+    num_minibatches: int = Field(1, ge=1)
+    early_stop_kl: float | None = Field(None, gt=0, description="end a step's updates above this approximate KL")
+    reference_refresh_every: int | None = Field(None, ge=1, description="copy the policy to the reference")
+    reference_ema: float | None = Field(None, gt=0, lt=1, description="weight of the old reference at each step")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "RolloutConfig":
+        for name in ("num_generations", "num_minibatches"):
+            if self.batch_size % getattr(self, name):
+                raise ValueError(f"batch_size {self.batch_size} must be a multiple of {name} {getattr(self, name)}")
+        return self
+
+
+C = TypeVar("C", bound=Config)
+
+
+def parse(config_class: type[C], values: dict[str, Any], where: str = "") -> C:
+    """`values` checked against `config_class`; UserError names the first bad key, with the nearest good one."""
+    try:
+        return config_class.model_validate(values)
+    except ValidationError as errors:
+        raise UserError(where + _one_line(config_class, errors)) from None
+
+
+def _one_line(config_class: type[Config], errors: ValidationError) -> str:
+    # An unknown key first: the "missing" key beside it is usually the same typing error.
+    error = next((e for e in errors.errors() if e["type"] == "extra_forbidden"), errors.errors()[0])
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    key = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return unknown_key(key, config_class.model_fields)
+    if error["type"] == "missing":
+        return f"missing key {key!r} ({config_class.model_fields[key].description})"
+    return f"{key}: {message}, got {error['input']!r}"
+
+
+def unknown_key(key: str, known: Any) -> str:
+    """The sentence for a key that does not exist."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping; UserError with the line otherwise."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
+    return values
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """`key=value`, `--key=value` and `--key value` (dashes or underscores) as a mapping; values are YAML."""
+    overrides: dict[str, Any] = {}
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            if not word.startswith("--"):
+                raise UserError(f"do not understand {word!r}; write key=value or --key value")
+            if not queue or queue[0].startswith("--"):
+                raise UserError(f"--{key} needs a value")
+            value = queue.pop(0)
+        try:
+            overrides[key.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{key}: cannot read the value {value!r}") from None
+    return overrides

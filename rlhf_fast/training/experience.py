@@ -1,0 +1,162 @@
+"""Sampled completions with everything the update needs: log-probabilities, values, rewards; and their evaluation."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.data.batches import shuffled_indices
+from rlhf_fast.data.encoding import Prompt
+from rlhf_fast.models.backbone import Scores
+from rlhf_fast.ops.kl_estimate import kl_estimate
+from rlhf_fast.rollout import Rollout, roll_out
+from rlhf_fast.training.config import RolloutConfig, SamplingConfig
+from rlhf_fast.training.job import Job, random_state, seed_everything, set_random_state
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout and its scores.
+
+    lower: (B, T, D), the input of the first adapted layer, or None when that is the first layer.
+    scores: log-probabilities (B, T) of policy and reference, values (B, T) or None.
+    rewards: (B,) fp32, the weighted sum of the sources less the missing-EOS penalty. parts: each source's scores.
+    """
+
+    rollout: Rollout
+    lower: Tensor | None
+    scores: Scores
+    rewards: Tensor
+    parts: dict[str, Tensor]
+
+    @property
+    def kl(self) -> Tensor:
+        """(B, T): k1 estimate of the KL to the reference, 0 behind the mask."""
+        return kl_estimate(self.scores.logprobs, self.scores.ref_logprobs, estimator="k1")
+
+
+def prompts_of_step(job: Job, config: RolloutConfig, step: int) -> list[Prompt]:
+    """The step's prompts in the shuffled order, each num_generations times in a row."""
+    count = config.batch_size // config.num_generations
+    indices = shuffled_indices(len(job.train), config.seed, step * count, count)
+    return [job.train[i] for i in indices for _ in range(config.num_generations)]
+
+
+def collect(job: Job, config: SamplingConfig, prompts: Sequence[Prompt]) -> Experience:
+    """Sample a completion for each prompt and score all roles in one traversal (micro_batch_size rows at a time)."""
+    rollout = roll_out(
+        job.backbone, job.encoder.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+    )  # fmt: skip
+    lower, scores = score(job, config, rollout)
+    assert job.rewards is not None
+    total, parts = job.rewards(
+        [p.columns["prompt"] for p in prompts], rollout.completions, rollout.columns(), scores.scores
+    )
+    rewards = total - config.missing_eos_penalty * (~rollout.finished).float()
+    return Experience(rollout, lower, scores, rewards.to(job.device), parts)
+
+
+def score(job: Job, config: SamplingConfig, rollout: Rollout) -> tuple[Tensor | None, Scores]:
+    """The unadapted layers' output, computed once, and the scores of every role, in passes of few rows."""
+    batch = rollout.batch
+    size = config.micro_batch_size or len(batch)
+    lowers, passes = [], []
+    for start in range(0, len(batch), size):
+        rows = batch.rows(slice(start, start + size))
+        lower = job.backbone.lower(rows.input_ids, rows.attention_mask)
+        lowers.append(lower)
+        passes.append(
+            job.backbone.score(
+                rows.input_ids, rows.attention_mask, rows.mask, temperature=config.temperature, lower=lower
+            )
+        )
+    fields = [[getattr(p, name) for p in passes] for name in ("logprobs", "ref_logprobs", "values", "scores")]
+    joined = Scores(*(None if values[0] is None else torch.cat(values) for values in fields))
+    return (None if lowers[0] is None else torch.cat(lowers)), joined
+
+
+def minibatches(config: RolloutConfig, size: int) -> Iterator[tuple[Tensor, ...]]:
+    """One epoch over `size` shuffled rows: for each minibatch, its micro-batches' row indices."""
+    for rows in torch.randperm(size).chunk(config.num_minibatches):
+        yield rows.split(config.micro_batch_size or len(rows))
+
+
+def sum_metrics(parts: Sequence[tuple[dict[str, Tensor], Tensor]], count: Tensor) -> dict[str, Tensor]:
+    """Metrics of a minibatch from (metrics, tokens) of its micro-batches; losses already share the denominator."""
+    joined = {}
+    for name in parts[0][0]:
+        values = torch.stack([metrics[name].detach() for metrics, _ in parts])
+        if name == "ratio_max":
+            joined[name] = values.max()
+        elif name.endswith("loss") or name == "entropy":
+            joined[name] = values.sum()
+        else:
+            joined[name] = (values * torch.stack([tokens for _, tokens in parts])).sum() / count
+    return joined
+
+
+def move_reference(job: Job, config: RolloutConfig, step: int) -> None:
+    """Refresh the reference from the policy where the config says so."""
+    if config.reference_ema is not None:
+        job.backbone.lerp_adapter("reference", "policy", 1.0 - config.reference_ema)
+    if config.reference_refresh_every is not None and (step + 1) % config.reference_refresh_every == 0:
+        job.backbone.copy_adapter("policy", "reference")
+
+
+def rollout_metrics(experience: Experience) -> dict[str, float]:
+    """Means over the batch: reward, KL per completion (nats), length (tokens), share that ended with EOS."""
+    mask = experience.rollout.batch.mask
+    metrics = {
+        "reward": experience.rewards.mean(),
+        "reward_std": experience.rewards.std(correction=0),
+        "kl": experience.kl.sum(1).mean(),
+        "completion_length": mask.sum(1).float().mean(),
+        "finished": experience.rollout.finished.float().mean(),
+    }
+    if len(experience.parts) > 1:
+        metrics |= {f"reward/{name}": scores.mean() for name, scores in experience.parts.items()}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def samples_of(experience: Experience, count: int) -> list[dict[str, Any]]:
+    """The first `count` completions, as the run folder keeps them."""
+    rollout = experience.rollout
+    return [
+        {"prompt": p.text, "completion": c, "reward": float(r)}
+        for p, c, r, _ in zip(rollout.prompts, rollout.completions, experience.rewards, range(count), strict=False)
+    ]
+
+
+def evaluate_policy(job: Job, config: SamplingConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Sample held-out prompts with a seed of their own: mean and standard error of reward and KL, and samples.
+
+    The training run's random states are left as they were.
+    """
+    with separate_randomness(config.seed + 1):
+        experience = collect(job, config, prompts)
+    kl = experience.kl.sum(1)
+    root = len(kl) ** 0.5
+    metrics = {
+        "reward": experience.rewards.mean(),
+        "reward_se": experience.rewards.std(correction=1 if len(kl) > 1 else 0) / root,
+        "kl": kl.mean(),
+        "kl_se": kl.std(correction=1 if len(kl) > 1 else 0) / root,
+        "completion_length": experience.rollout.batch.mask.sum(1).float().mean(),
+        "finished": experience.rollout.finished.float().mean(),
+    }
+    return {"metrics": {n: float(v) for n, v in metrics.items()}, "samples": samples_of(experience, 5)}
+
+
+@contextmanager
+def separate_randomness(seed: int) -> Iterator[None]:
+    """Every generator is seeded inside and put back after."""
+    state = random_state()
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -1,0 +1,88 @@
+"""What an algorithm works on, and the part of it that a resumed run needs."""
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+
+from rlhf_fast.data.encoding import Encoder
+from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.rewards import Rewards
+
+FULL = "model"  # the optimizer key when every weight of the model trains
+
+
+@dataclass
+class Job:
+    """A model with its roles, encoded data, optimizers by role, and the scalars that change while training."""
+
+    backbone: Backbone
+    encoder: Encoder
+    train: list[Any]
+    held_out: list[Any]
+    optimizers: dict[str, torch.optim.Optimizer]
+    rewards: Rewards | None = None
+    counters: dict[str, float] = field(default_factory=lambda: {"bad_steps": 0})
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.model.parameters()).device
+
+    def changing_adapters(self) -> list[str]:
+        """The adapters that this run trains or moves."""
+        names = [*self.optimizers, "reference"]
+        return [name for name in names if name in self.backbone.adapters]
+
+
+def capture(job: Job) -> dict[str, Any]:
+    """Weights, optimizer states, random states and counters: all that the next step depends on."""
+    state: dict[str, Any] = {
+        "adapters": {name: job.backbone.snapshot(name) for name in job.changing_adapters()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in job.optimizers.items()},
+        "counters": dict(job.counters),
+        "random": random_state(),
+    }
+    if FULL in job.optimizers:
+        state["model"] = job.backbone.model.state_dict()
+    return state
+
+
+def restore(job: Job, state: dict[str, Any]) -> None:
+    """Put a captured state back, bit for bit."""
+    for name, snapshot in state["adapters"].items():
+        job.backbone.restore(name, snapshot)
+    if FULL in job.optimizers:
+        job.backbone.model.load_state_dict(state["model"])
+    for name, optimizer in job.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    job.counters.update(state["counters"])
+    set_random_state(state["random"])
+
+
+def random_state() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, as plain values and tensors."""
+    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put `random_state()` back."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,87 @@
+"""What a run shows at its end: curves as a PNG and a before/after table."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_fast.training.run import read_jsonl
+
+PANELS = {
+    "reward": ("reward",),
+    "KL to the reference, nats per completion": ("kl",),
+    "loss": ("loss", "policy_loss", "value_loss"),
+    "accuracy": ("accuracy",),
+    "entropy, nats per token": ("entropy",),
+    "completion length, tokens": ("completion_length",),
+}
+
+
+def plot_curves(folder: Path) -> Path | None:
+    """Write curves.png from metrics.jsonl; None when no step was logged."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_jsonl(folder / "metrics.jsonl")
+    panels = {title: [n for n in names if rows and n in rows[-1]] for title, names in PANELS.items()}
+    panels = {title: names for title, names in panels.items() if names}
+    if not panels:
+        return None
+    columns = min(2, len(panels))
+    height = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(height, columns, figsize=(5 * columns, 3 * height), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        for name in names:
+            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=110)
+    pyplot.close(figure)
+    return folder / "curves.png"
+
+
+def print_report(console: Console, title: str, folder: Path) -> None:
+    """The held-out evaluations before and after training, side by side, and where everything is."""
+    evaluations = read_jsonl(folder / "eval.jsonl")
+    if len(evaluations) >= 2:
+        before, after = evaluations[0], evaluations[-1]
+        table = Table(title=f"{title}: held-out data, before and after {after['step']} steps")
+        for column in ("", "before", "after"):
+            table.add_column(column, justify="left" if not column else "right")
+        for name in before["metrics"]:
+            if not name.endswith("_se"):
+                table.add_row(name, _value(before["metrics"], name), _value(after["metrics"], name))
+        console.print(table)
+        if after["samples"]:
+            console.print(_samples(before["samples"], after["samples"]))
+    curves = plot_curves(folder)
+    if curves is not None:
+        console.print(Text(f"curves: {curves}    run folder: {folder}"))
+
+
+def _value(metrics: dict[str, float], name: str) -> str:
+    error = metrics.get(f"{name}_se")
+    return f"{metrics[name]:.3f}" + (f" +- {error:.3f}" if error is not None else "")
+
+
+def _samples(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Table:
+    table = Table(title="samples", show_lines=True)
+    for column in ("prompt", "before", "after"):
+        table.add_column(column, overflow="fold")
+    for old, new in zip(before, after, strict=True):
+        table.add_row(*(Text(s) for s in (old["prompt"], _scored(old), _scored(new))))
+    return table
+
+
+def _scored(sample: dict[str, Any]) -> str:
+    return f"{sample['completion']}  [{sample['reward']:.2f}]"

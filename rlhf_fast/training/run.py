@@ -1,0 +1,201 @@
+"""The run folder: configuration, metrics, samples, checkpoints, and how a run is started, stopped and resumed.
+
+    config.yaml  metrics.jsonl  samples.jsonl  eval.jsonl  curves.png  tensorboard/  checkpoints/step-N/
+    and the adapters in PEFT's format: the policy at the top, critic/ reward/ reference/ beside it
+"""
+
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import yaml
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.training.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
+from rlhf_fast.training.config import Config
+from rlhf_fast.training.job import Job, capture, restore
+
+CONFIG_FILE = "config.yaml"
+# What may differ between a run and its continuation.
+FREE_KEYS = {"steps", "log_every", "save_every", "keep_checkpoints", "report_to", "output_dir", "micro_batch_size"}
+SHOWN = ("loss", "policy_loss", "accuracy", "reward", "kl", "tokens_per_second")
+
+
+class Stopped(Exception):
+    """The run was asked to end by a signal, and saved itself first."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """UserError when a run may not use `folder`. Touches nothing."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not resume and not overwrite:
+        raise UserError(
+            f"output_dir {folder} is not empty: continue with --resume auto, replace it with --overwrite, "
+            "or choose another output_dir"
+        )
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"output_dir {folder} has no {CONFIG_FILE}, so it is no run folder; it is left as it is")
+
+
+def claim_folder(folder: Path, values: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Make `folder` hold this run: emptied with `overwrite`, compared with its config.yaml with `resume`."""
+    check_folder(folder, resume=resume, overwrite=overwrite)
+    path = folder / CONFIG_FILE
+    if resume and path.is_file():
+        _check_same(yaml.safe_load(path.read_text(encoding="utf-8")), values, path)
+    elif overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    for key in sorted({*old, *new} - FREE_KEYS):
+        if old.get(key) != new.get(key):
+            raise UserError(f"cannot resume: {key} is {new.get(key)!r}, but {path} has {old.get(key)!r}")
+
+
+class Run:
+    """An open run folder. As a context manager it also owns the signal handlers and the progress bar."""
+
+    def __init__(self, config: Config, job: Job, *, resume: str | None, overwrite: bool) -> None:
+        self.config, self.job, self.folder = config, job, Path(config.output_dir)
+        checkpoint = _find_checkpoint(self.folder, resume)
+        if checkpoint is not None and checkpoint[0] > config.steps:
+            raise UserError(f"cannot resume: the checkpoint is at step {checkpoint[0]}, steps is {config.steps}")
+        values = config.model_dump(mode="json", by_alias=True)
+        claim_folder(self.folder, values, resume=resume is not None, overwrite=overwrite)
+        self.start = 0
+        if checkpoint is not None:
+            self.start, state = checkpoint
+            restore(job, state)
+        for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
+            _forget_after(self.folder / name, self.start if checkpoint else -1)
+        self.writer = _tensorboard(self.folder, self.start) if config.report_to == "tensorboard" else None
+        self.signal = 0
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), disable=not sys.stdout.isatty(),
+        )  # fmt: skip
+        self.task: TaskID = self.progress.add_task(config.algorithm, total=config.steps, completed=self.start, shown="")
+        self.clock = time.perf_counter()
+
+    def __enter__(self) -> "Run":
+        # A first signal ends the run after its current step; a second one is the default: at once.
+        self.handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.progress.stop()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.writer is not None:
+            self.writer.close()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, self.handlers[number])
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do, from 0; saves a checkpoint where one is due, and when a signal ends the run."""
+        for step in range(self.start, self.config.steps):
+            self.clock = time.perf_counter()
+            yield step
+            done = step + 1
+            if done % self.config.save_every == 0 or done == self.config.steps or self.signal:
+                state = capture(self.job)
+                save_checkpoint(self.folder / "checkpoints", done, state, keep=self.config.keep_checkpoints)
+            if self.signal and done < self.config.steps:
+                raise Stopped(
+                    f"stopped after step {done} of {self.config.steps}; the checkpoint is saved: "
+                    "the same command with --resume auto continues",
+                    128 + self.signal,
+                )
+
+    def log(self, step: int, metrics: dict[str, float], *, tokens: int) -> None:
+        """Record the metrics of a finished step (from 0), which worked on `tokens` tokens."""
+        seconds = time.perf_counter() - self.clock
+        metrics = {**metrics, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        _append(self.folder / "metrics.jsonl", {"step": step + 1, **metrics})
+        if self.writer is not None:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step + 1)
+        shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+        self.progress.update(self.task, completed=step + 1, shown=shown)
+        last = step + 1 == self.config.steps
+        if self.progress.disable and (last or step == self.start or (step + 1) % self.config.log_every == 0):
+            print(f"{self.config.algorithm} {step + 1}/{self.config.steps}  {shown}", flush=True)
+
+    def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        for sample in samples:
+            _append(self.folder / "samples.jsonl", {"step": step + 1, **sample})
+
+    def evaluation(self, done: int, result: dict[str, Any]) -> None:
+        """Record an evaluation made after `done` steps."""
+        _append(self.folder / "eval.jsonl", {"step": done, **result})
+        if self.writer is not None:
+            for name, value in result["metrics"].items():
+                self.writer.add_scalar(f"eval/{name}", value, done)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _find_checkpoint(folder: Path, resume: str | None) -> tuple[int, dict[str, Any]] | None:
+    if resume is None:
+        return None
+    if resume == "auto":
+        return newest_good_checkpoint(folder / "checkpoints")
+    path = Path(resume)
+    if (path / "manifest.json").is_file():
+        return load_checkpoint(path)
+    found = newest_good_checkpoint(path / "checkpoints")
+    if found is None:
+        raise UserError(f"--resume {resume}: no checkpoint there")
+    return found
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop what an interrupted run recorded past its checkpoint, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _append(path: Path, values: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def _tensorboard(folder: Path, start: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+
+def write_summary(folder: Path) -> None:
+    """summary.json: the last evaluation. Its presence says that the run finished."""
+    (folder / "summary.json").write_text(json.dumps(read_jsonl(folder / "eval.jsonl")[-1], indent=1) + "\n")

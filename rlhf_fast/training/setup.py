@@ -1,0 +1,143 @@
+"""From a config to a model with roles and encoded examples: everything that can fail on bad input."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_fast.data.encoding import Encoder, Prompt, load_tokenizer
+from rlhf_fast.data.reading import Row, read_rows, require_columns
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.models.loading import load_model
+from rlhf_fast.models.peft_io import base_of, load_adapter
+from rlhf_fast.rewards import AdapterSource, Rewards, load_rewards
+from rlhf_fast.training.config import Config, FromStage, RolloutConfig, SamplingConfig
+from rlhf_fast.training.experience import collect, separate_randomness
+from rlhf_fast.training.job import Job
+from rlhf_fast.training.optim import adamw
+
+def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
+    """The backbone without roles, its tokenizer, and the adapter folder when config.model is one."""
+    if isinstance(config.model, FromStage):
+        raise UserError(f"model: {{from: {config.model.stage}}} needs `stages`")
+    device = _device(config)
+    dtype = _dtype(config, device)
+    if config.model == "tiny":
+        from rlhf_fast.models.tiny import tiny
+
+        model, tokenizer = tiny(config.seed)
+        return Backbone(model.to(device=device, dtype=dtype)), tokenizer, None
+    adapter = config.model if (Path(config.model) / "adapter_config.json").is_file() else None
+    base = base_of(adapter) if adapter else config.model
+    model = load_model(base, dtype=dtype, attn_implementation=config.attn_implementation, device=device)
+    return Backbone(model), load_tokenizer(base), adapter
+
+
+def add_trained_adapter(backbone: Backbone, name: str, config: Config, saved: str | None) -> None:
+    """The trainable adapter `name`: fresh, or continued from the folder `saved`."""
+    if saved:
+        load_adapter(backbone, name, saved, trainable=True)
+        return
+    if config.lora_rank < 1:
+        raise UserError(f"{config.algorithm} trains an adapter: lora_rank must be at least 1 (0 is for sft)")
+    backbone.add_adapter(
+        name, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets,
+        top_layers=config.top_layers, seed=config.seed,
+    )  # fmt: skip
+
+
+def add_policy(backbone: Backbone, config: Config, saved: str | None, *, moving_reference: bool = False) -> None:
+    """The policy, and the reference: the base model itself, or a frozen copy of the policy where the policy starts
+    from a saved adapter or the reference will move."""
+    add_trained_adapter(backbone, "policy", config, saved)
+    if saved or moving_reference:
+        backbone.add_adapter("reference", copy_of="policy", trainable=False)
+
+
+def add_rewards(backbone: Backbone, config: SamplingConfig, columns: Sequence[str]) -> Rewards | None:
+    """The sources of config.reward. One that an earlier stage has yet to train is a fresh adapter in its place."""
+    if config.reward is None:
+        return None
+    specs = config.reward if isinstance(config.reward, list) else [config.reward]
+    weights = config.reward_weights or [1.0] * len(specs)
+    if len(weights) != len(specs):
+        raise UserError(f"reward_weights has {len(weights)} entries for {len(specs)} rewards")
+    saved = {spec: weight for spec, weight in zip(specs, weights, strict=True) if isinstance(spec, str)}
+    rewards = load_rewards(saved, backbone, chat=config.chat is True)
+    rewards.check_columns(columns)
+    if len(saved) < len(specs):
+        backbone.add_adapter("reward", rank=config.lora_rank, top_layers=config.top_layers, trainable=False)
+        backbone.add_head("reward", trainable=False)
+        rewards.adapter = AdapterSource("reward", 1.0, 0.0, 1.0)
+    return rewards
+
+
+def build_encoder(config: Config, backbone: Backbone, tokenizer: Any, *, new_tokens: int = 0) -> Encoder:
+    """The encoder with its budgets: the model's context, less what will be generated."""
+    context = getattr(backbone.model.config, "max_position_embeddings", None) or 1 << 20
+    max_tokens = min(config.max_tokens or context, context)
+    if new_tokens >= max_tokens:
+        raise UserError(f"max_new_tokens {new_tokens} leaves no room for a prompt in {max_tokens} tokens")
+    prompt_budget = min(config.max_prompt_tokens or max_tokens, max_tokens - new_tokens)
+    return Encoder(tokenizer, prompt_budget, max_tokens, config.chat, config.truncate_prompts)
+
+
+def load_rows(config: Config, layouts: Sequence[Sequence[str]]) -> tuple[list[Row], list[Row]]:
+    """(training, held-out) rows of config.data and config.eval_data, which must have one of the column layouts."""
+    rows = read_rows(config.data)
+    require_columns(rows, layouts, config.algorithm)
+    if config.eval_data is not None:
+        held_out = read_rows(config.eval_data)
+        require_columns(held_out, layouts, config.algorithm)
+        return rows, held_out[: config.eval_size]
+    size = max(1, min(64, len(rows) // 10)) if config.eval_size is None else config.eval_size
+    if size >= len(rows):
+        raise UserError(f"{config.data} has {len(rows)} rows; holding out {size} (eval_size) leaves none to train on")
+    return rows[:-size], rows[-size:]
+
+
+def prepare_rollouts(config: RolloutConfig) -> Job:
+    """What ppo and grpo start from: policy, reference, rewards and prompts, tried on two short completions."""
+    train, held_out = load_rows(config, [("prompt",)])
+    backbone, tokenizer, saved = build_model(config)
+    moving = config.reference_ema is not None or config.reference_refresh_every is not None
+    add_policy(backbone, config, saved, moving_reference=moving)
+    backbone.enable_checkpointing(config.gradient_checkpointing)
+    encoder = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
+    job = Job(
+        backbone,
+        encoder,
+        train=[encoder.prompt(row) for row in train],
+        held_out=[encoder.prompt(row) for row in held_out],
+        optimizers={"policy": adamw(backbone.parameters_of("policy"), config)},
+        rewards=add_rewards(backbone, config, columns=list(train[0].values)),
+    )
+    try_rewards(job, config, job.held_out)
+    return job
+
+
+def try_rewards(job: Job, config: SamplingConfig, prompts: list[Prompt]) -> None:
+    """Score two short completions: a reward that cannot work fails here, before any folder is touched."""
+    with separate_randomness(config.seed):
+        collect(job, config.model_copy(update={"max_new_tokens": min(8, config.max_new_tokens)}), prompts[:2])
+
+
+def _device(config: Config) -> torch.device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _dtype(config: Config, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        # Training all weights in bfloat16 would round small updates away.
+        return torch.bfloat16 if config.lora_rank > 0 and device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
