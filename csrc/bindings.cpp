@@ -5,6 +5,8 @@
 #include <array>
 
 #include "cpu/gae.h"
+#include "cpu/kl_estimate.h"
+#include "cpu/losses.h"
 #include "cpu/token_logprobs.h"
 #if defined(RLHF_FAST_WITH_CUDA)
 #include "cuda/gae.h"
@@ -36,6 +38,12 @@ cpu::Gae gae_call(Address rewards, Address values, int dtype, const std::array<i
                   const std::array<Address, 2>& outputs) {
   return {at<>(rewards), at<>(values), DType(dtype), sizes[0], sizes[1], sizes[2], sizes[3], at<uint8_t>(mask),
           at<int64_t>(cu_seqlens), at<>(bootstrap), gamma, lam, at<>(outputs[0]), at<>(outputs[1])};
+}
+
+// address, type code, row stride, column stride
+using PlaneArguments = std::tuple<Address, int, int64_t, int64_t>;
+cpu::Plane plane(const PlaneArguments& p) {
+  return {at<>(std::get<0>(p)), DType(std::get<1>(p)), std::get<2>(p), std::get<3>(p)};
 }
 
 }  // namespace
@@ -107,4 +115,27 @@ PYBIND11_MODULE(_native, m) {
       },
       Release());
 #endif
+
+  // variant: a functor of math/losses.h; outputs = loss, means, then one gradient coefficient per differentiable input
+  m.def(
+      "masked_loss",
+      [](const std::string& variant, const std::vector<PlaneArguments>& inputs, Address mask, Address denominator,
+         std::array<double, 3> parameters, int64_t rows, int64_t columns, bool is_double,
+         const std::vector<Address>& outputs, int threads) {
+        cpu::Loss op{{}, at<uint8_t>(mask), at<>(denominator), parameters, rows, columns, is_double,
+                     at<>(outputs[0]), at<>(outputs[1]), {}};
+        for (const auto& input : inputs) op.inputs.push_back(plane(input));
+        for (size_t k = 2; k < outputs.size(); ++k) op.coefficients.push_back(at<>(outputs[k]));
+        cpu::masked_loss(variant, op, threads);
+      },
+      Release());
+  m.def(
+      "kl_estimate",
+      [](const std::string& estimator, const PlaneArguments& logprobs, const PlaneArguments& ref_logprobs,
+         int64_t rows, int64_t columns, bool is_double, Address value, Address derivative, int threads) {
+        cpu::kl_estimate(estimator,
+                         {plane(logprobs), plane(ref_logprobs), rows, columns, is_double, at<>(value), at<>(derivative)},
+                         threads);
+      },
+      Release());
 }

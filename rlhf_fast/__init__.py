@@ -1,8 +1,23 @@
 """rlhf_fast: fused kernels and a lean training loop for preference learning."""
 
 from rlhf_fast.backends import BackendError, use_backend
+from rlhf_fast.ops.kl_estimate import kl_estimate
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
+from rlhf_fast.ops.policy_loss import policy_loss
+from rlhf_fast.ops.preference_loss import preference_loss
+from rlhf_fast.ops.reward_loss import reward_loss
 from rlhf_fast.ops.token_logprobs import token_logprobs
+from rlhf_fast.ops.value_loss import value_loss
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "linear_logprobs", "token_logprobs", "use_backend"]
+__all__ = [
+    "BackendError",
+    "kl_estimate",
+    "linear_logprobs",
+    "policy_loss",
+    "preference_loss",
+    "reward_loss",
+    "token_logprobs",
+    "use_backend",
+    "value_loss",
+]

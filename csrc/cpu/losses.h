@@ -1,0 +1,25 @@
+// Masked means of elementwise losses, with gradients and metrics, in one pass over the inputs.
+#pragma once
+#include <array>
+#include <string>
+#include <vector>
+
+#include "cpu/plane.h"
+
+namespace rlhf::cpu {
+
+struct Loss {
+  std::vector<Plane> inputs;  // (rows, columns) each, in the order of the functor (math/losses.h)
+  const uint8_t* mask;        // (rows, columns) or null; inputs with 0 do not count
+  const void* denominator;    // one number, or null for the count of the mask
+  std::array<double, 3> parameters;
+  int64_t rows, columns;
+  bool is_double;      // whether everything below (and `denominator`) is double or float
+  void *loss, *means;  // one number; four metrics and the denominator
+  std::vector<void*> coefficients;  // (rows, columns) each: d (loss * denominator) / d input k
+};
+
+// Throws std::invalid_argument for an unknown variant.
+void masked_loss(const std::string& variant, const Loss& op, int threads);
+
+}  // namespace rlhf::cpu

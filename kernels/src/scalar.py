@@ -1,0 +1,43 @@
+"""Scalar functions without cancellation or overflow, for Triton kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log1p(x):
+    # The rounding error of 1 + x is put back (Kahan).
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x))"""
+    return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x))"""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def exp_minus_1_minus(x):
+    """exp(x) - 1 - x: near 0, where it is x^2 / 2, a Taylor series whose first term left out is below 2^-53."""
+    near = tl.abs(x) < 0.5
+    small = tl.where(near, x, 0.0)
+    series = small * 0.0 + 1.0
+    for i in tl.static_range(13):
+        series = 1.0 + series * small * (1.0 / (15 - i))
+    return tl.where(near, 0.5 * small * small * series, (tl.exp(x) - 1.0) - x)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1"""
+    return tl.where(tl.abs(x) < 0.5, exp_minus_1_minus(x) + x, tl.exp(x) - 1.0)

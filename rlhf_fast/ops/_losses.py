@@ -1,0 +1,166 @@
+"""What the elementwise losses share: masked means over a (possibly global) denominator, one kernel, one backward.
+
+The kernel makes the loss, the metrics and d (loss * denominator) / d input of every element in one pass over the
+inputs; backward is one scale. It takes a loss variant as a function: math/losses.h in C++, kernels/losses.py in
+Triton. The sums are made in two stages over partial sums whose number depends on the input's size alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.backends import DTYPE_CODES, address, native, threads
+from rlhf_fast.ops import _check
+
+Implementation = Callable[[str, list[Tensor], Tensor | None, Tensor | None, list[float], list[Tensor]], None]
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+
+
+def plane(tensor: Tensor) -> Tensor:
+    """The (rows, columns) view of a tensor of one or two dimensions."""
+    return tensor[None] if tensor.dim() == 1 else tensor
+
+
+def per_token_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
+    """The shape of `tensor`, which must be padded (B, T) or packed (N,)."""
+    if tensor.dim() not in (1, 2):
+        raise ValueError(f"{name} must be (B, T) or (N,), got {tuple(tensor.shape)}")
+    return tuple(tensor.shape)
+
+
+def floats(shape: tuple[int, ...], meaning: str, **tensors: Tensor) -> None:
+    """Every tensor must be floating, of exactly `shape` and on one device."""
+    first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        _check.shaped(name, _check.floating(name, tensor), shape, meaning)
+    _check.same_device(first, *tensors.items())
+
+
+def denominator_tensor(denominator: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """A 0-d tensor of the compute dtype, without synchronising. Raises for a number that is not positive."""
+    dtype = _check.compute_dtype(like.dtype)
+    if denominator is None:
+        return None
+    if not isinstance(denominator, Tensor):
+        return like.new_full((), _check.positive("denominator", denominator), dtype=dtype)
+    _check.shaped("denominator", denominator, (), "a number or a 0-d tensor")
+    _check.same_device(("denominator", denominator), ("the inputs", like))
+    return denominator.detach().to(dtype)
+
+
+# --- The reference's two steps ----------------------------------------------------------------------------------------
+
+
+def counted(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, 0 behind the mask: what stands there never gets through, NaN included."""
+    x = x.to(dtype)
+    return x if mask is None else torch.where(mask != 0, x, torch.zeros_like(x))
+
+
+def mean(x: Tensor, mask: Tensor | None, denominator: Tensor | None) -> Tensor:
+    """sum of x over the mask / denominator, which is the count of the mask by default; 0 where nothing counts."""
+    if denominator is None:
+        denominator = torch.ones_like(x) if mask is None else mask.to(x.dtype)
+        denominator = denominator.sum()
+    return counted(x, mask, x.dtype).sum() / torch.where(denominator == 0, 1, denominator)
+
+
+# --- The implementations ----------------------------------------------------------------------------------------------
+
+
+def cpu(variant: str, inputs: list[Tensor], mask: Tensor | None, denominator: Tensor | None, parameters: list[float],
+        outputs: list[Tensor]) -> None:  # fmt: skip
+    """Fills outputs = [loss (), means (5,), a gradient coefficient (rows, columns) per differentiable input]."""
+    planes = [(address(x), DTYPE_CODES[x.dtype], *x.stride()) for x in inputs]
+    native().masked_loss(
+        variant, planes, address(mask), address(denominator), parameters, *inputs[0].shape,
+        outputs[0].dtype == torch.float64, [address(x) for x in outputs], threads(),
+    )  # fmt: skip
+
+
+def triton(*args: Any) -> None:
+    """The same in Triton."""
+    from rlhf_fast.kernels import losses as kernels
+
+    kernels.masked_loss(*args)
+
+
+# --- The registered ops -----------------------------------------------------------------------------------------------
+
+
+def register(op: str, impls: dict[str, Implementation], gradients: int) -> None:
+    """Registers ``rlhf_fast::<op>``, which differentiates the first `gradients` of its inputs.
+
+    (inputs [(rows, columns)], mask, denominator, variant, parameters, backend)
+        -> [loss (), means (5,): four metrics and the denominator, a coefficient (rows, columns) per gradient]
+    """
+
+    def empty(inputs: Sequence[Tensor]) -> list[Tensor]:
+        new, dtype = inputs[0].new_empty, _check.compute_dtype(inputs[0].dtype)
+        coefficients = [new(inputs[0].shape, dtype=dtype) for _ in range(gradients)]
+        return [new((), dtype=dtype), new((5,), dtype=dtype), *coefficients]
+
+    @torch.library.custom_op(f"rlhf_fast::{op}", mutates_args=())
+    def forward(inputs: list[Tensor], mask: Tensor | None, denominator: Tensor | None, variant: str,
+                parameters: list[float], backend: str) -> list[Tensor]:  # fmt: skip
+        outputs = empty(inputs)
+        impls[backend](variant, inputs, mask, denominator, parameters, outputs)
+        return outputs
+
+    @forward.register_fake
+    def _(inputs, mask, denominator, variant, parameters, backend):
+        return empty(inputs)
+
+    def setup_context(ctx, inputs, output):
+        _, means, *coefficients = output
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [x.dtype for x in inputs[0]]
+        ctx.save_for_backward(means, *coefficients)
+
+    def autograd(ctx, grads):
+        means, *coefficients = ctx.saved_tensors
+        scale = None if grads[0] is None else grads[0] / means[4]
+        results: list[Tensor | None] = [None] * len(ctx.dtypes)
+        if scale is not None:
+            for k, coefficient in enumerate(coefficients):
+                results[k] = scaled_gradient(coefficient, scale, ctx.dtypes[k])
+        return results, None, None, None, None, None
+
+    forward.register_autograd(autograd, setup_context=setup_context)
+
+
+def call(
+    op: str,
+    inputs: Sequence[Tensor],
+    mask: Tensor | None,
+    denominator: Tensor | None,
+    variant: str,
+    parameters: Sequence[float],
+    backend: str,
+    metrics: Sequence[str],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Runs ``rlhf_fast::<op>``: the loss, and its metrics by name (0-d, detached)."""
+    padded = [*parameters, *[0.0] * (3 - len(parameters))]  # every kernel takes three
+    run = getattr(torch.ops.rlhf_fast, op)
+    mask = None if mask is None else plane(mask)
+    loss, means, *_ = run([plane(x) for x in inputs], mask, denominator, variant, padded, backend)
+    means = means.detach()
+    return loss, {name: means[k] for k, name in enumerate(metrics)}
+
+
+# An op of its own, without a derivative: differentiating twice raises instead of taking the coefficient for a constant.
+@torch.library.custom_op("rlhf_fast::scaled_gradient", mutates_args=())
+def scaled_gradient(coefficient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """coefficient * scale in `dtype`."""
+    return (coefficient * scale).to(dtype)
+
+
+@scaled_gradient.register_fake
+def _(coefficient, scale, dtype):
+    return torch.empty_like(coefficient, dtype=dtype)

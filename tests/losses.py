@@ -1,0 +1,59 @@
+"""What the tests of every elementwise loss share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tests.numerics import assert_contract
+
+BACKENDS = ["reference", "cpu", "triton"]
+KERNELS = ["cpu", "triton"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# one token, odd, ragged against every block size
+SHAPES = [(1, 1), (17, 3), (5, 331)]
+
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+def draw(shape: Sequence[int], count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=g).to(dtype) for _ in range(count)]
+
+
+def ragged(shape: Sequence[int]) -> Tensor:
+    """A mask whose row b counts its first (7 b) % T + 1 tokens."""
+    return torch.arange(shape[1])[None] < (7 * torch.arange(shape[0]) % shape[1] + 1)[:, None]
+
+
+def evaluate(loss: Loss, inputs: Sequence[Tensor], trained: int) -> dict[str, Tensor]:
+    """The loss, its metrics and the gradients of the first `trained` inputs."""
+    leaves = [x.detach().requires_grad_(k < trained) for k, x in enumerate(inputs)]
+    value, metrics = loss(*leaves)
+    value.backward()
+    gradients = {f"gradient {k}": leaves[k].grad for k in range(trained)}
+    return {"loss": value.detach(), **metrics, **gradients}
+
+
+def assert_keeps_contract(loss: Loss, eager: Loss, inputs: Sequence[Tensor], trained: int) -> None:
+    """`loss` beside the `eager` that a user would have written, in the same dtype and in fp64."""
+    got, plain = evaluate(loss, inputs, trained), evaluate(eager, inputs, trained)
+    exact = evaluate(eager, [x.double() for x in inputs], trained)
+    for name, value in got.items():
+        assert_contract(name, value, plain[name], exact[name].double())
+    for k in range(trained):
+        assert got[f"gradient {k}"].dtype == inputs[k].dtype
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def compiled(function: Callable) -> Callable:
+    """`function` as one whole graph; what earlier tests compiled does not count against the recompile limit."""
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
