@@ -5,9 +5,12 @@
 #include <array>
 
 #include "cpu/gae.h"
+#include "cpu/group_advantages.h"
 #include "cpu/kl_estimate.h"
 #include "cpu/losses.h"
+#include "cpu/shaped_rewards.h"
 #include "cpu/token_logprobs.h"
+#include "cpu/whiten.h"
 #if defined(RLHF_FAST_WITH_CUDA)
 #include "cuda/gae.h"
 #include "cuda/token_logprobs.h"
@@ -136,6 +139,39 @@ PYBIND11_MODULE(_native, m) {
         cpu::kl_estimate(estimator,
                          {plane(logprobs), plane(ref_logprobs), rows, columns, is_double, at<>(value), at<>(derivative)},
                          threads);
+      },
+      Release());
+
+  m.def(
+      "shaped_rewards",
+      [](Address scores, Address kl, int dtype, std::array<int64_t, 3> sizes, Address mask, double kl_coef, double clip,
+         Address rewards, int threads) {
+        cpu::shaped_rewards({at<>(scores), at<>(kl), DType(dtype), sizes[0], sizes[1], sizes[2], at<uint8_t>(mask),
+                             kl_coef, clip, at<>(rewards)},
+                            threads);
+      },
+      Release());
+  m.def(
+      "whiten_moments",
+      [](Address x, int dtype, int64_t count, Address mask, Address moments, int64_t parts, int threads) {
+        cpu::whiten_moments({at<>(x), DType(dtype), count, at<uint8_t>(mask)}, at<double>(moments), parts, threads);
+      },
+      Release());
+  m.def(
+      "whiten",
+      [](Address x, int dtype, int64_t count, Address mask, Address moments, int64_t parts, bool shift_mean, double eps,
+         Address out, int threads) {
+        cpu::whiten({at<>(x), DType(dtype), count, at<uint8_t>(mask)}, at<double>(moments), parts, shift_mean, eps,
+                    at<>(out), threads);
+      },
+      Release());
+  m.def(
+      "group_advantages",
+      [](Address rewards, int dtype, int64_t groups, int64_t group_size, Address order, Address offsets, int kind,
+         double eps, Address advantages, int threads) {
+        cpu::group_advantages({at<>(rewards), DType(dtype), groups, group_size, at<int64_t>(order),
+                               at<int64_t>(offsets), kind, eps, at<>(advantages)},
+                              threads);
       },
       Release());
 }

@@ -1,23 +1,34 @@
 """rlhf_fast: fused kernels and a lean training loop for preference learning."""
 
 from rlhf_fast.backends import BackendError, use_backend
+from rlhf_fast.ops.gae import discounted_returns, gae
+from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.kl_estimate import kl_estimate
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
+from rlhf_fast.ops.lora_linear import lora_linear
 from rlhf_fast.ops.policy_loss import policy_loss
 from rlhf_fast.ops.preference_loss import preference_loss
 from rlhf_fast.ops.reward_loss import reward_loss
+from rlhf_fast.ops.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.token_logprobs import token_logprobs
 from rlhf_fast.ops.value_loss import value_loss
+from rlhf_fast.ops.whiten import whiten
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
+    "discounted_returns",
+    "gae",
+    "group_advantages",
     "kl_estimate",
     "linear_logprobs",
+    "lora_linear",
     "policy_loss",
     "preference_loss",
     "reward_loss",
+    "shaped_rewards",
     "token_logprobs",
     "use_backend",
     "value_loss",
+    "whiten",
 ]

@@ -1,0 +1,98 @@
+#include "cpu/whiten.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/simd.h"
+#include "math/moments.h"
+
+namespace rlhf::cpu {
+namespace {
+
+constexpr int64_t kBlock = 4096;  // numbers at a time: read once from memory, then from the cache
+
+// Of one block. Distances from its first number, so that equal numbers have exactly that mean and no deviation.
+template <typename T> RLHF_INLINE Moments<double> block_moments(const T* x, const uint8_t* mask, int64_t n) {
+  using C = typename Compute<T>::type;
+  int64_t start = 0;
+  while (mask && start < n && !mask[start]) ++start;
+  if (start == n) return {0, 0, 0};
+  const C first = load(x[start]);
+  C sum = 0, m2 = 0;
+  int64_t count = 0;
+#pragma omp simd reduction(+ : sum, count)
+  for (int64_t i = start; i < n; ++i) {
+    const bool counts = !mask || mask[i];
+    sum += counts ? load(x[i]) - first : C(0);
+    count += counts;
+  }
+  const C mean = sum / C(count);
+#pragma omp simd reduction(+ : m2)
+  for (int64_t i = start; i < n; ++i) {
+    const C distance = (load(x[i]) - first) - mean;
+    m2 += !mask || mask[i] ? distance * distance : C(0);
+  }
+  return {double(count), double(first) + double(mean), double(m2)};
+}
+
+template <typename T> RLHF_INLINE void span_moments(const Whiten& op, int64_t begin, int64_t end, double* out) {
+  Moments<double> all{0, 0, 0};
+  for (int64_t i = begin; i < end; i += kBlock)
+    all = merge(all, block_moments(static_cast<const T*>(op.x) + i, op.mask ? op.mask + i : nullptr,
+                                   std::min(kBlock, end - i)));
+  out[0] = all.count;
+  out[1] = all.mean;
+  out[2] = all.m2;
+}
+
+template <typename T>
+RLHF_INLINE void span_whiten(const Whiten& op, int64_t begin, int64_t end, double mean, double scale, double shift,
+                             void* out) {
+  using C = typename Compute<T>::type;
+  const T* x = static_cast<const T*>(op.x);
+  C* y = static_cast<C*>(out);
+  const C m = C(mean), a = C(scale), b = C(shift);
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) y[i] = (load(x[i]) - m) * a + b;
+  if (!op.mask) return;
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) y[i] = op.mask[i] ? y[i] : C(0);
+}
+
+#define RLHF_FOR_DTYPE(NAME, T)                                                                                  \
+  RLHF_CLONES void moments_##NAME(const Whiten& op, int64_t begin, int64_t end, double* out) {                   \
+    span_moments<T>(op, begin, end, out);                                                                        \
+  }                                                                                                              \
+  RLHF_CLONES void whiten_##NAME(const Whiten& op, int64_t begin, int64_t end, double mean, double scale,        \
+                                 double shift, void* out) {                                                      \
+    span_whiten<T>(op, begin, end, mean, scale, shift, out);                                                     \
+  }
+RLHF_FOR_DTYPE(f32, float)
+RLHF_FOR_DTYPE(f64, double)
+RLHF_FOR_DTYPE(bf16, bf16)
+RLHF_FOR_DTYPE(f16, f16)
+
+// In the order of DType.
+constexpr decltype(&moments_f32) kMoments[] = {moments_f32, moments_f64, moments_bf16, moments_f16};
+constexpr decltype(&whiten_f32) kWhiten[] = {whiten_f32, whiten_f64, whiten_bf16, whiten_f16};
+
+}  // namespace
+
+void whiten_moments(const Whiten& op, double* moments, int64_t parts, int threads) {
+  const int64_t span = (op.count + parts - 1) / parts;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t p = 0; p < parts; ++p)
+    kMoments[int(op.dtype)](op, std::min(p * span, op.count), std::min((p + 1) * span, op.count), moments + 3 * p);
+}
+
+void whiten(const Whiten& op, const double* moments, int64_t parts, bool shift_mean, double eps, void* out, int threads) {
+  Moments<double> all{0, 0, 0};
+  for (int64_t p = 0; p < parts; ++p)
+    all = merge(all, Moments<double>{moments[3 * p], moments[3 * p + 1], moments[3 * p + 2]});
+  const double scale = 1 / std::sqrt(all.variance() + eps), shift = shift_mean ? 0 : all.mean;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < op.count; i += kBlock)
+    kWhiten[int(op.dtype)](op, i, std::min(i + kBlock, op.count), all.mean, scale, shift, out);
+}
+
+}  // namespace rlhf::cpu
