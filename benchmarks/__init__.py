@@ -1,0 +1,1 @@
+"""Benchmarks and reports, run from the root of the repository: python -m benchmarks.<name>."""

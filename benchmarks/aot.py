@@ -1,0 +1,132 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and reports registers, spills and shared memory.
+
+    python -m benchmarks.aot --out benchmarks/results/aot.json
+
+Runs every case of benchmarks/op_cases.py, forward and backward, through the real launchers; a launch compiles the
+specialisation that it would have run, once for each target, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET"):
+    sys.exit("benchmarks.aot: unset TRITON_INTERPRET, which replaces the compiler by an interpreter")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.op_cases import CASES, Case
+from rlhf_fast import backends, kernels
+from rlhf_fast.ops import table
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+
+
+class Targets:
+    """Stands in for Triton's GPU driver: device i is the i-th target; nothing can be launched on it."""
+
+    def __init__(self) -> None:
+        self.device = 0
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return list(TARGETS.values())[self.device]
+
+
+def kernel_names() -> list[str]:
+    """Every @triton.jit function of rlhf_fast.kernels that is launched: its name ends in _kernel."""
+    names = []
+    for info in iter_modules(kernels.__path__):
+        module = import_module(f"rlhf_fast.kernels.{info.name}")
+        names += [
+            f"{info.name}.{name}"
+            for name, value in vars(module).items()
+            if isinstance(value, JITFunction) and name.endswith("_kernel") and value.__module__ == module.__name__
+        ]
+    return sorted(names)
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers per thread, bytes or registers spilled, bytes of shared memory, of one compiled kernel."""
+    if "amdgcn" in kernel.asm:
+        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", kernel.asm["amdgcn"]))
+        registers, spills = int(found["vgpr_count"]), int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            tool = triton.knobs.nvidia.cuobjdump.path
+            text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        # Without calls and local arrays, of which there are none, all of the stack is spilled registers.
+        found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+        registers, spills = int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+    return {
+        "registers": registers,
+        "spills": spills,
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+    }
+
+
+def compile_all(cases: list[Case]) -> list[dict[str, Any]]:
+    """One row per kernel x case x dtype x target, the worst of its specialisations."""
+    targets, rows = Targets(), {}
+    driver.set_active(targets)
+    run, label = JITFunction.run, ""
+
+    def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        name = f"{self.fn.__module__.rsplit('.', 1)[1]}.{self.fn.__name__}"
+        for targets.device, target in enumerate(TARGETS):
+            row = resources(run(self, *args, grid=grid, warmup=True, **kwargs))
+            key = (name, label, target)
+            worst = rows.get(key, row)
+            rows[key] = {what: max(row[what], worst[what]) for what in row}
+
+    JITFunction.run = compile_instead
+    backends.why_not = lambda *_: None  # the tensors are on the CPU, which Triton would refuse
+    for case in cases:
+        for dtype_name, dtype in DTYPES.items():
+            label = f"{case.name}-{dtype_name}"
+            case.run(case.inputs("cpu", dtype), "triton")
+    return [{"kernel": k, "case": c, "target": t, **row} for (k, c, t), row in sorted(rows.items())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    out = parser.parse_args().out
+    with_triton = {op for op, impls in table().items() if "triton" in impls}
+    rows = compile_all([case for case in CASES if case.op in with_triton])
+    head = json.dumps({"triton": triton.__version__, "kernels": kernel_names()})
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    out.write_text(f'{head[:-1]},\n "rows": [\n  {lines}\n]}}\n')
+    print(f"{len(rows)} rows -> {out}")
+
+
+if __name__ == "__main__":
+    main()

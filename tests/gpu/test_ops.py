@@ -1,0 +1,111 @@
+"""Every op keeps the numerics contract on the GPU, on every backend; the CPU runs the same cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.op_cases import CASES, Case
+from rlhf_fast import BackendError, token_logprobs
+from rlhf_fast.backends import native
+from rlhf_fast.ops import table
+from tests.numerics import assert_contract
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+OPS = table()
+
+
+def assert_keeps_contract(case: Case, device: str, backend: str, dtype: torch.dtype) -> None:
+    inputs = case.inputs(device, dtype)
+    exact = {k: x.detach().cpu().double() if x.is_floating_point() else x.cpu() for k, x in inputs.items()}
+    oracle = case.run({k: x.requires_grad_(k in case.grads) for k, x in exact.items()}, "reference")
+    eager = case.run(case.inputs(device, dtype), "reference")
+    found = case.run(inputs, backend)
+    assert found.keys() == oracle.keys()
+    for name, value in found.items():
+        assert_contract(f"{case.name}, {name}", value.cpu(), eager[name].cpu(), oracle[name].double())
+
+
+def pairs(*backends: str):
+    return [
+        pytest.param(case, backend, id=f"{case.name}-{backend}")
+        for case in CASES
+        for backend in backends
+        if backend in OPS[case.op]
+    ]
+
+
+def test_every_op_has_a_case():
+    assert set(OPS) - {case.op for case in CASES} == set()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "backend"), pairs("cpu"))
+def test_ops_keep_the_contract_on_the_cpu(case, backend, dtype):
+    assert_keeps_contract(case, "cpu", backend, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "backend"), pairs("triton", "cuda"))
+def test_ops_keep_the_contract_on_the_gpu(case, backend, dtype):
+    assert_keeps_contract(case, "cuda", backend, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "backend"), pairs("triton", "cuda"))
+def test_the_same_inputs_give_the_same_bits_on_the_gpu(case, backend):
+    first, second = (case.run(case.inputs("cuda", torch.bfloat16), backend) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "backend"), pairs("triton", "cuda"))
+def test_ops_can_be_captured_in_a_cuda_graph(case, backend):
+    inputs = case.inputs("cuda", torch.bfloat16)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        expected = case.run(inputs, backend)  # compiles and warms up, outside the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = case.run(inputs, backend)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", OPS["token_logprobs"][1:])
+def test_more_than_65536_rows_of_a_large_vocabulary(backend):
+    logits = torch.randn(70_000, 32_001, device="cuda", dtype=torch.bfloat16)  # 4.5 GB, past 2^31 elements
+    targets = torch.randint(32_001, (70_000,), device="cuda")
+    logprobs = token_logprobs(logits, targets, backend=backend)
+    last = token_logprobs(logits[-5:].double(), targets[-5:], backend="reference")
+    torch.testing.assert_close(logprobs[-5:].double(), last, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [151_936, 262_144])
+@pytest.mark.parametrize("backend", OPS["token_logprobs"][1:])
+def test_large_vocabularies_in_place(backend, vocabulary):
+    logits = torch.randn(16, vocabulary, device="cuda", requires_grad=True)
+    targets = torch.randint(vocabulary, (16,), device="cuda")
+    (expected,) = torch.autograd.grad(token_logprobs(logits.double(), targets, backend="reference").sum(), logits)
+    leaf = logits.detach().clone().requires_grad_()
+    token_logprobs(leaf, targets, inplace_backward=True, backend=backend).sum().backward()
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_cuda_kernels_say_that_there_is_no_device():
+    if not native().with_cuda:
+        pytest.skip("built without a CUDA compiler")
+    rows, addresses = (1, 1, 2, 2), [0, 0, 0, 0]  # never read: there is nothing to launch on
+    with pytest.raises(RuntimeError, match="token_logprobs: no CUDA device or driver here"):
+        native().token_logprobs_forward_cuda(0, 0, rows, 2, 0, 0, 1.0, False, addresses, 0, 0, 0)
+
+
+def test_the_cuda_backend_refuses_a_tensor_on_the_cpu():
+    with pytest.raises(BackendError, match="it runs on cuda tensors"):
+        token_logprobs(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), backend="cuda")
