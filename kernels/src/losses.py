@@ -2,7 +2,7 @@
 
 A loss variant is one function of a single element (formulas in rlhf_fast/ops/<op>.py), which the one kernel takes as
 a `tl.constexpr`. Sums are made in two stages over a number of partial sums that depends on the input's size alone, so
-the same inputs give the same bits. Maxima and clamps are written with `where`, which keeps NaN.
+the same inputs give the same bits. Clamps are written with `where`, which keeps NaN.
 """
 
 from __future__ import annotations
