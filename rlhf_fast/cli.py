@@ -1,6 +1,5 @@
 """The command line. `rlhf_fast train` runs one algorithm, or a list of stages, from a YAML file and flags."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -57,13 +56,10 @@ def train(
     kl_coef: Annotated[str | None, typer.Option("--kl_coef", "--kl-coef", help="ppo and grpo")] = None,
     lora_rank: Annotated[str | None, typer.Option("--lora_rank", "--lora-rank")] = None,
     seed: Annotated[str | None, typer.Option()] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="print plan and bytes; write nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="print the plan; write nothing")] = False,
     resume: Annotated[str | None, typer.Option(help="auto, or a run or checkpoint folder")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in output_dir")] = False,
 ) -> None:
-    # Hugging Face libraries talk a lot while they load; what matters is reported by us.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     words = list(context.args)
     if config is None and words and not words[0].startswith("--") and "=" not in words[0]:
         config = words.pop(0)

@@ -98,8 +98,8 @@ def accumulate(
         total = loss + config.kl_coef * kl
         total.backward()
         metrics |= {"loss": total, "policy_loss": loss, "kl_loss": kl, "entropy": entropy.sum() / count}
-        collected.append((metrics, part.mask.sum()))
-    return sum_metrics(collected, count)
+        collected.append(metrics)
+    return sum_metrics(collected)
 
 
 def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:

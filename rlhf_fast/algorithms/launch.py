@@ -1,4 +1,7 @@
-"""From a YAML file and flags to finished runs: one algorithm, or `stages` in order, checked before anything is written."""
+"""From a YAML file and flags to finished runs: one algorithm, or `stages` in order.
+
+All of it is checked before anything is written.
+"""
 
 import traceback
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_fast.algorithms import load_algorithm
+from rlhf_fast.data.encoding import quiet_libraries
 from rlhf_fast.data.reading import infer_algorithm, read_rows
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import Config, FromStage, parse, read_yaml, unknown_key
@@ -32,6 +36,7 @@ class Stage:
 
 def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume: str | None, overwrite: bool) -> None:
     """Run what the file `path` and the flags `overrides` describe. Every mistake of the user is a UserError."""
+    quiet_libraries()
     values = read_yaml(path) if path else {}
     console = Console()
     if "stages" not in values:

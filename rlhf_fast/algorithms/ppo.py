@@ -121,8 +121,7 @@ def improve(
     for _ in range(config.ppo_epochs):
         for parts in minibatches(config, len(advantages)):
             losses = accumulate(job, config, experience, advantages, returns, old_values, parts)
-            checked = {name: losses[name] for name in ("policy_loss", "value_loss") if name in losses}
-            norms = update(job, config, checked)
+            norms = update(job, config, {name: losses[name] for name in losses if name.endswith("_loss")})
             history.append({**{name: float(value) for name, value in losses.items()}, **norms})
         if config.early_stop_kl is not None and history[-1]["approx_kl"] > config.early_stop_kl:
             break
@@ -174,8 +173,8 @@ def accumulate(
             # Separate adapters: one backward, yet neither loss touches the other's gradient.
             total = total + critic_loss
         total.backward()
-        collected.append((metrics, part.mask.sum()))
-    return sum_metrics(collected, count)
+        collected.append(metrics)
+    return sum_metrics(collected)
 
 
 def reward_units(job: Job, values: Tensor) -> Tensor:

@@ -104,7 +104,9 @@ def pair_loss(
 def completion_logprobs(job: Job, role: str, batch: Batch) -> Tensor:
     """(B,): the sum over each completion's tokens."""
     hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, [role])[role]
-    return job.backbone.logprobs(hidden, batch.input_ids, batch.mask).sum(1)
+    logprobs = job.backbone.logprobs(hidden, batch.input_ids, batch.mask)
+    assert isinstance(logprobs, Tensor)
+    return logprobs.sum(1)
 
 
 @torch.no_grad()

@@ -84,7 +84,9 @@ def token_logprobs_of(job: Job, batch: Batch) -> Tensor:
     """(B, T) log-probabilities under the model that trains."""
     role = None if FULL in job.optimizers else "policy"
     hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, [role])[role]
-    return job.backbone.logprobs(hidden, batch.input_ids, batch.mask)
+    logprobs = job.backbone.logprobs(hidden, batch.input_ids, batch.mask)
+    assert isinstance(logprobs, Tensor)
+    return logprobs
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
@@ -27,6 +28,12 @@ class Example:
 
     ids: list[int]
     start: int
+
+
+def quiet_libraries() -> None:
+    """No progress bars and warnings of transformers' own: what matters to the user is reported by us."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:

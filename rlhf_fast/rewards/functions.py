@@ -82,7 +82,7 @@ def _failing_example(function: Function, arguments: dict[str, Any], size: int) -
     for i in range(size):
         try:
             function(**{key: [values[i]] for key, values in arguments.items()})
-        except Exception:
+        except Exception:  # noqa: BLE001 - a user's function may raise anything, and that is the question here
             return f"example {i}: completion {arguments['completions'][i][:60]!r}"
     return f"in a batch of {size}; every example alone is fine"
 
@@ -111,7 +111,8 @@ def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"reward file {path} does not exist")
     module_spec = importlib.util.spec_from_file_location(f"rlhf_fast_reward_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None, "a .py suffix always has a loader"
+    assert module_spec is not None
+    assert module_spec.loader is not None, "a .py suffix always has a loader"
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
     module_spec.loader.exec_module(module)

@@ -14,7 +14,7 @@ from rlhf_fast.models.classifier import classify, load_classifier
 class RewardModel:
     """Scores a prompt with its completion by a local sequence classifier; called like a reward function.
 
-    A prompt that is a list of messages (or, with chat=True, any prompt) goes through the classifier's own chat template.
+    A list of messages (and, with chat=True, any prompt) goes through the classifier's own chat template.
     """
 
     def __init__(self, folder: str, *, device: torch.device, chat: bool = False, rows_per_pass: int = 16) -> None:

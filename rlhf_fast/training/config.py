@@ -23,7 +23,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     algorithm: str = Field(description="sft, reward_model, ppo, grpo or dpo")
-    model: str | FromStage = Field(description="model folder, adapter folder of an earlier run, or tiny (built by code)")
+    model: str | FromStage = Field(description="model folder, adapter folder of a run, or tiny (built by code)")
     data: str = Field(description="examples: .jsonl, .csv or .parquet")
     eval_data: str | None = Field(None, description="held-out examples; default: the last rows of data")
     eval_size: int | None = Field(None, ge=1, description="rows held out; default: a tenth, at most 64")

@@ -74,9 +74,19 @@ def score(job: Job, config: SamplingConfig, rollout: Rollout) -> tuple[Tensor | 
                 rows.input_ids, rows.attention_mask, rows.mask, temperature=config.temperature, lower=lower
             )
         )
-    fields = [[getattr(p, name) for p in passes] for name in ("logprobs", "ref_logprobs", "values", "scores")]
-    joined = Scores(*(None if values[0] is None else torch.cat(values) for values in fields))
-    return (None if lowers[0] is None else torch.cat(lowers)), joined
+    joined = Scores(
+        torch.cat([p.logprobs for p in passes]),
+        torch.cat([p.ref_logprobs for p in passes]),
+        _joined([p.values for p in passes]),
+        _joined([p.scores for p in passes]),
+    )
+    return _joined(lowers), joined
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The rows of all passes; None for what no pass has."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 def minibatches(config: RolloutConfig, size: int) -> Iterator[tuple[Tensor, ...]]:
@@ -85,18 +95,10 @@ def minibatches(config: RolloutConfig, size: int) -> Iterator[tuple[Tensor, ...]
         yield rows.split(config.micro_batch_size or len(rows))
 
 
-def sum_metrics(parts: Sequence[tuple[dict[str, Tensor], Tensor]], count: Tensor) -> dict[str, Tensor]:
-    """Metrics of a minibatch from (metrics, tokens) of its micro-batches; losses already share the denominator."""
-    joined = {}
-    for name in parts[0][0]:
-        values = torch.stack([metrics[name].detach() for metrics, _ in parts])
-        if name == "ratio_max":
-            joined[name] = values.max()
-        elif name.endswith("loss") or name == "entropy":
-            joined[name] = values.sum()
-        else:
-            joined[name] = (values * torch.stack([tokens for _, tokens in parts])).sum() / count
-    return joined
+def sum_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Metrics of a minibatch from those of its micro-batches, which already share the minibatch's denominator."""
+    stacked = {name: torch.stack([part[name].detach() for part in parts]) for name in parts[0]}
+    return {name: values.amax() if name == "ratio_max" else values.sum() for name, values in stacked.items()}
 
 
 def move_reference(job: Job, config: RolloutConfig, step: int) -> None:

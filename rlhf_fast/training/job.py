@@ -63,10 +63,11 @@ def restore(job: Job, state: dict[str, Any]) -> None:
 
 def random_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators, as plain values and tensors."""
-    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    legacy = numpy.random.get_state(legacy=False)
+    generator = {**legacy["state"], "key": torch.from_numpy(legacy["state"]["key"].astype("int64"))}
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(cached)),
+        "numpy": {**legacy, "state": generator},
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -75,8 +76,9 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put `random_state()` back."""
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+    generator = state["numpy"]["state"]
+    key = generator["key"].numpy().astype("uint32")
+    numpy.random.set_state({**state["numpy"], "state": {**generator, "key": key}})
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -66,8 +66,9 @@ def _bad_tensor(job: Job, losses: dict[str, Tensor]) -> str:
         if not bool(torch.isfinite(value)):
             return name
     for role in job.optimizers:
-        named = job.backbone.named_parameters_of(role) if role != FULL else job.backbone.model.named_parameters()
-        for name, parameter in named:
+        model = job.backbone.model
+        named = dict(model.named_parameters()) if role == FULL else job.backbone.named_parameters_of(role)
+        for name, parameter in named.items():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
                 return f"the gradient of {role} {name}"
     return "the gradient norm"

@@ -98,7 +98,8 @@ class Run:
 
     def __enter__(self) -> "Run":
         # A first signal ends the run after its current step; a second one is the default: at once.
-        self.handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (int(signal.SIGINT), int(signal.SIGTERM))
+        self.handlers = {number: signal.signal(number, self._stop) for number in numbers}
         self.progress.start()
         return self
 

@@ -18,6 +18,7 @@ from rlhf_fast.training.experience import collect, separate_randomness
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.optim import adamw
 
+
 def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
     """The backbone without roles, its tokenizer, and the adapter folder when config.model is one."""
     if isinstance(config.model, FromStage):
@@ -27,8 +28,9 @@ def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
     if config.model == "tiny":
         from rlhf_fast.models.tiny import tiny
 
-        model, tokenizer = tiny(config.seed)
-        return Backbone(model.to(device=device, dtype=dtype)), tokenizer, None
+        built, tokenizer = tiny(config.seed)
+        built.to(device=device, dtype=dtype)  # type: ignore[call-arg]
+        return Backbone(built), tokenizer, None
     adapter = config.model if (Path(config.model) / "adapter_config.json").is_file() else None
     base = base_of(adapter) if adapter else config.model
     model = load_model(base, dtype=dtype, attn_implementation=config.attn_implementation, device=device)

@@ -1,0 +1,158 @@
+"""What must hold for every algorithm, whatever its loss."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from rlhf_fast.algorithms import load_algorithm
+from rlhf_fast.data.batches import Batch, pad_batch
+from rlhf_fast.models.backbone import Scores
+from rlhf_fast.models.loading import load_model
+from rlhf_fast.training.experience import Experience, collect, prompts_of_step
+from rlhf_fast.training.job import Job
+from tests.training.tiny_runs import ALGORITHMS, assert_close, config_of, folder, gradients, job_of
+
+ROLLOUTS = ("ppo", "grpo")
+
+
+def one_backward(job: Job, config) -> dict[str, torch.Tensor]:
+    """The losses of one batch of the first data (for rollouts: one minibatch of all rows), after backward."""
+    module = load_algorithm(config.algorithm)
+    if config.algorithm in ROLLOUTS:
+        return rollout_backward(job, config, experience_of(job, config))
+    rows = job.train[:4]
+    if config.algorithm == "sft":
+        return {"loss": module.accumulate(job, config, pad_batch(rows, 256))}
+    if config.algorithm == "dpo":
+        return module.accumulate(job, config, rows, module.reference_logprobs(job, config, rows))
+    return module.accumulate(job, config, rows)
+
+
+def experience_of(job: Job, config) -> Experience:
+    torch.manual_seed(7)
+    return collect(job, config, prompts_of_step(job, config, 0))
+
+
+def rollout_backward(job: Job, config, experience: Experience) -> dict[str, torch.Tensor]:
+    module = load_algorithm(config.algorithm)
+    parts = torch.arange(config.batch_size).split(config.micro_batch_size or config.batch_size)
+    if config.algorithm == "grpo":
+        advantages = torch.tensor([1.0, -1.0, 0.5, 2.0])
+        return module.accumulate(job, config, experience, advantages, parts)
+    return module.accumulate(job, config, experience, *module.estimate(job, config, experience), parts)
+
+
+@pytest.mark.parametrize("algorithm", ROLLOUTS)
+def test_the_first_minibatch_has_ratio_one_and_no_kl(algorithm):
+    config = config_of(algorithm, temperature=0.7)
+    job = job_of(config)
+    metrics = one_backward(job, config)
+    assert float(metrics["ratio_mean"]) == pytest.approx(1.0, abs=1e-5)
+    assert float(metrics["ratio_max"]) == pytest.approx(1.0, abs=1e-5)
+    assert float(metrics["approx_kl"]) == pytest.approx(0.0, abs=1e-9)
+    assert float(metrics["clip_fraction"]) == 0.0
+
+
+@pytest.mark.parametrize("algorithm", ROLLOUTS)
+@pytest.mark.parametrize("top_layers", [None, 1])
+def test_reference_logprobs_are_those_of_the_base_model(algorithm, top_layers):
+    config = config_of(
+        algorithm, temperature=0.7, top_layers=top_layers, reference_ema=None, reference_refresh_every=None
+    )
+    job = job_of(config)
+    experience = experience_of(job, config)
+    batch = experience.rollout.batch
+    base = load_model(folder() / "model", dtype=torch.float32).requires_grad_(False)
+    logits = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits / 0.7
+    expected = logits.log_softmax(-1)[:, :-1].gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
+    expected = torch.nn.functional.pad(expected, (1, 0)) * batch.mask
+    torch.testing.assert_close(experience.scores.ref_logprobs, expected, rtol=1e-4, atol=1e-5)
+    assert (experience.scores.logprobs - expected).abs().max() > 0.01, "the policy must differ for this to say anything"
+
+
+def test_dpo_reference_logprobs_are_those_of_the_base_model():
+    config = config_of("dpo")
+    job = job_of(config)
+    module = load_algorithm("dpo")
+    ours = module.reference_logprobs(job, config, job.train)
+    base = load_model(folder() / "model", dtype=torch.float32).requires_grad_(False)
+    for (chosen, rejected), pair in zip(ours.tolist(), job.train, strict=True):
+        for found, example in ((chosen, pair.chosen), (rejected, pair.rejected)):
+            ids = torch.tensor([example.ids])
+            logprobs = base(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
+            assert found == pytest.approx(logprobs[example.start - 1 :].sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_micro_batches_give_the_gradients_of_the_whole_batch(algorithm):
+    whole = config_of(algorithm)
+    split = config_of(algorithm, micro_batch_size=1)
+    job = job_of(whole)
+    losses = one_backward(job, whole)
+    expected = gradients(job)
+    split_losses = one_backward(job, split)
+    assert_close(gradients(job), expected)
+    for name in losses:
+        assert float(split_losses[name]) == pytest.approx(float(losses[name]), rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_activation_checkpointing_gives_the_same_gradients(algorithm):
+    config = config_of(algorithm)
+    job = job_of(config)
+    one_backward(job, config)
+    expected = gradients(job)
+    job.backbone.enable_checkpointing()
+    one_backward(job, config)
+    assert_close(gradients(job), expected)
+
+
+def wider(x: torch.Tensor, fill: float) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, 5), value=fill)
+
+
+@pytest.mark.parametrize("algorithm", ROLLOUTS)
+def test_padding_changes_no_gradient_of_a_rollout_whatever_stands_behind_the_mask(algorithm):
+    config = config_of(algorithm)
+    job = job_of(config)
+    experience = experience_of(job, config)
+    losses = rollout_backward(job, config, experience)
+    expected = gradients(job)
+    old = experience.rollout.batch
+    batch = Batch(wider(old.input_ids, 65), wider(old.attention_mask, 0), wider(old.mask, 0))
+    scores = experience.scores
+    values = None if scores.values is None else wider(scores.values, 1e6)
+    padded = Experience(
+        dataclasses.replace(experience.rollout, batch=batch),
+        None,
+        Scores(wider(scores.logprobs, 0.0), wider(scores.ref_logprobs, 0.0), values, None),
+        experience.rewards,
+        experience.parts,
+    )
+    padded_losses = rollout_backward(job, config, padded)
+    assert_close(gradients(job), expected)
+    for name in losses:
+        assert float(padded_losses[name]) == pytest.approx(float(losses[name]), rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "reward_model", "dpo"])
+def test_a_longer_neighbour_changes_nothing_for_the_others(algorithm):
+    config = config_of(algorithm)
+    job = job_of(config)
+    module = load_algorithm(algorithm)
+    short, longest = job.train[0], max(job.train, key=_length)
+    assert _length(longest) > _length(short) + 5
+    with torch.no_grad():
+        if algorithm == "sft":
+            alone = module.token_logprobs_of(job, pad_batch([short], 256)).sum(1)
+            beside = module.token_logprobs_of(job, pad_batch([short, longest], 256)).sum(1)[:1]
+        elif algorithm == "dpo":
+            alone, beside = (module.reference_logprobs(job, config, rows)[0] for rows in ([short], [short, longest]))
+        else:
+            alone, beside = (torch.stack(module.pair_scores(job, rows))[:, 0] for rows in ([short], [short, longest]))
+    torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-5)
+
+
+def _length(example) -> int:
+    return len(example.ids) if hasattr(example, "ids") else max(len(example.chosen.ids), len(example.rejected.ids))

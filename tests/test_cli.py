@@ -1,0 +1,207 @@
+"""The command line: every mistake is one line, exit status 2, and an existing run stays as it was."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rlhf_fast.cli import app
+from tests.training.tiny_runs import folder, values_of, write_jsonl
+
+
+def invoke(*words: str):
+    return CliRunner().invoke(app, list(words))
+
+
+def words_of(algorithm: str, **changes) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values_of(algorithm, **changes).items()]
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    result = invoke("train", *words_of("grpo", steps=1, output_dir=str(path)))
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_a_run_leaves_adapters_metrics_samples_curves_and_a_table(finished):
+    names = set(fingerprint(finished))
+    assert {"adapter_model.safetensors", "adapter_config.json", "config.yaml", "metrics.jsonl", "samples.jsonl",
+            "eval.jsonl", "curves.png", "summary.json", "reference/adapter_model.safetensors",
+            "checkpoints/step-1/state.pt"} <= names  # fmt: skip
+
+
+def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
+    """name -> (changed keys as words, what the line must say)."""
+    write_jsonl(tmp / "long.jsonl", [{"prompt": "x" * 200} for _ in range(8)])
+    write_jsonl(tmp / "columns.jsonl", [{"text": "x"} for _ in range(8)])
+    write_jsonl(tmp / "number.jsonl", [{"prompt": "x"}, {"prompt": 3}])
+    (tmp / "empty.jsonl").write_text("")
+    (tmp / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp / "odd").mkdir()
+    (tmp / "odd" / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
+    (tmp / "bad.py").write_text(
+        "def raises(completions):\n    raise KeyError('label')\n"
+        "def nan(completions):\n    return [float('nan')] * len(completions)\n"
+        "def none(completions):\n    return [None] * len(completions)\n"
+        "def short(completions):\n    return [1.0]\n"
+        "def wants(completions, answer):\n    return [1.0]\n"
+    )
+    return {
+        "missing data": ([f"data={tmp}/none.jsonl"], "none.jsonl does not exist"),
+        "empty data": ([f"data={tmp}/empty.jsonl"], "empty.jsonl has no examples"),
+        "not JSON": ([f"data={tmp}/broken.jsonl"], "broken.jsonl:2: not JSON"),
+        "wrong columns": ([f"data={tmp}/columns.jsonl"], "columns.jsonl:1: grpo needs the columns prompt; found: text"),
+        "wrong type": ([f"data={tmp}/number.jsonl"], "number.jsonl:2: column 'prompt' must be text"),
+        "long prompt": ([f"data={tmp}/long.jsonl"], "long.jsonl:1: the prompt has 201 tokens, the budget is 122"),
+        "no model": ([f"model={tmp}/nothing"], "there is no such folder"),
+        "architecture": ([f"model={tmp}/odd"], "odd"),
+        "reward raises": ([f"reward={tmp}/bad.py:raises"], "raises raised KeyError: 'label' (example 0"),
+        "reward NaN": ([f"reward={tmp}/bad.py:nan"], "nan returned nan for example 0"),
+        "reward None": ([f"reward={tmp}/bad.py:none"], "none returned None for example 0"),
+        "reward length": ([f"reward={tmp}/bad.py:short"], "short returned 1 values for 2 completions"),
+        "reward column": ([f"reward={tmp}/bad.py:wants"], "wants needs 'answer', which is no column"),
+        "reward name": ([f"reward={tmp}/bad.py:absent"], "has no function 'absent'"),
+        "reward nowhere": (["reward=nowhere"], "reward 'nowhere' is neither"),
+        "unknown key": (["learnin_rate=1"], "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
+        "bad value": (["learning_rate=fast"], "learning_rate: Input should be a valid number"),
+        "batch": (["batch_size=3"], "batch_size 3 must be a multiple of num_generations 2"),
+        "algorithm": (["algorithm=gpro"], "unknown algorithm 'gpro'"),
+        "config": (["nonsense"], "config file nonsense does not exist"),
+        "device": (["device=cuda:77"], "device 'cuda:77' cannot be used"),
+    }
+
+
+BAD_INPUTS = (
+    "missing data", "empty data", "not JSON", "wrong columns", "wrong type", "long prompt", "no model", "architecture",
+    "reward raises", "reward NaN", "reward None", "reward length", "reward column", "reward name", "reward nowhere",
+    "unknown key", "bad value", "batch", "algorithm", "config", "device",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_line_and_an_existing_run_stays_untouched(name, tmp_path, finished):
+    before = fingerprint(finished)
+    cases = bad_inputs(tmp_path)
+    assert set(cases) == set(BAD_INPUTS)
+    changed, message = cases[name]
+    first, rest = (changed, []) if "=" not in changed[0] else ([], changed)
+    result = invoke("train", *first, *words_of("grpo", output_dir=str(finished)), *rest, "--overwrite")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert fingerprint(finished) == before
+
+
+def test_a_used_folder_needs_resume_or_overwrite(finished):
+    before = fingerprint(finished)
+    result = invoke("train", *words_of("grpo", output_dir=str(finished)))
+    assert result.exit_code == 2
+    assert "is not empty: continue with --resume auto, replace it with --overwrite" in result.stderr
+    assert fingerprint(finished) == before
+
+
+def test_overwrite_replaces_a_run_but_no_other_folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_text("cat")
+    result = invoke("train", *words_of("sft", steps=1, output_dir=str(tmp_path / "photos")), "--overwrite")
+    assert result.exit_code == 2
+    assert "is no run folder" in result.stderr
+    assert fingerprint(tmp_path / "photos").keys() == {"cat.png"}
+    words = words_of("sft", steps=1, output_dir=str(tmp_path / "run"))
+    assert invoke("train", *words).exit_code == 0
+    (tmp_path / "run" / "left-over").write_text("old")
+    assert invoke("train", *words, "--overwrite").exit_code == 0
+    assert "left-over" not in fingerprint(tmp_path / "run")
+
+
+def test_resume_with_another_config_is_refused(finished):
+    before = fingerprint(finished)
+    result = invoke("train", *words_of("grpo", steps=1, output_dir=str(finished), temperature=0.5), "--resume", "auto")
+    assert result.exit_code == 2
+    assert "cannot resume: temperature is 0.5" in result.stderr
+    assert fingerprint(finished) == before
+
+
+def test_a_reward_that_fails_while_training_leaves_its_traceback_in_the_run_folder(tmp_path):
+    (tmp_path / "later.py").write_text(
+        "calls = []\n"
+        "def score(completions):\n    calls.append(1)\n"
+        "    if len(calls) == 4:\n        raise RuntimeError('no more')\n    return [0.0] * len(completions)\n"
+    )
+    run = tmp_path / "run"
+    result = invoke("train", *words_of("grpo", reward=f"{tmp_path}/later.py:score", output_dir=str(run)))
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "raised RuntimeError: no more" in result.stderr
+    assert "later.py" in (run / "error.log").read_text()
+
+
+def test_dry_run_prints_plan_and_bytes_and_writes_nothing(tmp_path):
+    result = invoke("train", *words_of("ppo", output_dir=str(tmp_path / "run")), "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "adapter:critic" in result.stdout
+    assert "AdamW:policy" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_and_keys_have_the_same_names_and_flags_win(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(values_of("ppo", output_dir=str(tmp_path / "run"))))
+    result = invoke("train", str(path), "--gamma", "0.9", "lam=0.5", "--clip-eps-high=0.3", "--seed", "8", "--dry-run")
+    assert result.exit_code == 0, result.output
+    for line in ("gamma: 0.9", "lam: 0.5", "clip_eps_high: 0.3", "seed: 8"):
+        assert line in result.stdout
+
+
+@pytest.mark.parametrize(("data", "found"), [("pairs.jsonl", "dpo"), ("sft.jsonl", "sft")])
+def test_the_algorithm_follows_from_the_columns(data, found, tmp_path):
+    result = invoke("train", "--model", str(folder() / "model"), "--data", str(folder() / data), "--dry-run",
+                    "--output_dir", str(tmp_path / "run"), "--eval_size", "2")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"algorithm: {found}" in result.stdout
+
+
+def test_prompts_alone_do_not_decide_the_algorithm(tmp_path):
+    result = invoke("train", "--model", "m", "--data", str(folder() / "prompts.jsonl"))
+    assert result.exit_code == 2
+    assert "choose algorithm ppo or grpo" in result.stderr
+
+
+def test_doctor_lists_every_op_and_says_why_a_backend_cannot_run():
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    for op in ("linear_logprobs", "gae", "policy_loss"):
+        assert op in result.stdout
+
+
+def test_keys_lists_what_a_config_may_hold():
+    result = invoke("keys", "ppo")
+    assert result.exit_code == 0
+    assert "kl_target" in result.stdout
+
+
+def test_help_is_quick_and_names_the_common_flags():
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    torch_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    shown = subprocess.run([sys.executable, "-m", "rlhf_fast", "train", "--help"], capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    assert shown.returncode == 0, shown.stderr
+    for flag in ("--algorithm", "--reward", "--dry-run", "--resume", "--overwrite"):
+        assert flag in shown.stdout
+    # transformers alone takes longer than this to import.
+    assert seconds < torch_seconds + 2.0

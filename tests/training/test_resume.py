@@ -1,0 +1,96 @@
+"""A run that was stopped or killed inside an epoch and resumed is the uninterrupted run, bit for bit."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from rlhf_fast.algorithms.launch import run_stage, single_stage
+from rlhf_fast.training.run import Run, Stopped
+from tests.training.tiny_runs import ALGORITHMS, values_of
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the code under test may catch it."""
+
+
+def run(values, *, resume=None):
+    run_stage(Console(quiet=True), single_stage(values), resume=resume, overwrite=False)
+
+
+def interrupt(monkeypatch, step: int, action) -> None:
+    """Call `action` once, inside the step with this number (from 0)."""
+    log = Run.log
+
+    def logged(self, index, metrics, **rest):
+        log(self, index, metrics, **rest)
+        if index == step:
+            monkeypatch.setattr(Run, "log", log)
+            action()
+
+    monkeypatch.setattr(Run, "log", logged)
+
+
+def kill():
+    raise Killed
+
+
+def contents(folder: Path) -> dict:
+    """All that a run leaves, less the clock: weights bitwise, metrics, samples, evaluations."""
+    found = {str(p.relative_to(folder)): {k: v.tolist() for k, v in load_file(p).items()}
+             for p in folder.rglob("*.safetensors")}  # fmt: skip
+    for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
+        path = folder / name
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        found[name] = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    return found
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "sft of all weights"])
+def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(algorithm, tmp_path, monkeypatch):
+    values = values_of("sft", lora_rank=0) if "of" in algorithm else values_of(algorithm)
+    run({**values, "output_dir": str(tmp_path / "whole")})
+    stopped = {**values, "output_dir": str(tmp_path / "stopped")}
+    interrupt(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped, match="after step 3 of 5.*--resume auto") as info:
+        run(stopped)
+    assert info.value.exit_code == 128 + signal.SIGTERM
+    run(stopped, resume="auto")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    assert len(contents(tmp_path / "whole")["metrics.jsonl"]) == 5
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_killed_run_resumes_from_its_last_checkpoint_bit_for_bit(algorithm, tmp_path, monkeypatch):
+    values = values_of(algorithm, save_every=2)
+    run({**values, "output_dir": str(tmp_path / "whole")})
+    killed = {**values, "output_dir": str(tmp_path / "killed")}
+    interrupt(monkeypatch, 3, kill)
+    with pytest.raises(Killed):
+        run(killed)
+    run(killed, resume="auto")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch):
+    values = values_of("sft")
+    run({**values, "output_dir": str(tmp_path / "whole")})
+    killed = {**values, "output_dir": str(tmp_path / "killed")}
+    interrupt(monkeypatch, 1, kill)
+    with pytest.raises(Killed):
+        run(killed)
+    run(killed, resume="auto")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_finished_run_can_be_continued_with_more_steps(tmp_path):
+    run({**values_of("sft", steps=5), "output_dir": str(tmp_path / "whole")})
+    longer = {**values_of("sft", steps=3), "output_dir": str(tmp_path / "longer")}
+    run(longer)
+    run({**longer, "steps": 5}, resume="auto")
+    ours, whole = contents(tmp_path / "longer"), contents(tmp_path / "whole")
+    assert ours["metrics.jsonl"] == whole["metrics.jsonl"]
+    assert ours["adapter_model.safetensors"] == whole["adapter_model.safetensors"]

@@ -1,0 +1,100 @@
+"""What the tests of training share: a model of a few thousand weights, small data, a config for each algorithm."""
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_fast.algorithms import load_algorithm
+from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.models.tiny import tiny
+from rlhf_fast.training.job import Job, seed_everything
+
+ALGORITHMS = ("sft", "reward_model", "ppo", "grpo", "dpo")
+TRAINED = {"sft": "policy", "reward_model": "reward", "ppo": "policy", "grpo": "policy", "dpo": "policy"}
+_KEPT: list[tempfile.TemporaryDirectory] = []
+
+REWARD = '''
+def score(prompts, completions):
+    """Longer is better, up to a point, and vowels are worth a little."""
+    return [len(c) % 11 / 5.0 + 0.1 * sum(x in "aeiou" for x in c) for c in completions]
+'''
+
+
+@cache
+def folder() -> Path:
+    """A folder, kept for the session, with model/, data files and a reward function."""
+    _KEPT.append(tempfile.TemporaryDirectory())
+    path = Path(_KEPT[-1].name)
+    model, tokenizer = tiny(0, hidden_size=32, layers=2, heads=2, max_length=128)
+    model.save_pretrained(path / "model")
+    tokenizer.save_pretrained(path / "model")
+    write_jsonl(path / "prompts.jsonl", [{"prompt": "ab cd"[: 1 + i % 5] * (1 + i % 2), "tag": i} for i in range(9)])
+    write_jsonl(path / "sft.jsonl", [{"prompt": "p" * (1 + i % 4), "completion": "xyz" * (i % 3)} for i in range(9)])
+    pairs = [{"prompt": "q" * (1 + i % 3), "chosen": "good" * (1 + i % 2), "rejected": "b" * i} for i in range(9)]
+    write_jsonl(path / "pairs.jsonl", pairs)
+    (path / "reward.py").write_text(REWARD)
+    return path
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def values_of(algorithm: str, **changes: Any) -> dict[str, Any]:
+    """The keys of a small run; batches do not divide the data, so checkpoints fall inside an epoch."""
+    data = {"sft": "sft.jsonl", "reward_model": "pairs.jsonl", "dpo": "pairs.jsonl"}
+    values: dict[str, Any] = {
+        "algorithm": algorithm, "model": str(folder() / "model"),
+        "data": str(folder() / data.get(algorithm, "prompts.jsonl")), "eval_size": 2, "steps": 5, "batch_size": 4, "learning_rate": 0.02, "lora_rank": 4, "report_to": "none",
+        "seed": 3, "device": "cpu",
+    }  # fmt: skip
+    if algorithm in ("ppo", "grpo"):
+        values |= {"reward": f"{folder() / 'reward.py'}:score", "max_new_tokens": 6}
+        values |= {"ppo_epochs": 2, "num_minibatches": 2}
+    if algorithm == "ppo":
+        values |= {"kl_target": 0.5, "kl_horizon": 50, "reference_ema": 0.9}
+    if algorithm == "grpo":
+        values |= {"num_generations": 2, "kl_coef": 0.1, "reference_refresh_every": 2}
+    return {**values, **changes}
+
+
+def config_of(algorithm: str, **changes: Any) -> Any:
+    return load_algorithm(algorithm).AlgorithmConfig.model_validate(values_of(algorithm, **changes))
+
+
+def job_of(config: Any) -> Job:
+    """A prepared job whose adapters and heads are all different from zero."""
+    seed_everything(config.seed)
+    job = load_algorithm(config.algorithm).prepare(config)
+    scramble(job.backbone)
+    return job
+
+
+@torch.no_grad()
+def scramble(backbone: Backbone) -> None:
+    for role in sorted({*backbone.adapters, *backbone.heads}):
+        for parameter in backbone.parameters_of(role):
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+
+
+def gradients(job: Job) -> dict[str, torch.Tensor]:
+    """Every gradient by role and name, and none left behind."""
+    found = {}
+    for role in job.optimizers:
+        for name, parameter in job.backbone.named_parameters_of(role).items():
+            assert parameter.grad is not None, f"{role} {name} got no gradient"
+            found[f"{role} {name}"] = parameter.grad.clone()
+            parameter.grad = None
+    return found
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Equal to fp32 rounding of each tensor's own scale: the same sums in another order."""
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        atol = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
