@@ -60,7 +60,7 @@ def test_unknown_architecture_is_named(folder):
 
 def test_architecture_without_a_causal_lm_is_named(folder):
     edit_config(folder, model_type="vit", architectures=["ViTModel"])
-    with pytest.raises(UserError, match="cannot be loaded: .*ViTConfig"):
+    with pytest.raises(UserError, match=r"cannot be loaded: .*ViTConfig"):
         load_model(folder, dtype=torch.float32)
 
 
