@@ -162,7 +162,8 @@ def accumulate(
         )  # fmt: skip
         entropy = entropy.sum() / count
         metrics |= {"policy_loss": loss, "entropy": entropy}
-        total = loss - config.entropy_coef * entropy
+        # Its gradient makes the head's products a second time: asked for only where it has a weight.
+        total = loss - config.entropy_coef * entropy if config.entropy_coef else loss
         if returns is not None and old_values is not None:
             values = reward_units(job, backbone.values("critic", hidden["critic"]))
             critic_loss, _ = value_loss(
