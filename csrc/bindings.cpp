@@ -113,8 +113,9 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "gae_cuda",
       [](Address rewards, Address values, int dtype, std::array<int64_t, 4> sizes, Address mask, Address cu_seqlens,
-         Address bootstrap, double gamma, double lam, std::array<Address, 2> outputs, Address stream) {
-        cuda::gae(gae_call(rewards, values, dtype, sizes, mask, cu_seqlens, bootstrap, gamma, lam, outputs), at<>(stream));
+         Address bootstrap, double gamma, double lam, std::array<Address, 2> outputs, int device, Address stream) {
+        cuda::gae(gae_call(rewards, values, dtype, sizes, mask, cu_seqlens, bootstrap, gamma, lam, outputs), device,
+                  stream);
       },
       Release());
 #endif

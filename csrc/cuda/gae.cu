@@ -1,20 +1,13 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
 #include "cuda/gae.h"
+
+#include "cuda/element.h"
+#include "cuda/launch.h"
 #include "math/gae.h"
 
 namespace rlhf::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kItems = 4;  // one block scans kThreads * kItems steps at a time
-
-template <typename T> struct Compute { using type = float; };
-template <> struct Compute<double> { using type = double; };
 
 // The composition of the maps of every later thread (itself left out); `total` becomes that of all threads.
 template <typename C> __device__ Affine<C> scan_later(Affine<C> own, Affine<C>* shared, Affine<C>* total) {
@@ -61,8 +54,8 @@ template <typename T> __global__ void __launch_bounds__(kThreads) gae_kernel(cpu
     for (int k = kItems - 1; k >= 0; --k) {
       const int64_t t = first + k;
       counts[k] = t >= 0 && (!op.mask || op.mask[out + t]);
-      r[k] = counts[k] ? static_cast<C>(rewards[t]) : C(0);
-      v[k] = counts[k] && values ? static_cast<C>(values[t]) : C(0);
+      r[k] = counts[k] ? load(rewards[t]) : C(0);
+      v[k] = counts[k] && values ? load(values[t]) : C(0);
       own = compose(recurrence.step(counts[k], r[k], v[k]), own);
     }
     Affine<C> total;
@@ -83,21 +76,18 @@ template <typename T> __global__ void __launch_bounds__(kThreads) gae_kernel(cpu
   }
 }
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("gae: ") + what + ": " + cudaGetErrorString(error));
+template <typename T> void launch_gae(const cpu::Gae& op, Queue queue) {
+  launch("gae", gae_kernel<T>, op.sequences, kThreads, queue, op);
 }
+
+// In the order of DType.
+constexpr decltype(&launch_gae<float>) kLaunch[] = {launch_gae<float>, launch_gae<double>, launch_gae<__nv_bfloat16>,
+                                                    launch_gae<__half>};
 
 }  // namespace
 
-void gae(const cpu::Gae& op, void* stream) {
-  int devices = 0;
-  check(cudaGetDeviceCount(&devices), "no CUDA device can be used");
-  if (op.sequences == 0 || op.time == 0) return;
-  // In the order of DType.
-  constexpr void (*kKernels[])(cpu::Gae) = {gae_kernel<float>, gae_kernel<double>, gae_kernel<__nv_bfloat16>,
-                                            gae_kernel<__half>};
-  kKernels[int(op.dtype)]<<<unsigned(op.sequences), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op);
-  check(cudaGetLastError(), "the kernel launch failed");
+void gae(const cpu::Gae& op, int device, uintptr_t stream) {
+  kLaunch[int(op.dtype)](op, {device, reinterpret_cast<cudaStream_t>(stream)});
 }
 
 }  // namespace rlhf::cuda

@@ -4,8 +4,7 @@
 
 namespace rlhf::cuda {
 
-// As cpu::gae, with addresses on the current device; cu_seqlens is not checked. Enqueued on `stream` (a cudaStream_t).
-// Throws std::runtime_error where there is no CUDA device or the launch fails.
-void gae(const cpu::Gae& op, void* stream);
+// As cpu::gae, asynchronously; cu_seqlens is not checked.
+void gae(const cpu::Gae& op, int device, uintptr_t stream);
 
 }  // namespace rlhf::cuda

@@ -132,11 +132,10 @@ def _cpu(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens
 
 def _cuda(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
           bootstrap: Tensor | None, gamma: float, lam: float, outputs: list[Tensor]) -> None:  # fmt: skip
-    with torch.cuda.device(rewards.device):
-        native().gae_cuda(
-            *_native_arguments(rewards, values, mask, cu_seqlens, bootstrap, gamma, lam, outputs),
-            stream(rewards.device),
-        )
+    native().gae_cuda(
+        *_native_arguments(rewards, values, mask, cu_seqlens, bootstrap, gamma, lam, outputs),
+        rewards.get_device(), stream(rewards.device),
+    )  # fmt: skip
 
 
 def _triton(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,

@@ -265,7 +265,7 @@ def test_cu_seqlens_that_do_not_fit_raise_with_their_values(backend, cu_seqlens)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_the_cuda_kernel_without_a_gpu_says_so():
     with pytest.raises(RuntimeError, match="gae: no CUDA device"):
-        native().gae_cuda(0, 0, 0, [1, 1, 1, 1], 0, 0, 0, 1.0, 1.0, [0, 0], 0)
+        native().gae_cuda(0, 0, 0, [1, 1, 1, 1], 0, 0, 0, 1.0, 1.0, [0, 0], 0, 0)
 
 
 @pytest.mark.gpu
