@@ -3,7 +3,9 @@ TORCH  ?= torch==2.13.0
 PYTHON ?= .venv/bin/python
 OUT    ?= out
 
-.PHONY: train test check lint types test-run smollm2 bench gpu native clean
+GPU_PYTHON ?= python3
+
+.PHONY: train test test-all check lint types smollm2 bench gpu native clean
 
 VENV := .venv/.installed
 
@@ -17,8 +19,14 @@ $(VENV): pyproject.toml setup.py csrc/CMakeLists.txt $(wildcard csrc/*.cpp csrc/
 train: $(VENV)
 	.venv/bin/rlhf_fast train examples/tiny_rlhf.yaml --overwrite
 
+# Two workers with one thread each, a file at a time: most tests are one Python thread.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile
+
 test: $(VENV)
-	.venv/bin/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)
+	$(PYTEST)
 
 lint: $(VENV)
 	.venv/bin/ruff check .
@@ -28,6 +36,16 @@ types: $(VENV)
 	.venv/bin/mypy
 
 check: lint types test
+
+# CPU kernels beside eager PyTorch.
+bench: $(VENV)
+	.venv/bin/python -m benchmarks.cpu --out $(OUT)/cpu.json
+
+# For a machine that has PyTorch with CUDA, a compiler, pybind11, cmake and ninja, and no network: nothing is fetched.
+gpu:
+	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/ops
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT)/gpu.json
 
 # Rebuild the native module in place after editing csrc/.
 native:

@@ -1,0 +1,75 @@
+"""Compiles every CUDA kernel, without a GPU, and reports registers, spills and shared memory.
+
+python -m benchmarks.ptxas --out benchmarks/results/ptxas.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+CSRC = Path(__file__).parents[1] / "csrc"
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}"]  # as csrc/CMakeLists.txt compiles
+
+
+def sources() -> list[Path]:
+    return sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def compile_report(source: Path, architecture: str) -> list[dict[str, Any]]:
+    """One row per kernel of `source`, from what ptxas says."""
+    nvcc = shutil.which("nvcc")
+    assert nvcc is not None, "needs nvcc"
+    command = [nvcc, *FLAGS, f"-arch={architecture}", "-Xptxas=-v", "-cubin", "-o", "/dev/null", str(source)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    pattern = re.compile(
+        r"Compiling entry function '(?P<name>\w+)'.*?"
+        r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+        re.DOTALL,
+    )
+    found = list(pattern.finditer(text))
+    assert found, f"no report from {' '.join(command)}:\n{text}"
+    names = demangled([match["name"] for match in found])
+    rows = []
+    for name, match in zip(names, found, strict=True):
+        shared = re.search(r"(\d+) bytes smem", match["rest"])
+        rows.append(
+            {
+                "kernel": f"{source.stem}.{name}",
+                "target": architecture,
+                "registers": int(match["registers"]),
+                "spills": int(match["stores"]) + int(match["loads"]),
+                "shared": int(shared[1]) if shared else 0,
+            }
+        )
+    return sorted(rows, key=lambda row: row["kernel"])
+
+
+def demangled(symbols: list[str]) -> list[str]:
+    """Function names with template arguments, without namespaces (whose anonymous part changes) and parameters."""
+    text = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True).stdout
+    names = re.sub(r"\(anonymous namespace\)::|\b\w*GLOBAL__N_\w*::|^void ", "", text, flags=re.MULTILINE)
+    return [line.split("(")[0].removeprefix("rlhf::cuda::") for line in names.splitlines()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    out = parser.parse_args().out
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    rows = [row for source in sources() for target in ARCHITECTURES for row in compile_report(source, target)]
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    version = json.dumps(re.search(r"release [^\n]*", nvcc)[0])
+    out.write_text(f'{{"nvcc": {version},\n "rows": [\n  {lines}\n]}}\n')
+    print(f"{len(rows)} rows -> {out}")
+
+
+if __name__ == "__main__":
+    main()
