@@ -93,7 +93,7 @@ def reference(
     finite = z.clamp_min(torch.finfo(z.dtype).min / 2)  # forbidden tokens: probability 0, gradient 0 and not NaN
     others = torch.logsumexp(finite.masked_fill(is_target, -torch.inf), -1)
     target = z.gather(-1, targets[..., None])[..., 0]
-    logprobs = -torch.nn.functional.softplus(others - target, threshold=torch.inf)
+    logprobs = torch.nn.functional.logsigmoid(target - others)  # -softplus, without overflow
     log_p = torch.log_softmax(finite, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     if mask is not None:

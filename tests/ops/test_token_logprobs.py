@@ -101,6 +101,15 @@ def test_a_confident_token_keeps_its_value_and_gradient(backend, margin):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hopeless_token_keeps_its_value_and_gradient(backend):
+    logits = torch.tensor([[500.0, 0.0, 500.0]], requires_grad=True)
+    logprob = token_logprobs(logits, torch.tensor([1]), backend=backend)
+    logprob.sum().backward()
+    assert logprob.item() == pytest.approx(-500 - math.log(2), rel=1e-6)
+    torch.testing.assert_close(logits.grad, torch.tensor([[-0.5, 1.0, -0.5]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_forbidden_tokens_have_no_probability_and_no_gradient(backend):
     logits = torch.tensor([[1.0, -torch.inf, 2.0], [-torch.inf, -torch.inf, 0.5]], requires_grad=True)
     logprobs, entropy = token_logprobs(logits, torch.tensor([0, 2]), return_entropy=True, backend=backend)
