@@ -50,6 +50,12 @@ class Backbone:
         self._available = adaptable_linears(layers)
         self.model = model.eval().requires_grad_(False)
         self.layer_names = list(layers)
+        self._layer_of = {
+            module: index
+            for index, layer in enumerate(self.layer_names)
+            for module in self._available
+            if module.startswith(f"{layer}.")
+        }
         for index, layer in enumerate(layers.values()):
             RoutedLayer(layer, index)
         self._linears: dict[str, LoRALinear] = {}
@@ -199,16 +205,14 @@ class Backbone:
     # Forward
 
     def enable_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only the input of each adapted layer for the backward, which then computes the layer again."""
+        """Keep only the input of each layer that has a gradient; the backward then computes the layer again."""
         self._recompute = enabled
 
     @property
     def first_adapted_layer(self) -> int:
         """Index of the lowest layer with an adapter; the last layer when there is none."""
-        prefixes = [name + "." for name in self.layer_names]
-        modules = [module for pairs in self.adapters.values() for module in pairs]
-        adapted = (i for i, prefix in enumerate(prefixes) if any(m.startswith(prefix) for m in modules))
-        return next(adapted, len(prefixes) - 1)
+        adapted = (self._layer_of[module] for pairs in self.adapters.values() for module in pairs)
+        return min(adapted, default=len(self.layer_names) - 1)
 
     @contextmanager
     def using(self, role: str | None) -> Iterator[None]:
@@ -374,8 +378,7 @@ class Backbone:
         top = count if top_layers is None else top_layers
         if not 1 <= top <= count:
             raise UserError(f"top_layers must be from 1 to {count}, the layers of this model, got {top_layers}")
-        prefixes = tuple(f"{name}." for name in self.layer_names[count - top :])
-        return [name for name in self._available if name.startswith(prefixes)]
+        return [module for module, layer in self._layer_of.items() if layer >= count - top]
 
     def _paired(self, dst: str, src: str) -> list[tuple[Tensor, Tensor]]:
         tensors = []

@@ -34,7 +34,8 @@ def load_model(
             path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise UserError(f"model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        place = "" if Path(path).exists() else "there is no such folder, and as a hub id: "
+        raise UserError(f"model {path} cannot be loaded: {place}{str(error).strip().splitlines()[0]}") from error
     model, report = loaded
     absent = [*report["missing_keys"], *report["mismatched_keys"]]
     if absent:

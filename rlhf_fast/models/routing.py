@@ -92,18 +92,23 @@ class RoutedLayer:
         if self.index < traversal.first:
             if traversal.start is not None:
                 return hidden_states
-            return self._checked(self.layer_forward(hidden_states, *args, **kwargs))
-        if traversal.stop:
+        elif traversal.stop:
             if self.index == traversal.first:
                 traversal.reached = hidden_states
             return hidden_states
-        if self.index == traversal.first:
-            hidden_states = traversal.expand(hidden_states if traversal.start is None else traversal.start)
-        args = traversal.expand(args)
-        kwargs = {name: traversal.expand(value) for name, value in kwargs.items()}
+        else:
+            if self.index == traversal.first:
+                hidden_states = traversal.expand(hidden_states if traversal.start is None else traversal.start)
+            args = traversal.expand(args)
+            kwargs = {name: traversal.expand(value) for name, value in kwargs.items()}
         if traversal.recompute:
-            return self._checked(self._recomputed(traversal.route, hidden_states, args, kwargs))
-        return self._checked(self.layer_forward(hidden_states, *args, **kwargs))
+            output = self._recomputed(traversal.route, hidden_states, args, kwargs)
+        else:
+            output = self.layer_forward(hidden_states, *args, **kwargs)
+        if not isinstance(output, Tensor):
+            given = f"{type(self.layer).__name__} returns a {type(output).__name__}"
+            raise UserError(f"unsupported architecture: its {given}, not one tensor")
+        return output
 
     def _recomputed(self, route: Route, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep only the layer's input; the backward computes the layer again, in the route of this forward."""
@@ -123,12 +128,6 @@ class RoutedLayer:
 
         # Dropout is off in every role, so there is no random state to preserve.
         return checkpoint(forward, hidden_states, use_reentrant=False, preserve_rng_state=False)
-
-    def _checked(self, output: Any) -> Tensor:
-        if not isinstance(output, Tensor):
-            given = f"{type(self.layer).__name__} returns a {type(output).__name__}"
-            raise UserError(f"unsupported architecture: its {given}, not one tensor")
-        return output
 
 
 def adapted_linears(module: nn.Module) -> dict[str, LoRALinear]:

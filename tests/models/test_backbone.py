@@ -47,8 +47,9 @@ def test_reference_in_a_joint_traversal_is_the_untouched_model_to_rounding(famil
 
 @families
 @pytest.mark.parametrize("top_layers", [None, 2])
-def test_joint_traversal_equals_separate_traversals(family, top_layers):
-    backbone = four_roles(family, top_layers)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_joint_traversal_equals_separate_traversals(family, top_layers, attention):
+    backbone = four_roles(family, top_layers, attention)
     batch = make_batch()
     joint = backbone.hidden(*batch, ROLES)
     separate = {role: backbone.hidden(*batch, [role])[role] for role in ROLES}

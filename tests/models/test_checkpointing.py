@@ -1,5 +1,7 @@
 """Gradients under activation checkpointing, in the orders in which a training loop may run the roles."""
 
+import threading
+
 import pytest
 import torch
 
@@ -58,6 +60,14 @@ def interleaved(backbone: Backbone) -> None:
         reward.backward()
 
 
+def on_another_thread(backbone: Backbone) -> None:
+    """As on a GPU, where autograd recomputes on threads of its own: nothing may hang on the caller's context."""
+    losses = [loss_of(backbone, role) for role in TRAINED]
+    thread = threading.Thread(target=lambda: sum(losses).backward())
+    thread.start()
+    thread.join()
+
+
 def joint(backbone: Backbone) -> None:
     input_ids, attention_mask = make_batch()
     hidden = backbone.hidden(
@@ -73,6 +83,7 @@ SCENARIOS = {
     "reverse order": lambda b: separate_passes(b, "reward critic policy"),
     "critic first": lambda b: separate_passes(b, "critic reward policy"),
     "interleaved": interleaved,
+    "on another thread": on_another_thread,
     "one joint traversal": joint,
 }
 
@@ -106,6 +117,20 @@ def test_checkpointing_recomputes_the_adapted_layers_and_no_other():
     calls.clear()
     loss.backward()
     assert calls == [3, 2, 1]
+
+
+def test_every_layer_is_recomputed_when_the_base_itself_is_trained():
+    backbone = Backbone(make_model("llama"))
+    backbone.model.requires_grad_(True)
+    backbone.enable_checkpointing()
+    calls = []
+    for index, layer in enumerate(backbone.model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *args, index=index: calls.append(index))
+    hidden = backbone.hidden(*make_batch(), [None])[None]
+    calls.clear()
+    hidden.sum().backward()
+    assert calls == [3, 2, 1, 0]
+    assert all(p.grad is not None for name, p in backbone.model.named_parameters() if "lm_head" not in name)
 
 
 def test_checkpointing_holds_fewer_activations():

@@ -51,6 +51,13 @@ def test_wrong_paths_are_told_apart_in_one_line(tmp_path):
         assert str(error.value) == f"model {path} cannot be loaded: {reason}"
 
 
+def test_hub_id_that_cannot_be_reached_says_that_there_is_no_folder_either(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="models/absent cannot be loaded: there is no such folder, and as a hub id"):
+        load_model("models/absent", dtype=torch.float32)
+
+
 def test_unknown_architecture_is_named(folder):
     edit_config(folder, model_type="perceptron9000")
     with pytest.raises(UserError, match="perceptron9000") as error:

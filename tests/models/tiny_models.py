@@ -29,9 +29,11 @@ CONFIGS = {
 }
 
 
-def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype).eval()
+def make_model(family: str, attention: str = "sdpa") -> PreTrainedModel:
+    """The same weights at every call, in fp32."""
+    torch.manual_seed(0)
+    config = CONFIGS[family]()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 def scramble(backbone: Backbone, name: str, seed: int = 0) -> None:
@@ -51,9 +53,9 @@ def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
     return input_ids, attention_mask
 
 
-def four_roles(family: str = "llama", top_layers: int | None = 2) -> Backbone:
+def four_roles(family: str = "llama", top_layers: int | None = 2, attention: str = "sdpa") -> Backbone:
     """policy, critic (another rank) and reward, all away from their start; reference is the base."""
-    backbone = Backbone(make_model(family))
+    backbone = Backbone(make_model(family, attention))
     backbone.add_adapter("policy", rank=4, top_layers=top_layers)
     backbone.add_adapter("critic", rank=3, top_layers=top_layers)
     backbone.add_adapter("reward", rank=2, top_layers=top_layers, trainable=False)
