@@ -85,8 +85,10 @@ class Run:
         if checkpoint is not None:
             self.start, state = checkpoint
             restore(job, state)
-        for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
-            _forget_after(self.folder / name, self.start if checkpoint else -1)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _forget_after(self.folder / name, self.start)
+        # An evaluation at the start itself was the last of a run that is now continued, and will be made again.
+        _forget_after(self.folder / "eval.jsonl", self.start - 1)
         self.writer = _tensorboard(self.folder, self.start) if config.report_to == "tensorboard" else None
         self.signal = 0
         self.progress = Progress(

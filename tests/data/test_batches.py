@@ -1,0 +1,28 @@
+from rlhf_fast.data.batches import pad_batch, shuffled_indices
+from rlhf_fast.data.encoding import Example
+
+
+def test_rows_are_padded_on_the_right_and_only_completions_count():
+    batch = pad_batch([Example([5, 6, 7], 1), Example([8, 9], 0), Example([4], 1)], pad=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 0], [4, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    # Nothing predicts the first token, so it never counts.
+    assert batch.mask.tolist() == [[0, 1, 1], [0, 1, 0], [0, 0, 0]]
+
+
+def test_rows_of_a_batch_keep_its_padding():
+    batch = pad_batch([Example([5, 6, 7], 1), Example([8, 9], 1)], pad=0)
+    assert batch.rows(slice(1, 2)).input_ids.tolist() == [[8, 9, 0]]
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    order = shuffled_indices(7, seed=1, start=0, count=14)
+    assert sorted(order[:7]) == sorted(order[7:]) == list(range(7))
+    assert order[:7] != order[7:]
+    assert order != shuffled_indices(7, seed=2, start=0, count=14)
+
+
+def test_the_order_continues_from_any_place():
+    order = shuffled_indices(7, seed=1, start=0, count=30)
+    for start in (0, 3, 7, 12):
+        assert shuffled_indices(7, seed=1, start=start, count=11) == order[start : start + 11]

@@ -1,0 +1,85 @@
+import numpy
+import pytest
+import torch
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.rewards.functions import call, check_columns, load_function
+
+
+def ask(function, completions=("a", "bb"), columns=None):
+    return call("fn", function, ["p"] * len(completions), list(completions), columns or {})
+
+
+def test_a_function_gets_the_columns_that_it_names():
+    def score(completions, answer):
+        return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+    columns = {"answer": ["a", "b"], "other": [1, 2]}
+    torch.testing.assert_close(ask(score, columns=columns), torch.tensor([1.0, 0.0]))
+
+
+def test_a_function_with_keywords_gets_every_column():
+    seen = {}
+
+    def score(prompts, completions, **columns):
+        seen.update(columns)
+        return [0] * len(prompts)
+
+    ask(score, columns={"x": [1, 2]})
+    assert seen == {"x": [1, 2]}
+
+
+@pytest.mark.parametrize("values", [[1, 2.5], (1, 2.5), torch.tensor([1, 2.5]), numpy.array([1, 2.5])])
+def test_numbers_may_come_as_list_tuple_tensor_or_array(values):
+    torch.testing.assert_close(ask(lambda completions: values), torch.tensor([1.0, 2.5]))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, float("nan")], "fn returned nan for example 1"),
+        ([float("-inf"), 1.0], "fn returned -inf for example 0"),
+        ([1.0, None], "fn returned None for example 1"),
+        ([1.0, "x"], "fn returned 'x' for example 1"),
+        ([1.0], "fn returned 1 values for 2 completions"),
+        (None, "fn must return a list of 2 numbers, got NoneType"),
+        (3.0, "fn must return a list of 2 numbers, got float"),
+    ],
+)
+def test_a_bad_answer_is_named_with_its_example(values, message):
+    with pytest.raises(UserError, match=message):
+        ask(lambda completions: values)
+
+
+def test_an_exception_is_reported_with_the_example_that_raises_alone():
+    def score(completions):
+        return [1 / (len(c) - 2) for c in completions]
+
+    with pytest.raises(UserError, match=r"fn raised ZeroDivisionError: .*\(example 1: completion 'bb'\)") as error:
+        ask(score)
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+def test_a_required_parameter_must_be_a_column():
+    check_columns("fn", lambda completions, answer, scale=2.0: None, ["prompt", "answer"])
+    with pytest.raises(UserError, match=r"fn needs 'answer', which is no column of the data \(prompt\)"):
+        check_columns("fn", lambda completions, answer: None, ["prompt"])
+
+
+def test_functions_load_from_a_file_and_from_a_module(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(completions):\n    return [7.0] * len(completions)\n")
+    assert ask(load_function(f"{tmp_path}/mine.py:score")).tolist() == [7.0, 7.0]
+    assert load_function("statistics:mean").__name__ == "mean"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("none.py:f", "none.py does not exist"),
+        ("no_such_module_here:f", "importing it failed: ModuleNotFoundError"),
+        ("statistics:nothing", "statistics has no function 'nothing'"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line(spec, message):
+    with pytest.raises(UserError, match=message):
+        load_function(spec)
