@@ -7,6 +7,7 @@ A backend that was asked for and cannot run raises and says why; automatic choic
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Collection, Iterator
@@ -89,9 +90,7 @@ def interpreting() -> bool:
 @cache
 def native() -> ModuleType:
     """The compiled module. Raises ImportError with the loader's own message where it cannot be loaded."""
-    from rlhf_fast import _native
-
-    return _native
+    return importlib.import_module("rlhf_fast._native")
 
 
 @cache

@@ -74,7 +74,7 @@ def linear_logprobs(
             temperature, return_entropy, frozen and hidden.requires_grad and torch.is_grad_enabled(),
             chunk_tokens or _chunk_tokens(hidden.device, weight), name,
         )  # fmt: skip
-        logprobs, entropy = results[0].view(shape), results[1].view(shape) if return_entropy else None
+        logprobs, entropy = results[0].view(shape), results[1].view(shape if return_entropy else -1)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
@@ -302,8 +302,8 @@ def _autograd(ctx, grads):
     if grad_logprobs is None and grad_entropy is None:
         return (None,) * 10
     if grad_entropy is None and ctx.row_gradient:
-        scaled = torch.where(grad_logprobs[:, None] == 0, 0, grad_logprobs[:, None] * row_gradient)
-        return scaled.to(hidden.dtype), *(None,) * 9
+        assert grad_logprobs is not None
+        return (grad_logprobs[:, None] * row_gradient).to(hidden.dtype), *(None,) * 9
     gradients = torch.ops.rlhf_fast.linear_logprobs_backward(
         hidden, weight, bias, targets, mask, ctx.temperature, stats, grad_logprobs, grad_entropy, needs,
         ctx.chunk_tokens, ctx.backend,

@@ -76,7 +76,7 @@ def token_logprobs(
             rows, ids.view(flat), None if mask is None else mask.view(flat), temperature, return_entropy,
             inplace_backward, name,
         )  # fmt: skip
-        logprobs, entropy = results[0].view(shape), results[1].view(shape) if return_entropy else None
+        logprobs, entropy = results[0].view(shape), results[1].view(shape if return_entropy else -1)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
