@@ -26,10 +26,10 @@ template <typename T> void group(const GroupAdvantages& op, int64_t g) {
     const C distance = (reward(i) - first) - mean;
     m2 += distance * distance;
   }
-  const C divisor = kDivisors<C>[op.kind](Moments<C>{count, mean, m2}, C(op.eps));
+  C divisor = kDivisors<C>[op.kind](Moments<C>{count, mean, m2}, C(op.eps));
+  if (divisor == 0) divisor = 1;  // without eps, a group of equal rewards
   for (int64_t i = begin; i < end; ++i) {
-    const C distance = (reward(i) - first) - mean;
-    static_cast<C*>(op.advantages)[position(i)] = distance == 0 ? C(0) : distance / divisor;
+    static_cast<C*>(op.advantages)[position(i)] = ((reward(i) - first) - mean) / divisor;
   }
 }
 

@@ -71,11 +71,12 @@ def _group_advantages_kernel(
         distance = tl.where(inside, (reward - first) - mean, 0.0)
         m2 += tl.sum(distance * distance, 0)
     divisor = DIVISOR(count, m2, tl.full([], eps, acc))
+    divisor = tl.where(divisor == 0, 1.0, divisor)  # without eps, a group of equal rewards
     for start in range(begin, end, BLOCK):
         inside = start + lanes < end
         at, reward = _load(rewards, order, start + lanes, inside, ORDERED, acc)
         distance = (reward - first) - mean
-        tl.store(advantages + at, tl.where(distance == 0, 0.0, distance / divisor), mask=inside)
+        tl.store(advantages + at, distance / divisor, mask=inside)
 
 
 def group_advantages(

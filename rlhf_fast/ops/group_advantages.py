@@ -67,13 +67,13 @@ def group_advantages(
         group_ids = _check.ids("group_ids", group_ids)
     if group_size is not None and (group_size < 1 or rewards.shape[0] % group_size != 0):
         raise ValueError(f"B must be a multiple of group_size >= 1, got B={rewards.shape[0]}, group_size={group_size}")
-    rewards = rewards.detach().contiguous()
+    rewards, size = rewards.detach().contiguous(), group_size or 0
     name = resolve("group_advantages", IMPLS, rewards.device, backend)
     if name == "reference":
-        ids = torch.arange(rewards.shape[0], device=rewards.device) // group_size if group_ids is None else group_ids
+        ids = torch.arange(rewards.shape[0], device=rewards.device) // size if group_ids is None else group_ids
         return reference(rewards, ids, kind=kind, eps=eps)
     order, offsets = (None, None) if group_ids is None else _by_group(group_ids)
-    return torch.ops.rlhf_fast.group_advantages(rewards, order, offsets, group_size or 0, kind, eps, name)
+    return torch.ops.rlhf_fast.group_advantages(rewards, order, offsets, size, kind, eps, name)
 
 
 def _grpo(count: Tensor, m2: Tensor, eps: float) -> Tensor:
@@ -101,7 +101,7 @@ def reference(rewards: Tensor, group_ids: Tensor, *, kind: str, eps: float = 1e-
     distance = torch.where(same, r[:, None] - r[None, :], 0).sum(-1) / count
     m2 = torch.where(same, distance.square()[None, :], 0).sum(-1)
     divisor = KINDS[kind](count, m2, eps)
-    return torch.where(distance == 0, distance, distance / torch.where(divisor == 0, 1, divisor))
+    return distance / torch.where(divisor == 0, 1, divisor)  # 0 without eps, for equal rewards
 
 
 def _by_group(ids: Tensor) -> tuple[Tensor, Tensor]:
