@@ -1,0 +1,64 @@
+import pytest
+
+from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
+from rlhf_fast.errors import UserError
+from rlhf_fast.training.config import parse, parse_overrides, read_yaml
+
+PPO = load_algorithm("ppo").AlgorithmConfig
+LEAST = {"algorithm": "ppo", "model": "m", "data": "d.jsonl", "reward": "r.py:f"}
+
+
+def test_yaml_and_flags_give_the_same_values():
+    words = ["learning_rate=1e-3", "--clip-eps-low", "0.1", "--lora_targets=[q_proj, v_proj]", "chat=true", "kl_target=null"]
+    config = parse(PPO, {**LEAST, **parse_overrides(words)})
+    assert config.learning_rate == 1e-3
+    assert config.clip_eps_low == 0.1
+    assert config.lora_targets == ["q_proj", "v_proj"]
+    assert config.chat is True
+    assert config.kl_target is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kl_ceof": 1}, "unknown key 'kl_ceof'; did you mean 'kl_coef'?"),
+        ({"zzzzzz": 1}, "unknown key 'zzzzzz'$"),
+        ({"lam": 2}, "lam: Input should be less than or equal to 1, got 2"),
+        ({"model": None}, "model: Input should be a valid string, got None"),
+        ({"batch_size": 10, "num_minibatches": 4}, "batch_size 10 must be a multiple of num_minibatches 4"),
+    ],
+)
+def test_a_bad_key_or_value_is_one_line(changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse(PPO, {**LEAST, **changes})
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_key_says_what_it_is():
+    with pytest.raises(UserError, match=r"missing key 'reward' \(pkg.mod:function"):
+        parse(PPO, {key: value for key, value in LEAST.items() if key != "reward"})
+
+
+@pytest.mark.parametrize("words", [["--key"], ["--key", "--other", "1"], ["loose"], ["a={"]])
+def test_words_that_are_no_setting_are_refused(words):
+    with pytest.raises(UserError):
+        parse_overrides(words)
+
+
+def test_a_negative_number_is_a_value():
+    assert parse_overrides(["--seed", "-1"]) == {"seed": -1}
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- a", "must hold `key: value` lines, got list")])
+def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_yaml(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_config_survives_its_own_file(name):
+    config_class = load_algorithm(name).AlgorithmConfig
+    values = {**LEAST, "algorithm": name, "model": {"from": "sft"}}
+    config = parse(config_class, {k: v for k, v in values.items() if k in config_class.model_fields})
+    assert parse(config_class, config.model_dump(mode="json", by_alias=True)) == config
