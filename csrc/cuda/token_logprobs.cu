@@ -1,8 +1,6 @@
 #include "cuda/token_logprobs.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "cuda/element.h"
 #include "cuda/launch.h"
 #include "math/token_logprobs.h"
 
@@ -15,19 +13,11 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kInFlight = 4;  // 16-byte loads that a thread issues before it uses the first
 
-__device__ float load(float x) { return x; }
-__device__ double load(double x) { return x; }
-__device__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float load(__half x) { return __half2float(x); }
-
 __device__ void store(float& out, float x) { out = x; }
 __device__ void store(double& out, double x) { out = x; }
 __device__ void store(__nv_bfloat16& out, float x) { out = __float2bfloat16(x); }
 __device__ void store(__half& out, float x) { out = __float2half(x); }
 
-// The type in which an element type is computed.
-template <typename T> struct Compute { using type = float; };
-template <> struct Compute<double> { using type = double; };
 template <typename T> using compute_t = typename Compute<T>::type;
 
 template <typename T, int N> struct alignas(sizeof(T) * N) Pack {
