@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.architecture import adaptable_linears, decoder_layers, linear_shape, select_linears
 from rlhf_fast.models.lora import LoRA, LoRALinear, Route, routed
-from rlhf_fast.models.routing import RoutedLayer, Traversal, traversing
+from rlhf_fast.models.routing import LayerOutput, RoutedLayer, Traversal, traversing
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
 
 
@@ -56,8 +56,9 @@ class Backbone:
             for module in self._available
             if module.startswith(f"{layer}.")
         }
+        output = LayerOutput()
         for index, layer in enumerate(layers.values()):
-            RoutedLayer(layer, index)
+            RoutedLayer(layer, index, output)
         self._linears: dict[str, LoRALinear] = {}
         self.adapters: dict[str, dict[str, LoRA]] = {}
         self.heads: dict[str, nn.Linear] = {}
@@ -301,8 +302,12 @@ class Backbone:
         rows = hidden.flatten(0, 1).index_select(0, predicts)
         targets = input_ids.flatten().index_select(0, predicts + 1)
         result = linear_logprobs(
-            rows, self.lm_head_weight, targets,
-            bias=self.lm_head_bias, temperature=temperature, return_entropy=return_entropy,
+            rows,
+            self.lm_head_weight,
+            targets,
+            bias=self.lm_head_bias,
+            temperature=temperature,
+            return_entropy=return_entropy,
         )
 
         def placed(values: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model in the folder `path` (or of that hub id), in `dtype` on `device`, in eval mode.
 
-    attn_implementation: "auto" is flash_attention_2 on a GPU where flash-attn is installed, else sdpa.
+    attn_implementation: "auto" is flash_attention_2 on a GPU where flash-attn is installed, else sdpa where the
+    architecture has it.
     Raises UserError for a path that is no model, an architecture that is no causal LM, or missing weights.
     """
     attention = _attention(attn_implementation, torch.device(device))
@@ -57,10 +58,11 @@ def _check_folder(path: str | Path) -> None:
         raise UserError(f"model {path} cannot be loaded: {reason}")
 
 
-def _attention(name: str, device: torch.device) -> str:
+def _attention(name: str, device: torch.device) -> str | None:
+    """The name for transformers; its own choice (None) is sdpa where the architecture has it, else eager."""
     if name not in ATTENTION:
         raise UserError(f"attn_implementation must be one of {', '.join(ATTENTION)}, got {name!r}")
     if name != "auto":
         return name
     has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if has_flash else "sdpa"
+    return "flash_attention_2" if has_flash else None

@@ -112,8 +112,16 @@ class LoRALinear:
             )
         return rows // len(route.adapters)
 
-    def add(self, name: str, rank: int, scale: float, *, trainable: bool, dtype: torch.dtype,
-            generator: torch.Generator | None = None) -> LoRA:
+    def add(
+        self,
+        name: str,
+        rank: int,
+        scale: float,
+        *,
+        trainable: bool,
+        dtype: torch.dtype,
+        generator: torch.Generator | None = None,
+    ) -> LoRA:
         """A new pair in its usual start: A uniform in +-1/sqrt(in), B zero, so the delta is zero.
 
         A is drawn on the CPU, so a seed gives the same adapter on every device.

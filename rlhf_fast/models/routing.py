@@ -73,15 +73,23 @@ def traversing(traversal: Traversal) -> Iterator[None]:
         _TRAVERSAL.reset(token)
 
 
+@dataclass
+class LayerOutput:
+    """Whether the layers of a decoder return a tuple (hidden states first); None until one has run."""
+
+    is_tuple: bool | None = None
+
+
 class RoutedLayer:
     """The forward of one decoder layer under a `Traversal`; without one, the layer's own.
 
-    It takes the place of the instance's `forward`, like `LoRALinear`.
+    It takes the place of the instance's `forward`, like `LoRALinear`. `output` is shared by the layers of a decoder.
     """
 
-    def __init__(self, layer: nn.Module, index: int) -> None:
+    def __init__(self, layer: nn.Module, index: int, output: LayerOutput) -> None:
         self.layer = layer
         self.index = index
+        self.output = output
         self.layer_forward = layer.forward
         layer.forward = self  # type: ignore[assignment, method-assign]
 
@@ -89,14 +97,14 @@ class RoutedLayer:
         traversal = _TRAVERSAL.get()
         if traversal is None:
             return self.layer_forward(hidden_states, *args, **kwargs)
-        if self.index < traversal.first:
-            if traversal.start is not None:
-                return hidden_states
-        elif traversal.stop:
-            if self.index == traversal.first:
-                traversal.reached = hidden_states
-            return hidden_states
-        else:
+        below = self.index < traversal.first
+        if traversal.stop and self.index == traversal.first:
+            traversal.reached = hidden_states
+        skipped = traversal.start is not None if below else traversal.stop
+        # Before any layer has run, the form in which a skipped one hands its input on is not known: run this one.
+        if skipped and self.output.is_tuple is not None:
+            return (hidden_states,) if self.output.is_tuple else hidden_states
+        if not below:
             if self.index == traversal.first:
                 hidden_states = traversal.expand(hidden_states if traversal.start is None else traversal.start)
             args = traversal.expand(args)
@@ -105,15 +113,17 @@ class RoutedLayer:
             output = self._recomputed(traversal.route, hidden_states, args, kwargs)
         else:
             output = self.layer_forward(hidden_states, *args, **kwargs)
-        if not isinstance(output, Tensor):
-            given = f"{type(self.layer).__name__} returns a {type(output).__name__}"
-            raise UserError(f"unsupported architecture: its {given}, not one tensor")
+        self.output.is_tuple = isinstance(output, tuple)
         return output
 
     def _recomputed(self, route: Route, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep only the layer's input; the backward computes the layer again, in the route of this forward."""
-        pairs = [lora.bank[name] for lora in adapted_linears(self.layer).values() for name in route.adapters
-                 if name in lora.bank]
+        pairs = [
+            lora.bank[name]
+            for lora in adapted_linears(self.layer).values()
+            for name in route.adapters
+            if name in lora.bank
+        ]
         parameters = [p for pair in pairs for p in (pair.a, pair.b)]
         versions = [p._version for p in parameters]
 

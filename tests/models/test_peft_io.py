@@ -36,7 +36,7 @@ def peft_logits(model: torch.nn.Module) -> torch.Tensor:
 )
 def test_peft_loads_our_policy_and_gives_the_same_logits(family, options, tmp_path):
     if "targets" in options:
-        options = options | {"targets": ["mlp.c_fc" if family == "gpt2" else "mlp.up_proj"]}
+        options = options | {"targets": ["mlp.c_fc" if family.startswith("gpt") else "mlp.up_proj"]}
     backbone = Backbone(make_model(family))
     backbone.add_adapter("policy", rank=4, **options)
     scramble(backbone, "policy")
@@ -49,7 +49,7 @@ def test_peft_loads_our_policy_and_gives_the_same_logits(family, options, tmp_pa
 @families
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_we_load_a_peft_adapter_and_give_the_same_logits(family, use_rslora, tmp_path):
-    names = ["c_attn", "c_fc"] if family == "gpt2" else ["q_proj", "down_proj"]
+    names = {"gpt2": ["c_attn", "c_fc"], "gpt_neo": ["q_proj", "c_fc"]}.get(family, ["q_proj", "down_proj"])
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=names, layers_to_transform=[1, 3], use_rslora=use_rslora,
         rank_pattern={names[0]: 2}, alpha_pattern={f"3.*{names[1]}": 11}, task_type="CAUSAL_LM",

@@ -5,6 +5,7 @@ from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
     GPT2Config,
+    GPTNeoConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -26,10 +27,20 @@ CONFIGS = {
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     ),
+    "gpt_neo": lambda: GPTNeoConfig(  # its layers return a tuple
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=4,
+        num_heads=4,
+        attention_types=[[["global"], 4]],
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
 }
 
 
-def make_model(family: str, attention: str = "sdpa") -> PreTrainedModel:
+def make_model(family: str, attention: str | None = None) -> PreTrainedModel:
     """The same weights at every call, in fp32."""
     torch.manual_seed(0)
     config = CONFIGS[family]()
@@ -53,7 +64,7 @@ def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
     return input_ids, attention_mask
 
 
-def four_roles(family: str = "llama", top_layers: int | None = 2, attention: str = "sdpa") -> Backbone:
+def four_roles(family: str = "llama", top_layers: int | None = 2, attention: str | None = None) -> Backbone:
     """policy, critic (another rank) and reward, all away from their start; reference is the base."""
     backbone = Backbone(make_model(family, attention))
     backbone.add_adapter("policy", rank=4, top_layers=top_layers)
