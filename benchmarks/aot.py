@@ -72,25 +72,29 @@ def kernel_names() -> list[str]:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers per thread, bytes or registers spilled, bytes of shared memory, of one compiled kernel."""
+    """Registers per thread, accesses to spilled ones (AMD: spilled ones), bytes of shared memory, of one kernel."""
     if "amdgcn" in kernel.asm:
         found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", kernel.asm["amdgcn"]))
         registers, spills = int(found["vgpr_count"]), int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            tool = triton.knobs.nvidia.cuobjdump.path
-            text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        # Without calls and local arrays, of which there are none, all of the stack is spilled registers.
-        found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-        registers, spills = int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", cuobjdump("-res-usage", kernel.asm["cubin"])))
+        registers, spills = int(usage["REG"]), 0
+        if int(usage["STACK"]) + int(usage["LOCAL"]) > 0:  # a stack alone may be there for a call
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", cuobjdump("-sass", kernel.asm["cubin"])))
     return {
         "registers": registers,
         "spills": spills,
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
     }
+
+
+def cuobjdump(option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def compile_all(cases: list[Case]) -> list[dict[str, Any]]:
