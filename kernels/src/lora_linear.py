@@ -1,6 +1,6 @@
 """The low-rank half of a linear layer whose row segments use different adapters; see rlhf_fast/ops/lora_linear.py.
 
-shrink: h[rows] = scale * x[rows] @ down^T. expand: y[rows] += h[rows] @ up^T. One launch each for all segments: a
+shrink: h[rows] = x[rows] @ down^T. expand: y[rows] += scale * h[rows] @ up^T. One launch each for all segments: a
 program works on a tile of rows, and a table says which rows and which slice of the concatenated bank. No atomics.
 """
 
@@ -22,7 +22,6 @@ def _shrink_kernel(
     down,  # (sum of ranks, K)
     h,  # (N, widest rank), contiguous
     tiles,  # (tiles, 4) int64: first row, end row, first rank, number of ranks
-    scales,  # (tiles,) float64
     K,
     x_row,
     x_column,
@@ -53,10 +52,7 @@ def _shrink_kernel(
             mask=(ranks < rank)[None, :] & (columns < K)[:, None],
             other=0.0,
         )
-        acc = tl.dot(
-            x_tile.to(acc_type), down_tile.to(acc_type), acc, input_precision=PRECISION, out_dtype=acc_type
-        )
-    acc *= tl.load(scales + tile).to(acc_type)
+        acc = tl.dot(x_tile.to(acc_type), down_tile.to(acc_type), acc, input_precision=PRECISION, out_dtype=acc_type)
     tl.store(
         h + rows[:, None] * h_row + ranks[None, :],
         acc.to(h.dtype.element_ty),
@@ -70,6 +66,7 @@ def _expand_kernel(
     up,  # (OUT, sum of ranks)
     y,  # (N, OUT), contiguous
     tiles,  # (tiles, 4) int64, as above
+    scales,  # (tiles,) float64
     OUT,
     h_row,
     up_row,
@@ -98,39 +95,37 @@ def _expand_kernel(
             mask=(ranks < rank)[:, None] & (columns < OUT)[None, :],
             other=0.0,
         )
-        delta = tl.dot(
-            h_tile.to(acc_type), up_tile.to(acc_type), delta, input_precision=PRECISION, out_dtype=acc_type
-        )
+        delta = tl.dot(h_tile.to(acc_type), up_tile.to(acc_type), delta, input_precision=PRECISION, out_dtype=acc_type)
     place = y + rows[:, None] * OUT + columns[None, :]
     inside = (rows < stop)[:, None] & (columns < OUT)[None, :]
-    total = tl.load(place, mask=inside, other=0.0).to(acc_type) + delta
+    total = tl.load(place, mask=inside, other=0.0).to(acc_type) + tl.load(scales + tile).to(acc_type) * delta
     tl.store(place, total.to(y.dtype.element_ty), mask=inside)
 
 
-def shrink(x: Tensor, downs: list[Tensor], scales: list[float], spans: list[tuple[int, int, int]], h: Tensor) -> None:
-    """h[rows] = scale * x[rows] @ down^T for every span (adapter, start, stop); downs (R, K), x (N, K), any strides."""
+def shrink(x: Tensor, downs: list[Tensor], spans: list[tuple[int, int, int]], h: Tensor) -> None:
+    """h[rows] = x[rows] @ down^T for every span (adapter, start, stop); downs (R, K), x (N, K), any strides."""
     if not spans:
         return
     ranks = tuple(down.shape[0] for down in downs)
     block_rows = _block_rows(spans)
-    tiles, factors = _tiles(tuple(spans), ranks, tuple(scales), block_rows, x.device)
+    tiles, _ = _tiles(tuple(spans), ranks, (1.0,) * len(ranks), block_rows, x.device)
     down = downs[0] if len(downs) == 1 else torch.cat(downs)
     _shrink_kernel[(len(tiles), triton.cdiv(max(ranks), BLOCK_RANK))](
-        x, down, h, tiles, factors, x.shape[1], *x.stride(), *down.stride(), h.stride(0),
+        x, down, h, tiles, x.shape[1], *x.stride(), *down.stride(), h.stride(0),
         BLOCK_ROWS=block_rows, BLOCK_K=128 // x.element_size(), BLOCK_RANK=BLOCK_RANK, PRECISION=_precision(x),
     )  # fmt: skip
 
 
-def expand(h: Tensor, ups: list[Tensor], spans: list[tuple[int, int, int]], y: Tensor) -> None:
-    """y[rows] += h[rows] @ up^T for every span (adapter, start, stop); ups (OUT, R) of any strides, y contiguous."""
+def expand(h: Tensor, ups: list[Tensor], scales: list[float], spans: list[tuple[int, int, int]], y: Tensor) -> None:
+    """y[rows] += scale * h[rows] @ up^T for every span (adapter, start, stop); ups (OUT, R) of any strides, y contiguous."""
     if not spans:
         return
     ranks = tuple(up.shape[1] for up in ups)
     block_rows = _block_rows(spans)
-    tiles, _ = _tiles(tuple(spans), ranks, (1.0,) * len(ups), block_rows, y.device)
+    tiles, factors = _tiles(tuple(spans), ranks, tuple(scales), block_rows, y.device)
     up = ups[0] if len(ups) == 1 else torch.cat(ups, 1)
     _expand_kernel[(len(tiles), triton.cdiv(y.shape[1], BLOCK_OUT))](
-        h, up, y, tiles, y.shape[1], h.stride(0), *up.stride(),
+        h, up, y, tiles, factors, y.shape[1], h.stride(0), *up.stride(),
         BLOCK_ROWS=block_rows, BLOCK_OUT=BLOCK_OUT, BLOCK_RANK=BLOCK_RANK, PRECISION=_precision(y),
     )  # fmt: skip
 

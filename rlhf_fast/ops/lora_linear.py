@@ -4,10 +4,10 @@ The rows of x form segments; the rows of a segment with adapter (A, B, scale) ge
 
     y = x @ weight^T + bias + scale * (x @ A^T) @ B^T
 
-and those of a segment without one only the first two terms. With dy the gradient of y, g = scale * dy @ B and
-h = scale * x @ A^T,
+and those of a segment without one only the first two terms. With dy the gradient of y, g = dy @ B and h = x @ A^T,
 
-    dx = dy @ weight + g @ A        dA = g^T @ x        dB = dy^T @ h        (dA, dB: summed over the adapter's rows)
+    dx = dy @ weight + scale * g @ A
+    dA = scale * g^T @ x,  dB = scale * dy^T @ h                            (summed over the adapter's rows)
     dweight = dy^T @ x, dbias = sum of dy: only where they are asked for; a frozen base costs nothing but dx
 
 Cost for N rows: forward one product over all rows, 2 N in out FLOPs, and for the n rows with an adapter of rank R
@@ -120,14 +120,14 @@ def _checked(x: Tensor, weight: Tensor, bank: Sequence[tuple[Tensor, Tensor, flo
 Spans = list[tuple[int, int, int]]
 
 
-def _cpu_shrink(x: Tensor, downs: list[Tensor], scales: list[float], spans: Spans, h: Tensor) -> None:
+def _cpu_shrink(x: Tensor, downs: list[Tensor], spans: Spans, h: Tensor) -> None:
     for i, start, stop in spans:
-        h[start:stop, : downs[i].shape[0]] = F.linear(x[start:stop], downs[i].to(x.dtype)).mul_(scales[i])
+        torch.mm(x[start:stop], downs[i].to(x.dtype).t(), out=h[start:stop, : downs[i].shape[0]])
 
 
-def _cpu_expand(h: Tensor, ups: list[Tensor], spans: Spans, y: Tensor) -> None:
+def _cpu_expand(h: Tensor, ups: list[Tensor], scales: list[float], spans: Spans, y: Tensor) -> None:
     for i, start, stop in spans:
-        y[start:stop].addmm_(h[start:stop, : ups[i].shape[1]], ups[i].to(y.dtype).t())
+        y[start:stop].addmm_(h[start:stop, : ups[i].shape[1]], ups[i].to(y.dtype).t(), alpha=scales[i])
 
 
 def _triton_shrink(*args: Any) -> None:
@@ -142,8 +142,8 @@ def _triton_expand(*args: Any) -> None:
     kernels.expand(*args)
 
 
-# shrink(x, downs, scales, spans, h): h[rows] = scale * x[rows] @ down^T, for every span (adapter, start, stop).
-# expand(h, ups, spans, y): y[rows] += h[rows] @ up^T. Downs (R, in) and ups (out, R) may be transposed views.
+# shrink(x, downs, spans, h): h[rows] = x[rows] @ down^T, for every span (adapter, start, stop).
+# expand(h, ups, scales, spans, y): y[rows] += scale * h[rows] @ up^T. Downs (R, in) and ups (out, R) may be views.
 # On the CPU both are PyTorch's own products, in place.
 IMPLS = {
     "cpu": (_cpu_shrink, _cpu_expand),
@@ -172,8 +172,8 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, downs: list[Tensor], up
     shrink, expand = IMPLS[backend]
     spans, h = _spans(segments), _empty_h(x, downs)
     y = F.linear(x, weight, bias)
-    shrink(x, downs, scales, spans, h)
-    expand(h, ups, spans, y)
+    shrink(x, downs, spans, h)
+    expand(h, ups, scales, spans, y)
     return [y, h]
 
 
@@ -195,16 +195,16 @@ def _backward(grad: Tensor, x: Tensor, h: Tensor, weight: Tensor, downs: list[Te
     gradients = _empty_gradients(x, downs, ups, wants_x, wants)
     grad_downs, grad_ups = gradients[1 : len(downs) + 1], gradients[len(downs) + 1 :]
     g = _empty_h(x, downs)
-    shrink(grad, [up.t() for up in ups], scales, spans, g)
+    shrink(grad, [up.t() for up in ups], spans, g)
     if wants_x:
         torch.mm(grad, weight, out=gradients[0])
-        expand(g, [down.t() for down in downs], spans, gradients[0])
+        expand(g, [down.t() for down in downs], scales, spans, gradients[0])
     for i, start, stop in spans:
         rank = downs[i].shape[0]
         if grad_downs[i].numel():
-            grad_downs[i] += g[start:stop, :rank].t() @ x[start:stop]
+            grad_downs[i] += scales[i] * (g[start:stop, :rank].t() @ x[start:stop])
         if grad_ups[i].numel():
-            grad_ups[i] += grad[start:stop].t() @ h[start:stop, :rank]
+            grad_ups[i] += scales[i] * (grad[start:stop].t() @ h[start:stop, :rank])
     return gradients
 
 
