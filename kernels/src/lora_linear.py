@@ -117,7 +117,7 @@ def shrink(x: Tensor, downs: list[Tensor], spans: list[tuple[int, int, int]], h:
 
 
 def expand(h: Tensor, ups: list[Tensor], scales: list[float], spans: list[tuple[int, int, int]], y: Tensor) -> None:
-    """y[rows] += scale * h[rows] @ up^T for every span (adapter, start, stop); ups (OUT, R) of any strides, y contiguous."""
+    """y[rows] += scale * h[rows] @ up^T for every span (adapter, start, stop); ups (OUT, R), y contiguous."""
     if not spans:
         return
     ranks = tuple(up.shape[1] for up in ups)

@@ -278,3 +278,25 @@ def test_rows_in_an_order_of_a_layers_own_are_refused():
     gate.register_forward_hook(lambda module, args, output: output[:5])
     with pytest.raises(ValueError, match="the route has 2 segments of 21"):
         backbone.hidden(*make_batch(), ["policy", "critic"])
+
+
+def test_bf16_base_keeps_adapters_heads_and_their_gradients_in_fp32():
+    backbone = Backbone(make_model("llama").to(torch.bfloat16))
+    for name in ("policy", "critic"):
+        backbone.add_adapter(name, top_layers=2)
+        backbone.add_head(name)
+        scramble(backbone, name)
+    input_ids, attention_mask = make_batch()
+    hidden = backbone.hidden(input_ids, attention_mask, ["policy", "critic"])
+    assert hidden["policy"].dtype == torch.bfloat16
+    logprobs = backbone.logprobs(hidden["policy"], input_ids, attention_mask)
+    values = backbone.values("critic", hidden["critic"])
+    assert logprobs.dtype == values.dtype == torch.float32
+    (logprobs.sum() + values.sum()).backward()
+    trained = [*backbone.adapters["policy"].values(), *backbone.adapters["critic"].values()]
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for pair in trained for p in (pair.a, pair.b))
+    exact = Backbone(make_model("llama"))
+    exact.add_adapter("policy", top_layers=2)
+    exact.restore("policy", {k: v for k, v in backbone.snapshot("policy").items() if k != "score.weight"})
+    expected = exact.logprobs(exact.hidden(input_ids, attention_mask, ["policy"])["policy"], input_ids, attention_mask)
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=0.1)
