@@ -92,6 +92,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_BASE_CHANGING_STARTS):
         raise UserError(f"{path}: init_lora_weights={start!r} changes the base model; convert it to plain LoRA first")
+    # PEFT lists both usual names of a head in every SEQ_CLS adapter.
     extra = set(config.get("modules_to_save") or []) - {_HEAD, "classifier"}
     if extra:
         raise UserError(f"{path}: modules_to_save={sorted(extra)} is not supported, only {_HEAD!r}")
