@@ -23,7 +23,9 @@ def words_of(algorithm: str, **changes) -> list[str]:
 
 
 def fingerprint(path: Path) -> dict[str, str]:
-    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in path.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in path.rglob("*") if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")

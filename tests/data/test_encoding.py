@@ -47,12 +47,12 @@ def test_the_last_message_is_the_completion():
 def test_chat_decides_what_happens_to_plain_prompts_and_to_messages():
     assert encoder(chat=True).prompt(row(prompt="hi")).text == "<bos>user: hi\nassistant: "
     assert encoder(chat="auto").prompt(row(prompt="hi")).text == "hi"
-    with pytest.raises(UserError, match="a.jsonl:7: found a list of messages, but chat is false"):
+    with pytest.raises(UserError, match=r"a\.jsonl:7: found a list of messages, but chat is false"):
         encoder(chat=False).prompt(row(prompt=[USER]))
 
 
 def test_messages_without_role_or_template_are_refused():
-    with pytest.raises(UserError, match="must be a list of {role, content} messages"):
+    with pytest.raises(UserError, match=r"must be a list of \{role, content\} messages"):
         encoder().prompt(row(prompt=[{"content": "hi"}]))
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
@@ -62,7 +62,7 @@ def test_messages_without_role_or_template_are_refused():
 
 def test_a_long_prompt_is_refused_with_its_length_or_loses_its_start():
     long = row(prompt="x" * 40 + "end")
-    with pytest.raises(UserError, match="a.jsonl:7: the prompt has 44 tokens, the budget is 40.*truncate_prompts"):
+    with pytest.raises(UserError, match=r"a\.jsonl:7: the prompt has 44 tokens, the budget is 40.*truncate_prompts"):
         encoder().prompt(long)
     kept = encoder(truncate_prompts=True).prompt(long).ids
     assert len(kept) == 40

@@ -47,7 +47,7 @@ def test_an_adapter_without_statistics_counts_as_it_is(adapter):
 @pytest.mark.parametrize("text", ["{", '{"mean": 0}', '{"mean": 0, "std": 0}', '{"mean": NaN, "std": 1}'])
 def test_broken_statistics_are_refused(adapter, text):
     (adapter / "reward_stats.json").write_text(text)
-    with pytest.raises(UserError, match="reward_stats.json"):
+    with pytest.raises(UserError, match=r"reward_stats\.json"):
         load_rewards({str(adapter): 1.0}, backbone())
 
 

@@ -42,7 +42,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_and_said_so(tmp_path
     assert found is not None
     assert found[0] == 1
     assert "step-2" in capsys.readouterr().err
-    with pytest.raises(UserError, match="step-2 is (damaged|incomplete)"):
+    with pytest.raises(UserError, match=r"step-2 is (damaged|incomplete)"):
         load_checkpoint(newest)
 
 

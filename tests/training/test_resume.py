@@ -55,7 +55,7 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(algorithm, tmp_path, monk
     run({**values, "output_dir": str(tmp_path / "whole")})
     stopped = {**values, "output_dir": str(tmp_path / "stopped")}
     interrupt(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Stopped, match="after step 3 of 5.*--resume auto") as info:
+    with pytest.raises(Stopped, match=r"after step 3 of 5.*--resume auto") as info:
         run(stopped)
     assert info.value.exit_code == 128 + signal.SIGTERM
     run(stopped, resume="auto")

@@ -1,0 +1,153 @@
+import io
+import json
+import signal
+
+import pytest
+from rich.console import Console
+
+from rlhf_fast.algorithms.launch import launch, run_stage, single_stage
+from rlhf_fast.errors import UserError
+from rlhf_fast.training import report
+from rlhf_fast.training.run import Run, Stopped, read_jsonl
+from tests.training.test_resume import interrupt
+from tests.training.tiny_runs import config_of, folder, job_of, values_of
+
+
+def test_metrics_of_an_interrupted_run_are_cut_at_its_checkpoint(tmp_path):
+    config = config_of("sft", output_dir=str(tmp_path / "run"), steps=3)
+    with Run(config, job_of(config), resume=None, overwrite=False) as run:
+        for step in run.steps():
+            run.log(step, {"loss": 1.0}, tokens=1)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 4, "loss": 2.0}\n{"step": 5, "lo')
+    longer = config.model_copy(update={"steps": 6})
+    resumed = Run(longer, job_of(longer), resume="auto", overwrite=False)
+    assert resumed.start == 3
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3]
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = config_of("sft", output_dir=str(tmp_path / "run"), report_to="tensorboard")
+    with Run(config, job_of(config), resume=None, overwrite=False) as run:
+        run.log(0, {"loss": 1.5}, tokens=1)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.5)]
+
+
+def test_a_checkpoint_folder_can_be_named(tmp_path):
+    values = values_of("sft", output_dir=str(tmp_path / "run"), save_every=2)
+    run_stage(Console(quiet=True), single_stage(values), resume=None, overwrite=False)
+    config = config_of("sft", output_dir=str(tmp_path / "run"), save_every=2)
+    named = Run(config, job_of(config), resume=str(tmp_path / "run/checkpoints/step-4"), overwrite=False)
+    assert named.start == 4
+    with pytest.raises(UserError, match="no checkpoint there"):
+        Run(config, job_of(config), resume=str(tmp_path / "nowhere"), overwrite=False)
+    shorter = config.model_copy(update={"steps": 3})
+    with pytest.raises(UserError, match="the checkpoint is at step 5, steps is 3"):
+        Run(shorter, job_of(shorter), resume="auto", overwrite=False)
+
+
+def test_the_report_shows_both_evaluations_and_draws_the_curves(tmp_path):
+    rows = [{"step": i, "reward": i / 2, "kl": 0.1, "policy_loss": 0.0} for i in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample = {"prompt": "say [bold]", "completion": "old", "reward": 0.25}
+    evaluations = [
+        {"step": 0, "metrics": {"reward": 0.25, "reward_se": 0.125}, "samples": [sample]},
+        {"step": 3, "metrics": {"reward": 1.5, "reward_se": 0.0625}, "samples": [{**sample, "completion": "new"}]},
+    ]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluations))
+    console = Console(record=True, width=120, file=io.StringIO())
+    report.print_report(console, "ppo", tmp_path)
+    text = console.export_text()
+    for piece in ("0.250 +- 0.125", "1.500 +- 0.062", "say [bold]", "old  [0.25]", "new  [0.25]", "curves.png"):
+        assert piece in text
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def pipeline(tmp_path, **changes):
+    """sft of all weights -> reward model -> ppo, as the example has it."""
+    keys = ("data", "eval_size", "steps", "batch_size", "learning_rate", "report_to", "seed", "device")
+
+    def own(algorithm, **rest):
+        values = values_of(algorithm)
+        return {"algorithm": algorithm, **{key: values[key] for key in keys}, **rest}
+
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "lora_rank": 4,
+        "stages": [
+            own("sft", model=str(folder() / "model"), lora_rank=0),
+            own("reward_model", model={"from": "sft"}),
+            own("ppo", model={"from": "sft"}, reward={"from": "reward_model"}, max_new_tokens=6),
+        ],
+        **changes,
+    }
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def go(path, overrides=None, **options):
+    launch(path, overrides or {}, **{"dry_run": False, "resume": None, "overwrite": False, **options})
+
+
+def test_stages_run_in_order_each_on_what_the_earlier_ones_made(tmp_path):
+    go(pipeline(tmp_path), {"ppo.steps": 2})
+    run = tmp_path / "run"
+    for name in ("sft/model.safetensors", "reward_model/reward_stats.json", "ppo/critic/adapter_model.safetensors",
+                 "ppo/reward/adapter_model.safetensors", "ppo/adapter_model.safetensors"):  # fmt: skip
+        assert (run / name).is_file(), name
+    assert json.loads((run / "ppo/adapter_config.json").read_text())["base_model_name_or_path"] == str(run / "sft")
+    assert len(read_jsonl(run / "ppo/metrics.jsonl")) == 2
+    assert len(read_jsonl(run / "sft/metrics.jsonl")) == 5
+
+
+def test_interrupted_stages_resume_where_they_were(tmp_path, monkeypatch):
+    path = pipeline(tmp_path)
+    log, calls = Run.log, []
+
+    def logged(self, step, metrics, **rest):
+        log(self, step, metrics, **rest)
+        calls.append((self.config.algorithm, step))
+        if calls[-1] == ("reward_model", 1):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Run, "log", logged)
+    with pytest.raises(Stopped):
+        go(path)
+    stopped = len(calls)
+    go(path, resume="auto")
+    assert calls[stopped:] == [("reward_model", i) for i in (2, 3, 4)] + [("ppo", i) for i in range(5)]
+
+
+def test_a_dry_run_of_stages_writes_nothing(tmp_path, capsys):
+    go(pipeline(tmp_path), dry_run=True)
+    assert not (tmp_path / "run").exists()
+    assert "adapter:reward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"ppo.kl_ceof": 1}, "unknown key 'ppo.kl_ceof'; did you mean 'ppo.kl_coef'"),
+        ({"sead": 1}, "unknown key 'sead'; did you mean 'seed'"),
+        ({"ppo.lam": 7}, "stage ppo: lam: Input should be less than or equal to 1, got 7"),
+        ({"reward_model.model": {"from": "ppo"}}, "stage reward_model: from: ppo is no earlier stage"),
+        ({"ppo.data": "none.jsonl"}, "none.jsonl does not exist"),
+    ],
+)
+def test_a_mistake_in_a_late_stage_is_found_before_the_first_one_runs(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        go(pipeline(tmp_path), overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupting_a_run_does_not_leave_its_signal_handlers(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped):
+        run_stage(Console(quiet=True), single_stage(values_of("sft", output_dir=str(tmp_path / "run"))),
+                  resume=None, overwrite=False)  # fmt: skip
+    assert signal.getsignal(signal.SIGTERM) == before
