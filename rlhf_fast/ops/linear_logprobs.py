@@ -286,7 +286,7 @@ def _setup_context(ctx, inputs, output):
         targets,
         mask,
         ctx.temperature,
-        _,
+        ctx.want_entropy,
         ctx.row_gradient,
         ctx.chunk_tokens,
         ctx.backend,
@@ -297,7 +297,9 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grads):
     hidden, weight, bias, targets, mask, *stats, row_gradient = ctx.saved_tensors
-    grad_logprobs, grad_entropy = (g.contiguous() if g is not None and g.numel() else None for g in grads[:2])
+    grad_logprobs, grad_entropy = (None if g is None else g.contiguous() for g in grads[:2])
+    if not ctx.want_entropy:  # an empty output, not a result
+        grad_entropy = None
     needs = list(ctx.needs_input_grad[:3])
     if grad_logprobs is None and grad_entropy is None:
         return (None,) * 10

@@ -200,7 +200,7 @@ def _backward_inplace(logits: Tensor, targets: Tensor, mask: Tensor | None, temp
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, mask, ctx.temperature, _, ctx.inplace, ctx.backend = inputs
+    logits, targets, mask, ctx.temperature, ctx.want_entropy, ctx.inplace, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, mask, *output)
 
@@ -208,7 +208,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grads):
     logits, targets, mask, *stats = ctx.saved_tensors
     grad_logprobs, grad_entropy = (None if g is None else g.contiguous() for g in grads[:2])
-    if grad_entropy is not None and not grad_entropy.numel():
+    if not ctx.want_entropy:  # an empty output, not a result
         grad_entropy = None
     run = _backward_inplace if ctx.inplace else _backward
     gradient = run(logits, targets, mask, ctx.temperature, stats, grad_logprobs, grad_entropy, ctx.backend)

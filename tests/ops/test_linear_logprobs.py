@@ -119,6 +119,17 @@ def test_an_all_masked_batch_gives_a_connected_zero(backend, frozen):
         assert (value == 0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_no_rows_give_a_connected_nothing(backend, frozen):
+    hidden, weight, _, targets, _ = draw((0,))
+    hidden.requires_grad_()
+    weight.requires_grad_(not frozen)
+    linear_logprobs(hidden, weight, targets, backend=backend).sum().backward()
+    assert hidden.grad.shape == hidden.shape
+    assert frozen or (weight.grad == 0).all()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_tiles_do_not_change_the_result(backend):
     hidden, weight, bias, targets, upstream = draw((4, 9))
