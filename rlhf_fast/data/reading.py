@@ -45,9 +45,7 @@ def require_columns(rows: Sequence[Row], layouts: Sequence[Sequence[str]], algor
         for name in layout:
             value = row.values.get(name)
             if not isinstance(value, (str, list)):
-                raise UserError(
-                    f"{row.where}: column {name!r} must be text or a list of messages, got {_shown(value)}"
-                )
+                raise UserError(f"{row.where}: column {name!r} must be text or a list of messages, got {_shown(value)}")
     return layout
 
 

@@ -1,7 +1,7 @@
 """The run folder: configuration, metrics, samples, checkpoints, and how a run is started, stopped and resumed.
 
-    config.yaml  metrics.jsonl  samples.jsonl  eval.jsonl  curves.png  tensorboard/  checkpoints/step-N/
-    and the adapters in PEFT's format: the policy at the top, critic/ reward/ reference/ beside it
+config.yaml  metrics.jsonl  samples.jsonl  eval.jsonl  curves.png  tensorboard/  checkpoints/step-N/
+and the adapters in PEFT's format: the policy at the top, critic/ reward/ reference/ beside it
 """
 
 import json

@@ -9,13 +9,13 @@ LEAST = {"algorithm": "ppo", "model": "m", "data": "d.jsonl", "reward": "r.py:f"
 
 
 def test_yaml_and_flags_give_the_same_values():
-    words = ["learning_rate=1e-3", "--clip-eps-low", "0.1", "--lora_targets=[q_proj, v_proj]", "chat=true", "kl_target=null"]
+    words = ["learning_rate=1e-3", "--clip-eps-low", "0.1", "--lora_targets=[q_proj, v_proj]", "chat=true", "lam=0.5"]
     config = parse(PPO, {**LEAST, **parse_overrides(words)})
     assert config.learning_rate == 1e-3
     assert config.clip_eps_low == 0.1
     assert config.lora_targets == ["q_proj", "v_proj"]
     assert config.chat is True
-    assert config.kl_target is None
+    assert config.lam == 0.5
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_negative_number_is_a_value():
     assert parse_overrides(["--seed", "-1"]) == {"seed": -1}
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- a", "must hold `key: value` lines, got list")])
+@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- a", "must hold .* lines, got list")])
 def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=message):

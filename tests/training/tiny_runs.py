@@ -48,9 +48,9 @@ def values_of(algorithm: str, **changes: Any) -> dict[str, Any]:
     """The keys of a small run; batches do not divide the data, so checkpoints fall inside an epoch."""
     data = {"sft": "sft.jsonl", "reward_model": "pairs.jsonl", "dpo": "pairs.jsonl"}
     values: dict[str, Any] = {
-        "algorithm": algorithm, "model": str(folder() / "model"),
-        "data": str(folder() / data.get(algorithm, "prompts.jsonl")), "eval_size": 2, "steps": 5, "batch_size": 4, "learning_rate": 0.02, "lora_rank": 4, "report_to": "none",
-        "seed": 3, "device": "cpu",
+        "algorithm": algorithm, "model": str(folder() / "model"), "device": "cpu", "report_to": "none", "seed": 3,
+        "data": str(folder() / data.get(algorithm, "prompts.jsonl")), "eval_size": 2, "steps": 5, "batch_size": 4,
+        "learning_rate": 0.02, "lora_rank": 4,
     }  # fmt: skip
     if algorithm in ("ppo", "grpo"):
         values |= {"reward": f"{folder() / 'reward.py'}:score", "max_new_tokens": 6}
