@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rlhf_fast.backends import BackendError
 from rlhf_fast.errors import UserError
 
 # One line per mistake is ours to print; Python's own tracebacks stay plain.
@@ -33,10 +34,10 @@ def main() -> None:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """A UserError becomes one line on stderr and exit status 2."""
+    """A mistake of the user becomes one line on stderr and exit status 2."""
     try:
         yield
-    except UserError as error:
+    except (UserError, BackendError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
 

@@ -182,6 +182,21 @@ def test_prompts_alone_do_not_decide_the_algorithm(tmp_path):
     assert "choose algorithm ppo or grpo" in result.stderr
 
 
+def test_a_backend_that_cannot_run_here_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_FAST_BACKEND", "cuda")
+    result = invoke("train", *words_of("grpo", output_dir=str(tmp_path / "run")))
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "cuda" in result.stderr
+
+
+def test_more_than_one_process_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = invoke("train", *words_of("grpo", output_dir=str(tmp_path / "run")))
+    assert result.exit_code == 2
+    assert "training runs in one process" in result.stderr
+
+
 def test_doctor_lists_every_op_and_says_why_a_backend_cannot_run():
     result = invoke("doctor")
     assert result.exit_code == 0, result.output

@@ -3,6 +3,7 @@
 All of it is checked before anything is written.
 """
 
+import os
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ class Stage:
 def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume: str | None, overwrite: bool) -> None:
     """Run what the file `path` and the flags `overrides` describe. Every mistake of the user is a UserError."""
     quiet_libraries()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training runs in one process so far; start it without torchrun or accelerate launch")
     values = read_yaml(path) if path else {}
     console = Console()
     if "stages" not in values:
