@@ -76,10 +76,10 @@ def main() -> None:
     if not (arguments.model / "config.json").is_file():
         raise SystemExit(f"no model in {arguments.model}: run python examples/smollm2/prepare_model.py first")
 
-    set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     for prompt_file, pair_file, limit in SPLITS:
+        set_seed(arguments.seed)
         lines = (FOLDER / prompt_file).read_text(encoding="utf-8").splitlines()
         prompts = [json.loads(line)["prompt"] for line in lines]
         rows = []
