@@ -66,7 +66,7 @@ def print_report(console: Console, title: str, folder: Path) -> None:
             console.print(_samples(before["samples"], after["samples"]))
     curves = plot_curves(folder)
     if curves is not None:
-        console.print(Text(f"curves: {curves}    run folder: {folder}"))
+        console.print(Text(f"curves: {curves}    run folder: {folder}"), soft_wrap=True)
 
 
 def _value(metrics: dict[str, float], name: str) -> str:

@@ -1,16 +1,20 @@
 import io
 import json
 import signal
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from rlhf_fast.algorithms.launch import launch, run_stage, single_stage
+from rlhf_fast.algorithms.launch import all_stages, launch, run_stage, single_stage
 from rlhf_fast.errors import UserError
 from rlhf_fast.training import report
+from rlhf_fast.training.config import read_yaml
 from rlhf_fast.training.run import Run, Stopped, read_jsonl
 from tests.training.test_resume import interrupt
 from tests.training.tiny_runs import config_of, folder, job_of, values_of
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_metrics_of_an_interrupted_run_are_cut_at_its_checkpoint(tmp_path):
@@ -151,3 +155,16 @@ def test_interrupting_a_run_does_not_leave_its_signal_handlers(tmp_path, monkeyp
         run_stage(Console(quiet=True), single_stage(values_of("sft", output_dir=str(tmp_path / "run"))),
                   resume=None, overwrite=False)  # fmt: skip
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_are_valid_configs(path):
+    values = read_yaml(path)
+    stages = all_stages(values, {}) if "stages" in values else [single_stage(values)]
+    assert all(stage.config.output_dir for stage in stages)
+
+
+def test_the_tiny_example_can_be_planned(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(EXAMPLES.parent)
+    go(str(EXAMPLES / "tiny_rlhf.yaml"), {"output_dir": str(tmp_path / "run")}, dry_run=True)
+    assert "ppo: 192 examples, 48 held out" in capsys.readouterr().out
