@@ -84,8 +84,14 @@ def _generate(
     pad = settings.pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
-    with backbone.using("policy"):
-        tokens = backbone.model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
+    # The prompts' last hidden states are a strided slice, for which a CPU product copies the head once per row.
+    head = backbone.model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        with backbone.using("policy"):
+            tokens = backbone.model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
+    finally:
+        hook.remove()
     completions = tokens[:, width:].tolist()
     ends = [next((t + 1 for t, token in enumerate(c) if token in stops), len(c)) for c in completions]
     return [c[:end] for c, end in zip(completions, ends, strict=True)]
