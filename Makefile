@@ -5,6 +5,9 @@ OUT    ?= out
 
 GPU_PYTHON ?= python3
 
+# Two cores that are shared with anything else lose far more by spinning than they gain.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: train test test-all check lint types smollm2 bench gpu native clean
 
 VENV := .venv/.installed

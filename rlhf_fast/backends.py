@@ -25,7 +25,7 @@ _override: ContextVar[str | None] = ContextVar("rlhf_fast_backend", default=None
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for cannot run here; the message says why."""
+    """The backend that was asked for does not exist or cannot run here; the message says why."""
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def use_backend(name: str) -> Iterator[None]:
 def resolve(op: str, impls: Collection[str], device: torch.device, backend: str | None = None) -> str:
     """The name of the backend that runs `op` on `device`, out of `impls` and "reference".
 
-    Raises BackendError where the one asked for cannot run, ValueError for an unknown name.
+    Raises BackendError where the one asked for is unknown or cannot run.
     """
     return _resolve(op, tuple(impls), device.type, backend)
 
@@ -104,7 +104,7 @@ def _native_error() -> str | None:
 
 def _checked(name: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 

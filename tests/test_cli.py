@@ -182,12 +182,13 @@ def test_prompts_alone_do_not_decide_the_algorithm(tmp_path):
     assert "choose algorithm ppo or grpo" in result.stderr
 
 
-def test_a_backend_that_cannot_run_here_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("RLHF_FAST_BACKEND", "cuda")
+@pytest.mark.parametrize("name", ["cuda", "fast"])
+def test_a_backend_that_cannot_run_here_is_one_line(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("RLHF_FAST_BACKEND", name)
     result = invoke("train", *words_of("grpo", output_dir=str(tmp_path / "run")))
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
-    assert "cuda" in result.stderr
+    assert f"'{name}'" in result.stderr
 
 
 def test_more_than_one_process_is_refused(monkeypatch, tmp_path):

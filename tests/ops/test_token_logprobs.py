@@ -286,7 +286,7 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
     logits, targets = torch.zeros(1, 2), torch.tensor([0])
     with pytest.raises(BackendError, match=r"token_logprobs: backend 'cuda' cannot run on cpu: "):
         token_logprobs(logits, targets, backend="cuda")
-    with pytest.raises(ValueError, match="backend must be one of"):
+    with pytest.raises(BackendError, match="backend must be one of"):
         token_logprobs(logits, targets, backend="fast")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(BackendError, match="Triton needs a GPU"), use_backend("triton"):
