@@ -3,11 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define RLHF_HD __host__ __device__ inline
-#else
-#define RLHF_HD inline
-#endif
+#include "math/host_device.h"
 
 namespace rlhf {
 

@@ -8,23 +8,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.scalar import expm1, log1p
 from torch import Tensor
 
 BLOCK = 4096
-
-
-@triton.jit
-def _log1p(x):
-    # log(1 + x) to full precision: the rounding error of 1 + x is put back (Kahan).
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
-def _expm1_negative(x):
-    # exp(x) - 1 for x <= 0: a series near 0, where the difference cancels.
-    series = x * (1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720))))))
-    return tl.where(x > -0.25, series, tl.exp(x) - 1.0)
 
 
 @triton.jit
@@ -50,7 +37,7 @@ def _write_gradient(
         z = tl.load(logits + columns, mask=inside, other=0.0).to(row_max.dtype) / temperature
         log_p = (z - row_max) - row_logsum
         p = tl.exp(log_p)
-        one_minus_p = tl.where(columns == target_id, -_expm1_negative(logprob), -p)
+        one_minus_p = tl.where(columns == target_id, -expm1(logprob), -p)
         value = grad_logprob * one_minus_p
         if HAS_ENTROPY:
             value -= tl.where(p > 0, grad_entropy * p * (log_p + entropy), 0.0)
@@ -130,8 +117,8 @@ def _forward_kernel(
     alone = m == -float("inf")  # no other finite logit
     r = tl.where(alone & (r < 0), 0.0, r)
 
-    margin = tl.where(alone, m, (m - target) + _log1p(r))
-    logprob = -(tl.maximum(margin, 0.0) + _log1p(tl.exp(-tl.abs(margin))))
+    margin = tl.where(alone, m, (m - target) + log1p(r))
+    logprob = -(tl.maximum(margin, 0.0) + log1p(tl.exp(-tl.abs(margin))))
     logprob = tl.where(target != target, target, logprob)
     # Add the target to the others.
     row_max = tl.maximum(m, target)
@@ -141,7 +128,7 @@ def _forward_kernel(
     target_leads = target > m
     t = tl.where(target_leads, small * (t + gap * (1.0 + r)), t + small * gap)
     r = tl.where(target_leads, small * (1.0 + r), r + small)
-    row_logsum = _log1p(r)
+    row_logsum = log1p(r)
     entropy = row_logsum + t / (1.0 + r)
     tl.store(logprobs + row, logprob)
     tl.store(row_maxes + row, row_max)

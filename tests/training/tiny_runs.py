@@ -93,8 +93,11 @@ def gradients(job: Job) -> dict[str, torch.Tensor]:
 
 
 def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """Equal to fp32 rounding of each tensor's own scale: the same sums in another order."""
+    """Equal to fp32 rounding of each tensor's own scale: the same sums in another order.
+
+    Advantages of both signs cancel in a sum over tokens, which leaves a few hundred units in the last place.
+    """
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
-        atol = 1e-5 * float(expected.abs().max())
+        atol = 1e-4 * float(expected.abs().max())
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
