@@ -7,6 +7,7 @@
 #include "cpu/gae.h"
 #include "cpu/group_advantages.h"
 #include "cpu/kl_estimate.h"
+#include "cpu/lora_linear.h"
 #include "cpu/losses.h"
 #include "cpu/shaped_rewards.h"
 #include "cpu/token_logprobs.h"
@@ -47,6 +48,17 @@ cpu::Gae gae_call(Address rewards, Address values, int dtype, const std::array<i
 using PlaneArguments = std::tuple<Address, int, int64_t, int64_t>;
 cpu::Plane plane(const PlaneArguments& p) {
   return {at<>(std::get<0>(p)), DType(std::get<1>(p)), std::get<2>(p), std::get<3>(p)};
+}
+
+// sizes = width, wide row stride, narrow row stride; bank: matrix, rank, scale
+using LowRankArguments = std::tuple<PlaneArguments, int64_t, double>;
+cpu::LoraLinear lora_linear(Address wide, Address narrow, int dtype, const std::array<int64_t, 3>& sizes,
+                            const std::vector<LowRankArguments>& bank,
+                            const std::vector<std::array<int64_t, 3>>& spans) {
+  cpu::LoraLinear op{at<>(wide), at<>(narrow), DType(dtype), sizes[0], sizes[1], sizes[2], {}, {}};
+  for (const auto& [matrix, rank, scale] : bank) op.bank.push_back({plane(matrix), rank, scale});
+  for (const auto& [adapter, start, stop] : spans) op.spans.push_back({adapter, start, stop});
+  return op;
 }
 
 }  // namespace
@@ -173,6 +185,21 @@ PYBIND11_MODULE(_native, m) {
         cpu::group_advantages({at<>(rewards), DType(dtype), groups, group_size, at<int64_t>(order),
                                at<int64_t>(offsets), kind, eps, at<>(advantages)},
                               threads);
+      },
+      Release());
+
+  m.def(
+      "lora_shrink",
+      [](Address x, Address h, int dtype, std::array<int64_t, 3> sizes, const std::vector<LowRankArguments>& downs,
+         const std::vector<std::array<int64_t, 3>>& spans, int threads) {
+        cpu::lora_shrink(lora_linear(x, h, dtype, sizes, downs, spans), threads);
+      },
+      Release());
+  m.def(
+      "lora_expand",
+      [](Address y, Address h, int dtype, std::array<int64_t, 3> sizes, const std::vector<LowRankArguments>& ups,
+         const std::vector<std::array<int64_t, 3>>& spans, int threads) {
+        cpu::lora_expand(lora_linear(y, h, dtype, sizes, ups, spans), threads);
       },
       Release());
 }

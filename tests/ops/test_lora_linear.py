@@ -1,3 +1,6 @@
+import importlib
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +9,7 @@ from rlhf_fast import lora_linear
 from rlhf_fast.ops.lora_linear import reference
 from tests.numerics import assert_contract
 
+implementation = importlib.import_module("rlhf_fast.ops.lora_linear")  # the package exports the function by this name
 BACKENDS = ("cpu", "triton")
 LAYOUTS = {  # segments of a bank of two adapters
     "one adapter": [(0, 37)],
@@ -128,6 +132,39 @@ def test_row_counts_around_a_tile(backend, rows):
     x, weight, bias, bank = make_inputs(torch.float32, rows=rows)
     y = lora_linear(x, weight, bank, [(0, rows)], bias=bias, backend=backend)
     torch.testing.assert_close(y, reference(x, weight, bank, [(0, rows)], bias=bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [math.inf, -1], ids=["native", "products of PyTorch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bank_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_cpu_adapters_of_any_type_and_stride(monkeypatch, limit, dtype, bank_dtype):
+    monkeypatch.setattr(implementation, "NATIVE_LIMITS", {dtype: (limit, limit)})
+    x, weight, bias, bank = cast(make_inputs(rows=75, inner=1043, outer=531, ranks=(1, 18)), dtype)
+    (a0, b0, s0), (a1, b1, s1) = cast((x, weight, bias, bank), bank_dtype)[3]
+    bank = [  # A transposed, B with gaps between its rows and its columns
+        (a0.detach().t().contiguous().t().requires_grad_(), b0, s0),
+        (a1, b1.detach().repeat_interleave(2, 0).repeat_interleave(3, 1)[::2, ::3].requires_grad_(), s1),
+    ]
+    inputs, segments = (x, weight, bias, bank), [(1, 34), (-1, 3), (0, 37), (1, 1)]
+    found = results(lora_linear, inputs, segments, backend="cpu")
+    plain = results(eager, inputs, segments)
+    oracle = results(eager, cast(inputs, torch.float64), segments)
+    for name, value in found.items():
+        assert_contract(name, value, plain[name], oracle[name])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_cpu_results_are_the_same_every_time(threads):
+    x, weight, _, bank = make_inputs(torch.float32, rows=200, ranks=(8, 5))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = lora_linear(x, weight, bank, [(0, 100), (1, 100)], backend="cpu")
+        again = lora_linear(x, weight, bank, [(0, 100), (1, 100)], backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(y, again)
+    torch.testing.assert_close(y, reference(x, weight, bank, [(0, 100), (1, 100)]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

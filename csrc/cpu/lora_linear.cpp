@@ -1,0 +1,191 @@
+// The sums of shrink are vectorised by regrouping them, which the compiler must be allowed; NaN and inf still hold.
+#pragma GCC optimize("associative-math", "no-signed-zeros")
+#include "cpu/lora_linear.h"
+
+#include <algorithm>
+#include <type_traits>
+
+// Clones per level of the instruction set: those of RLHF_CLONES are picked only on the very processors they name.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(RLHF_FAST_NO_CLONES)
+#define RLHF_LEVEL_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define RLHF_LEVEL_CLONES RLHF_CLONES
+#endif
+
+namespace rlhf::cpu {
+namespace {
+
+constexpr int64_t kRowTile = 32;            // rows of a parallel task
+constexpr int kRows = 4, kRanks = 4;        // of a block: 16 sums, which stay in registers
+constexpr int64_t kColumns = 512;           // columns of y that stay in the first-level cache while ranks are added
+constexpr int64_t kParallelPack = 1 << 15;  // elements from which packing is worth its own parallel loop
+
+// A matrix of the bank in the type of the sums; its ranks are padded with zeros to whole blocks.
+template <typename C> struct Packed {
+  std::vector<C> data;  // (padded, width)
+  int64_t rank, padded;
+  C scale;
+};
+
+template <typename T, typename C> void copy_row(const Plane& matrix, int64_t row, int64_t width, C* out) {
+  const T* data = static_cast<const T*>(matrix.data) + row * matrix.row_stride;
+  for (int64_t k = 0; k < width; ++k) out[k] = C(load(data[k * matrix.column_stride]));
+}
+
+template <typename C> Packed<C> pack(const LowRank& adapter, int64_t width, int threads) {
+  constexpr decltype(&copy_row<float, C>) copies[] = {copy_row<float, C>, copy_row<double, C>, copy_row<bf16, C>,
+                                                      copy_row<f16, C>};  // in the order of DType
+  const int64_t padded = (adapter.rank + kRanks - 1) / kRanks * kRanks;
+  Packed<C> packed{std::vector<C>(padded * width), adapter.rank, padded, C(adapter.scale)};
+#pragma omp parallel for num_threads(threads) schedule(static) if (adapter.rank * width >= kParallelPack)
+  for (int64_t r = 0; r < adapter.rank; ++r)
+    copies[int(adapter.matrix.dtype)](adapter.matrix, r, width, packed.data.data() + r * width);
+  return packed;
+}
+
+// (rows, columns) of a wide tensor in the type of the sums: itself where it has that type, else a copy in `room`.
+template <typename T, typename C> struct Block {
+  static constexpr bool copied = !std::is_same<T, C>::value;
+  T* wide;
+  int64_t wide_stride;
+  C* room;  // (rows, columns)
+  int64_t columns;
+
+  RLHF_INLINE C* data() const {
+    if constexpr (copied) return room;
+    else return wide;
+  }
+  RLHF_INLINE int64_t stride() const { return copied ? columns : wide_stride; }
+  RLHF_INLINE void read(int rows) const {
+    if constexpr (copied)
+      for (int i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < columns; ++k) room[i * columns + k] = load(wide[i * wide_stride + k]);
+  }
+  RLHF_INLINE void write(int rows) const {
+    if constexpr (copied)
+      for (int i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < columns; ++k) store(wide[i * wide_stride + k], room[i * columns + k]);
+  }
+};
+
+// sums = x @ matrix^T for ROWS rows of x and kRanks of the matrix, both `width` long.
+template <int ROWS, typename C>
+RLHF_INLINE void dot_products(const C* x, int64_t stride, const C* matrix, int64_t width, C (&sums)[ROWS][kRanks]) {
+  C s[ROWS][kRanks] = {};
+  for (int64_t k = 0; k < width; ++k)
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+      for (int r = 0; r < kRanks; ++r) s[i][r] += x[i * stride + k] * matrix[r * width + k];
+  std::memcpy(sums, s, sizeof(s));
+}
+
+// y += h @ matrix for ROWS rows of y, `columns` long, and RANKS of the matrix.
+template <int ROWS, int RANKS, typename C>
+RLHF_INLINE void add_products(const C* h, int64_t h_stride, const C* matrix, int64_t width, int64_t columns, C* y,
+                              int64_t stride) {
+  C factors[ROWS][RANKS];
+  for (int i = 0; i < ROWS; ++i) std::memcpy(factors[i], h + i * h_stride, sizeof(factors[i]));
+#pragma omp simd
+  for (int64_t k = 0; k < columns; ++k)
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+      C sum = y[i * stride + k];
+#pragma GCC unroll 8
+      for (int r = 0; r < RANKS; ++r) sum += factors[i][r] * matrix[r * width + k];
+      y[i * stride + k] = sum;
+    }
+}
+
+template <int ROWS, typename T, typename C>
+RLHF_INLINE void shrink_block(const LoraLinear& op, const Packed<C>& down, int64_t row, C* room) {
+  const Block<T, C> x{static_cast<T*>(op.wide) + row * op.wide_stride, op.wide_stride, room, op.width};
+  x.read(ROWS);
+  for (int64_t first = 0; first < down.rank; first += kRanks) {
+    C sums[ROWS][kRanks];
+    dot_products<ROWS>(x.data(), x.stride(), down.data.data() + first * op.width, op.width, sums);
+    for (int i = 0; i < ROWS; ++i) {
+      T* h = static_cast<T*>(op.narrow) + (row + i) * op.narrow_stride;
+      for (int64_t r = first; r < std::min(first + kRanks, down.rank); ++r) store(h[r], sums[i][r - first]);
+    }
+  }
+}
+
+template <int ROWS, typename T, typename C>
+RLHF_INLINE void expand_block(const LoraLinear& op, const Packed<C>& up, int64_t row, C* room, C* h) {
+  for (int i = 0; i < ROWS; ++i) {
+    const T* unscaled = static_cast<const T*>(op.narrow) + (row + i) * op.narrow_stride;
+    for (int64_t r = 0; r < up.rank; ++r) h[i * up.padded + r] = up.scale * load(unscaled[r]);
+  }
+  for (int64_t k = 0; k < op.width; k += kColumns) {
+    const Block<T, C> y{static_cast<T*>(op.wide) + row * op.wide_stride + k, op.wide_stride, room,
+                        std::min(kColumns, op.width - k)};
+    y.read(ROWS);
+    const C* matrix = up.data.data() + k;
+    int64_t first = 0;
+    for (; first + 2 * kRanks <= up.padded; first += 2 * kRanks)
+      add_products<ROWS, 2 * kRanks>(h + first, up.padded, matrix + first * op.width, op.width, y.columns, y.data(),
+                                     y.stride());
+    if (first < up.padded)
+      add_products<ROWS, kRanks>(h + first, up.padded, matrix + first * op.width, op.width, y.columns, y.data(),
+                                 y.stride());
+    y.write(ROWS);
+  }
+}
+
+template <typename T, typename C>
+RLHF_INLINE void shrink_rows(const LoraLinear& op, const Packed<C>& down, int64_t row, int64_t stop) {
+  std::vector<C> room(Block<T, C>::copied ? kRows * op.width : 0);
+  for (; row + kRows <= stop; row += kRows) shrink_block<kRows, T>(op, down, row, room.data());
+  for (; row < stop; ++row) shrink_block<1, T>(op, down, row, room.data());
+}
+
+template <typename T, typename C>
+RLHF_INLINE void expand_rows(const LoraLinear& op, const Packed<C>& up, int64_t row, int64_t stop) {
+  std::vector<C> room(Block<T, C>::copied ? kRows * kColumns : 0), h(kRows * up.padded);
+  for (; row + kRows <= stop; row += kRows) expand_block<kRows, T>(op, up, row, room.data(), h.data());
+  for (; row < stop; ++row) expand_block<1, T>(op, up, row, room.data(), h.data());
+}
+
+#define RLHF_FOR_DTYPE(T)                                                                                     \
+  RLHF_LEVEL_CLONES void shrink(T, const LoraLinear& op, const Packed<Compute<T>::type>& matrix, Span rows) { \
+    shrink_rows<T>(op, matrix, rows.start, rows.stop);                                                        \
+  }                                                                                                           \
+  RLHF_LEVEL_CLONES void expand(T, const LoraLinear& op, const Packed<Compute<T>::type>& matrix, Span rows) { \
+    expand_rows<T>(op, matrix, rows.start, rows.stop);                                                        \
+  }
+RLHF_FOR_DTYPE(float)
+RLHF_FOR_DTYPE(double)
+RLHF_FOR_DTYPE(bf16)
+RLHF_FOR_DTYPE(f16)
+
+template <typename T> void run(const LoraLinear& op, bool shrinks, int threads) {
+  using C = typename Compute<T>::type;
+  std::vector<Packed<C>> bank(op.bank.size());
+  std::vector<Span> tiles;
+  for (const Span& span : op.spans) {
+    if (bank[span.adapter].data.empty()) bank[span.adapter] = pack<C>(op.bank[span.adapter], op.width, threads);
+    for (int64_t row = span.start; row < span.stop; row += kRowTile)
+      tiles.push_back({span.adapter, row, std::min(row + kRowTile, span.stop)});
+  }
+#pragma omp parallel for num_threads(threads) schedule(static) if (tiles.size() > 1)
+  for (size_t i = 0; i < tiles.size(); ++i)
+    shrinks ? shrink(T(), op, bank[tiles[i].adapter], tiles[i]) : expand(T(), op, bank[tiles[i].adapter], tiles[i]);
+}
+
+void run(const LoraLinear& op, bool shrinks, int threads) {
+  switch (op.dtype) {
+    case DType::f32: return run<float>(op, shrinks, threads);
+    case DType::f64: return run<double>(op, shrinks, threads);
+    case DType::bf16: return run<bf16>(op, shrinks, threads);
+    case DType::f16: return run<f16>(op, shrinks, threads);
+  }
+}
+
+}  // namespace
+
+void lora_shrink(const LoraLinear& op, int threads) { run(op, true, threads); }
+void lora_expand(const LoraLinear& op, int threads) { run(op, false, threads); }
+
+}  // namespace rlhf::cpu
