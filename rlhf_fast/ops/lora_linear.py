@@ -125,7 +125,8 @@ Spans = list[tuple[int, int, int]]
 # (rank, rows) up to which the CPU uses the native kernels, PyTorch's products past either. Measured on one thread of a
 # CPU with AVX-512 and its bfloat16 products, layers of 576 and 1536, shrink and expand together: PyTorch's time is, of
 # the native one, in float32 1.0 to 4.0 at rank 8 and 32 to 4096 rows, 0.7 to 1.1 at rank 16; in bfloat16 at rank 8
-# 1.7 to 2.4 at 32 rows, 0.9 to 1.5 at 128, 0.5 to 0.7 at 1024; in float16 4 to 16 at ranks 8 and 64.
+# 1.7 to 2.4 at 32 rows, 0.9 to 1.5 at 128, 0.5 to 0.7 at 1024; in float64 0.7 to 2.3 at ranks 8 and 16; in float16 4
+# to 16 at ranks 8 and 64.
 NATIVE_LIMITS = {
     torch.float32: (8, math.inf),
     torch.float64: (16, math.inf),
