@@ -5,14 +5,6 @@
 #include <algorithm>
 #include <type_traits>
 
-// Clones per level of the instruction set: those of RLHF_CLONES are picked only on the very processors they name.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12 && \
-    !defined(RLHF_FAST_NO_CLONES)
-#define RLHF_LEVEL_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define RLHF_LEVEL_CLONES RLHF_CLONES
-#endif
-
 namespace rlhf::cpu {
 namespace {
 
@@ -149,10 +141,10 @@ RLHF_INLINE void expand_rows(const LoraLinear& op, const Packed<C>& up, int64_t 
 }
 
 #define RLHF_FOR_DTYPE(T)                                                                                     \
-  RLHF_LEVEL_CLONES void shrink(T, const LoraLinear& op, const Packed<Compute<T>::type>& matrix, Span rows) { \
+  RLHF_CLONES void shrink(T, const LoraLinear& op, const Packed<Compute<T>::type>& matrix, Span rows) { \
     shrink_rows<T>(op, matrix, rows.start, rows.stop);                                                        \
   }                                                                                                           \
-  RLHF_LEVEL_CLONES void expand(T, const LoraLinear& op, const Packed<Compute<T>::type>& matrix, Span rows) { \
+  RLHF_CLONES void expand(T, const LoraLinear& op, const Packed<Compute<T>::type>& matrix, Span rows) { \
     expand_rows<T>(op, matrix, rows.start, rows.stop);                                                        \
   }
 RLHF_FOR_DTYPE(float)

@@ -5,12 +5,15 @@
 #include <cstring>
 #include <limits>
 
-// The function is compiled once per instruction set and the loader picks one. OpenMP regions are outlined
-// before the clones are made, so the parallel loop stands outside and calls a cloned function on a row range.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(RLHF_FAST_NO_CLONES)
-#define RLHF_CLONES __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
-#else
+// The function is compiled once per level of the instruction set and the loader picks one. (Named processors would be
+// picked only where they are that very model.) OpenMP regions are outlined before the clones are made, so the parallel
+// loop stands outside and calls a cloned function on a row range.
+#if !defined(__x86_64__) || !defined(__gnu_linux__) || defined(RLHF_FAST_NO_CLONES)
 #define RLHF_CLONES
+#elif !defined(__clang__) && __GNUC__ >= 12
+#define RLHF_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define RLHF_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
 #endif
 #define RLHF_INLINE inline __attribute__((always_inline))
 
