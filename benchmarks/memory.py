@@ -10,6 +10,7 @@ only imported the libraries. Bytes of weights and optimizer states are also coun
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import subprocess
@@ -42,6 +43,12 @@ def batch_of(vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
     completion = torch.zeros_like(ids)
     completion[:, TOKENS // 2 :] = 1
     return ids, torch.ones_like(ids), completion
+
+
+def load(folder: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def losses(
@@ -94,13 +101,10 @@ def ours(folder: str, checkpointed: bool) -> tuple[Callable[[], None], Callable[
 def separate(folder: str, checkpointed: bool) -> tuple[Callable[[], None], Callable[[], list[Tensor]]]:
     """As the usual trainers hold them: only the policy has a LoRA, the critic is trained whole."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    def load() -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    policy = get_peft_model(load(), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
-    reference, critic, reward = load().requires_grad_(False), load().model, load().model.requires_grad_(False)
+    policy = get_peft_model(load(folder), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+    reference, critic = load(folder).requires_grad_(False), load(folder).model
+    reward = load(folder).model.requires_grad_(False)
     width = reference.config.hidden_size
     value_head, score_head = nn.Linear(width, 1), nn.Linear(width, 1).requires_grad_(False)
     if checkpointed:
@@ -160,6 +164,7 @@ def measure(contender: str, folder: str) -> dict[str, float]:
     build = ours if contender.startswith("ours") else separate
     update, tensors = build(folder, contender.endswith("checkpointed"))
     update()
+    ctypes.CDLL(None).malloc_trim(0)  # hand freed memory back, so that resident is what is held and not what was used
     resident = memory_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
     update()
@@ -191,9 +196,10 @@ def page(report: dict) -> str:
         "",
         f"Bytes of the frozen model alone: {report['base'] / MIB:,.0f} MiB; all four roles of ours with both AdamW "
         f"states: {report['rows']['ours']['weights_and_states'] / report['base']:.3f} times that. (At 7B in bfloat16 "
-        "with rank 8 the ratio is below 1.05; `tests/models/test_bytes.py` counts it.)",
+        "with rank 8 the ratio is below 1.05; `tests/models/test_memory.py` counts it.)",
         "",
-        "Resident and peak are those of the process (VmRSS, VmHWM), above the same process before a model is loaded.",
+        "Resident and peak are those of the process (VmRSS after malloc_trim, VmHWM), above the same process before a "
+        "model is loaded.",
         "",
         f"Machine: {report['machine']}. Versions: {report['versions']}. Commit: {report['commit']}. "
         "Command: `python -m benchmarks.memory .cache/smollm2-135m-instruct`.",
@@ -225,7 +231,7 @@ def main() -> None:
         "batch": BATCH,
         "tokens": TOKENS,
         "rank": RANK,
-        "base": unique_bytes(list(transformers.AutoModelForCausalLM.from_pretrained(options.model).parameters())),
+        "base": unique_bytes(list(load(options.model).parameters())),
         "rows": rows,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",

@@ -33,6 +33,13 @@ def minutes(folder: Path) -> float:
     return ((folder / "summary.json").stat().st_mtime - (folder / "config.yaml").stat().st_mtime) / 60
 
 
+def commit_of(folder: Path) -> str:
+    """The commit that was checked out when the run started."""
+    started = int((folder / "config.yaml").stat().st_mtime)
+    command = ["git", "rev-list", "-1", "--abbrev-commit", f"--before={started}", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def section(title: str, folder: Path, before: dict, after: dict) -> list[str]:
     image = f"smollm2_{folder.name.split('-')[-1]}.png"
     shutil.copyfile(folder / "curves.png", ROOT / "docs" / image)
@@ -55,12 +62,9 @@ def main() -> None:
         steps, took = f"{config['steps']} x {config['batch_size']}", f"{minutes(folder):.1f} min"
         rows.append(
             f"| {title} | {steps} | {cell(old, 'reward')} | {cell(new, 'reward')} | {rise:+.3f} | {cell(new, 'kl')} "
-            f"| {took} |"
+            f"| {took} | {commit_of(folder)} |"
         )
         sections += section(title, folder, before, after)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     page = [
         "# SmolLM2-135M-Instruct learns a kinder tone",
         "",
@@ -69,12 +73,12 @@ def main() -> None:
         "to the reference (nats per completion, k1 estimate) are means ± standard errors over 64 held-out prompts, "
         "sampled once each before and after; time is the whole run on the machine below, evaluations included.",
         "",
-        "| algorithm | steps x sequences | reward before | reward after | rise | KL after | time |",
-        "|---|---|---|---|---|---|---|",
+        "| algorithm | steps x sequences | reward before | reward after | rise | KL after | time | commit |",
+        "|---|---|---|---|---|---|---|---|",
         *rows,
         "",
         f"Machine: {platform.machine()}, {os.cpu_count()} cores, no GPU. torch {torch.__version__}, transformers "
-        f"{transformers.__version__}. Commit {commit}. Commands: `make smollm2`, `make smollm2-grpo`, "
+        f"{transformers.__version__}. Commands: `make smollm2`, `make smollm2-grpo`, "
         "`make smollm2-dpo`, then `python examples/smollm2/make_docs.py runs/smollm2-ppo runs/smollm2-grpo "
         "runs/smollm2-dpo`.",
         "",
