@@ -2,7 +2,7 @@
 
     python -m benchmarks.aot --out benchmarks/results/aot.json
 
-Runs every case of benchmarks/op_cases.py, forward and backward, through the real launchers; a launch compiles the
+Runs every case of benchmarks/op_cases, forward and backward, through the real launchers; a launch compiles the
 specialisation that it would have run, once for each target, and runs nothing.
 """
 

@@ -34,7 +34,7 @@ def report(tmp_path_factory):
 def test_every_kernel_is_compiled(report, target):
     compiled = {row["kernel"] for row in report["rows"] if row["target"] == target}
     missing = sorted(set(report["kernels"]) - compiled)
-    assert missing == [], f"no case of benchmarks/op_cases.py launches {missing}"
+    assert missing == [], f"no case of benchmarks/op_cases launches {missing}"
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,66 +1,31 @@
-"""Every op keeps the numerics contract on the GPU, on every backend; the CPU runs the same cases."""
+"""Every op keeps the numerics contract on the GPU, on every backend, as tests/ops/test_contract.py does on the CPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks.op_cases import CASES, Case
 from rlhf_fast import BackendError, token_logprobs
 from rlhf_fast.backends import native
-from rlhf_fast.ops import table
-from tests.numerics import assert_contract
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-OPS = table()
-
-
-def assert_keeps_contract(case: Case, device: str, backend: str, dtype: torch.dtype) -> None:
-    inputs = case.inputs(device, dtype)
-    exact = {k: x.detach().cpu().double() if x.is_floating_point() else x.cpu() for k, x in inputs.items()}
-    oracle = case.run({k: x.requires_grad_(k in case.grads) for k, x in exact.items()}, "reference")
-    eager = case.run(case.inputs(device, dtype), "reference")
-    found = case.run(inputs, backend)
-    assert found.keys() == oracle.keys()
-    for name, value in found.items():
-        assert_contract(f"{case.name}, {name}", value.cpu(), eager[name].cpu(), oracle[name].double())
-
-
-def pairs(*backends: str):
-    return [
-        pytest.param(case, backend, id=f"{case.name}-{backend}")
-        for case in CASES
-        for backend in backends
-        if backend in OPS[case.op]
-    ]
-
-
-def test_every_op_has_a_case():
-    assert set(OPS) - {case.op for case in CASES} == set()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "backend"), pairs("cpu"))
-def test_ops_keep_the_contract_on_the_cpu(case, backend, dtype):
-    assert_keeps_contract(case, "cpu", backend, dtype)
+from tests.op_table import DTYPES, OPS, assert_keeps_contract, case_backend_pairs
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "backend"), pairs("triton", "cuda"))
+@pytest.mark.parametrize(("case", "backend"), case_backend_pairs("triton", "cuda"))
 def test_ops_keep_the_contract_on_the_gpu(case, backend, dtype):
     assert_keeps_contract(case, "cuda", backend, dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("case", "backend"), pairs("triton", "cuda"))
+@pytest.mark.parametrize(("case", "backend"), case_backend_pairs("triton", "cuda"))
 def test_the_same_inputs_give_the_same_bits_on_the_gpu(case, backend):
     first, second = (case.run(case.inputs("cuda", torch.bfloat16), backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("case", "backend"), pairs("triton", "cuda"))
+@pytest.mark.parametrize(("case", "backend"), case_backend_pairs("triton", "cuda"))
 def test_ops_can_be_captured_in_a_cuda_graph(case, backend):
     inputs = case.inputs("cuda", torch.bfloat16)
     side = torch.cuda.Stream()
