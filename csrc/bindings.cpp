@@ -145,12 +145,15 @@ PYBIND11_MODULE(_native, m) {
         cpu::masked_loss(variant, op, threads);
       },
       Release());
+  // clips = log_ratio, value, weight; outputs = value, derivative by logprob, by ref_logprob (or 0)
   m.def(
       "kl_estimate",
-      [](const std::string& estimator, const PlaneArguments& logprobs, const PlaneArguments& ref_logprobs,
-         int64_t rows, int64_t columns, bool is_double, Address value, Address derivative, int threads) {
-        cpu::kl_estimate(estimator,
-                         {plane(logprobs), plane(ref_logprobs), rows, columns, is_double, at<>(value), at<>(derivative)},
+      [](const std::string& estimator, const std::string& gradient, const std::array<PlaneArguments, 3>& inputs,
+         int64_t rows, int64_t columns, std::array<double, 3> clips, bool is_double, std::array<Address, 3> outputs,
+         int threads) {
+        cpu::kl_estimate(estimator, gradient,
+                         {plane(inputs[0]), plane(inputs[1]), plane(inputs[2]), rows, columns, clips[0], clips[1],
+                          clips[2], is_double, at<>(outputs[0]), at<>(outputs[1]), at<>(outputs[2])},
                          threads);
       },
       Release());
@@ -188,6 +191,15 @@ PYBIND11_MODULE(_native, m) {
       },
       Release());
 
+  // sizes = rows, width, row stride of x, row stride of out
+  m.def(
+      "lora_dropout",
+      [](Address x, Address out, int dtype, std::array<int64_t, 4> sizes, Address seed, uint32_t threshold, int threads) {
+        cpu::lora_dropout({at<>(x), at<>(out), DType(dtype), sizes[0], sizes[1], sizes[2], sizes[3],
+                           *at<uint64_t>(seed), threshold},
+                          threads);
+      },
+      Release());
   m.def(
       "lora_shrink",
       [](Address x, Address h, int dtype, std::array<int64_t, 3> sizes, const std::vector<LowRankArguments>& downs,

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "math/philox.h"
+
 namespace rlhf::cpu {
 namespace {
 
@@ -140,6 +142,28 @@ RLHF_INLINE void expand_rows(const LoraLinear& op, const Packed<C>& up, int64_t 
   for (; row < stop; ++row) expand_block<1, T>(op, up, row, room.data(), h.data());
 }
 
+// Bits are copied as they are, so an element's type is only its size. Counters of kGroups are made side by side, in
+// vector registers.
+template <typename Bits> RLHF_INLINE void drop_row(const Dropout& op, int64_t row) {
+  constexpr int64_t kGroups = 32;
+  const Bits* x = static_cast<const Bits*>(op.x) + row * op.x_stride;
+  Bits* out = static_cast<Bits*>(op.out) + row * op.out_stride;
+  for (int64_t start = 0; start < op.width; start += 4 * kGroups) {
+    uint32_t words[4 * kGroups];
+#pragma omp simd
+    for (int64_t i = 0; i < kGroups; ++i) {
+      const Philox made = philox(op.seed, uint32_t(start / 4 + i), uint32_t(row), 0, 0);
+      for (int k = 0; k < 4; ++k) words[4 * i + k] = made.words[k];
+    }
+    const int64_t n = std::min(4 * kGroups, op.width - start);
+    for (int64_t i = 0; i < n; ++i) out[start + i] = (words[i] >> 8) >= op.threshold ? x[start + i] : Bits(0);
+  }
+}
+
+RLHF_CLONES void drop(uint16_t, const Dropout& op, int64_t row) { drop_row<uint16_t>(op, row); }
+RLHF_CLONES void drop(uint32_t, const Dropout& op, int64_t row) { drop_row<uint32_t>(op, row); }
+RLHF_CLONES void drop(uint64_t, const Dropout& op, int64_t row) { drop_row<uint64_t>(op, row); }
+
 #define RLHF_FOR_DTYPE(T)                                                                                     \
   RLHF_CLONES void shrink(T, const LoraLinear& op, const Packed<Compute<T>::type>& matrix, Span rows) { \
     shrink_rows<T>(op, matrix, rows.start, rows.stop);                                                        \
@@ -175,8 +199,17 @@ void run(const LoraLinear& op, bool shrinks, int threads) {
   }
 }
 
+template <typename Bits> void run(const Dropout& op, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (op.rows * op.width >= kParallelPack)
+  for (int64_t row = 0; row < op.rows; ++row) drop(Bits(), op, row);
+}
+
 }  // namespace
 
+void lora_dropout(const Dropout& op, int threads) {
+  if (op.dtype == DType::f64) return run<uint64_t>(op, threads);
+  op.dtype == DType::f32 ? run<uint32_t>(op, threads) : run<uint16_t>(op, threads);
+}
 void lora_shrink(const LoraLinear& op, int threads) { run(op, true, threads); }
 void lora_expand(const LoraLinear& op, int threads) { run(op, false, threads); }
 

@@ -26,6 +26,18 @@ struct LoraLinear {
   std::vector<Span> spans;
 };
 
+struct Dropout {
+  const void* x;  // (rows, width), columns contiguous
+  void* out;      // the same shape, may be x
+  DType dtype;    // of both
+  int64_t rows, width, x_stride, out_stride;
+  uint64_t seed;
+  uint32_t threshold;  // an element stays where the upper 24 bits of its word reach it
+};
+
+// out = x where it stays, else 0. The words of columns 4 c to 4 c + 3 of row r are those of the counter (c, r).
+void lora_dropout(const Dropout& op, int threads);
+
 // narrow[rows] = wide[rows] @ matrix^T for every span; columns past the adapter's rank are left alone.
 void lora_shrink(const LoraLinear& op, int threads);
 
