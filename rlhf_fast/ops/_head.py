@@ -1,0 +1,180 @@
+"""The matrix products of an LM head over tiles of tokens, for every op that never holds all the logits.
+
+    logits = hidden @ weight^T + lora_scale * (hidden @ lora_a^T) @ lora_b^T + bias
+
+With G = d loss / d logits of a tile:
+
+    d loss / d hidden = G @ weight + lora_scale * (G @ lora_b) @ lora_a
+    d loss / d weight = G^T @ hidden,                      d loss / d bias = G^T @ 1
+    d loss / d lora_a = lora_scale * (G @ lora_b)^T @ hidden
+    d loss / d lora_b = lora_scale * G^T @ (hidden @ lora_a^T)
+
+Each of the three large products is 2 n D V FLOPs for a tile of n rows (P, when summed over all N rows); LoRA of rank R
+adds R / D of that. Logits are accumulated and kept in float32 (float64 for float64). On a GPU G is of the weight's
+type, on the CPU of the logits'; gradients of parameters are accumulated in float32 across tiles. No atomics.
+
+Source: tiling over tokens as in Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"
+(arXiv 2411.09009); LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops import _check
+
+# Scratch for one tile of float32 logits: on the CPU near the caches, on a GPU enough rows to fill a matrix product.
+TILE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+_VOCABULARY_BLOCK = 8192  # half-precision heads are widened to float32 in blocks of this many rows on the CPU
+
+
+class Head(NamedTuple):
+    """weight (V, D); bias (V,) or None; lora_a (R, D) and lora_b (V, R), or both None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    lora_scale: float = 1.0
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """out (n, V) float32 (float64) = the logits of hidden (n, D)."""
+        weight = self.weight
+        if weight.dtype == out.dtype:
+            torch.mm(hidden, weight.t(), out=out)
+        elif weight.is_cuda:
+            torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
+        else:
+            wide = hidden.to(out.dtype)
+            for block in _vocabulary_blocks(weight):
+                out[:, block] = wide @ weight[block].to(out.dtype).t()
+        if self.lora_b is not None:
+            _accumulate(out, self.lora_hidden(hidden), self.lora_b.t(), self.lora_scale)
+        if self.bias is not None:
+            out += self.bias
+
+    def lora_hidden(self, hidden: Tensor) -> Tensor:
+        """hidden @ lora_a^T (n, R)."""
+        assert self.lora_a is not None
+        return _product(hidden, self.lora_a.t())
+
+    def through(self, gradient: Tensor) -> Tensor:
+        """d loss / d hidden (n, D) in the weight's type, of d loss / d logits (n, V)."""
+        weight = self.weight
+        if gradient.dtype == weight.dtype:
+            result = gradient @ weight
+        else:
+            result = gradient.new_zeros(gradient.shape[0], weight.shape[1])
+            for block in _vocabulary_blocks(weight):
+                result.addmm_(gradient[:, block], weight[block].to(gradient.dtype))
+        if self.lora_a is not None and self.lora_b is not None:
+            _accumulate(result, _product(gradient, self.lora_b), self.lora_a, self.lora_scale)
+        return result.to(weight.dtype)
+
+
+class HeadGradients:
+    """Sums over tiles of the gradients of (weight, bias, lora_a, lora_b), those that are needed."""
+
+    def __init__(self, head: Head, needs: list[bool]) -> None:
+        """needs: whether each of (weight, bias, lora_a, lora_b) wants a gradient."""
+        self.head = head
+        self.totals = [
+            None if p is None or not need else torch.zeros_like(p, dtype=_check.compute_dtype(p.dtype))
+            for p, need in zip(head[:4], needs, strict=True)
+        ]
+
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        """Add what d loss / d logits `gradient` (n, V) of the rows `hidden` (n, D) gives."""
+        head = self.head
+        weight, bias, lora_a, lora_b = self.totals
+        if weight is not None:
+            _accumulate(weight, gradient.t(), hidden)
+        if bias is not None:
+            bias += gradient.sum(0, dtype=bias.dtype)
+        if lora_a is not None:
+            _accumulate(lora_a, _product(gradient, head.lora_b).t(), hidden, head.lora_scale)
+        if lora_b is not None:
+            _accumulate(lora_b, gradient.t(), head.lora_hidden(hidden), head.lora_scale)
+
+    def results(self) -> list[Tensor]:
+        """The four gradients in their parameters' types, empty where not needed."""
+        return [
+            self.head.weight.new_empty(0) if total is None else total.to(parameter.dtype)
+            for total, parameter in zip(self.totals, self.head[:4], strict=True)
+        ]
+
+
+class Tiles:
+    """Tiles of logits over the rows that count, in one buffer; on a GPU their gradients in one of the head's type.
+
+    mask: (N,) uint8 or None. On the CPU the rows with mask 0 are left out. On a GPU finding them would wait for it:
+    they are left out where `mask_count`, an upper bound of how many rows count, is given; else all rows are taken.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Head, mask: Tensor | None, chunk: int, mask_count: int | None = None
+    ) -> None:
+        self.hidden, self.head, self.mask = hidden, head, mask
+        self.index = None if mask is None else counted_rows(mask, mask_count)
+        count = hidden.shape[0] if self.index is None else self.index.shape[0]
+        height = -(-count // -(-count // chunk)) if count else 0  # tiles of equal height
+        self.chunks = [slice(i, min(i + height, count)) for i in range(0, count, height or 1)]
+        dtype = _check.compute_dtype(head.weight.dtype)
+        self.logits = hidden.new_empty(height, head.weight.shape[0], dtype=dtype)
+        narrow = head.weight.is_cuda and head.weight.dtype != dtype
+        self.gradient = torch.empty_like(self.logits, dtype=head.weight.dtype) if narrow else self.logits
+
+    def take(self, x: Tensor, chunk: slice) -> Tensor:
+        """The rows of x that `chunk` stands for, contiguous."""
+        return x[chunk] if self.index is None else x[self.index[chunk]]
+
+    def put(self, x: Tensor, chunk: slice, value: Tensor) -> None:
+        x[chunk if self.index is None else self.index[chunk]] = value
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor | None]]:
+        """chunk, its rows of hidden (n, D), logits (1, n, V), the place for their gradient, mask (1, n) or None."""
+        for chunk in self.chunks:
+            n = chunk.stop - chunk.start
+            hidden = self.take(self.hidden, chunk)
+            self.head.logits(hidden, self.logits[:n])
+            mask = None if self.mask is None else self.take(self.mask, chunk)[None]
+            yield chunk, hidden, self.logits[None, :n], self.gradient[None, :n], mask
+
+
+def chunk_tokens(weight: Tensor) -> int:
+    """How many rows of logits fit TILE_BYTES, a multiple of 16 and at least 16."""
+    budget = TILE_BYTES.get(weight.device.type, TILE_BYTES["cuda"])
+    fitting = budget // (weight.shape[0] * _check.compute_dtype(weight.dtype).itemsize)
+    return max(16, fitting // 16 * 16)
+
+
+def counted_rows(mask: Tensor, mask_count: int | None) -> Tensor | None:
+    """Indices of the rows that count, in order; None for all rows. With `mask_count` on a GPU, that many."""
+    if mask.device.type == "cpu":
+        return mask.nonzero()[:, 0]
+    if mask_count is None:
+        return None
+    return torch.argsort(mask, descending=True, stable=True)[:mask_count]
+
+
+def _vocabulary_blocks(weight: Tensor) -> Iterator[slice]:
+    for start in range(0, weight.shape[0], _VOCABULARY_BLOCK):
+        yield slice(start, start + _VOCABULARY_BLOCK)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in a's type on a GPU; widened to float32 (float64) on the CPU."""
+    dtype = a.dtype if a.is_cuda else _check.compute_dtype(a.dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """total += scale * a @ b, accumulated in the total's type."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.ops.aten.addmm.dtype_out(total, a, b.to(a.dtype), total.dtype, alpha=scale, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=scale)
