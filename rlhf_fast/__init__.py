@@ -6,7 +6,7 @@ from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.kl_estimate import kl_estimate
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
 from rlhf_fast.ops.lora_linear import lora_linear
-from rlhf_fast.ops.policy_loss import policy_loss
+from rlhf_fast.ops.policy_loss import PolicyObjective, policy_loss
 from rlhf_fast.ops.preference_loss import preference_loss
 from rlhf_fast.ops.reward_loss import reward_loss
 from rlhf_fast.ops.shaped_rewards import shaped_rewards
@@ -17,6 +17,7 @@ from rlhf_fast.ops.whiten import whiten
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
+    "PolicyObjective",
     "discounted_returns",
     "gae",
     "group_advantages",

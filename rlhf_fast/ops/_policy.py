@@ -229,7 +229,7 @@ def sapo(t: Tokens, o: PolicyObjective) -> Losses:
 
 
 def _within_divergence(t: Tokens, divergence: Tensor, o: PolicyObjective) -> Losses:
-    far = divergence > _given(o.max_divergence)
+    far = divergence > given(o.max_divergence)
     low, high = far & (t.advantages < 0) & (t.log_ratio < 0), far & (t.advantages > 0) & (t.log_ratio > 0)
     return torch.where(low | high, 0.0, -t.ratio * t.advantages), low, high
 
@@ -277,19 +277,20 @@ def dro(t: Tokens, o: PolicyObjective) -> Losses:
 # --- The tables -------------------------------------------------------------------------------------------------------
 
 
-def _given(value: float | None) -> float:
-    assert value is not None, "the variant has no default for it"
+def given(value: float | None) -> float:
+    """A number of an objective that its variant has a default for, or that __post_init__ has asked for."""
+    assert value is not None
     return value
 
 
 def _clip_bounds(o: PolicyObjective) -> list[float]:
     """Lowest ratio, highest ratio, dual clip or inf."""
     dual_clip = math.inf if o.dual_clip is None else o.dual_clip
-    return [1 - _given(o.clip_eps_low), 1 + _given(o.clip_eps_high), dual_clip]
+    return [1 - given(o.clip_eps_low), 1 + given(o.clip_eps_high), dual_clip]
 
 
 def _log_bounds(o: PolicyObjective) -> list[float]:
-    return [-_given(o.clip_eps_low), _given(o.clip_eps_high)]
+    return [-given(o.clip_eps_low), given(o.clip_eps_high)]
 
 
 class Function(NamedTuple):
@@ -307,8 +308,8 @@ FUNCTIONS = {
     "policy_gradient": Function(policy_gradient),
     "cispo": Function(cispo, _clip_bounds),
     "sapo": Function(sapo, lambda o: [o.sapo_temperature_pos, o.sapo_temperature_neg]),
-    "dppo_tv": Function(dppo_tv, lambda o: [_given(o.max_divergence)]),
-    "dppo_kl": Function(dppo_kl, lambda o: [_given(o.max_divergence)]),
+    "dppo_tv": Function(dppo_tv, lambda o: [given(o.max_divergence)]),
+    "dppo_kl": Function(dppo_kl, lambda o: [given(o.max_divergence)]),
     "gspo": Function(gspo, _clip_bounds, per_sequence=True),
     "gspo_token": Function(gspo_token, _clip_bounds, per_sequence=True),
     "gmpo": Function(gmpo, _log_bounds, per_sequence=True),

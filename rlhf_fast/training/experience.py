@@ -98,7 +98,8 @@ def minibatches(config: RolloutConfig, size: int) -> Iterator[tuple[Tensor, ...]
 def sum_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Metrics of a minibatch from those of its micro-batches, which already share the minibatch's denominator."""
     stacked = {name: torch.stack([part[name].detach() for part in parts]) for name in parts[0]}
-    return {name: values.amax() if name == "ratio_max" else values.sum() for name, values in stacked.items()}
+    merge = {"ratio_max": torch.amax, "ratio_min": torch.amin}
+    return {name: merge.get(name, torch.sum)(values) for name, values in stacked.items()}
 
 
 def move_reference(job: Job, config: RolloutConfig, step: int) -> None:

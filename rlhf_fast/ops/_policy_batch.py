@@ -1,0 +1,204 @@
+"""What a policy loss knows of its batch before its kernel runs: the tokens that count, their weights and sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops import _check, _losses
+from rlhf_fast.ops._policy import PolicyObjective, given
+
+COUNTS, DROPPED, SELECTED = 1, 2, 4  # bits of Plan.flags
+
+
+class Inputs(NamedTuple):
+    """The tensors of one value per token."""
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def check(self, objective: PolicyObjective) -> None:
+        """Raises where a tensor does not fit, or one that the objective needs is missing."""
+        given = {name: x for name, x in self._asdict().items() if x is not None}
+        _losses.floats(tuple(self.logprobs.shape), "the shape of logprobs", **given)
+        if objective.kl_coef > 0 and self.ref_logprobs is None:
+            raise ValueError(f"ref_logprobs must be given for kl_coef {objective.kl_coef}")
+        if (objective.entropy_coef > 0 or objective.entropy_fraction < 1) and self.entropy is None:
+            raise ValueError(
+                f"entropy must be given for entropy_coef {objective.entropy_coef}, "
+                f"entropy_fraction {objective.entropy_fraction}"
+            )
+
+    def planes(self) -> Inputs:
+        """(rows, columns) views; only logprobs and entropy keep their graph."""
+        planes = self.map(_losses.plane)
+        constants = planes.map(Tensor.detach)
+        return constants._replace(logprobs=planes.logprobs, entropy=planes.entropy)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """`function` of every tensor that is there."""
+        first = function(self.logprobs), function(self.old_logprobs), function(self.advantages)
+        return Inputs(*first, *(None if x is None else function(x) for x in self[3:]))
+
+
+class Plan(NamedTuple):
+    """Which tokens count and what for: made once for a batch, by shapes and masks alone.
+
+    A tile of tokens takes its columns of `flags` and `weights` and the same denominator; its losses, its metrics but
+    ratio_max and ratio_min, then add up to those of the batch.
+    """
+
+    flags: Tensor | None  # (rows, columns) uint8, bits COUNTS, DROPPED, SELECTED; None: every token counts
+    weights: Tensor | None  # (rows, columns), any strides: of a token in the loss; None: 1 / denominator
+    denominator: Tensor  # (): tokens, at least 1
+    cu_seqlens: Tensor | None  # (S + 1,) int64, the packed sequences; None: the rows are
+
+    def tile(self, columns: slice) -> Plan:
+        """The plan of some columns, for objectives whose tokens are not coupled."""
+        flags, weights = (None if x is None else x[:, columns] for x in (self.flags, self.weights))
+        return Plan(flags, weights, self.denominator, None)
+
+    def counts(self, like: Tensor) -> Tensor:
+        """(rows, columns) bool"""
+        return torch.ones_like(like, dtype=torch.bool) if self.flags is None else self.flags != 0
+
+    def with_flag(self, tokens: Tensor, flag: int) -> Plan:
+        """The plan with `flag` set on `tokens`, (rows, columns) bool, where they count."""
+        flags = tokens.new_ones(tokens.shape, dtype=torch.uint8) if self.flags is None else self.flags
+        return self._replace(flags=flags | torch.where(tokens & (flags != 0), flag, 0).to(torch.uint8))
+
+
+def plan(
+    objective: PolicyObjective,
+    logprobs: Tensor,
+    *,
+    mask: Tensor | None = None,
+    overlong: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    sequences: Tensor | float | None = None,
+) -> Plan:
+    """The plan of a batch of the shape, dtype and device of `logprobs`; arguments as those of policy_loss."""
+    shape, dtype = tuple(logprobs.shape), _check.compute_dtype(logprobs.dtype)
+    _check.same_device(
+        ("logprobs", logprobs), ("mask", mask), ("overlong", overlong), ("cu_seqlens", cu_seqlens)
+    )  # fmt: skip
+    flags = _check.mask_bytes(mask, shape, "the shape of logprobs")
+    per_sequence = objective.aggregation.startswith("seq") or objective.needs_sequences  # type: ignore[union-attr]
+    if cu_seqlens is not None:
+        cu_seqlens = _checked_cu_seqlens(cu_seqlens, shape)
+    elif len(shape) == 1 and (per_sequence or overlong is not None):
+        raise ValueError(
+            f"cu_seqlens must be given for packed logprobs {shape} with {objective.variant}, {objective.aggregation}"
+        )
+    if cu_seqlens is not None or overlong is not None:
+        flags = _without(flags, logprobs, overlong, cu_seqlens)
+    tokens = _losses.denominator_tensor(denominator, logprobs)
+    if tokens is None:
+        tokens = logprobs.new_full((), logprobs.numel(), dtype=dtype) if flags is None else flags.sum().to(dtype)
+    flags = None if flags is None else _losses.plane(flags)
+    made = Plan(flags, None, torch.where(tokens == 0, 1, tokens), cu_seqlens)
+    total = _losses.denominator_tensor(sequences, logprobs)
+    return made._replace(weights=_weights(objective, made, _losses.plane(logprobs), total, dtype))
+
+
+def _checked_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if len(shape) != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens must be (S + 1,) with S >= 1 and logprobs (N,), got {tuple(cu_seqlens.shape)} and {shape}"
+        )
+    cu_seqlens = _check.ids("cu_seqlens", cu_seqlens)
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > shape[0]:
+            raise ValueError(f"cu_seqlens must rise from 0 to at most N = {shape[0]}, got {bounds}")
+    return cu_seqlens
+
+
+def sequence_ids(plane: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(columns,) int64: the sequence of every packed token, or (rows, 1): that of every row."""
+    if cu_seqlens is None:
+        return torch.arange(plane.shape[0], device=plane.device)[:, None]
+    steps = torch.arange(plane.shape[1], device=plane.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True).clamp(max=cu_seqlens.shape[0] - 2)
+
+
+def _without(flags: Tensor | None, logprobs: Tensor, overlong: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """`flags` without overlong sequences and tokens after the last sequence."""
+    flags = torch.ones_like(logprobs, dtype=torch.uint8) if flags is None else flags
+    if cu_seqlens is not None:
+        flags = flags * (torch.arange(logprobs.shape[0], device=logprobs.device) < cu_seqlens[-1])
+    if overlong is not None:
+        count = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        _check.shaped("overlong", overlong, (count,), "(B,)" if cu_seqlens is None else "(S,)")
+        flags = flags * (overlong == 0)[sequence_ids(_losses.plane(logprobs), cu_seqlens)]
+    return flags.contiguous()
+
+
+def sequence_counts(made: Plan, like: Tensor) -> Tensor:
+    """(S,) int64: the counted tokens of each sequence."""
+    counts = made.counts(like)
+    if made.cu_seqlens is None:
+        return counts.sum(1)
+    before = torch.nn.functional.pad(counts[0].cumsum(0), (1, 0))
+    return before[made.cu_seqlens].diff()
+
+
+def _weights(
+    objective: PolicyObjective, made: Plan, like: Tensor, sequences: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """Plan.weights of the objective's aggregation."""
+    if objective.aggregation == "token_mean":
+        return None
+    if objective.aggregation == "token_sum":
+        return torch.ones((), dtype=dtype, device=like.device).expand(like.shape)
+    lengths = sequence_counts(made, like)
+    if sequences is None:
+        sequences = (lengths > 0).sum().to(dtype)
+    share = 1 / torch.where(sequences == 0, 1, sequences)
+    if objective.aggregation == "seq_mean_token_sum":
+        return share.expand(like.shape)
+    if objective.aggregation == "seq_mean_token_sum_norm":
+        return (share / given(objective.fixed_length)).expand(like.shape)
+    each = share / lengths.clamp(min=1).to(dtype)
+    return each[sequence_ids(like, made.cu_seqlens)].expand(like.shape)
+
+
+# --- Selections of the whole call -------------------------------------------------------------------------------------
+
+
+def select(objective: PolicyObjective, inputs: Inputs, made: Plan) -> Plan:
+    """`made` with the tokens flagged that the objective drops by entropy or selects by covariance."""
+    if objective.entropy_fraction < 1 and inputs.entropy is not None:
+        counts = made.counts(inputs.entropy)
+        kept = _largest(inputs.entropy.detach(), counts, torch.ceil(objective.entropy_fraction * counts.sum()))
+        made = made.with_flag(~kept, DROPPED)
+    if objective.function in ("clip_cov", "kl_cov"):
+        counts, dtype = made.counts(inputs.logprobs), _check.compute_dtype(inputs.logprobs.dtype)
+        total = counts.sum()
+        centred = []
+        for x in (inputs.logprobs.detach(), inputs.advantages):
+            x = torch.where(counts, x.to(dtype), 0)
+            centred.append(x - x.sum() / total.clamp(min=1))
+        covariance = centred[0] * centred[1]
+        if objective.function == "clip_cov":
+            counts = counts & (covariance > objective.cov_low) & (covariance < objective.cov_high)
+        count = torch.floor(objective.cov_fraction * total).clamp(min=1)
+        made = made.with_flag(_largest(covariance, counts, count), SELECTED)
+    return made
+
+
+def _largest(x: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """bool: the `count` largest of x `among` the tokens, and those equal to the last of them."""
+    x = torch.where(among, x, -torch.inf)
+    if x.numel() == 0:
+        return among
+    order = x.flatten().sort(descending=True).values
+    return among & (x >= order[(count.long() - 1).clamp(0, x.numel() - 1)])
