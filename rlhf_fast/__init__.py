@@ -5,10 +5,11 @@ from rlhf_fast.ops.gae import discounted_returns, gae
 from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.kl_estimate import kl_estimate
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
-from rlhf_fast.ops.lora_linear import lora_linear
+from rlhf_fast.ops.lora_linear import Adapter, lora_linear
 from rlhf_fast.ops.policy_loss import PolicyObjective, policy_loss
 from rlhf_fast.ops.preference_loss import preference_loss
 from rlhf_fast.ops.reward_loss import reward_loss
+from rlhf_fast.ops.sample_tokens import Samples, sample_tokens
 from rlhf_fast.ops.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.token_logprobs import token_logprobs
 from rlhf_fast.ops.value_loss import value_loss
@@ -16,7 +17,9 @@ from rlhf_fast.ops.whiten import whiten
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adapter",
     "BackendError",
+    "Samples",
     "PolicyObjective",
     "discounted_returns",
     "gae",
@@ -27,6 +30,7 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "reward_loss",
+    "sample_tokens",
     "shaped_rewards",
     "token_logprobs",
     "use_backend",

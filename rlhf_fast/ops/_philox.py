@@ -12,7 +12,7 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(seed: Tensor, *counters: Tensor) -> list[Tensor]:
-    """The four words, int64 in [0, 2^32), of a 0-d int64 seed and up to four counters that broadcast (the rest is 0)."""
+    """The four words, int64 in [0, 2^32), of a 0-d int64 seed and up to four counters that broadcast; the rest is 0."""
     given = list(torch.broadcast_tensors(*(c.to(torch.int64) & _WORD for c in counters)))
     c0, c1, c2, c3 = given + [torch.zeros_like(given[0])] * (4 - len(given))
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD

@@ -1,96 +1,164 @@
-"""lora_linear: one linear layer for rows that use different LoRA adapters, or none.
+"""lora_linear: one linear layer for rows that use different LoRA or DoRA adapters, or none.
 
-The rows of x form segments; the rows of a segment with adapter (A, B, scale) get
+The rows of x form segments; those of a segment with adapter (A, B, scale) get
 
-    y = x @ weight^T + bias + scale * (x @ A^T) @ B^T
+    y = bias + x @ weight^T + delta,    delta = scale * (drop(x) @ A^T) @ B^T,
 
-and those of a segment without one only the first two terms. With dy the gradient of y, g = dy @ B and h = x @ A^T,
+those of a segment whose adapter has a magnitude m as well (DoRA)
 
-    dx = dy @ weight + scale * g @ A
-    dA = scale * g^T @ x,  dB = scale * dy^T @ h                            (summed over the adapter's rows)
-    dweight = dy^T @ x, dbias = sum of dy: only where they are asked for; a frozen base costs nothing but dx
+    y = bias + f * (x @ weight^T + delta),    f = m / c,    c = ||weight + scale * B @ A|| of every row,
+
+and those without an adapter only the first two terms. drop(x) = x / (1 - dropout) where an element is kept, else 0: at
+(row n, column k) where word k % 4 of Philox with the counter (k // 4, n) and the seed is at least dropout * 2^32, to
+24 bits. The mask is never stored; every backend, and a pass that is made again, finds the same one.
+
+With dy the gradient of y, du = f * dy (dy without a magnitude), g = du @ B and h = drop(x) @ A^T,
+
+    dx = du @ weight + scale * drop(g @ A)
+    dA = scale * g^T @ drop(x),  dB = scale * du^T @ h,  dm = sum of dy * (y - bias) / f / c    (the adapter's rows)
+    dweight = du^T @ x, dbias = sum of dy: only where they are asked for; a frozen base costs nothing but dx
+
+c is a constant for the gradient, as its paper has it. (PEFT drops x under the base weight too where there is a
+magnitude; here dropout is on the adapter alone, with and without one.)
 
 Cost for N rows: forward one product over all rows, 2 N in out FLOPs, and for the n rows with an adapter of rank R
 another 2 n R (in + out), reading x once more and reading and writing y once more. Backward: the same for dx, the same
-small products again for dA and dB. h (N, R) is kept.
+small products again for dA and dB. h (N, R) is kept. A magnitude adds one read of the weight and 2 R in out FLOPs to
+every forward, and keeps y - bias before f where m is trained (N out).
 
 Numerics: products accumulate in float32; h is kept in the type of x. Adapters can stay in float32 beside a bfloat16
 base: the native CPU kernels read them in float32 (float64 beside a float64 x), Triton in TF32, and PyTorch's products,
-which the CPU uses past NATIVE_LIMITS, in the type of x. Their gradients come back in their own type.
+which the CPU uses past _lora_cpu.NATIVE_LIMITS, in the type of x. Their gradients come back in their own type.
 
-Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685); one batch for many adapters: Chen et al. 2023, "Punica"
-(arXiv 2310.18547), there for inference.
+In a CUDA graph: run once before the capture, which copies the table of rows to the device. Between replays the values
+of every tensor may change, `seed` among them where it is a tensor; segments, ranks, scales and dropout may not.
+
+Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685, section 4.1); scale = alpha / sqrt(R): rsLoRA, Kalajdzievski 2023
+(arXiv 2312.03732); magnitudes: DoRA, Liu et al. 2024 (arXiv 2402.09353, eq. 5, and eq. 11 in section 4.3 for the
+constant norm); one batch for many adapters: Chen et al. 2023, "Punica" (arXiv 2310.18547), there for inference; Philox:
+Salmon et al. 2011.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
+from rlhf_fast.backends import resolve
 from rlhf_fast.ops import _check
+from rlhf_fast.ops._philox import philox
+
+
+class Adapter(NamedTuple):
+    """The parameters of one adapter on one layer.
+
+    a: (R, in) and b: (out, R), of any float type and rank; scale: alpha / R, or alpha / sqrt(R) for rsLoRA.
+    magnitude: (out,), of any float type, for DoRA; it starts as the row norms of the weight.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+
+Entry = Adapter | tuple[Tensor, Tensor, float] | tuple[Tensor, Tensor, float, Tensor | None]
 
 
 def lora_linear(
     x: Tensor,
     weight: Tensor,
-    bank: Sequence[tuple[Tensor, Tensor, float]],
+    bank: Sequence[Entry],
     segments: Sequence[tuple[int, int]],
     *,
     bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A linear layer with a low-rank term per row segment.
 
     x: (..., in) float32, bfloat16, float16 or float64; its rows are its leading dimensions flattened.
     weight: (out, in), the type of x, any strides; bias: (out,) or None.
-    bank: for each adapter A (R, in), B (out, R), of any float type and rank, and its scale (alpha / R).
+    bank: an Adapter, or a tuple of its first three or four fields, for each adapter.
     segments: (adapter index, or -1 for none; number of rows), in row order, covering all rows.
+    dropout: probability, in [0, 1), that an adapter does not see an element of x. It needs a seed, an int or a 0-d
+    int64 tensor on the device of x: the same seed drops the same elements, so give each layer and step its own.
 
     Returns (..., out) in the type of x. Raises ValueError or TypeError for what does not fit.
     """
-    rows = _checked(x, weight, bank, segments, bias)
+    adapters = [Adapter(*entry) for entry in bank]
+    rows = _checked(x, weight, adapters, segments, bias)
+    noise = _seed_tensor(dropout, seed, x.device)
     name = resolve("lora_linear", IMPLS, x.device, backend)
     if name == "reference":
-        return reference(x, weight, bank, segments, bias=bias)
-    downs, ups, scales = [a for a, _, _ in bank], [b for _, b, _ in bank], [float(scale) for *_, scale in bank]
+        return reference(x, weight, adapters, segments, bias=bias, dropout=dropout, seed=noise)
+    downs, ups, scales = [a.a for a in adapters], [a.b for a in adapters], [float(a.scale) for a in adapters]
+    owners = [i for i, adapter in enumerate(adapters) if adapter.magnitude is not None]
+    magnitudes = [a.magnitude for a in adapters if a.magnitude is not None]
     spans = [number for segment in segments for number in segment]
     # While tokens are generated the products are small and the way through the dispatcher is most of the cost.
     differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, *downs, *ups)
+        t is not None and t.requires_grad for t in (x, weight, bias, *downs, *ups, *magnitudes)
     )
     run = torch.ops.rlhf_fast.lora_linear if differentiable or torch.compiler.is_compiling() else _run
-    y = run(x.reshape(rows, -1), weight, bias, downs, ups, scales, spans, name)[0]
+    y = run(
+        x.reshape(rows, -1), weight, bias, downs, ups, magnitudes, owners, scales, spans, dropout, noise,
+        differentiable and any(m.requires_grad for m in magnitudes), name,
+    )[0]  # fmt: skip
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def reference(
     x: Tensor,
     weight: Tensor,
-    bank: Sequence[tuple[Tensor, Tensor, float]],
+    bank: Sequence[Entry],
     segments: Sequence[tuple[int, int]],
     *,
     bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """The definition, differentiable any number of times."""
-    rows = x.reshape(-1, x.shape[-1]).split([count for _, count in segments])
+    """The definition, differentiable any number of times (the norm of a DoRA adapter is a constant)."""
+    rows, counts = x.reshape(-1, x.shape[-1]), [count for _, count in segments]
+    dropped = rows if seed is None else torch.where(_kept(rows, dropout, seed), rows / (1 - dropout), 0)
     parts = []
-    for part, (index, _) in zip(rows, segments, strict=True):
-        y = F.linear(part, weight, bias)
-        if index >= 0:
-            down, up, scale = bank[index]
-            y = y + scale * F.linear(F.linear(part, down.to(x.dtype)), up.to(x.dtype))
-        parts.append(y)
+    for part, source, (index, _) in zip(rows.split(counts), dropped.split(counts), segments, strict=True):
+        if index < 0:
+            parts.append(F.linear(part, weight, bias))
+            continue
+        down, up, scale, magnitude = Adapter(*bank[index])
+        delta = scale * F.linear(F.linear(source, down.to(x.dtype)), up.to(x.dtype))
+        if magnitude is None:
+            parts.append(F.linear(part, weight, bias) + delta)
+            continue
+        dtype = _check.compute_dtype(x.dtype)
+        norm = torch.linalg.vector_norm(weight.to(dtype) + scale * (up.to(dtype) @ down.to(dtype)), dim=1).detach()
+        y = (magnitude.to(dtype) / norm).to(x.dtype) * (F.linear(part, weight) + delta)
+        parts.append(y if bias is None else y + bias)
     return torch.cat(parts).view(*x.shape[:-1], weight.shape[0])
 
 
-def _checked(x: Tensor, weight: Tensor, bank: Sequence[tuple[Tensor, Tensor, float]],
-             segments: Sequence[tuple[int, int]], bias: Tensor | None) -> int:  # fmt: skip
+def _threshold(dropout: float) -> int:
+    """Of the upper 24 bits of a random word: below it, an element is dropped."""
+    return round(dropout * (1 << 24))
+
+
+def _kept(rows: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    """(N, in) bool: which elements dropout keeps."""
+    n, width = rows.shape
+    groups = torch.arange((width + 3) // 4, device=rows.device)
+    words = torch.stack(philox(seed, groups[None], torch.arange(n, device=rows.device)[:, None]), -1)
+    return (words >> 8).view(n, -1)[:, :width] >= _threshold(dropout)
+
+
+def _checked(x: Tensor, weight: Tensor, bank: Sequence[Adapter], segments: Sequence[tuple[int, int]],
+             bias: Tensor | None) -> int:  # fmt: skip
     """The number of rows, once everything fits."""
     _check.floating("x", x)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
@@ -100,7 +168,7 @@ def _checked(x: Tensor, weight: Tensor, bank: Sequence[tuple[Tensor, Tensor, flo
         raise TypeError(f"weight and bias must have the type of x, got x {x.dtype}, {given}")
     if bias is not None:
         _check.shaped("bias", bias, weight.shape[:1], "(out,)")
-    for i, (down, up, _) in enumerate(bank):
+    for i, (down, up, _, magnitude) in enumerate(bank):
         _check.floating(f"A of adapter {i}", down)
         _check.floating(f"B of adapter {i}", up)
         if down.dim() != 2 or up.shape != (weight.shape[0], down.shape[0]) or down.shape[1] != weight.shape[1]:
@@ -108,7 +176,9 @@ def _checked(x: Tensor, weight: Tensor, bank: Sequence[tuple[Tensor, Tensor, flo
                 f"adapter {i} must have A (R, {weight.shape[1]}) and B ({weight.shape[0]}, R), "
                 f"got {tuple(down.shape)} and {tuple(up.shape)}"
             )
-        _check.same_device(("x", x), (f"A of adapter {i}", down), (f"B of adapter {i}", up))
+        if magnitude is not None:
+            _check.shaped(f"magnitude of adapter {i}", _check.floating("magnitude", magnitude), up.shape[:1], "(out,)")
+        _check.same_device(("x", x), (f"A of adapter {i}", down), (f"B of adapter {i}", up), ("magnitude", magnitude))
     _check.same_device(("x", x), ("weight", weight), ("bias", bias))
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     for index, count in segments:
@@ -119,80 +189,49 @@ def _checked(x: Tensor, weight: Tensor, bank: Sequence[tuple[Tensor, Tensor, flo
     return rows
 
 
-Spans = list[tuple[int, int, int]]
+def _seed_tensor(dropout: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """The seed as a 0-d int64 tensor, without synchronising; None without dropout."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if dropout == 0:
+        return None
+    if seed is None:
+        raise ValueError(f"dropout={dropout} needs a seed, got None")
+    if not isinstance(seed, Tensor):
+        return torch.full((), seed, dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be an int or an int64 tensor, got {seed.dtype}")
+    return _check.shaped("seed", seed, (), "an int or a 0-d tensor").to(device)
 
 
-# (rank, rows) up to which the CPU uses the native kernels, PyTorch's products past either. Measured on one thread of a
-# CPU with AVX-512 and its bfloat16 products, layers of 576 and 1536, shrink and expand together: PyTorch's time is, of
-# the native one, in float32 1.0 to 4.0 at rank 8 and 32 to 4096 rows, 0.7 to 1.1 at rank 16; in bfloat16 at rank 8
-# 1.7 to 2.4 at 32 rows, 0.9 to 1.5 at 128, 0.5 to 0.7 at 1024; in float64 0.7 to 2.3 at ranks 8 and 16; in float16 4
-# to 16 at ranks 8 and 64.
-NATIVE_LIMITS = {
-    torch.float32: (8, math.inf),
-    torch.float64: (16, math.inf),
-    torch.bfloat16: (8, 128),
-    torch.float16: (math.inf, math.inf),
-}
+def _cpu() -> ModuleType:
+    from rlhf_fast.ops import _lora_cpu
+
+    return _lora_cpu
 
 
-def _is_native(h: Tensor) -> bool:
-    rank, rows = NATIVE_LIMITS[h.dtype]
-    return h.shape[1] <= rank and h.shape[0] <= rows
-
-
-def _cpu_shrink(x: Tensor, downs: list[Tensor], spans: Spans, h: Tensor) -> None:
-    if _is_native(h):
-        x = x if x.stride(1) == 1 else x.contiguous()
-        bank = [((address(a), DTYPE_CODES[a.dtype], *a.stride()), a.shape[0], 1.0) for a in downs]
-        native().lora_shrink(*_native_arguments(x, h), bank, spans, threads())
-        return
-    for i, start, stop in spans:
-        torch.mm(x[start:stop], downs[i].to(x.dtype).t(), out=h[start:stop, : downs[i].shape[0]])
-
-
-def _cpu_expand(h: Tensor, ups: list[Tensor], scales: list[float], spans: Spans, y: Tensor) -> None:
-    if _is_native(h):
-        bank = [
-            ((address(b), DTYPE_CODES[b.dtype], b.stride(1), b.stride(0)), b.shape[1], scale)  # B^T
-            for b, scale in zip(ups, scales, strict=True)
-        ]
-        native().lora_expand(*_native_arguments(y, h), bank, spans, threads())
-        return
-    for i, start, stop in spans:
-        y[start:stop].addmm_(h[start:stop, : ups[i].shape[1]], ups[i].to(y.dtype).t(), alpha=scales[i])
-
-
-def _native_arguments(wide: Tensor, h: Tensor) -> tuple[int, int, int, tuple[int, int, int]]:
-    return address(wide), address(h), DTYPE_CODES[wide.dtype], (wide.shape[1], wide.stride(0), h.stride(0))
-
-
-def _triton_shrink(*args: Any) -> None:
+def _triton() -> ModuleType:
     from rlhf_fast.kernels import lora_linear as kernels
 
-    kernels.shrink(*args)
+    return kernels
 
 
-def _triton_expand(*args: Any) -> None:
-    from rlhf_fast.kernels import lora_linear as kernels
-
-    kernels.expand(*args)
-
-
-# shrink(x, downs, spans, h): h[rows] = x[rows] @ down^T, for every span (adapter, start, stop).
-# expand(h, ups, scales, spans, y): y[rows] += scale * h[rows] @ up^T. Downs (R, in) and ups (out, R) may be views.
-# The product with the base weight, dA and dB are PyTorch's everywhere.
-IMPLS = {
-    "cpu": (_cpu_shrink, _cpu_expand),
-    "triton": (_triton_shrink, _triton_expand),
-}
+# Modules with the same five steps: shrink, expand, gradients, norms, magnitude_backward.
+# The product with the base weight is PyTorch's everywhere.
+IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"lora_linear": tuple(IMPLS)}
 
 
-def _spans(segments: list[int]) -> Spans:
-    """(adapter, start, stop) of the segments that have an adapter and rows."""
+# --- The registered op -----------------------------------------------------------------------------------------------
+
+Spans = list[tuple[int, int, int]]
+
+
+def _spans(segments: list[int], wanted: Sequence[bool] | None = None) -> Spans:
+    """(adapter, start, stop) of the segments that have rows and an adapter, one of those `wanted`."""
     spans, start = [], 0
     for index, count in zip(segments[::2], segments[1::2], strict=True):
-        if index >= 0 and count:
+        if index >= 0 and count and (wanted is None or wanted[index]):
             spans.append((index, start, start + count))
         start += count
     return spans
@@ -202,88 +241,139 @@ def _empty_h(x: Tensor, downs: list[Tensor]) -> Tensor:
     return x.new_zeros(x.shape[0], max((down.shape[0] for down in downs), default=0))
 
 
+def _empty_norms(magnitudes: list[Tensor], weight: Tensor) -> Tensor:
+    return weight.new_empty(len(magnitudes), weight.shape[0], dtype=_check.compute_dtype(weight.dtype))
+
+
+def _factors(magnitudes: list[Tensor], owners: list[int], norms: Tensor, adapters: int) -> Tensor | None:
+    """f (adapters, out), 1 for an adapter without a magnitude; None where none has one."""
+    if not magnitudes:
+        return None
+    rows = [torch.ones_like(norms[0])] * adapters
+    for i, magnitude, norm in zip(owners, magnitudes, norms.unbind(), strict=True):
+        rows[i] = magnitude.to(norm.dtype) / norm
+    return torch.stack(rows)
+
+
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, downs: list[Tensor], ups: list[Tensor],
-         scales: list[float], segments: list[int], backend: str) -> list[Tensor]:  # fmt: skip
-    """[y, h] for x (N, in); segments: index, rows, index, rows, ..."""
-    shrink, expand = IMPLS[backend]
+         magnitudes: list[Tensor], owners: list[int], scales: list[float], segments: list[int], dropout: float,
+         seed: Tensor | None, keep_unscaled: bool, backend: str) -> list[Tensor]:  # fmt: skip
+    """[y, h, y - bias before f, c (magnitudes, out)] for x (N, in); owners: the adapters that the magnitudes belong
+    to; segments: index, rows, index, rows, ..."""
+    steps = IMPLS[backend]()
     spans, h = _spans(segments), _empty_h(x, downs)
     y = F.linear(x, weight, bias)
-    shrink(x, downs, spans, h)
-    expand(h, ups, scales, spans, y)
-    return [y, h]
+    unscaled = torch.zeros_like(y) if keep_unscaled else y.new_empty(0)
+    norms = _empty_norms(magnitudes, weight)
+    if magnitudes:
+        steps.norms(weight, [downs[i] for i in owners], [ups[i] for i in owners], [scales[i] for i in owners], norms)
+    steps.shrink(x, downs, spans, None if seed is None else (_threshold(dropout), seed), h)
+    steps.expand(
+        h, ups, [scale / (1 - dropout) for scale in scales], spans, None, y,
+        _factors(magnitudes, owners, norms, len(downs)), bias, unscaled if keep_unscaled else None,
+    )  # fmt: skip
+    return [y, h, unscaled, norms]
 
 
 _forward = torch.library.custom_op("rlhf_fast::lora_linear", mutates_args=())(_run)
 
 
 @_forward.register_fake
-def _(x, weight, bias, downs, ups, scales, segments, backend):
-    return [x.new_empty(x.shape[0], weight.shape[0]), _empty_h(x, downs)]
+def _(x, weight, bias, downs, ups, magnitudes, owners, scales, segments, dropout, seed, keep_unscaled, backend):
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return [y, _empty_h(x, downs), y.new_empty(y.shape if keep_unscaled else (0,)), _empty_norms(magnitudes, weight)]
 
 
 @torch.library.custom_op("rlhf_fast::lora_linear_backward", mutates_args=())
-def _backward(grad: Tensor, x: Tensor, h: Tensor, weight: Tensor, downs: list[Tensor], ups: list[Tensor],
-              scales: list[float], segments: list[int], wants_x: bool, wants: list[bool],
-              backend: str) -> list[Tensor]:  # fmt: skip
-    """[dx] + dA of every adapter + dB of every adapter; wants: which of the latter two; empty where not wanted."""
-    shrink, expand = IMPLS[backend]
-    spans = _spans(segments)
-    gradients = _empty_gradients(x, downs, ups, wants_x, wants)
-    grad_downs, grad_ups = gradients[1 : len(downs) + 1], gradients[len(downs) + 1 :]
+def _backward(grad: Tensor, x: Tensor, h: Tensor, unscaled: Tensor, norms: Tensor, weight: Tensor, downs: list[Tensor],
+              ups: list[Tensor], magnitudes: list[Tensor], owners: list[int], scales: list[float],
+              segments: list[int], dropout: float, seed: Tensor | None, wants: list[bool], wants_downs: list[bool],
+              wants_ups: list[bool], backend: str) -> list[Tensor]:  # fmt: skip
+    """[dx, dweight, all dA one after the other, all dB, dm (magnitudes, out)]; wants: those, empty where not wanted."""
+    steps = IMPLS[backend]()
+    spans, ranks = _spans(segments), [down.shape[0] for down in downs]
+    noise = None if seed is None else (_threshold(dropout), seed)
+    scales = [scale / (1 - dropout) for scale in scales]
+    dx, dweight, flat_downs, flat_ups, dmagnitudes = results = _empty_gradients(x, weight, downs, norms, wants)
+    factors = _factors(magnitudes, owners, norms, len(downs))
+    if factors is not None:
+        grad = grad.clone()
+        sums = steps.magnitude_backward(grad, unscaled if wants[4] else None, factors, ranks, spans)
+        if wants[4]:
+            for i, norm, gradient in zip(owners, norms, dmagnitudes, strict=True):
+                torch.div(sums[i], norm, out=gradient)
     g = _empty_h(x, downs)
-    shrink(grad, [up.t() for up in ups], spans, g)
-    if wants_x:
-        torch.mm(grad, weight, out=gradients[0])
-        expand(g, [down.t() for down in downs], scales, spans, gradients[0])
-    for i, start, stop in spans:
-        rank = downs[i].shape[0]
-        if grad_downs[i].numel():
-            grad_downs[i] += scales[i] * (g[start:stop, :rank].t() @ x[start:stop])
-        if grad_ups[i].numel():
-            grad_ups[i] += scales[i] * (grad[start:stop].t() @ h[start:stop, :rank])
-    return gradients
+    if wants[0] or wants[2]:
+        steps.shrink(grad, [up.t() for up in ups], spans, None, g)
+    if wants[0]:
+        torch.mm(grad, weight, out=dx)
+        steps.expand(g, [down.t() for down in downs], scales, spans, noise, dx)
+    if wants[1]:
+        torch.mm(grad.t(), x, out=dweight)
+    if wants[2]:
+        steps.gradients(g, x, ranks, scales, _spans(segments, wants_downs), noise, True, flat_downs)
+    if wants[3]:
+        steps.gradients(h, grad, ranks, scales, _spans(segments, wants_ups), None, False, flat_ups)
+    return results
 
 
-def _empty_gradients(x: Tensor, downs: list[Tensor], ups: list[Tensor], wants_x: bool,
-                     wants: list[bool]) -> list[Tensor]:  # fmt: skip
-    pairs = zip([*downs, *ups], wants, strict=True)
+def _empty_gradients(x: Tensor, weight: Tensor, downs: list[Tensor], norms: Tensor, wants: list[bool]) -> list[Tensor]:
+    dtype, ranks = _check.compute_dtype(x.dtype), sum(down.shape[0] for down in downs)
+    shapes = (x.shape, weight.shape, (ranks * x.shape[1],), (ranks * weight.shape[0],), norms.shape)
     return [
-        x.new_empty(x.shape if wants_x else (0,)),
-        *(torch.zeros_like(tensor, memory_format=torch.contiguous_format) if wanted else tensor.new_empty(0)
-          for tensor, wanted in pairs),
-    ]  # fmt: skip
+        x.new_empty(shape if wanted else (0,), dtype=x.dtype if i < 2 else dtype)
+        for i, (shape, wanted) in enumerate(zip(shapes, wants, strict=True))
+    ]
 
 
 @_backward.register_fake
-def _(grad, x, h, weight, downs, ups, scales, segments, wants_x, wants, backend):
-    return _empty_gradients(x, downs, ups, wants_x, wants)
+def _(grad, x, h, unscaled, norms, weight, downs, ups, magnitudes, owners, scales, segments, dropout, seed, wants,
+      wants_downs, wants_ups, backend):  # fmt: skip
+    return _empty_gradients(x, weight, downs, norms, wants)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, downs, ups, ctx.scales, ctx.segments, ctx.backend = inputs
+    x, weight, _, downs, ups, magnitudes, *ctx.layout, seed, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.count = len(downs)
-    ctx.save_for_backward(x, output[1], weight, *downs, *ups)
+    ctx.adapters = len(downs)
+    ctx.save_for_backward(x, *output[1:], weight, seed, *downs, *ups, *magnitudes)
 
 
 def _autograd(ctx, grads):
-    x, h, weight, *pairs = ctx.saved_tensors
-    downs, ups = pairs[: ctx.count], pairs[ctx.count :]
-    wants_x, wants_weight, wants_bias, wants_downs, wants_ups = ctx.needs_input_grad[:5]
+    x, h, unscaled, norms, weight, seed, *parameters = ctx.saved_tensors
+    n = ctx.adapters
+    downs, ups, magnitudes = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
+    needs = ctx.needs_input_grad
+    rest = (*([] if value == [] else None for value in ctx.layout), None, None, None)  # an empty list is one of tensors
     if grads[0] is None:
-        return (None, None, None, [None] * ctx.count, [None] * ctx.count, None, None, None)
+        return (None, None, None, [None] * n, [None] * n, [None] * len(magnitudes), *rest)
     grad = grads[0].contiguous()
-    wants = [*wants_downs, *wants_ups]
-    gradients = _backward(grad, x, h, weight, downs, ups, ctx.scales, ctx.segments, wants_x, wants, ctx.backend)
-    kept = [g if wanted else None for g, wanted in zip(gradients, [wants_x, *wants], strict=True)]
-    return (
-        kept[0],
-        grad.t() @ x if wants_weight else None,
-        grad.sum(0) if wants_bias else None,
-        kept[1 : ctx.count + 1],
-        kept[ctx.count + 1 :],
-        None, None, None,
+    wants_downs, wants_ups, wants_magnitudes = (list(need) for need in needs[3:6])
+    wants = [needs[0], needs[1], any(wants_downs), any(wants_ups), any(wants_magnitudes)]
+    dx, dweight, flat_downs, flat_ups, dmagnitudes = _backward(
+        grad, x, h, unscaled, norms, weight, downs, ups, magnitudes, *ctx.layout, seed, wants, wants_downs, wants_ups,
+        ctx.backend,
     )  # fmt: skip
+    return (
+        dx if needs[0] else None,
+        dweight if needs[1] else None,
+        grad.sum(0) if needs[2] else None,
+        _taken_apart(flat_downs, downs, wants_downs),
+        _taken_apart(flat_ups, ups, wants_ups),
+        _taken_apart(dmagnitudes.view(-1), magnitudes, wants_magnitudes),
+        *rest,
+    )
+
+
+def _taken_apart(flat: Tensor, parameters: list[Tensor], wants: list[bool]) -> list[Tensor | None]:
+    """The gradient of each parameter that has one, out of all of them one after the other."""
+    if not any(wants):
+        return [None] * len(parameters)
+    parts = flat.split([p.numel() for p in parameters])
+    return [
+        part.view(p.shape).to(p.dtype) if wanted else None
+        for part, p, wanted in zip(parts, parameters, wants, strict=True)
+    ]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,4 +1,3 @@
-import importlib
 import math
 
 import pytest
@@ -6,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_fast import lora_linear
+from rlhf_fast.ops import _lora_cpu
 from rlhf_fast.ops.lora_linear import reference
 from tests.numerics import assert_contract
 
-implementation = importlib.import_module("rlhf_fast.ops.lora_linear")  # the package exports the function by this name
 BACKENDS = ("cpu", "triton")
 LAYOUTS = {  # segments of a bank of two adapters
     "one adapter": [(0, 37)],
@@ -138,7 +137,7 @@ def test_row_counts_around_a_tile(backend, rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bank_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_cpu_adapters_of_any_type_and_stride(monkeypatch, limit, dtype, bank_dtype):
-    monkeypatch.setattr(implementation, "NATIVE_LIMITS", {dtype: (limit, limit)})
+    monkeypatch.setattr(_lora_cpu, "NATIVE_LIMITS", {dtype: (limit, limit)})
     x, weight, bias, bank = cast(make_inputs(rows=75, inner=1043, outer=531, ranks=(1, 18)), dtype)
     (a0, b0, s0), (a1, b1, s1) = cast((x, weight, bias, bank), bank_dtype)[3]
     bank = [  # A transposed, B with gaps between its rows and its columns
@@ -223,7 +222,7 @@ def test_a_pass_without_gradients_gives_the_same_bits(backend):
 def test_operator_passes_opcheck():
     x, weight, bias, bank = make_inputs()
     downs, ups, scales = ([pair[i] for pair in bank] for i in range(3))
-    arguments = (x, weight, bias, downs, ups, scales, [0, 20, -1, 10, 1, 7], "cpu")
+    arguments = (x, weight, bias, downs, ups, [], [], scales, [0, 20, -1, 10, 1, 7], 0.0, None, False, "cpu")
     torch.library.opcheck(torch.ops.rlhf_fast.lora_linear.default, arguments)
 
 
