@@ -9,7 +9,10 @@
 #include "cpu/kl_estimate.h"
 #include "cpu/lora_linear.h"
 #include "cpu/losses.h"
+#include "cpu/sample_tokens.h"
+#include "cpu/policy_loss.h"
 #include "cpu/shaped_rewards.h"
+#include "cpu/token_kl.h"
 #include "cpu/token_logprobs.h"
 #include "cpu/whiten.h"
 #if defined(RLHF_FAST_WITH_CUDA)
@@ -29,19 +32,31 @@ using Release = py::call_guard<py::gil_scoped_release>;
 template <typename T = void> T* at(Address address) { return reinterpret_cast<T*>(address); }
 Rows rows(const RowSizes& s) { return {s[0], s[1], s[2], s[3]}; }
 
+// temperature, temperatures (or 0), logit_scale, softcap
+using TransformArguments = std::tuple<double, Address, double, double>;
+// logprobs, entropy, row_max, row_logsum, sum_p_squared
+using StatsArguments = std::array<Address, 5>;
+
 cpu::TokenLogprobs token_logprobs(Address logits, int dtype, const RowSizes& sizes, int64_t vocabulary, Address targets,
-                                  Address mask, double temperature, bool want_entropy,
-                                  const std::array<Address, 4>& stats) {
-  return {at<>(logits), DType(dtype), rows(sizes), vocabulary, at<int64_t>(targets), at<uint8_t>(mask), temperature,
-          want_entropy, at<>(stats[0]), at<>(stats[1]), at<>(stats[2]), at<>(stats[3])};
+                                  int64_t targets_per_row, Address mask, const TransformArguments& t,
+                                  const StatsArguments& stats) {
+  return {at<>(logits), DType(dtype), rows(sizes), vocabulary, at<int64_t>(targets), targets_per_row,
+          at<uint8_t>(mask), {std::get<0>(t), at<float>(std::get<1>(t)), std::get<2>(t), std::get<3>(t)},
+          at<>(stats[0]), at<>(stats[1]), at<>(stats[2]), at<>(stats[3]), at<>(stats[4])};
 }
 
-// sizes = sequences, time, reward_stride, value_stride; outputs = advantages (or 0), returns
-cpu::Gae gae_call(Address rewards, Address values, int dtype, const std::array<int64_t, 4>& sizes, Address mask,
-                  Address cu_seqlens, Address bootstrap, double gamma, double lam,
+// number of sequences, time, mask, cu_seqlens, bootstrap
+using SequencesArguments = std::tuple<int64_t, int64_t, Address, Address, Address>;
+cpu::Sequences sequences(const SequencesArguments& s) {
+  return {std::get<0>(s), std::get<1>(s), at<uint8_t>(std::get<2>(s)), at<int64_t>(std::get<3>(s)), at<>(std::get<4>(s))};
+}
+
+// strides = reward_stride, value_stride; rates = gamma, lam, value_lam; outputs = advantages (or 0), returns
+cpu::Gae gae_call(Address rewards, Address values, int dtype, const std::array<int64_t, 2>& strides,
+                  const SequencesArguments& s, const std::array<double, 3>& rates, Address lams, bool decoupled,
                   const std::array<Address, 2>& outputs) {
-  return {at<>(rewards), at<>(values), DType(dtype), sizes[0], sizes[1], sizes[2], sizes[3], at<uint8_t>(mask),
-          at<int64_t>(cu_seqlens), at<>(bootstrap), gamma, lam, at<>(outputs[0]), at<>(outputs[1])};
+  return {at<>(rewards), at<>(values), DType(dtype), strides[0], strides[1], sequences(s), rates[0], rates[1], rates[2],
+          at<double>(lams), decoupled, at<>(outputs[0]), at<>(outputs[1])};
 }
 
 // address, type code, row stride, column stride
@@ -61,6 +76,15 @@ cpu::LoraLinear lora_linear(Address wide, Address narrow, int dtype, const std::
   return op;
 }
 
+// stats = kl, mean, logsum, ref_logsum
+cpu::TokenKl token_kl(Address logits, Address ref_logits, int dtype, const RowSizes& sizes, const RowSizes& ref_sizes,
+                      int64_t vocabulary, Address mask, const TransformArguments& t, double js_weight,
+                      const std::array<Address, 4>& stats) {
+  return {at<>(logits), at<>(ref_logits), DType(dtype), rows(sizes), rows(ref_sizes), vocabulary, at<uint8_t>(mask),
+          {std::get<0>(t), at<float>(std::get<1>(t)), std::get<2>(t), std::get<3>(t)}, js_weight, at<>(stats[2]),
+          at<>(stats[3]), at<>(stats[0]), at<>(stats[1])};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -71,44 +95,43 @@ PYBIND11_MODULE(_native, m) {
   m.attr("with_cuda") = false;
 #endif
 
-  // stats = logprobs, entropy, row_max, row_logsum
   m.def(
       "token_logprobs_forward",
-      [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, Address mask,
-         double temperature, bool want_entropy, std::array<Address, 4> stats, Address gradient, int threads) {
+      [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, int64_t targets_per_row,
+         Address mask, TransformArguments transform, StatsArguments stats, Address gradient, int threads) {
         cpu::token_logprobs_forward(
-            token_logprobs(logits, dtype, sizes, vocabulary, targets, mask, temperature, want_entropy, stats),
+            token_logprobs(logits, dtype, sizes, vocabulary, targets, targets_per_row, mask, transform, stats),
             at<>(gradient), threads);
       },
       Release());
   m.def(
       "token_logprobs_backward",
-      [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, Address mask,
-         double temperature, std::array<Address, 4> stats, Address grad_logprobs, Address grad_entropy,
+      [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, int64_t targets_per_row,
+         Address mask, TransformArguments transform, StatsArguments stats, Address grad_logprobs, Address grad_entropy,
          Address gradient, RowSizes gradient_sizes, int threads) {
         cpu::token_logprobs_backward(
-            token_logprobs(logits, dtype, sizes, vocabulary, targets, mask, temperature, stats[1] != 0, stats),
+            token_logprobs(logits, dtype, sizes, vocabulary, targets, targets_per_row, mask, transform, stats),
             at<>(grad_logprobs), at<>(grad_entropy), at<>(gradient), rows(gradient_sizes), threads);
       },
       Release());
 #if defined(RLHF_FAST_WITH_CUDA)
   m.def(
       "token_logprobs_forward_cuda",
-      [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, Address mask,
-         double temperature, bool want_entropy, std::array<Address, 4> stats, Address gradient, int device,
+      [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, int64_t targets_per_row,
+         Address mask, TransformArguments transform, StatsArguments stats, Address gradient, int device,
          Address stream) {
         cuda::token_logprobs_forward(
-            token_logprobs(logits, dtype, sizes, vocabulary, targets, mask, temperature, want_entropy, stats),
+            token_logprobs(logits, dtype, sizes, vocabulary, targets, targets_per_row, mask, transform, stats),
             at<>(gradient), device, stream);
       },
       Release());
   m.def(
       "token_logprobs_backward_cuda",
-      [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, Address mask,
-         double temperature, std::array<Address, 4> stats, Address grad_logprobs, Address grad_entropy,
+      [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, int64_t targets_per_row,
+         Address mask, TransformArguments transform, StatsArguments stats, Address grad_logprobs, Address grad_entropy,
          Address gradient, RowSizes gradient_sizes, int device, Address stream) {
         cuda::token_logprobs_backward(
-            token_logprobs(logits, dtype, sizes, vocabulary, targets, mask, temperature, stats[1] != 0, stats),
+            token_logprobs(logits, dtype, sizes, vocabulary, targets, targets_per_row, mask, transform, stats),
             at<>(grad_logprobs), at<>(grad_entropy), at<>(gradient), rows(gradient_sizes), device, stream);
       },
       Release());
@@ -116,18 +139,18 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "gae",
-      [](Address rewards, Address values, int dtype, std::array<int64_t, 4> sizes, Address mask, Address cu_seqlens,
-         Address bootstrap, double gamma, double lam, std::array<Address, 2> outputs, int threads) {
-        return cpu::gae(gae_call(rewards, values, dtype, sizes, mask, cu_seqlens, bootstrap, gamma, lam, outputs), threads);
+      [](Address rewards, Address values, int dtype, std::array<int64_t, 2> strides, const SequencesArguments& s,
+         std::array<double, 3> rates, Address lams, bool decoupled, std::array<Address, 2> outputs, int threads) {
+        return cpu::gae(gae_call(rewards, values, dtype, strides, s, rates, lams, decoupled, outputs), threads);
       },
       Release());
 #if defined(RLHF_FAST_WITH_CUDA)
   m.def(
       "gae_cuda",
-      [](Address rewards, Address values, int dtype, std::array<int64_t, 4> sizes, Address mask, Address cu_seqlens,
-         Address bootstrap, double gamma, double lam, std::array<Address, 2> outputs, int device, Address stream) {
-        cuda::gae(gae_call(rewards, values, dtype, sizes, mask, cu_seqlens, bootstrap, gamma, lam, outputs), device,
-                  stream);
+      [](Address rewards, Address values, int dtype, std::array<int64_t, 2> strides, const SequencesArguments& s,
+         std::array<double, 3> rates, Address lams, bool decoupled, std::array<Address, 2> outputs, int device,
+         Address stream) {
+        cuda::gae(gae_call(rewards, values, dtype, strides, s, rates, lams, decoupled, outputs), device, stream);
       },
       Release());
 #endif
@@ -136,7 +159,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "masked_loss",
       [](const std::string& variant, const std::vector<PlaneArguments>& inputs, Address mask, Address denominator,
-         std::array<double, 3> parameters, int64_t rows, int64_t columns, bool is_double,
+         const std::vector<double>& parameters, int64_t rows, int64_t columns, bool is_double,
          const std::vector<Address>& outputs, int threads) {
         cpu::Loss op{{}, at<uint8_t>(mask), at<>(denominator), parameters, rows, columns, is_double,
                      at<>(outputs[0]), at<>(outputs[1]), {}};
@@ -146,6 +169,25 @@ PYBIND11_MODULE(_native, m) {
       },
       Release());
   // clips = log_ratio, value, weight; outputs = value, derivative by logprob, by ref_logprob (or 0)
+  // planes = the inputs and the weights; sizes = rows, columns, sequences; terms = kl_coef, entropy_coef, the bounds of
+  // the correction, off_policy_max_kl; choices = estimator from 0, unbiased, level, reject, needs_sequences
+  m.def(
+      "policy_loss",
+      [](const std::string& function, const std::array<PlaneArguments, 7>& planes, Address flags, Address cu_seqlens,
+         Address denominator, std::array<int64_t, 3> sizes, std::array<double, 5> parameters,
+         std::array<int, 5> choices, std::array<double, 5> terms, bool is_double, const std::vector<Address>& outputs,
+         int threads) {
+        const Address entropy_coefficient = outputs.size() > 3 ? outputs[3] : 0;
+        cpu::policy_loss(function,
+                         {plane(planes[0]), plane(planes[1]), plane(planes[2]), plane(planes[3]), plane(planes[4]),
+                          plane(planes[5]), plane(planes[6]), at<uint8_t>(flags), at<int64_t>(cu_seqlens),
+                          at<>(denominator), sizes[0], sizes[1], sizes[2], parameters, choices[0] + 1,
+                          choices[1] != 0, choices[2], choices[3] != 0, choices[4] != 0, terms[0], terms[1], terms[2],
+                          terms[3], terms[4], is_double, at<>(outputs[0]), at<>(outputs[1]), at<>(outputs[2]),
+                          at<>(entropy_coefficient)},
+                         threads);
+      },
+      Release());
   m.def(
       "kl_estimate",
       [](const std::string& estimator, const std::string& gradient, const std::array<PlaneArguments, 3>& inputs,
@@ -155,6 +197,29 @@ PYBIND11_MODULE(_native, m) {
                          {plane(inputs[0]), plane(inputs[1]), plane(inputs[2]), rows, columns, clips[0], clips[1],
                           clips[2], is_double, at<>(outputs[0]), at<>(outputs[1]), at<>(outputs[2])},
                          threads);
+      },
+      Release());
+
+  m.def(
+      "token_kl_forward",
+      [](const std::string& divergence, Address logits, Address ref_logits, int dtype, RowSizes sizes,
+         RowSizes ref_sizes, int64_t vocabulary, Address mask, TransformArguments transform, double js_weight,
+         std::array<Address, 4> stats, int threads) {
+        cpu::token_kl_forward(divergence,
+                              token_kl(logits, ref_logits, dtype, sizes, ref_sizes, vocabulary, mask, transform,
+                                       js_weight, stats),
+                              threads);
+      },
+      Release());
+  m.def(
+      "token_kl_backward",
+      [](const std::string& divergence, Address logits, Address ref_logits, int dtype, RowSizes sizes,
+         RowSizes ref_sizes, int64_t vocabulary, Address mask, TransformArguments transform, double js_weight,
+         std::array<Address, 4> stats, Address grad_kl, Address gradient, RowSizes gradient_sizes, int threads) {
+        cpu::token_kl_backward(divergence,
+                               token_kl(logits, ref_logits, dtype, sizes, ref_sizes, vocabulary, mask, transform,
+                                        js_weight, stats),
+                               at<>(grad_kl), at<>(gradient), rows(gradient_sizes), threads);
       },
       Release());
 
@@ -212,6 +277,20 @@ PYBIND11_MODULE(_native, m) {
       [](Address y, Address h, int dtype, std::array<int64_t, 3> sizes, const std::vector<LowRankArguments>& ups,
          const std::vector<std::array<int64_t, 3>>& spans, int threads) {
         cpu::lora_expand(lora_linear(y, h, dtype, sizes, ups, spans), threads);
+      },
+      Release());
+
+  // sizes = rows, vocabulary, row_stride; outputs = ids, logprobs, full_logprobs
+  m.def(
+      "sample_tokens",
+      [](Address logits, int dtype, std::array<int64_t, 3> sizes, const TransformArguments& t, Address row_ids,
+         Address seed, Address step, int64_t top_k, double top_p, double min_p, std::array<Address, 3> outputs,
+         int threads) {
+        cpu::sample_tokens({at<>(logits), DType(dtype), sizes[0], sizes[1], sizes[2],
+                            {std::get<0>(t), at<float>(std::get<1>(t)), std::get<2>(t), std::get<3>(t)},
+                            at<int64_t>(row_ids), at<int64_t>(seed), at<int64_t>(step), top_k, top_p, min_p,
+                            at<int64_t>(outputs[0]), at<>(outputs[1]), at<>(outputs[2])},
+                           threads);
       },
       Release());
 }

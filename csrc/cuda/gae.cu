@@ -33,51 +33,60 @@ template <typename C> __device__ Affine<C> scan_later(Affine<C> own, Affine<C>* 
   return compose(exclusive, later_warps);
 }
 
+// s[k]: what step k of this thread gets from the one after it; returns what the block's first step hands on.
+template <typename C>
+__device__ C handed(const Recurrence<C>& recurrence, const bool (&counts)[kItems], const C (&r)[kItems],
+                    const C (&v)[kItems], C carry, Affine<C>* shared, C (&s)[kItems]) {
+  Affine<C> own = identity<C>(), total;
+#pragma unroll
+  for (int k = kItems - 1; k >= 0; --k) own = compose(recurrence.step(counts[k], r[k], v[k]), own);
+  const Affine<C> later = scan_later(own, shared, &total);
+  C next = later.scale * carry + later.shift;
+#pragma unroll
+  for (int k = kItems - 1; k >= 0; --k) {
+    s[k] = next;
+    const Affine<C> map = recurrence.step(counts[k], r[k], v[k]);
+    next = map.scale * next + map.shift;
+  }
+  return total.scale * carry + total.shift;
+}
+
 // One thread block per sequence, from its end in chunks of kThreads * kItems steps.
 template <typename T> __global__ void __launch_bounds__(kThreads) gae_kernel(cpu::Gae op) {
   using C = typename Compute<T>::type;
   __shared__ Affine<C> shared[kWarps];
-  const int64_t i = blockIdx.x, out = op.cu_seqlens ? op.cu_seqlens[i] : i * op.time;
-  const int64_t length = op.cu_seqlens ? op.cu_seqlens[i + 1] - out : op.time;
-  const T* rewards = static_cast<const T*>(op.rewards) + (op.cu_seqlens ? out : i * op.reward_stride);
-  const T* values = static_cast<const T*>(op.values);
-  if (values) values += op.cu_seqlens ? out : i * op.value_stride;
-  const Recurrence<C> recurrence(op.gamma, values ? op.lam : 1.0);
-  C carry = op.bootstrap ? C(op.gamma) * static_cast<const C*>(op.bootstrap)[i] : C(0);
+  const int64_t i = blockIdx.x, out = op.sequences.begin(i);
+  const T* rewards = static_cast<const T*>(op.rewards) + op.sequences.input(i, op.reward_stride);
+  const T* values = op.values ? static_cast<const T*>(op.values) + op.sequences.input(i, op.value_stride) : nullptr;
+  const Recurrence<C> recurrence(op.gamma, op.lam_of(i)), of_returns(op.gamma, op.value_lam_of(i));
+  C carry = op.sequences.bootstrap ? C(op.gamma) * static_cast<const C*>(op.sequences.bootstrap)[i] : C(0);
+  C carry_of_returns = carry;
 
-  for (int64_t end = length; end > 0; end -= kThreads * kItems) {
+  for (int64_t end = op.sequences.length(i); end > 0; end -= kThreads * kItems) {
     const int64_t first = end - kThreads * kItems + int64_t(threadIdx.x) * kItems;
-    C r[kItems], v[kItems];
+    C r[kItems], v[kItems], s[kItems];
     bool counts[kItems];
-    Affine<C> own = identity<C>();
 #pragma unroll
-    for (int k = kItems - 1; k >= 0; --k) {
+    for (int k = 0; k < kItems; ++k) {
       const int64_t t = first + k;
-      counts[k] = t >= 0 && (!op.mask || op.mask[out + t]);
+      counts[k] = t >= 0 && (!op.sequences.mask || op.sequences.mask[out + t]);
       r[k] = counts[k] ? load(rewards[t]) : C(0);
       v[k] = counts[k] && values ? load(values[t]) : C(0);
-      own = compose(recurrence.step(counts[k], r[k], v[k]), own);
     }
-    Affine<C> total;
-    const Affine<C> later = scan_later(own, shared, &total);
-    C s = later.scale * carry + later.shift;
+    carry = handed(recurrence, counts, r, v, carry, shared, s);
 #pragma unroll
-    for (int k = kItems - 1; k >= 0; --k) {
-      const int64_t t = first + k;
-      const C result = counts[k] ? r[k] + s : C(0);
-      if (t >= 0) {
-        static_cast<C*>(op.returns)[out + t] = result;
-        if (values) static_cast<C*>(op.advantages)[out + t] = result - v[k];
-      }
-      const Affine<C> map = recurrence.step(counts[k], r[k], v[k]);
-      s = map.scale * s + map.shift;
-    }
-    carry = total.scale * carry + total.shift;
+    for (int k = 0; k < kItems; ++k)
+      if (values && first + k >= 0)
+        static_cast<C*>(op.advantages)[out + first + k] = counts[k] ? (r[k] + s[k]) - v[k] : C(0);
+    if (op.decoupled) carry_of_returns = handed(of_returns, counts, r, v, carry_of_returns, shared, s);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k)
+      if (first + k >= 0) static_cast<C*>(op.returns)[out + first + k] = counts[k] ? r[k] + s[k] : C(0);
   }
 }
 
 template <typename T> void launch_gae(const cpu::Gae& op, Queue queue) {
-  launch("gae", gae_kernel<T>, op.sequences, kThreads, queue, op);
+  launch("gae", gae_kernel<T>, op.sequences.count, kThreads, queue, op);
 }
 
 // In the order of DType.

@@ -1,4 +1,4 @@
-// One step of the backward recurrence behind returns and advantages; formula in rlhf_fast/ops/gae.py.
+// One step of the backward recurrences behind returns and advantages; formulas in rlhf_fast/ops/gae.py and vtrace.py.
 #pragma once
 #include "math/host_device.h"
 

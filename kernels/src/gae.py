@@ -10,13 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_fast.kernels.scan import compose
+
 BLOCK = 1024
 
 
 @triton.jit
-def _compose(later_scale, later_shift, scale, shift):
-    # x -> scale * x + shift after the map of the later steps; a reverse scan hands over the later part first.
-    return later_scale * scale, scale * later_shift + shift
+def _handed(rewards, values, exists, decay, blend, carry, lanes):
+    # What every step gets from the one after it, whose rewards and values these are, and what the first one hands on.
+    scale = tl.where(exists, decay, 1.0)
+    shift = tl.where(exists, decay * rewards + blend * values, 0.0)
+    scale, shift = tl.associative_scan((scale, shift), 0, compose, reverse=True)
+    handed = scale * carry + shift
+    return handed, tl.sum(tl.where(lanes == 0, handed, 0.0), 0)
 
 
 @triton.jit
@@ -26,18 +32,22 @@ def _gae_kernel(
     mask,  # (sequences, time) or (time,) uint8, or None
     cu_seqlens,  # (sequences + 1,) int64, or None
     bootstrap,  # (sequences,), or None
+    lams,  # (2, sequences) float64, or None
     advantages,  # (sequences, time) or (time,), or None
     returns,  # (sequences, time) or (time,)
+    sequences,
     time,
     reward_stride,
     value_stride,
     gamma: tl.float64,
-    decay: tl.float64,  # gamma lam
-    blend: tl.float64,  # gamma (1 - lam)
+    lam: tl.float64,
+    value_lam: tl.float64,
     HAS_VALUES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_BOOTSTRAP: tl.constexpr,
+    HAS_LAMS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
@@ -52,37 +62,44 @@ def _gae_kernel(
         length = tl.full([], time, tl.int64)
         reward_begin = sequence * reward_stride
         value_begin = sequence * value_stride
-    decay = tl.full([], decay, acc)
-    blend = tl.full([], blend, acc)
+    gamma = tl.full([], gamma, tl.float64)
+    lam = tl.full([], lam, tl.float64)
+    value_lam = tl.full([], value_lam, tl.float64)
+    if HAS_LAMS:
+        lam = tl.load(lams + sequence)
+        value_lam = tl.load(lams + sequences + sequence)
+    decay = (gamma * lam).to(acc)
+    blend = (gamma * (1 - lam)).to(acc)
+    value_decay = (gamma * value_lam).to(acc)
+    value_blend = (gamma * (1 - value_lam)).to(acc)
     carry = tl.full([], 0.0, acc)
     if HAS_BOOTSTRAP:
-        carry = tl.load(bootstrap + sequence) * tl.full([], gamma, acc)
+        carry = tl.load(bootstrap + sequence) * gamma.to(acc)
+    value_carry = carry
     lanes = tl.arange(0, BLOCK)
     for block in range(0, tl.cdiv(length, BLOCK)):
-        start = length - (block + 1) * BLOCK
-        # The maps stand one step early, so that the scan gives every step what its successor hands to it.
-        after = start + lanes + 1
-        exists = (after >= 0) & (after < length)
-        if HAS_MASK:
-            exists = exists & (tl.load(mask + begin + after, mask=exists, other=0) != 0)
-        shift = decay * tl.load(rewards + reward_begin + after, mask=exists, other=0.0).to(acc)
-        if HAS_VALUES:
-            shift += blend * tl.load(values + value_begin + after, mask=exists, other=0.0).to(acc)
-        scale = tl.where(exists, decay, 1.0)
-        scale, shift = tl.associative_scan((scale, tl.where(exists, shift, 0.0)), 0, _compose, reverse=True)
-        handed = scale * carry + shift
-        carry = tl.sum(tl.where(lanes == 0, handed, 0.0), 0)
-
-        steps = start + lanes
+        steps = length - (block + 1) * BLOCK + lanes
         inside = steps >= 0
         counts = inside
+        # The maps stand one step early, so that the scan gives every step what its successor hands to it.
+        after = steps + 1
+        exists = (after >= 0) & (after < length)
         if HAS_MASK:
             counts = inside & (tl.load(mask + begin + steps, mask=inside, other=0) != 0)
-        result = tl.load(rewards + reward_begin + steps, mask=counts, other=0.0).to(acc) + handed
-        tl.store(returns + begin + steps, tl.where(counts, result, 0.0), mask=inside)
+            exists = exists & (tl.load(mask + begin + after, mask=exists, other=0) != 0)
+        next_reward = tl.load(rewards + reward_begin + after, mask=exists, other=0.0).to(acc)
+        reward = tl.load(rewards + reward_begin + steps, mask=counts, other=0.0).to(acc)
+        next_value = tl.zeros_like(next_reward)
+        value = next_value
         if HAS_VALUES:
-            result -= tl.load(values + value_begin + steps, mask=counts, other=0.0).to(acc)
-            tl.store(advantages + begin + steps, tl.where(counts, result, 0.0), mask=inside)
+            next_value = tl.load(values + value_begin + after, mask=exists, other=0.0).to(acc)
+            value = tl.load(values + value_begin + steps, mask=counts, other=0.0).to(acc)
+        handed, carry = _handed(next_reward, next_value, exists, decay, blend, carry, lanes)
+        if HAS_VALUES:
+            tl.store(advantages + begin + steps, tl.where(counts, (reward + handed) - value, 0.0), mask=inside)
+        if DECOUPLED:
+            handed, value_carry = _handed(next_reward, next_value, exists, value_decay, value_blend, value_carry, lanes)
+        tl.store(returns + begin + steps, tl.where(counts, reward + handed, 0.0), mask=inside)
 
 
 def gae(
@@ -93,6 +110,8 @@ def gae(
     bootstrap: Tensor | None,
     gamma: float,
     lam: float,
+    value_lam: float | None,
+    lams: Tensor | None,
     outputs: list[Tensor],
 ) -> None:
     """Fills outputs = [advantages, returns], or [returns] without values (then lam must be 1)."""
@@ -102,8 +121,9 @@ def gae(
     if sequences * time == 0:
         return
     _gae_kernel[(sequences,)](
-        rewards, values, mask, cu_seqlens, bootstrap, None if values is None else outputs[0], outputs[-1],
-        time, rewards.stride(0), 0 if values is None else values.stride(0), gamma, gamma * lam, gamma * (1 - lam),
-        HAS_VALUES=values is not None, HAS_MASK=mask is not None, PACKED=packed,
-        HAS_BOOTSTRAP=bootstrap is not None, BLOCK=min(BLOCK, triton.next_power_of_2(time)), num_warps=4,
+        rewards, values, mask, cu_seqlens, bootstrap, lams, None if values is None else outputs[0], outputs[-1],
+        sequences, time, rewards.stride(0), 0 if values is None else values.stride(0), gamma, lam,
+        lam if value_lam is None else value_lam, HAS_VALUES=values is not None, HAS_MASK=mask is not None,
+        PACKED=packed, HAS_BOOTSTRAP=bootstrap is not None, HAS_LAMS=lams is not None, DECOUPLED=value_lam is not None,
+        BLOCK=min(BLOCK, triton.next_power_of_2(time)), num_warps=4,
     )  # fmt: skip

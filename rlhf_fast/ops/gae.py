@@ -5,7 +5,7 @@ value V_T (0 where none is given) after the last step:
 
     delta_t = r_t + gamma V_n - V_t
     advantage_t = delta_t + gamma lam advantage_n
-    return_t = advantage_t + V_t
+    return_t = advantage_t + V_t, of advantages with value_lam in place of lam where it is given
 
     discounted return_t = r_t + gamma (discounted return)_n, starting from V_T
 
@@ -18,25 +18,30 @@ Computed in the equivalent form of lambda-returns, in which a step hands one num
     advantage_t = return_t - V_t
 
 s_t is an affine map of s_n (scale gamma lam; the identity behind the mask), so the recurrence is an associative scan;
-the discounted return is the case V = 0, lam = 1, bit for bit.
+the discounted return is the case V = 0, lam = 1, bit for bit. A lambda for the returns is a second scan of the same
+numbers, read once.
 
-Numerics: everything in float32 (float64 for float64).
+Numerics: everything in float32 (float64 for float64); the rates gamma lam and gamma (1 - lam) are rounded once.
 
 Gradients: advantages and returns are constants of the loss, so results are detached and the registered op has no
 derivative; `reference` is differentiable in rewards, values and bootstrap.
 
 Cost per step with inputs of s bytes: 2 s bytes read (and 1 for the mask), 8 written, about 10 FLOPs.
 
-Sources: Schulman et al. 2016 (arXiv 1506.02438), eq. 16; lambda-returns as in Sutton & Barto 2018, eq. 12.20.
+Sources: Schulman et al. 2016 (arXiv 1506.02438), eq. 16; lambda-returns as in Sutton & Barto 2018, eq. 12.20; a
+lambda of its own for the returns: Yuan et al. 2025 (arXiv 2503.01491), section 3.2, and Yue et al. 2025 (VAPO, arXiv
+2504.05118), section 4.1; lambda by length: VAPO, section 4.2.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, stream, threads
-from rlhf_fast.ops import _check
+from rlhf_fast.ops import _check, _sequences
 
 
 def gae(
@@ -47,7 +52,8 @@ def gae(
     cu_seqlens: Tensor | None = None,
     bootstrap: Tensor | None = None,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Tensor = 0.95,
+    value_lam: float | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and the value targets that go with them.
@@ -59,17 +65,15 @@ def gae(
     cu_seqlens: (S + 1,) int64 or int32, from 0, non-decreasing, at most N: sequence i is [cu_seqlens[i],
     cu_seqlens[i + 1]). Steps after the last sequence give 0.
     bootstrap: (B,) or (S,), the value of the state after the last step of a truncated sequence; 0 where it ended.
-    gamma, lam: in [0, 1].
+    gamma: in [0, 1]. lam: in [0, 1], a number or one per sequence, (B,) or (S,), as from `length_adaptive_lambda`.
+    value_lam: like lam, for the returns alone; None for the lam of the advantages.
 
     Returns (advantages, returns), each of the shape of rewards, float32 (float64 for float64), detached.
-    Raises ValueError or TypeError for shapes, types and values that do not fit; the entries of cu_seqlens are checked
-    on the CPU only.
+    Raises ValueError or TypeError for shapes, types and values that do not fit; the entries of cu_seqlens and of
+    tensors of lambdas are checked on the CPU only.
     """
-    _check_rewards(rewards, cu_seqlens)
-    _check.floating("values", values)
-    _check.shaped("values", values, rewards.shape, "rewards.shape")
-    _check.same_device(("rewards", rewards), ("values", values))
-    advantages, returns = _run("gae", rewards, values, mask, cu_seqlens, bootstrap, gamma, lam, backend)
+    inputs = {"rewards": rewards, "values": values}
+    advantages, returns = _run("gae", inputs, mask, cu_seqlens, bootstrap, gamma, lam, value_lam, backend)
     return advantages, returns
 
 
@@ -83,8 +87,18 @@ def discounted_returns(
     backend: str | None = None,
 ) -> Tensor:
     """Discounted rewards to go (gamma 1: their sum), of the shape of rewards; arguments and errors as in `gae`."""
-    _check_rewards(rewards, cu_seqlens)
-    return _run("discounted_returns", rewards, None, mask, cu_seqlens, bootstrap, gamma, 1.0, backend)[0]
+    inputs = {"rewards": rewards}
+    return _run("discounted_returns", inputs, mask, cu_seqlens, bootstrap, gamma, 1.0, None, backend)[0]
+
+
+def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
+    """1 - 1 / (alpha length) per sequence, float32, 0 where alpha length is below 1 (VAPO, section 4.2).
+
+    lengths: (B,), tokens that count. With it sum_t lam^t = alpha length: the share of a sequence over which the
+    TD errors of an advantage reach does not depend on its length. alpha: > 0.
+    """
+    _check.positive("alpha", alpha)
+    return (1 - 1 / (alpha * lengths.float()).clamp_min(1)).detach()
 
 
 def reference(
@@ -95,151 +109,137 @@ def reference(
     cu_seqlens: Tensor | None = None,
     bootstrap: Tensor | None = None,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Tensor = 0.95,
+    value_lam: float | Tensor | None = None,
 ) -> list[Tensor]:
     """[advantages, returns], or [returns] without values, by definition, differentiable any number of times."""
-    dtype = _compute_dtype(rewards, values)
-    # (rows, time) with, per step, whether it is its sequence's last and the bootstrap value of that sequence.
-    r, v = (torch.zeros_like(rewards) if x is None else x for x in (rewards, values))
-    counts = torch.ones_like(r, dtype=torch.bool) if mask is None else mask != 0
-    steps = torch.arange(r.shape[-1], device=r.device)
-    if cu_seqlens is None:
-        sequence = torch.arange(r.shape[0], device=r.device)[:, None].expand(r.shape)
-        last = (steps == r.shape[-1] - 1).expand(r.shape)
-    else:
-        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True).clamp(max=len(cu_seqlens) - 2)
-        counts, last = counts & (steps < cu_seqlens[-1]), steps + 1 == cu_seqlens[1:][sequence]
-    after = r.new_zeros(r.shape, dtype=dtype) if bootstrap is None else bootstrap.to(dtype)[sequence]
+    walk = _sequences.walk(rewards, mask, cu_seqlens, bootstrap)
+    zeros = torch.zeros_like(rewards, dtype=_check.compute_dtype(rewards.dtype))
     # What is behind the mask is replaced before any arithmetic, so that nothing there gets through.
-    r, v = (torch.where(counts, x.to(dtype), torch.zeros_like(x, dtype=dtype)) for x in (r, v))
-    next_value = next_advantage = r.new_zeros(r.shape[:-1])
-    advantages = []
-    for t in reversed(range(r.shape[-1])):
-        next_value = torch.where(last[..., t], after[..., t], next_value)
-        next_advantage = torch.where(last[..., t], torch.zeros_like(next_advantage), next_advantage)
-        advantage = r[..., t] + gamma * next_value - v[..., t] + gamma * lam * next_advantage
-        advantages.append(torch.where(counts[..., t], advantage, torch.zeros_like(advantage)))
-        next_value = torch.where(counts[..., t], v[..., t], next_value)
-        next_advantage = torch.where(counts[..., t], advantage, next_advantage)
-    result = torch.stack(advantages[::-1], -1) if advantages else r
-    return [result] if values is None else [result, result + v]
+    r, v = (zeros if x is None else torch.where(walk.counts, x.to(zeros.dtype), zeros) for x in (rewards, values))
+
+    def advantages(lam: float | Tensor) -> Tensor:
+        decay = zeros + gamma * (lam[walk.sequence].to(zeros.dtype) if isinstance(lam, Tensor) else lam)
+        states, _, _ = _sequences.backward(
+            walk, v, lambda t, value, advantage: r[..., t] + gamma * value - v[..., t] + decay[..., t] * advantage
+        )
+        return torch.where(walk.counts, states, zeros)
+
+    result = advantages(lam)
+    if values is None:
+        return [result]
+    return [result, (result if value_lam is None else advantages(value_lam)) + v]
+
+
+class Rates(NamedTuple):
+    """gamma, and the lambdas: numbers, or instead of both `lams`, (2, sequences) float64: lam and value_lam of each.
+
+    value_lam is None where the returns are those of the advantages."""
+
+    gamma: float
+    lam: float
+    value_lam: float | None
+    lams: Tensor | None
 
 
 def _cpu(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
-         bootstrap: Tensor | None, gamma: float, lam: float, outputs: list[Tensor]) -> None:  # fmt: skip
-    native().gae(*_native_arguments(rewards, values, mask, cu_seqlens, bootstrap, gamma, lam, outputs), threads())
+         bootstrap: Tensor | None, rates: Rates, outputs: list[Tensor]) -> None:  # fmt: skip
+    native().gae(*_native_arguments(rewards, values, mask, cu_seqlens, bootstrap, rates, outputs), threads())
 
 
 def _cuda(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
-          bootstrap: Tensor | None, gamma: float, lam: float, outputs: list[Tensor]) -> None:  # fmt: skip
+          bootstrap: Tensor | None, rates: Rates, outputs: list[Tensor]) -> None:  # fmt: skip
     native().gae_cuda(
-        *_native_arguments(rewards, values, mask, cu_seqlens, bootstrap, gamma, lam, outputs),
+        *_native_arguments(rewards, values, mask, cu_seqlens, bootstrap, rates, outputs),
         rewards.get_device(), stream(rewards.device),
     )  # fmt: skip
 
 
 def _triton(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
-            bootstrap: Tensor | None, gamma: float, lam: float, outputs: list[Tensor]) -> None:  # fmt: skip
+            bootstrap: Tensor | None, rates: Rates, outputs: list[Tensor]) -> None:  # fmt: skip
     from rlhf_fast.kernels import gae as kernels
 
-    kernels.gae(rewards, values, mask, cu_seqlens, bootstrap, gamma, lam, outputs)
+    kernels.gae(rewards, values, mask, cu_seqlens, bootstrap, *rates, outputs)
 
 
-# impl(rewards, values | None, mask | None, cu_seqlens | None, bootstrap | None, gamma, lam, outputs)
+# impl(rewards, values | None, mask | None, cu_seqlens | None, bootstrap | None, rates, outputs)
 # with rewards and values of one dtype and unit last stride; outputs = [advantages, returns], without values [returns]
 IMPLS = {"cpu": _cpu, "triton": _triton, "cuda": _cuda}
 OPS = {"gae": tuple(IMPLS), "discounted_returns": tuple(IMPLS)}
 
 
 def empty_outputs(rewards: Tensor, values: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
-    """Unwritten [advantages, returns], or [returns] without values; zeros where packed, for steps of no sequence."""
-    new = rewards.new_empty if cu_seqlens is None else rewards.new_zeros
-    dtype = _check.compute_dtype(rewards.dtype)
-    return [new(rewards.shape, dtype=dtype) for _ in range(1 if values is None else 2)]
+    """Unwritten [advantages, returns], or [returns] without values."""
+    return _sequences.empty_outputs(rewards, cu_seqlens, 1 if values is None else 2)
 
 
 @torch.library.custom_op("rlhf_fast::gae", mutates_args=())
 def _op(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
-        bootstrap: Tensor | None, gamma: float, lam: float, backend: str) -> list[Tensor]:  # fmt: skip
-    if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, rewards.shape[0])
+        bootstrap: Tensor | None, gamma: float, lam: float, value_lam: float | None, lams: Tensor | None,
+        backend: str) -> list[Tensor]:  # fmt: skip
+    _check_entries(rewards, cu_seqlens, lams)
     outputs = empty_outputs(rewards, values, cu_seqlens)
-    IMPLS[backend](rewards, values, mask, cu_seqlens, bootstrap, gamma, lam, outputs)
+    IMPLS[backend](rewards, values, mask, cu_seqlens, bootstrap, Rates(gamma, lam, value_lam, lams), outputs)
     return outputs
 
 
 @_op.register_fake
-def _(rewards, values, mask, cu_seqlens, bootstrap, gamma, lam, backend):
+def _(rewards, values, mask, cu_seqlens, bootstrap, gamma, lam, value_lam, lams, backend):
     return empty_outputs(rewards, values, cu_seqlens)
 
 
-def _run(op: str, rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
-         bootstrap: Tensor | None, gamma: float, lam: float, backend: str | None) -> list[Tensor]:  # fmt: skip
+def _run(op: str, inputs: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Tensor | None,
+         bootstrap: Tensor | None, gamma: float, lam: float | Tensor, value_lam: float | Tensor | None,
+         backend: str | None) -> list[Tensor]:  # fmt: skip
     """Checks what both public functions share, then runs the backend. No gradient: see the module's docstring."""
-    if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-            raise ValueError(f"cu_seqlens must be (S + 1,) with S >= 1, got {tuple(cu_seqlens.shape)}")
-        cu_seqlens = _check.ids("cu_seqlens", cu_seqlens)
-    sequences = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if bootstrap is not None:
-        _check.floating("bootstrap", bootstrap)
-        _check.shaped("bootstrap", bootstrap, (sequences,), "(B,)" if cu_seqlens is None else "(S,)")
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
-    _check.same_device(("rewards", rewards), ("mask", mask), ("cu_seqlens", cu_seqlens), ("bootstrap", bootstrap))
-    mask = _check.mask_bytes(mask, rewards.shape, "rewards.shape")
+    tensors, mask, cu_seqlens, bootstrap = _sequences.prepared(inputs, mask, cu_seqlens, bootstrap)
+    rewards, values = tensors[0], tensors[1] if len(tensors) > 1 else None
+    sequences = _sequences.count(rewards, cu_seqlens)
+    for name, rate in (("gamma", gamma), ("lam", lam), ("value_lam", value_lam)):
+        if isinstance(rate, Tensor):
+            _check.floating(name, rate)
+            _check.shaped(name, rate, (sequences,), "(B,)" if cu_seqlens is None else "(S,)")
+            _check.same_device(("rewards", rewards), (name, rate))
+        elif rate is not None and not 0 <= rate <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {rate}")
+    rates = _rates(gamma, lam, value_lam, rewards, sequences)
     name = resolve(op, IMPLS, rewards.device, backend)
-    dtype = _compute_dtype(rewards, values)
-    rewards, values = rewards.detach(), None if values is None else values.detach()
-    bootstrap = None if bootstrap is None else bootstrap.detach().to(dtype).contiguous()
     if name == "reference":
-        if cu_seqlens is not None and not torch.compiler.is_compiling():
-            _check_cu_seqlens(cu_seqlens, rewards.shape[0])
-        return reference(rewards, values, mask=mask, cu_seqlens=cu_seqlens, bootstrap=bootstrap, gamma=gamma, lam=lam)
-    if values is not None and values.dtype != rewards.dtype:
-        rewards, values = rewards.to(dtype), values.to(dtype)
-    rewards = _unit_stride(rewards)
-    values = None if values is None else _unit_stride(values)
-    return torch.ops.rlhf_fast.gae(rewards, values, mask, cu_seqlens, bootstrap, gamma, lam, name)
+        _check_entries(rewards, cu_seqlens, rates.lams)
+        return reference(
+            rewards, values, mask=mask, cu_seqlens=cu_seqlens, bootstrap=bootstrap, gamma=gamma, lam=lam,
+            value_lam=value_lam,
+        )  # fmt: skip
+    return torch.ops.rlhf_fast.gae(rewards, values, mask, cu_seqlens, bootstrap, *rates, name)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _rates(
+    gamma: float, lam: float | Tensor, value_lam: float | Tensor | None, rewards: Tensor, sequences: int
+) -> Rates:
+    both = (lam, lam if value_lam is None else value_lam)
+    if not any(isinstance(x, Tensor) for x in both):
+        return Rates(gamma, lam, value_lam, None)
+    rows = [x.detach().double() if isinstance(x, Tensor) else rewards.new_full((sequences,), x, dtype=torch.float64)
+            for x in both]  # fmt: skip
+    return Rates(gamma, 1.0, None if value_lam is None else 1.0, torch.stack(rows))
 
 
-def _check_rewards(rewards: Tensor, cu_seqlens: Tensor | None) -> None:
-    _check.floating("rewards", rewards)
-    if rewards.dim() != (2 if cu_seqlens is None else 1):
-        meaning = "(B, T) without cu_seqlens" if cu_seqlens is None else "(N,) with cu_seqlens"
-        raise ValueError(f"rewards must be {meaning}, got {tuple(rewards.shape)}")
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, steps: int) -> None:
-    """Raises ValueError on the CPU; elsewhere the entries are not read, which would wait for the device."""
-    if cu_seqlens.device.type != "cpu":
+def _check_entries(rewards: Tensor, cu_seqlens: Tensor | None, lams: Tensor | None) -> None:
+    """Raises ValueError on the CPU; elsewhere entries are not read, which would wait for the device."""
+    _sequences.check_cu_seqlens(cu_seqlens, rewards.shape[-1])
+    if lams is None or lams.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any() or cu_seqlens[-1] > steps:
-        raise ValueError(f"cu_seqlens must be non-decreasing from 0 to at most N = {steps}, got {cu_seqlens.tolist()}")
+    if not ((lams >= 0) & (lams <= 1)).all():
+        raise ValueError(f"lam and value_lam must be in [0, 1], got {lams.tolist()}")
 
 
-def _compute_dtype(rewards: Tensor, values: Tensor | None) -> torch.dtype:
-    return _check.compute_dtype(rewards.dtype if values is None else torch.promote_types(rewards.dtype, values.dtype))
-
-
-def _native_arguments(
-    rewards: Tensor,
-    values: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    bootstrap: Tensor | None,
-    gamma: float,
-    lam: float,
-    outputs: list[Tensor],
-) -> tuple:
-    sequences = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sizes = [sequences, rewards.shape[-1], rewards.stride(0), 0 if values is None else values.stride(0)]
+def _native_arguments(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
+                      bootstrap: Tensor | None, rates: Rates, outputs: list[Tensor]) -> tuple:  # fmt: skip
+    gamma, lam, value_lam, lams = rates
     return (
-        address(rewards), address(values), DTYPE_CODES[rewards.dtype], sizes, address(mask), address(cu_seqlens),
-        address(bootstrap), gamma, lam, [0 if values is None else address(outputs[0]), address(outputs[-1])],
+        address(rewards), address(values), DTYPE_CODES[rewards.dtype],
+        [rewards.stride(0), 0 if values is None else values.stride(0)],
+        _sequences.native_arguments(rewards, mask, cu_seqlens, bootstrap),
+        [gamma, lam, lam if value_lam is None else value_lam], address(lams), value_lam is not None,
+        [0 if values is None else address(outputs[0]), address(outputs[-1])],
     )  # fmt: skip

@@ -27,16 +27,17 @@ def host(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-def run(host, rewards, values=None, *, mask=None, cu_seqlens=None, bootstrap=None, gamma=0.99, lam=0.95):
+def run(host, rewards, values=None, *, mask=None, cu_seqlens=None, bootstrap=None, gamma=0.99, lam=0.95, value_lam=None,
+        lams=None):  # fmt: skip
     outputs = [x.fill_(0 if cu_seqlens is not None else torch.nan) for x in empty_outputs(rewards, values, cu_seqlens)]
     sequences = rewards.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     strides = [rewards.stride(0), 0 if values is None else values.stride(0)]
-    pointer, rate = ctypes.c_void_p, ctypes.c_double
+    pointer, rates = ctypes.c_void_p, (gamma, lam, lam if value_lam is None else value_lam)
     host.gae(
         pointer(address(rewards)), pointer(address(values)), DTYPE_CODES[rewards.dtype],
         (ctypes.c_int64 * 4)(sequences, rewards.shape[-1], *strides), pointer(address(mask)),
-        pointer(address(cu_seqlens)), pointer(address(bootstrap)), rate(gamma), rate(lam),
-        pointer(0 if values is None else address(outputs[0])), pointer(address(outputs[-1])),
+        pointer(address(cu_seqlens)), pointer(address(bootstrap)), (ctypes.c_double * 3)(*rates),
+        pointer(address(lams)), value_lam is not None, pointer(0 if values is None else address(outputs[0])), pointer(address(outputs[-1])),
     )  # fmt: skip
     return outputs
 
@@ -84,3 +85,19 @@ def test_with_lam_1_returns_are_the_discounted_returns_bit_for_bit(host):
     rewards, values, _ = example((1, 1100))
     _, returns = run(host, rewards, values, lam=1.0)
     assert torch.equal(returns, run(host, rewards, lam=1.0)[0])
+
+
+def test_lambdas_of_their_own_for_the_returns_and_for_every_sequence(host):
+    rewards, values, mask = example((3, 1100))
+    lam, value_lam = torch.tensor([0.5, 0.75, 1.0]), 1.0
+    lams = torch.stack([lam.double(), torch.ones(3, dtype=torch.float64)])
+    found = run(host, rewards, values, mask=mask, lam=1.0, value_lam=1.0, lams=lams)
+    for i in range(3):
+        row = (rewards[i : i + 1], values[i : i + 1])
+        alone = run(host, *row, mask=mask[i : i + 1], lam=lams[0, i].item(), value_lam=value_lam)
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(found, alone, strict=True))
+    options = {"mask": mask, "gamma": 0.99, "lam": lam, "value_lam": value_lam}
+    exact = reference(rewards.double(), values.double(), **options)
+    eager = reference(rewards, values, **options)
+    for name, *results in zip(("advantages", "returns"), found, eager, exact, strict=True):
+        assert_contract(name, *results)

@@ -223,9 +223,9 @@ def test_the_reference_is_differentiable_twice():
 def test_the_registered_op_passes_opcheck(backend):
     rewards, values, mask, bootstrap = example()
     op, bytes_ = torch.ops.rlhf_fast.gae.default, mask.to(torch.uint8)
-    torch.library.opcheck(op, (rewards, values, bytes_, None, bootstrap, 0.9, 0.8, backend))
+    torch.library.opcheck(op, (rewards, values, bytes_, None, bootstrap, 0.9, 0.8, None, None, backend))
     cu_seqlens = torch.tensor([0, 20, 51])
-    torch.library.opcheck(op, (rewards.view(-1), None, None, cu_seqlens, None, 0.9, 1.0, backend))
+    torch.library.opcheck(op, (rewards.view(-1), None, None, cu_seqlens, None, 0.9, 1.0, None, None, backend))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -265,7 +265,7 @@ def test_cu_seqlens_that_do_not_fit_raise_with_their_values(backend, cu_seqlens)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_the_cuda_kernel_without_a_gpu_says_so():
     with pytest.raises(RuntimeError, match="gae: no CUDA device"):
-        native().gae_cuda(0, 0, 0, [1, 1, 1, 1], 0, 0, 0, 1.0, 1.0, [0, 0], 0, 0)
+        native().gae_cuda(0, 0, 0, [1, 1], (1, 1, 0, 0, 0), [1.0, 1.0, 1.0], 0, False, [0, 0], 0, 0)
 
 
 @pytest.mark.gpu

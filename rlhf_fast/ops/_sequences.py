@@ -1,0 +1,124 @@
+"""Token sequences, padded (B, T) or packed (N,) with cu_seqlens: what the ops that walk over time share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.backends import address
+from rlhf_fast.ops import _check
+
+
+def prepared(
+    inputs: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Tensor | None, bootstrap: Tensor | None
+) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(inputs, mask, cu_seqlens, bootstrap), checked, detached, and as the kernels take them.
+
+    inputs: the first gives the shape; they come back in one dtype with unit last stride. mask becomes uint8 bytes,
+    cu_seqlens int64, bootstrap contiguous in the dtype of the results.
+    """
+    (first, steps), *_ = inputs.items()
+    if steps.dim() != (2 if cu_seqlens is None else 1):
+        meaning = "(B, T) without cu_seqlens" if cu_seqlens is None else "(N,) with cu_seqlens"
+        raise ValueError(f"{first} must be {meaning}, got {tuple(steps.shape)}")
+    for name, x in inputs.items():
+        _check.floating(name, x)
+        _check.shaped(name, x, steps.shape, f"{first}.shape")
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens must be (S + 1,) with S >= 1, got {tuple(cu_seqlens.shape)}")
+        cu_seqlens = _check.ids("cu_seqlens", cu_seqlens)
+    if bootstrap is not None:
+        _check.floating("bootstrap", bootstrap)
+        _check.shaped("bootstrap", bootstrap, (count(steps, cu_seqlens),), "(B,)" if cu_seqlens is None else "(S,)")
+    others = {**inputs, "mask": mask, "cu_seqlens": cu_seqlens, "bootstrap": bootstrap}
+    _check.same_device((first, steps), *others.items())
+    mask = _check.mask_bytes(mask, steps.shape, f"{first}.shape")
+    dtype = _common_dtype(list(inputs.values()))
+    tensors = [x.detach().to(dtype) for x in inputs.values()]
+    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    if bootstrap is not None:
+        bootstrap = bootstrap.detach().to(_check.compute_dtype(dtype)).contiguous()
+    return tensors, mask, cu_seqlens, bootstrap
+
+
+def _common_dtype(tensors: list[Tensor]) -> torch.dtype:
+    """The dtype of all of them, or, where they differ, that in which they are computed."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        if x.dtype != dtype:
+            dtype = _check.compute_dtype(torch.promote_types(dtype, x.dtype))
+    return dtype
+
+
+def count(steps: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many sequences there are."""
+    return steps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def check_cu_seqlens(cu_seqlens: Tensor | None, steps: int) -> None:
+    """Raises ValueError on the CPU; elsewhere the entries are not read, which would wait for the device."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any() or cu_seqlens[-1] > steps:
+        raise ValueError(f"cu_seqlens must be non-decreasing from 0 to at most N = {steps}, got {cu_seqlens.tolist()}")
+
+
+def empty_outputs(steps: Tensor, cu_seqlens: Tensor | None, number: int) -> list[Tensor]:
+    """`number` unwritten results of the shape of steps; zeros where packed, for steps of no sequence."""
+    new = steps.new_empty if cu_seqlens is None else steps.new_zeros
+    return [new(steps.shape, dtype=_check.compute_dtype(steps.dtype)) for _ in range(number)]
+
+
+def native_arguments(
+    steps: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, bootstrap: Tensor | None
+) -> tuple[int, int, int, int, int]:  # fmt: skip
+    return count(steps, cu_seqlens), steps.shape[-1], address(mask), address(cu_seqlens), address(bootstrap)
+
+
+class Walk(NamedTuple):
+    """What a plain loop over time needs to know of every step; all of the shape of the steps."""
+
+    counts: Tensor  # bool
+    sequence: Tensor  # the number of its sequence
+    last: Tensor  # bool: its sequence ends with it
+    after: Tensor  # the bootstrap value of its sequence
+
+
+def walk(steps: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, bootstrap: Tensor | None) -> Walk:
+    counts = torch.ones_like(steps, dtype=torch.bool) if mask is None else mask != 0
+    at = torch.arange(steps.shape[-1], device=steps.device)
+    if cu_seqlens is None:
+        sequence = torch.arange(steps.shape[0], device=steps.device)[:, None].expand(steps.shape)
+        last = (at == steps.shape[-1] - 1).expand(steps.shape)
+    else:
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), at, right=True).clamp(max=len(cu_seqlens) - 2)
+        counts, last = counts & (at < cu_seqlens[-1]), at + 1 == cu_seqlens[1:][sequence]
+    dtype = _check.compute_dtype(steps.dtype)
+    after = steps.new_zeros(steps.shape, dtype=dtype) if bootstrap is None else bootstrap.to(dtype)[sequence]
+    return Walk(counts, sequence, last, after)
+
+
+def backward(
+    walk: Walk, values: Tensor, step: Callable[[int, Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(states, next values, next states), each of the shape of values, with state_t = step(t, next value, next state).
+
+    Steps behind the mask hand both on unchanged; after the last step stand the bootstrap value and the state 0.
+    """
+    value = state = values.new_zeros(values.shape[:-1])
+    found = []
+    for t in reversed(range(values.shape[-1])):
+        value = torch.where(walk.last[..., t], walk.after[..., t], value)
+        state = torch.where(walk.last[..., t], torch.zeros_like(state), state)
+        new = step(t, value, state)
+        found.append((new, value, state))
+        value = torch.where(walk.counts[..., t], values[..., t], value)
+        state = torch.where(walk.counts[..., t], new, state)
+    if not found:
+        return values, values, values
+    states, next_values, next_states = (torch.stack(x, -1) for x in zip(*reversed(found), strict=True))
+    return states, next_values, next_states
