@@ -7,23 +7,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import B, Case, D, T, V, mask, plane
+from benchmarks.op_cases.case import Case, D, V, mask, plane
+from rlhf_fast import Adapter
+
+RANKS = (8, 3, 70)  # the last one is more than a tile of ranks
 
 
-def lora_tensors() -> dict[str, Tensor]:
-    adapters = {f"a{i}": torch.randn(rank, D) / 8 for i, rank in enumerate((8, 3))}
-    adapters |= {f"b{i}": torch.randn(V, rank) / 4 for i, rank in enumerate((8, 3))}
-    return {"x": torch.randn(B, T, D), "weight": torch.randn(V, D) / 8, "bias": torch.randn(V), **adapters}
+def lora_tensors(rows: int) -> dict[str, Tensor]:
+    adapters = {f"a{i}": torch.randn(rank, D) / 8 for i, rank in enumerate(RANKS)}
+    adapters |= {f"b{i}": torch.randn(V, rank) / 4 / rank**0.5 for i, rank in enumerate(RANKS)}
+    return {"x": torch.randn(rows, D), "weight": torch.randn(V, D) / 8, "bias": torch.randn(V), **adapters}
 
 
 def lora_arguments(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    rest = {name: tensors[name] for name in ("x", "weight", "bias")}
-    bank = [(tensors["a0"], tensors["b0"], 2.0), (tensors["a1"], tensors["b1"], 0.5)]
-    return rest | {"bank": bank, "segments": [(0, T), (-1, T // 2), (1, T + T // 2)]}
+    """The adapters in turn over ragged segments, one of them without an adapter."""
+    magnitudes = (None, tensors.get("magnitude"), None)
+    bank = [
+        Adapter(tensors[f"a{i}"], tensors[f"b{i}"], 2.0 / (i + 1), magnitude) for i, magnitude in enumerate(magnitudes)
+    ]
+    part = len(tensors["x"]) // 8
+    rest = len(tensors["x"]) - 6 * part
+    return {name: tensors[name] for name in ("x", "weight", "bias")} | {
+        "bank": bank, "segments": [(0, 4 * part), (-1, part), (1, rest), (2, part)]
+    }  # fmt: skip
 
+
+LORA = ("x", *(f"{part}{i}" for part in "ab" for i in range(len(RANKS))))
 
 CASES = [
-    Case("lora_linear", lora_tensors, grads=("x", "a0", "b0", "a1", "b1"), arguments=lora_arguments),
+    Case("lora_linear", lambda: lora_tensors(75), {}, LORA, lora_arguments, "many rows"),
+    Case("lora_linear", lambda: lora_tensors(9), {}, (), lora_arguments, "few rows"),
+    Case("lora_linear", lambda: lora_tensors(75), {"dropout": 0.3, "seed": 5}, LORA, lora_arguments, "dropout"),
+    Case(
+        "lora_linear",
+        lambda: lora_tensors(75) | {"magnitude": 1 + torch.rand(V)},
+        {},
+        (*LORA, "magnitude"),
+        lora_arguments,
+        "magnitude",
+    ),
     Case(
         "value_loss",
         lambda: {"values": plane(), "old_values": plane(), "returns": plane(), "mask": mask()},

@@ -26,9 +26,10 @@ another 2 n R (in + out), reading x once more and reading and writing y once mor
 small products again for dA and dB. h (N, R) is kept. A magnitude adds one read of the weight and 2 R in out FLOPs to
 every forward, and keeps y - bias before f where m is trained (N out).
 
-Numerics: products accumulate in float32; h is kept in the type of x. Adapters can stay in float32 beside a bfloat16
-base: the native CPU kernels read them in float32 (float64 beside a float64 x), Triton in TF32, and PyTorch's products,
-which the CPU uses past _lora_cpu.NATIVE_LIMITS, in the type of x. Their gradients come back in their own type.
+Numerics: products accumulate in float32; Triton keeps h in float32, the CPU in the type of x. Adapters can stay in
+float32 beside a bfloat16 base: the native CPU kernels read them in float32 (float64 beside a float64 x), Triton in
+TF32, and PyTorch's products, which the CPU uses past _lora_cpu.NATIVE_LIMITS, in the type of x. Their gradients come
+back in their own type.
 
 In a CUDA graph: run once before the capture, which copies the table of rows to the device. Between replays the values
 of every tensor may change, `seed` among them where it is a tensor; segments, ranks, scales and dropout may not.
@@ -237,8 +238,9 @@ def _spans(segments: list[int], wanted: Sequence[bool] | None = None) -> Spans:
     return spans
 
 
-def _empty_h(x: Tensor, downs: list[Tensor]) -> Tensor:
-    return x.new_zeros(x.shape[0], max((down.shape[0] for down in downs), default=0))
+def _empty_h(x: Tensor, downs: list[Tensor], backend: str) -> Tensor:
+    rank = max((down.shape[0] for down in downs), default=0)
+    return x.new_zeros(x.shape[0], rank, dtype=_check.compute_dtype(x.dtype) if backend == "triton" else x.dtype)
 
 
 def _empty_norms(magnitudes: list[Tensor], weight: Tensor) -> Tensor:
@@ -261,7 +263,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, downs: list[Tensor], up
     """[y, h, y - bias before f, c (magnitudes, out)] for x (N, in); owners: the adapters that the magnitudes belong
     to; segments: index, rows, index, rows, ..."""
     steps = IMPLS[backend]()
-    spans, h = _spans(segments), _empty_h(x, downs)
+    spans, h = _spans(segments), _empty_h(x, downs, backend)
     y = F.linear(x, weight, bias)
     unscaled = torch.zeros_like(y) if keep_unscaled else y.new_empty(0)
     norms = _empty_norms(magnitudes, weight)
@@ -281,7 +283,12 @@ _forward = torch.library.custom_op("rlhf_fast::lora_linear", mutates_args=())(_r
 @_forward.register_fake
 def _(x, weight, bias, downs, ups, magnitudes, owners, scales, segments, dropout, seed, keep_unscaled, backend):
     y = x.new_empty(x.shape[0], weight.shape[0])
-    return [y, _empty_h(x, downs), y.new_empty(y.shape if keep_unscaled else (0,)), _empty_norms(magnitudes, weight)]
+    return [
+        y,
+        _empty_h(x, downs, backend),
+        y.new_empty(y.shape if keep_unscaled else (0,)),
+        _empty_norms(magnitudes, weight),
+    ]
 
 
 @torch.library.custom_op("rlhf_fast::lora_linear_backward", mutates_args=())
@@ -302,7 +309,7 @@ def _backward(grad: Tensor, x: Tensor, h: Tensor, unscaled: Tensor, norms: Tenso
         if wants[4]:
             for i, norm, gradient in zip(owners, norms, dmagnitudes, strict=True):
                 torch.div(sums[i], norm, out=gradient)
-    g = _empty_h(x, downs)
+    g = _empty_h(x, downs, backend)
     if wants[0] or wants[2]:
         steps.shrink(grad, [up.t() for up in ups], spans, None, g)
     if wants[0]:

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from rlhf_fast import lora_linear
+from rlhf_fast import Adapter, lora_linear
 from rlhf_fast.ops import _lora_cpu
 from rlhf_fast.ops.lora_linear import reference
 from tests.numerics import assert_contract
@@ -219,18 +220,232 @@ def test_a_pass_without_gradients_gives_the_same_bits(backend):
     assert torch.equal(with_graph, without)
 
 
-def test_operator_passes_opcheck():
+# --- DoRA -------------------------------------------------------------------------------------------------------------
+
+
+def make_magnitudes(bank, seed=3):
+    """The bank with a magnitude for its last adapter: plain LoRA and DoRA side by side."""
+    (a0, b0, s0), (a1, b1, s1) = bank
+    generator = torch.Generator().manual_seed(seed)
+    magnitude = (1 + torch.rand(len(b1), generator=generator, dtype=torch.float64)).to(b1.dtype).requires_grad_()
+    return [Adapter(a0, b0, s0), Adapter(a1, b1, s1, magnitude)]
+
+
+def eager_dora(x, weight, bias, bank, segments):
+    """As one would write it; the norm is a constant."""
+    parts = []
+    for part, (index, _) in zip(x.split([count for _, count in segments]), segments, strict=True):
+        merged, factor = weight, 1.0
+        if index >= 0:
+            a, b, scale, magnitude = bank[index]
+            merged = weight + scale * (b.to(x.dtype) @ a.to(x.dtype))
+            if magnitude is not None:
+                factor = magnitude.to(x.dtype) / merged.detach().norm(dim=1)
+        parts.append(factor * (part @ merged.t()) + bias)
+    return torch.cat(parts)
+
+
+def dora_results(function, inputs, segments, **options):
+    x, weight, bias, bank = inputs
+    leaves = {"x": x, "weight": weight, "bias": bias, "magnitude": bank[1].magnitude}
+    leaves |= {f"{name}{i}": getattr(adapter, name) for i, adapter in enumerate(bank) for name in "ab"}
+    y = function(x, weight, bias, bank, segments) if function is eager_dora else function(
+        x, weight, bank, segments, bias=bias, **options
+    )  # fmt: skip
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(y.dtype)
+    return {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream), strict=True))}
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_dora_scales_the_rows_of_the_merged_weight_to_its_magnitude(backend):
+    # arXiv 2402.09353, eq. 5: W + s B A = [[1 + 2, 2 + 2], [6, 8]] has rows of norm 5 and 10.
+    adapter = Adapter(torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0]]), 2.0, torch.tensor([10.0, 5.0]))
+    weight, bias = torch.tensor([[1.0, 2.0], [6.0, 8.0]]), torch.tensor([100.0, 200.0])
+    magnitude = adapter.magnitude.requires_grad_()
+    y = lora_linear(torch.tensor([[1.0, 1.0]]), weight, [adapter], [(0, 1)], bias=bias, backend=backend)
+    torch.testing.assert_close(y, torch.tensor([[100 + 10 / 5 * 7, 200 + 5 / 10 * 14.0]]))
+    y.sum().backward()
+    torch.testing.assert_close(magnitude.grad, torch.tensor([7 / 5, 14 / 10]))  # the direction's answer
+
+
+def test_dora_reference_is_differentiable_twice_where_the_norm_is_no_matter():
+    x, weight, bias, bank = make_inputs(rows=4, inner=3, outer=4, ranks=(1, 2))
+    bank = [adapter._replace(a=adapter.a.detach(), b=adapter.b.detach()) for adapter in make_magnitudes(bank)]
+
+    def function(x, bias, magnitude):
+        adapters = [bank[0], bank[1]._replace(magnitude=magnitude)]
+        segments = [(0, 1), (1, 2), (-1, 1)]
+        return reference(x, weight.detach(), adapters, segments, bias=bias, dropout=0.3, seed=torch.tensor(1))
+
+    assert torch.autograd.gradcheck(function, (x, bias, bank[1].magnitude))
+    assert torch.autograd.gradgradcheck(function, (x, bias, bank[1].magnitude))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dora_beside_lora_keeps_the_numerics_contract(backend, dtype):
+    x, weight, bias, bank = make_inputs(dtype, inner=130, outer=140, ranks=(8, 5))
+    inputs, segments = (x, weight, bias, make_magnitudes(bank)), [(1, 5), (-1, 3), (0, 9), (1, 20)]
+    found = dora_results(lora_linear, inputs, segments, backend=backend)
+    plain = dora_results(eager_dora, inputs, segments)
+    adapters = [[None if t is None else t.detach().double().requires_grad_() for t in (a, b, m)] + [s]
+                for a, b, s, m in inputs[3]]  # fmt: skip
+    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    oracle = dora_results(eager_dora, (*exact, [Adapter(a, b, s, m) for a, b, m, s in adapters]), segments)
+    for name, value in found.items():
+        assert_contract(name, value, plain[name], oracle[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dora_without_gradients_gives_the_same_bits_and_a_zero_magnitude_its_gradient(backend):
+    x, weight, bias, bank = make_inputs(torch.float32)
+    bank = make_magnitudes(bank)
+    with torch.no_grad():
+        bank[1].magnitude[:2] = 0
+        without = lora_linear(x, weight, bank, [(1, 30), (0, 7)], bias=bias, backend=backend)
+    found = dora_results(lora_linear, (x, weight, bias, bank), [(1, 30), (0, 7)], backend=backend)
+    assert torch.equal(without, found["y"])
+    expected = dora_results(eager_dora, (x, weight, bias, bank), [(1, 30), (0, 7)])
+    torch.testing.assert_close(found["magnitude"], expected["magnitude"], rtol=1e-5, atol=1e-5)
+    assert found["magnitude"][:2].abs().min() > 0
+
+
+# --- Dropout ----------------------------------------------------------------------------------------------------------
+
+
+def mask_of(rows, width, dropout, seed, backend, dtype=torch.float64):
+    """The mask, read off an adapter that hands its input through."""
+    eye = torch.eye(width, dtype=dtype)
+    y = lora_linear(torch.ones(rows, width, dtype=dtype), torch.zeros_like(eye), [(eye, eye, 1 - dropout)],
+                    [(0, rows)], dropout=dropout, seed=seed, backend=backend)  # fmt: skip
+    return y
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_dropout_keeps_what_philox_says(backend):
+    # Counter (0, 0) under seed 0 gives the words of the generator's first known answer.
+    words = torch.tensor([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8])
+    for dropout in (0.25, 0.5, 0.65, 0.8):
+        expected = (words >= round(dropout * 2**32)).double()
+        torch.testing.assert_close(mask_of(1, 4, dropout, 0, backend)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [5, 70])
+def test_every_backend_drops_the_same_elements(dtype, rows):
+    masks = [mask_of(rows, 45, 0.3, -(2**62) + 12345, backend, dtype) for backend in ["reference", *BACKENDS]]
+    assert torch.equal(masks[0] != 0, masks[1] != 0)
+    assert torch.equal(masks[0] != 0, masks[2] != 0)
+
+
+def test_dropout_keeps_its_share_and_seeds_differ():
+    kept = mask_of(400, 100, 0.3, 7, "cpu") != 0
+    assert abs(kept.double().mean() - 0.7) < 4 * (0.3 * 0.7 / kept.numel()) ** 0.5
+    other = mask_of(400, 100, 0.3, 8, "cpu") != 0
+    assert abs((kept == other).double().mean() - (0.7**2 + 0.3**2)) < 0.02
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_values_and_gradients_with_dropout_keep_the_numerics_contract(backend, dtype):
+    inputs = make_inputs(dtype, inner=130, outer=140, ranks=(8, 5))
+    segments, options = [(1, 5), (-1, 3), (0, 29)], {"dropout": 0.4, "seed": 3}
+    found = results(lora_linear, inputs, segments, backend=backend, **options)
+    plain = results(lora_linear, inputs, segments, backend="reference", **options)
+    oracle = results(lora_linear, cast(inputs, torch.float64), segments, backend="reference", **options)
+    for name, value in found.items():
+        assert_contract(name, value, plain[name], oracle[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_recomputed_pass_drops_the_same_elements(backend):
+    inputs, options = make_inputs(), {"dropout": 0.4, "seed": torch.tensor(11), "backend": backend}
+    segments = LAYOUTS["base, two adapters"]
+
+    def recomputed(x, weight, bank, segments, **options):
+        return checkpoint(lora_linear, x, weight, bank, segments, use_reentrant=False, **options)
+
+    expected = results(lora_linear, inputs, segments, **options)
+    found = results(recomputed, inputs, segments, **options)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_ranks_that_are_no_powers_of_two_in_one_launch(backend):
+    ranks, rows = (1, 7, 24, 33, 65, 128), (3, 70, 1, 130, 20, 16)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    bank = [Adapter(normal(rank, 37), normal(29, rank), rank**-0.5) for rank in ranks]
+    x, weight = normal(sum(rows), 37), normal(29, 37)
+    segments = list(enumerate(rows))
+    parameters = [x, weight, *(p for adapter in bank for p in adapter[:2])]
+    upstream = normal(sum(rows), 29).detach()
+    found = lora_linear(x, weight, bank, segments, backend=backend)
+    expected = reference(x, weight, bank, segments)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-11)
+    for ours, theirs in zip(*(torch.autograd.grad(y, parameters, upstream) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
+
+
+def test_triton_splits_the_rows_of_a_gradient():
+    inputs = make_inputs(rows=64 * 16 + 5, inner=8, outer=8)  # more than 16 tiles of rows: two partial sums
+    found = results(lora_linear, inputs, [(1, 1029)], backend="triton")
+    expected = results(lora_linear, inputs, [(1, 1029)], backend="reference")
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_peft_computes_the_same_layer(options):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], init_lora_weights=False, **options)
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(13, 11)), config).double()
+    layer = model.base_model.model[0]
+    magnitude = layer.lora_magnitude_vector["default"].weight if "use_dora" in options else None
+    theirs = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    if magnitude is not None:
+        with torch.no_grad():
+            magnitude += torch.rand(11)
+        theirs.append(magnitude)
+    scale = 6 / 4**0.5 if "use_rslora" in options else 6 / 4
+    x = torch.randn(5, 13, dtype=torch.float64)
+    y = model(x)
+    base = layer.base_layer
+    found = lora_linear(x, base.weight, [Adapter(*theirs[:2], scale, magnitude)], [(0, 5)], bias=base.bias)
+    torch.testing.assert_close(found, y, rtol=1e-6, atol=1e-6)  # PEFT's factor is made in float32 in places
+    for ours, expected in zip(*(torch.autograd.grad(out.square().sum(), theirs) for out in (found, y)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operator_passes_opcheck(backend):
     x, weight, bias, bank = make_inputs()
     downs, ups, scales = ([pair[i] for pair in bank] for i in range(3))
-    arguments = (x, weight, bias, downs, ups, [], [], scales, [0, 20, -1, 10, 1, 7], 0.0, None, False, "cpu")
-    torch.library.opcheck(torch.ops.rlhf_fast.lora_linear.default, arguments)
+    magnitude = make_magnitudes(bank)[1].magnitude
+    arguments = (x, weight, bias, downs, ups, [magnitude], [1], scales, [0, 20, -1, 10, 1, 7], 0.2, torch.tensor(3))
+    torch.library.opcheck(torch.ops.rlhf_fast.lora_linear.default, (*arguments, True, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_bank_is_the_base_layer_with_its_gradients(backend):
+    x, weight, bias, _ = make_inputs(torch.float32)
+    y = lora_linear(x, weight, [], [(-1, 37)], bias=bias, backend=backend)
+    assert torch.equal(y, F.linear(x, weight, bias))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, weight.sum(0).expand(37, 33))
 
 
 def test_compiles_without_graph_breaks():
     x, weight, bias, bank = make_inputs(torch.float32)
+    adapters = make_magnitudes(bank)
 
     def function(x):
-        return lora_linear(x, weight, bank, [(0, 20), (1, 17)], bias=bias, backend="cpu").sum()
+        y = lora_linear(x, weight, adapters, [(0, 20), (1, 17)], bias=bias, dropout=0.1, seed=5, backend="cpu")
+        return y.sum()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), function(x))
@@ -250,5 +465,11 @@ def test_wrong_arguments_are_named_with_their_values():
         lora_linear(x, weight, bank, [(2, 37)])
     with pytest.raises(ValueError, match=r"must have A \(R, 33\) and B \(21, R\), got \(3, 33\) and \(21, 18\)"):
         lora_linear(x, weight, [(bank[0][0], bank[1][1], 1.0)], [(0, 37)])
+    with pytest.raises(ValueError, match=r"magnitude of adapter 0 must be \(out,\) = \(21,\), got \(20,\)"):
+        lora_linear(x, weight, [(*bank[0], torch.ones(20))], [(0, 37)])
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1\.0"):
+        lora_linear(x, weight, bank, [(0, 37)], dropout=1.0, seed=0)
+    with pytest.raises(ValueError, match=r"dropout=0\.1 needs a seed"):
+        lora_linear(x, weight, bank, [(0, 37)], dropout=0.1)
     with pytest.raises(TypeError, match=r"must have the type of x, got x torch\.float32, weight torch\.float64"):
         lora_linear(x, weight.double(), bank, [(0, 37)])
