@@ -14,6 +14,7 @@
 #include "cpu/shaped_rewards.h"
 #include "cpu/token_kl.h"
 #include "cpu/token_logprobs.h"
+#include "cpu/vtrace.h"
 #include "cpu/whiten.h"
 #if defined(RLHF_FAST_WITH_CUDA)
 #include "cuda/gae.h"
@@ -155,6 +156,20 @@ PYBIND11_MODULE(_native, m) {
       Release());
 #endif
 
+  // strides = rewards, values, logprobs, behaviour_logprobs; rates = gamma, lam, rho_clip, c_clip;
+  // outputs = advantages, value targets
+  m.def(
+      "vtrace",
+      [](std::array<Address, 4> inputs, int dtype, std::array<int64_t, 4> strides, const SequencesArguments& s,
+         std::array<double, 4> rates, std::array<Address, 2> outputs, int threads) {
+        return cpu::vtrace({{at<>(inputs[0]), at<>(inputs[1]), at<>(inputs[2]), at<>(inputs[3])},
+                            DType(dtype),
+                            {strides[0], strides[1], strides[2], strides[3]},
+                            sequences(s), rates[0], rates[1], rates[2], rates[3], at<>(outputs[0]), at<>(outputs[1])},
+                           threads);
+      },
+      Release());
+
   // variant: a functor of math/losses.h; outputs = loss, means, then one gradient coefficient per differentiable input
   m.def(
       "masked_loss",
@@ -248,10 +263,10 @@ PYBIND11_MODULE(_native, m) {
       Release());
   m.def(
       "group_advantages",
-      [](Address rewards, int dtype, int64_t groups, int64_t group_size, Address order, Address offsets, int kind,
-         double eps, Address advantages, int threads) {
-        cpu::group_advantages({at<>(rewards), DType(dtype), groups, group_size, at<int64_t>(order),
-                               at<int64_t>(offsets), kind, eps, at<>(advantages)},
+      [](Address rewards, int dtype, Address weights, int64_t groups, int64_t group_size, Address order,
+         Address offsets, int divisor, double parameter, Address advantages, int threads) {
+        cpu::group_advantages({at<>(rewards), DType(dtype), at<>(weights), groups, group_size, at<int64_t>(order),
+                               at<int64_t>(offsets), divisor, parameter, at<>(advantages)},
                               threads);
       },
       Release());

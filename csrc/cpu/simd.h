@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "math/scalar.h"
+
 // The function is compiled once per level of the instruction set and the loader picks one. (Named processors would be
 // picked only where they are that very model.) OpenMP regions are outlined before the clones are made, so the parallel
 // loop stands outside and calls a cloned function on a row range.
@@ -77,6 +79,61 @@ RLHF_INLINE float exp_neg(float x) {
   return x < -87.33f ? 0.0f : p * scale;
 }
 RLHF_INLINE double exp_neg(double x) { return std::exp(x); }
+
+// 2^t = 2^n (1 + q) for t <= 0: n the nearest integer, q = 2^(t - n) - 1 by a degree-6 minimax polynomial without a
+// constant term, so that 2^0 is exactly 1. n stands in the last bits of `shifted`.
+struct Exp2 {
+  float q, shifted;
+};
+RLHF_INLINE Exp2 exp2_parts(float t) {
+  const float c = -127.0f > t ? -127.0f : t;  // NaN stays NaN
+  const float shifted = c + 12582912.0f, n = shifted - 12582912.0f, f = c - n;  // 1.5 * 2^23 leaves no fraction
+  float q = 1.5353361934e-4f;
+  q = q * f + 1.3398874406e-3f;
+  q = q * f + 9.6184373575e-3f;
+  q = q * f + 5.5503324712e-2f;
+  q = q * f + 2.4022647914e-1f;
+  q = q * f + 6.9314720286e-1f;
+  return {q * f, shifted};
+}
+// 2^t for t <= 0 to about 1 unit in the last place, exactly 0 from t = -127 down: n is added to the exponent's bits.
+RLHF_INLINE float exp2_neg(float t) {
+  const Exp2 e = exp2_parts(t);
+  return bits_to_float(float_to_bits(e.q + 1.0f) + (float_to_bits(e.shifted) << 23));
+}
+RLHF_INLINE double exp2_neg(double t) { return std::exp2(t); }
+
+// tanh(x) to a few units in the last place, near 0 as well: -expm1(-2|x|) / (2 + expm1(-2|x|)) with the sign of x.
+RLHF_INLINE float tanh_fast(float x) {
+  const Exp2 e = exp2_parts(std::fabs(x) * -2.88539008f);  // 2 / ln 2
+  const float scale = bits_to_float(0x3f800000u + (float_to_bits(e.shifted) << 23));  // 2^n
+  const float expm1 = scale * e.q + (scale - 1.0f);
+  return std::copysign(-expm1 / (2.0f + expm1), x);
+}
+RLHF_INLINE double tanh_fast(double x) { return std::tanh(x); }
+
+// exp(x) and exp(x) - 1 - x, both signs, to about 1 unit in the last place of exp(x), and near 0 of x^2 / 2: there
+// 2^n = 1 and the second is the polynomial itself. 0 below -86.6, inf from 88.73; NaN stays NaN.
+template <typename T> struct ExpParts { T exp, minus_1_minus; };
+RLHF_INLINE ExpParts<float> exp_parts(float x) {
+  const float low = -86.6f, high = 88.722f;
+  const float c = x < low ? low : (x > high ? high : x);
+  const float n = (c * 1.44269504f + 12582912.0f) - 12582912.0f;  // as in exp_neg
+  const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float rest = p * (r * r);
+  const float half_scale = bits_to_float(uint32_t(int32_t(n) + 126) << 23);  // 2^128 is no float
+  const float inside = (rest + r + 1.0f) * half_scale * 2.0f;
+  const float exp = x < low ? 0.0f : (x > high ? std::numeric_limits<float>::infinity() : inside);
+  return {exp, n == 0.0f ? rest : (exp - 1.0f) - x};
+}
+RLHF_INLINE ExpParts<double> exp_parts(double x) { return {std::exp(x), exp_minus_1_minus(x)}; }
+template <typename T> RLHF_INLINE T exp_any(T x) { return exp_parts(x).exp; }
 
 template <typename T> constexpr T infinity() { return std::numeric_limits<T>::infinity(); }
 

@@ -184,6 +184,11 @@ def bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
+def _either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """One of two numbers per token, in the dtype of `like`."""
+    return torch.full_like(like, yes).where(condition, no)
+
+
 def _never(x: Tensor) -> Tensor:
     return torch.zeros_like(x, dtype=torch.bool)
 
@@ -204,7 +209,7 @@ def ppo_clip(t: Tokens, o: PolicyObjective) -> Losses:
 
 def clip_cov(t: Tokens, o: PolicyObjective) -> Losses:
     loss, low, high = ppo_clip(t, o)
-    return torch.where(t.selected, 0.0, loss), low, high | t.selected
+    return torch.where(t.selected, 0.0, loss), low & ~t.selected, high | t.selected
 
 
 def kl_cov(t: Tokens, o: PolicyObjective) -> Losses:
@@ -223,7 +228,7 @@ def cispo(t: Tokens, o: PolicyObjective) -> Losses:
 
 
 def sapo(t: Tokens, o: PolicyObjective) -> Losses:
-    temperature = torch.where(t.advantages > 0, o.sapo_temperature_pos, o.sapo_temperature_neg)
+    temperature = _either(t.advantages > 0, o.sapo_temperature_pos, o.sapo_temperature_neg, t.advantages)
     gate = 4 / temperature * torch.sigmoid(temperature * (t.ratio - 1))
     return -gate * t.advantages, _never(t.ratio), _never(t.ratio)
 
@@ -263,8 +268,8 @@ def gmpo(t: Tokens, o: PolicyObjective) -> Losses:
 def vespo(t: Tokens, o: PolicyObjective) -> Losses:
     log_weight = t.total(t.log_ratio).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     positive = t.advantages >= 0
-    k = torch.where(positive, o.vespo_k_pos, o.vespo_k_neg)
-    lam = torch.where(positive, o.vespo_lambda_pos, o.vespo_lambda_neg)
+    k = _either(positive, o.vespo_k_pos, o.vespo_k_neg, t.advantages)
+    lam = _either(positive, o.vespo_lambda_pos, o.vespo_lambda_neg, t.advantages)
     weight = (k * log_weight - lam * torch.expm1(log_weight)).exp()
     return -weight * t.advantages * t.logprobs, _never(weight), _never(weight)
 

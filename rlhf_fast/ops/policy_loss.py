@@ -299,7 +299,7 @@ def _triton(*args: Any) -> None:
 
 
 # (inputs, plan, *numbers(objective), outputs); planes are (rows, columns), flags contiguous
-IMPLS: dict[str, Callable[..., None]] = {}
+IMPLS: dict[str, Callable[..., None]] = {"cpu": _cpu}
 OPS = {"policy_loss": tuple(IMPLS)}
 
 

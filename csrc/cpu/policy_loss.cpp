@@ -1,0 +1,356 @@
+#include "cpu/policy_loss.h"
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <stdexcept>
+#include <vector>
+
+#include "math/policy_losses.h"
+
+namespace rlhf::cpu {
+namespace {
+
+constexpr int64_t kBlock = 512;
+constexpr int kParts = 64;  // partial sums, however many threads there are: the same inputs give the same bits
+
+enum Metric { kLow, kHigh, kApproxKl, kRatio, kKl, kEntropy, kCorrection, kOutside, kSamplerKl, kDropped, kSums };
+
+struct Sums {
+  double loss = 0, of[kSums] = {};
+  double highest = -std::numeric_limits<double>::infinity(), lowest = std::numeric_limits<double>::infinity();
+};
+
+// A sequence, or the whole batch where the loss does not ask for sequences.
+template <typename C> struct Sequence {
+  Shared<C> shared{};
+  C weight = 0;      // of the sequence in the loss over its length, for losses of a sequence
+  C correction = 1;  // weight of every token, for corrections of a sequence
+  bool far = false;  // from the sampler: negative advantages are dropped
+};
+
+// Some tokens in a row of one sequence, 0 where a token does not count.
+template <typename C> struct Tokens {
+  C logprobs[kBlock], old_logprobs[kBlock], advantages[kBlock], optional[kBlock], weights[kBlock];
+  C counts[kBlock];       // 1 or 0
+  C correction[kBlock];   // weight of the policy term
+  uint8_t flags[kBlock];
+};
+
+template <typename C> RLHF_INLINE void clear_uncounted(const Tokens<C>& t, int64_t n, C* x) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) x[i] = t.flags[i] ? x[i] : C(0);
+}
+template <typename C>
+RLHF_INLINE void read_counted(const PolicyLoss& op, const Plane& plane, const Tokens<C>& t, int64_t start, int64_t n,
+                              C* x) {
+  read(plane, op.columns, start, n, x);
+  if (op.flags) clear_uncounted(t, n, x);
+}
+
+template <typename C> RLHF_INLINE void read_tokens(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t) {
+  if (op.flags) std::memcpy(t.flags, op.flags + start, n);
+  else std::memset(t.flags, 1, n);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) t.counts[i] = t.flags[i] ? C(1) : C(0);
+  read_counted(op, op.logprobs, t, start, n, t.logprobs);
+  read_counted(op, op.old_logprobs, t, start, n, t.old_logprobs);
+  read_counted(op, op.advantages, t, start, n, t.advantages);
+  if (op.weights.data) {
+    read_counted(op, op.weights, t, start, n, t.weights);
+  } else {
+    const C weight = 1 / *static_cast<const C*>(op.denominator);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) t.weights[i] = weight * t.counts[i];
+  }
+}
+
+template <typename C> RLHF_INLINE C clamped(C x, C low, C high) { return x < low ? low : (x > high ? high : x); }
+
+template <typename C> RLHF_INLINE C corrected(const PolicyLoss& op, C weight) {
+  const C low = C(op.correction_low), high = C(op.correction_high);
+  const bool outside = (weight < low) | (weight > high);
+  return op.reject ? (outside ? C(0) : weight) : clamped(weight, low, high);
+}
+
+// The correction of every token, and its statistics.
+template <typename C>
+RLHF_INLINE void correct(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
+                         Sums& sums) {
+  read_counted(op, op.sampler_logprobs, t, start, n, t.optional);
+  const C low = C(op.correction_low), high = C(op.correction_high);
+  C applied = 0, outside = 0, kl = 0;
+#pragma omp simd reduction(+ : applied, outside, kl)
+  for (int64_t i = 0; i < n; ++i) {
+    const C apart = t.old_logprobs[i] - t.optional[i];
+    const C weight = op.level == 0 ? exp_any(clamped(apart, C(-20), C(20))) : sequence.correction;
+    t.correction[i] = corrected(op, weight);
+    applied += t.counts[i] * t.correction[i];
+    outside += (weight < low) | (weight > high) ? t.counts[i] : C(0);
+    kl += exp_parts(apart).minus_1_minus;  // 0 where it does not count
+  }
+  sums.of[kCorrection] += applied, sums.of[kOutside] += outside, sums.of[kSamplerKl] += kl;
+}
+
+// Takes dropped tokens out of the policy term.
+template <typename C>
+RLHF_INLINE void drop(int64_t n, const Sequence<C>& sequence, Tokens<C>& t, Sums& sums) {
+  const C far = sequence.far ? C(1) : C(0);
+  C dropped = 0;
+#pragma omp simd reduction(+ : dropped)
+  for (int64_t i = 0; i < n; ++i) {
+    const bool out = ((t.flags[i] & 2) != 0) | (far * t.advantages[i] < 0);
+    dropped += out ? C(1) : C(0);
+    t.correction[i] = out ? C(0) : t.correction[i];
+  }
+  sums.of[kDropped] += dropped;
+}
+
+template <typename F, typename C>
+RLHF_INLINE void policy_term(const PolicyLoss& op, int64_t n, const Sequence<C>& sequence, const Tokens<C>& t,
+                             C* coefficient, Sums& sums) {
+  C p[5];
+  for (int k = 0; k < 5; ++k) p[k] = C(op.parameters[k]);
+  const Shared<C> shared = sequence.shared;
+  const C sequence_weight = sequence.weight;
+  const C ceiling = exp_any(C(20)), floor = exp_any(C(-20));
+  C loss = 0, low = 0, high = 0, approx_kl = 0, ratios = 0;
+  C highest = -infinity<C>(), lowest = infinity<C>();
+#pragma omp simd reduction(+ : loss, low, high, approx_kl, ratios) reduction(max : highest) reduction(min : lowest)
+  for (int64_t i = 0; i < n; ++i) {
+    const C log_ratio = t.logprobs[i] - t.old_logprobs[i], counts = t.counts[i];
+    const ExpParts<C> e = exp_parts(log_ratio);
+    const C ratio = log_ratio > 20 ? ceiling : (log_ratio < -20 ? floor : e.exp);
+    const Token<C> token{t.logprobs[i], t.old_logprobs[i], t.advantages[i], log_ratio, ratio,
+                         std::fabs(log_ratio) > 20, (t.flags[i] & 4) != 0};
+    const Outcome<C> out = F::at(token, shared, p, [](C x) { return exp_any(x); });
+    const C weight = t.weights[i] * t.correction[i];
+    loss += weight == 0 ? C(0) : weight * out.loss;  // a dropped token's loss may be infinite
+    coefficient[i] = F::of_sequence ? counts * sequence_weight * out.slope : (weight == 0 ? C(0) : weight * out.slope);
+    low += counts * out.low;
+    high += counts * out.high;
+    approx_kl += e.minus_1_minus;
+    ratios += counts * ratio;
+    highest = counts > 0 && ratio > highest ? ratio : highest;
+    lowest = counts > 0 && ratio < lowest ? ratio : lowest;
+  }
+  sums.loss += loss, sums.of[kLow] += low, sums.of[kHigh] += high;
+  sums.of[kApproxKl] += approx_kl, sums.of[kRatio] += ratios;
+  sums.highest = std::max(sums.highest, double(highest)), sums.lowest = std::min(sums.lowest, double(lowest));
+}
+
+// The KL to the reference, into the loss and the coefficients.
+template <typename C>
+RLHF_INLINE void reference_term(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t, C* coefficient,
+                                Sums& sums) {
+  read_counted(op, op.ref_logprobs, t, start, n, t.optional);
+  const int estimator = op.estimator;
+  const C kl_coef = C(op.kl_coef);
+  C loss = 0, kl = 0;
+#pragma omp simd reduction(+ : loss, kl)
+  for (int64_t i = 0; i < n; ++i) {
+    const C x = t.optional[i] - t.logprobs[i];
+    const ExpParts<C> e = exp_parts(x);
+    const C value = estimator == 1 ? -x : (estimator == 2 ? C(0.5) * x * x : e.minus_1_minus);
+    const C own = estimator == 1 ? C(1) : (estimator == 2 ? -x : -(e.minus_1_minus + x));
+    const C ratio = exp_any(clamped(t.logprobs[i] - t.old_logprobs[i], C(-20), C(20)));
+    const C slope = op.unbiased ? -ratio * x : own;
+    kl += value;
+    loss += t.weights[i] * value;
+    coefficient[i] += kl_coef * t.weights[i] * slope;
+  }
+  sums.of[kKl] += kl;
+  if (op.kl_coef > 0) sums.loss += op.kl_coef * loss;
+}
+
+template <typename C>
+RLHF_INLINE void entropy_term(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t, Sums& sums) {
+  read_counted(op, op.entropy, t, start, n, t.optional);
+  C loss = 0, entropy = 0;
+#pragma omp simd reduction(+ : loss, entropy)
+  for (int64_t i = 0; i < n; ++i) {
+    entropy += t.optional[i];
+    loss += t.weights[i] * t.optional[i];
+  }
+  sums.of[kEntropy] += entropy;
+  if (!op.entropy_coefficient) return;
+  sums.loss -= op.entropy_coef * loss;
+  C* coefficient = static_cast<C*>(op.entropy_coefficient) + start;
+  for (int64_t i = 0; i < n; ++i) coefficient[i] = -C(op.entropy_coef) * t.weights[i];
+}
+
+// Tokens [start, start + n) of one sequence, n <= kBlock.
+template <typename F, typename C>
+RLHF_INLINE void tokens(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Sums& sums) {
+  Tokens<C> t;
+  C* coefficient = static_cast<C*>(op.coefficient) + start;
+  read_tokens(op, start, n, t);
+  std::fill(t.correction, t.correction + n, C(1));
+  if (op.sampler_logprobs.data) correct(op, start, n, sequence, t, sums);
+  if (op.flags || sequence.far) drop(n, sequence, t, sums);
+  policy_term<F>(op, n, sequence, t, coefficient, sums);
+  if (op.ref_logprobs.data) reference_term(op, start, n, t, coefficient, sums);
+  if (op.entropy.data) entropy_term(op, start, n, t, sums);
+}
+
+// The sums over tokens [start, start + n) behind Sequence.
+struct SequenceSums {
+  double count = 0, statistic = 0, advantage = 0, correction = 0, kl = 0;
+  double weight = 0, weight_negative = 0;  // of all tokens that are kept, of those with a negative advantage
+};
+
+template <typename F, typename C>
+RLHF_INLINE void add(const PolicyLoss& op, int64_t start, int64_t n, SequenceSums& sums) {
+  Tokens<C> t;
+  read_tokens(op, start, n, t);
+  if (op.sampler_logprobs.data) read_counted(op, op.sampler_logprobs, t, start, n, t.optional);
+  C p[5];
+  for (int k = 0; k < 5; ++k) p[k] = C(op.parameters[k]);
+  for (int64_t i = 0; i < n; ++i) {
+    const C old = t.old_logprobs[i], sampler = op.sampler_logprobs.data ? t.optional[i] : old;
+    const C advantage = t.advantages[i];
+    C weight = t.flags[i] & 2 ? C(0) : t.weights[i];
+    if (op.level == 0 && op.sampler_logprobs.data) weight *= corrected(op, exp_any(clamped(old - sampler, C(-20), C(20))));
+    sums.count += t.counts[i];
+    sums.statistic += F::statistic(t.logprobs[i] - old, advantage, p);
+    sums.advantage += advantage;
+    sums.correction += old - sampler;
+    sums.kl += sampler - t.logprobs[i];
+    sums.weight += weight;
+    sums.weight_negative += advantage < 0 ? weight : C(0);
+  }
+}
+
+template <typename F, typename C> Sequence<C> finish(const PolicyLoss& op, const SequenceSums& sums) {
+  C p[5];
+  for (int k = 0; k < 5; ++k) p[k] = C(op.parameters[k]);
+  const double length = std::max(sums.count, 1.0);
+  Sequence<C> out;
+  out.shared = F::shared(C(sums.statistic / length), C(length), C(sums.advantage / length), p);
+  out.far = sums.kl / length > op.off_policy_max_kl;
+  double weight = sums.weight - (out.far ? sums.weight_negative : 0);
+  if (op.level != 0 && op.sampler_logprobs.data) {
+    out.correction = bounded_exp(C(op.level == 1 ? sums.correction : sums.correction / length));
+    weight *= corrected(op, out.correction);
+  }
+  out.weight = C(weight / length);
+  return out;
+}
+
+struct Span {
+  int64_t begin, end;
+};
+Span sequence_span(const PolicyLoss& op, int64_t sequence) {
+  if (op.cu_seqlens) return {op.cu_seqlens[sequence], op.cu_seqlens[sequence + 1]};
+  return {sequence * op.columns, (sequence + 1) * op.columns};
+}
+
+template <typename C> struct Kernels {
+  void (*tokens)(const PolicyLoss&, int64_t start, int64_t n, const Sequence<C>&, Sums&);
+  void (*add)(const PolicyLoss&, int64_t start, int64_t n, SequenceSums&);
+  Sequence<C> (*finish)(const PolicyLoss&, const SequenceSums&);
+};
+
+template <typename C>
+std::vector<Sequence<C>> all_sequences(const PolicyLoss& op, const Kernels<C>& kernels, int threads) {
+  const int64_t count = op.cu_seqlens ? op.sequences : op.rows;
+  std::vector<Sequence<C>> sequences(count);
+#pragma omp parallel for num_threads(threads) schedule(static) if (op.rows * op.columns > 4 * kBlock)
+  for (int64_t s = 0; s < count; ++s) {
+    SequenceSums sums;
+    const auto [begin, end] = sequence_span(op, s);
+    for (int64_t start = begin; start < end; start += kBlock)
+      kernels.add(op, start, std::min(kBlock, end - start), sums);
+    sequences[s] = kernels.finish(op, sums);
+  }
+  return sequences;
+}
+
+// Tokens [begin, end), in runs of at most kBlock that stay within a sequence.
+template <typename C>
+Sums part(const PolicyLoss& op, const Kernels<C>& kernels, const std::vector<Sequence<C>>& sequences, int64_t begin,
+          int64_t end) {
+  Sums sums;
+  for (int64_t start = begin, stop; start < end; start = stop) {
+    stop = std::min(end, start + kBlock);
+    const Sequence<C>* sequence = &sequences[0];
+    if (op.needs_sequences) {
+      const int64_t count = int64_t(sequences.size());
+      const int64_t s = op.cu_seqlens ? std::upper_bound(op.cu_seqlens, op.cu_seqlens + count + 1, start) - op.cu_seqlens - 1
+                                      : start / op.columns;
+      if (s < count) stop = std::min(stop, sequence_span(op, s).end);
+      sequence += std::min(s, count - 1);  // tokens after the last sequence do not count
+    }
+    kernels.tokens(op, start, stop - start, *sequence, sums);
+  }
+  return sums;
+}
+
+template <typename C> void run(const PolicyLoss& op, const Kernels<C>& kernels, int threads) {
+  const int64_t n = op.rows * op.columns;
+  std::vector<Sequence<C>> sequences(1);
+  if (op.needs_sequences && n > 0) sequences = all_sequences(op, kernels, threads);
+  Sums parts[kParts], total;
+#pragma omp parallel for num_threads(threads) schedule(static) if (n > 4 * kBlock)
+  for (int p = 0; p < kParts; ++p) parts[p] = part(op, kernels, sequences, n * p / kParts, n * (p + 1) / kParts);
+  for (const Sums& sums : parts) {
+    total.loss += sums.loss;
+    for (int m = 0; m < kSums; ++m) total.of[m] += sums.of[m];
+    total.highest = std::max(total.highest, sums.highest);
+    total.lowest = std::min(total.lowest, sums.lowest);
+  }
+  const double denominator = *static_cast<const C*>(op.denominator);
+  if (!op.sampler_logprobs.data) total.of[kCorrection] = 0;
+  if (total.highest < total.lowest) total.highest = total.lowest = 0;  // nothing counts
+  if (total.of[kRatio] != total.of[kRatio]) total.highest = total.lowest = total.of[kRatio];
+  const double* of = total.of;
+  const double metrics[] = {(of[kLow] + of[kHigh]) / denominator, of[kLow] / denominator, of[kHigh] / denominator,
+                            of[kApproxKl] / denominator, of[kRatio] / denominator, total.highest, total.lowest,
+                            of[kKl] / denominator, of[kEntropy] / denominator, of[kCorrection] / denominator,
+                            of[kOutside] / denominator, of[kSamplerKl] / denominator, of[kDropped] / denominator};
+  *static_cast<C*>(op.loss) = C(total.loss);
+  for (int m = 0; m < 13; ++m) static_cast<C*>(op.metrics)[m] = C(metrics[m]);
+}
+
+// The functor's kernels; float is cloned per instruction set, double spends its time in the library's exp.
+#define RLHF_POLICY_LOSS(NAME, F)                                                                                     \
+  RLHF_CLONES void tokens_##NAME(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<float>& s, Sums& sums) { \
+    tokens<F, float>(op, start, n, s, sums);                                                                          \
+  }                                                                                                                   \
+  RLHF_CLONES void add_##NAME(const PolicyLoss& op, int64_t start, int64_t n, SequenceSums& sums) {                   \
+    add<F, float>(op, start, n, sums);                                                                                \
+  }                                                                                                                   \
+  void run_##NAME(const PolicyLoss& op, int threads) {                                                                \
+    if (op.is_double) run<double>(op, {tokens<F, double>, add<F, double>, finish<F, double>}, threads);               \
+    else run<float>(op, {tokens_##NAME, add_##NAME, finish<F, float>}, threads);                                      \
+  }
+RLHF_POLICY_LOSS(ppo_clip, PpoClip)
+RLHF_POLICY_LOSS(clip_cov, ClipCov)
+RLHF_POLICY_LOSS(kl_cov, KlCov)
+RLHF_POLICY_LOSS(policy_gradient, PolicyGradient)
+RLHF_POLICY_LOSS(cispo, Cispo)
+RLHF_POLICY_LOSS(sapo, Sapo)
+RLHF_POLICY_LOSS(dppo_tv, DppoTv)
+RLHF_POLICY_LOSS(dppo_kl, DppoKl)
+RLHF_POLICY_LOSS(gspo, Gspo)
+RLHF_POLICY_LOSS(gspo_token, GspoToken)
+RLHF_POLICY_LOSS(gmpo, Gmpo)
+RLHF_POLICY_LOSS(vespo, Vespo)
+RLHF_POLICY_LOSS(dro, Dro)
+
+const std::map<std::string, void (*)(const PolicyLoss&, int)> kFunctions = {
+    {"ppo_clip", run_ppo_clip}, {"clip_cov", run_clip_cov}, {"kl_cov", run_kl_cov},
+    {"policy_gradient", run_policy_gradient}, {"cispo", run_cispo}, {"sapo", run_sapo}, {"dppo_tv", run_dppo_tv},
+    {"dppo_kl", run_dppo_kl}, {"gspo", run_gspo}, {"gspo_token", run_gspo_token}, {"gmpo", run_gmpo},
+    {"vespo", run_vespo}, {"dro", run_dro},
+};
+
+}  // namespace
+
+void policy_loss(const std::string& function, const PolicyLoss& op, int threads) {
+  const auto found = kFunctions.find(function);
+  if (found == kFunctions.end()) throw std::invalid_argument("no native policy loss " + function);
+  found->second(op, threads);
+}
+
+}  // namespace rlhf::cpu

@@ -1,0 +1,191 @@
+// One functor per policy loss: loss and derivative of a token; formulas in rlhf_fast/ops/policy_loss.py.
+// A new one is a function in rlhf_fast/ops/_policy.py, a functor here with its line in the table of cpu/policy_loss.cpp,
+// and its twin in kernels/src/policy_loss.py.
+#pragma once
+#include "math/scalar.h"
+
+namespace rlhf {
+
+template <typename T> struct Token {
+  T logprob, old_logprob, advantage, log_ratio, ratio;  // ratio = exp(log_ratio), the latter within +-20
+  bool saturated, selected;                             // whether it is at +-20; whether clip_cov, kl_cov chose it
+};
+
+template <typename T> struct Outcome {
+  T loss, slope;  // slope = d loss / d logprob
+  T low, high;    // 1 where the lower, the upper bound holds the token
+};
+
+// What the tokens of a sequence have in common.
+template <typename T> struct Shared {
+  T loss, slope, low, high;  // slope = d loss / d mean, for losses of the sequence
+  T positive, negative;      // weight of its tokens, by the sign of the advantage
+};
+
+template <typename T> RLHF_HD T bounded_exp(T log_ratio) {
+  return std::exp(log_ratio > 20 ? T(20) : (log_ratio < -20 ? T(-20) : log_ratio));
+}
+
+// p: lowest ratio, highest ratio, dual clip
+template <typename T> RLHF_HD Outcome<T> clipped_surrogate(T ratio, T advantage, const T* p) {
+  const T bounded = ratio < p[0] ? p[0] : (ratio > p[1] ? p[1] : ratio);
+  const bool low = (advantage < 0) & (ratio < p[0]);
+  const bool dual = (advantage < 0) & (ratio > p[2]);
+  const bool high = ((advantage > 0) & (ratio > p[1])) | dual;
+  const T factor = dual ? p[2] : (low | high ? bounded : ratio);
+  return {-factor * advantage, low | high ? T(0) : -ratio * advantage, low ? T(1) : T(0), high ? T(1) : T(0)};
+}
+
+// What a loss has unless it says otherwise: tokens of their own.
+struct TokenLoss {
+  static constexpr bool of_sequence = false;  // its slope is that of the sequence's loss by a mean over its tokens
+  template <typename T> static RLHF_HD T statistic(T log_ratio, T, const T*) { return log_ratio; }
+  template <typename T> static RLHF_HD Shared<T> shared(T, T, T, const T*) { return {}; }
+};
+
+struct PpoClip : TokenLoss {
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E) {
+    Outcome<T> out = clipped_surrogate(t.ratio, t.advantage, p);
+    out.slope = t.saturated ? T(0) : out.slope;
+    return out;
+  }
+};
+
+struct ClipCov : TokenLoss {
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>& s, const T* p, E exp) {
+    const Outcome<T> out = PpoClip::at(t, s, p, exp);
+    return {t.selected ? T(0) : out.loss, t.selected ? T(0) : out.slope, t.selected ? T(0) : out.low,
+            t.selected ? T(1) : out.high};
+  }
+};
+
+struct KlCov : TokenLoss {  // p: kl_cov_coef
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E) {
+    const T weight = t.selected ? p[0] : T(0);
+    const T sign = t.log_ratio > 0 ? T(1) : (t.log_ratio < 0 ? T(-1) : T(0));
+    const T surrogate = t.ratio * t.advantage;
+    return {weight * std::fabs(t.log_ratio) - surrogate, weight * sign - (t.saturated ? T(0) : surrogate), T(0),
+            t.selected ? T(1) : T(0)};
+  }
+};
+
+struct PolicyGradient : TokenLoss {
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T*, E) {
+    return {-t.advantage * t.logprob, -t.advantage, T(0), T(0)};
+  }
+};
+
+struct Cispo : TokenLoss {  // p: lowest ratio, highest ratio
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E) {
+    const bool low = t.ratio < p[0], high = t.ratio > p[1];
+    const T slope = -(low ? p[0] : (high ? p[1] : t.ratio)) * t.advantage;
+    return {slope * t.logprob, slope, low ? T(1) : T(0), high ? T(1) : T(0)};
+  }
+};
+
+struct Sapo : TokenLoss {  // p: temperature of positive, of negative advantages
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E exp) {
+    const T tau = t.advantage > 0 ? p[0] : p[1];
+    const T z = tau * (t.ratio - 1), e = exp(-std::fabs(z));
+    const T gate = (z < 0 ? e : T(1)) / (1 + e), slope = e / ((1 + e) * (1 + e));  // sigmoid(z), its derivative
+    return {-4 / tau * gate * t.advantage, t.saturated ? T(0) : -4 * slope * t.ratio * t.advantage, T(0), T(0)};
+  }
+};
+
+template <typename T> RLHF_HD Outcome<T> within(T divergence, const Token<T>& t, T limit) {
+  const bool far = divergence > limit;
+  const bool low = far & (t.advantage < 0) & (t.log_ratio < 0), high = far & (t.advantage > 0) & (t.log_ratio > 0);
+  const T loss = low | high ? T(0) : -t.ratio * t.advantage;
+  return {loss, t.saturated ? T(0) : loss, low ? T(1) : T(0), high ? T(1) : T(0)};
+}
+
+struct DppoTv : TokenLoss {  // p: max_divergence
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E exp) {
+    return within(std::fabs(exp(t.logprob) - exp(t.old_logprob)), t, p[0]);
+  }
+};
+
+struct DppoKl : TokenLoss {  // p: max_divergence
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E exp) {
+    const T old_rest = -std::expm1(t.old_logprob), rest = -std::expm1(t.logprob);
+    const T others = old_rest > 0 ? old_rest * (std::log(old_rest) - std::log(rest)) : T(0);
+    return within(exp(t.old_logprob) * (t.old_logprob - t.logprob) + others, t, p[0]);
+  }
+};
+
+// The losses below are made from a mean over the sequence: statistic -> mean -> shared -> at.
+
+struct Gspo : TokenLoss {
+  static constexpr bool of_sequence = true;
+  template <typename T> static RLHF_HD Shared<T> shared(T mean, T, T advantage, const T* p) {
+    const Outcome<T> out = clipped_surrogate(bounded_exp(mean), advantage, p);
+    return {out.loss, std::fabs(mean) > 20 ? T(0) : out.slope, out.low, out.high, T(0), T(0)};
+  }
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>&, const Shared<T>& s, const T*, E) {
+    return {s.loss, s.slope, s.low, s.high};
+  }
+};
+
+struct GspoToken : TokenLoss {
+  template <typename T> static RLHF_HD Shared<T> shared(T mean, T, T, const T*) {
+    const T ratio = bounded_exp(mean);
+    return {T(0), T(0), T(0), T(0), ratio, ratio};
+  }
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>& s, const T* p, E) {
+    return clipped_surrogate(s.positive, t.advantage, p);
+  }
+};
+
+struct Gmpo : TokenLoss {  // p: lowest log-ratio, highest log-ratio
+  static constexpr bool of_sequence = true;
+  template <typename T> static RLHF_HD T statistic(T x, T advantage, const T* p) {
+    return (advantage < 0) & (x < p[0]) ? p[0] : ((advantage > 0) & (x > p[1]) ? p[1] : x);
+  }
+  template <typename T> static RLHF_HD Shared<T> shared(T mean, T, T advantage, const T*) {
+    const T loss = -bounded_exp(mean) * advantage;
+    return {loss, std::fabs(mean) > 20 ? T(0) : loss, T(0), T(0), T(0), T(0)};
+  }
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>& s, const T* p, E) {
+    const bool low = (t.advantage < 0) & (t.log_ratio < p[0]), high = (t.advantage > 0) & (t.log_ratio > p[1]);
+    return {s.loss, low | high ? T(0) : s.slope, low ? T(1) : T(0), high ? T(1) : T(0)};
+  }
+};
+
+struct Vespo : TokenLoss {  // p: k and lambda of positive, of negative advantages
+  template <typename T> static RLHF_HD Shared<T> shared(T mean, T length, T, const T* p) {
+    const T sum = mean * length, log_weight = sum > 20 ? T(20) : (sum < -20 ? T(-20) : sum);
+    const T above = std::expm1(log_weight);
+    return {T(0), T(0), T(0), T(0), std::exp(p[0] * log_weight - p[1] * above),
+            std::exp(p[2] * log_weight - p[3] * above)};
+  }
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>& s, const T*, E) {
+    const T slope = -(t.advantage >= 0 ? s.positive : s.negative) * t.advantage;
+    return {slope * t.logprob, slope, T(0), T(0)};
+  }
+};
+
+struct Dro : TokenLoss {  // p: dro_beta
+  static constexpr bool of_sequence = true;
+  template <typename T> static RLHF_HD Shared<T> shared(T mean, T length, T advantage, const T* p) {
+    const T sum = mean * length;
+    return {(T(0.5) * p[0] * sum - advantage) * sum, length * (p[0] * sum - advantage), T(0), T(0), T(0), T(0)};
+  }
+  template <typename T, typename E>
+  static RLHF_HD Outcome<T> at(const Token<T>&, const Shared<T>& s, const T*, E) {
+    return {s.loss, s.slope, T(0), T(0)};
+  }
+};
+
+}  // namespace rlhf
