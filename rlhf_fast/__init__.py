@@ -1,6 +1,7 @@
 """rlhf_fast: fused kernels and a lean training loop for preference learning."""
 
 from rlhf_fast.backends import BackendError, use_backend
+from rlhf_fast.ops._preference import PreferenceObjective
 from rlhf_fast.ops.gae import discounted_returns, gae
 from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.kl_estimate import kl_estimate
@@ -19,8 +20,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "BackendError",
-    "Samples",
     "PolicyObjective",
+    "PreferenceObjective",
+    "Samples",
     "discounted_returns",
     "gae",
     "group_advantages",

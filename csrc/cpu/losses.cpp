@@ -4,7 +4,8 @@
 #include <map>
 #include <stdexcept>
 
-#include "math/losses.h"
+#include "math/preference_losses.h"
+#include "math/unpaired_preference_losses.h"
 
 namespace rlhf::cpu {
 namespace {
@@ -21,7 +22,8 @@ double greater(double a, double b) { return a > b || a != a ? a : b; }  // NaN w
 // Elements [begin, end). No clones per instruction set: the time is in exp and log1p.
 template <typename F, typename C> Sums part(const Loss& op, int64_t begin, int64_t end) {
   C inputs[F::inputs][kBlock];
-  const C parameters[] = {C(op.parameters[0]), C(op.parameters[1]), C(op.parameters[2])};
+  C parameters[kParameters] = {};
+  std::copy(op.parameters.begin(), op.parameters.end(), parameters);
   Sums sums;
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t n = std::min(kBlock, end - start);
@@ -71,14 +73,37 @@ template <typename F> void run_any(const Loss& op, int threads) {
 }
 
 const std::map<std::string, void (*)(const Loss&, int)> kVariants = {
-    {"ppo_clip", run_any<PpoClip>}, {"value", run_any<Value>}, {"value_clip", run_any<ValueClip>},
-    {"sigmoid", run_any<Sigmoid>},  {"ipo", run_any<Ipo>},     {"bradley_terry", run_any<BradleyTerry>},
+    {"ppo_clip", run_any<PpoClip>},
+    {"value", run_any<Value>},
+    {"value_clip", run_any<ValueClip>},
+    {"step_bce", run_any<StepBce>},
+    {"step_mse", run_any<StepMse>},
+    {"kto", run_any<Unpaired<KtoLoss>>},
+    {"bco", run_any<Unpaired<BcoLoss>>},
+    {"sigmoid", run_any<Pair<SigmoidLoss>>},
+    {"robust", run_any<Pair<RobustLoss>>},
+    {"hinge", run_any<Pair<HingeLoss>>},
+    {"ipo", run_any<Pair<IpoLoss>>},
+    {"exo_pair", run_any<Pair<ExoPairLoss>>},
+    {"nca_pair", run_any<Pair<NcaPairLoss>>},
+    {"bco_pair", run_any<Pair<BcoPairLoss>>},
+    {"sppo_hard", run_any<Pair<SppoHardLoss>>},
+    {"aot", run_any<Pair<AotLoss>>},
+    {"apo_zero", run_any<Pair<ApoZeroLoss>>},
+    {"apo_down", run_any<Pair<ApoDownLoss>>},
+    {"discopop", run_any<Pair<DiscopopLoss>>},
+    {"sft", run_any<Pair<SftLoss>>},
+    {"cpo", run_any<Pair<CpoLoss>>},
+    {"orpo", run_any<Pair<OrpoLoss>>},
+    {"hpo", run_any<Pair<HpoLoss>>},
+    {"bradley_terry", run_any<Pair<BradleyTerryLoss>>},
 };
 
 }  // namespace
 
 void masked_loss(const std::string& variant, const Loss& op, int threads) {
   const auto found = kVariants.find(variant);
+  if (op.parameters.size() > kParameters) throw std::invalid_argument("too many parameters for " + variant);
   if (found == kVariants.end()) throw std::invalid_argument("no native loss variant " + variant);
   found->second(op, threads);
 }

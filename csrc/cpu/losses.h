@@ -1,6 +1,5 @@
 // Masked means of elementwise losses, with gradients and metrics, in one pass over the inputs.
 #pragma once
-#include <array>
 #include <string>
 #include <vector>
 
@@ -8,11 +7,13 @@
 
 namespace rlhf::cpu {
 
+constexpr size_t kParameters = 5;  // at most; those that are not given are 0
+
 struct Loss {
   std::vector<Plane> inputs;  // (rows, columns) each, in the order of the functor (math/losses.h)
   const uint8_t* mask;        // (rows, columns) or null; inputs with 0 do not count
   const void* denominator;    // one number, or null for the count of the mask
-  std::array<double, 3> parameters;
+  std::vector<double> parameters;
   int64_t rows, columns;
   bool is_double;      // whether everything below (and `denominator`) is double or float
   void *loss, *means;  // one number; four metrics and the denominator

@@ -61,56 +61,28 @@ struct ValueClip {  // x: value, return, old_value; p: clip_eps
   }
 };
 
-// Metrics of the preference losses: accuracy, margin, chosen_reward, rejected_reward.
-template <typename T> RLHF_HD void reward_metrics(Terms<T>& out, T chosen_reward, T rejected_reward) {
-  out.metrics[0] = chosen_reward > rejected_reward ? T(1) : T(0);
-  out.metrics[1] = chosen_reward - rejected_reward;
-  out.metrics[2] = chosen_reward;
-  out.metrics[3] = rejected_reward;
-}
-
-struct Sigmoid {  // x: chosen, rejected, ref_chosen, ref_rejected; p: beta, label_smoothing
-  static constexpr int inputs = 4, coefficients = 2;
-  static constexpr bool last_is_max = false;
-  template <typename T> static RLHF_HD Terms<T> at(const T* x, const T* p) {
-    const T chosen_reward = p[0] * (x[0] - x[2]), rejected_reward = p[0] * (x[1] - x[3]);
-    const T h = chosen_reward - rejected_reward;
-    Terms<T> out;
-    out.loss = (1 - p[1]) * softplus(-h) + p[1] * softplus(h);
-    out.coefficients[0] = p[0] * (p[1] * sigmoid(h) - (1 - p[1]) * sigmoid(-h));
-    out.coefficients[1] = -out.coefficients[0];
-    reward_metrics(out, chosen_reward, rejected_reward);
-    return out;
-  }
-};
-
-struct Ipo {  // x: chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length; p: beta
-  static constexpr int inputs = 6, coefficients = 2;
-  static constexpr bool last_is_max = false;
-  template <typename T> static RLHF_HD Terms<T> at(const T* x, const T* p) {
-    const T chosen_length = x[4] < 1 ? T(1) : x[4], rejected_length = x[5] < 1 ? T(1) : x[5];
-    const T chosen = (x[0] - x[2]) / chosen_length, rejected = (x[1] - x[3]) / rejected_length;
-    const T error = (chosen - rejected) - T(0.5) / p[0];
-    Terms<T> out;
-    out.loss = error * error;
-    out.coefficients[0] = 2 * error / chosen_length;
-    out.coefficients[1] = -2 * error / rejected_length;
-    reward_metrics(out, p[0] * chosen, p[0] * rejected);
-    return out;
-  }
-};
-
-struct BradleyTerry {  // x: chosen_reward, rejected_reward, margin
-  static constexpr int inputs = 3, coefficients = 2;
+// A reward model's step scores against labels in [0, 1].
+struct StepBce {  // x: score (a logit), label
+  static constexpr int inputs = 2, coefficients = 1;
   static constexpr bool last_is_max = false;
   template <typename T> static RLHF_HD Terms<T> at(const T* x, const T*) {
-    const T difference = x[0] - x[1], h = difference - x[2];
     Terms<T> out;
-    out.loss = softplus(-h);
-    out.coefficients[0] = -sigmoid(-h);
-    out.coefficients[1] = sigmoid(-h);
-    out.metrics[0] = difference > 0 ? T(1) : T(0);
-    out.metrics[1] = difference;
+    out.loss = x[1] * softplus(-x[0]) + (1 - x[1]) * softplus(x[0]);
+    out.coefficients[0] = (1 - x[1]) * sigmoid(x[0]) - x[1] * sigmoid(-x[0]);
+    out.metrics[0] = (x[0] > 0) == (x[1] > T(0.5)) ? T(1) : T(0);
+    return out;
+  }
+};
+
+struct StepMse {  // x: score, label
+  static constexpr int inputs = 2, coefficients = 1;
+  static constexpr bool last_is_max = false;
+  template <typename T> static RLHF_HD Terms<T> at(const T* x, const T*) {
+    const T error = x[0] - x[1];
+    Terms<T> out;
+    out.loss = error * error;
+    out.coefficients[0] = 2 * error;
+    out.metrics[0] = (x[0] > T(0.5)) == (x[1] > T(0.5)) ? T(1) : T(0);
     return out;
   }
 };

@@ -11,15 +11,19 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.preference_losses import PAIRED, UNPAIRED
 from rlhf_fast.kernels.scalar import exp_minus_1_minus, sigmoid, softplus
 from torch import Tensor
 
 BLOCK = 1024
 PARTS = 128  # partial sums at most
+PARAMETERS = 5  # of a variant, at most
 
 
 @triton.jit
-def ppo_clip(logprob, old_logprob, advantage, _3, _4, _5, clip_min, clip_max, dual_clip):
+def ppo_clip(x, p):
+    logprob, old_logprob, advantage = x
+    clip_min, clip_max, dual_clip = p[0], p[1], p[2]
     log_ratio = logprob - old_logprob
     saturated = tl.abs(log_ratio) > 20.0
     ratio = tl.exp(tl.where(saturated, tl.where(log_ratio > 0, 20.0, -20.0), log_ratio))
@@ -33,15 +37,16 @@ def ppo_clip(logprob, old_logprob, advantage, _3, _4, _5, clip_min, clip_max, du
 
 
 @triton.jit
-def value(value, target, _2, _3, _4, _5, _p0, _p1, _p2):
-    error = value - target
+def value(x, p):
+    error = x[0] - x[1]
     return 0.5 * error * error, error, 0.0, 0.0, 0.0, 0.0, 0.0
 
 
 @triton.jit
-def value_clip(value, target, old_value, _3, _4, _5, clip_eps, _p1, _p2):
-    low = old_value - clip_eps
-    high = old_value + clip_eps
+def value_clip(x, p):
+    value, target, old_value = x
+    low = old_value - p[0]
+    high = old_value + p[0]
     bounded = tl.where(value < low, low, tl.where(value > high, high, value))
     error = value - target
     bounded_error = bounded - target
@@ -51,42 +56,22 @@ def value_clip(value, target, old_value, _3, _4, _5, clip_eps, _p1, _p2):
 
 
 @triton.jit
-def sigmoid_preference(chosen, rejected, ref_chosen, ref_rejected, _4, _5, beta, label_smoothing, _p2):
-    chosen_reward = beta * (chosen - ref_chosen)
-    rejected_reward = beta * (rejected - ref_rejected)
-    h = chosen_reward - rejected_reward
-    loss = (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
-    slope = beta * (label_smoothing * sigmoid(h) - (1 - label_smoothing) * sigmoid(-h))
-    accuracy = tl.where(chosen_reward > rejected_reward, 1.0, 0.0)
-    return loss, slope, -slope, accuracy, h, chosen_reward, rejected_reward
+def step_bce(x, p):
+    score, label = x
+    loss = label * softplus(-score) + (1 - label) * softplus(score)
+    slope = (1 - label) * sigmoid(score) - label * sigmoid(-score)
+    return loss, slope, 0.0, tl.where((score > 0) == (label > 0.5), 1.0, 0.0), 0.0, 0.0, 0.0
 
 
 @triton.jit
-def ipo(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, beta, _p1, _p2):
-    chosen_length = tl.where(chosen_length < 1, 1.0, chosen_length)
-    rejected_length = tl.where(rejected_length < 1, 1.0, rejected_length)
-    chosen_ratio = (chosen - ref_chosen) / chosen_length
-    rejected_ratio = (rejected - ref_rejected) / rejected_length
-    error = (chosen_ratio - rejected_ratio) - 0.5 / beta
-    chosen_reward = beta * chosen_ratio
-    rejected_reward = beta * rejected_ratio
-    accuracy = tl.where(chosen_reward > rejected_reward, 1.0, 0.0)
-    return (
-        error * error, 2 * error / chosen_length, -2 * error / rejected_length,
-        accuracy, chosen_reward - rejected_reward, chosen_reward, rejected_reward,
-    )  # fmt: skip
-
-
-@triton.jit
-def bradley_terry(chosen_reward, rejected_reward, margin, _3, _4, _5, _p0, _p1, _p2):
-    difference = chosen_reward - rejected_reward
-    h = difference - margin
-    slope = sigmoid(-h)
-    return softplus(-h), -slope, slope, tl.where(difference > 0, 1.0, 0.0), difference, 0.0, 0.0
+def step_mse(x, p):
+    score, label = x
+    error = score - label
+    return error * error, 2 * error, 0.0, tl.where((score > 0.5) == (label > 0.5), 1.0, 0.0), 0.0, 0.0, 0.0
 
 
 class Variant(NamedTuple):
-    """function: (6 inputs, 3 parameters) -> (loss, d loss / d input 0 and 1, 4 metrics), of one element each."""
+    """function: (inputs, parameters) -> (loss, d loss / d input 0 and 1, 4 metrics), of one element each."""
 
     function: triton.JITFunction
     inputs: int
@@ -97,21 +82,16 @@ VARIANTS = {
     "ppo_clip": Variant(ppo_clip, 3, last_is_max=True),
     "value": Variant(value, 2),
     "value_clip": Variant(value_clip, 3),
-    "sigmoid": Variant(sigmoid_preference, 4),
-    "ipo": Variant(ipo, 6),
-    "bradley_terry": Variant(bradley_terry, 3),
+    "step_bce": Variant(step_bce, 2),
+    "step_mse": Variant(step_mse, 2),
+    **{name: Variant(*entry) for name, entry in (PAIRED | UNPAIRED).items()},
 }
 
 
 @triton.jit
-def _load(x, row_stride, column_stride, row, column, counts, acc: tl.constexpr):
-    return tl.load(x + row * row_stride + column * column_stride, mask=counts, other=0.0).to(acc)
-
-
-@triton.jit
 def _elements_kernel(
-    x0, x1, x2, x3, x4, x5,  # (rows, columns) each, any strides; those from INPUTS on are never read
-    r0, c0, r1, c1, r2, c2, r3, c3, r4, c4, r5, c5,  # their strides
+    inputs,  # a tuple of (rows, columns) of any strides
+    strides,  # their (row, column) strides
     mask,  # (rows * columns,) uint8
     coefficient0,  # (rows * columns,)
     coefficient1,  # (rows * columns,)
@@ -119,19 +99,20 @@ def _elements_kernel(
     p0: tl.float64,
     p1: tl.float64,
     p2: tl.float64,
+    p3: tl.float64,
+    p4: tl.float64,
     N,
     columns,
     FUNCTION: tl.constexpr,
-    INPUTS: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
     LAST_IS_MAX: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     acc: tl.constexpr = partials.dtype.element_ty
-    p0 = tl.full([], p0, acc)
-    p1 = tl.full([], p1, acc)
-    p2 = tl.full([], p2, acc)
+    p = (
+        tl.full([], p0, acc), tl.full([], p1, acc), tl.full([], p2, acc), tl.full([], p3, acc), tl.full([], p4, acc)
+    )  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     loss_sum = tl.zeros([BLOCK], acc)
     count = tl.zeros([BLOCK], acc)
@@ -146,17 +127,11 @@ def _elements_kernel(
         if HAS_MASK:
             counts = inside & (tl.load(mask + i, mask=inside, other=0) != 0)
         row, column = i // columns, i % columns
-        a0 = _load(x0, r0, c0, row, column, counts, acc)
-        a1 = _load(x1, r1, c1, row, column, counts, acc)
-        a2, a3, a4, a5 = a0, a0, a0, a0
-        if INPUTS > 2:
-            a2 = _load(x2, r2, c2, row, column, counts, acc)
-        if INPUTS > 3:
-            a3 = _load(x3, r3, c3, row, column, counts, acc)
-        if INPUTS > 4:
-            a4 = _load(x4, r4, c4, row, column, counts, acc)
-            a5 = _load(x5, r5, c5, row, column, counts, acc)
-        loss, g0, g1, m0, m1, m2, m3 = FUNCTION(a0, a1, a2, a3, a4, a5, p0, p1, p2)
+        x = ()
+        for k in tl.static_range(len(inputs)):
+            at = inputs[k] + row * strides[k][0] + column * strides[k][1]
+            x += (tl.load(at, mask=counts, other=0.0).to(acc),)
+        loss, g0, g1, m0, m1, m2, m3 = FUNCTION(x, p)
         tl.store(coefficient0 + i, tl.where(counts, g0, 0.0), mask=inside)
         if COEFFICIENTS > 1:
             tl.store(coefficient1 + i, tl.where(counts, g1, 0.0), mask=inside)
@@ -237,12 +212,12 @@ def masked_loss(
     n, columns = coefficients[0].numel(), coefficients[0].shape[1]
     programs = max(1, min(PARTS, triton.cdiv(n, BLOCK)))
     partials = means.new_empty(6, programs)
-    slots = inputs[:count] + [inputs[0]] * (6 - count)
-    strides = [s for x in slots for s in x.stride()]
+    inputs = inputs[:count]
     _elements_kernel[(programs,)](
-        *slots, *strides, mask, coefficients[0], coefficients[-1], partials, *parameters, n, columns,
-        FUNCTION=function, INPUTS=count, COEFFICIENTS=len(coefficients), LAST_IS_MAX=last_is_max,
-        HAS_MASK=mask is not None, BLOCK=BLOCK,
+        tuple(inputs), tuple(x.stride() for x in inputs), mask, coefficients[0], coefficients[-1], partials,
+        *parameters, *[0.0] * (PARAMETERS - len(parameters)), n, columns,
+        FUNCTION=function, COEFFICIENTS=len(coefficients), LAST_IS_MAX=last_is_max, HAS_MASK=mask is not None,
+        BLOCK=BLOCK,
     )  # fmt: skip
     _means_kernel[(1,)](
         partials, denominator, loss, means, programs, LAST_IS_MAX=last_is_max,

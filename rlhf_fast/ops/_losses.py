@@ -94,6 +94,13 @@ def triton(*args: Any) -> None:
 # --- The registered ops -----------------------------------------------------------------------------------------------
 
 
+def empty_outputs(inputs: Sequence[Tensor], gradients: int) -> list[Tensor]:
+    """What an implementation fills: [loss (), means (5,), a coefficient (rows, columns) per gradient]."""
+    new, dtype = inputs[0].new_empty, _check.compute_dtype(inputs[0].dtype)
+    coefficients = [new(inputs[0].shape, dtype=dtype) for _ in range(gradients)]
+    return [new((), dtype=dtype), new((5,), dtype=dtype), *coefficients]
+
+
 def register(op: str, impls: dict[str, Implementation], gradients: int) -> None:
     """Registers ``rlhf_fast::<op>``, which differentiates the first `gradients` of its inputs.
 
@@ -101,21 +108,16 @@ def register(op: str, impls: dict[str, Implementation], gradients: int) -> None:
         -> [loss (), means (5,): four metrics and the denominator, a coefficient (rows, columns) per gradient]
     """
 
-    def empty(inputs: Sequence[Tensor]) -> list[Tensor]:
-        new, dtype = inputs[0].new_empty, _check.compute_dtype(inputs[0].dtype)
-        coefficients = [new(inputs[0].shape, dtype=dtype) for _ in range(gradients)]
-        return [new((), dtype=dtype), new((5,), dtype=dtype), *coefficients]
-
     @torch.library.custom_op(f"rlhf_fast::{op}", mutates_args=())
     def forward(inputs: list[Tensor], mask: Tensor | None, denominator: Tensor | None, variant: str,
                 parameters: list[float], backend: str) -> list[Tensor]:  # fmt: skip
-        outputs = empty(inputs)
+        outputs = empty_outputs(inputs, gradients)
         impls[backend](variant, inputs, mask, denominator, parameters, outputs)
         return outputs
 
     @forward.register_fake
     def _(inputs, mask, denominator, variant, parameters, backend):
-        return empty(inputs)
+        return empty_outputs(inputs, gradients)
 
     def setup_context(ctx, inputs, output):
         _, means, *coefficients = output
@@ -146,10 +148,9 @@ def call(
     metrics: Sequence[str],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Runs ``rlhf_fast::<op>``: the loss, and its metrics by name (0-d, detached)."""
-    padded = [*parameters, *[0.0] * (3 - len(parameters))]  # every kernel takes three
     run = getattr(torch.ops.rlhf_fast, op)
     mask = None if mask is None else plane(mask)
-    loss, means, *_ = run([plane(x) for x in inputs], mask, denominator, variant, padded, backend)
+    loss, means, *_ = run([plane(x) for x in inputs], mask, denominator, variant, list(parameters), backend)
     means = means.detach()
     return loss, {name: means[k] for k, name in enumerate(metrics)}
 

@@ -1,34 +1,65 @@
 """preference_loss: the DPO family, from log-probabilities of chosen and rejected sequences.
 
-With log-ratios x = log pi(chosen) - log ref(chosen) and y = log pi(rejected) - log ref(rejected), s the label
-smoothing, softplus(t) = log(1 + exp(t)), and n, m the numbers of tokens of chosen and rejected:
+For one pair, with log pi and log ref of the two answers (sums over their tokens; averages where marked avg; ref = 0
+where marked free), s the label smoothing, softplus(t) = log(1 + exp(t)), sg = sigmoid and the implicit rewards
 
-    sigmoid:  h = beta (x - y),            L = (1 - s) softplus(-h) + s softplus(h)       (DPO where s = 0, else cDPO)
-              d L / d chosen = beta (s sigmoid(h) - (1 - s) sigmoid(-h)) = -d L / d rejected
-    ipo:      e = x / n - y / m - 1 / (2 beta),   L = e^2
-              d L / d chosen = 2 e / n,   d L / d rejected = -2 e / m
-    loss = mean of L over the pairs
+    a = beta score(log pi(chosen) - log ref(chosen)),   b the same of rejected,   h = a - b
+    score(x) = x (reverse_kl), (1 - exp(-alpha x)) / alpha (alpha; forward_kl: alpha = 1), log 2 - softplus(-x) (js)
+    logistic(h) = (1 - s) softplus(-h) + s softplus(h)
 
-Metrics are means over the pairs of the implicit rewards beta x and beta y (for ipo beta x / n and beta y / m), of their
-difference (margin) and of whether chosen is the greater (accuracy; a tie counts as wrong).
+    variant       L                                                           source (arXiv)
+    sigmoid       logistic(h)                                                 DPO 2305.18290 eq. 7; s > 0: Mitchell 2023
+    sigmoid_norm  logistic(h), avg                                            Tulu 3, 2411.15124
+    robust        ((1 - s) softplus(-h) - s softplus(h)) / (1 - 2 s)          2403.00409
+    hinge, rso    max(0, 1 - h)                                               RSO 2309.06657 (hinge-norm)
+    ipo           (h / beta - 1 / (2 beta))^2, avg                            2310.12036 eq. 17
+    exo_pair      sg(h) log(sg(h) / (1 - s)) + sg(-h) log(sg(-h) / s)         2402.00856 eq. 16
+    nca_pair      softplus(-a) + softplus(a) / 2 + softplus(b) / 2            2402.05369
+    bco_pair      softplus(-(a - delta)) + softplus(b - delta)                2404.04656; delta: reward_shift
+    sppo_hard     ((a - 1/2) / beta)^2 + ((b + 1/2) / beta)^2                 2405.00675 with P = 1, eta = 1 / beta
+    aot           logistic(beta (i-th smallest log pi(chosen) - log pi(rejected)
+                                 - i-th smallest of the same of ref))         2406.05882, paired
+    aot_unpaired  logistic(i-th smallest a - i-th smallest b)                 2406.05882, unpaired
+    apo_zero      sg(b) - sg(a)                                               2408.06266 (peers add 1)
+    apo_down      sg(a) - sg(h)                                               2408.06266 (peers add 1)
+    discopop      (1 - m) softplus(-h) + m exp(-h),  m = sg(h / tau)          2406.08414 eq. 5
+    sft           -log pi(chosen), avg, free                                  the NLL of RPO, 2404.19733
+    simpo         logistic(h - gamma), avg, free                              2405.14734 eq. 6
+    cpo           logistic(h) - nll_weight log pi(chosen), free               2401.08417 (peers average the NLL)
+    orpo          -log pi(chosen) + beta softplus(-log(odds(chosen) / odds(rejected))), avg, free
+                  odds = p / (1 - p),  p = exp(log pi)                        2403.07691 eq. 6 and 7
+    hpo           logistic(h) - auxiliary_weight (u log pi(chosen) + v log pi(rejected)),
+                  u, v = exp(advantage in an auxiliary reward / auxiliary_temperature)    2405.17956
+
+    loss = sum over the pairs of weight L / denominator
+
+ipo's log-ratios are averaged over the tokens as its authors advise. The divergences are f-DPO's (2309.16240), score is
+f' less its value at an unchanged policy. Metrics are means over the pairs of a, b, of h (margin) and of whether a > b
+(accuracy; a tie counts as wrong).
+
+Derivative: the kernel makes d L / d a and d L / d b; the chain to a log-probability is beta score'(x), over the length
+where averaged. aot and aot_unpaired have the derivative of a sum in a sorted order: each half of a pair needs only the
+number of its own rank, sorted beforehand, so nothing is permuted back.
 
 Numerics. softplus and sigmoid are taken through exp(-|h|): no overflow, and no loss of the gradient of a pair that is
-told apart with confidence. Computed in float32 (float64 for float64).
+told apart with confidence. exp(-alpha x) goes on along its tangent beyond exp(20); orpo takes an average
+log-probability above -1e-6 for -1e-6 in the odds. Computed in float32 (float64 for float64).
 
-Cost per pair: four (ipo: six) numbers read, two gradient coefficients written; one launch and a sum.
+Cost per pair: nine numbers read (those that are not given: one for all pairs), two coefficients written; one launch
+and a sum. A weighted sum of losses costs one launch each.
 
-Sources: DPO, Rafailov et al. 2023 (arXiv 2305.18290, eq. 7); label smoothing, Mitchell 2023, "A note on DPO with noisy
-preferences" (cDPO); IPO, Azar et al. 2023 (arXiv 2310.12036, eq. 17), its log-ratios averaged over the tokens as its
-authors advise.
+Sources: the papers in the table; where a peer's loss is another, the paper's is taken and the difference named there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from rlhf_fast.backends import resolve
 from rlhf_fast.ops import _check, _losses
+from rlhf_fast.ops._preference import VARIANTS, Pairs, PreferenceObjective, scored
 
 METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 
@@ -36,89 +67,161 @@ METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 def preference_loss(
     chosen: Tensor,
     rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
+    ref_chosen: Tensor | None = None,
+    ref_rejected: Tensor | None = None,
     *,
-    variant: str = "sigmoid",
+    variant: str | Mapping[str, float] = "sigmoid",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    divergence: str = "reverse_kl",
+    divergence_alpha: float = 0.5,
+    reference_free: bool = False,
+    gamma: float = 0.5,
+    discopop_tau: float = 0.05,
+    nll_weight: float = 1.0,
+    auxiliary_weight: float = 1.0,
+    auxiliary_temperature: float = 1.0,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reward_shift: Tensor | None = None,
+    chosen_advantages: Tensor | None = None,
+    rejected_advantages: Tensor | None = None,
+    denominator: Tensor | float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean preference loss of B pairs and its metrics; only `chosen` and `rejected` get a gradient.
 
     chosen, rejected, ref_chosen, ref_rejected: (B,) sums of token log-probabilities, in nats; float32, bfloat16,
-    float16 or float64, any strides. variant: one of VARIANTS. beta > 0: for sigmoid per nat, for ipo the paper's tau.
-    label_smoothing: the chance in [0, 0.5) that a pair's label is flipped; sigmoid only.
+    float16 or float64, any strides. The reference's are not looked at by reference-free variants, nor with
+    reference_free, which takes 0 for them.
+    variant: one of VARIANTS, or weights of several, {"sigmoid": 0.8, "sft": 0.2}; the metrics are the first one's.
+    beta > 0: per nat; for ipo the paper's tau, for orpo its lambda. label_smoothing: the chance in [0, 0.5) that a
+    label is flipped. divergence: reverse_kl, forward_kl, alpha (with divergence_alpha > 0) or js. gamma: simpo's
+    target margin. discopop_tau > 0. nll_weight >= 0: cpo's. auxiliary_weight >= 0, auxiliary_temperature > 0: hpo's.
     chosen_lengths, rejected_lengths: (B,) tokens that the sums run over, any number type, one below 1 counts as 1;
-    ipo needs them, sigmoid does not look at them.
+    needed by the variants that average.
+    weights: (B,) what a pair's loss is multiplied by (wpo_weights of both answers, multiplied).
+    reward_shift: () bco_pair's delta, in units of reward; by default the mean of a and b over this call.
+    chosen_advantages, rejected_advantages: (B,) of hpo's auxiliary reward.
+    denominator: what the sum is divided by, a number or a 0-d tensor; the number of pairs by default.
 
     Returns (loss, metrics): 0-d, float32 (float64 for float64), the metrics detached; see the module for each.
     No pair gives a loss of 0. Raises ValueError or TypeError for what does not fit.
     """
-    if chosen.dim() != 1:
-        raise ValueError(f"chosen must be (B,), got {tuple(chosen.shape)}")
-    shape, inputs = tuple(chosen.shape), [chosen, rejected, ref_chosen.detach(), ref_rejected.detach()]
-    _losses.floats(shape, "(B,)", chosen=chosen, rejected=rejected, ref_chosen=inputs[2], ref_rejected=inputs[3])
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-    if variant == "ipo":
-        if label_smoothing:
-            raise ValueError(f"label_smoothing is of the sigmoid variant, got {label_smoothing} with ipo")
-        lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-        inputs += [_lengths(name, given, chosen) for name, given in lengths.items()]
-    parameters = (_check.positive("beta", beta), label_smoothing)
+    objective = PreferenceObjective(
+        variant, beta, label_smoothing, divergence, divergence_alpha, reference_free, gamma, discopop_tau, nll_weight,
+        auxiliary_weight, auxiliary_temperature,
+    )  # fmt: skip
+    pairs = checked(
+        Pairs(
+            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, weights, reward_shift,
+            chosen_advantages, rejected_advantages,
+        ),
+        objective,
+    )  # fmt: skip
+    total = _losses.denominator_tensor(denominator, chosen)
     name = resolve("preference_loss", IMPLS, chosen.device, backend)
     if name == "reference":
-        return reference(inputs, variant=variant, beta=beta, label_smoothing=label_smoothing)
-    return _losses.call("preference_loss", inputs, None, None, variant, parameters, name, METRICS)
+        return reference(pairs, objective, denominator=total)
+    losses, metrics = zip(*(_term(pairs, objective, term, total, name) for term, _ in objective.terms), strict=True)
+    return _weighted(losses, objective), metrics[0]
 
 
-def _lengths(name: str, lengths: Tensor | None, like: Tensor) -> Tensor:
-    if lengths is None:
-        raise ValueError(f"{name} must be given for ipo: its log-ratios are averages over the tokens")
-    _check.shaped(name, lengths, tuple(like.shape), "(B,)")
-    _check.same_device(("chosen", like), (name, lengths))
-    return lengths.detach().to(_check.compute_dtype(like.dtype))
-
-
-def sigmoid(chosen_reward: Tensor, rejected_reward: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    h = chosen_reward - rejected_reward
-    return -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
-
-
-def ipo(chosen_reward: Tensor, rejected_reward: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    return ((chosen_reward - rejected_reward) / beta - 0.5 / beta).square()
-
-
-# (chosen_reward, rejected_reward, beta, label_smoothing) -> loss, per pair
-VARIANTS = {"sigmoid": sigmoid, "ipo": ipo}
+def checked(pairs: Pairs, objective: PreferenceObjective) -> Pairs:
+    """`pairs` with what `objective` does not look at left out. Raises for what is missing or does not fit."""
+    if pairs.chosen.dim() != 1:
+        raise ValueError(f"chosen must be (B,), got {tuple(pairs.chosen.shape)}")
+    wanted = {
+        "ref_chosen": not objective.reference_free and objective.looks_at("reference"),
+        "chosen_lengths": objective.looks_at("averaged"),
+        "chosen_advantages": objective.looks_at("advantages"),
+    }
+    names = " + ".join(name for name, _ in objective.terms)
+    given = pairs._asdict()
+    for first, needed in wanted.items():
+        for name in (first, first.replace("chosen", "rejected")):
+            if needed and given[name] is None:
+                raise ValueError(f"{name} must be given for {names}")
+            given[name] = given[name] if needed else None
+    shape, first_pair = tuple(pairs.chosen.shape), ("chosen", pairs.chosen)
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        expected, meaning = ((), "a 0-d tensor") if name == "reward_shift" else (shape, "(B,)")
+        _check.shaped(name, tensor, expected, meaning)
+        if not name.endswith("lengths"):
+            _check.floating(name, tensor)
+        _check.same_device(first_pair, (name, tensor))
+    for name in given.keys() - {"chosen", "rejected"}:
+        given[name] = None if given[name] is None else given[name].detach()
+    return Pairs(**given)
 
 
 def reference(
-    inputs: list[Tensor], *, variant: str = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0
+    pairs: Pairs, objective: PreferenceObjective, *, denominator: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) by definition, differentiable any number of times.
+    """(loss, metrics) by definition, differentiable any number of times; aot where no two ranks are tied."""
+    views = [scored(pairs, objective, name) for name, _ in objective.terms]
+    losses = [VARIANTS[name].loss(view, objective) for (name, _), view in zip(objective.terms, views, strict=True)]
+    if pairs.weights is not None:
+        losses = [pairs.weights.to(loss.dtype) * loss for loss in losses]
+    won, lost = views[0].chosen_reward.detach(), views[0].rejected_reward.detach()
+    means = [_losses.mean(x, None, denominator) for x in ((won > lost).to(won.dtype), won - lost, won, lost)]
+    totals = [_losses.mean(loss, None, denominator) for loss in losses]
+    return _weighted(totals, objective), dict(zip(METRICS, means, strict=True))
 
-    inputs: [chosen, rejected, ref_chosen, ref_rejected], for ipo also [chosen_lengths, rejected_lengths].
+
+def planes(pairs: Pairs, objective: PreferenceObjective, name: str) -> list[Tensor]:
+    """What the kernel of variant `name` reads, (B,) each: chosen, rejected, ref_chosen, ref_rejected, both lengths,
+    weights, and a shift for each half of a pair. What is not given has stride 0."""
+    variant, like = VARIANTS[name], pairs.chosen
+    dtype, expand = _check.compute_dtype(like.dtype), like.shape
+    zero, one = (like.new_full((), value, dtype=dtype).expand(expand) for value in (0.0, 1.0))
+    with_reference = variant.reference and not objective.reference_free
+    inputs = [pairs.chosen, pairs.rejected, *(pairs[2:4] if with_reference else (zero, zero))]
+    inputs += [x.to(dtype) for x in pairs[4:6]] if variant.averaged else [one, one]  # type: ignore[union-attr]
+    inputs.append(one if pairs.weights is None else pairs.weights)
+    if variant.shifts is None:
+        return [*inputs, zero, zero]  # type: ignore[list-item]
+    detached = Pairs(*(None if x is None else x.detach() for x in pairs))
+    return [*inputs, *variant.shifts(scored(detached, objective, name), objective)]  # type: ignore[list-item]
+
+
+def coefficients(
+    pairs: Pairs, objective: PreferenceObjective, denominator: Tensor | None, backend: str
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """(loss (), metrics, d loss / d chosen (B,), d loss / d rejected (B,)) for callers that go on by hand.
+
+    `pairs` as `checked` returns them; backend: one of IMPLS. Nothing here is differentiable.
     """
-    dtype = _check.compute_dtype(inputs[0].dtype)
-    chosen, rejected, ref_chosen, ref_rejected, *lengths = (x.to(dtype) for x in inputs)
-    ratios = [chosen - ref_chosen, rejected - ref_rejected]
-    if lengths:
-        ratios = [ratio / length.clamp_min(1) for ratio, length in zip(ratios, lengths, strict=True)]
-    chosen_reward, rejected_reward = (beta * ratio for ratio in ratios)
-    losses = VARIANTS[variant](chosen_reward, rejected_reward, beta, label_smoothing)
-    won, lost = chosen_reward.detach(), rejected_reward.detach()
-    metrics = ((won > lost).to(dtype), won - lost, won, lost)
-    means = [_losses.mean(x, None, None) for x in metrics]
-    return _losses.mean(losses, None, None), dict(zip(METRICS, means, strict=True))
+    found = []
+    for name, _ in objective.terms:
+        inputs = [_losses.plane(x.detach()) for x in planes(pairs, objective, name)]
+        outputs = _losses.empty_outputs(inputs, 2)
+        kernel = VARIANTS[name].kernel
+        IMPLS[backend](kernel, inputs, None, denominator, objective.parameters(name), outputs)
+        loss, means, by_chosen, by_rejected = outputs
+        found.append((loss, means, by_chosen[0] / means[4], by_rejected[0] / means[4]))
+    losses, all_means, chosen, rejected = zip(*found, strict=True)
+    metrics = {name: all_means[0][k] for k, name in enumerate(METRICS)}
+    return _weighted(losses, objective), metrics, _weighted(chosen, objective), _weighted(rejected, objective)
 
 
-# (variant, [chosen, rejected, ref_chosen, ref_rejected, lengths of both for ipo], None, None, parameters, outputs)
+def _term(pairs: Pairs, objective: PreferenceObjective, name: str, denominator: Tensor | None, backend: str):  # type: ignore[no-untyped-def]
+    return _losses.call(
+        "preference_loss", planes(pairs, objective, name), None, denominator, VARIANTS[name].kernel,
+        objective.parameters(name), backend, METRICS,
+    )  # fmt: skip
+
+
+def _weighted(terms, objective: PreferenceObjective) -> Tensor:  # type: ignore[no-untyped-def]
+    if len(terms) == 1 and objective.terms[0][1] == 1:
+        return terms[0]
+    return sum(weight * term for (_, weight), term in zip(objective.terms, terms, strict=True))  # type: ignore
+
+
+# (kernel, planes, None, denominator, parameters, outputs)
 IMPLS = {"cpu": _losses.cpu, "triton": _losses.triton}
 OPS = {"preference_loss": tuple(IMPLS)}
 _losses.register("preference_loss", IMPLS, gradients=2)

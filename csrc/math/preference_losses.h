@@ -1,0 +1,206 @@
+// One functor per loss of a chosen and a rejected answer. Formulas: rlhf_fast/ops/{preference_loss,reward_loss}.py.
+#pragma once
+#include "math/losses.h"
+
+namespace rlhf {
+
+// Value and slope of a function of one number.
+template <typename T> struct Sloped {
+  T value, slope;
+};
+
+// The loss of a pair and its derivatives in the two rewards.
+template <typename T> struct PairLoss {
+  T loss, chosen, rejected;
+};
+
+// What a loss of pairs sees.
+template <typename T> struct Rewards {
+  T chosen, rejected;                   // implicit rewards
+  T chosen_logprob, rejected_logprob;   // of the policy, averaged where the variant is
+  T chosen_shift, rejected_shift;       // whatever else the variant needs for each half of the pair
+  T beta, label_smoothing, parameter;
+  RLHF_HD T gap() const { return chosen - rejected; }
+};
+
+// Beyond exp(20) the exponential goes on along its tangent: value exp(x) - 1.
+template <typename T> RLHF_HD Sloped<T> tamed_expm1(T x) {
+  const T bounded = x < T(20) ? x : (x != x ? x : T(20));
+  const T e = std::exp(bounded);
+  return {std::expm1(bounded) + e * (x - bounded), e};
+}
+
+// Score of a log-ratio: divergence 0 reverse KL, 1 alpha, 2 Jensen-Shannon.
+template <typename T> RLHF_HD Sloped<T> score(T log_ratio, int divergence, T alpha) {
+  if (divergence == 0) return {log_ratio, T(1)};
+  if (divergence == 2) return {T(0.6931471805599453) - softplus(-log_ratio), sigmoid(-log_ratio)};
+  const Sloped<T> e = tamed_expm1(-alpha * log_ratio);
+  return {-e.value / alpha, e.slope};
+}
+
+template <typename T> RLHF_HD Sloped<T> logistic(T gap, T label_smoothing) {
+  return {(1 - label_smoothing) * softplus(-gap) + label_smoothing * softplus(gap),
+          label_smoothing * sigmoid(gap) - (1 - label_smoothing) * sigmoid(-gap)};
+}
+
+// A loss of the gap alone.
+template <typename T> RLHF_HD PairLoss<T> of_gap(Sloped<T> loss) { return {loss.value, loss.slope, -loss.slope}; }
+
+struct SigmoidLoss {  // parameter: the target margin
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    return of_gap(logistic(r.gap() - r.parameter, r.label_smoothing));
+  }
+};
+
+struct RobustLoss {
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const T h = r.gap(), s = r.label_smoothing, scale = 1 / (1 - 2 * s);
+    return of_gap(Sloped<T>{scale * ((1 - s) * softplus(-h) - s * softplus(h)),
+                           -scale * ((1 - s) * sigmoid(-h) + s * sigmoid(h))});
+  }
+};
+
+struct HingeLoss {
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const T short_of = 1 - r.gap();
+    return of_gap(short_of <= 0 ? Sloped<T>{0, 0} : Sloped<T>{short_of, -1});
+  }
+};
+
+struct IpoLoss {
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const T error = r.gap() / r.beta - T(0.5) / r.beta;
+    return of_gap(Sloped<T>{error * error, 2 * error / r.beta});
+  }
+};
+
+struct ExoPairLoss {
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const T h = r.gap(), p = sigmoid(h), q = sigmoid(-h);
+    const T log_chosen = std::log1p(-r.label_smoothing), log_rejected = std::log(r.label_smoothing);
+    return of_gap(Sloped<T>{-p * (softplus(-h) + log_chosen) - q * (softplus(h) + log_rejected),
+                           p * q * (h - (log_chosen - log_rejected))});
+  }
+};
+
+struct NcaPairLoss {
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const T a = r.chosen, b = r.rejected;
+    return {softplus(-a) + T(0.5) * softplus(a) + T(0.5) * softplus(b), T(0.5) * sigmoid(a) - sigmoid(-a),
+            T(0.5) * sigmoid(b)};
+  }
+};
+
+struct BcoPairLoss {  // both shifts: delta
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const T a = r.chosen - r.chosen_shift, b = r.rejected - r.rejected_shift;
+    return {softplus(-a) + softplus(b), -sigmoid(-a), sigmoid(b)};
+  }
+};
+
+struct SppoHardLoss {
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const T chosen = (r.chosen - T(0.5)) / r.beta, rejected = (r.rejected + T(0.5)) / r.beta;
+    return {chosen * chosen + rejected * rejected, 2 * chosen / r.beta, 2 * rejected / r.beta};
+  }
+};
+
+struct AotLoss {  // shifts: what takes the pair's gap to that of the chosen's rank, and to that of the rejected's
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const Sloped<T> chosen = logistic(r.gap() - r.chosen_shift, r.label_smoothing);
+    const Sloped<T> rejected = logistic(r.gap() - r.rejected_shift, r.label_smoothing);
+    return {T(0.5) * (chosen.value + rejected.value), chosen.slope, -rejected.slope};
+  }
+};
+
+struct ApoZeroLoss {
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const T p = sigmoid(r.chosen), q = sigmoid(r.rejected);
+    return {q - p, -p * sigmoid(-r.chosen), q * sigmoid(-r.rejected)};
+  }
+};
+
+struct ApoDownLoss {
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const T p = sigmoid(r.chosen), q = sigmoid(r.gap()), slope = q * sigmoid(-r.gap());
+    return {p - q, p * sigmoid(-r.chosen) - slope, slope};
+  }
+};
+
+struct DiscopopLoss {  // parameter: tau
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const T h = r.gap(), tau = r.parameter, exponential = sigmoid(h / tau), logistic = sigmoid(-h / tau);
+    const T weighted = std::exp(-softplus(-h / tau) - h);  // exp(-h) sigmoid(h / tau)
+    return of_gap(Sloped<T>{logistic * softplus(-h) + weighted,
+                           -logistic * (sigmoid(-h) + exponential * softplus(-h) / tau) +
+                               weighted * (logistic / tau - 1)});
+  }
+};
+
+struct SftLoss {
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    return {-r.chosen_logprob, -1 / r.beta, T(0)};
+  }
+};
+
+struct CpoLoss {  // parameter: weight of the likelihood
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const Sloped<T> preference = logistic(r.gap(), r.label_smoothing);
+    return {preference.value - r.parameter * r.chosen_logprob, preference.slope - r.parameter / r.beta,
+            -preference.slope};
+  }
+};
+
+struct OrpoLoss {
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const bool certain = r.chosen_logprob > T(-1e-6), rejected_certain = r.rejected_logprob > T(-1e-6);
+    const T chosen = certain ? T(-1e-6) : r.chosen_logprob, rejected = rejected_certain ? T(-1e-6) : r.rejected_logprob;
+    const T chosen_rest = std::expm1(chosen), rejected_rest = std::expm1(rejected);  // p - 1
+    const T log_odds = (chosen - rejected) - std::log(chosen_rest / rejected_rest), slope = sigmoid(-log_odds);
+    return {r.beta * softplus(-log_odds) - r.chosen_logprob, (certain ? T(0) : slope / chosen_rest) - 1 / r.beta,
+            rejected_certain ? T(0) : -slope / rejected_rest};
+  }
+};
+
+struct HpoLoss {  // shifts: weights of the likelihoods; parameter: weight of both
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const Sloped<T> preference = logistic(r.gap(), r.label_smoothing);
+    const T chosen = r.parameter * r.chosen_shift, rejected = r.parameter * r.rejected_shift;
+    return {preference.value - chosen * r.chosen_logprob - rejected * r.rejected_logprob,
+            preference.slope - chosen / r.beta, -preference.slope - rejected / r.beta};
+  }
+};
+
+struct BradleyTerryLoss {  // chosen_shift: the margin; parameter: weight of the squared sum
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const Sloped<T> preference = logistic(r.gap() - r.chosen_shift, r.label_smoothing);
+    const T sum = r.chosen + r.rejected, centring = r.parameter * sum;
+    return {preference.value + centring * sum, preference.slope + 2 * centring, 2 * centring - preference.slope};
+  }
+};
+
+// x: log-probabilities of chosen and rejected, of the reference for both, lengths of both, weight, shifts of both;
+// p: beta, label_smoothing, the variant's own parameter, divergence, alpha.
+template <typename Variant> struct Pair {
+  static constexpr int inputs = 9, coefficients = 2;
+  static constexpr bool last_is_max = false;
+  template <typename T> static RLHF_HD Terms<T> at(const T* x, const T* p) {
+    const T chosen_length = x[4] < 1 ? T(1) : x[4], rejected_length = x[5] < 1 ? T(1) : x[5];
+    const Sloped<T> chosen = score((x[0] - x[2]) / chosen_length, int(p[3]), p[4]);
+    const Sloped<T> rejected = score((x[1] - x[3]) / rejected_length, int(p[3]), p[4]);
+    const Rewards<T> rewards{p[0] * chosen.value, p[0] * rejected.value, x[0] / chosen_length, x[1] / rejected_length,
+                             x[7], x[8], p[0], p[1], p[2]};
+    const PairLoss<T> pair = Variant::at(rewards);
+    Terms<T> out;
+    out.loss = x[6] * pair.loss;
+    out.coefficients[0] = x[6] * p[0] * chosen.slope / chosen_length * pair.chosen;
+    out.coefficients[1] = x[6] * p[0] * rejected.slope / rejected_length * pair.rejected;
+    out.metrics[0] = rewards.chosen > rewards.rejected ? T(1) : T(0);
+    out.metrics[1] = rewards.gap();
+    out.metrics[2] = rewards.chosen;
+    out.metrics[3] = rewards.rejected;
+    return out;
+  }
+};
+
+}  // namespace rlhf

@@ -1,0 +1,35 @@
+// One functor per loss of one answer that is desirable or not. Formulas: rlhf_fast/ops/unpaired_preference_loss.py.
+#pragma once
+#include "math/losses.h"
+
+namespace rlhf {
+
+// u: by how much the reward lies on the right side of the shift.
+struct KtoLoss {
+  template <typename T> static RLHF_HD T value(T u) { return sigmoid(-u); }
+  template <typename T> static RLHF_HD T slope(T u) { return -sigmoid(u) * sigmoid(-u); }
+};
+struct BcoLoss {
+  template <typename T> static RLHF_HD T value(T u) { return softplus(-u); }
+  template <typename T> static RLHF_HD T slope(T u) { return -sigmoid(-u); }
+};
+
+// x: logprob, ref_logprob, 1 for desirable or 0, weight, reward shift; p: beta, desirable_weight, undesirable_weight.
+// Metrics: whether desirable, reward where it is, whether undesirable, reward where it is.
+template <typename Variant> struct Unpaired {
+  static constexpr int inputs = 5, coefficients = 1;
+  static constexpr bool last_is_max = false;
+  template <typename T> static RLHF_HD Terms<T> at(const T* x, const T* p) {
+    const bool desirable = x[2] > 0;
+    const T reward = p[0] * (x[0] - x[1]), sign = desirable ? T(1) : T(-1);
+    const T weight = x[3] * (desirable ? p[1] : p[2]), u = sign * (reward - x[4]);
+    Terms<T> out;
+    out.loss = weight * Variant::value(u);
+    out.coefficients[0] = weight * sign * p[0] * Variant::slope(u);
+    out.metrics[desirable ? 0 : 2] = 1;
+    out.metrics[desirable ? 1 : 3] = reward;
+    return out;
+  }
+};
+
+}  // namespace rlhf
