@@ -29,7 +29,7 @@ from rlhf_fast.ops import _check
 
 # Scratch for one tile of float32 logits: on the CPU near the caches, on a GPU enough rows to fill a matrix product.
 TILE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-_VOCABULARY_BLOCK = 8192  # half-precision heads are widened to float32 in blocks of this many rows on the CPU
+VOCABULARY_BLOCK = 8192  # half-precision heads are widened to float32 in blocks of this many rows on the CPU
 
 
 class Head(NamedTuple):
@@ -62,18 +62,22 @@ class Head(NamedTuple):
         assert self.lora_a is not None
         return _product(hidden, self.lora_a.t())
 
-    def through(self, gradient: Tensor) -> Tensor:
-        """d loss / d hidden (n, D) in the weight's type, of d loss / d logits (n, V)."""
-        weight = self.weight
-        if gradient.dtype == weight.dtype:
+    def through(self, gradient: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """d loss / d hidden (n, D) in `dtype` (default: the weight's), of d loss / d logits (n, V)."""
+        weight, dtype = self.weight, dtype or self.weight.dtype
+        if weight.is_cuda:
+            gradient = gradient.to(weight.dtype)
+        if gradient.dtype == weight.dtype == dtype:
             result = gradient @ weight
+        elif weight.is_cuda:
+            result = torch.mm(gradient, weight, out_dtype=dtype)
         else:
             result = gradient.new_zeros(gradient.shape[0], weight.shape[1])
             for block in _vocabulary_blocks(weight):
                 result.addmm_(gradient[:, block], weight[block].to(gradient.dtype))
         if self.lora_a is not None and self.lora_b is not None:
             _accumulate(result, _product(gradient, self.lora_b), self.lora_a, self.lora_scale)
-        return result.to(weight.dtype)
+        return result.to(dtype)
 
 
 class HeadGradients:
@@ -87,14 +91,20 @@ class HeadGradients:
             for p, need in zip(head[:4], needs, strict=True)
         ]
 
-    def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        """Add what d loss / d logits `gradient` (n, V) of the rows `hidden` (n, D) gives."""
+    def add(self, gradient: Tensor, hidden: Tensor, scale: Tensor | None = None) -> None:
+        """Add what d loss / d logits = scale (n,) * gradient (n, V) of the rows `hidden` (n, D) gives."""
         head = self.head
         weight, bias, lora_a, lora_b = self.totals
+        if head.weight.is_cuda:
+            gradient = gradient.to(head.weight.dtype)
+        if scale is None:
+            scale = gradient.new_ones(gradient.shape[0])
+        else:
+            hidden = (hidden * scale[:, None]).to(hidden.dtype)  # (n, D) numbers to scale instead of (n, V)
         if weight is not None:
             _accumulate(weight, gradient.t(), hidden)
         if bias is not None:
-            bias += gradient.sum(0, dtype=bias.dtype)
+            _accumulate(bias[:, None], gradient.t(), scale[:, None])
         if lora_a is not None:
             _accumulate(lora_a, _product(gradient, head.lora_b).t(), hidden, head.lora_scale)
         if lora_b is not None:
@@ -113,20 +123,32 @@ class Tiles:
 
     mask: (N,) uint8 or None. On the CPU the rows with mask 0 are left out. On a GPU finding them would wait for it:
     they are left out where `mask_count`, an upper bound of how many rows count, is given; else all rows are taken.
+    narrow: False where the row kernels write gradients only in the type of the logits.
+    kept: a place for the gradients of all the rows that are taken, in place of the one buffer.
     """
 
     def __init__(
-        self, hidden: Tensor, head: Head, mask: Tensor | None, chunk: int, mask_count: int | None = None
+        self,
+        hidden: Tensor,
+        head: Head,
+        mask: Tensor | None,
+        chunk: int,
+        mask_count: int | None = None,
+        *,
+        narrow: bool = True,
+        kept: Tensor | None = None,
     ) -> None:
-        self.hidden, self.head, self.mask = hidden, head, mask
-        self.index = None if mask is None else counted_rows(mask, mask_count)
-        count = hidden.shape[0] if self.index is None else self.index.shape[0]
-        height = -(-count // -(-count // chunk)) if count else 0  # tiles of equal height
-        self.chunks = [slice(i, min(i + height, count)) for i in range(0, count, height or 1)]
+        self.hidden, self.head, self.mask, self.kept = hidden, head, mask, kept
+        self.index = counted_rows(mask, mask_count)
+        self.chunks = chunks(hidden.shape[0] if self.index is None else self.index.shape[0], chunk)
+        height = self.chunks[0].stop if self.chunks else 0
         dtype = _check.compute_dtype(head.weight.dtype)
-        self.logits = hidden.new_empty(height, head.weight.shape[0], dtype=dtype)
-        narrow = head.weight.is_cuda and head.weight.dtype != dtype
-        self.gradient = torch.empty_like(self.logits, dtype=head.weight.dtype) if narrow else self.logits
+        in_place = kept is not None and kept.dtype == dtype
+        self.logits = kept if in_place else hidden.new_empty(height, head.weight.shape[0], dtype=dtype)
+        self.gradient = kept
+        if kept is None:
+            narrow = narrow and head.weight.is_cuda and head.weight.dtype != dtype
+            self.gradient = torch.empty_like(self.logits, dtype=head.weight.dtype) if narrow else self.logits
 
     def take(self, x: Tensor, chunk: slice) -> Tensor:
         """The rows of x that `chunk` stands for, contiguous."""
@@ -136,13 +158,27 @@ class Tiles:
         x[chunk if self.index is None else self.index[chunk]] = value
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor | None]]:
-        """chunk, its rows of hidden (n, D), logits (1, n, V), the place for their gradient, mask (1, n) or None."""
+        """chunk, its rows of hidden (n, D), logits (1, n, V), the place for their gradient, mask (1, n) or None.
+
+        Rows behind the mask, where they are taken at all, have hidden states 0: nothing there gets into a product.
+        """
         for chunk in self.chunks:
-            n = chunk.stop - chunk.start
-            hidden = self.take(self.hidden, chunk)
-            self.head.logits(hidden, self.logits[:n])
-            mask = None if self.mask is None else self.take(self.mask, chunk)[None]
-            yield chunk, hidden, self.logits[None, :n], self.gradient[None, :n], mask
+            hidden, mask = self.take(self.hidden, chunk), None
+            if self.mask is not None:
+                mask = self.take(self.mask, chunk)
+                hidden = torch.where(mask[:, None] != 0, hidden, torch.zeros_like(hidden))
+            first = slice(0, chunk.stop - chunk.start)
+            logits = self.logits[chunk if self.logits is self.kept else first]
+            gradient = self.gradient[chunk if self.gradient is self.kept else first]
+            self.head.logits(hidden, logits)
+            yield chunk, hidden, logits[None], gradient[None], None if mask is None else mask[None]
+
+
+def chunks(count: int, most: int) -> list[slice]:
+    """`count` rows in as few chunks of at most `most` as possible, of equal height (the last may be lower)."""
+    number = -(-count // most)
+    height = -(-count // number) if number else 1
+    return [slice(i, min(i + height, count)) for i in range(0, count, height)]
 
 
 def chunk_tokens(weight: Tensor) -> int:
@@ -152,18 +188,21 @@ def chunk_tokens(weight: Tensor) -> int:
     return max(16, fitting // 16 * 16)
 
 
-def counted_rows(mask: Tensor, mask_count: int | None) -> Tensor | None:
-    """Indices of the rows that count, in order; None for all rows. With `mask_count` on a GPU, that many."""
+def counted_rows(mask: Tensor | None, mask_count: int | None) -> Tensor | None:
+    """Indices of the rows that count, in order, None for all rows; on a GPU `mask_count` rows with these first."""
+    if mask is None:
+        return None
     if mask.device.type == "cpu":
-        return mask.nonzero()[:, 0]
+        index = mask.nonzero()[:, 0]
+        return index if index.shape[0] < mask.shape[0] else None
     if mask_count is None:
         return None
     return torch.argsort(mask, descending=True, stable=True)[:mask_count]
 
 
 def _vocabulary_blocks(weight: Tensor) -> Iterator[slice]:
-    for start in range(0, weight.shape[0], _VOCABULARY_BLOCK):
-        yield slice(start, start + _VOCABULARY_BLOCK)
+    for start in range(0, weight.shape[0], VOCABULARY_BLOCK):
+        yield slice(start, start + VOCABULARY_BLOCK)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

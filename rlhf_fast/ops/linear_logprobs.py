@@ -1,41 +1,59 @@
 """linear_logprobs: log-probabilities of given tokens straight from hidden states; the logits never exist as a whole.
 
-With z = (hidden @ weight^T + bias) / temperature, logprob and entropy are those of token_logprobs(z, targets), and
+With logits = hidden @ weight^T + lora_scale * (hidden @ A^T) @ B^T + bias and z = softcap(logit_scale * logits) /
+temperature, logprob and entropy are those of token_logprobs(logits, targets), and for one target y per row
 
-    d logprob / d hidden = (weight[y] - softmax(z) @ weight) / temperature =: U
-    d logprob / d weight = ((onehot(y) - softmax(z)) / temperature)^T @ hidden,    d / d bias = its sum over rows
+    d logprob / d logits = (onehot(y) - softmax(z)) * d z / d logits =: G,     d logprob / d hidden = G @ weight =: U
 
-U does not depend on the loss above. With a frozen head the forward pass therefore makes U in the same sweep over the
-tiles of logits, and the backward pass is a row scale for any loss: grad_hidden = grad_logprob * U.
+(with a LoRA: + lora_scale * (G @ B) @ A). Neither depends on the loss above. With a frozen head the forward pass makes
+U in the same sweep over the tiles of logits, and the backward pass is a row scale for any loss: grad_hidden =
+grad_logprob * U. With a trained one (weight, bias or LoRA) it keeps G while all of it fits KEPT_BYTES, and the backward
+pass is two products; else the tiles are made again.
 
-Cost, with P = one N x D x V product (2 N D V FLOPs): without gradients P; frozen head 2P in all; trained head 4P (the
-tiles are recomputed in backward); a gradient through the entropy adds the recomputation to a frozen head as well (4P).
-Bytes: the head is read once per tile; a tile of `chunk_tokens` x V float32 (plus its bfloat16 gradient on a GPU) is
-the only scratch, beside U (N x D, in hidden's type). Rows with mask 0 cost nothing on the CPU; on a GPU, where
-leaving them out would need a host synchronisation, their products are made and their results are 0.
+Cost, with P = one N x D x V product (2 N D V FLOPs; a LoRA of rank R adds R / D of each), forward and backward:
+
+                                             frozen head    trained weight    frozen weight, trained LoRA or bias
+    without gradients                             1P              1P                    1P
+    G fits KEPT_BYTES                             2P              3P                    2P
+    G does not fit, or K targets per row          2P, K: 3P       4P                    3P
+    also a gradient through the entropy           4P, K: 3P       4P                    3P
+
+Bytes: the head is read once per tile and product. Scratch is one tile of `chunk_tokens` x V float32 (plus its bfloat16
+gradient on a GPU), U (N x D, in hidden's type), and G (N x V, in the head's type on a GPU, in float32 on the CPU, where
+it takes the tile's place) up to KEPT_BYTES.
+
+Rows that cost no product: on the CPU those with mask 0 and, in the backward pass of a trained head, those whose
+upstream gradient is 0 (clipped tokens, groups of zero advantage). On a GPU finding them would need a host
+synchronisation: there the row kernels write their zeros without reading, and with `mask_count` the counted rows are
+sorted to the front and only that many are multiplied.
+
+Vocabulary parallel (process_group): the shards' statistics are merged per tile, see _shards.py; U, grad_hidden and the
+gradient of A are summed over the ranks, those of weight, bias and B stay local.
 
 Numerics: logits are accumulated and kept in float32 (never rounded to bfloat16 before the softmax), then as in
-token_logprobs; U = (onehot - softmax) @ weight has no cancellation for confident tokens; the weight gradient is
-accumulated in float32 across tiles. No atomics: the same inputs give the same bits, with gradients or without.
+token_logprobs; U = G @ weight has no cancellation for confident tokens; gradients of the head are accumulated in
+float32 across tiles. No atomics: the same inputs give the same bits, with gradients or without.
 
-Source: the loss-independent row gradient follows from d logsumexp = softmax; tiling over tokens as in
-Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009).
+Sources: the loss-independent row gradient follows from d logsumexp = softmax; tiling over tokens as in
+Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009); LoRA, Hu et al. 2021
+(arXiv 2106.09685), eq. 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import resolve
-from rlhf_fast.ops import _check
+from rlhf_fast.ops import _check, _head, _linear_call
 from rlhf_fast.ops import token_logprobs as rows
+from rlhf_fast.ops._shards import Shards
 
-# Scratch for one tile of float32 logits: on the CPU near the caches, on a GPU enough rows to fill a matrix product.
-TILE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-_VOCABULARY_BLOCK = 8192  # half-precision heads are widened to float32 in blocks of this many rows on the CPU
+_SHARD_CHUNK = 1024  # rows per tile of a sharded head: every rank must make the same tiles, whatever its shard's size
+
+HeadLora = tuple[Tensor, Tensor, float]
 
 
 def linear_logprobs(
@@ -45,37 +63,69 @@ def linear_logprobs(
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    mask_count: int | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    head_lora: HeadLora | None = None,
     return_entropy: bool = False,
+    return_stats: bool = False,
+    process_group: torch.distributed.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of `targets` under softmax((hidden @ weight^T + bias) / temperature), in nats.
+) -> Any:
+    """Log-probabilities of `targets` under softmax(softcap(logit_scale * logits) / temperature), in nats.
 
     hidden: (..., D); weight: (V, D), the type of hidden (float32, bfloat16, float16, float64); bias: (V,) or None.
-    targets: (...) int64 or int32 ids in [0, V). mask: (...) any dtype, nonzero counts; elsewhere results and
-    gradients are 0 and nothing is read. return_entropy: also the entropy in nats, differentiable.
-    chunk_tokens: rows of logits held at a time (default: from a byte budget, see TILE_BYTES).
-    Whether the head is frozen is read from weight.requires_grad and bias.requires_grad.
+    targets: (...) int64 or int32 ids in [0, V), or (..., K) for several ids per row.
+    mask: (...) any dtype, nonzero counts; elsewhere results and gradients are 0 and nothing is read. mask_count: how
+    many rows count, or an upper bound: lets a GPU leave the others out (the CPU does so in any case).
+    temperature: > 0, one number or a tensor (...) of one per row. logit_scale: > 0. softcap: the bound c of
+    c tanh(u / c), > 0, or None. None of the three gets a gradient.
+    head_lora: (A (R, D), B (V, R), scale): a LoRA on the head, whose A and B may be trained on a frozen weight.
+    return_entropy: also the entropy in nats, differentiable. return_stats: also a RowStats.
+    process_group: weight, bias and B are this rank's rows of the head, in rank order, of at least one row each; targets
+    are ids of the whole vocabulary. Every rank makes the same call on the same rows, and the same backward pass.
+    chunk_tokens: rows of logits held at a time (default: from a byte budget, TILE_BYTES in _head.py; with a
+    process_group 1024).
+    Whether the head is frozen is read from requires_grad of weight, bias, A and B.
 
-    Returns (...) float32 (float64 for float64), or the pair (logprobs, entropy).
+    Returns logprobs in the shape of `targets`, float32 (float64 for float64). With return_entropy or return_stats a
+    tuple: (logprobs, entropy), (logprobs, stats) or (logprobs, entropy, stats), entropy (...).
     Raises ValueError or TypeError for what does not fit, IndexError on the CPU for a counted target outside [0, V).
+    A GPU would have to wait for that: there such a target's result is NaN, unless RLHF_FAST_DEBUG=1 makes it raise.
     """
     name = resolve("linear_logprobs", rows.IMPLS, hidden.device, backend)
-    shape = _checked(hidden, weight, targets, bias, mask, chunk_tokens)
-    temperature = _check.positive("temperature", temperature)
+    lora_a, lora_b, lora_scale = head_lora or (None, None, 1.0)
+    head = _head.Head(weight, bias, lora_a, lora_b, float(lora_scale))
+    shape = _checked(hidden, head, targets, mask, mask_count, chunk_tokens)
+    transform = rows.checked_transform(temperature, logit_scale, softcap, shape, ("hidden", hidden))
     ids, mask = _check.ids("targets", targets), _check.mask_bytes(mask, shape, "hidden.shape[:-1]")
     if name == "reference":
-        logprobs, entropy = reference(hidden, weight, ids, bias=bias, mask=mask, temperature=temperature)
-    else:
-        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-        results = torch.ops.rlhf_fast.linear_logprobs(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids.view(-1), None if mask is None else mask.view(-1),
-            temperature, return_entropy, frozen and hidden.requires_grad and torch.is_grad_enabled(),
-            chunk_tokens or _chunk_tokens(hidden.device, weight), name,
+        if process_group is not None:
+            raise ValueError("linear_logprobs: the reference needs the whole head, it takes no process_group")
+        return reference(
+            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, logit_scale=logit_scale,
+            softcap=softcap, head_lora=head_lora, return_entropy=return_entropy, return_stats=return_stats,
         )  # fmt: skip
-        logprobs, entropy = results[0].view(shape), results[1].view(shape if return_entropy else -1)
-    return (logprobs, entropy) if return_entropy else logprobs
+    shards = Shards()
+    if process_group is not None:
+        shards = Shards(process_group.group_name, process_group.size(), process_group.rank())
+    temperatures = None if transform.temperatures is None else transform.temperatures.view(-1)
+    call = _linear_call.Call(
+        hidden.reshape(-1, hidden.shape[-1]), *head[:4], ids.view(-1, *targets.shape[len(shape) :]),
+        None if mask is None else mask.view(-1), temperatures, head.lora_scale, transform.temperature,
+        transform.logit_scale, transform.softcap, mask_count,
+        chunk_tokens or (_SHARD_CHUNK if shards.group else _head.chunk_tokens(weight)), *shards, name,
+    )  # fmt: skip
+    save = _linear_call.to_save(call)
+    logprobs, entropy, *stats, _ = torch.ops.rlhf_fast.linear_logprobs(*call, return_entropy, return_stats, save)
+    results: list[Any] = [logprobs.view(targets.shape)]
+    if return_entropy:
+        results.append(entropy.view(shape))
+    if return_stats:
+        results.append(rows.row_stats(*(s.detach().view(shape) for s in stats), mask))
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def reference(
@@ -85,232 +135,62 @@ def reference(
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """(logprobs, entropy) by definition, through all the logits, differentiable any number of times."""
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    head_lora: HeadLora | None = None,
+    return_entropy: bool = False,
+    return_stats: bool = False,
+) -> Any:
+    """The same by definition, through all the logits, differentiable any number of times."""
     dtype = _check.compute_dtype(hidden.dtype)
     if mask is not None:
         hidden = torch.where((mask != 0)[..., None], hidden, torch.zeros_like(hidden))
-    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return rows.reference(logits, targets, temperature=temperature, mask=mask)
+    hidden = hidden.to(dtype)
+    logits = torch.nn.functional.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+    if head_lora is not None:
+        lora_a, lora_b, scale = head_lora
+        logits = logits + scale * (hidden @ lora_a.to(dtype).t()) @ lora_b.to(dtype).t()
+    return rows.token_logprobs(
+        logits, targets, temperature=temperature, logit_scale=logit_scale, softcap=softcap, mask=mask,
+        return_entropy=return_entropy, return_stats=return_stats, backend="reference",
+    )  # fmt: skip
 
 
 def _checked(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    chunk: int | None,
+    hidden: Tensor, head: _head.Head, targets: Tensor, mask: Tensor | None, mask_count: int | None, chunk: int | None
 ) -> torch.Size:
+    weight, bias, lora_a, lora_b, _ = head
     _check.floating("hidden", hidden)
-    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < 1:
         raise ValueError(
-            f"hidden must be (..., D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"hidden must be (..., D) and weight (V, D) with V >= 1, "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
         given = f"weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise TypeError(f"weight and bias must have the type of hidden, got hidden {hidden.dtype}, {given}")
     if bias is not None:
         _check.shaped("bias", bias, (weight.shape[0],), "(V,)")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk_tokens must be >= 1, got {chunk}")
-    _check.shaped("targets", targets, hidden.shape[:-1], "hidden.shape[:-1]")
-    _check.same_device(("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias), ("mask", mask))
-    return hidden.shape[:-1]
-
-
-def _chunk_tokens(device: torch.device, weight: Tensor) -> int:
-    budget = TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
-    fitting = budget // (weight.shape[0] * _check.compute_dtype(weight.dtype).itemsize)
-    return max(16, fitting // 16 * 16)
+    if lora_a is not None and lora_b is not None:
+        _check.floating("head_lora A", lora_a), _check.floating("head_lora B", lora_b)
+        rank = lora_a.shape[0] if lora_a.dim() else 0
+        _check.shaped("head_lora A", lora_a, (rank, weight.shape[1]), "(R, D)")
+        _check.shaped("head_lora B", lora_b, (weight.shape[0], rank), "(V, R)")
+    for name, value in (("chunk_tokens", chunk), ("mask_count", mask_count)):
+        least = 1 if name == "chunk_tokens" else 0
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+    if mask_count is not None and mask is None:
+        raise ValueError(f"mask_count = {mask_count} counts the rows of a mask, but none is given")
+    shape = hidden.shape[:-1]
+    if targets.dim() != hidden.dim() or targets.shape[:-1] != shape:
+        _check.shaped("targets", targets, shape, "hidden.shape[:-1] (or that and K)")
+    _check.same_device(
+        ("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias), ("mask", mask),
+        ("head_lora A", lora_a), ("head_lora B", lora_b),
+    )  # fmt: skip
+    return shape
 
 
 OPS = {"linear_logprobs": tuple(rows.IMPLS)}
-
-
-# --- The tiles -------------------------------------------------------------------------------------------------------
-
-
-def _counted(mask: Tensor | None) -> Tensor | None:
-    """Indices of the rows that count; None for all of them, and always on a GPU, where finding them would wait."""
-    return mask.nonzero()[:, 0] if mask is not None and mask.device.type == "cpu" else None
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, tile: Tensor) -> None:
-    """tile = hidden @ weight^T + bias, accumulated and kept in the tile's float32 (float64)."""
-    if weight.dtype == tile.dtype:
-        torch.mm(hidden, weight.t(), out=tile)
-    elif weight.is_cuda:
-        torch.ops.aten.mm.dtype_out(hidden, weight.t(), tile.dtype, out=tile)
-    else:
-        hidden = hidden.to(tile.dtype)
-        for start in range(0, weight.shape[0], _VOCABULARY_BLOCK):
-            block = slice(start, start + _VOCABULARY_BLOCK)
-            tile[:, block] = hidden @ weight[block].to(tile.dtype).t()
-    if bias is not None:
-        tile += bias
-
-
-def _through_head(tile: Tensor, weight: Tensor) -> Tensor:
-    """tile @ weight in the weight's type, accumulated in float32 (float64)."""
-    if tile.dtype == weight.dtype:
-        return tile @ weight
-    total = tile.new_zeros(tile.shape[0], weight.shape[1])
-    for start in range(0, weight.shape[0], _VOCABULARY_BLOCK):
-        block = slice(start, start + _VOCABULARY_BLOCK)
-        total.addmm_(tile[:, block], weight[block].to(tile.dtype))
-    return total.to(weight.dtype)
-
-
-def _accumulate(total: Tensor, tile: Tensor, hidden: Tensor) -> None:
-    """total += tile^T @ hidden in the total's float32 (float64)."""
-    if tile.dtype == total.dtype:
-        total.addmm_(tile.t(), hidden.to(total.dtype))
-    else:
-        torch.ops.aten.addmm.dtype_out(total, tile.t(), hidden, total.dtype, out=total)
-
-
-class _Tiles:
-    """Tiles of logits over the counted rows, in one buffer; on a GPU their gradients in one of the head's type."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, chunk: int) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.index = _counted(mask)
-        self.mask = mask if self.index is None else None
-        count = hidden.shape[0] if self.index is None else self.index.shape[0]
-        self.chunks = [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
-        dtype = _check.compute_dtype(weight.dtype)
-        self.logits = hidden.new_empty(min(chunk, count), weight.shape[0], dtype=dtype)
-        narrow = weight.is_cuda and weight.dtype != dtype
-        self.gradient = torch.empty_like(self.logits, dtype=weight.dtype) if narrow else self.logits
-
-    def take(self, x: Tensor, chunk: slice) -> Tensor:
-        """The rows of x that `chunk` stands for, contiguous."""
-        return x[chunk] if self.index is None else x[self.index[chunk]]
-
-    def put(self, x: Tensor, chunk: slice, value: Tensor) -> None:
-        x[chunk if self.index is None else self.index[chunk]] = value
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor | None]]:
-        """chunk, its rows of hidden, logits (1, n, V), the place for their gradient, mask."""
-        for chunk in self.chunks:
-            n = chunk.stop - chunk.start
-            hidden = self.take(self.hidden, chunk)
-            _logits(hidden, self.weight, self.bias, self.logits[:n])
-            mask = None if self.mask is None else self.mask[None, chunk]
-            yield chunk, hidden, self.logits[None, :n], self.gradient[None, :n], mask
-
-
-# --- The registered op -----------------------------------------------------------------------------------------------
-
-
-def _empty_results(hidden: Tensor, want_entropy: bool, want_row_gradient: bool) -> list[Tensor]:
-    """[logprobs, entropy, row_max, row_logsum (N,), row gradient U (N, D)], those not wanted empty."""
-    stats = rows.empty_stats(hidden[None], want_entropy)
-    row_gradient = hidden.new_empty(hidden.shape if want_row_gradient else (0,))
-    return [*(s.view(-1) for s in stats), row_gradient]
-
-
-@torch.library.custom_op("rlhf_fast::linear_logprobs", mutates_args=())
-def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None,
-             temperature: float, want_entropy: bool, want_row_gradient: bool, chunk_tokens: int,
-             backend: str) -> list[Tensor]:  # fmt: skip
-    _check.targets_inside(targets, mask, weight.shape[0])
-    results = _empty_results(hidden, want_entropy, want_row_gradient)
-    tiles = _Tiles(hidden, weight, bias, mask, chunk_tokens)
-    if tiles.index is not None:
-        for r in results:
-            r.zero_()
-    for chunk, _, logits, gradient, tile_mask in tiles:
-        ids = tiles.take(targets, chunk)[None]
-        stats = rows.empty_stats(logits, want_entropy)
-        rows.IMPLS[backend][0](
-            logits, ids, tile_mask, temperature, want_entropy, stats, gradient if want_row_gradient else None
-        )
-        for whole, part in zip(results, stats, strict=False):
-            if part.numel():
-                tiles.put(whole, chunk, part[0])
-        if want_row_gradient:
-            tiles.put(results[4], chunk, _through_head(gradient[0], weight))
-    return results
-
-
-@_forward.register_fake
-def _(hidden, weight, bias, targets, mask, temperature, want_entropy, want_row_gradient, chunk_tokens, backend):
-    return _empty_results(hidden, want_entropy, want_row_gradient)
-
-
-@torch.library.custom_op("rlhf_fast::linear_logprobs_backward", mutates_args=())
-def _backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None,
-              temperature: float, stats: list[Tensor], grad_logprobs: Tensor | None, grad_entropy: Tensor | None,
-              needs: list[bool], chunk_tokens: int, backend: str) -> list[Tensor]:  # fmt: skip
-    """Gradients of (hidden, weight, bias), empty where not needed: recomputes the logits tile by tile."""
-    dtype = _check.compute_dtype(weight.dtype)
-    grad_hidden, grad_weight, grad_bias = _empty_gradients(hidden, weight, bias, needs, dtype)
-    for g in (grad_hidden, grad_weight, grad_bias):
-        g.zero_()
-    tiles = _Tiles(hidden, weight, bias, mask, chunk_tokens)
-    for chunk, tile_hidden, logits, gradient, tile_mask in tiles:
-        ids = tiles.take(targets, chunk)[None]
-        tile_stats = [tiles.take(s, chunk)[None] if s.numel() else s for s in stats]
-        upstream = [None if g is None else tiles.take(g, chunk)[None] for g in (grad_logprobs, grad_entropy)]
-        rows.IMPLS[backend][1](logits, ids, tile_mask, temperature, tile_stats, *upstream, gradient)
-        if needs[0]:
-            tiles.put(grad_hidden, chunk, _through_head(gradient[0], weight))
-        if needs[1]:
-            _accumulate(grad_weight, gradient[0], tile_hidden)
-        if needs[2]:
-            grad_bias += gradient[0].sum(0, dtype=dtype)
-    return [grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)]
-
-
-def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], dtype: torch.dtype):
-    grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
-    grad_weight = weight.new_empty(weight.shape if needs[1] else (0,), dtype=dtype)
-    grad_bias = weight.new_empty(weight.shape[0] if needs[2] else 0, dtype=dtype)
-    return grad_hidden, grad_weight, grad_bias
-
-
-@_backward.register_fake
-def _(hidden, weight, bias, targets, mask, temperature, stats, grad_logprobs, grad_entropy, needs, chunk_tokens,
-      backend):  # fmt: skip
-    return list(_empty_gradients(hidden, weight, bias, needs, weight.dtype))
-
-
-def _setup_context(ctx, inputs, output):
-    (
-        hidden,
-        weight,
-        bias,
-        targets,
-        mask,
-        ctx.temperature,
-        ctx.want_entropy,
-        ctx.row_gradient,
-        ctx.chunk_tokens,
-        ctx.backend,
-    ) = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, targets, mask, *output)
-
-
-def _autograd(ctx, grads):
-    hidden, weight, bias, targets, mask, *stats, row_gradient = ctx.saved_tensors
-    grad_logprobs, grad_entropy = (None if g is None else g.contiguous() for g in grads[:2])
-    if not ctx.want_entropy:  # an empty output, not a result
-        grad_entropy = None
-    needs = list(ctx.needs_input_grad[:3])
-    if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 10
-    if grad_entropy is None and ctx.row_gradient:
-        assert grad_logprobs is not None
-        return (grad_logprobs[:, None] * row_gradient).to(hidden.dtype), *(None,) * 9
-    gradients = torch.ops.rlhf_fast.linear_logprobs_backward(
-        hidden, weight, bias, targets, mask, ctx.temperature, stats, grad_logprobs, grad_entropy, needs,
-        ctx.chunk_tokens, ctx.backend,
-    )  # fmt: skip
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 7
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
