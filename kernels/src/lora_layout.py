@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_COLUMNS = 64
-SPLITS = 8  # partial sums of a gradient at most, each over 8 tiles of rows or more
+SPLITS = 8  # partial sums of a gradient at most, each over 512 rows or more
 
 Spans = list[tuple[int, int, int]]  # (adapter, first row, end row)
 
@@ -29,28 +29,30 @@ class Layout(NamedTuple):
     block_rows: int
     block_rank: int
     rank_blocks: int
+    warps: int  # of a program with a tile of block_rows x block_rank
     splits: int
 
 
 @lru_cache(maxsize=1024)
 def layout(spans: tuple[tuple[int, int, int], ...], ranks: tuple[int, ...], scales: tuple[float, ...],
-           device: torch.device) -> Layout:  # fmt: skip
+           device: torch.device, most_rows: int = 64) -> Layout:  # fmt: skip
     """Kept per layout, so that the copy to the device is made once, before a CUDA graph is captured."""
     # A tile has few rows while tokens are generated, but a tile product needs 16.
-    block_rows = 16 if max((stop - start for _, start, stop in spans), default=0) <= 16 else 64
+    block_rows = 16 if max((stop - start for _, start, stop in spans), default=0) <= 16 else most_rows
     tiles, adapters = [], []
     for i, rank in enumerate(ranks):
         first_tile = len(tiles)
         for _, start, stop in (span for span in spans if span[0] == i):
             tiles += [(row, min(row + block_rows, stop), i) for row in range(start, stop, block_rows)]
         adapters.append((sum(ranks[:i]), rank, first_tile, len(tiles)))
-    most_tiles = max(last - first for _, _, first, last in adapters)
+    longest = block_rows * max(last - first for _, _, first, last in adapters)
     block_rank = min(64, max(16, triton.next_power_of_2(max(ranks))))
+    warps = 8 if block_rows * block_rank > 2048 else 4
     return Layout(
         torch.tensor(tiles or [(0, 0, 0)], device=device),
         torch.tensor(adapters, device=device),
         torch.tensor(scales, dtype=torch.float64, device=device),
-        block_rows, block_rank, triton.cdiv(max(ranks), block_rank), max(1, min(SPLITS, most_tiles // 8)),
+        block_rows, block_rank, triton.cdiv(max(ranks), block_rank), warps, max(1, min(SPLITS, longest // 512)),
     )  # fmt: skip
 
 

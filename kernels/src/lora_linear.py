@@ -210,11 +210,11 @@ def shrink(x: Tensor, downs: list[Tensor], spans: Spans, dropout: Dropout, h: Te
     table = layout(tuple(spans), ranks_of(downs), (1.0,) * len(downs), x.device)
     down = bank(downs, 0)
     threshold, seed = dropout or (0, None)
-    block_k = (256 if table.block_rows == 16 else 128) // x.element_size()
+    block_k = (256 if table.block_rows == 16 else 64) // x.element_size()
     _shrink_kernel[(len(table.tiles), table.rank_blocks)](
         x, down, h, table.tiles, table.adapters, seed, threshold, x.shape[1], *x.stride(), *down.stride(),
         h.stride(0), BLOCK_ROWS=table.block_rows, BLOCK_K=block_k, BLOCK_RANK=table.block_rank,
-        PRECISION=precision(x),
+        PRECISION=precision(x), num_warps=table.warps,
     )  # fmt: skip
 
 
@@ -231,22 +231,22 @@ def expand(h: Tensor, ups: list[Tensor], scales: list[float], spans: Spans, drop
     _expand_kernel[(len(table.tiles), triton.cdiv(y.shape[1], BLOCK_COLUMNS))](
         h, up, y, table.tiles, table.adapters, table.scales, seed, threshold, factors,
         None if factors is None else bias, unscaled, y.shape[1], h.stride(0), *up.stride(),
-        BLOCK_ROWS=table.block_rows, BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_RANK=table.block_rank,
-        PRECISION=precision(y),
+        BLOCK_ROWS=table.block_rows, BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_RANK=16, PRECISION=precision(y),
+        num_warps=table.block_rows // 8,
     )  # fmt: skip
 
 
 def gradients(narrow: Tensor, wide: Tensor, ranks: list[int], scales: list[float], spans: Spans, dropout: Dropout,
               rank_first: bool, out: Tensor) -> None:  # fmt: skip
     """out = scale * narrow^T wide over the adapter's rows, (R, width) or transposed, one adapter after the other."""
-    table = layout(tuple(spans), tuple(ranks), tuple(scales), wide.device)
+    table = layout(tuple(spans), tuple(ranks), tuple(scales), wide.device, 32)
     threshold, seed = dropout or (0, None)
     width, splits = wide.shape[1], table.splits
     partials = out if splits == 1 else out.new_empty(splits, out.numel())
     _gradient_kernel[(triton.cdiv(width, BLOCK_COLUMNS), len(ranks), splits * table.rank_blocks)](
         narrow, wide, partials, table.tiles, table.adapters, table.scales, seed, threshold, width, out.numel(),
         narrow.stride(0), *wide.stride(), splits, RANK_FIRST=rank_first, BLOCK_ROWS=table.block_rows,
-        BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_RANK=table.block_rank, PRECISION=precision(wide),
+        BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_RANK=table.block_rank, PRECISION=precision(wide), num_warps=table.warps,
     )  # fmt: skip
     if splits > 1:
         torch.sum(partials, 0, out=out)

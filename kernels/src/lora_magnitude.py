@@ -95,7 +95,7 @@ def norms(weight: Tensor, downs: list[Tensor], ups: list[Tensor], scales: list[f
     down, up = bank(downs, 0), bank(ups, 1)
     _norms_kernel[(triton.cdiv(weight.shape[0], BLOCK_COLUMNS), len(downs))](
         weight, down, up, out, table.adapters, table.scales, *weight.shape, *weight.stride(), *down.stride(),
-        *up.stride(), BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_K=64, BLOCK_RANK=16, PRECISION=precision(weight),
+        *up.stride(), BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_K=32, BLOCK_RANK=16, PRECISION=precision(weight),
     )  # fmt: skip
 
 

@@ -391,7 +391,7 @@ def test_many_ranks_that_are_no_powers_of_two_in_one_launch(backend):
 
 
 def test_triton_splits_the_rows_of_a_gradient():
-    inputs = make_inputs(rows=64 * 16 + 5, inner=8, outer=8)  # more than 16 tiles of rows: two partial sums
+    inputs = make_inputs(rows=64 * 16 + 5, inner=8, outer=8)  # more than twice 512 rows: two partial sums
     found = results(lora_linear, inputs, [(1, 1029)], backend="triton")
     expected = results(lora_linear, inputs, [(1, 1029)], backend="reference")
     for name, value in found.items():
