@@ -1,14 +1,16 @@
-"""Timing side by side: contenders take turns, each is compared with float64 first, medians are written as JSON."""
+"""Timing side by side: contenders take turns, results are compared with float64 first, all is written as JSON."""
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +23,84 @@ ROOT = Path(__file__).parents[1]
 CHECKED_ROWS = 16  # rows of every result that are compared with float64
 
 Inputs = dict[str, Tensor]
-Contender = Callable[[Inputs], list[Tensor]]  # results whose first dimension is the rows of the inputs
+Contender = Callable[[Inputs], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`ours` must be at least `ratio` times as fast as `against` (below 1: take at most 1 / ratio of its time)."""
+
+    ours: str
+    against: str
+    ratio: float
 
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison: `contenders` must hold "eager", what a user would write in plain PyTorch."""
+    """A comparison. A contender gives results whose first dimension is the rows of the inputs, or whole tensors.
+
+    "eager" is what a user would write in plain PyTorch; `peers` are other implementations of the same job, whose error
+    is recorded and not asserted; `floors` are what the job cannot do without (bare products, a copy), not checked.
+    bytes and flops: what the op's formula moves and computes at least; 0 where that bounds nothing.
+    """
 
     name: str
     shape: str
     draw: Callable[[], Inputs]  # called anew for every contender, which may overwrite its inputs
     oracle: Callable[[Inputs, int], list[Tensor]]  # the first rows in float64
     contenders: dict[str, Contender]
+    peers: dict[str, Contender] = field(default_factory=dict)
+    floors: dict[str, Contender] = field(default_factory=dict)
+    bars: tuple[Bar, ...] = ()
+    bytes: int = 0
+    flops: int = 0
+
+    @property
+    def everyone(self) -> dict[str, Contender]:
+        return self.contenders | self.peers | self.floors
 
 
 def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
-    """Median, minimum and maximum milliseconds of every contender over `repeats` interleaved runs."""
-    check(case)
-    inputs = {name: case.draw() for name in case.contenders}
-    times: dict[str, list[float]] = {name: [] for name in case.contenders}
-    for turn in range(repeats + 2):  # two rounds of warming up
-        for name, contender in case.contenders.items():
+    """Times, errors and bars of one case over `repeats` interleaved runs, after two that warm up."""
+    errors = check(case)
+    inputs = {name: case.draw() for name in case.everyone}
+    times: dict[str, list[float]] = {name: [] for name in case.everyone}
+    for turn in range(repeats + 2):
+        for name, contender in case.everyone.items():
             milliseconds = timed(lambda run=contender, given=inputs[name]: run(given), device)
             if turn >= 2:
                 times[name].append(milliseconds)
     summary = {
-        name: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t)} for name, t in times.items()
+        name: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t), "max_error": errors.get(name)}
+        for name, t in times.items()
     }
-    return {"case": case.name, "shape": case.shape, "repeats": repeats, "contenders": summary}
+    if device == "cuda":
+        for name, contender in case.everyone.items():
+            summary[name]["peak_bytes"] = peak_bytes(contender, inputs[name])
+    return {
+        "case": case.name, "shape": case.shape, "repeats": repeats, "bytes": case.bytes, "flops": case.flops,
+        "contenders": summary, "bars": [judged(bar, times) for bar in case.bars],
+    }  # fmt: skip
 
 
-def check(case: Case) -> None:
-    """Every contender keeps the numerics contract beside "eager" on the first rows."""
+def judged(bar: Bar, times: dict[str, list[float]]) -> dict[str, Any]:
+    """The better of the interleaved repeats of both; None where the other one is not installed."""
+    found = None if bar.against not in times else min(times[bar.against]) / min(times[bar.ours])
+    return {"ours": bar.ours, "against": bar.against, "bar": bar.ratio, "measured": found}
+
+
+def check(case: Case) -> dict[str, float]:
+    """Our contenders keep the numerics contract beside "eager"; returns everybody's greatest error against float64."""
     oracle = case.oracle(case.draw(), CHECKED_ROWS)
-    eager = [x[:CHECKED_ROWS] for x in case.contenders["eager"](case.draw())]
-    for name, contender in case.contenders.items():
-        for i, result in enumerate(contender(case.draw())):
-            assert_contract(f"{case.name}, {name}, result {i}", result[:CHECKED_ROWS], eager[i], oracle[i])
+    eager = [x[:CHECKED_ROWS] if x.dim() else x for x in case.contenders["eager"](case.draw())]
+    errors = {}
+    for name, contender in (case.contenders | case.peers).items():
+        results = [x[:CHECKED_ROWS] if x.dim() else x for x in contender(case.draw())]
+        errors[name] = max((r.double() - o).abs().max().item() for r, o in zip(results, oracle, strict=True))
+        if name in case.contenders:
+            for i, result in enumerate(results):
+                assert_contract(f"{case.name}, {name}, result {i}", result, eager[i], oracle[i])
+    return errors
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
@@ -74,6 +117,26 @@ def timed(run: Callable[[], Any], device: str) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def peak_bytes(contender: Contender, inputs: Inputs) -> int:
+    """Bytes that a run allocates on the GPU beyond its inputs, results included."""
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    contender(inputs)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def limits(device: str, size: int = 1 << 28, side: int = 2048) -> dict[str, float]:
+    """What the machine can do at best: bytes copied (read and written) and FLOPs of a square product, per second."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    a, b, c = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(3))
+    copy = min(timed(lambda: target.copy_(source), device) for _ in range(20))
+    product = min(timed(lambda: torch.mm(a, b, out=c), device) for _ in range(20))
+    name = f"{str(dtype).removeprefix('torch.')}_flops_per_second"
+    return {"copy_bytes_per_second": 2e3 * size / copy, name: 2e3 * side**3 / product}
+
+
 def machine(device: str) -> dict[str, Any]:
     """Where and with what this ran."""
 
@@ -83,6 +146,7 @@ def machine(device: str) -> dict[str, Any]:
     info = {
         "commit": git("rev-parse", "HEAD") or None,
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "command": " ".join(["python", "-m", Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -102,16 +166,29 @@ def cpu_name() -> str:
 
 
 def report(cases: list[Case], device: str, repeats: int, out: Path, **extra: Any) -> None:
-    """Measures all cases, prints a line for each contender and writes everything to `out`."""
+    """Measures all cases, prints a line for each contender and bar, and writes everything to `out`."""
     results = []
     for case in cases:
         results.append(measure(case, device, repeats))
+        gc.collect()
         times = results[-1]["contenders"]
+        print(f"{case.name}, {case.shape}", flush=True)
         for name, row in times.items():
-            ratio = times["eager"]["median_ms"] / row["median_ms"]
-            print(
-                f"{case.name:34} {case.shape:28} {name:8} {row['median_ms']:10.3f} ms  {ratio:6.2f} x eager", flush=True
-            )
+            ratio = times["eager"]["min_ms"] / row["min_ms"]
+            error = "" if row["max_error"] is None else f"  error {row['max_error']:.1e}"
+            print(f"  {name:24} {row['min_ms']:10.3f} ms  {ratio:7.2f} x eager{error}", flush=True)
+        for bar in results[-1]["bars"]:
+            print(f"  {described(bar)}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": machine(device), **extra, "cases": results}, indent=1) + "\n")
     print(f"-> {out}")
+
+
+def described(bar: dict[str, Any]) -> str:
+    """One line: what was asked, what was measured."""
+    if bar["measured"] is None:
+        return f"bar: {bar['against']} is not installed"
+    verdict = "kept" if bar["measured"] >= bar["bar"] else "MISSED"
+    if bar["bar"] < 1:
+        return f"bar {verdict}: {1 / bar['measured']:.3f} x the time of {bar['against']}, at most {1 / bar['bar']:.3f}"
+    return f"bar {verdict}: {bar['measured']:.2f} x as fast as {bar['against']}, at least {bar['bar']:g}"

@@ -9,6 +9,7 @@
 #include "cpu/kl_estimate.h"
 #include "cpu/lora_linear.h"
 #include "cpu/losses.h"
+#include "cpu/pages.h"
 #include "cpu/sample_tokens.h"
 #include "cpu/policy_loss.h"
 #include "cpu/shaped_rewards.h"
@@ -95,6 +96,9 @@ PYBIND11_MODULE(_native, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
+
+  m.def(
+      "prefer_huge_pages", [](Address data, int64_t bytes) { cpu::prefer_huge_pages(at<>(data), bytes); }, Release());
 
   m.def(
       "token_logprobs_forward",

@@ -2,7 +2,7 @@
 
 from rlhf_fast.backends import BackendError, use_backend
 from rlhf_fast.ops._preference import PreferenceObjective
-from rlhf_fast.ops.gae import discounted_returns, gae
+from rlhf_fast.ops.gae import discounted_returns, gae, length_adaptive_lambda
 from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.kl_estimate import kl_estimate
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
@@ -14,6 +14,7 @@ from rlhf_fast.ops.sample_tokens import Samples, sample_tokens
 from rlhf_fast.ops.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.token_logprobs import token_logprobs
 from rlhf_fast.ops.value_loss import value_loss
+from rlhf_fast.ops.vtrace import vtrace
 from rlhf_fast.ops.whiten import whiten
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "kl_estimate",
+    "length_adaptive_lambda",
     "linear_logprobs",
     "lora_linear",
     "policy_loss",
@@ -37,5 +39,6 @@ __all__ = [
     "token_logprobs",
     "use_backend",
     "value_loss",
+    "vtrace",
     "whiten",
 ]

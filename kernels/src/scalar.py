@@ -28,12 +28,13 @@ def sigmoid(x):
 
 @triton.jit
 def exp_minus_1_minus(x):
-    """exp(x) - 1 - x: near 0, where it is x^2 / 2, a Taylor series whose first term left out is below 2^-53."""
+    """exp(x) - 1 - x: near 0, where it is x^2 / 2, a Taylor series whose first term left out is below half a unit."""
+    terms: tl.constexpr = 13 if x.dtype == tl.float64 else 7
     near = tl.abs(x) < 0.5
     small = tl.where(near, x, 0.0)
     series = small * 0.0 + 1.0
-    for i in tl.static_range(13):
-        series = 1.0 + series * small * (1.0 / (15 - i))
+    for i in tl.static_range(terms):
+        series = 1.0 + series * small * (1.0 / (terms + 2 - i))
     return tl.where(near, 0.5 * small * small * series, (tl.exp(x) - 1.0) - x)
 
 
@@ -41,3 +42,11 @@ def exp_minus_1_minus(x):
 def expm1(x):
     """exp(x) - 1"""
     return tl.where(tl.abs(x) < 0.5, exp_minus_1_minus(x) + x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    """To a few units in the last place, near 0 as well."""
+    e = expm1(-2.0 * tl.abs(x))
+    t = -e / (2.0 + e)
+    return tl.where(x < 0, -t, t)

@@ -1,0 +1,54 @@
+"""The sizes of a run, and what the cases share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Contender, Inputs
+from rlhf_fast.ops import table
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens N, vocabulary V, hidden D, sequences B, time T, packed steps, and the dtype of hidden states and heads."""
+
+    N: int
+    V: int
+    D: int
+    B: int
+    T: int
+    packed: int
+    dtype: torch.dtype
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def backends_of(op: str, device: str) -> list[str]:
+    return [name for name in table()[op] if name in {"cpu": ("cpu",), "cuda": ("triton", "cuda")}[device]]
+
+
+def with_gradient(function: Callable[..., Tensor], *leaves: str) -> Contender:
+    """[the result, the gradient of its sum by each of `leaves`]"""
+
+    def run(inputs: Inputs) -> list[Tensor]:
+        inputs = inputs | {leaf: inputs[leaf].detach().requires_grad_() for leaf in leaves}
+        found = function(**inputs)
+        return [found.detach(), *torch.autograd.grad(found.sum(), [inputs[leaf] for leaf in leaves])]
+
+    return run
+
+
+def generator(device: str) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+def ragged_mask(rows: int, columns: int, device: str) -> Tensor:
+    """Rows of random lengths from a quarter to the whole, as bytes."""
+    lengths = torch.randint(columns // 4, columns + 1, (rows, 1), generator=generator(device), device=device)
+    return (torch.arange(columns, device=device) < lengths).to(torch.uint8)
