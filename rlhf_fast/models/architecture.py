@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypedDict
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.errors import UserError
 
-# Config entries by which architectures change the logits after the head; absent, None and 1 mean unchanged.
-LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logit_softcap",
-    "output_logit_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-)
+
+class LogitTransform(TypedDict):
+    """How an architecture changes its logits after the head, as arguments of the log-probability ops."""
+
+    logit_scale: float
+    softcap: float | None
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """From the entries of the config that name it (Gemma, Cohere, Granite, Falcon-H1, RecurrentGemma, xLSTM)."""
+
+    def entry(name: str) -> float | None:
+        return getattr(config, name, None)
+
+    caps = (entry(name) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
+    scale = (entry("logit_scale") or 1.0) * (entry("lm_head_multiplier") or 1.0) / (entry("logits_scaling") or 1.0)
+    return {"logit_scale": float(scale), "softcap": next((float(cap) for cap in caps if cap), None)}
 
 
 def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -30,10 +39,6 @@ def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise UserError(f"unsupported architecture {kind}: its output head is {type(head).__name__}, not nn.Linear")
-    for name in LOGIT_CHANGES:
-        value = getattr(config, name, None)
-        if value is not None and value != 1:
-            raise UserError(f"unsupported architecture {kind}: its logits are changed by {name}={value}")
     decoder = model.get_decoder()
     count = getattr(config, "num_hidden_layers", None)
     stacks = [stack for stack in decoder.children() if isinstance(stack, nn.ModuleList) and len(stack) == count]

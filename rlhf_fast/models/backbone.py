@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.architecture import adaptable_linears, decoder_layers, linear_shape, select_linears
+from rlhf_fast.models.architecture import (
+    adaptable_linears,
+    decoder_layers,
+    linear_shape,
+    logit_transform,
+    select_linears,
+)
 from rlhf_fast.models.lora import LoRA, LoRALinear, Route, routed
 from rlhf_fast.models.routing import LayerOutput, RoutedLayer, Traversal, traversing
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
@@ -307,6 +313,7 @@ class Backbone:
             targets,
             bias=self.lm_head_bias,
             temperature=temperature,
+            **logit_transform(self.model.config),
             return_entropy=return_entropy,
         )
 

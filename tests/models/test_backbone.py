@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CohereConfig,
     Gemma2Config,
     GraniteConfig,
     PreTrainedModel,
@@ -233,15 +234,27 @@ def test_padding_never_changes_a_role():
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    "config",
     [
-        (Gemma2Config(**SIZES, head_dim=8), "final_logit_softcapping=30.0"),
-        (GraniteConfig(**SIZES, logits_scaling=8.0), "logits_scaling=8.0"),
+        Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.05),
+        GraniteConfig(**SIZES, logits_scaling=0.25),
+        CohereConfig(**SIZES, logit_scale=8.0),
     ],
+    ids=lambda config: config.model_type,
 )
-def test_model_that_changes_its_logits_is_refused_by_name(config, reason):
-    with pytest.raises(UserError, match=reason):
-        Backbone(AutoModelForCausalLM.from_config(config))
+def test_logits_that_the_architecture_caps_or_scales_keep_their_log_probabilities(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    input_ids = make_batch()[0]
+    mask = torch.ones_like(input_ids)
+    with torch.no_grad():
+        logits = model(input_ids, attention_mask=mask).logits[:, :-1]
+        plain = model.get_output_embeddings()(model.get_decoder()(input_ids).last_hidden_state)[:, :-1]
+    assert (logits - plain).abs().max() > 1e-2, "the change must be seen for this test to say anything"
+    backbone = Backbone(model)
+    found = backbone.logprobs(backbone.hidden(input_ids, mask, ["reference"])["reference"], input_ids, mask)
+    expected = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found[:, 1:], expected, rtol=0, atol=5e-6)
 
 
 def test_encoder_decoder_is_refused():
