@@ -4,11 +4,14 @@
 
 #include <array>
 
+#include "cpu/distributional_value_loss.h"
 #include "cpu/gae.h"
 #include "cpu/group_advantages.h"
 #include "cpu/kl_estimate.h"
+#include "cpu/linear_value_loss.h"
 #include "cpu/lora_linear.h"
 #include "cpu/losses.h"
+#include "cpu/ranking_loss.h"
 #include "cpu/pages.h"
 #include "cpu/sample_tokens.h"
 #include "cpu/policy_loss.h"
@@ -207,6 +210,17 @@ PYBIND11_MODULE(_native, m) {
                          threads);
       },
       Release());
+  // outputs = losses and accuracies of the groups, gradient
+  m.def(
+      "ranking_loss",
+      [](const std::string& variant, Address rewards, int dtype, Address ranks, Address order, Address offsets,
+         int64_t group_size, int64_t groups, std::array<Address, 3> outputs, int threads) {
+        cpu::ranking_loss(variant,
+                          {at<>(rewards), DType(dtype), at<int64_t>(ranks), at<int64_t>(order), at<int64_t>(offsets),
+                           group_size, groups, at<>(outputs[0]), at<>(outputs[1]), at<>(outputs[2])},
+                          threads);
+      },
+      Release());
   m.def(
       "kl_estimate",
       [](const std::string& estimator, const std::string& gradient, const std::array<PlaneArguments, 3>& inputs,
@@ -272,6 +286,33 @@ PYBIND11_MODULE(_native, m) {
         cpu::group_advantages({at<>(rewards), DType(dtype), at<>(weights), groups, group_size, at<int64_t>(order),
                                at<int64_t>(offsets), divisor, parameter, at<>(advantages)},
                               threads);
+      },
+      Release());
+
+  // sizes = rows, width, row stride; inputs = weight, bias, old_values, returns, mask, denominator;
+  // outputs = loss, means, values, coefficients, weight_sums, bias_sum
+  m.def(
+      "linear_value_loss",
+      [](Address hidden, int dtype, std::array<int64_t, 3> sizes, std::array<Address, 6> inputs, double clip_eps,
+         std::array<Address, 6> outputs, int threads) {
+        cpu::linear_value_loss({at<>(hidden), DType(dtype), sizes[0], sizes[1], sizes[2], at<>(inputs[0]),
+                                at<>(inputs[1]), at<>(inputs[2]), at<>(inputs[3]), at<uint8_t>(inputs[4]),
+                                at<>(inputs[5]), clip_eps, at<>(outputs[0]), at<>(outputs[1]), at<>(outputs[2]),
+                                at<>(outputs[3]), at<>(outputs[4]), at<>(outputs[5])},
+                               threads);
+      },
+      Release());
+  // sizes = rows, bins, row stride; inputs = returns, mask, denominator; parameters = v_min, v_max, sigma;
+  // outputs = loss, means, values, coefficients
+  m.def(
+      "distributional_value_loss",
+      [](Address logits, int dtype, std::array<int64_t, 3> sizes, std::array<Address, 3> inputs,
+         std::array<double, 3> parameters, std::array<Address, 4> outputs, int threads) {
+        cpu::distributional_value_loss({at<>(logits), DType(dtype), sizes[0], sizes[1], sizes[2], at<>(inputs[0]),
+                                        at<uint8_t>(inputs[1]), at<>(inputs[2]), parameters[0], parameters[1],
+                                        parameters[2], at<>(outputs[0]), at<>(outputs[1]), at<>(outputs[2]),
+                                        at<>(outputs[3])},
+                                       threads);
       },
       Release());
 

@@ -9,10 +9,18 @@ from rlhf_fast.ops.linear_logprobs import linear_logprobs
 from rlhf_fast.ops.lora_linear import Adapter, lora_linear
 from rlhf_fast.ops.policy_loss import PolicyObjective, policy_loss
 from rlhf_fast.ops.preference_loss import preference_loss
-from rlhf_fast.ops.reward_loss import reward_loss
+from rlhf_fast.ops.preference_weights import length_desensitized_weights, wpo_weights
+from rlhf_fast.ops.ranking_loss import ranking_loss
+from rlhf_fast.ops.reward_loss import ensemble_scores, reward_loss
 from rlhf_fast.ops.sample_tokens import Samples, sample_tokens
 from rlhf_fast.ops.shaped_rewards import shaped_rewards
+from rlhf_fast.ops.step_reward_loss import step_reward_loss
 from rlhf_fast.ops.token_logprobs import token_logprobs
+from rlhf_fast.ops.unpaired_preference_loss import (
+    mismatched_kl,
+    running_reward_shift,
+    unpaired_preference_loss,
+)
 from rlhf_fast.ops.value_loss import value_loss
 from rlhf_fast.ops.vtrace import vtrace
 from rlhf_fast.ops.whiten import whiten
@@ -25,20 +33,28 @@ __all__ = [
     "PreferenceObjective",
     "Samples",
     "discounted_returns",
+    "ensemble_scores",
     "gae",
     "group_advantages",
     "kl_estimate",
     "length_adaptive_lambda",
+    "length_desensitized_weights",
     "linear_logprobs",
     "lora_linear",
+    "mismatched_kl",
     "policy_loss",
     "preference_loss",
+    "ranking_loss",
     "reward_loss",
+    "running_reward_shift",
     "sample_tokens",
     "shaped_rewards",
+    "step_reward_loss",
     "token_logprobs",
+    "unpaired_preference_loss",
     "use_backend",
     "value_loss",
     "vtrace",
     "whiten",
+    "wpo_weights",
 ]

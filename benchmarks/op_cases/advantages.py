@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
-from benchmarks.op_cases.case import B, Case, T, mask, plane
+import torch
+from torch import Tensor
+
+from benchmarks.op_cases.case import B, Case, T, logprobs, mask, plane
+
+
+def vtrace_tensors() -> dict[str, Tensor]:
+    return {"rewards": plane(), "values": plane(), "logprobs": logprobs(), "behaviour_logprobs": logprobs()}
+
+
+def by_id() -> dict[str, Tensor]:
+    return {"group_ids": torch.arange(12) % 5}
+
+
+def one_reward() -> dict[str, Tensor]:
+    return {"rewards": torch.randn(12)}
+
+
+# The kinds with groups: what they take beside the groups.
+GROUP_KINDS: list[tuple[str, Callable[[], dict[str, Tensor]], dict[str, Any]]] = [
+    ("grpo", one_reward, {}),
+    ("dr_grpo", one_reward, {}),
+    ("rloo", one_reward, {}),
+    ("opo", lambda: one_reward() | {"lengths": torch.randint(1, 40, (12,))}, {}),
+    ("pass_at_k", one_reward, {"k": 2}),
+    ("reinforce_baseline", one_reward, {}),
+    ("gdpo", lambda: {"rewards": torch.randn(12, 3)}, {}),
+]
 
 CASES = [
     Case("gae", lambda: {"rewards": plane(), "values": plane(), "mask": mask(), "bootstrap": torch.randn(B)}),
@@ -17,6 +45,22 @@ CASES = [
         },
         {"gamma": 0.99},
     ),
+    Case(
+        "gae",
+        lambda: {"rewards": plane(), "values": plane(), "mask": mask(), "lam": torch.rand(B)},
+        {"value_lam": 1.0},
+        label="lam by sequence, value_lam 1",
+    ),
+    Case("vtrace", lambda: vtrace_tensors() | {"mask": mask(), "bootstrap": torch.randn(B)}, {"lam": 0.9}),
+    Case(
+        "vtrace",
+        lambda: (
+            {name: x.flatten() for name, x in vtrace_tensors().items()}
+            | {"cu_seqlens": torch.tensor([0, 1, T + 9, B * T])}
+        ),
+        {"rho_clip": None, "c_clip": None},
+        label="packed without clips",
+    ),
     Case("discounted_returns", lambda: {"rewards": plane(), "mask": mask()}, {"gamma": 0.9}),
     Case(
         "shaped_rewards",
@@ -26,8 +70,14 @@ CASES = [
     Case("whiten", lambda: {"x": plane(), "mask": mask()}),
     Case("whiten", lambda: {"x": plane()}, {"shift_mean": False}),
     *(
-        Case("group_advantages", lambda: {"rewards": torch.randn(12)}, {"group_size": 4, "kind": kind})
-        for kind in ("grpo", "dr_grpo", "rloo")
+        Case("group_advantages", lambda tensors=tensors: tensors() | by_id(), {"kind": kind, **options})
+        for kind, tensors, options in GROUP_KINDS
     ),
-    Case("group_advantages", lambda: {"rewards": torch.randn(12), "group_ids": torch.arange(12) % 5}),
+    Case("group_advantages", lambda: {"rewards": torch.randn(12)}, {"group_size": 4}, label="by size"),
+    Case("group_advantages", lambda: {"rewards": torch.randn(12)}, {"kind": "reinforce_pp"}),
+    Case(
+        "group_advantages",
+        lambda: {"rewards": torch.randn(12), "baseline_rewards": torch.randn(12)},
+        {"kind": "remax"},
+    ),
 ]

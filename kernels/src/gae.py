@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.scan import backward
 from torch import Tensor
-
-from rlhf_fast.kernels.scan import compose
 
 BLOCK = 1024
 
 
 @triton.jit
-def _handed(rewards, values, exists, decay, blend, carry, lanes):
-    # What every step gets from the one after it, whose rewards and values these are, and what the first one hands on.
-    scale = tl.where(exists, decay, 1.0)
-    shift = tl.where(exists, decay * rewards + blend * values, 0.0)
-    scale, shift = tl.associative_scan((scale, shift), 0, compose, reverse=True)
-    handed = scale * carry + shift
-    return handed, tl.sum(tl.where(lanes == 0, handed, 0.0), 0)
+def _got(reward, value, counts, decay, blend, carry, lanes):
+    # What every step gets from the one after it, and what the first one hands on.
+    got, _handed, carry = backward(
+        tl.where(counts, decay, 1.0), tl.where(counts, decay * reward + blend * value, 0.0), carry, lanes
+    )
+    return got, carry
 
 
 @triton.jit
@@ -81,25 +79,18 @@ def _gae_kernel(
         steps = length - (block + 1) * BLOCK + lanes
         inside = steps >= 0
         counts = inside
-        # The maps stand one step early, so that the scan gives every step what its successor hands to it.
-        after = steps + 1
-        exists = (after >= 0) & (after < length)
         if HAS_MASK:
             counts = inside & (tl.load(mask + begin + steps, mask=inside, other=0) != 0)
-            exists = exists & (tl.load(mask + begin + after, mask=exists, other=0) != 0)
-        next_reward = tl.load(rewards + reward_begin + after, mask=exists, other=0.0).to(acc)
         reward = tl.load(rewards + reward_begin + steps, mask=counts, other=0.0).to(acc)
-        next_value = tl.zeros_like(next_reward)
-        value = next_value
+        value = tl.zeros_like(reward)
         if HAS_VALUES:
-            next_value = tl.load(values + value_begin + after, mask=exists, other=0.0).to(acc)
             value = tl.load(values + value_begin + steps, mask=counts, other=0.0).to(acc)
-        handed, carry = _handed(next_reward, next_value, exists, decay, blend, carry, lanes)
+        got, carry = _got(reward, value, counts, decay, blend, carry, lanes)
         if HAS_VALUES:
-            tl.store(advantages + begin + steps, tl.where(counts, (reward + handed) - value, 0.0), mask=inside)
+            tl.store(advantages + begin + steps, tl.where(counts, (reward + got) - value, 0.0), mask=inside)
         if DECOUPLED:
-            handed, value_carry = _handed(next_reward, next_value, exists, value_decay, value_blend, value_carry, lanes)
-        tl.store(returns + begin + steps, tl.where(counts, reward + handed, 0.0), mask=inside)
+            got, value_carry = _got(reward, value, counts, value_decay, value_blend, value_carry, lanes)
+        tl.store(returns + begin + steps, tl.where(counts, reward + got, 0.0), mask=inside)
 
 
 def gae(

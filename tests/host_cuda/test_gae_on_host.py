@@ -37,7 +37,8 @@ def run(host, rewards, values=None, *, mask=None, cu_seqlens=None, bootstrap=Non
         pointer(address(rewards)), pointer(address(values)), DTYPE_CODES[rewards.dtype],
         (ctypes.c_int64 * 4)(sequences, rewards.shape[-1], *strides), pointer(address(mask)),
         pointer(address(cu_seqlens)), pointer(address(bootstrap)), (ctypes.c_double * 3)(*rates),
-        pointer(address(lams)), value_lam is not None, pointer(0 if values is None else address(outputs[0])), pointer(address(outputs[-1])),
+        pointer(address(lams)), value_lam is not None,
+        pointer(0 if values is None else address(outputs[0])), pointer(address(outputs[-1])),
     )  # fmt: skip
     return outputs
 
