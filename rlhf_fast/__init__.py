@@ -2,10 +2,14 @@
 
 from rlhf_fast.backends import BackendError, use_backend
 from rlhf_fast.ops._preference import PreferenceObjective
+from rlhf_fast.ops.distributional_value_loss import distributional_value_loss
 from rlhf_fast.ops.gae import discounted_returns, gae, length_adaptive_lambda
 from rlhf_fast.ops.group_advantages import group_advantages
+from rlhf_fast.ops.kl_controller import AdaptiveKLController, FixedKLController
 from rlhf_fast.ops.kl_estimate import kl_estimate
+from rlhf_fast.ops.linear_kl import LinearKl, linear_kl
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
+from rlhf_fast.ops.linear_value_loss import linear_value_loss
 from rlhf_fast.ops.lora_linear import Adapter, lora_linear
 from rlhf_fast.ops.policy_loss import PolicyObjective, policy_loss
 from rlhf_fast.ops.preference_loss import preference_loss
@@ -15,6 +19,7 @@ from rlhf_fast.ops.reward_loss import ensemble_scores, reward_loss
 from rlhf_fast.ops.sample_tokens import Samples, sample_tokens
 from rlhf_fast.ops.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.step_reward_loss import step_reward_loss
+from rlhf_fast.ops.token_kl import token_kl
 from rlhf_fast.ops.token_logprobs import token_logprobs
 from rlhf_fast.ops.unpaired_preference_loss import (
     mismatched_kl,
@@ -28,18 +33,24 @@ from rlhf_fast.ops.whiten import whiten
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
+    "AdaptiveKLController",
     "BackendError",
+    "FixedKLController",
+    "LinearKl",
     "PolicyObjective",
     "PreferenceObjective",
     "Samples",
     "discounted_returns",
+    "distributional_value_loss",
     "ensemble_scores",
     "gae",
     "group_advantages",
     "kl_estimate",
     "length_adaptive_lambda",
     "length_desensitized_weights",
+    "linear_kl",
     "linear_logprobs",
+    "linear_value_loss",
     "lora_linear",
     "mismatched_kl",
     "policy_loss",
@@ -50,6 +61,7 @@ __all__ = [
     "sample_tokens",
     "shaped_rewards",
     "step_reward_loss",
+    "token_kl",
     "token_logprobs",
     "unpaired_preference_loss",
     "use_backend",

@@ -2,13 +2,60 @@
 
 from __future__ import annotations
 
-from benchmarks.op_cases.case import Case, logprobs
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from benchmarks.op_cases.case import B, Case, D, T, V, ids, logprobs, mask
+
+
+def both_logits() -> dict[str, Tensor]:
+    logits = 2 * torch.randn(B, T, V)
+    return {"logits": logits, "ref_logits": logits + torch.randn(B, T, V), "mask": mask()}
+
+
+def both_hidden() -> dict[str, Tensor]:
+    hidden = torch.randn(B, T, D)
+    tensors = {"hidden": hidden, "ref_hidden": hidden + torch.randn(B, T, D) / 4, "weight": torch.randn(V, D) / 4}
+    return tensors | {"targets": ids(B, T), "mask": mask()}
+
+
+def estimate(label: str, *names: str, **options: Any) -> Case:
+    """A case of kl_estimate over `names` of log-probabilities."""
+    tensors = ("logprobs", "ref_logprobs", *names)
+    trained = ("logprobs", "ref_logprobs") if names else ("logprobs",)
+    return Case("kl_estimate", lambda: {n: logprobs() for n in tensors}, options, trained, label=label)
+
+
+TRANSFORM: dict[str, Any] = {"temperature": 0.7, "logit_scale": 1.5, "softcap": 6.0}
 CASES = [
+    *(estimate(k, estimator=k) for k in ("k1", "k2", "k3")),
+    *(estimate(f"{k}-straight-through", estimator=k, gradient="k2") for k in ("k1", "k3")),
+    *(estimate(f"{k}-weighted", "old_logprobs", estimator=k) for k in ("k1", "k2", "k3")),
+    estimate("clipped", "old_logprobs", estimator="k3", log_ratio_clip=0.51, value_clip=0.0777, weight_clip=1.26),
     *(
-        Case(
-            "kl_estimate", lambda: {"logprobs": logprobs(), "ref_logprobs": logprobs()}, {"estimator": k}, ("logprobs",)
-        )
-        for k in ("k1", "k2", "k3")
+        Case("token_kl", both_logits, {"divergence": d, **options}, ("logits",), label=f"{d}{suffix}")
+        for d in ("reverse", "forward", "js")
+        for suffix, options in (("", {}), ("-transformed", {**TRANSFORM, "js_weight": 0.2}))
+    ),
+    *(
+        Case("linear_kl", both_hidden, {"divergence": d}, ("hidden",), label=f"{d}-frozen")
+        for d in ("reverse", "forward", "js")
+    ),
+    Case(
+        "linear_kl",
+        lambda: both_hidden() | {"bias": torch.randn(V), "temperature": 0.5 + torch.rand(B, T)},
+        {"divergence": "js", "js_weight": 0.3, "return_entropy": True, "logit_scale": 1.5, "softcap": 6.0},
+        ("hidden", "weight", "bias"),
+        label="trained",
+    ),
+    Case("linear_kl", both_hidden, {"divergence": "forward", "top_k": 20}, ("hidden",), label="top-k"),
+    Case(
+        "linear_kl",
+        lambda: both_hidden() | {"ref_weight": torch.randn(V, D) / 4, "ref_bias": torch.randn(V)},
+        {"divergence": "reverse", "chunk_tokens": 5},
+        ("hidden", "weight"),
+        label="two-heads",
     ),
 ]

@@ -7,13 +7,15 @@
 namespace rlhf::cpu {
 
 struct KlEstimate {
-  Plane logprobs, ref_logprobs;
+  Plane logprobs, ref_logprobs, old_logprobs;  // the last one without data: every weight is 1
   int64_t rows, columns;
-  bool is_double;            // whether the results are double or float
-  void *value, *derivative;  // (rows, columns); the derivative is by logprobs
+  double log_ratio_clip, value_clip, weight_clip;
+  bool is_double;                    // whether the results are double or float
+  void *value, *by_logprob, *by_ref;  // (rows, columns): the estimates and their derivatives; by_ref may be null
 };
 
+// `gradient` names the estimator whose derivative is taken, "own" that of the value.
 // Throws std::invalid_argument for an unknown estimator.
-void kl_estimate(const std::string& estimator, const KlEstimate& op, int threads);
+void kl_estimate(const std::string& estimator, const std::string& gradient, const KlEstimate& op, int threads);
 
 }  // namespace rlhf::cpu

@@ -30,36 +30,81 @@ ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
 @triton.jit
+def _clipped(x, bound):
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+
+
+@triton.jit
 def _kernel(
     logprobs,  # (rows, columns), any strides
     ref_logprobs,  # (rows, columns), any strides
-    value,  # (rows, columns) contiguous
-    derivative,  # (rows, columns) contiguous, by logprobs
+    old_logprobs,  # (rows, columns), any strides
+    values,  # (rows, columns) contiguous
+    by_logprob,  # (rows, columns) contiguous
+    by_ref,  # (rows, columns) contiguous
+    log_ratio_clip,
+    value_clip,
+    weight_clip,
     N,
     columns,
     row_stride,
     column_stride,
     ref_row_stride,
     ref_column_stride,
+    old_row_stride,
+    old_column_stride,
     ESTIMATOR: tl.constexpr,
+    GRADIENT: tl.constexpr,  # an estimator, None for ESTIMATOR's own
+    HAS_OLD: tl.constexpr,
+    HAS_BY_REF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    acc = value.dtype.element_ty
+    acc = values.dtype.element_ty
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < N
     row, column = i // columns, i % columns
     logprob = tl.load(logprobs + row * row_stride + column * column_stride, mask=inside, other=0.0).to(acc)
     reference = ref_logprobs + row * ref_row_stride + column * ref_column_stride
-    result, slope = ESTIMATOR(tl.load(reference, mask=inside, other=0.0).to(acc) - logprob)
-    tl.store(value + i, result, mask=inside)
-    tl.store(derivative + i, -slope, mask=inside)
+    log_ratio = tl.load(reference, mask=inside, other=0.0).to(acc) - logprob
+
+    x = _clipped(log_ratio, log_ratio_clip)
+    raw, slope = ESTIMATOR(x)
+    value = _clipped(raw, value_clip)
+    weight = value * 0.0 + 1.0
+    through_weight = value * 0.0
+    if HAS_OLD:
+        old = old_logprobs + row * old_row_stride + column * old_column_stride
+        weight = tl.exp(logprob - tl.load(old, mask=inside, other=0.0).to(acc))
+        through_weight = tl.where(weight > weight_clip, 0.0, value)
+        weight = tl.where(weight > weight_clip, weight_clip, weight)
+    if GRADIENT is None:
+        slope = tl.where((x == log_ratio) & (value == raw), slope, 0.0)
+    else:
+        _unused, slope = GRADIENT(log_ratio)
+        through_weight = through_weight * 0.0
+    tl.store(values + i, weight * value, mask=inside)
+    tl.store(by_logprob + i, weight * (through_weight - slope), mask=inside)
+    if HAS_BY_REF:
+        tl.store(by_ref + i, weight * slope, mask=inside)
 
 
-def forward(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, value: Tensor, derivative: Tensor) -> None:
-    """Fills `value` and `derivative` (by logprobs), both (rows, columns) like the inputs."""
+def forward(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    estimator: str,
+    gradient: str,
+    clips: list[float],
+    value: Tensor,
+    by_logprob: Tensor,
+    by_ref: Tensor,
+) -> None:
+    """Fills the estimates and their derivatives, (rows, columns) like the inputs; an empty `by_ref` is left out."""
     if value.numel() == 0:
         return
     _kernel[(triton.cdiv(value.numel(), BLOCK),)](
-        logprobs, ref_logprobs, value, derivative, value.numel(), value.shape[1], *logprobs.stride(),
-        *ref_logprobs.stride(), ESTIMATOR=ESTIMATORS[estimator], BLOCK=BLOCK,
+        logprobs, ref_logprobs, old_logprobs, value, by_logprob, by_ref, *clips, value.numel(), value.shape[1],
+        *logprobs.stride(), *ref_logprobs.stride(), *((0, 0) if old_logprobs is None else old_logprobs.stride()),
+        ESTIMATOR=ESTIMATORS[estimator], GRADIENT=ESTIMATORS.get(gradient), HAS_OLD=old_logprobs is not None,
+        HAS_BY_REF=by_ref.numel() > 0, BLOCK=BLOCK,
     )  # fmt: skip

@@ -6,20 +6,30 @@ With log r = ref_logprob - logprob, for tokens sampled from pi:
     k2 = (log r)^2 / 2           biased, low variance                          d k2 / d logprob = -log r
     k3 = r - 1 - log r           unbiased, low variance, never negative        d k3 / d logprob = 1 - r
 
-and the derivative by ref_logprob is the negative one. In a loss, k2 has the gradient of the KL itself in expectation
-over pi; that of k1 is zero in expectation, and that of k3 is the gradient of KL(ref || pi).
+and the derivative by ref_logprob is the negative one. The gradients in a loss, in expectation over pi: that of k2 is
+the gradient of KL(pi || ref), that of k1 is zero, and that of k3 is the gradient of KL(ref || pi). Two options make
+the gradient of k1 and k3 that of KL(pi || ref):
+
+    gradient="k2"     the value of k1 or k3 with the derivative of k2 ("straight through")
+    old_logprobs      w k with w = exp(logprob - old_logprob), for tokens sampled from the policy behind old_logprobs;
+                      d (w k) / d logprob = w (k + d k / d logprob), which for k3 is -w log r, k2's derivative times w
+
+With both, the value is w k and the derivative by logprob -w log r. By ref_logprob the factor w is a constant.
 
 Numerics. r - 1 - log r cancels near r = 1, where it is (log r)^2 / 2: the kernels take a series there, and 1 - r
-through expm1. r is not clamped: it overflows float32 from log r = 88.8. Computed in float32 (float64 for float64).
+through expm1. Nothing is clamped by default, and r overflows float32 from log r = 88.8: `log_ratio_clip`, `value_clip`
+and `weight_clip` bound log r, the estimate and w. Computed in float32 (float64 for float64).
 
-Cost per token: two numbers of s bytes read, two of 4 bytes (value and derivative) written, about 40 FLOPs; backward
-reads the derivative and the upstream gradient and writes the gradient.
+Cost per token: two or three numbers of s bytes read, two of 4 bytes (value and derivative) written, about 40 FLOPs;
+backward reads the derivative and the upstream gradient and writes the gradient.
 
-Sources: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
+Sources: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html); the weighted k3 as the unbiased
+estimate of DeepSeek-V3.2 (arXiv 2512.02556).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,23 +39,48 @@ from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
 from rlhf_fast.ops import _check, _losses
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1", backend: str | None = None) -> Tensor:
-    """The estimate of every token, in nats; both inputs get a gradient.
+def kl_estimate(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    *,
+    estimator: str = "k1",
+    gradient: str | None = None,
+    old_logprobs: Tensor | None = None,
+    log_ratio_clip: float | None = None,
+    value_clip: float | None = None,
+    weight_clip: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The estimate of every token, in nats; logprobs and ref_logprobs get a gradient.
 
     logprobs, ref_logprobs: (B, T), or (N,) packed, in nats; float32, bfloat16, float16 or float64, any strides.
-    estimator: one of ESTIMATORS. Returns the shape of logprobs, float32 (float64 for float64 logprobs).
+    estimator: one of ESTIMATORS. gradient: the one whose derivative is taken instead of the estimator's own, at the
+    log-ratio before any clip. old_logprobs: the shape of logprobs; those of the policy that sampled the tokens, a
+    constant: estimates are weighted with w = exp(logprob - old_logprob).
+    log_ratio_clip, value_clip: bounds > 0 on |log r| and on |estimate|, beyond which the own derivative is 0.
+    weight_clip: upper bound > 0 on w, beyond which w is a constant. None: no bound.
+    Returns the shape of logprobs, float32 (float64 for float64 logprobs).
     What stands behind a mask is the caller's: every element is computed on its own.
     Raises ValueError or TypeError for shapes, types and values that do not fit.
     """
     shape = _losses.per_token_shape("logprobs", logprobs)
-    _losses.floats(shape, "the shape of logprobs", logprobs=logprobs, ref_logprobs=ref_logprobs)
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    old = {} if old_logprobs is None else {"old_logprobs": old_logprobs}
+    _losses.floats(shape, "the shape of logprobs", logprobs=logprobs, ref_logprobs=ref_logprobs, **old)
+    for name, given in (("estimator", estimator), ("gradient", gradient)):
+        if given not in ESTIMATORS and not (name == "gradient" and given is None):
+            raise ValueError(f"{name} must be one of {', '.join(ESTIMATORS)}, got {given!r}")
+    bounds = {"log_ratio_clip": log_ratio_clip, "value_clip": value_clip, "weight_clip": weight_clip}
+    clips = {name: math.inf if x is None else _check.positive(name, x) for name, x in bounds.items()}
     name = resolve("kl_estimate", IMPLS, logprobs.device, backend)
     if name == "reference":
-        return reference(logprobs, ref_logprobs, estimator=estimator)
-    planes = _losses.plane(logprobs), _losses.plane(ref_logprobs)
-    return torch.ops.rlhf_fast.kl_estimate(*planes, estimator, name)[0].view(shape)
+        return reference(
+            logprobs, ref_logprobs, estimator=estimator, gradient=gradient, old_logprobs=old_logprobs, **clips
+        )
+    return torch.ops.rlhf_fast.kl_estimate(
+        _losses.plane(logprobs), _losses.plane(ref_logprobs),
+        None if old_logprobs is None else _losses.plane(old_logprobs), estimator, gradient or "own",
+        list(clips.values()), ref_logprobs.requires_grad, name,
+    )[0].view(shape)  # fmt: skip
 
 
 # log r -> estimate
@@ -56,17 +91,40 @@ ESTIMATORS = {
 }
 
 
-def reference(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
+def reference(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    *,
+    estimator: str = "k1",
+    gradient: str | None = None,
+    old_logprobs: Tensor | None = None,
+    log_ratio_clip: float = math.inf,
+    value_clip: float = math.inf,
+    weight_clip: float = math.inf,
+) -> Tensor:
     """The estimates by definition, differentiable any number of times."""
     dtype = _check.compute_dtype(logprobs.dtype)
-    return ESTIMATORS[estimator](ref_logprobs.to(dtype) - logprobs.to(dtype))
+    logprobs, log_ratio = logprobs.to(dtype), ref_logprobs.to(dtype) - logprobs.to(dtype)
+    estimate = ESTIMATORS[estimator](log_ratio.clamp(-log_ratio_clip, log_ratio_clip)).clamp(-value_clip, value_clip)
+    weight = torch.ones_like(logprobs)
+    if old_logprobs is not None:
+        weight = (logprobs - old_logprobs.detach().to(dtype)).exp().clamp(max=weight_clip)
+    if gradient is None:
+        # The weight follows logprobs alone; differentiating it by ref_logprobs would be 0 anyway.
+        return weight * estimate
+    slope = ESTIMATORS[gradient](log_ratio)
+    return weight.detach() * (estimate.detach() + (slope - slope.detach()))
 
 
-def _cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, value: Tensor, derivative: Tensor) -> None:
-    planes = [(address(x), DTYPE_CODES[x.dtype], *x.stride()) for x in (logprobs, ref_logprobs)]
+def _cpu(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None, estimator: str, gradient: str,
+         clips: list[float], value: Tensor, by_logprob: Tensor, by_ref: Tensor) -> None:  # fmt: skip
+    given = [(address(x), DTYPE_CODES[x.dtype], *x.stride()) for x in (logprobs, ref_logprobs)]
+    old = (0, 0, 0, 0) if old_logprobs is None else (
+        address(old_logprobs), DTYPE_CODES[old_logprobs.dtype], *old_logprobs.stride())  # fmt: skip
     native().kl_estimate(
-        estimator, *planes, *value.shape, value.dtype == torch.float64, address(value), address(derivative), threads()
-    )
+        estimator, gradient, [*given, old], *value.shape, clips, value.dtype == torch.float64,
+        [address(x) if x.numel() else 0 for x in (value, by_logprob, by_ref)], threads(),
+    )  # fmt: skip
 
 
 def _triton(*args: Any) -> None:
@@ -75,41 +133,42 @@ def _triton(*args: Any) -> None:
     kernels.forward(*args)
 
 
-# (logprobs, ref_logprobs, estimator, value, derivative by logprobs), all (rows, columns)
+# (logprobs, ref_logprobs, old_logprobs | None, estimator, gradient, clips of log r, estimate and weight,
+#  value, by_logprob, by_ref or empty), all tensors (rows, columns)
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"kl_estimate": tuple(IMPLS)}
 
 
-def _empty(logprobs: Tensor) -> list[Tensor]:
+def _empty(logprobs: Tensor, by_ref: bool) -> list[Tensor]:
     dtype = _check.compute_dtype(logprobs.dtype)
-    return [logprobs.new_empty(logprobs.shape, dtype=dtype) for _ in range(2)]
+    return [logprobs.new_empty(logprobs.shape if wanted else (0,), dtype=dtype) for wanted in (True, True, by_ref)]
 
 
 @torch.library.custom_op("rlhf_fast::kl_estimate", mutates_args=())
-def _forward(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, backend: str) -> list[Tensor]:
-    results = _empty(logprobs)
-    IMPLS[backend](logprobs, ref_logprobs, estimator, *results)
+def _forward(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None, estimator: str, gradient: str,
+             clips: list[float], by_ref: bool, backend: str) -> list[Tensor]:  # fmt: skip
+    results = _empty(logprobs, by_ref)
+    IMPLS[backend](logprobs, ref_logprobs, old_logprobs, estimator, gradient, clips, *results)
     return results
 
 
 @_forward.register_fake
-def _(logprobs, ref_logprobs, estimator, backend):
-    return _empty(logprobs)
+def _(logprobs, ref_logprobs, old_logprobs, estimator, gradient, clips, by_ref, backend):
+    return _empty(logprobs, by_ref)
 
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.dtypes = [x.dtype for x in inputs[:2]]
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(*output[1:])
 
 
 def _autograd(ctx, grads):
-    (derivative,) = ctx.saved_tensors
     if grads[0] is None:
-        return None, None, None, None
-    wanted = zip((grads[0], -grads[0]), ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-    results = [_losses.scaled_gradient(derivative, g, dtype) if needs else None for g, dtype, needs in wanted]
-    return *results, None, None
+        return (None,) * 8
+    wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+    results = [_losses.scaled_gradient(slope, grads[0], dtype) if needs else None for slope, dtype, needs in wanted]
+    return *results, *(None,) * 6
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

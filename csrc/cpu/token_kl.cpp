@@ -1,0 +1,183 @@
+#include "cpu/token_kl.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+
+#include "cpu/simd.h"
+#include "math/token_kl.h"
+
+namespace rlhf::cpu {
+namespace {
+
+constexpr int64_t kBlock = 1024;
+
+// One row of logits, read in blocks of log softmax(z): z = factor * s with s = x, or tanh(inner * x) under a softcap. The
+// maximum is taken off s, so that the top's log-probability is exactly -logsum.
+template <typename T> struct Row {
+  using C = typename Compute<T>::type;
+  const T* x;
+  int64_t vocabulary;
+  bool capped;
+  C inner, factor, logsum, max;
+  int64_t top;  // where s is maximal
+
+  RLHF_INLINE Row(const void* logits, int64_t offset, int64_t vocabulary, const Transform& t, int64_t row,
+                  const void* logsums)
+      : x(static_cast<const T*>(logits) + offset), vocabulary(vocabulary), capped(t.softcap > 0),
+        logsum(static_cast<const C*>(logsums)[row]), max(-infinity<C>()), top(0) {
+    const RowTransform<C> transform(t, row);
+    inner = transform.scale / transform.cap;
+    factor = capped ? transform.factor * transform.cap : transform.factor;
+    C s[kBlock];
+    for (int64_t start = 0; start < vocabulary; start += kBlock) {
+      const int64_t n = read(start, s);
+      C block_max = -infinity<C>();
+#pragma omp simd reduction(max : block_max)
+      for (int64_t i = 0; i < n; ++i) block_max = s[i] > block_max ? s[i] : block_max;
+      if (!(block_max > max)) continue;
+      max = block_max;
+      top = start + (std::find(s, s + n, max) - s);
+    }
+  }
+
+  RLHF_INLINE int64_t read(int64_t start, C* s) const {
+    const int64_t n = std::min(kBlock, vocabulary - start);
+    if (capped) {
+      for (int64_t i = 0; i < n; ++i) s[i] = tanh_fast(C(load(x[start + i])) * inner);
+    } else {
+      for (int64_t i = 0; i < n; ++i) s[i] = load(x[start + i]);
+    }
+    return n;
+  }
+
+  RLHF_INLINE int64_t read_log_p(int64_t start, C* log_p) const {
+    const int64_t n = read(start, log_p);
+    for (int64_t i = 0; i < n; ++i) log_p[i] = (log_p[i] - max) * factor - logsum;
+    return n;
+  }
+
+  // values *= scale * d z / d x at n elements from `start`.
+  RLHF_INLINE void times_slope(int64_t start, int64_t n, C scale, C* values) const {
+    const C slope = scale * factor * (capped ? inner : C(1));
+    for (int64_t i = 0; i < n; ++i) values[i] *= slope;
+    if (!capped) return;
+    for (int64_t i = 0; i < n; ++i) {
+      const C t = tanh_fast(C(load(x[start + i])) * inner);
+      values[i] *= (1 - t) * (1 + t);
+    }
+  }
+};
+
+template <typename D, typename T> RLHF_INLINE void forward_row(const TokenKl& op, int64_t row) {
+  using C = typename Compute<T>::type;
+  double kl = 0, total_mean = 0;
+  if (!op.mask || op.mask[row]) {
+    const Row<T> policy(op.logits, op.rows.offset(row), op.vocabulary, op.transform, row, op.logsum);
+    const Row<T> ref(op.ref_logits, op.ref_rows.offset(row), op.vocabulary, op.transform, row, op.ref_logsum);
+    const C js_weight = C(op.js_weight);
+    C log_p[kBlock], log_q[kBlock];
+    for (int64_t start = 0; start < op.vocabulary; start += kBlock) {
+      const int64_t n = policy.read_log_p(start, log_p);
+      ref.read_log_p(start, log_q);
+      C value = 0, mean = 0;
+#pragma omp simd reduction(+ : value, mean)
+      for (int64_t i = 0; i < n; ++i) {
+        const auto terms = D::at(exp_neg(log_p[i]), exp_neg(log_q[i]), log_q[i] - log_p[i], js_weight);
+        value += terms.value;
+        mean += terms.mean;
+      }
+      kl += value;
+      total_mean += mean;
+    }
+  }
+  static_cast<C*>(op.kl)[row] = C(kl);
+  static_cast<C*>(op.mean)[row] = C(total_mean);
+}
+
+template <typename D, typename T>
+RLHF_INLINE void backward_row(const TokenKl& op, const void* grad_kl, void* gradient, const Rows& gradient_rows,
+                              int64_t row) {
+  using C = typename Compute<T>::type;
+  T* out = static_cast<T*>(gradient) + gradient_rows.offset(row);
+  const C grad = static_cast<const C*>(grad_kl)[row];
+  if ((op.mask && !op.mask[row]) || grad == 0) {
+    std::fill(out, out + op.vocabulary, T{});
+    return;
+  }
+  const Row<T> policy(op.logits, op.rows.offset(row), op.vocabulary, op.transform, row, op.logsum);
+  const Row<T> ref(op.ref_logits, op.ref_rows.offset(row), op.vocabulary, op.transform, row, op.ref_logsum);
+  const C js_weight = C(op.js_weight), mean = static_cast<const C*>(op.mean)[row];
+  // A row's gradient sums to 0. Where one token holds more than half of p, its own element is taken from that: computed
+  // directly it would cancel.
+  const int64_t leader = policy.logsum < C(0.69) ? policy.top : -1;
+  C top_slope = 1, others = 0;
+  if (leader >= 0) policy.times_slope(leader, 1, grad, &top_slope);
+  C log_p[kBlock], log_q[kBlock];
+  for (int64_t start = 0; start < op.vocabulary; start += kBlock) {
+    const int64_t n = policy.read_log_p(start, log_p);
+    ref.read_log_p(start, log_q);
+    for (int64_t i = 0; i < n; ++i) {
+      const C p = exp_neg(log_p[i]);
+      const C slope = D::at(p, exp_neg(log_q[i]), log_q[i] - log_p[i], js_weight).slope;
+      log_p[i] = p == 0 ? slope : slope - p * mean;
+    }
+    if (leader >= start && leader < start + n) log_p[leader - start] = 0;
+    C sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += log_p[i];
+    others += sum;
+    policy.times_slope(start, n, grad, log_p);
+    for (int64_t i = 0; i < n; ++i) store(out[start + i], log_p[i]);
+  }
+  if (leader >= 0) store(out[leader], -others * top_slope);
+}
+
+using Forward = void (*)(const TokenKl&, int64_t);
+using Backward = void (*)(const TokenKl&, const void*, void*, const Rows&, int64_t);
+struct Functions {
+  Forward forward[4];  // in the order of DType
+  Backward backward[4];
+};
+
+#define RLHF_FOR_DTYPE(D, NAME, T)                                                                              \
+  RLHF_CLONES void forward_##D##_##NAME(const TokenKl& op, int64_t row) { forward_row<D, T>(op, row); }         \
+  RLHF_CLONES void backward_##D##_##NAME(const TokenKl& op, const void* grad_kl, void* gradient,                \
+                                         const Rows& gradient_rows, int64_t row) {                              \
+    backward_row<D, T>(op, grad_kl, gradient, gradient_rows, row);                                              \
+  }
+#define RLHF_FOR_DIVERGENCE(D)                                                                                  \
+  RLHF_FOR_DTYPE(D, f32, float)                                                                                 \
+  RLHF_FOR_DTYPE(D, f64, double)                                                                                \
+  RLHF_FOR_DTYPE(D, bf16, bf16)                                                                                 \
+  RLHF_FOR_DTYPE(D, f16, f16)                                                                                   \
+  constexpr Functions k##D{{forward_##D##_f32, forward_##D##_f64, forward_##D##_bf16, forward_##D##_f16},       \
+                           {backward_##D##_f32, backward_##D##_f64, backward_##D##_bf16, backward_##D##_f16}};
+RLHF_FOR_DIVERGENCE(ReverseKl)
+RLHF_FOR_DIVERGENCE(ForwardKl)
+RLHF_FOR_DIVERGENCE(JensenShannon)
+
+const Functions& functions(const std::string& divergence) {
+  static const std::map<std::string, Functions> table = {
+      {"reverse", kReverseKl}, {"forward", kForwardKl}, {"js", kJensenShannon}};
+  const auto found = table.find(divergence);
+  if (found == table.end()) throw std::invalid_argument("no native divergence " + divergence);
+  return found->second;
+}
+
+}  // namespace
+
+void token_kl_forward(const std::string& divergence, const TokenKl& op, int threads) {
+  const Forward forward = functions(divergence).forward[int(op.dtype)];
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < op.rows.count(); ++row) forward(op, row);
+}
+
+void token_kl_backward(const std::string& divergence, const TokenKl& op, const void* grad_kl, void* gradient,
+                       Rows gradient_rows, int threads) {
+  const Backward backward = functions(divergence).backward[int(op.dtype)];
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < op.rows.count(); ++row) backward(op, grad_kl, gradient, gradient_rows, row);
+}
+
+}  // namespace rlhf::cpu
