@@ -3,133 +3,187 @@
 #include <algorithm>
 
 #include "cpu/simd.h"
-#include "math/token_logprobs.h"
 
 namespace rlhf::cpu {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // logits at a time: read once from memory, then from the first-level cache
 
-// Statistics of up to kBlock logits divided by the temperature; `skip` (or -1) is left out.
-template <typename T, typename C>
-RLHF_INLINE Stats<C> block_stats(const T* logits, int64_t n, int64_t skip, C temperature, bool want_entropy) {
-  C z[kBlock];
-  if (temperature == 1) {
-    for (int64_t i = 0; i < n; ++i) z[i] = load(logits[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) z[i] = load(logits[i]) / temperature;
+template <typename C> C* part(void* of, int64_t at) { return of ? static_cast<C*>(of) + at : nullptr; }
+template <typename C> const C* part(const void* of, int64_t at) { return of ? static_cast<const C*>(of) + at : nullptr; }
+
+// Sums over a block with e = 2^t, t = (s - shift) * factor2: of e, e t and e^2 (kMore), and the maximal s. Where the
+// maximum is above the shift the sums are void.
+template <typename C> struct BlockSums {
+  C max, sum, spread, squares;
+};
+
+template <bool kMore, typename X, typename C>
+RLHF_INLINE BlockSums<C> block_sums(const X* s, int64_t n, C shift, C factor2) {
+  C max = -infinity<C>(), sum = 0, spread = 0, squares = 0;
+#pragma omp simd reduction(max : max) reduction(+ : sum, spread, squares)
+  for (int64_t i = 0; i < n; ++i) {
+    const C x = load(s[i]), t = (x - shift) * factor2, e = exp2_neg(t);
+    max = x > max ? x : max;
+    sum += e;
+    if (kMore) {
+      spread += e * (t > C(-127) ? t : C(-127));
+      squares += e * e;
+    }
   }
-  if (skip >= 0 && skip < n) z[skip] = -infinity<C>();
+  return {max, sum, spread, squares};
+}
+
+// s = capped(x), and d s / d x where `slope` is given; returns the maximal x.
+template <bool kSlope, typename T, typename C>
+RLHF_INLINE C cap_block(const T* x, int64_t n, const RowTransform<C>& row, C* s, C* slope) {
+  const C inner = row.scale / row.cap;
   C max = -infinity<C>();
 #pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) max = z[i] > max ? z[i] : max;
-  const C shift = max == -infinity<C>() ? C(0) : max;
-  C rest = 0, ties = 0, spread = 0;
-  if (want_entropy) {
-#pragma omp simd reduction(+ : rest, ties, spread)
-    for (int64_t i = 0; i < n; ++i) {
-      const C d = z[i] - shift, e = exp_neg(d);
-      rest += d == 0 ? C(0) : e;
-      ties += d == 0 ? C(1) : C(0);
-      spread += e == 0 ? C(0) : e * -d;
-    }
-  } else {
-#pragma omp simd reduction(+ : rest, ties)
-    for (int64_t i = 0; i < n; ++i) {
-      const C d = z[i] - shift, e = exp_neg(d);
-      rest += d == 0 ? C(0) : e;
-      ties += d == 0 ? C(1) : C(0);
+  for (int64_t i = 0; i < n; ++i) {
+    const C u = load(x[i]), t = tanh_fast(u * inner);
+    max = u > max ? u : max;
+    s[i] = row.cap * t;
+    if (kSlope) slope[i] = row.scale * ((1 - t) * (1 + t));
+  }
+  return max;
+}
+
+// `stats` with a block of logits x, s = capped(x), added. Only a block with a new maximum is gone through twice.
+template <bool kMore, typename T, typename X, typename C>
+RLHF_INLINE Stats<C> add_block(Stats<C> stats, const T* x, const X* s, int64_t n, const RowTransform<C>& row,
+                               const C* capped_max) {
+  const C factor2 = C(row.factor * kLog2E);
+  const C shift = stats.max == -infinity<C>() ? C(0) : row.capped(stats.max);
+  const auto block = block_sums<kMore>(s, n, shift, factor2);
+  const C max = capped_max ? *capped_max : block.max;
+  if (!(max > stats.max)) {
+    stats.rest += block.sum;
+    stats.spread -= C(kLn2) * block.spread;
+    stats.squares += block.squares;
+    return stats;
+  }
+  C others[kBlock];
+  for (int64_t i = 0; i < n; ++i) others[i] = load(s[i]);
+  int64_t top = 0;
+  while (C(load(x[top])) != max) ++top;
+  const C leader = others[top];
+  others[top] = -infinity<C>();
+  const auto rest = block_sums<kMore>(others, n, leader, factor2);
+  return merge(stats, Stats<C>{max, rest.sum, -C(kLn2) * rest.spread, rest.squares}, row);
+}
+
+template <bool kMore, typename T, typename C>
+RLHF_INLINE Stats<C> row_stats(const T* logits, int64_t vocabulary, const RowTransform<C>& row) {
+  Stats<C> stats = no_stats<C>();
+  C s[kBlock];
+  for (int64_t start = 0; start < vocabulary; start += kBlock) {
+    const T* x = logits + start;
+    const int64_t n = std::min(kBlock, vocabulary - start);
+    if (row.cap > 0) {
+      const C max = cap_block<false>(x, n, row, s, s);
+      stats = add_block<kMore>(stats, x, s, n, row, &max);
+    } else {
+      stats = add_block<kMore>(stats, x, x, n, row, static_cast<const C*>(nullptr));
     }
   }
-  return {max, rest + (ties - 1), spread};  // of nothing but -inf: no_stats
+  return stats;
+}
+
+// out = d L / d s of a block of s = capped(x), as if none of it were a target; `out` may be `s`.
+template <typename X, typename Y, typename C>
+RLHF_INLINE void block_gradient(const X* s, Y* out, int64_t n, C factor, const RowGradient<C>& of) {
+  const C shift = of.max / factor, factor2 = C(factor * kLog2E), logsum2 = C(of.logsum * kLog2E);
+  if (of.g_entropy == 0) {
+    const C g = -factor * of.g_sum;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) store(out[i], g * exp2_neg((load(s[i]) - shift) * factor2 - logsum2));
+    return;
+  }
+  const C constant = -factor * (of.g_sum + of.g_entropy * of.entropy), linear = -factor * of.g_entropy * C(kLn2);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const C t = (load(s[i]) - shift) * factor2 - logsum2, p = exp2_neg(t);
+    store(out[i], p * (constant + linear * (t > C(-127) ? t : C(-127))));
+  }
 }
 
 template <typename T, typename C>
-RLHF_INLINE void row_gradient(const T* logits, T* gradient, int64_t vocabulary, int64_t target, C temperature, C logprob,
-                              C entropy, C max, C logsum, C grad_logprob, C grad_entropy) {
-  const C scale = 1 / temperature;
-  const C target_logit = load(logits[target]) / temperature;  // read before it may be overwritten
-  if (grad_entropy == 0) {
-    const C g = -grad_logprob * scale;
+RLHF_INLINE void row_gradient(const T* logits, T* out, int64_t vocabulary, const RowTransform<C>& row,
+                              const RowGradient<C>& of) {
+  C s[kBlock], slope[kBlock];
+  for (int64_t start = 0; start < vocabulary; start += kBlock) {
+    const int64_t n = std::min(kBlock, vocabulary - start);
+    if (row.cap > 0) {
+      cap_block<true>(logits + start, n, row, s, slope);
+      block_gradient(s, s, n, row.factor, of);
 #pragma omp simd
-    for (int64_t i = 0; i < vocabulary; ++i) {
-      const C z = load(logits[i]) / temperature;
-      store(gradient[i], g * exp_neg((z - max) - logsum));
+      for (int64_t i = 0; i < n; ++i) store(out[start + i], s[i] * slope[i]);
+    } else {
+      block_gradient(logits + start, out + start, n, row.factor, of);
     }
+  }
+  for (int64_t k = 0; k < of.count; ++k)
+    if (of.targets[k] >= 0 && of.targets[k] < vocabulary) store(out[of.targets[k]], of.at_target(k, row));
+}
+
+template <typename T> RLHF_INLINE void forward_row(const TokenLogprobs& op, void* gradient, int64_t row) {
+  using C = typename Compute<T>::type;
+  const int64_t offset = op.rows.offset(row), count = op.targets_per_row, *targets = op.targets + row * count;
+  const T* logits = static_cast<const T*>(op.logits) + offset;
+  T* out = part<T>(gradient, offset);
+  C* logprobs = part<C>(op.logprobs, row * count);
+  RowResult<C> result{0, 0, 0, 0};
+  if (op.mask && !op.mask[row]) {
+    std::fill(logprobs, logprobs + count, C(0));
+    if (out) std::fill(out, out + op.vocabulary, T{});
   } else {
-#pragma omp simd
-    for (int64_t i = 0; i < vocabulary; ++i) {
-      const C z = load(logits[i]) / temperature;
-      const C log_p = (z - max) - logsum, p = exp_neg(log_p);
-      const C g = -(grad_logprob + grad_entropy * (log_p + entropy));
-      store(gradient[i], p == 0 ? C(0) : scale * g * p);
+    const RowTransform<C> transform(op.transform, row);
+    const bool more = op.entropy || op.sum_p_squared;
+    const auto all = more ? row_stats<true>(logits, op.vocabulary, transform)
+                          : row_stats<false>(logits, op.vocabulary, transform);
+    result = finish(all, transform);
+    for (int64_t k = 0; k < count; ++k) {
+      const bool inside = targets[k] >= 0 && targets[k] < op.vocabulary;
+      logprobs[k] = inside ? logprob_of(C(load(logits[targets[k]])), all, transform) : C(NAN);
     }
+    const RowGradient<C> up{targets, count, logprobs, nullptr, result.max, result.logsum, C(0), C(0), C(count)};
+    if (out) row_gradient(logits, out, op.vocabulary, transform, up);
   }
-  const C log_p = (target_logit - max) - logsum, p = exp_neg(log_p);
-  const C through_entropy = p == 0 ? C(0) : -grad_entropy * p * (log_p + entropy);
-  store(gradient[target], scale * (grad_logprob * -std::expm1(logprob) + through_entropy));
+  *part<C>(op.row_max, row) = result.max;
+  *part<C>(op.row_logsum, row) = result.logsum;
+  if (op.entropy) *part<C>(op.entropy, row) = result.entropy;
+  if (op.sum_p_squared) *part<C>(op.sum_p_squared, row) = result.sum_p_squared;
 }
 
 template <typename T>
-RLHF_INLINE void forward_rows(const TokenLogprobs& op, void* gradient, int64_t begin, int64_t end) {
+RLHF_INLINE void backward_row(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy, void* gradient,
+                              const Rows& gradient_rows, int64_t row) {
   using C = typename Compute<T>::type;
-  auto* logprobs = static_cast<C*>(op.logprobs);
-  auto* entropy = static_cast<C*>(op.entropy);
-  auto* row_max = static_cast<C*>(op.row_max);
-  auto* row_logsum = static_cast<C*>(op.row_logsum);
-  const C temperature = C(op.temperature);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t offset = op.rows.offset(row), target = op.targets[row];
-    const T* logits = static_cast<const T*>(op.logits) + offset;
-    T* row_out = gradient ? static_cast<T*>(gradient) + offset : nullptr;
-    if ((op.mask && !op.mask[row]) || target < 0 || target >= op.vocabulary) {
-      logprobs[row] = row_max[row] = row_logsum[row] = 0;
-      if (op.want_entropy) entropy[row] = 0;
-      if (row_out) std::fill(row_out, row_out + op.vocabulary, T{});
-      continue;
-    }
-    Stats<C> others = no_stats(-infinity<C>());
-    for (int64_t start = 0; start < op.vocabulary; start += kBlock) {
-      const int64_t n = std::min(kBlock, op.vocabulary - start);
-      others = merge(others, block_stats(logits + start, n, target - start, temperature, op.want_entropy));
-    }
-    const auto result = finish(others, C(load(logits[target]) / temperature), -infinity<C>());
-    logprobs[row] = result.logprob;
-    row_max[row] = result.max;
-    row_logsum[row] = result.logsum;
-    if (op.want_entropy) entropy[row] = result.entropy;
-    if (row_out)
-      row_gradient(logits, row_out, op.vocabulary, target, temperature, result.logprob, result.entropy, result.max,
-                   result.logsum, C(1), C(0));
+  const int64_t count = grad_logprobs ? op.targets_per_row : 0, at = row * op.targets_per_row;
+  T* out = part<T>(gradient, gradient_rows.offset(row));
+  const C g_entropy = grad_entropy ? *part<C>(grad_entropy, row) : C(0);
+  RowGradient<C> up{op.targets + at, count, part<C>(op.logprobs, at), part<C>(grad_logprobs, at), *part<C>(op.row_max, row),
+                 *part<C>(op.row_logsum, row), op.entropy ? *part<C>(op.entropy, row) : C(0), g_entropy, C(0)};
+  bool silent = g_entropy == 0;
+  for (int64_t k = 0; k < count; ++k) {
+    up.g_sum += up.g(k);
+    silent = silent && up.g(k) == 0;
   }
+  if (silent || (op.mask && !op.mask[row])) {
+    std::fill(out, out + op.vocabulary, T{});
+    return;
+  }
+  row_gradient(part<T>(op.logits, op.rows.offset(row)), out, op.vocabulary, RowTransform<C>(op.transform, row), up);
 }
 
-template <typename T>
-RLHF_INLINE void backward_rows(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy, void* gradient,
-                               Rows gradient_rows, int64_t begin, int64_t end) {
-  using C = typename Compute<T>::type;
-  for (int64_t row = begin; row < end; ++row) {
-    const T* logits = static_cast<const T*>(op.logits) + op.rows.offset(row);
-    T* out = static_cast<T*>(gradient) + gradient_rows.offset(row);
-    const C g_logprob = grad_logprobs ? static_cast<const C*>(grad_logprobs)[row] : C(0);
-    const C g_entropy = grad_entropy ? static_cast<const C*>(grad_entropy)[row] : C(0);
-    if ((op.mask && !op.mask[row]) || (g_logprob == 0 && g_entropy == 0)) {
-      std::fill(out, out + op.vocabulary, T{});
-      continue;
-    }
-    row_gradient(logits, out, op.vocabulary, op.targets[row], C(op.temperature), static_cast<const C*>(op.logprobs)[row],
-                 op.entropy ? static_cast<const C*>(op.entropy)[row] : C(0), static_cast<const C*>(op.row_max)[row],
-                 static_cast<const C*>(op.row_logsum)[row], g_logprob, g_entropy);
-  }
-}
-
-#define RLHF_FOR_DTYPE(NAME, T)                                                                               \
-  RLHF_CLONES void forward_##NAME(const TokenLogprobs& op, void* gradient, int64_t begin, int64_t end) {      \
-    forward_rows<T>(op, gradient, begin, end);                                                                \
-  }                                                                                                           \
+#define RLHF_FOR_DTYPE(NAME, T)                                                                                  \
+  RLHF_CLONES void forward_##NAME(const TokenLogprobs& op, void* gradient, int64_t row) {                        \
+    forward_row<T>(op, gradient, row);                                                                           \
+  }                                                                                                              \
   RLHF_CLONES void backward_##NAME(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy, \
-                                   void* gradient, Rows gradient_rows, int64_t begin, int64_t end) {          \
-    backward_rows<T>(op, grad_logprobs, grad_entropy, gradient, gradient_rows, begin, end);                   \
+                                   void* gradient, const Rows& gradient_rows, int64_t row) {                     \
+    backward_row<T>(op, grad_logprobs, grad_entropy, gradient, gradient_rows, row);                              \
   }
 RLHF_FOR_DTYPE(f32, float)
 RLHF_FOR_DTYPE(f64, double)
@@ -144,14 +198,14 @@ constexpr decltype(&backward_f32) kBackward[] = {backward_f32, backward_f64, bac
 
 void token_logprobs_forward(const TokenLogprobs& op, void* gradient, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < op.rows.count(); ++row) kForward[int(op.dtype)](op, gradient, row, row + 1);
+  for (int64_t row = 0; row < op.rows.count(); ++row) kForward[int(op.dtype)](op, gradient, row);
 }
 
 void token_logprobs_backward(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy,
                              void* gradient, Rows gradient_rows, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < op.rows.count(); ++row)
-    kBackward[int(op.dtype)](op, grad_logprobs, grad_entropy, gradient, gradient_rows, row, row + 1);
+    kBackward[int(op.dtype)](op, grad_logprobs, grad_entropy, gradient, gradient_rows, row);
 }
 
 }  // namespace rlhf::cpu

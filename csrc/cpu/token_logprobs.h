@@ -1,5 +1,6 @@
 // Selective log-softmax over rows of logits, forward and backward, on the CPU.
 #pragma once
+#include "math/token_logprobs.h"
 #include "native.h"
 
 namespace rlhf::cpu {
@@ -9,17 +10,17 @@ struct TokenLogprobs {
   DType dtype;
   Rows rows;
   int64_t vocabulary;
-  const int64_t* targets;  // (rows)
-  const uint8_t* mask;     // (rows) or null; rows with 0 are never read
-  double temperature;
-  bool want_entropy;
-  // (rows), float, or double where the logits are double
-  void *logprobs, *entropy, *row_max, *row_logsum;
+  const int64_t* targets;  // (rows, targets_per_row)
+  int64_t targets_per_row;
+  const uint8_t* mask;  // (rows) or null; rows with 0 are never read
+  Transform transform;
+  // Of float, or double where the logits are double; (rows, targets_per_row), then (rows) each.
+  void *logprobs, *entropy, *row_max, *row_logsum, *sum_p_squared;  // entropy and sum_p_squared may be null
 };
 
-// Fills logprobs, entropy, row_max, row_logsum. Where `gradient` is not null it also writes d logprob / d logits
-// of every row there (same type and strides as the logits, which it may overwrite).
-// A row whose target is outside [0, vocabulary) is treated as masked: nothing out of bounds is read.
+// Fills the statistics. Where `gradient` is not null it also writes d (sum of a row's logprobs) / d logits there (same
+// type and strides as the logits, which it may overwrite). A target outside [0, vocabulary) is never read: its logprob
+// is NaN, the other statistics are complete, and the gradient is that of the log-sum-exp alone.
 void token_logprobs_forward(const TokenLogprobs& op, void* gradient, int threads);
 
 // gradient = grad_logprobs * d logprob / d logits + grad_entropy * d entropy / d logits; each upstream may be null.

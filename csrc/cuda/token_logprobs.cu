@@ -26,8 +26,6 @@ template <typename T, int N> struct alignas(sizeof(T) * N) Pack {
 };
 template <typename T> using Pack16 = Pack<T, 16 / sizeof(T)>;
 
-template <typename T> __device__ compute_t<T> minus_infinity() { return -compute_t<T>(INFINITY); }
-
 // Calls visit(pack, index of its first element) for all of a row: whole 16-byte packs from element `head` on, and
 // packs of one element at both edges.
 template <typename T, typename Visit>
@@ -59,47 +57,53 @@ template <typename T> __device__ int64_t head_of(const T* row, const T* other, i
   return head < size ? head : size;
 }
 
-// Statistics of a pack of logits divided by the temperature; element `skip` is left out where it is in the pack.
-template <bool kEntropy, typename T, int N>
-__device__ Stats<compute_t<T>> pack_stats(const Pack<T, N>& pack, int64_t skip, compute_t<T> temperature) {
+// `stats` with a pack of logits added. A logit above the maximum comes in first, as a set of its own.
+template <bool kMore, typename T, int N>
+__device__ void add_pack(Stats<compute_t<T>>& stats, const Pack<T, N>& pack, const RowTransform<compute_t<T>>& row) {
   using C = compute_t<T>;
-  C z[N];
-  C max = minus_infinity<T>();
+  C x[N], top = load(pack.x[0]);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    z[i] = temperature == 1 ? load(pack.x[i]) : load(pack.x[i]) / temperature;
-    if (i == skip) z[i] = minus_infinity<T>();
-    max = z[i] > max ? z[i] : max;
+    x[i] = load(pack.x[i]);
+    top = x[i] > top ? x[i] : top;
   }
-  const C shift = max == minus_infinity<T>() ? C(0) : max;
-  C rest = 0, ties = 0, spread = 0;
+  bool leads = top > stats.max;
+  if (leads) stats = merge(Stats<C>{top, 0, 0, 0}, stats, row);
+  const C shift = stats.max == -C(INFINITY) ? C(0) : row.capped(stats.max);
+  const C factor2 = row.factor * C(kLog2E);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const C d = z[i] - shift, e = std::exp(d);
-    rest += d == 0 ? C(0) : e;
-    ties += d == 0 ? C(1) : C(0);
-    if (kEntropy) spread += e == 0 ? C(0) : e * -d;
+    const C t = (row.capped(x[i]) - shift) * factor2;
+    const bool is_leader = leads && x[i] == top;
+    const C e = is_leader ? C(0) : std::exp2(t);
+    leads = leads && !is_leader;
+    stats.rest += e;
+    if (kMore) {
+      stats.spread -= e == 0 ? C(0) : C(kLn2) * e * t;
+      stats.squares += e * e;
+    }
   }
-  return {max, rest + (ties - 1), spread};  // of nothing but -inf: no_stats
 }
 
-template <typename C> __device__ Stats<C> reduce_warp(Stats<C> stats) {
+template <typename C> __device__ Stats<C> reduce_warp(Stats<C> stats, const RowTransform<C>& row) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2)
-    stats = merge(stats, Stats<C>{__shfl_down_sync(~0u, stats.max, step), __shfl_down_sync(~0u, stats.rest, step),
-                                  __shfl_down_sync(~0u, stats.spread, step)});
+    stats = merge(stats,
+                  Stats<C>{__shfl_down_sync(~0u, stats.max, step), __shfl_down_sync(~0u, stats.rest, step),
+                           __shfl_down_sync(~0u, stats.spread, step), __shfl_down_sync(~0u, stats.squares, step)},
+                  row);
   return stats;
 }
 
 // The statistics of all threads, in every thread.
-template <typename C> __device__ Stats<C> reduce_block(Stats<C> stats) {
+template <typename C> __device__ Stats<C> reduce_block(Stats<C> stats, const RowTransform<C>& row) {
   __shared__ Stats<C> of_warp[kWarps];
   const int warp = threadIdx.x / 32;
-  stats = reduce_warp(stats);
+  stats = reduce_warp(stats, row);
   if (threadIdx.x % 32 == 0) of_warp[warp] = stats;
   __syncthreads();
   stats = of_warp[0];
-  for (int i = 1; i < kWarps; ++i) stats = merge(stats, of_warp[i]);
+  for (int i = 1; i < kWarps; ++i) stats = merge(stats, of_warp[i], row);
   return stats;
 }
 
@@ -107,89 +111,108 @@ template <typename T> __device__ void write_zeros(T* out, int64_t size) {
   for (int64_t i = threadIdx.x; i < size; i += kThreads) store(out[i], compute_t<T>(0));
 }
 
-// out = grad_logprob * d logprob / d logits + grad_entropy * d entropy / d logits; out may be the logits.
+// out = d L / d logits, see RowGradient; out may be the logits.
 template <bool kEntropy, typename T>
-__device__ void write_gradient(const T* logits, T* out, int64_t size, int64_t target, compute_t<T> temperature,
-                               const RowResult<compute_t<T>>& row, compute_t<T> grad_logprob,
-                               compute_t<T> grad_entropy) {
+__device__ void write_gradient(const T* logits, T* out, int64_t size, const RowTransform<compute_t<T>>& row,
+                               const RowGradient<compute_t<T>>& of) {
   using C = compute_t<T>;
-  const C scale = 1 / temperature, at_target = -std::expm1(row.logprob);
+  const C shift = of.max / row.factor, factor2 = row.factor * C(kLog2E), logsum2 = of.logsum * C(kLog2E);
+  const C constant = -row.factor * (of.g_sum + of.g_entropy * of.entropy);
+  const C linear = -row.factor * of.g_entropy * C(kLn2);
   for_each_pack(logits, size, head_of(logits, out, size), [&](auto pack, int64_t start) {
 #pragma unroll
     for (int i = 0; i < pack.size; ++i) {
-      const C z = temperature == 1 ? load(pack.x[i]) : load(pack.x[i]) / temperature;
-      const C log_p = (z - row.max) - row.logsum, p = std::exp(log_p);
-      C g = grad_logprob * (start + i == target ? at_target : -p);
-      if (kEntropy) g -= p == 0 ? C(0) : grad_entropy * p * (log_p + row.entropy);
-      store(pack.x[i], scale * g);
+      const C s = row.capped(load(pack.x[i])), t = (s - shift) * factor2 - logsum2, p = std::exp2(t);
+      store(pack.x[i], p == 0 ? C(0) : p * (kEntropy ? constant + linear * t : constant) * row.slope(s));
     }
     *reinterpret_cast<decltype(pack)*>(out + start) = pack;
   });
+  __syncthreads();
+  for (int64_t k = threadIdx.x; k < of.count; k += kThreads)
+    if (of.targets[k] >= 0 && of.targets[k] < size) store(out[of.targets[k]], of.at_target(k, row));
 }
 
-template <typename T, bool kEntropy>
+template <typename T, bool kMore, bool kCap>
 __global__ void __launch_bounds__(kThreads) forward_kernel(TokenLogprobs op, T* gradient) {
   using C = compute_t<T>;
-  const int64_t row = blockIdx.x, offset = op.rows.offset(row), size = op.vocabulary;
+  const int64_t row = blockIdx.x, offset = op.rows.offset(row), size = op.vocabulary, count = op.targets_per_row;
   const T* logits = static_cast<const T*>(op.logits) + offset;
-  RowResult<C> result{0, 0, 0, 0};
+  const int64_t* targets = op.targets + row * count;
+  C* logprobs = static_cast<C*>(op.logprobs) + row * count;
+  RowTransform<C> transform(op.transform, row);
+  if (!kCap) transform.cap = 0;  // known when compiling
   const bool counts = !op.mask || op.mask[row];
-  const int64_t target = op.targets[row];
-  const C temperature = C(op.temperature);
+  RowResult<C> result{0, 0, 0, 0};
+  Stats<C> all = no_stats<C>();
   if (counts) {
-    const bool valid = target >= 0 && target < size;
-    const C target_logit = valid ? load(logits[target]) / temperature : C(NAN);
-    Stats<C> others = no_stats(minus_infinity<T>());
-    for_each_pack(logits, size, head_of(logits, logits, size), [&](const auto& pack, int64_t start) {
-      others = merge(others, pack_stats<kEntropy>(pack, target - start, temperature));
-    });
-    result = finish(reduce_block(others), target_logit, minus_infinity<T>());
+    for_each_pack(logits, size, head_of(logits, logits, size),
+                  [&](const auto& pack, int64_t) { add_pack<kMore>(all, pack, transform); });
+    all = reduce_block(all, transform);
+    result = finish(all, transform);
+  }
+  for (int64_t k = threadIdx.x; k < count; k += kThreads) {
+    const bool inside = targets[k] >= 0 && targets[k] < size;
+    logprobs[k] = !counts ? C(0) : inside ? logprob_of(C(load(logits[targets[k]])), all, transform) : C(NAN);
   }
   if (threadIdx.x == 0) {
-    static_cast<C*>(op.logprobs)[row] = result.logprob;
     static_cast<C*>(op.row_max)[row] = result.max;
     static_cast<C*>(op.row_logsum)[row] = result.logsum;
-    if (kEntropy) static_cast<C*>(op.entropy)[row] = result.entropy;
+    if (kMore && op.entropy) static_cast<C*>(op.entropy)[row] = result.entropy;
+    if (kMore && op.sum_p_squared) static_cast<C*>(op.sum_p_squared)[row] = result.sum_p_squared;
   }
   if (!gradient) return;
-  if (counts)
-    write_gradient<false>(logits, gradient + offset, size, target, temperature, result, C(1), C(0));
-  else
+  if (!counts) {
     write_zeros(gradient + offset, size);
+    return;
+  }
+  __syncthreads();  // every thread has read its targets' logits and written their log-probabilities
+  const RowGradient<C> of{targets, count, logprobs, nullptr, result.max, result.logsum, C(0), C(0), C(count)};
+  write_gradient<false>(logits, gradient + offset, size, transform, of);
 }
 
-template <typename T, bool kEntropy>
+template <typename T, bool kEntropy, bool kCap>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(TokenLogprobs op, const compute_t<T>* grad_logprobs, const compute_t<T>* grad_entropy, T* gradient,
                     Rows gradient_rows) {
   using C = compute_t<T>;
-  const int64_t row = blockIdx.x;
+  const int64_t row = blockIdx.x, count = grad_logprobs ? op.targets_per_row : 0, at = row * op.targets_per_row;
+  const T* logits = static_cast<const T*>(op.logits) + op.rows.offset(row);
   T* out = gradient + gradient_rows.offset(row);
-  const C g_logprob = grad_logprobs ? grad_logprobs[row] : C(0);
   const C g_entropy = kEntropy ? grad_entropy[row] : C(0);
-  if ((op.mask && !op.mask[row]) || (g_logprob == 0 && g_entropy == 0)) {
+  RowGradient<C> of{op.targets + at, count, static_cast<const C*>(op.logprobs) + at,
+                    grad_logprobs ? grad_logprobs + at : nullptr, static_cast<const C*>(op.row_max)[row],
+                    static_cast<const C*>(op.row_logsum)[row],
+                    kEntropy ? static_cast<const C*>(op.entropy)[row] : C(0), g_entropy, C(0)};
+  bool silent = g_entropy == 0;
+  for (int64_t k = 0; k < count; ++k) {
+    of.g_sum += of.g(k);
+    silent = silent && of.g(k) == 0;
+  }
+  if (silent || (op.mask && !op.mask[row])) {
     write_zeros(out, op.vocabulary);
     return;
   }
-  const RowResult<C> result{static_cast<const C*>(op.logprobs)[row],
-                            kEntropy ? static_cast<const C*>(op.entropy)[row] : C(0),
-                            static_cast<const C*>(op.row_max)[row], static_cast<const C*>(op.row_logsum)[row]};
-  write_gradient<kEntropy>(static_cast<const T*>(op.logits) + op.rows.offset(row), out, op.vocabulary, op.targets[row],
-                           C(op.temperature), result, g_logprob, g_entropy);
+  RowTransform<C> transform(op.transform, row);
+  if (!kCap) transform.cap = 0;  // known when compiling
+  write_gradient<kEntropy>(logits, out, op.vocabulary, transform, of);
 }
 
 template <typename T> void forward(const TokenLogprobs& op, void* gradient, Queue queue) {
-  launch("token_logprobs", op.want_entropy ? forward_kernel<T, true> : forward_kernel<T, false>, op.rows.count(),
-         kThreads, queue, op, static_cast<T*>(gradient));
+  const bool more = op.entropy || op.sum_p_squared, cap = op.transform.softcap > 0;
+  const auto kernel = more ? (cap ? forward_kernel<T, true, true> : forward_kernel<T, true, false>)
+                           : (cap ? forward_kernel<T, false, true> : forward_kernel<T, false, false>);
+  launch("token_logprobs", kernel, op.rows.count(), kThreads, queue, op, static_cast<T*>(gradient));
 }
 
 template <typename T>
 void backward(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy, void* gradient,
               Rows gradient_rows, Queue queue) {
   using C = compute_t<T>;
-  launch("token_logprobs", grad_entropy ? backward_kernel<T, true> : backward_kernel<T, false>, op.rows.count(),
-         kThreads, queue, op, static_cast<const C*>(grad_logprobs), static_cast<const C*>(grad_entropy),
-         static_cast<T*>(gradient), gradient_rows);
+  const bool cap = op.transform.softcap > 0;
+  const auto kernel = grad_entropy ? (cap ? backward_kernel<T, true, true> : backward_kernel<T, true, false>)
+                                   : (cap ? backward_kernel<T, false, true> : backward_kernel<T, false, false>);
+  launch("token_logprobs", kernel, op.rows.count(), kThreads, queue, op, static_cast<const C*>(grad_logprobs),
+         static_cast<const C*>(grad_entropy), static_cast<T*>(gradient), gradient_rows);
 }
 
 // In the order of DType.

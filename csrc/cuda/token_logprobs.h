@@ -6,7 +6,7 @@ namespace rlhf::cuda {
 
 using cpu::TokenLogprobs;
 
-// As rlhf::cpu::token_logprobs_forward, asynchronously; a row whose target is outside [0, vocabulary) becomes NaN.
+// As rlhf::cpu::token_logprobs_forward, asynchronously.
 void token_logprobs_forward(const TokenLogprobs& op, void* gradient, int device, uintptr_t stream);
 
 void token_logprobs_backward(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy,

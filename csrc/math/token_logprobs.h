@@ -6,55 +6,86 @@
 
 namespace rlhf {
 
-// A set of logits z: its maximum m, rest = sum of exp(z - m) over all but one maximal element, and
-// spread = sum of exp(z - m) (m - z). `rest` without the leading 1 is what keeps log1p exact when one logit leads.
-// No logits at all: max = -inf, rest = -1, spread = 0, so that 1 + rest is always the sum of exp(z - m).
-template <typename T> struct Stats {
-  T max, rest, spread;
+// z = softcap(logit_scale x) / temperature of every row, softcap(u) = cap tanh(u / cap), 0 for none.
+struct Transform {
+  double temperature;
+  const float* temperatures;  // (rows), in place of `temperature`, or null
+  double logit_scale, softcap;
 };
 
-template <typename T> RLHF_HD Stats<T> no_stats(T minus_inf) { return {minus_inf, T(-1), T(0)}; }
+// The transform of one row: z = factor * capped(x), with capped(x) = x where there is no softcap.
+template <typename T> struct RowTransform {
+  T factor, cap, scale;
+  RLHF_HD RowTransform(const Transform& t, int64_t row)
+      : factor(T((t.softcap > 0 ? 1 : t.logit_scale) / (t.temperatures ? double(t.temperatures[row]) : t.temperature))),
+        cap(T(t.softcap)),
+        scale(T(t.logit_scale)) {}
+  RLHF_HD T capped(T x) const { return cap > 0 ? cap * std::tanh(x * (scale / cap)) : x; }
+  // d capped / d x where s = capped(x)
+  RLHF_HD T slope(T s) const { return cap > 0 ? scale * ((1 - s / cap) * (1 + s / cap)) : T(1); }
+};
 
-template <typename T> RLHF_HD Stats<T> merge(Stats<T> a, Stats<T> b) {
+// A set of logits: its maximum (as given, before the transform), and with e = exp(z - max z) the sums over all but
+// one maximal element of e (`rest`), e (max z - z) (`spread`) and e^2 (`squares`). `rest` without the leading 1 is
+// what keeps log1p exact when one logit leads. Nothing but -inf: rest = squares = -1, so that 1 + rest is always the
+// sum of e.
+template <typename T> struct Stats {
+  T max, rest, spread, squares;
+};
+
+template <typename T> RLHF_HD Stats<T> no_stats() { return {-T(INFINITY), T(-1), T(0), T(-1)}; }
+
+template <typename T> RLHF_HD Stats<T> merge(Stats<T> a, Stats<T> b, const RowTransform<T>& row) {
   if (b.max > a.max) {
     const Stats<T> c = a;
     a = b;
     b = c;
   }
-  const T shift = a.max == b.max ? T(0) : a.max - b.max;  // -inf meets -inf where both are empty
-  const T scale = std::exp(-shift);
-  if (!(scale == 0)) {  // keeps the shift of an empty set out of 0 * inf, and lets NaN through
-    a.spread += scale * (b.spread + shift * (1 + b.rest));
-    a.rest += scale * (1 + b.rest);
+  // -inf meets -inf where both are empty
+  const T shift = a.max == b.max ? T(0) : row.factor * (row.capped(a.max) - row.capped(b.max));
+  const T e = std::exp(-shift);
+  if (!(e == 0)) {  // keeps the shift of an empty set out of 0 * inf, and lets NaN through
+    a.spread += e * (b.spread + shift * (1 + b.rest));
+    a.rest += e * (1 + b.rest);
+    a.squares += e * e * (1 + b.squares);
   }
   return a;
 }
 
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// What is kept of a row: lse = max + logsum with max the largest z, entropy, and sum_j p_j^2.
 template <typename T> struct RowResult {
-  T logprob, entropy, max, logsum;  // log-sum-exp of the row = max + logsum
+  T max, logsum, entropy, sum_p_squared;
 };
 
-// `others` are all logits of the row but the target's.
-template <typename T> RLHF_HD RowResult<T> finish(Stats<T> others, T target, T minus_inf) {
-  RowResult<T> out;
-  if (others.max == minus_inf && others.rest == -1) {  // nothing but the target
-    out.logprob = target - target;                    // 0, NaN where the target is not finite
-    out.entropy = 0;
-    out.max = target;
-    out.logsum = 0;
-    return out;
-  }
-  const T margin = (others.max - target) + std::log1p(others.rest);  // lse of the others - target
-  out.logprob = -((margin > 0 ? margin : 0) + std::log1p(std::exp(-std::fabs(margin))));
-  if (target == minus_inf) {
-    out.logprob = minus_inf;
-  } else {
-    others = merge(others, Stats<T>{target, 0, 0});
-  }
-  out.max = others.max;
-  out.logsum = std::log1p(others.rest);
-  out.entropy = out.logsum + others.spread / (1 + others.rest);
-  return out;
+template <typename T> RLHF_HD RowResult<T> finish(const Stats<T>& all, const RowTransform<T>& row) {
+  const T sum = 1 + all.rest, logsum = std::log1p(all.rest);
+  return {row.factor * row.capped(all.max), logsum, logsum + all.spread / sum, (1 + all.squares) / (sum * sum)};
 }
+
+// The log-probability of a token with the logit `target`; exact where that is the maximum.
+template <typename T> RLHF_HD T logprob_of(T target, const Stats<T>& all, const RowTransform<T>& row) {
+  // target - target: 0, NaN where the maximum is infinite
+  const T below = target == all.max ? target - target : row.factor * (row.capped(target) - row.capped(all.max));
+  return below - std::log1p(all.rest);
+}
+
+// What the gradient of a row is made of: L = sum_k g_k logprob_k + g_entropy entropy.
+template <typename T> struct RowGradient {
+  const int64_t* targets;
+  int64_t count;
+  const T *logprobs, *g_logprobs;  // (count); g_logprobs null for 1 each
+  T max, logsum, entropy, g_entropy, g_sum;
+  RLHF_HD T g(int64_t k) const { return g_logprobs ? g_logprobs[k] : T(1); }
+  // d L / d logit of target k, with 1 - p from expm1, which keeps a confident token's gradient.
+  RLHF_HD T at_target(int64_t k, const RowTransform<T>& row) const {
+    const T log_p = logprobs[k], p = std::exp(log_p), s = (log_p + logsum + max) / row.factor;
+    T elsewhere = 0;
+    for (int64_t i = 0; i < count; ++i) elsewhere += targets[i] == targets[k] ? T(0) : g(i);
+    const T through_entropy = p == 0 ? T(0) : g_entropy * p * (log_p + entropy);
+    return row.factor * row.slope(s) * (g_sum * -std::expm1(log_p) - elsewhere - through_entropy);
+  }
+};
 
 }  // namespace rlhf

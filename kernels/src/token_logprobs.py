@@ -6,214 +6,318 @@ over the logits themselves. No atomics: the same inputs give the same bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.scalar import expm1, log1p
+from rlhf_fast.kernels.scalar import expm1, log1p, tanh
 from torch import Tensor
 
 BLOCK = 4096
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _factor(temperatures, row, temperature, logit_scale, acc, HAS_TEMPERATURES: tl.constexpr, HAS_CAP: tl.constexpr):
+    """z = factor * capped(x)"""
+    t = tl.full([], temperature, tl.float64)
+    if HAS_TEMPERATURES:
+        t = tl.load(temperatures + row).to(tl.float64)
+    scale = tl.full([], 1.0 if HAS_CAP else logit_scale, tl.float64)
+    return (scale / t).to(acc)
+
+
+@triton.jit
+def _capped(x, logit_scale, cap, HAS_CAP: tl.constexpr):
+    if HAS_CAP:
+        x = cap * tanh(x * (logit_scale / cap))
+    return x
+
+
+@triton.jit
+def _write_zeros(out, V, BLOCK: tl.constexpr):
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        tl.store(out + columns, tl.zeros([BLOCK], tl.float32), mask=columns < V)
 
 
 @triton.jit
 def _write_gradient(
     logits,  # (V,) of this row
     gradient,  # (V,) of this row, may be the logits
-    target_id,
-    target,  # the target's logit / temperature
-    logprob,
+    targets,  # (K,) of this row
+    logprobs,  # (K,) of this row
+    grad_logprobs,  # (K,) of this row
     entropy,
     row_max,
     row_logsum,
-    grad_logprob,
     grad_entropy,
-    temperature,
+    factor,
+    logit_scale,
+    cap,
     V,
+    K,
+    HAS_LOGPROB: tl.constexpr,  # False: no gradient of the log-probabilities
+    HAS_UPSTREAM: tl.constexpr,  # False: 1 for each log-probability
     HAS_ENTROPY: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    K_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    acc: tl.constexpr = logprobs.dtype.element_ty
+    k = tl.arange(0, K_BLOCK)
+    g = tl.zeros([K_BLOCK], acc)
+    if HAS_LOGPROB:
+        g = tl.where(k < K, 1.0, 0.0).to(acc)
+        if HAS_UPSTREAM:
+            g = tl.load(grad_logprobs + k, mask=k < K, other=0.0)
+    sum_g = tl.sum(g, 0)
+
+    # As if no element were a target.
+    shift = row_max / factor
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < V
-        z = tl.load(logits + columns, mask=inside, other=0.0).to(row_max.dtype) / temperature
-        log_p = (z - row_max) - row_logsum
-        p = tl.exp(log_p)
-        one_minus_p = tl.where(columns == target_id, -expm1(logprob), -p)
-        value = grad_logprob * one_minus_p
+        x = tl.load(logits + columns, mask=inside, other=0.0).to(acc)
+        s = _capped(x, logit_scale, cap, HAS_CAP)
+        log_p = (s - shift) * factor - row_logsum
+        value = sum_g
         if HAS_ENTROPY:
+            value += grad_entropy * (log_p + entropy)
+        p = tl.exp(log_p)
+        value = tl.where(p > 0, -factor * p * value, 0.0)
+        if HAS_CAP:
+            value *= logit_scale * ((1.0 - s / cap) * (1.0 + s / cap))
+        tl.store(gradient + columns, value.to(gradient.dtype.element_ty), mask=inside)
+
+    if HAS_LOGPROB:
+        # At the targets, with 1 - p from expm1; equal targets write equal values.
+        tl.debug_barrier()
+        ids = tl.load(targets + k, mask=k < K, other=-1)
+        log_p = tl.load(logprobs + k, mask=k < K, other=0.0)
+        elsewhere = tl.zeros([K_BLOCK], acc)
+        if K_BLOCK > 1:
+            for i in range(0, K):
+                g_i = tl.full([], 1.0, acc)
+                if HAS_UPSTREAM:
+                    g_i = tl.load(grad_logprobs + i)
+                elsewhere += tl.where(ids == tl.load(targets + i), 0.0, g_i)
+        value = sum_g * -expm1(log_p) - elsewhere
+        if HAS_ENTROPY:
+            p = tl.exp(log_p)
             value -= tl.where(p > 0, grad_entropy * p * (log_p + entropy), 0.0)
-        tl.store(gradient + columns, (value / temperature).to(gradient.dtype.element_ty), mask=inside)
+        value *= factor
+        if HAS_CAP:
+            s = (log_p + row_logsum + row_max) / factor
+            value *= logit_scale * ((1.0 - s / cap) * (1.0 + s / cap))
+        inside = (k < K) & (ids >= 0) & (ids < V)
+        tl.store(gradient + ids, value.to(gradient.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _forward_kernel(
     logits,  # (outer, inner, V), last stride 1
-    targets,  # (outer * inner,) int64
+    targets,  # (outer * inner, K) int64
     mask,  # (outer * inner,) uint8
-    logprobs,  # (outer * inner,)
+    temperatures,  # (outer * inner,) float32
+    logprobs,  # (outer * inner, K)
     entropies,  # (outer * inner,)
     row_maxes,  # (outer * inner,)
     row_logsums,  # (outer * inner,)
+    sums_p_squared,  # (outer * inner,)
     gradient,  # like logits, may be the logits
-    temperature,
+    temperature: tl.float64,
+    logit_scale: tl.float64,
+    softcap: tl.float64,
     V,
+    K,
     inner,
     outer_stride,
     inner_stride,
     HAS_MASK: tl.constexpr,
+    HAS_TEMPERATURES: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_SQUARES: tl.constexpr,
     HAS_GRADIENT: tl.constexpr,
+    K_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    acc = logprobs.dtype.element_ty
+    acc: tl.constexpr = logprobs.dtype.element_ty
     base = (row // inner) * outer_stride + (row % inner) * inner_stride
-    target_id = tl.load(targets + row)
+    k = tl.arange(0, K_BLOCK)
     counts = True
     if HAS_MASK:
         counts = tl.load(mask + row) != 0
     if not counts:
-        tl.store(logprobs + row, 0.0)
+        tl.store(logprobs + row * K + k, tl.zeros([K_BLOCK], acc), mask=k < K)
         tl.store(row_maxes + row, 0.0)
         tl.store(row_logsums + row, 0.0)
         if HAS_ENTROPY:
             tl.store(entropies + row, 0.0)
+        if HAS_SQUARES:
+            tl.store(sums_p_squared + row, 0.0)
         if HAS_GRADIENT:
-            for start in range(0, V, BLOCK):
-                columns = start + tl.arange(0, BLOCK)
-                tl.store(gradient + base + columns, tl.zeros([BLOCK], acc), mask=columns < V)
+            _write_zeros(gradient + base, V, BLOCK)
         return
 
-    valid = (target_id >= 0) & (target_id < V)
-    target = tl.load(logits + base + target_id, mask=valid, other=float("nan")).to(acc) / temperature
+    factor = _factor(temperatures, row, temperature, logit_scale, acc, HAS_TEMPERATURES, HAS_CAP)
+    scale = tl.full([], logit_scale, tl.float64).to(acc)
+    cap = tl.full([], softcap, tl.float64).to(acc)
+    factor2 = factor * LOG2E
 
-    # Statistics of all logits but the target's: m, and per lane the sums over the elements below m (`rest`),
-    # the number of elements equal to m (`ties`), and sum of exp(z - m) (m - z) (`spread`).
+    # The greatest logit m and, with e = exp(z - max z), per lane the sums over all but one maximal element of e
+    # (`rest`), e (z - max z) log2(e) (`spread`) and e^2 (`squares`). That element is counted when a greater one comes.
     m = tl.full([], -float("inf"), acc)
+    shift = tl.full([], 0.0, acc)
     rest = tl.zeros([BLOCK], acc)
-    ties = tl.zeros([BLOCK], acc)
     spread = tl.zeros([BLOCK], acc)
+    squares = tl.zeros([BLOCK], acc)
+    first_lane = tl.where(tl.arange(0, BLOCK) == 0, 1.0, 0.0).to(acc)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        other = (columns < V) & (columns != target_id)
-        z = tl.load(logits + base + columns, mask=other, other=-float("inf")).to(acc) / temperature
-        new_m = tl.maximum(m, tl.max(z, 0))
-        shift = tl.where(new_m == -float("inf"), 0.0, new_m)
-        lifted = new_m > m
-        # exp(-inf) = 0 when the first finite maximum arrives; lanes are empty until then
-        scale = tl.where(lifted, tl.exp(m - shift), 1.0)
-        delta = tl.where(lifted & (m > -float("inf")), shift - m, 0.0)
-        spread = tl.where(scale > 0, scale * (spread + delta * (rest + ties)), 0.0)
-        rest = tl.where(lifted, (rest + ties) * scale, rest)
-        ties = tl.where(lifted, 0.0, ties)
-        e = tl.exp(z - shift)
-        at_max = other & (z == new_m) & (z > -float("inf"))
-        rest += tl.where(at_max, 0.0, e)
-        ties += tl.where(at_max, 1.0, 0.0)
+        x = tl.load(logits + base + columns, mask=columns < V, other=-float("inf")).to(acc)
+        s = _capped(x, scale, cap, HAS_CAP)
+        added = columns < V
+        top = tl.max(x, 0)
+        if top > m:
+            new_shift = _capped(top, scale, cap, HAS_CAP)
+            # the first finite maximum: nothing has been counted
+            lift = tl.where(m == -float("inf"), 0.0, (shift - new_shift) * factor2)
+            e = tl.where(m == -float("inf"), 0.0, tl.exp2(lift))
+            leaders = x == top
+            ties = tl.sum(leaders.to(acc), 0) - 1.0
+            rest += first_lane
+            spread = e * (spread + lift * rest)
+            rest = e * rest + first_lane * ties
+            squares = e * e * (squares + first_lane) + first_lane * ties
+            added = added & (x < top)
+            m = top
+            shift = new_shift
+        t = (s - shift) * factor2
+        e = tl.where(added, tl.exp2(t), 0.0)
+        rest += e
         if HAS_ENTROPY:
-            spread += tl.where(e > 0, e * (shift - z), 0.0)
-        m = new_m
-    r = tl.sum(rest, 0) + (tl.sum(ties, 0) - 1.0)
-    t = tl.sum(spread, 0)
-    alone = m == -float("inf")  # no other finite logit
-    r = tl.where(alone & (r < 0), 0.0, r)
-
-    margin = tl.where(alone, m, (m - target) + log1p(r))
-    logprob = -(tl.maximum(margin, 0.0) + log1p(tl.exp(-tl.abs(margin))))
-    logprob = tl.where(target != target, target, logprob)
-    # Add the target to the others.
-    row_max = tl.maximum(m, target)
-    gap = tl.abs(m - target)
-    small = tl.where(gap < float("inf"), tl.exp(-gap), 0.0)
-    gap = tl.where(small > 0, gap, 0.0)
-    target_leads = target > m
-    t = tl.where(target_leads, small * (t + gap * (1.0 + r)), t + small * gap)
-    r = tl.where(target_leads, small * (1.0 + r), r + small)
+            spread += tl.where(e > 0, e * t, 0.0)
+        if HAS_SQUARES:
+            squares += e * e
+    r = tl.sum(rest, 0)
     row_logsum = log1p(r)
-    entropy = row_logsum + t / (1.0 + r)
-    tl.store(logprobs + row, logprob)
+    row_max = tl.where(m == -float("inf"), m, factor * shift)
+
+    ids = tl.load(targets + row * K + k, mask=k < K, other=-1)
+    valid = (ids >= 0) & (ids < V)
+    x = tl.load(logits + base + ids, mask=valid, other=float("nan")).to(acc)
+    below = tl.where(x == m, x - x, (_capped(x, scale, cap, HAS_CAP) - shift) * factor)
+    tl.store(logprobs + row * K + k, below - row_logsum, mask=k < K)
     tl.store(row_maxes + row, row_max)
     tl.store(row_logsums + row, row_logsum)
     if HAS_ENTROPY:
-        tl.store(entropies + row, entropy)
+        tl.store(entropies + row, row_logsum - LN2 * tl.sum(spread, 0) / (1.0 + r))
+    if HAS_SQUARES:
+        tl.store(sums_p_squared + row, (1.0 + tl.sum(squares, 0)) / ((1.0 + r) * (1.0 + r)))
     if HAS_GRADIENT:
+        tl.debug_barrier()  # the targets' logits have been read, their log-probabilities are there to be read
         _write_gradient(
-            logits + base, gradient + base, target_id, target, logprob, entropy, row_max, row_logsum,
-            1.0, 0.0, temperature, V, False, BLOCK,
+            logits + base, gradient + base, targets + row * K, logprobs + row * K, logprobs, 0.0, row_max, row_logsum,
+            0.0, factor, scale, cap, V, K, True, False, False, HAS_CAP, K_BLOCK, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_kernel(
     logits,  # (outer, inner, V), last stride 1
-    targets,  # (outer * inner,) int64
+    targets,  # (outer * inner, K) int64
     mask,  # (outer * inner,) uint8
-    logprobs,  # (outer * inner,)
+    temperatures,  # (outer * inner,) float32
+    logprobs,  # (outer * inner, K)
     entropies,  # (outer * inner,)
     row_maxes,  # (outer * inner,)
     row_logsums,  # (outer * inner,)
-    grad_logprobs,  # (outer * inner,)
+    grad_logprobs,  # (outer * inner, K)
     grad_entropies,  # (outer * inner,)
     gradient,  # (outer, inner, V), last stride 1, may be the logits
-    temperature,
+    temperature: tl.float64,
+    logit_scale: tl.float64,
+    softcap: tl.float64,
     V,
+    K,
     inner,
     outer_stride,
     inner_stride,
     grad_outer_stride,
     grad_inner_stride,
     HAS_MASK: tl.constexpr,
+    HAS_TEMPERATURES: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     HAS_LOGPROB: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    K_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    acc = logprobs.dtype.element_ty
+    acc: tl.constexpr = logprobs.dtype.element_ty
     base = (row // inner) * outer_stride + (row % inner) * inner_stride
     out = (row // inner) * grad_outer_stride + (row % inner) * grad_inner_stride
-    grad_logprob = tl.full([], 0.0, acc)
     grad_entropy = tl.full([], 0.0, acc)
     entropy = tl.full([], 0.0, acc)
+    counts = False
     if HAS_LOGPROB:
-        grad_logprob = tl.load(grad_logprobs + row)
+        k = tl.arange(0, K_BLOCK)
+        g = tl.load(grad_logprobs + row * K + k, mask=k < K, other=0.0)
+        counts = tl.max((g != 0).to(tl.int32), 0) != 0
     if HAS_ENTROPY:
         grad_entropy = tl.load(grad_entropies + row)
         entropy = tl.load(entropies + row)
-    counts = (grad_logprob != 0) | (grad_entropy != 0)
+        counts = counts | (grad_entropy != 0)
     if HAS_MASK:
         counts = counts & (tl.load(mask + row) != 0)
     if not counts:
-        for start in range(0, V, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            tl.store(gradient + out + columns, tl.zeros([BLOCK], acc), mask=columns < V)
+        _write_zeros(gradient + out, V, BLOCK)
         return
+    factor = _factor(temperatures, row, temperature, logit_scale, acc, HAS_TEMPERATURES, HAS_CAP)
+    scale = tl.full([], logit_scale, tl.float64).to(acc)
+    cap = tl.full([], softcap, tl.float64).to(acc)
     _write_gradient(
-        logits + base, gradient + out, tl.load(targets + row), 0.0, tl.load(logprobs + row), entropy,
-        tl.load(row_maxes + row), tl.load(row_logsums + row), grad_logprob, grad_entropy, temperature, V,
-        HAS_ENTROPY, BLOCK,
+        logits + base, gradient + out, targets + row * K, logprobs + row * K, grad_logprobs + row * K, entropy,
+        tl.load(row_maxes + row), tl.load(row_logsums + row), grad_entropy, factor, scale, cap, V, K,
+        HAS_LOGPROB, True, HAS_ENTROPY, HAS_CAP, K_BLOCK, BLOCK,
     )  # fmt: skip
 
 
-def _block(vocabulary: int) -> int:
-    return min(BLOCK, triton.next_power_of_2(vocabulary))
+def _options(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Any) -> dict[str, Any]:
+    per_row = targets.shape[2] if targets.dim() == 3 else 1
+    return {
+        "HAS_MASK": mask is not None,
+        "HAS_TEMPERATURES": transform.temperatures is not None,
+        "HAS_CAP": transform.softcap > 0,
+        "K_BLOCK": triton.next_power_of_2(per_row),
+        "BLOCK": min(BLOCK, triton.next_power_of_2(logits.shape[-1])),
+        "num_warps": 8,
+    }
 
 
 def forward(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    transform: Any,
     want_entropy: bool,
     stats: list[Tensor],
     gradient: Tensor | None,
 ) -> None:
-    """Fills stats = [logprobs, entropy, row_max, row_logsum], and d logprob / d logits where `gradient` is given."""
+    """As IMPLS in rlhf_fast/ops/token_logprobs.py says."""
     outer, inner, vocabulary = logits.shape
-    if outer * inner == 0:
+    if targets.numel() == 0:
         return
+    temperature, temperatures, logit_scale, softcap = transform
     _forward_kernel[(outer * inner,)](
-        logits, targets, mask, *stats, gradient, temperature, vocabulary, inner, logits.stride(0), logits.stride(1),
-        HAS_MASK=mask is not None, HAS_ENTROPY=want_entropy, HAS_GRADIENT=gradient is not None,
-        BLOCK=_block(vocabulary), num_warps=8,
+        logits, targets, mask, temperatures, *stats, gradient, temperature, logit_scale, softcap, vocabulary,
+        targets.numel() // (outer * inner), inner, logits.stride(0), logits.stride(1),
+        HAS_ENTROPY=want_entropy, HAS_SQUARES=stats[4].numel() > 0, HAS_GRADIENT=gradient is not None,
+        **_options(logits, targets, mask, transform),
     )  # fmt: skip
 
 
@@ -221,19 +325,21 @@ def backward(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    transform: Any,
     stats: list[Tensor],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     gradient: Tensor,
 ) -> None:
-    """gradient = grad_logprobs * d logprob / d logits + grad_entropy * d entropy / d logits."""
+    """As IMPLS in rlhf_fast/ops/token_logprobs.py says."""
     outer, inner, vocabulary = logits.shape
-    if outer * inner == 0:
+    if targets.numel() == 0:
         return
+    temperature, temperatures, logit_scale, softcap = transform
     _backward_kernel[(outer * inner,)](
-        logits, targets, mask, *stats, grad_logprobs, grad_entropy, gradient, temperature, vocabulary, inner,
+        logits, targets, mask, temperatures, *stats[:4], grad_logprobs, grad_entropy, gradient, temperature,
+        logit_scale, softcap, vocabulary, targets.numel() // (outer * inner), inner,
         logits.stride(0), logits.stride(1), gradient.stride(0), gradient.stride(1),
-        HAS_MASK=mask is not None, HAS_LOGPROB=grad_logprobs is not None, HAS_ENTROPY=grad_entropy is not None,
-        BLOCK=_block(vocabulary), num_warps=8,
+        HAS_LOGPROB=grad_logprobs is not None, HAS_ENTROPY=grad_entropy is not None,
+        **_options(logits, targets, mask, transform),
     )  # fmt: skip

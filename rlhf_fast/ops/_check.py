@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -45,19 +47,41 @@ def mask_bytes(mask: Tensor | None, shape: tuple[int, ...], meaning: str) -> Ten
     if mask is None:
         return None
     shaped("mask", mask, shape, meaning)
-    return (mask != 0).to(torch.uint8).contiguous()
+    counts = mask if mask.dtype == torch.bool else mask != 0
+    return counts.contiguous().view(torch.uint8)
 
 
-def targets_inside(targets: Tensor, mask: Tensor | None, vocabulary: int) -> None:
-    """IndexError for a counted target outside [0, vocabulary); on the CPU only, a GPU would have to wait."""
-    if targets.device.type != "cpu":
+def looks_at_values(device: torch.device) -> bool:
+    """Whether ops check values on `device`: always on the CPU, elsewhere with RLHF_FAST_DEBUG=1, as they must wait."""
+    return device.type == "cpu" or os.environ.get("RLHF_FAST_DEBUG") == "1"
+
+
+def targets_inside(targets: Tensor, mask: Tensor | None, vocabulary: int, per_row: int = 1) -> None:
+    """IndexError that names the row of a counted target outside [0, vocabulary), where values are looked at.
+
+    targets: any shape, `per_row` consecutive ids for each element of the mask.
+    """
+    if not looks_at_values(targets.device):
         return
-    outside = (targets < 0) | (targets >= vocabulary)
+    ids = targets.reshape(-1, per_row)
+    outside = (ids < 0) | (ids >= vocabulary)
     if mask is not None:
-        outside &= mask != 0
+        outside &= mask.reshape(-1, 1) != 0
     if outside.any():
-        row = int(outside.view(-1).nonzero()[0])
-        raise IndexError(f"targets: row {row} is {targets.view(-1)[row].item()}, outside [0, {vocabulary})")
+        row, k = outside.nonzero()[0].tolist()
+        raise IndexError(f"targets: row {row} is {ids[row, k].item()}, outside [0, {vocabulary})")
+
+
+def positive_rows(name: str, values: Tensor | None, mask: Tensor | None) -> None:
+    """ValueError that names the row of a counted value that is not > 0, where values are looked at."""
+    if values is None or not looks_at_values(values.device):
+        return
+    bad = ~(values.reshape(-1) > 0)
+    if mask is not None:
+        bad &= mask.reshape(-1) != 0
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"{name} must be > 0, row {row} is {values.reshape(-1)[row].item()}")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

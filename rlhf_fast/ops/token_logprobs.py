@@ -1,29 +1,32 @@
 """token_logprobs: log-probabilities (and entropies) of given tokens from logits, in one read of the logits.
 
-With z = logits / temperature, y = target, p = softmax(z), lse = log sum_j exp(z_j):
+With s = softcap(logit_scale * logits), z = s / temperature, y = target, p = softmax(z), lse = log sum_j exp(z_j),
+softcap(u) = c tanh(u / c) (none: u):
 
-    logprob = z_y - lse = -softplus(lse_{j != y} - z_y)
+    logprob = z_y - lse
     entropy = -sum_j p_j log p_j
 
-    d logprob / d logits_j = (1[j = y] - p_j) / temperature          with 1 - p_y = -expm1(logprob)
-    d entropy / d logits_j = -p_j (log p_j + entropy) / temperature
+    d logprob / d logits_j = (1[j = y] - p_j) d z_j / d logits_j           with 1 - p_y = -expm1(logprob)
+    d entropy / d logits_j = -p_j (log p_j + entropy) d z_j / d logits_j
+    d z / d logits = logit_scale (1 - (s / c)^2) / temperature             (without a softcap: logit_scale / temperature)
 
-Numerics. The softplus form, with the target left out of the sum, keeps a confident token's value and gradient
-(z_y - lse is 15 % off at a margin of 14 nats and exactly 0 from 16 in float32). The entropy is summed as
-log1p(r) + t / (1 + r) with m the maximal logit, r = sum over the others of exp(z - m), t = sum exp(z - m) (m - z):
-all terms are positive, so a low entropy does not cancel. Everything is computed in float32 (float64 for float64).
-The row statistics are kept as (m, log1p(r)) apart, so that p is exact also for logits of +-1e4.
+Numerics. With m the maximal z and rest = the sum of exp(z - m) over all but ONE maximal element, logprob is
+(z_y - m) - log1p(rest), where z_y - m is exactly 0 for the maximal element: so a confident token keeps its value and,
+through expm1, its gradient (z_y - lse is 15 % off at a margin of 14 nats and exactly 0 from 16 in float32). The entropy
+is summed as log1p(rest) + t / (1 + rest) with t = sum exp(z - m) (m - z): all terms are positive, so a low entropy does
+not cancel. Everything is computed in float32 (float64 for float64). The row statistics are kept as (m, log1p(rest))
+apart, so that p is exact also for logits of +-1e4.
 
 Cost per row of V logits of s bytes: forward V s bytes read and about 10 V FLOPs; backward V s bytes read and
-V s written (in place: into the logits themselves).
+V s written (in place: into the logits themselves). K targets per row cost K reads, and K^2 comparisons in backward.
 
 Sources: online softmax, Milakov & Gimelshein 2018 (arXiv 1805.02867, alg. 3); per-token log-probabilities as in
-PPO, Schulman et al. 2017 (arXiv 1707.06347).
+PPO, Schulman et al. 2017 (arXiv 1707.06347); softcap as in Gemma 2, 2024 (arXiv 2408.00118, section 2).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,40 +35,72 @@ from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, row_sizes,
 from rlhf_fast.ops import _check
 
 
+class Transform(NamedTuple):
+    """What is done to a row of logits before the softmax: z = softcap(logit_scale * logits) / temperature."""
+
+    temperature: float = 1.0
+    temperatures: Tensor | None = None  # one per row, contiguous float32, in place of `temperature`
+    logit_scale: float = 1.0
+    softcap: float = 0.0  # 0 for none
+
+
+class RowStats(NamedTuple):
+    """Statistics of softmax(z) per row, each (...) in the type of the log-probabilities, without gradient."""
+
+    lse: Tensor  # log sum_j exp(z_j), nats
+    max: Tensor  # the greatest z
+    p_max: Tensor  # the greatest probability
+    sum_p_squared: Tensor  # sum_j p_j^2: the collision probability, 1 / the effective number of tokens
+
+
 def token_logprobs(
     logits: Tensor,
     targets: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     mask: Tensor | None = None,
     return_entropy: bool = False,
+    return_stats: bool = False,
     inplace_backward: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of `targets` under softmax(logits / temperature), in nats.
+) -> Any:
+    """Log-probabilities of `targets` under softmax(softcap(logit_scale * logits) / temperature), in nats.
 
     logits: (..., V) float32, bfloat16, float16 or float64; leading dimensions may be strided (`logits[:, :-1]` is not
-    copied). targets: (...) int64 or int32 ids in [0, V); what stands behind the mask is never looked at.
+    copied). targets: (...) int64 or int32 ids in [0, V), or (..., K) for several ids per row; what stands behind the
+    mask is never looked at.
+    temperature: > 0, one number or a tensor (...) of one per row, used in float32. logit_scale: > 0. softcap: the bound
+    c of c tanh(u / c), > 0, or None. None of the three gets a gradient.
     mask: (...) any dtype, nonzero counts; elsewhere the results and the gradient are 0 and the logits are not read.
-    return_entropy: also the entropy of the distribution, differentiable.
+    return_entropy: also the entropy of the distribution, differentiable. return_stats: also a RowStats.
     inplace_backward: write the gradient over the logits, which must not be used after the backward pass.
 
-    Returns (...) float32 (float64 for float64 logits), or the pair (logprobs, entropy).
+    Returns logprobs in the shape of `targets`, float32 (float64 for float64 logits). With return_entropy or
+    return_stats a tuple: (logprobs, entropy), (logprobs, stats) or (logprobs, entropy, stats), entropy (...).
     Raises ValueError or TypeError for shapes, types and values that do not fit, IndexError on the CPU for a target
-    outside [0, V) that counts.
+    outside [0, V) that counts. A GPU would have to wait for that: there such a target's result is NaN, and with
+    RLHF_FAST_DEBUG=1 it raises as well.
     """
     _check.floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
     shape = logits.shape[:-1]
-    _check.shaped("targets", targets, shape, "logits.shape[:-1]")
+    if targets.dim() != logits.dim() or targets.shape[:-1] != shape:
+        _check.shaped("targets", targets, shape, "logits.shape[:-1] (or that and K)")
     _check.same_device(("logits", logits), ("targets", targets), ("mask", mask))
-    temperature = _check.positive("temperature", temperature)
+    transform = checked_transform(temperature, logit_scale, softcap, shape, ("logits", logits))
     ids = _check.ids("targets", targets)
     mask = _check.mask_bytes(mask, shape, "logits.shape[:-1]")
     name = resolve("token_logprobs", IMPLS, logits.device, backend)
     if name == "reference":
-        logprobs, entropy = reference(logits, ids, temperature=temperature, mask=mask)
+        if not torch.compiler.is_compiling():  # a graph cannot raise for a value
+            _checked_values(logits, ids, transform, mask)
+        given: dict[str, Any] = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        results = list(reference(logits, ids, **given, mask=mask))
+        if return_stats:
+            results += _reference_stats(transformed(logits.detach(), **given, mask=mask), mask)
     else:
         # (outer, inner, V): a view of up to three dimensions, whatever the strides of the leading ones.
         rows = logits.reshape(-1, *logits.shape[-2:]) if logits.dim() > 3 else logits[(None,) * (3 - logits.dim())]
@@ -73,48 +108,122 @@ def token_logprobs(
             rows = rows.contiguous()
         flat = rows.shape[:-1]
         results = torch.ops.rlhf_fast.token_logprobs(
-            rows, ids.view(flat), None if mask is None else mask.view(flat), temperature, return_entropy,
-            inplace_backward, name,
+            rows, ids.view(*flat, *targets.shape[len(shape) :]), None if mask is None else mask.view(flat), *transform,
+            return_entropy, return_stats, inplace_backward, name,
         )  # fmt: skip
-        logprobs, entropy = results[0].view(shape), results[1].view(shape if return_entropy else -1)
-    return (logprobs, entropy) if return_entropy else logprobs
+    logprobs, entropy, *stats = results
+    wanted: list[Any] = [logprobs.view(targets.shape)]
+    if return_entropy:
+        wanted.append(entropy.view(shape))
+    if return_stats:
+        wanted.append(row_stats(*(s.detach().view(shape) for s in stats), mask))
+    return tuple(wanted) if len(wanted) > 1 else wanted[0]
+
+
+def checked_transform(
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    shape: torch.Size,
+    beside: tuple[str, Tensor],
+) -> Transform:
+    """The transform of rows of `shape`, for every op that has these three arguments; `beside` names the device."""
+    rest = _check.positive("logit_scale", logit_scale), 0.0 if softcap is None else _check.positive("softcap", softcap)
+    if not isinstance(temperature, Tensor):
+        return Transform(_check.positive("temperature", temperature), None, *rest)
+    _check.shaped("temperature", _check.floating("temperature", temperature), shape, "one number or one per row")
+    _check.same_device(beside, ("temperature", temperature))
+    return Transform(1.0, temperature.detach().to(torch.float32).contiguous(), *rest)
+
+
+def row_stats(row_max: Tensor, row_logsum: Tensor, sum_p_squared: Tensor, mask: Tensor | None) -> RowStats:
+    p_max = torch.exp(-row_logsum)
+    if mask is not None:
+        p_max = torch.where(mask != 0, p_max, torch.zeros_like(p_max))
+    return RowStats(row_max + row_logsum, row_max, p_max, sum_p_squared)
 
 
 def reference(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(logprobs, entropy) by definition, differentiable any number of times."""
-    z = logits.to(_check.compute_dtype(logits.dtype)) / temperature
-    if mask is not None:  # a masked row is replaced before the softmax, so that nothing behind the mask gets through
-        z = torch.where((mask != 0)[..., None], z, torch.zeros_like(z))
-        targets = torch.where(mask != 0, targets, torch.zeros_like(targets))
+    """(logprobs, entropy) by definition, differentiable any number of times; NaN for a target outside [0, V)."""
+    z = transformed(logits, temperature=temperature, logit_scale=logit_scale, softcap=softcap, mask=mask)
     z = z - z.amax(-1, keepdim=True).detach()  # changes nothing but the rounding, which matters for logits of 1e4
-    is_target = torch.arange(z.shape[-1], device=z.device) == targets[..., None]
+    ids = targets if targets.dim() == logits.dim() else targets[..., None]
+    inside = (ids >= 0) & (ids < z.shape[-1])
+    is_target = torch.arange(z.shape[-1], device=z.device) == ids[..., None]
     finite = z.clamp_min(torch.finfo(z.dtype).min / 2)  # forbidden tokens: probability 0, gradient 0 and not NaN
-    others = torch.logsumexp(finite.masked_fill(is_target, -torch.inf), -1)
-    target = z.gather(-1, targets[..., None])[..., 0]
-    logprobs = torch.nn.functional.logsigmoid(target - others)  # -softplus, without overflow
+    others = torch.logsumexp(finite[..., None, :].masked_fill(is_target, -torch.inf), -1)
+    target = z.gather(-1, torch.where(inside, ids, torch.zeros_like(ids)))
+    logprobs = torch.nn.functional.logsigmoid(target - others)  # -softplus(lse of the others - z_y), without overflow
+    logprobs = torch.where(inside, logprobs, torch.full_like(logprobs, torch.nan))
     log_p = torch.log_softmax(finite, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     if mask is not None:
-        logprobs, entropy = (torch.where(mask != 0, x, torch.zeros_like(x)) for x in (logprobs, entropy))
-    return logprobs, entropy
+        entropy = torch.where(mask != 0, entropy, torch.zeros_like(entropy))
+        logprobs = torch.where((mask != 0)[..., None], logprobs, torch.zeros_like(logprobs))
+    return logprobs.view(targets.shape), entropy
 
 
-def _cpu_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool,
-                 stats: list[Tensor], gradient: Tensor | None) -> None:  # fmt: skip
-    native().token_logprobs_forward(
+def transformed(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """z = softcap(logit_scale * logits) / temperature in the type of computation; 0 in masked rows: NaN ends there."""
+    z = logits.to(_check.compute_dtype(logits.dtype)) * logit_scale
+    if mask is not None:
+        z = torch.where((mask != 0)[..., None], z, torch.zeros_like(z))
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor):
+        if mask is not None:
+            temperature = torch.where(mask != 0, temperature, torch.ones_like(temperature))
+        temperature = temperature.detach().to(z.dtype)[..., None]
+    return z / temperature
+
+
+def _reference_stats(z: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """The greatest z, lse - that, and the sum of p^2."""
+    top = z.amax(-1)
+    stats = [top, torch.logsumexp(z - top[..., None], -1), torch.softmax(z, -1).square().sum(-1)]
+    return stats if mask is None else [torch.where(mask != 0, s, torch.zeros_like(s)) for s in stats]
+
+
+def _native_arguments(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform,
+                      stats: list[Tensor]) -> tuple[Any, ...]:  # fmt: skip
+    temperature, temperatures, logit_scale, softcap = transform
+    return (
         address(logits), DTYPE_CODES[logits.dtype], row_sizes(logits), logits.shape[-1], address(targets),
-        address(mask), temperature, want_entropy, [address(s) for s in stats], address(gradient), threads(),
+        _per_row(targets), address(mask), (temperature, address(temperatures), logit_scale, softcap),
+        [address(s) if s.numel() else 0 for s in stats],
     )  # fmt: skip
 
 
-def _cpu_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, stats: list[Tensor],
+def _per_row(targets: Tensor) -> int:
+    return targets.shape[2] if targets.dim() == 3 else 1
+
+
+def _cpu_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, want_entropy: bool,
+                 stats: list[Tensor], gradient: Tensor | None) -> None:  # fmt: skip
+    arguments = _native_arguments(logits, targets, mask, transform, stats)
+    native().token_logprobs_forward(*arguments, address(gradient), threads())
+
+
+def _cpu_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, stats: list[Tensor],
                   grad_logprobs: Tensor | None, grad_entropy: Tensor | None, gradient: Tensor) -> None:  # fmt: skip
     native().token_logprobs_backward(
-        address(logits), DTYPE_CODES[logits.dtype], row_sizes(logits), logits.shape[-1], address(targets),
-        address(mask), temperature, [address(s) if s.numel() else 0 for s in stats], address(grad_logprobs),
-        address(grad_entropy), address(gradient), row_sizes(gradient), threads(),
+        *_native_arguments(logits, targets, mask, transform, stats), address(grad_logprobs), address(grad_entropy),
+        address(gradient), row_sizes(gradient), threads(),
     )  # fmt: skip
 
 
@@ -130,27 +239,27 @@ def _triton_backward(*args: Any) -> None:
     kernels.backward(*args)
 
 
-def _cuda_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool,
+def _cuda_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, want_entropy: bool,
                   stats: list[Tensor], gradient: Tensor | None) -> None:  # fmt: skip
-    native().token_logprobs_forward_cuda(
-        address(logits), DTYPE_CODES[logits.dtype], row_sizes(logits), logits.shape[-1], address(targets),
-        address(mask), temperature, want_entropy, [address(s) for s in stats], address(gradient),
-        logits.get_device(), stream(logits.device),
-    )  # fmt: skip
+    arguments = _native_arguments(logits, targets, mask, transform, stats)
+    native().token_logprobs_forward_cuda(*arguments, address(gradient), logits.get_device(), stream(logits.device))
 
 
-def _cuda_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, stats: list[Tensor],
+def _cuda_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, stats: list[Tensor],
                    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, gradient: Tensor) -> None:  # fmt: skip
     native().token_logprobs_backward_cuda(
-        address(logits), DTYPE_CODES[logits.dtype], row_sizes(logits), logits.shape[-1], address(targets),
-        address(mask), temperature, [address(s) if s.numel() else 0 for s in stats], address(grad_logprobs),
-        address(grad_entropy), address(gradient), row_sizes(gradient), logits.get_device(), stream(logits.device),
+        *_native_arguments(logits, targets, mask, transform, stats), address(grad_logprobs), address(grad_entropy),
+        address(gradient), row_sizes(gradient), logits.get_device(), stream(logits.device),
     )  # fmt: skip
 
 
-# forward(logits, targets, mask, temperature, want_entropy, stats, gradient | None)
-# backward(logits, targets, mask, temperature, stats, grad_logprobs | None, grad_entropy | None, gradient)
-# with logits (outer, inner, V), stats = [logprobs, entropy, row_max, row_logsum] each (outer, inner), or empty.
+# The row kernels, which every op on logits shares.
+# forward(logits, targets, mask, transform, want_entropy, stats, gradient | None): fills `stats`; `gradient`, in the type
+#   and strides of the logits and possibly the logits themselves, receives d (sum of a row's logprobs) / d logits.
+# backward(logits, targets, mask, transform, stats, grad_logprobs | None, grad_entropy | None, gradient)
+# logits (outer, inner, V) with unit last stride; targets (outer, inner) or (outer, inner, K), contiguous int64;
+# mask (outer, inner) contiguous uint8 or None; stats from empty_stats. A target outside [0, V) is none in this row:
+# the statistics are complete, its logprob is NaN, and the backward pass is the softmax's term alone.
 IMPLS = {
     "cpu": (_cpu_forward, _cpu_backward),
     "triton": (_triton_forward, _triton_backward),
@@ -159,60 +268,83 @@ IMPLS = {
 OPS = {"token_logprobs": tuple(IMPLS)}
 
 
-def empty_stats(logits: Tensor, want_entropy: bool) -> list[Tensor]:
-    """Unwritten [logprobs, entropy (empty where not wanted), row_max, row_logsum] for logits (outer, inner, V)."""
-    new = logits.new_empty
-    dtype, shape = _check.compute_dtype(logits.dtype), logits.shape[:-1]
-    return [new(shape if wanted else (0,), dtype=dtype) for wanted in (True, want_entropy, True, True)]
+def empty_stats(
+    logits: Tensor, want_entropy: bool, want_squares: bool = False, ids: tuple[int, ...] = ()
+) -> list[Tensor]:
+    """Unwritten [logprobs, entropy, row_max, row_logsum, sum_p_squared], those not wanted empty.
+
+    Each (outer, inner) of the logits (outer, inner, V), logprobs (outer, inner, *ids); lse = row_max + row_logsum.
+    """
+    new, rows = logits.new_empty, logits.shape[:-1]
+    shapes = [(*rows, *ids), rows if want_entropy else (0,), rows, rows, rows if want_squares else (0,)]
+    return [new(shape, dtype=_check.compute_dtype(logits.dtype)) for shape in shapes]
+
+
+def _checked_values(logits: Tensor, targets: Tensor, transform: Transform, mask: Tensor | None) -> None:
+    per_row = targets.shape[-1] if targets.dim() == logits.dim() else 1
+    _check.targets_inside(targets, mask, logits.shape[-1], per_row)
+    _check.positive_rows("temperature", transform.temperatures, mask)
 
 
 @torch.library.custom_op("rlhf_fast::token_logprobs", mutates_args=())
-def _forward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool,
-             inplace_backward: bool, backend: str) -> list[Tensor]:  # fmt: skip
-    _check.targets_inside(targets, mask, logits.shape[-1])
-    stats = empty_stats(logits, want_entropy)
-    IMPLS[backend][0](logits, targets, mask, temperature, want_entropy, stats, None)
+def _forward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
+             logit_scale: float, softcap: float, want_entropy: bool, want_squares: bool, inplace_backward: bool,
+             backend: str) -> list[Tensor]:  # fmt: skip
+    transform = Transform(temperature, temperatures, logit_scale, softcap)
+    _checked_values(logits, targets, transform, mask)
+    stats = empty_stats(logits, want_entropy, want_squares, targets.shape[2:])
+    IMPLS[backend][0](logits, targets, mask, transform, want_entropy, stats, None)
     return stats
 
 
 @_forward.register_fake
-def _(logits, targets, mask, temperature, want_entropy, inplace_backward, backend):
-    return empty_stats(logits, want_entropy)
+def _(logits, targets, mask, temperature, temperatures, logit_scale, softcap, want_entropy, want_squares,
+      inplace_backward, backend):  # fmt: skip
+    return empty_stats(logits, want_entropy, want_squares, targets.shape[2:])
 
 
 @torch.library.custom_op("rlhf_fast::token_logprobs_backward", mutates_args=())
-def _backward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, stats: list[Tensor],
-              grad_logprobs: Tensor | None, grad_entropy: Tensor | None, backend: str) -> Tensor:  # fmt: skip
+def _backward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
+              logit_scale: float, softcap: float, stats: list[Tensor], grad_logprobs: Tensor | None,
+              grad_entropy: Tensor | None, backend: str) -> Tensor:  # fmt: skip
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    IMPLS[backend][1](logits, targets, mask, temperature, stats, grad_logprobs, grad_entropy, gradient)
+    transform = Transform(temperature, temperatures, logit_scale, softcap)
+    IMPLS[backend][1](logits, targets, mask, transform, stats, grad_logprobs, grad_entropy, gradient)
     return gradient
 
 
 @_backward.register_fake
-def _(logits, targets, mask, temperature, stats, grad_logprobs, grad_entropy, backend):
+def _(logits, targets, mask, temperature, temperatures, logit_scale, softcap, stats, grad_logprobs, grad_entropy,
+      backend):  # fmt: skip
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("rlhf_fast::token_logprobs_backward_", mutates_args={"logits"})
-def _backward_inplace(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, stats: list[Tensor],
+def _backward_inplace(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float,
+                      temperatures: Tensor | None, logit_scale: float, softcap: float, stats: list[Tensor],
                       grad_logprobs: Tensor | None, grad_entropy: Tensor | None, backend: str) -> None:  # fmt: skip
-    IMPLS[backend][1](logits, targets, mask, temperature, stats, grad_logprobs, grad_entropy, logits)
+    transform = Transform(temperature, temperatures, logit_scale, softcap)
+    IMPLS[backend][1](logits, targets, mask, transform, stats, grad_logprobs, grad_entropy, logits)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, mask, ctx.temperature, ctx.want_entropy, ctx.inplace, ctx.backend = inputs
+    logits, targets, mask, ctx.temperature, temperatures, ctx.logit_scale, ctx.softcap, *rest = inputs
+    ctx.want_entropy, _, ctx.inplace, ctx.backend = rest
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, mask, *output)
+    ctx.save_for_backward(logits, targets, mask, temperatures, *output)
 
 
 def _autograd(ctx, grads):
-    logits, targets, mask, *stats = ctx.saved_tensors
+    logits, targets, mask, temperatures, *stats = ctx.saved_tensors
     grad_logprobs, grad_entropy = (None if g is None else g.contiguous() for g in grads[:2])
     if not ctx.want_entropy:  # an empty output, not a result
         grad_entropy = None
     run = _backward_inplace if ctx.inplace else _backward
-    gradient = run(logits, targets, mask, ctx.temperature, stats, grad_logprobs, grad_entropy, ctx.backend)
-    return logits if ctx.inplace else gradient, None, None, None, None, None, None
+    gradient = run(
+        logits, targets, mask, ctx.temperature, temperatures, ctx.logit_scale, ctx.softcap, stats, grad_logprobs,
+        grad_entropy, ctx.backend,
+    )  # fmt: skip
+    return logits if ctx.inplace else gradient, *(None,) * 10
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -243,7 +243,7 @@ def test_the_registered_op_passes_opcheck(backend):
     logits, targets, _ = draw((2, 2), 9, torch.float64)
     mask = torch.tensor([[1, 0], [1, 1]], dtype=torch.uint8)
     for want_entropy in (False, True):
-        args = (logits.requires_grad_(), targets, mask, 0.7, want_entropy, False, backend)
+        args = (logits.requires_grad_(), targets, mask, 0.7, None, 1.0, 0.0, want_entropy, False, False, backend)
         torch.library.opcheck(torch.ops.rlhf_fast.token_logprobs.default, args)
 
 
