@@ -14,7 +14,7 @@ from benchmarks import peers
 from benchmarks.cases import Sizes, cases
 from benchmarks.harness import limits, report
 
-SIZES = Sizes(N=512, V=49_152, D=576, B=64, T=4096, packed=1 << 18, dtype=torch.float32)
+SIZES = Sizes(N=512, V=49_152, D=576, B=64, T=4096, packed=1 << 15, dtype=torch.float32)
 
 
 def main() -> None:

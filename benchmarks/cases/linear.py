@@ -123,4 +123,4 @@ def shape(sizes: Sizes) -> str:
 
 
 def cases(sizes: Sizes, device: str) -> list[Case]:
-    return [frozen(sizes, device)]
+    return [frozen(sizes, device), trained(sizes, device)]
