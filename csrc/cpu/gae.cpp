@@ -1,6 +1,7 @@
 #include "cpu/gae.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/scan.h"
 #include "math/gae.h"

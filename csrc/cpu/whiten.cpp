@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "cpu/simd.h"
 #include "math/moments.h"
@@ -9,29 +10,46 @@
 namespace rlhf::cpu {
 namespace {
 
-constexpr int64_t kBlock = 4096;  // numbers at a time: read once from memory, then from the cache
+constexpr int64_t kBlock = 1024;  // numbers at a time: read once from memory, then from the cache
 
-// Of one block. Distances from its first number, so that equal numbers have exactly that mean and no deviation.
+// The sum of (x - first) - mean over what counts, or of its square.
+template <bool square, typename T, typename C>
+RLHF_INLINE C sum_of(const T* x, const uint8_t* mask, int64_t n, C first, C mean) {
+  C sum = 0;
+  if (!mask) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) {
+      const C distance = (load(x[i]) - first) - mean;
+      sum += square ? distance * distance : distance;
+    }
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) {
+      const C distance = (load(x[i]) - first) - mean;
+      sum += mask[i] ? (square ? distance * distance : distance) : C(0);
+    }
+  }
+  return sum;
+}
+
+// Of up to kBlock numbers, mask null where all count. Distances from the first one that counts, so that equal numbers
+// have exactly that mean and no deviation.
 template <typename T> RLHF_INLINE Moments<double> block_moments(const T* x, const uint8_t* mask, int64_t n) {
   using C = typename Compute<T>::type;
   int64_t start = 0;
-  while (mask && start < n && !mask[start]) ++start;
-  if (start == n) return {0, 0, 0};
+  int32_t count = int32_t(n);
+  if (mask && !std::memchr(mask, 0, n)) mask = nullptr;
+  if (mask) {
+    const void* found = std::memchr(mask, 1, n);
+    if (!found) return {0, 0, 0};
+    start = static_cast<const uint8_t*>(found) - mask;
+    count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int64_t i = 0; i < n; ++i) count += mask[i];
+  }
   const C first = load(x[start]);
-  C sum = 0, m2 = 0;
-  int64_t count = 0;
-#pragma omp simd reduction(+ : sum, count)
-  for (int64_t i = start; i < n; ++i) {
-    const bool counts = !mask || mask[i];
-    sum += counts ? load(x[i]) - first : C(0);
-    count += counts;
-  }
-  const C mean = sum / C(count);
-#pragma omp simd reduction(+ : m2)
-  for (int64_t i = start; i < n; ++i) {
-    const C distance = (load(x[i]) - first) - mean;
-    m2 += !mask || mask[i] ? distance * distance : C(0);
-  }
+  const C mean = sum_of<false>(x, mask, n, first, C(0)) / C(count);
+  const C m2 = sum_of<true>(x, mask, n, first, mean);
   return {double(count), double(first) + double(mean), double(m2)};
 }
 

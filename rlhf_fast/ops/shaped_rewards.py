@@ -51,8 +51,7 @@ def shaped_rewards(
     if not math.isfinite(kl_coef):
         raise ValueError(f"kl_coef must be finite, got {kl_coef}")
     clip = math.inf if clip is None else _check.positive("clip", clip)
-    _check.shaped("mask", mask, kl.shape, "kl.shape")
-    counts = (mask != 0).to(torch.uint8).contiguous()
+    counts = _check.mask_bytes(mask, kl.shape, "kl.shape")
     scores, kl = scores.detach().to(_check.compute_dtype(kl.dtype)).contiguous(), kl.detach()
     name = resolve("shaped_rewards", IMPLS, kl.device, backend)
     if name == "reference":

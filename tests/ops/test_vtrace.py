@@ -146,11 +146,10 @@ def test_nothing_behind_the_mask_is_looked_at(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_permuted_and_mixed_inputs_give_the_same_values(backend):
     inputs, mask, bootstrap = example((4, 20))
-    run = (
-        lambda inputs, rows=slice(None): vtrace(  # noqa: E731
-            *inputs, mask=mask[rows, 2:], bootstrap=bootstrap[rows], backend=backend
-        )
-    )
+
+    def run(inputs, rows=slice(None)):
+        return vtrace(*inputs, mask=mask[rows, 2:], bootstrap=bootstrap[rows], backend=backend)
+
     expected = run([x[:, 2:].contiguous() for x in inputs])
     order = torch.tensor([2, 0, 3, 1])
     mixed = run([inputs[0][:, 2:].double(), *(x[:, 2:] for x in inputs[1:])])
