@@ -1,0 +1,129 @@
+"""linear_policy_loss: a policy loss straight from hidden states; the logits never exist as a whole.
+
+    logprobs, entropy = linear_logprobs(hidden, weight, targets, ...)
+    loss = policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, ...)
+
+with the same result, but the gradient is made while the logits are there: the coefficients c_t = d loss / d logprob_t
+and e_t = d loss / d entropy_t are functions of log-probabilities, so that with z the transformed logits, p = softmax(z)
+
+    d loss / d z_tj = c_t (1[j = y_t] - p_tj) - e_t p_tj (log p_tj + entropy_t)
+    d loss / d hidden = (d loss / d logits) @ weight,          d loss / d weight = (d loss / d logits)^T @ hidden
+
+Cost, with P = one N x D x V product (2 N D V FLOPs): a trained head 3P, where linear_logprobs and a loss take 4P
+(or keep all N x V numbers); a frozen one 2P; without gradients P. Losses whose coefficients depend on other tokens (a
+sequence's ratio, or a selection from the batch) take the rows of whole sequences (of the batch) at a time: 3P while
+their logits fit `scratch_bytes`, up to 4P beyond that. See _linear_loss for scratch and for rows that cost nothing.
+
+Numerics: those of linear_logprobs and policy_loss. Parameter gradients are accumulated in float32, and rounded once.
+
+Sources: policy_loss; gradients in forward as in Liger Kernel, Hsu et al. 2024 (arXiv 2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.backends import resolve
+from rlhf_fast.ops import _linear_loss
+from rlhf_fast.ops import policy_loss as policy
+from rlhf_fast.ops.linear_logprobs import linear_logprobs
+from rlhf_fast.ops.policy_loss import Inputs, Plan, PolicyObjective
+
+Result = tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor], Tensor]
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    objective: PolicyObjective = PolicyObjective(),  # noqa: B008 (frozen)
+    bias: Tensor | None = None,
+    head_lora: tuple[Tensor, Tensor, float] | None = None,
+    mask: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    sampler_logprobs: Tensor | None = None,
+    overlong: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    sequences: Tensor | float | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    return_logprobs: bool = False,
+    chunk_tokens: int | None = None,
+    scratch_bytes: int | None = None,
+    backend: str | None = None,
+) -> Result:
+    """The policy loss `objective` and its metrics, with gradients to hidden, weight, bias and head_lora.
+
+    hidden: (B, T, D), or packed (N, D); weight: (V, D); bias: (V,) or None; head_lora: (A (R, D), B (V, R), scale) or
+    None, added to the weight as scale B A. All of one type, float32, bfloat16, float16 or float64; a gradient is made
+    for each of them that requires one. targets: (B, T) or (N,) int64 or int32 ids in [0, V).
+    temperature, logit_scale, softcap: as in linear_logprobs. All else: as in policy_loss, whose `logprobs` and, where
+    the objective looks at it, `entropy` are made here.
+    return_logprobs: also the log-probabilities, without gradient.
+    chunk_tokens: rows of logits in one product (default: from TILE_BYTES in _head.py). scratch_bytes: the most that is
+    allocated at a time beside results and gradients, 1 GiB by default; losses that take whole sequences hold as many
+    rows of logits as fit.
+
+    Returns (loss, metrics) as policy_loss, or (loss, metrics, logprobs). Raises ValueError or TypeError for what does
+    not fit, IndexError on the CPU for a counted target outside [0, V).
+    """
+    call = _linear_loss.checked(
+        hidden, weight, targets, bias, head_lora, temperature, logit_scale, softcap, chunk_tokens, scratch_bytes
+    )
+    shape, like = targets.shape, hidden.detach()[..., 0]
+    reads_entropy = objective.entropy_coef > 0 or objective.entropy_fraction < 1
+    inputs = Inputs(like, old_logprobs, policy.per_token(advantages, shape), ref_logprobs, sampler_logprobs,
+                    like if reads_entropy else None)  # fmt: skip
+    inputs.check(objective)
+    plan = policy.plan(objective, like, mask=mask, overlong=overlong, cu_seqlens=cu_seqlens, denominator=denominator,
+                       sequences=sequences)  # fmt: skip
+    inputs = inputs.planes()
+    name = resolve("linear_policy_loss", policy.IMPLS, hidden.device, backend)
+    if name == "reference" or (call.frozen and objective.entropy_coef == 0):
+        logprobs, entropy = linear_logprobs(
+            hidden, weight, targets, bias=bias, mask=None if plan.flags is None else plan.flags.view(shape),
+            temperature=temperature, logit_scale=logit_scale, softcap=softcap, head_lora=head_lora,
+            return_entropy=True, chunk_tokens=call.tile_rows, backend=name,
+        )  # fmt: skip
+        plane = inputs.logprobs.shape
+        inputs = inputs._replace(logprobs=logprobs.view(plane), entropy=entropy.view(plane) if reads_entropy else None)
+        loss, metrics = policy.evaluate(objective, inputs, plan, backend=name)
+    else:
+        loss, values, logprobs, *_ = call.run(
+            "linear_policy_loss", None if plan.flags is None else plan.flags.view(-1), [*inputs[1:5], *plan],
+            _linear_loss.encoded(objective), coupling(objective), shape, plan.cu_seqlens, reads_entropy, name,
+        )  # fmt: skip
+        metrics = policy.named_metrics(objective, inputs, values)
+    return (loss, metrics, logprobs.detach().view(shape)) if return_logprobs else (loss, metrics)
+
+
+def coupling(objective: PolicyObjective) -> str:
+    """Which rows the coefficient of a token depends on, see _linear_plan."""
+    if objective.entropy_fraction < 1 or objective.function in ("clip_cov", "kl_cov"):
+        return "batch"
+    return "sequence" if objective.needs_sequences else "token"
+
+
+def _evaluate(objective: str, tensors: list[Tensor | None], logprobs: Tensor, entropy: Tensor | None,
+              backend: str) -> list[Tensor]:  # fmt: skip
+    """tensors: old_logprobs, advantages, ref_logprobs, sampler_logprobs, and the fields of a Plan."""
+    chosen = PolicyObjective(**json.loads(objective))
+    old_logprobs, advantages, ref_logprobs, sampler_logprobs, *made = tensors
+    plane = old_logprobs.shape
+    inputs = Inputs(logprobs.view(plane), old_logprobs, advantages, ref_logprobs, sampler_logprobs,
+                    None if entropy is None else entropy.view(plane))  # fmt: skip
+    selected = policy.select(chosen, inputs, Plan(*made))
+    loss, metrics, *coefficients = torch.ops.rlhf_fast.policy_loss(*inputs, *selected, *policy.numbers(chosen), backend)
+    return [loss, metrics, *(c.view(-1) for c in coefficients)]
+
+
+OPS = {"linear_policy_loss": tuple(policy.IMPLS)}
+_linear_loss.register("linear_policy_loss", _evaluate, len(policy.METRICS))
