@@ -216,11 +216,12 @@ def _run(op: str, inputs: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Te
 def _rates(
     gamma: float, lam: float | Tensor, value_lam: float | Tensor | None, rewards: Tensor, sequences: int
 ) -> Rates:
-    both = (lam, lam if value_lam is None else value_lam)
-    if not any(isinstance(x, Tensor) for x in both):
+    if not isinstance(lam, Tensor) and not isinstance(value_lam, Tensor):
         return Rates(gamma, lam, value_lam, None)
-    rows = [x.detach().double() if isinstance(x, Tensor) else rewards.new_full((sequences,), x, dtype=torch.float64)
-            for x in both]  # fmt: skip
+    rows = [
+        x.detach().double() if isinstance(x, Tensor) else rewards.new_full((sequences,), x, dtype=torch.float64)
+        for x in (lam, lam if value_lam is None else value_lam)
+    ]
     return Rates(gamma, 1.0, None if value_lam is None else 1.0, torch.stack(rows))
 
 

@@ -52,6 +52,7 @@ def shaped_rewards(
         raise ValueError(f"kl_coef must be finite, got {kl_coef}")
     clip = math.inf if clip is None else _check.positive("clip", clip)
     counts = _check.mask_bytes(mask, kl.shape, "kl.shape")
+    assert counts is not None  # mask is not optional here
     scores, kl = scores.detach().to(_check.compute_dtype(kl.dtype)).contiguous(), kl.detach()
     name = resolve("shaped_rewards", IMPLS, kl.device, backend)
     if name == "reference":

@@ -5,6 +5,8 @@ With n numbers x_i that count:
     mean = sum x_i / n,   variance = sum (x_i - mean)^2 / (n - 1)   (0 for n < 2)
     y_i = (x_i - mean) / sqrt(variance + eps)   (+ mean, with shift_mean=False)
 
+One pass for the statistics, which leaves a table of partial moments, and one to apply them.
+
 Numerics. Count, mean and M2 = sum (x - mean)^2 of blocks, computed from the distances to the block's first number and
 combined by Chan's rule in float64: nothing cancels, and equal numbers give exactly 0 (or exactly their mean).
 The ranks' (count, mean, M2) meet in one all_reduce of a table with a row per rank, of which each rank fills its own:
