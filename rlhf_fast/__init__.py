@@ -9,6 +9,8 @@ from rlhf_fast.ops.kl_controller import AdaptiveKLController, FixedKLController
 from rlhf_fast.ops.kl_estimate import kl_estimate
 from rlhf_fast.ops.linear_kl import LinearKl, linear_kl
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
+from rlhf_fast.ops.linear_policy_loss import linear_policy_loss
+from rlhf_fast.ops.linear_preference_loss import linear_preference_loss
 from rlhf_fast.ops.linear_value_loss import linear_value_loss
 from rlhf_fast.ops.lora_linear import Adapter, lora_linear
 from rlhf_fast.ops.policy_loss import PolicyObjective, policy_loss
@@ -50,6 +52,8 @@ __all__ = [
     "length_desensitized_weights",
     "linear_kl",
     "linear_logprobs",
+    "linear_policy_loss",
+    "linear_preference_loss",
     "linear_value_loss",
     "lora_linear",
     "mismatched_kl",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import Case, D, V, mask, plane
+from benchmarks.op_cases.case import B, Case, D, T, V, mask, plane
 from rlhf_fast import Adapter
 
 RANKS = (8, 3, 70)  # the last one is more than a tile of ranks
@@ -56,5 +56,38 @@ CASES = [
         lambda: {"values": plane(), "old_values": plane(), "returns": plane(), "mask": mask()},
         {"clip_eps": 0.2},
         ("values",),
+    ),
+    *(
+        Case(
+            "linear_value_loss",
+            lambda: {
+                "hidden": torch.randn(B, T, D),
+                "weight": torch.randn(D) / 8,
+                "bias": torch.randn(1),
+                "old_values": plane(),
+                "returns": plane(),
+                "mask": mask(),
+            },
+            options,
+            ("hidden", "weight", "bias"),
+        )
+        for options in ({}, {"clip_eps": 0.2})
+    ),
+    Case(
+        "linear_value_loss",
+        lambda: {"hidden": torch.randn(B, D), "weight": torch.randn(D), "returns": torch.randn(B)},
+        {"old_values": None},
+        ("hidden",),
+        label="frozen head",
+    ),
+    *(
+        Case(
+            "distributional_value_loss",
+            lambda bins=bins: {"logits": torch.randn(B, T, bins), "returns": plane(), "mask": mask()},
+            {"v_min": -1.5, "v_max": 2.0},
+            ("logits",),
+            label=f"{bins} bins",
+        )
+        for bins in (51, 255)
     ),
 ]

@@ -1,0 +1,22 @@
+// Cross-entropy of a value distribution with a Gaussian histogram; see rlhf_fast/ops/distributional_value_loss.py.
+#pragma once
+#include "native.h"
+
+namespace rlhf::cpu {
+
+// What is called "number" is double where `dtype` is double, else float.
+struct DistributionalValueLoss {
+  const void* logits;  // (rows, bins), columns contiguous
+  DType dtype;
+  int64_t rows, bins, row_stride;
+  const void* returns;         // (rows,) numbers
+  const uint8_t* mask;         // (rows,) or null
+  const void* denominator;     // one number, or null for the count of the mask
+  double v_min, v_max, sigma;  // ends of the first and the last bin; standard deviation of the Gaussian
+  void *loss, *means;          // one number; the share of returns outside of the bins and the denominator
+  void *values, *coefficients; // (rows,) and (rows, bins) numbers: expected values, d (loss * denominator) / d logits
+};
+
+void distributional_value_loss(const DistributionalValueLoss& op, int threads);
+
+}  // namespace rlhf::cpu
