@@ -16,6 +16,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.ops.gae import gae
 from rlhf_fast.ops.group_advantages import group_advantages
+from rlhf_fast.ops.kl_controller import AdaptiveKLController
 from rlhf_fast.ops.policy_loss import policy_loss
 from rlhf_fast.ops.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.value_loss import value_loss
@@ -186,10 +187,10 @@ def reward_units(job: Job, values: Tensor) -> Tensor:
 
 
 def adapt_kl(job: Job, config: AlgorithmConfig, kl: float) -> None:
-    """kl_coef *= 1 + clip(kl / kl_target - 1, +-0.2) * batch_size / kl_horizon."""
+    """Lead kl_coef by the mean `kl` of the step's completions. Checkpoints keep it among the job's counters."""
     if config.kl_target is not None:
-        error = min(0.2, max(-0.2, kl / config.kl_target - 1.0))
-        job.counters["kl_coef"] *= 1.0 + error * config.batch_size / config.kl_horizon
+        controller = AdaptiveKLController(job.counters["kl_coef"], config.kl_target, config.kl_horizon)
+        job.counters["kl_coef"] = controller.update(kl, config.batch_size)
 
 
 def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
