@@ -13,15 +13,21 @@ struct Plane {
 
 // Elements [start, start + n) in row-major order, converted to C.
 template <typename T, typename C>
-void read_as(const Plane& plane, int64_t columns, int64_t start, int64_t n, C* out) {
-  const T* data = static_cast<const T*>(plane.data);
-  int64_t row = start / columns, column = start % columns;
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = C(load(data[row * plane.row_stride + column * plane.column_stride]));
-    if (++column == columns) column = 0, ++row;
+RLHF_INLINE void read_as(const Plane& plane, int64_t columns, int64_t start, int64_t n, C* out) {
+  for (int64_t run; n > 0; start += run, out += run, n -= run) {
+    const int64_t row = start / columns, column = start % columns, stride = plane.column_stride;
+    run = n < columns - column ? n : columns - column;
+    const T* x = static_cast<const T*>(plane.data) + row * plane.row_stride + column * stride;
+    if (stride == 1) {
+#pragma omp simd
+      for (int64_t i = 0; i < run; ++i) out[i] = C(load(x[i]));
+    } else {
+      for (int64_t i = 0; i < run; ++i) out[i] = C(load(x[i * stride]));
+    }
   }
 }
-template <typename C> void read(const Plane& plane, int64_t columns, int64_t start, int64_t n, C* out) {
+template <typename C>
+RLHF_INLINE void read(const Plane& plane, int64_t columns, int64_t start, int64_t n, C* out) {
   switch (plane.dtype) {
     case DType::f32: return read_as<float>(plane, columns, start, n, out);
     case DType::f64: return read_as<double>(plane, columns, start, n, out);

@@ -34,7 +34,7 @@ template <typename C> struct Tokens {
   C logprobs[kBlock], old_logprobs[kBlock], advantages[kBlock], optional[kBlock], weights[kBlock];
   C counts[kBlock];       // 1 or 0
   C correction[kBlock];   // weight of the policy term
-  uint8_t flags[kBlock];
+  int32_t flags[kBlock];  // as wide as C, for the vectoriser
 };
 
 template <typename C> RLHF_INLINE void clear_uncounted(const Tokens<C>& t, int64_t n, C* x) {
@@ -49,8 +49,8 @@ RLHF_INLINE void read_counted(const PolicyLoss& op, const Plane& plane, const To
 }
 
 template <typename C> RLHF_INLINE void read_tokens(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t) {
-  if (op.flags) std::memcpy(t.flags, op.flags + start, n);
-  else std::memset(t.flags, 1, n);
+  if (op.flags) std::copy(op.flags + start, op.flags + start + n, t.flags);
+  else std::fill(t.flags, t.flags + n, 1);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) t.counts[i] = t.flags[i] ? C(1) : C(0);
   read_counted(op, op.logprobs, t, start, n, t.logprobs);
@@ -67,26 +67,31 @@ template <typename C> RLHF_INLINE void read_tokens(const PolicyLoss& op, int64_t
 
 template <typename C> RLHF_INLINE C clamped(C x, C low, C high) { return x < low ? low : (x > high ? high : x); }
 
-template <typename C> RLHF_INLINE C corrected(const PolicyLoss& op, C weight) {
-  const C low = C(op.correction_low), high = C(op.correction_high);
-  const bool outside = (weight < low) | (weight > high);
-  return op.reject ? (outside ? C(0) : weight) : clamped(weight, low, high);
-}
+// The weight that a ratio to the sampler gives.
+template <typename C> struct Bounds {
+  C low, high;
+  bool reject;
+  explicit Bounds(const PolicyLoss& op) : low(C(op.correction_low)), high(C(op.correction_high)), reject(op.reject) {}
+  RLHF_INLINE bool outside(C ratio) const { return (ratio < low) | (ratio > high); }
+  RLHF_INLINE C weight(C ratio) const { return reject & outside(ratio) ? C(0) : clamped(ratio, low, high); }
+};
 
 // The correction of every token, and its statistics.
 template <typename C>
 RLHF_INLINE void correct(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
                          Sums& sums) {
   read_counted(op, op.sampler_logprobs, t, start, n, t.optional);
-  const C low = C(op.correction_low), high = C(op.correction_high);
+  const Bounds<C> bounds(op);
+  const bool of_token = op.level == 0;
+  const C of_sequence = sequence.correction;
   C applied = 0, outside = 0, kl = 0;
 #pragma omp simd reduction(+ : applied, outside, kl)
   for (int64_t i = 0; i < n; ++i) {
     const C apart = t.old_logprobs[i] - t.optional[i];
-    const C weight = op.level == 0 ? exp_any(clamped(apart, C(-20), C(20))) : sequence.correction;
-    t.correction[i] = corrected(op, weight);
+    const C ratio = of_token ? exp_any(clamped(apart, C(-20), C(20))) : of_sequence;
+    t.correction[i] = bounds.weight(ratio);
     applied += t.counts[i] * t.correction[i];
-    outside += (weight < low) | (weight > high) ? t.counts[i] : C(0);
+    outside += bounds.outside(ratio) ? t.counts[i] : C(0);
     kl += exp_parts(apart).minus_1_minus;  // 0 where it does not count
   }
   sums.of[kCorrection] += applied, sums.of[kOutside] += outside, sums.of[kSamplerKl] += kl;
@@ -122,42 +127,42 @@ RLHF_INLINE void policy_term(const PolicyLoss& op, int64_t n, const Sequence<C>&
     const ExpParts<C> e = exp_parts(log_ratio);
     const C ratio = log_ratio > 20 ? ceiling : (log_ratio < -20 ? floor : e.exp);
     const Token<C> token{t.logprobs[i], t.old_logprobs[i], t.advantages[i], log_ratio, ratio,
-                         std::fabs(log_ratio) > 20, (t.flags[i] & 4) != 0};
+                         t.flags[i] & 4 ? C(1) : C(0), std::fabs(log_ratio) > 20};
     const Outcome<C> out = F::at(token, shared, p, [](C x) { return exp_any(x); });
     const C weight = t.weights[i] * t.correction[i];
-    loss += weight == 0 ? C(0) : weight * out.loss;  // a dropped token's loss may be infinite
-    coefficient[i] = F::of_sequence ? counts * sequence_weight * out.slope : (weight == 0 ? C(0) : weight * out.slope);
+    loss += weight * out.loss;
+    coefficient[i] = (F::of_sequence ? counts * sequence_weight : weight) * out.slope;
     low += counts * out.low;
     high += counts * out.high;
     approx_kl += e.minus_1_minus;
     ratios += counts * ratio;
-    highest = counts > 0 && ratio > highest ? ratio : highest;
-    lowest = counts > 0 && ratio < lowest ? ratio : lowest;
+    const C above = counts > 0 ? ratio : -infinity<C>(), below = counts > 0 ? ratio : infinity<C>();
+    highest = above > highest ? above : highest;
+    lowest = below < lowest ? below : lowest;
   }
   sums.loss += loss, sums.of[kLow] += low, sums.of[kHigh] += high;
   sums.of[kApproxKl] += approx_kl, sums.of[kRatio] += ratios;
   sums.highest = std::max(sums.highest, double(highest)), sums.lowest = std::min(sums.lowest, double(lowest));
 }
 
-// The KL to the reference, into the loss and the coefficients.
-template <typename C>
+// The KL to the reference by k1, k2 or k3, into the loss and the coefficients.
+template <int kEstimator, typename C>
 RLHF_INLINE void reference_term(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t, C* coefficient,
                                 Sums& sums) {
   read_counted(op, op.ref_logprobs, t, start, n, t.optional);
-  const int estimator = op.estimator;
   const C kl_coef = C(op.kl_coef);
+  const bool unbiased = op.unbiased;
   C loss = 0, kl = 0;
 #pragma omp simd reduction(+ : loss, kl)
   for (int64_t i = 0; i < n; ++i) {
     const C x = t.optional[i] - t.logprobs[i];
-    const ExpParts<C> e = exp_parts(x);
-    const C value = estimator == 1 ? -x : (estimator == 2 ? C(0.5) * x * x : e.minus_1_minus);
-    const C own = estimator == 1 ? C(1) : (estimator == 2 ? -x : -(e.minus_1_minus + x));
+    const C k3 = exp_parts(x).minus_1_minus;
+    const C value = kEstimator == 1 ? -x : (kEstimator == 2 ? C(0.5) * x * x : k3);
+    const C slope = kEstimator == 1 ? C(-1) : (kEstimator == 2 ? x : k3 + x);  // d value / d x
     const C ratio = exp_any(clamped(t.logprobs[i] - t.old_logprobs[i], C(-20), C(20)));
-    const C slope = op.unbiased ? -ratio * x : own;
     kl += value;
     loss += t.weights[i] * value;
-    coefficient[i] += kl_coef * t.weights[i] * slope;
+    coefficient[i] -= kl_coef * t.weights[i] * (unbiased ? ratio * x : slope);
   }
   sums.of[kKl] += kl;
   if (op.kl_coef > 0) sums.loss += op.kl_coef * loss;
@@ -179,18 +184,47 @@ RLHF_INLINE void entropy_term(const PolicyLoss& op, int64_t start, int64_t n, To
   for (int64_t i = 0; i < n; ++i) coefficient[i] = -C(op.entropy_coef) * t.weights[i];
 }
 
+// What comes before and after the policy term, whichever it is.
+template <typename C>
+RLHF_INLINE void before(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
+                        Sums& sums) {
+  read_tokens(op, start, n, t);
+  std::fill(t.correction, t.correction + n, C(1));
+  if (op.sampler_logprobs.data) correct(op, start, n, sequence, t, sums);
+  if (op.flags || sequence.far) drop(n, sequence, t, sums);
+}
+template <typename C>
+RLHF_INLINE void after(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t, C* coefficient, Sums& sums) {
+  if (op.ref_logprobs.data) {
+    if (op.estimator == 1) reference_term<1>(op, start, n, t, coefficient, sums);
+    else if (op.estimator == 2) reference_term<2>(op, start, n, t, coefficient, sums);
+    else reference_term<3>(op, start, n, t, coefficient, sums);
+  }
+  if (op.entropy.data) entropy_term(op, start, n, t, sums);
+}
+// Cloned per instruction set for float; double spends its time in the library's exp.
+RLHF_CLONES void begin(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<float>& s, Tokens<float>& t,
+                       Sums& sums) {
+  before(op, start, n, s, t, sums);
+}
+void begin(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<double>& s, Tokens<double>& t, Sums& sums) {
+  before(op, start, n, s, t, sums);
+}
+RLHF_CLONES void end(const PolicyLoss& op, int64_t start, int64_t n, Tokens<float>& t, float* coefficient, Sums& sums) {
+  after(op, start, n, t, coefficient, sums);
+}
+void end(const PolicyLoss& op, int64_t start, int64_t n, Tokens<double>& t, double* coefficient, Sums& sums) {
+  after(op, start, n, t, coefficient, sums);
+}
+
 // Tokens [start, start + n) of one sequence, n <= kBlock.
 template <typename F, typename C>
 RLHF_INLINE void tokens(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Sums& sums) {
   Tokens<C> t;
   C* coefficient = static_cast<C*>(op.coefficient) + start;
-  read_tokens(op, start, n, t);
-  std::fill(t.correction, t.correction + n, C(1));
-  if (op.sampler_logprobs.data) correct(op, start, n, sequence, t, sums);
-  if (op.flags || sequence.far) drop(n, sequence, t, sums);
+  begin(op, start, n, sequence, t, sums);
   policy_term<F>(op, n, sequence, t, coefficient, sums);
-  if (op.ref_logprobs.data) reference_term(op, start, n, t, coefficient, sums);
-  if (op.entropy.data) entropy_term(op, start, n, t, sums);
+  end(op, start, n, t, coefficient, sums);
 }
 
 // The sums over tokens [start, start + n) behind Sequence.
@@ -206,19 +240,25 @@ RLHF_INLINE void add(const PolicyLoss& op, int64_t start, int64_t n, SequenceSum
   if (op.sampler_logprobs.data) read_counted(op, op.sampler_logprobs, t, start, n, t.optional);
   C p[5];
   for (int k = 0; k < 5; ++k) p[k] = C(op.parameters[k]);
+  const Bounds<C> bounds(op);
+  const bool has_sampler = op.sampler_logprobs.data, of_token = op.level == 0 && has_sampler;
+  C count = 0, statistic = 0, advantages = 0, correction = 0, kl = 0, weights = 0, weights_negative = 0;
+#pragma omp simd reduction(+ : count, statistic, advantages, correction, kl, weights, weights_negative)
   for (int64_t i = 0; i < n; ++i) {
-    const C old = t.old_logprobs[i], sampler = op.sampler_logprobs.data ? t.optional[i] : old;
+    const C old = t.old_logprobs[i], sampler = has_sampler ? t.optional[i] : old;
     const C advantage = t.advantages[i];
     C weight = t.flags[i] & 2 ? C(0) : t.weights[i];
-    if (op.level == 0 && op.sampler_logprobs.data) weight *= corrected(op, exp_any(clamped(old - sampler, C(-20), C(20))));
-    sums.count += t.counts[i];
-    sums.statistic += F::statistic(t.logprobs[i] - old, advantage, p);
-    sums.advantage += advantage;
-    sums.correction += old - sampler;
-    sums.kl += sampler - t.logprobs[i];
-    sums.weight += weight;
-    sums.weight_negative += advantage < 0 ? weight : C(0);
+    if (of_token) weight *= bounds.weight(exp_any(clamped(old - sampler, C(-20), C(20))));
+    count += t.counts[i];
+    statistic += F::statistic(t.logprobs[i] - old, advantage, p);
+    advantages += advantage;
+    correction += old - sampler;
+    kl += sampler - t.logprobs[i];
+    weights += weight;
+    weights_negative += advantage < 0 ? weight : C(0);
   }
+  sums.count += count, sums.statistic += statistic, sums.advantage += advantages, sums.correction += correction;
+  sums.kl += kl, sums.weight += weights, sums.weight_negative += weights_negative;
 }
 
 template <typename F, typename C> Sequence<C> finish(const PolicyLoss& op, const SequenceSums& sums) {
@@ -231,7 +271,7 @@ template <typename F, typename C> Sequence<C> finish(const PolicyLoss& op, const
   double weight = sums.weight - (out.far ? sums.weight_negative : 0);
   if (op.level != 0 && op.sampler_logprobs.data) {
     out.correction = bounded_exp(C(op.level == 1 ? sums.correction : sums.correction / length));
-    weight *= corrected(op, out.correction);
+    weight *= Bounds<C>(op).weight(out.correction);
   }
   out.weight = C(weight / length);
   return out;
@@ -312,7 +352,6 @@ template <typename C> void run(const PolicyLoss& op, const Kernels<C>& kernels, 
   for (int m = 0; m < 13; ++m) static_cast<C*>(op.metrics)[m] = C(metrics[m]);
 }
 
-// The functor's kernels; float is cloned per instruction set, double spends its time in the library's exp.
 #define RLHF_POLICY_LOSS(NAME, F)                                                                                     \
   RLHF_CLONES void tokens_##NAME(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<float>& s, Sums& sums) { \
     tokens<F, float>(op, start, n, s, sums);                                                                          \

@@ -8,7 +8,8 @@ namespace rlhf {
 
 template <typename T> struct Token {
   T logprob, old_logprob, advantage, log_ratio, ratio;  // ratio = exp(log_ratio), the latter within +-20
-  bool saturated, selected;                             // whether it is at +-20; whether clip_cov, kl_cov chose it
+  T selected;                                           // 1 where clip_cov, kl_cov chose it, else 0
+  bool saturated;                                       // whether the log-ratio is outside +-20
 };
 
 template <typename T> struct Outcome {
@@ -56,19 +57,19 @@ struct ClipCov : TokenLoss {
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>& s, const T* p, E exp) {
     const Outcome<T> out = PpoClip::at(t, s, p, exp);
-    return {t.selected ? T(0) : out.loss, t.selected ? T(0) : out.slope, t.selected ? T(0) : out.low,
-            t.selected ? T(1) : out.high};
+    return {t.selected > 0 ? T(0) : out.loss, t.selected > 0 ? T(0) : out.slope, t.selected > 0 ? T(0) : out.low,
+            t.selected > 0 ? T(1) : out.high};
   }
 };
 
 struct KlCov : TokenLoss {  // p: kl_cov_coef
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E) {
-    const T weight = t.selected ? p[0] : T(0);
+    const T weight = t.selected > 0 ? p[0] : T(0);
     const T sign = t.log_ratio > 0 ? T(1) : (t.log_ratio < 0 ? T(-1) : T(0));
     const T surrogate = t.ratio * t.advantage;
     return {weight * std::fabs(t.log_ratio) - surrogate, weight * sign - (t.saturated ? T(0) : surrogate), T(0),
-            t.selected ? T(1) : T(0)};
+            t.selected > 0 ? T(1) : T(0)};
   }
 };
 

@@ -149,7 +149,7 @@ def policy_loss(
         entropy_fraction, correction_level, correction_mode, correction_low, correction_high, off_policy_max_kl,
     )  # fmt: skip
     shape = _losses.per_token_shape("logprobs", logprobs)
-    inputs = Inputs(logprobs, old_logprobs, _per_token(advantages, shape), ref_logprobs, sampler_logprobs, entropy)
+    inputs = Inputs(logprobs, old_logprobs, per_token(advantages, shape), ref_logprobs, sampler_logprobs, entropy)
     inputs.check(objective)
     batch = plan(
         objective, logprobs, mask=mask, overlong=overlong, cu_seqlens=cu_seqlens, denominator=denominator,
@@ -158,7 +158,7 @@ def policy_loss(
     return evaluate(objective, inputs.planes(), batch, backend=backend)
 
 
-def _per_token(advantages: Tensor, shape: tuple[int, ...]) -> Tensor:
+def per_token(advantages: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(B,) or (B, 1) as (B, T) by stride 0."""
     if len(shape) == 2 and tuple(advantages.shape) in ((shape[0],), (shape[0], 1)):
         return advantages.reshape(shape[0], 1).expand(shape)
@@ -299,7 +299,7 @@ def _triton(*args: Any) -> None:
 
 
 # (inputs, plan, *numbers(objective), outputs); planes are (rows, columns), flags contiguous
-IMPLS: dict[str, Callable[..., None]] = {"cpu": _cpu}
+IMPLS: dict[str, Callable[..., None]] = {"cpu": _cpu, "triton": _triton}
 OPS = {"policy_loss": tuple(IMPLS)}
 
 
