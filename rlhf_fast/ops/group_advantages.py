@@ -91,6 +91,7 @@ def group_advantages(
         return whiten(rewards, eps=eps, process_group=process_group, backend=backend)
     name = resolve("group_advantages", IMPLS, rewards.device, backend)
     if name == "reference":
+        _check_lengths(lengths)
         ids = group_ids
         if ids is None:
             ids = torch.arange(rewards.shape[0], device=rewards.device) // (group_size or 1)
@@ -270,6 +271,14 @@ def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | N
         raise ValueError(f"B must be a multiple of group_size >= 1, got B={rewards.shape[0]}, group_size={group_size}")
 
 
+def _check_lengths(lengths: Tensor | None) -> None:
+    """Raises ValueError on the CPU; elsewhere the entries are not read, which would wait for the device."""
+    if lengths is None or lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if (lengths < 0).any():
+        raise ValueError(f"lengths must be >= 0, got {lengths.min().item()}")
+
+
 def _cpu(rewards: Tensor, weights: Tensor | None, order: Tensor | None, offsets: Tensor | None, group_size: int,
          divisor: str, parameter: float, advantages: Tensor) -> None:  # fmt: skip
     groups = rewards.shape[0] // group_size if offsets is None else offsets.shape[0] - 1
@@ -295,8 +304,7 @@ OPS = {"group_advantages": tuple(IMPLS)}
 @torch.library.custom_op("rlhf_fast::group_advantages", mutates_args=())
 def _op(rewards: Tensor, weights: Tensor | None, order: Tensor | None, offsets: Tensor | None, group_size: int,
         divisor: str, parameter: float, backend: str) -> Tensor:  # fmt: skip
-    if weights is not None and weights.device.type == "cpu" and (weights < 0).any():
-        raise ValueError(f"lengths must be >= 0, got {weights.min().item()}")
+    _check_lengths(weights)
     advantages = torch.empty_like(rewards, dtype=_check.compute_dtype(rewards.dtype))
     IMPLS[backend](rewards, weights, order, offsets, group_size, divisor, parameter, advantages)
     return advantages

