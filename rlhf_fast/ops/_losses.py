@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, threads
+from rlhf_fast.backends import DTYPE_CODES, address, native, prefer_huge_pages, threads
 from rlhf_fast.ops import _check
 
 Implementation = Callable[[str, list[Tensor], Tensor | None, Tensor | None, list[float], list[Tensor]], None]
@@ -159,7 +159,8 @@ def call(
 @torch.library.custom_op("rlhf_fast::scaled_gradient", mutates_args=())
 def scaled_gradient(coefficient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """coefficient * scale in `dtype`."""
-    return (coefficient * scale).to(dtype)
+    result = prefer_huge_pages(torch.empty_like(coefficient, dtype=dtype))
+    return torch.mul(coefficient, scale, out=result)
 
 
 @scaled_gradient.register_fake

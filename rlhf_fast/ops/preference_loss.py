@@ -120,11 +120,18 @@ def preference_loss(
         ),
         objective,
     )  # fmt: skip
-    total = _losses.denominator_tensor(denominator, chosen)
-    name = resolve("preference_loss", IMPLS, chosen.device, backend)
+    return evaluate(pairs, objective, _losses.denominator_tensor(denominator, chosen), backend=backend)
+
+
+def evaluate(
+    pairs: Pairs, objective: PreferenceObjective, denominator: Tensor | None, *, backend: str | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """preference_loss of pairs that `checked` has seen."""
+    name = resolve("preference_loss", IMPLS, pairs.chosen.device, backend)
     if name == "reference":
-        return reference(pairs, objective, denominator=total)
-    losses, metrics = zip(*(_term(pairs, objective, term, total, name) for term, _ in objective.terms), strict=True)
+        return reference(pairs, objective, denominator=denominator)
+    terms = [_term(pairs, objective, term, denominator, name) for term, _ in objective.terms]
+    losses, metrics = zip(*terms, strict=True)
     return _weighted(losses, objective), metrics[0]
 
 
@@ -184,7 +191,7 @@ def planes(pairs: Pairs, objective: PreferenceObjective, name: str) -> list[Tens
     inputs.append(one if pairs.weights is None else pairs.weights)
     if variant.shifts is None:
         return [*inputs, zero, zero]  # type: ignore[list-item]
-    detached = Pairs(*(None if x is None else x.detach() for x in pairs))
+    detached = pairs._replace(chosen=pairs.chosen.detach(), rejected=pairs.rejected.detach())
     return [*inputs, *variant.shifts(scored(detached, objective, name), objective)]  # type: ignore[list-item]
 
 
