@@ -11,7 +11,7 @@ import triton.language as tl
 from rlhf_fast.kernels.linear_value_loss import PARTS, sum_parts
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2048  # logits that a program holds at a time
+BLOCK_ELEMENTS = 512  # logits that a program holds at a time
 
 
 @triton.jit
