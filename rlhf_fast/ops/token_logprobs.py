@@ -8,7 +8,7 @@ softcap(u) = c tanh(u / c) (none: u):
 
     d logprob / d logits_j = (1[j = y] - p_j) d z_j / d logits_j           with 1 - p_y = -expm1(logprob)
     d entropy / d logits_j = -p_j (log p_j + entropy) d z_j / d logits_j
-    d z / d logits = logit_scale (1 - (s / c)^2) / temperature             (without a softcap: logit_scale / temperature)
+    d z / d logits = logit_scale (1 - (s / c)^2) / temperature              (no softcap: logit_scale / temperature)
 
 Numerics. With m the maximal z and rest = the sum of exp(z - m) over all but ONE maximal element, logprob is
 (z_y - m) - log1p(rest), where z_y - m is exactly 0 for the maximal element: so a confident token keeps its value and,
@@ -87,7 +87,7 @@ def token_logprobs(
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
     shape = logits.shape[:-1]
-    if targets.dim() != logits.dim() or targets.shape[:-1] != shape:
+    if targets.dim() != logits.dim() or targets.shape[:-1] != shape or targets.shape[-1] == 0:
         _check.shaped("targets", targets, shape, "logits.shape[:-1] (or that and K)")
     _check.same_device(("logits", logits), ("targets", targets), ("mask", mask))
     transform = checked_transform(temperature, logit_scale, softcap, shape, ("logits", logits))
@@ -254,8 +254,8 @@ def _cuda_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, transfo
 
 
 # The row kernels, which every op on logits shares.
-# forward(logits, targets, mask, transform, want_entropy, stats, gradient | None): fills `stats`; `gradient`, in the type
-#   and strides of the logits and possibly the logits themselves, receives d (sum of a row's logprobs) / d logits.
+# forward(logits, targets, mask, transform, want_entropy, stats, gradient | None): fills `stats`; `gradient`, with the
+#   strides of the logits and possibly the logits themselves, receives d (sum of a row's logprobs) / d logits.
 # backward(logits, targets, mask, transform, stats, grad_logprobs | None, grad_entropy | None, gradient)
 # logits (outer, inner, V) with unit last stride; targets (outer, inner) or (outer, inner, K), contiguous int64;
 # mask (outer, inner) contiguous uint8 or None; stats from empty_stats. A target outside [0, V) is none in this row:

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast import BackendError, token_logprobs, use_backend
-from rlhf_fast.ops.token_logprobs import reference
+from rlhf_fast.ops import _check
+from rlhf_fast.ops.token_logprobs import IMPLS, Transform, empty_stats, reference
 from tests.numerics import assert_contract
 
 BACKENDS = ["reference", "cpu", "triton"]
@@ -15,7 +16,20 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [((1,), 1), ((3,), 17), ((2, 3), 1023), ((2, 2), 4099), ((1, 2, 2), 9001)]
 
 
-def eager(logits, targets, temperature=1.0):
+TRANSFORMS = {
+    "temperature": {"temperature": 0.7},
+    "logit_scale": {"logit_scale": 1.7},
+    "softcap": {"softcap": 5.0},
+    "softcap of scaled logits, tempered": {"temperature": 1.3, "logit_scale": 0.25, "softcap": 2.0},
+    "temperature per row": {"temperature": torch.tensor([[0.5, 1.0, 2.0], [0.75, 1.5, 4.0]]), "softcap": 6.0},
+}
+
+
+def eager(logits, targets, temperature=1.0, logit_scale=1.0, softcap=None):
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    temperature = temperature[..., None].to(logits.dtype) if isinstance(temperature, torch.Tensor) else temperature
     log_p = torch.log_softmax(logits / temperature, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     return log_p.gather(-1, targets[..., None])[..., 0], entropy
@@ -49,6 +63,99 @@ def test_temperature_divides_the_logits(backend):
     logits = torch.tensor([[0.0, 2 * math.log(3.0)]])
     logprobs = token_logprobs(logits, torch.tensor([0]), temperature=2.0, backend=backend)
     assert logprobs.item() == pytest.approx(math.log(0.25), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_softcap_bounds_the_scaled_logits(backend):
+    # Gemma 2 (arXiv 2408.00118, section 2): logits <- c tanh(logits / c)
+    x = 2.0 * math.atanh(math.log(3.0) / 2.0) / 0.5
+    logprobs = token_logprobs(
+        torch.tensor([[0.0, x]]), torch.tensor([1]), logit_scale=0.5, softcap=2.0, backend=backend
+    )
+    assert logprobs.item() == pytest.approx(math.log(0.75), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_statistics_of_two_logits_are_those_of_a_coin(backend):
+    logits = torch.tensor([[0.0, 2 * math.log(3.0)]], requires_grad=True)
+    logprobs, stats = token_logprobs(logits, torch.tensor([1]), temperature=2.0, return_stats=True, backend=backend)
+    assert logprobs.item() == pytest.approx(math.log(0.75), rel=1e-6)
+    assert [x.item() for x in stats] == pytest.approx([math.log(4), math.log(3), 0.75, 0.625], rel=1e-6)
+    assert not any(x.requires_grad for x in stats)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", TRANSFORMS.values(), ids=list(TRANSFORMS))
+def test_every_transform_of_the_logits_keeps_the_numerics_contract(backend, dtype, options):
+    logits, targets, weights = draw((2, 3), 1027, dtype)
+
+    def op(x, t, **options):
+        return token_logprobs(x, t, **options, return_entropy=True, backend=backend)
+
+    kernel = value_and_grad(op, logits, targets, weights, **options)
+    own = value_and_grad(eager, logits, targets, weights, **options)
+    oracle = value_and_grad(eager, logits.double(), targets, weights.double(), **options)
+    for name, *triple in zip(("logprobs", "entropy", "gradient"), kernel, own, oracle, strict=True):
+        assert_contract(name, *triple)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_keep_the_numerics_contract_and_are_zero_behind_the_mask(backend):
+    logits, targets, _ = draw((2, 3), 2051, torch.float32)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
+    options = {"temperature": 0.7, "softcap": 9.0}
+    *_, stats = token_logprobs(logits, targets, mask=mask, return_stats=True, backend=backend, **options)
+
+    def by_definition(x):
+        z = 9.0 * torch.tanh(x / 9.0) / 0.7
+        p = torch.softmax(z, -1)
+        return torch.logsumexp(z, -1), z.amax(-1), p.amax(-1), p.square().sum(-1)
+
+    for name, kernel, own, oracle in zip(
+        stats._fields, stats, by_definition(logits), by_definition(logits.double()), strict=True
+    ):
+        assert_contract(name, kernel[mask != 0], own[mask != 0], oracle[mask != 0])
+        assert (kernel[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_several_targets_per_row_are_as_many_calls_with_one(backend, softcap):
+    logits, _, weights = draw((2, 3), 1027, torch.float32)
+    targets = torch.randint(0, 1027, (2, 3, 5), generator=torch.Generator().manual_seed(1))
+    targets[0, 0, 3] = targets[0, 0, 1]  # the same token twice
+    upstream = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(2))
+    options = {"softcap": softcap, "return_entropy": True, "backend": backend}
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    logprobs, entropy = token_logprobs(a, targets, **options)
+    (logprobs * upstream).sum().add((entropy * weights[1]).sum()).backward()
+    loss = torch.zeros(())
+    for k in range(5):
+        one, entropy_too = token_logprobs(b, targets[..., k], **options)
+        assert torch.equal(one, logprobs[..., k])
+        loss = loss + (one * upstream[..., k]).sum() + (entropy_too * weights[1]).sum() / 5
+    loss.backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_a_target_outside_the_vocabulary_is_none_in_the_row_kernels(backend, softcap):
+    logits, _, _ = draw((1, 2), 1500, torch.float32)
+    forward, backward = IMPLS[backend]
+    transform, targets = Transform(softcap=softcap), torch.tensor([[-3, 1500]])
+    stats = empty_stats(logits, True)
+    forward(logits, targets, None, transform, True, stats, None)
+    assert stats[0].isnan().all()
+    x = logits.double().requires_grad_()
+    z = x if softcap == 0 else softcap * torch.tanh(x / softcap)
+    lse = torch.logsumexp(z, -1)
+    torch.testing.assert_close((stats[2] + stats[3]).double(), lse.detach(), rtol=0, atol=2e-6)
+    gradient = torch.empty_like(logits)
+    backward(logits, targets, None, transform, stats, torch.tensor([[2.0, -1.0]]), None, gradient)
+    lse.backward(torch.tensor([[-2.0, 1.0]], dtype=torch.float64))
+    torch.testing.assert_close(gradient.double(), x.grad, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,6 +207,15 @@ def test_a_confident_token_keeps_its_value_and_gradient(backend, margin):
         assert entropy.item() == pytest.approx(math.log1p(others) + others * margin / (1 + others), rel=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_confident_token_is_exact_through_a_softcap_and_a_temperature(backend):
+    logits = torch.zeros(1, 5)
+    logits[0, 2] = 30.0
+    logprob = token_logprobs(logits, torch.tensor([2]), softcap=50.0, temperature=1.3, backend=backend)
+    margin = 50.0 * math.tanh(30.0 / 50.0) / 1.3
+    assert logprob.item() == pytest.approx(-math.log1p(4 * math.exp(-margin)), rel=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_hopeless_token_keeps_its_value_and_gradient(backend):
     logits = torch.tensor([[500.0, 0.0, 500.0]], requires_grad=True)
@@ -128,9 +244,10 @@ def test_nothing_behind_the_mask_gets_through(backend):
     dirty = logits.clone()
     dirty[mask == 0] = torch.nan
     wild = torch.where(mask == 0, torch.full_like(targets, -100), targets)
+    temperature = torch.where(mask == 0, torch.nan, 0.8)
 
     def op(x, t):
-        return token_logprobs(x, t, mask=mask, return_entropy=True, backend=backend)
+        return token_logprobs(x, t, temperature=temperature, mask=mask, return_entropy=True, backend=backend)
 
     for a, b in zip(
         value_and_grad(op, logits, targets, weights), value_and_grad(op, dirty, wild, weights), strict=True
@@ -220,40 +337,53 @@ def test_a_large_vocabulary_is_exact(backend):
 @given(st.integers(1, 40), st.floats(-50, 50), st.integers(0, 10_000))
 def test_a_shift_of_all_logits_changes_nothing_and_probabilities_sum_to_one(vocabulary, shift, seed):
     logits, _, _ = draw((1,), vocabulary, torch.float64, seed=seed)
-    every = torch.arange(vocabulary)
-    logprobs = token_logprobs(logits.expand(vocabulary, -1), every, backend="cpu")
+    every = torch.arange(vocabulary)[None]
+    logprobs = token_logprobs(logits, every, backend="cpu")
     assert logprobs.exp().sum().item() == pytest.approx(1.0, abs=1e-10)
-    torch.testing.assert_close(
-        token_logprobs((logits + shift).expand(vocabulary, -1), every, backend="cpu"),
-        logprobs,
-        rtol=0,
-        atol=1e-10,
-    )
+    torch.testing.assert_close(token_logprobs(logits + shift, every, backend="cpu"), logprobs, rtol=0, atol=1e-10)
 
 
-def test_the_reference_is_differentiable_twice():
-    logits, targets, _ = draw((2, 2), 5, torch.float64, scale=1.0)
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 2100), st.integers(0, 4), st.integers(0, 10_000))
+def test_neither_the_order_of_rows_nor_padding_changes_a_bit(rows, vocabulary, padding, seed):
+    logits, targets, _ = draw((rows,), vocabulary, torch.float32, seed=seed)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    expected = token_logprobs(logits, targets, backend="cpu")
+    assert torch.equal(token_logprobs(logits[order], targets[order], backend="cpu"), expected[order])
+    padded = torch.cat([logits, torch.full((padding, vocabulary), torch.nan)])
+    ids, mask = torch.cat([targets, torch.full((padding,), -1)]), torch.arange(rows + padding) < rows
+    assert torch.equal(token_logprobs(padded, ids, mask=mask, backend="cpu")[:rows], expected)
+
+
+@pytest.mark.parametrize("options", TRANSFORMS.values(), ids=list(TRANSFORMS))
+def test_the_reference_is_differentiable_twice(options):
+    logits, targets, _ = draw((2, 3), 4, torch.float64, scale=1.0)
     logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: reference(x, targets, temperature=0.7), logits)
-    assert torch.autograd.gradgradcheck(lambda x: reference(x, targets, temperature=0.7), logits)
+    assert torch.autograd.gradcheck(lambda x: reference(x, targets, **options), logits)
+    assert torch.autograd.gradgradcheck(lambda x: reference(x, targets, **options), logits)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_the_registered_op_passes_opcheck(backend):
+@pytest.mark.parametrize("several", [False, True])
+def test_the_registered_op_passes_opcheck(backend, several):
     logits, targets, _ = draw((2, 2), 9, torch.float64)
     mask = torch.tensor([[1, 0], [1, 1]], dtype=torch.uint8)
-    for want_entropy in (False, True):
-        args = (logits.requires_grad_(), targets, mask, 0.7, None, 1.0, 0.0, want_entropy, False, False, backend)
-        torch.library.opcheck(torch.ops.rlhf_fast.token_logprobs.default, args)
+    transform = (1.0, torch.full((2, 2), 0.7), 2.0, 3.0) if several else (0.7, None, 1.0, 0.0)
+    ids = targets[..., None].expand(2, 2, 3).contiguous() if several else targets
+    args = (logits.requires_grad_(), ids, mask, *transform, several, several, False, backend)
+    torch.library.opcheck(torch.ops.rlhf_fast.token_logprobs.default, args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_compiles_without_graph_breaks(backend):
     logits, targets, weights = draw((2, 3), 50, torch.float32)
 
+    temperature = torch.full((2, 3), 0.8)
+
     def loss(x):
-        logprobs, entropy = token_logprobs(x, targets, return_entropy=True, backend=backend)
-        return (logprobs * weights[0] + entropy * weights[1]).sum()
+        options = {"temperature": temperature, "softcap": 4.0, "return_stats": True, "backend": backend}
+        logprobs, entropy, stats = token_logprobs(x, targets, return_entropy=True, **options)
+        return (logprobs * weights[0] + entropy * weights[1] + stats.lse).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
@@ -272,14 +402,32 @@ def test_bad_input_raises_with_the_shapes_in_the_message():
         token_logprobs(logits, targets.float())
     with pytest.raises(TypeError, match=r"logits must be .* got torch.int64"):
         token_logprobs(logits.long(), targets)
-    with pytest.raises(ValueError, match=r"temperature must be > 0, got 0"):
-        token_logprobs(logits, targets, temperature=0)
+    with pytest.raises(ValueError, match=r"targets must be .* \(2, 3\), got \(2, 4, 7\)"):
+        token_logprobs(logits, torch.zeros(2, 4, 7, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"temperature must be one number or one per row = \(2, 3\), got \(3,\)"):
+        token_logprobs(logits, targets, temperature=torch.ones(3))
+    with pytest.raises(ValueError, match=r"temperature must be > 0, row 4 is -1.0"):
+        token_logprobs(logits, targets, temperature=torch.tensor([[1.0, 2, 3], [4, -1, 0]]))
+    for name in ("temperature", "logit_scale", "softcap"):
+        with pytest.raises(ValueError, match=rf"{name} must be > 0, got 0"):
+            token_logprobs(logits, targets, **{name: 0})
 
 
 @pytest.mark.parametrize("target", [-1, 5])
 def test_a_target_outside_the_vocabulary_names_its_row(target):
-    with pytest.raises(IndexError, match=rf"row 1 is {target}, outside \[0, 5\)"):
-        token_logprobs(torch.zeros(3, 5), torch.tensor([0, target, 1]), backend="cpu")
+    for backend in BACKENDS:
+        with pytest.raises(IndexError, match=rf"row 1 is {target}, outside \[0, 5\)"):
+            token_logprobs(torch.zeros(3, 5), torch.tensor([0, target, 1]), backend=backend)
+        with pytest.raises(IndexError, match=rf"row 1 is {target}, outside \[0, 5\)"):
+            token_logprobs(torch.zeros(2, 5), torch.tensor([[0, 4], [1, target]]), backend=backend)
+
+
+def test_values_on_a_gpu_are_looked_at_when_asked_for(monkeypatch):
+    monkeypatch.delenv("RLHF_FAST_DEBUG", raising=False)
+    assert _check.looks_at_values(torch.device("cpu"))
+    assert not _check.looks_at_values(torch.device("cuda"))
+    monkeypatch.setenv("RLHF_FAST_DEBUG", "1")
+    assert _check.looks_at_values(torch.device("cuda"))
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
