@@ -25,10 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.backends import prefer_huge_pages
 from rlhf_fast.ops import _check
 
-# Scratch for one tile of float32 logits: on the CPU near the caches, on a GPU enough rows to fill a matrix product.
-TILE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+# Scratch for one tile of float32 logits: enough rows for a matrix product at full speed, which reads (on the CPU also
+# packs) all of the head's weight once per tile.
+TILE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 VOCABULARY_BLOCK = 8192  # half-precision heads are widened to float32 in blocks of this many rows on the CPU
 
 
@@ -85,9 +87,11 @@ class HeadGradients:
 
     def __init__(self, head: Head, needs: list[bool]) -> None:
         """needs: whether each of (weight, bias, lora_a, lora_b) wants a gradient."""
-        self.head = head
+        self.head, self.empty = head, True
         self.totals = [
-            None if p is None or not need else torch.zeros_like(p, dtype=_check.compute_dtype(p.dtype))
+            None
+            if p is None or not need
+            else prefer_huge_pages(p.new_empty(p.shape, dtype=_check.compute_dtype(p.dtype)))
             for p, need in zip(head[:4], needs, strict=True)
         ]
 
@@ -101,21 +105,29 @@ class HeadGradients:
             scale = gradient.new_ones(gradient.shape[0])
         else:
             hidden = (hidden * scale[:, None]).to(hidden.dtype)  # (n, D) numbers to scale instead of (n, V)
+        old, self.empty = (0.0 if self.empty else 1.0), False
         if weight is not None:
-            _accumulate(weight, gradient.t(), hidden)
+            _accumulate(weight, gradient.t(), hidden, old=old)
         if bias is not None:
-            _accumulate(bias[:, None], gradient.t(), scale[:, None])
-        if lora_a is not None:
-            _accumulate(lora_a, _product(gradient, head.lora_b).t(), hidden, head.lora_scale)
+            _accumulate(bias[:, None], gradient.t(), scale[:, None], old=old)
+        if lora_a is not None and head.lora_b is not None:
+            _accumulate(lora_a, _product(gradient, head.lora_b).t(), hidden, head.lora_scale, old)
         if lora_b is not None:
-            _accumulate(lora_b, gradient.t(), head.lora_hidden(hidden), head.lora_scale)
+            _accumulate(lora_b, gradient.t(), head.lora_hidden(hidden), head.lora_scale, old)
+
+    def sums(self) -> list[Tensor]:
+        """The four gradients as they were accumulated, in float32 (float64), empty where not needed."""
+        if self.empty:
+            for total in self.totals:
+                if total is not None:
+                    total.zero_()
+        dtype = _check.compute_dtype(self.head.weight.dtype)
+        return [self.head.weight.new_empty(0, dtype=dtype) if total is None else total for total in self.totals]
 
     def results(self) -> list[Tensor]:
         """The four gradients in their parameters' types, empty where not needed."""
-        return [
-            self.head.weight.new_empty(0) if total is None else total.to(parameter.dtype)
-            for total, parameter in zip(self.totals, self.head[:4], strict=True)
-        ]
+        types = [self.head.weight.dtype if p is None else p.dtype for p in self.head[:4]]
+        return [total.to(dtype) for total, dtype in zip(self.sums(), types, strict=True)]
 
 
 class Tiles:
@@ -143,12 +155,16 @@ class Tiles:
         self.chunks = chunks(hidden.shape[0] if self.index is None else self.index.shape[0], chunk)
         height = self.chunks[0].stop if self.chunks else 0
         dtype = _check.compute_dtype(head.weight.dtype)
-        in_place = kept is not None and kept.dtype == dtype
-        self.logits = kept if in_place else hidden.new_empty(height, head.weight.shape[0], dtype=dtype)
-        self.gradient = kept
-        if kept is None:
-            narrow = narrow and head.weight.is_cuda and head.weight.dtype != dtype
-            self.gradient = torch.empty_like(self.logits, dtype=head.weight.dtype) if narrow else self.logits
+        if kept is not None and kept.dtype == dtype:
+            self.logits = kept
+        else:
+            self.logits = prefer_huge_pages(hidden.new_empty(height, head.weight.shape[0], dtype=dtype))
+        if kept is not None:
+            self.gradient = kept
+        elif narrow and head.weight.is_cuda and head.weight.dtype != dtype:
+            self.gradient = torch.empty_like(self.logits, dtype=head.weight.dtype)
+        else:
+            self.gradient = self.logits
 
     def take(self, x: Tensor, chunk: slice) -> Tensor:
         """The rows of x that `chunk` stands for, contiguous."""
@@ -211,9 +227,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """total += scale * a @ b, accumulated in the total's type."""
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, old: float = 1.0) -> None:
+    """total = old * total + scale * a @ b, accumulated in the total's type; with old = 0 it may be unwritten."""
     if a.is_cuda and a.dtype != total.dtype:
-        torch.ops.aten.addmm.dtype_out(total, a, b.to(a.dtype), total.dtype, alpha=scale, out=total)
+        torch.ops.aten.addmm.dtype_out(total, a, b.to(a.dtype), total.dtype, beta=old, alpha=scale, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=scale)
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=old, alpha=scale)

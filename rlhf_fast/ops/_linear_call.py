@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.backends import prefer_huge_pages
 from rlhf_fast.ops import _check, _head
 from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops._shards import Shards
@@ -101,7 +102,7 @@ def _forward(*arguments: Any) -> list[Tensor]:
     head, shards = call.head(), call.shards()
     ids = _local_ids(call)
     *results, saved = _empty_results(call, want_entropy, want_squares, save)
-    tiles = call.tiles(call.mask, saved if save == "G" else None)
+    tiles = call.tiles(call.mask, prefer_huge_pages(saved) if save == "G" else None)
     if tiles.index is not None:
         for r in (*results, saved if save == "U" else saved[tiles.index.shape[0] :]):
             r.zero_()
@@ -153,9 +154,10 @@ def _backward(*arguments: Any) -> list[Tensor]:
             through = _summed_through(head, shards, gradient)
             grad_hidden[where] = (through if scale is None else through * scale[:, None]).to(grad_hidden.dtype)
         totals.add(gradient, hidden, scale)
+    grad_weight, grad_bias, grad_lora_a, grad_lora_b = totals.results()
     if needs[3]:
-        totals.totals[2] = shards.sum(totals.totals[2])
-    return [grad_hidden, *totals.results()]
+        grad_lora_a = shards.sum(grad_lora_a)
+    return [grad_hidden, grad_weight, grad_bias, grad_lora_a, grad_lora_b]
 
 
 # Of some rows: which, their hidden states (n, D), gradient of the logits (n, V), and factors (n,) that it yet lacks.
