@@ -123,6 +123,7 @@ def register(op: str, impls: dict[str, Implementation], gradients: int) -> None:
         _, means, *coefficients = output
         ctx.set_materialize_grads(False)
         ctx.dtypes = [x.dtype for x in inputs[0]]
+        ctx.parameters = None if inputs[4] else []  # autograd takes an empty list for one of tensors
         ctx.save_for_backward(means, *coefficients)
 
     def autograd(ctx, grads):
@@ -132,7 +133,7 @@ def register(op: str, impls: dict[str, Implementation], gradients: int) -> None:
         if scale is not None:
             for k, coefficient in enumerate(coefficients):
                 results[k] = scaled_gradient(coefficient, scale, ctx.dtypes[k])
-        return results, None, None, None, None, None
+        return results, None, None, None, ctx.parameters, None
 
     forward.register_autograd(autograd, setup_context=setup_context)
 
