@@ -124,7 +124,8 @@ def linear_logprobs(
     if return_entropy:
         results.append(entropy.view(shape))
     if return_stats:
-        results.append(rows.row_stats(*(s.detach().view(shape) for s in stats), mask))
+        row_max, row_logsum, squares = (s.detach().view(shape) for s in stats)
+        results.append(rows.row_stats(row_max, row_logsum, squares, mask))
     return tuple(results) if len(results) > 1 else results[0]
 
 
