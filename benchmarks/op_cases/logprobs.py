@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from benchmarks.op_cases.case import B, Case, T, V, ids, mask
 
+
+def logits_and_targets() -> dict[str, Tensor]:
+    return {"logits": torch.randn(B, T, V), "targets": ids(B, T)}
+
+
 CASES = [
-    Case("token_logprobs", lambda: {"logits": torch.randn(B, T, V), "targets": ids(B, T)}, grads=("logits",)),
+    Case("token_logprobs", logits_and_targets, grads=("logits",)),
     Case(
         "token_logprobs",
-        lambda: {"logits": torch.randn(B, T, V), "targets": ids(B, T), "mask": mask()},
+        lambda: logits_and_targets() | {"mask": mask()},
         {"temperature": 0.7, "return_entropy": True},
         ("logits",),
+        label="masked, with entropy",
+    ),
+    Case(
+        "token_logprobs",
+        logits_and_targets,
+        {"logit_scale": 1.5, "softcap": 2.0, "return_entropy": True, "return_stats": True},
+        ("logits",),
+        label="softcap, with statistics",
+    ),
+    Case(
+        "token_logprobs",
+        lambda: {
+            "logits": torch.randn(B, T, V),
+            "targets": ids(B, T, 5),
+            "temperature": torch.linspace(0.5, 2.0, B * T).view(B, T),
+        },
+        grads=("logits",),
+        label="five targets, a temperature per row",
     ),
 ]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, address, row_sizes
-from rlhf_fast.ops.token_logprobs import empty_stats, reference
+from rlhf_fast.ops.token_logprobs import empty_stats
 from tests.numerics import assert_contract
 
 HERE = Path(__file__).parent
+DEFAULTS = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -31,73 +31,88 @@ def host(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-def _pointers(stats: list[Tensor]):
-    return (ctypes.c_void_p * 4)(*(s.data_ptr() or None if s.numel() else None for s in stats))
-
-
-def _rows(tensor: Tensor):
-    return (ctypes.c_int64 * 4)(*row_sizes(tensor))
-
-
-def _forward(host, logits, targets, mask=None, temperature=1.0, want_entropy=True, gradient=None):
-    stats = [s.fill_(torch.nan) for s in empty_stats(logits, want_entropy)]
+def _arguments(logits, targets, mask, transform, stats):
     pointer = ctypes.c_void_p
-    host.forward(
-        pointer(address(logits)), DTYPE_CODES[logits.dtype], _rows(logits), ctypes.c_int64(logits.shape[-1]),
-        pointer(address(targets)), pointer(address(mask)), ctypes.c_double(temperature), int(want_entropy),
-        _pointers(stats), pointer(address(gradient)),
+    rows = (ctypes.c_int64 * 4)(*row_sizes(logits))
+    per_row = targets.shape[2] if targets.dim() == 3 else 1
+    given = (ctypes.c_double * 3)(*(transform.get(k, d) for k, d in DEFAULTS.items()))
+    return (
+        pointer(address(logits)), DTYPE_CODES[logits.dtype], rows, ctypes.c_int64(logits.shape[-1]),
+        pointer(address(targets)), ctypes.c_int64(per_row), pointer(address(mask)), given,
+        (pointer * 5)(*(s.data_ptr() if s.numel() else None for s in stats)),
     )  # fmt: skip
+
+
+def _forward(host, logits, targets, mask=None, gradient=None, **transform):
+    stats = [s.fill_(torch.nan) for s in empty_stats(logits, True, True, targets.shape[2:])]
+    host.forward(*_arguments(logits, targets, mask, transform, stats), ctypes.c_void_p(address(gradient)))
     return stats
 
 
-def _backward(host, logits, targets, stats, grad_logprobs, grad_entropy, gradient, mask=None, temperature=1.0):
-    pointer = ctypes.c_void_p
-    host.backward(
-        pointer(address(logits)), DTYPE_CODES[logits.dtype], _rows(logits), ctypes.c_int64(logits.shape[-1]),
-        pointer(address(targets)), pointer(address(mask)), ctypes.c_double(temperature), _pointers(stats),
-        pointer(address(grad_logprobs)), pointer(address(grad_entropy)), pointer(address(gradient)), _rows(gradient),
-    )  # fmt: skip
+def _backward(host, logits, targets, stats, grad_logprobs, grad_entropy, gradient, **transform):
+    upstream = [ctypes.c_void_p(address(x)) for x in (grad_logprobs, grad_entropy, gradient)]
+    rows = (ctypes.c_int64 * 4)(*row_sizes(gradient))
+    host.backward(*_arguments(logits, targets, None, transform, stats), *upstream, rows)
 
 
-def _eager(logits, targets, temperature):
+def _eager(logits, targets, temperature=1.0, logit_scale=1.0, softcap=0.0):
+    logits = logits * logit_scale
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
     log_p = torch.log_softmax(logits / temperature, -1)
-    return log_p.gather(-1, targets[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, targets), -(log_p.exp() * log_p).sum(-1)
 
 
-def _with_gradients(function, logits, targets, temperature, grad_logprobs, grad_entropy):
+def _with_gradients(logits, targets, transform, grad_logprobs, grad_entropy):
     leaf = logits.clone().requires_grad_()
-    logprobs, entropy = function(leaf, targets, temperature)
+    logprobs, entropy = _eager(leaf, targets, **transform)
     upstream = [grad_logprobs.to(logprobs.dtype), grad_entropy.to(entropy.dtype)]
     (gradient,) = torch.autograd.grad([logprobs, entropy], [leaf], upstream)
     return logprobs.detach(), entropy.detach(), gradient
 
 
 @pytest.mark.parametrize("dtype", list(DTYPE_CODES), ids=str)
-@pytest.mark.parametrize(("vocabulary", "temperature"), [(1, 1.0), (17, 0.7), (4099, 1.3), (9001, 1.0)])
-def test_forward_and_backward_keep_the_numerics_contract(host, dtype, vocabulary, temperature):
+@pytest.mark.parametrize(
+    ("vocabulary", "per_row", "transform"),
+    [
+        (1, 1, {}),
+        (17, 3, {"temperature": 0.7}),
+        (4099, 1, {"temperature": 1.3, "softcap": 5.0}),
+        (9001, 2, {"logit_scale": 0.5}),
+    ],
+    ids=str,
+)
+def test_forward_and_backward_keep_the_numerics_contract(host, dtype, vocabulary, per_row, transform):
     torch.manual_seed(vocabulary)
     logits = (4 * torch.randn(2, 3, vocabulary)).to(dtype)[:, 1:]  # strided rows, aligned nowhere in particular
-    targets = torch.randint(vocabulary, logits.shape[:-1])
-    g = [torch.randn(logits.shape[:-1], dtype=torch.float64) for _ in range(2)]
-    oracle = _with_gradients(lambda x, y, t: reference(x, y, temperature=t), logits.double(), targets, temperature, *g)
-    eager = _with_gradients(_eager, logits, targets, temperature, *g)
+    targets = torch.randint(vocabulary, (2, 2, per_row))
+    g = [torch.randn(targets.shape, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)]
+    oracle = _with_gradients(logits.double(), targets, transform, *g)
+    eager = _with_gradients(logits, targets, transform, *g)
 
-    stats = _forward(host, logits, targets, temperature=temperature)
+    stats = _forward(host, logits, targets, **transform)
     gradient = torch.full(logits.shape, torch.nan, dtype=dtype)
     upstream = [x.to(stats[0].dtype) for x in g]
-    _backward(host, logits, targets, stats, *upstream, gradient, temperature=temperature)
+    _backward(host, logits, targets, stats, *upstream, gradient, **transform)
     for name, *values in zip(("logprobs", "entropy", "gradient"), (*stats[:2], gradient), eager, oracle, strict=True):
         assert_contract(name, *values)
 
     in_place = logits.contiguous().clone()
-    _backward(host, in_place, targets, stats, *upstream, in_place, temperature=temperature)
+    _backward(host, in_place, targets, stats, *upstream, in_place, **transform)
     assert torch.equal(in_place, gradient)
+
+
+def test_the_statistics_of_two_logits_are_those_of_a_coin(host):
+    logits = torch.tensor([[[1.0, 3.0, 0.0]]]).log()  # and a forbidden token
+    _, _, row_max, row_logsum, sum_p_squared = _forward(host, logits, torch.tensor([[1]]))
+    found = [row_max.item(), row_logsum.item(), sum_p_squared.item()]
+    assert found == pytest.approx([1.0986122887, 0.2876820724, 0.625], rel=1e-6)
 
 
 def test_forward_writes_the_gradient_over_the_logits(host):
     torch.manual_seed(0)
     logits, targets = torch.randn(1, 3, 4101), torch.randint(4101, (1, 3))
-    expected = _with_gradients(_eager, logits.double(), targets, 1.0, torch.ones(1, 3), torch.zeros(1, 3))[2]
+    expected = _with_gradients(logits.double(), targets[..., None], {}, torch.ones(1, 3, 1), torch.zeros(1, 3))[2]
     _forward(host, logits, targets, gradient=logits)
     torch.testing.assert_close(logits, expected.float(), rtol=0, atol=1e-7)
 

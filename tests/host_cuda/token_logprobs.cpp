@@ -5,24 +5,26 @@ using namespace rlhf;
 
 namespace {
 
-cuda::TokenLogprobs op(void* logits, int dtype, const int64_t* rows, int64_t vocabulary, int64_t* targets, uint8_t* mask,
-                       double temperature, bool want_entropy, void** stats) {
-  return {logits, DType(dtype), {rows[0], rows[1], rows[2], rows[3]}, vocabulary, targets, mask, temperature,
-          want_entropy, stats[0], stats[1], stats[2], stats[3]};
+// transform: temperature, logit_scale, softcap; stats: logprobs, entropy, row_max, row_logsum, sum_p_squared
+cuda::TokenLogprobs op(void* logits, int dtype, const int64_t* rows, int64_t vocabulary, int64_t* targets,
+                       int64_t targets_per_row, uint8_t* mask, const double* transform, void** stats) {
+  return {logits, DType(dtype), {rows[0], rows[1], rows[2], rows[3]}, vocabulary, targets, targets_per_row, mask,
+          {transform[0], nullptr, transform[1], transform[2]}, stats[0], stats[1], stats[2], stats[3], stats[4]};
 }
 
 }  // namespace
 
 extern "C" void forward(void* logits, int dtype, const int64_t* rows, int64_t vocabulary, int64_t* targets,
-                        uint8_t* mask, double temperature, int want_entropy, void** stats, void* gradient) {
+                        int64_t targets_per_row, uint8_t* mask, const double* transform, void** stats,
+                        void* gradient) {
   cuda::token_logprobs_forward(
-      op(logits, dtype, rows, vocabulary, targets, mask, temperature, want_entropy, stats), gradient, 0, 0);
+      op(logits, dtype, rows, vocabulary, targets, targets_per_row, mask, transform, stats), gradient, 0, 0);
 }
 
 extern "C" void backward(void* logits, int dtype, const int64_t* rows, int64_t vocabulary, int64_t* targets,
-                         uint8_t* mask, double temperature, void** stats, void* grad_logprobs, void* grad_entropy,
-                         void* gradient, const int64_t* gradient_rows) {
+                         int64_t targets_per_row, uint8_t* mask, const double* transform, void** stats,
+                         void* grad_logprobs, void* grad_entropy, void* gradient, const int64_t* gradient_rows) {
   cuda::token_logprobs_backward(
-      op(logits, dtype, rows, vocabulary, targets, mask, temperature, stats[1] != nullptr, stats), grad_logprobs,
+      op(logits, dtype, rows, vocabulary, targets, targets_per_row, mask, transform, stats), grad_logprobs,
       grad_entropy, gradient, {gradient_rows[0], gradient_rows[1], gradient_rows[2], gradient_rows[3]}, 0, 0);
 }
