@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from rlhf_fast.ops.token_logprobs import Transform
 
-BLOCK = 2048
+BLOCK = 1024
 
 
 @triton.jit
