@@ -1,3 +1,5 @@
+import dataclasses
+import inspect
 import math
 
 import pytest
@@ -5,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast import policy_loss
-from rlhf_fast.ops.policy_loss import METRICS, VARIANTS, reference
+from rlhf_fast import PolicyObjective, policy_loss
+from rlhf_fast.ops.policy_loss import ALWAYS, VARIANTS, Inputs, numbers, plan
+from rlhf_fast.ops.policy_loss import evaluate as evaluate_plan
 from tests.losses import (
     BACKENDS,
     DTYPES,
@@ -20,6 +23,12 @@ from tests.losses import (
     ragged,
 )
 
+# The losses that hold no factor constant to the gradient: autograd's is the derivative of the value.
+SMOOTH = ["ppo_clip", "grpo", "dr_grpo", "dapo", "gspo", "luspo", "gmpo", "sapo", "dro", "gpg", "reinforce", "a2c"]
+EVERYTHING = {
+    "kl_coef": 0.1, "entropy_coef": 0.02, "entropy_fraction": 0.7, "correction_low": 0.5, "correction_high": 1.5,
+    "off_policy_max_kl": 0.3, "fixed_length": 40, "cov_fraction": 0.2, "cov_low": 0.0,
+}  # fmt: skip
 DUAL = {"clip_eps_low": 0.2, "clip_eps_high": 0.28, "dual_clip": 1.5}
 
 
@@ -33,6 +42,34 @@ def run(inputs, **options):
     return evaluate(lambda *x: policy_loss(*x, **options), inputs, 1)
 
 
+def extras(inputs, seed=1):
+    """ref_logprobs, sampler_logprobs and entropy beside `inputs`."""
+    ref, sampler, entropy = draw(inputs[1].shape, 3, seed=seed)
+    old = inputs[1]
+    return [old + 0.3 * ref.to(old.dtype), old + 0.3 * sampler.to(old.dtype), entropy.abs().to(old.dtype)]
+
+
+def with_everything(mask, variant, backend, **options):
+    """A loss of logprobs, entropy, old_logprobs, advantages, ref_logprobs and sampler_logprobs."""
+
+    def loss(logprobs, entropy, old_logprobs, advantages, ref, sampler):
+        return policy_loss(
+            logprobs, old_logprobs, advantages, mask=mask, ref_logprobs=ref, sampler_logprobs=sampler,
+            entropy=entropy, variant=variant, backend=backend, **{**EVERYTHING, **options},
+        )  # fmt: skip
+
+    return loss
+
+
+def everything(shape, variant, dtype=torch.float32):
+    """Its inputs; the log-ratio of a sequence stays small for losses of the ratio of a whole sequence."""
+    logprobs, old, advantages = inputs_of(shape, torch.float64)
+    if variant in ("dro", "vespo"):
+        logprobs = old + (logprobs - old) / shape[1]
+    ref, sampler, entropy = extras([logprobs, old, advantages])
+    return [x.to(dtype) for x in (logprobs - 3, entropy, old - 3, advantages, ref - 3, sampler - 3)]
+
+
 def eager(mask, low=0.8, high=1.28, dual=1.5):
     def loss(logprobs, old_logprobs, advantages):
         counts = mask.to(logprobs.dtype)
@@ -41,35 +78,13 @@ def eager(mask, low=0.8, high=1.28, dual=1.5):
         surrogate = torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)
         surrogate = torch.where(advantages < 0, torch.max(surrogate, dual * advantages), surrogate)
         clipped = (surrogate != ratio * advantages).to(ratio.dtype)
-        rows = (-surrogate, clipped, ratio - 1 - log_ratio, ratio)
+        below = (clipped != 0) & (ratio < low)
+        rows = (-surrogate, clipped, below, clipped - below.to(ratio.dtype), ratio - 1 - log_ratio, ratio)
         means = [(x * counts).sum() / counts.sum() for x in rows]
-        metrics = [*(x.detach() for x in means[1:]), ratio.detach()[mask].max()]
-        return means[0], dict(zip(METRICS, metrics, strict=True))
+        metrics = [*(x.detach() for x in means[1:]), ratio.detach()[mask].max(), ratio.detach()[mask].min()]
+        return means[0], dict(zip(ALWAYS, metrics, strict=True))
 
     return loss
-
-
-# PPO, arXiv 1707.06347, eq. 7 with eps = 0.2: ratios 0.5, 0.9, 1.1, 1.5 with advantage 1, then with advantage -1.
-RATIOS = torch.tensor([[0.5, 0.9, 1.1, 1.5]] * 2)
-ADVANTAGES = torch.tensor([1.0, -1.0])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_ppo_clip_is_equation_7_of_the_ppo_paper(backend):
-    got = run([RATIOS.log(), torch.zeros(2, 4), ADVANTAGES], backend=backend)
-    assert got["loss"].item() == pytest.approx((-0.5 - 0.9 - 1.1 - 1.2 + 0.8 + 0.9 + 1.1 + 1.5) / 8, abs=1e-6)
-    assert got["clip_fraction"].item() == 2 / 8
-    expected = torch.tensor([[-0.5, -0.9, -1.1, 0.0], [0.0, 0.9, 1.1, 1.5]]) / 8
-    torch.testing.assert_close(got["gradient 0"], expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dual_clip_is_equation_5_of_its_paper(backend):
-    # Ye et al. 2020, arXiv 1912.09729: max(min(r A, clip(r) A), c A) for A < 0, here r = 5, A = -2, c = 3.
-    inputs = [torch.tensor([[5.0]]).log(), torch.zeros(1, 1), torch.tensor([[-2.0]])]
-    assert run(inputs, backend=backend)["loss"].item() == pytest.approx(10.0)
-    got = run(inputs, dual_clip=3.0, backend=backend)
-    assert (got["loss"].item(), got["gradient 0"].item(), got["clip_fraction"].item()) == (6.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -85,6 +100,8 @@ def test_metrics_of_two_tokens_by_hand(backend):
     assert got["approx_kl"].item() == pytest.approx((1 - math.log(2)) / 2)
     assert got["ratio_mean"].item() == pytest.approx(1.5)
     assert got["ratio_max"].item() == pytest.approx(2.0)
+    assert got["ratio_min"].item() == 1.0
+    assert (got["clip_fraction_low"].item(), got["clip_fraction_high"].item()) == (0.0, 0.5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -92,7 +109,7 @@ def test_metrics_of_two_tokens_by_hand(backend):
 def test_the_first_minibatch_has_ratio_1_and_no_kl_exactly(backend, dtype):
     logprobs, _, advantages = inputs_of((3, 70), dtype)
     got = run([logprobs, logprobs, advantages], mask=ragged((3, 70)), backend=backend)
-    assert [got[name].item() for name in METRICS] == [0.0, 0.0, 1.0, 1.0]
+    assert [got[name].item() for name in ALWAYS] == [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -113,18 +130,29 @@ def test_the_loss_clamps_the_log_ratio_and_the_kl_does_not(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("variant", list(VARIANTS))
-def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, shape, variant):
+def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, shape):
     mask = ragged(shape)
     assert_keeps_contract(
-        lambda *x: policy_loss(*x, mask=mask, variant=variant, **DUAL, backend=backend),
-        eager(mask), inputs_of(shape, dtype), 1,
-    )  # fmt: skip
+        lambda *x: policy_loss(*x, mask=mask, **DUAL, backend=backend), eager(mask), inputs_of(shape, dtype), 1
+    )
+
+
+CONTRACT = [*(("cpu", dtype, (17, 9)) for dtype in DTYPES), ("cpu", torch.float32, (3, 1100)),
+            ("triton", torch.float32, (5, 9)), ("triton", torch.bfloat16, (2, 3))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "dtype", "shape"), CONTRACT, ids=str)
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_every_variant_with_every_term_keeps_the_contract(backend, dtype, shape, variant):
+    # Beside the reference, whose values the papers' constants pin.
+    mask = ragged(shape)
+    plain = with_everything(mask, variant, "reference")
+    assert_keeps_contract(with_everything(mask, variant, backend), plain, everything(shape, variant, dtype), 2)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 128])
 def test_a_program_may_sum_several_blocks(parts, monkeypatch):
-    from rlhf_fast.kernels import losses as kernels
+    from rlhf_fast.kernels import policy_loss as kernels
 
     monkeypatch.setattr(kernels, "PARTS", parts)
     inputs, mask = inputs_of((2, 2 * kernels.BLOCK + 3)), torch.ones(2, 2 * kernels.BLOCK + 3, dtype=torch.bool)
@@ -141,13 +169,23 @@ def test_one_advantage_per_sequence_is_that_of_its_tokens(backend, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_behind_the_mask_changes_nothing(backend):
-    mask = ragged((6, 9))
-    inputs = inputs_of((6, 9))
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_what_is_behind_the_mask_changes_nothing(backend, variant):
+    mask, inputs = ragged((4, 5)), everything((4, 5), variant)
     poisoned = [x.masked_fill(~mask, math.nan) for x in inputs]
-    got = run(poisoned, mask=mask, backend=backend)
-    assert_same(got, run(inputs, mask=mask, backend=backend))
+    loss = with_everything(mask, variant, backend)
+    got = evaluate(loss, poisoned, 2)
+    assert_same(got, evaluate(loss, inputs, 2))
     assert got["gradient 0"][~mask].eq(0).all()
+    assert got["gradient 1"][~mask].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_nothing_counted_with_every_term_gives_a_connected_zero(backend, variant):
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    got = evaluate(with_everything(mask, variant, backend), [torch.full((2, 3), math.nan)] * 6, 2)
+    assert all(x.eq(0).all() for x in got.values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -157,7 +195,7 @@ def test_nothing_counted_gives_a_connected_zero(backend, shape, denominator):
     inputs = [torch.full(shape, math.nan)] * 3
     mask = torch.zeros(shape, dtype=torch.bool)
     got = run(inputs, mask=mask, denominator=denominator, backend=backend)
-    assert [x.item() for x in list(got.values())[:5]] == [0.0] * 5
+    assert [x.item() for x in list(got.values())[:8]] == [0.0] * 8
     assert torch.equal(got["gradient 0"], torch.zeros(shape))
 
 
@@ -169,11 +207,48 @@ def test_strided_inputs_give_the_bits_of_contiguous_ones(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_tokens_give_the_loss_of_padded_ones(backend):
-    inputs, mask = inputs_of((5, 8)), ragged((5, 8))
-    padded, packed = run(inputs, mask=mask, backend=backend), run([x[mask] for x in inputs], backend=backend)
-    assert packed["loss"].item() == pytest.approx(padded["loss"].item(), rel=1e-6)
-    torch.testing.assert_close(packed["gradient 0"], padded["gradient 0"][mask])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_packed_sequences_give_the_loss_of_padded_ones(backend, variant):
+    mask, inputs = ragged((4, 6)), everything((4, 6), variant, torch.float64)
+    cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    padded = evaluate(with_everything(mask, variant, backend), inputs, 2)
+    loss = with_everything(None, variant, backend, cu_seqlens=cu_seqlens)
+    # Two tokens behind the last sequence do not count.
+    packed = evaluate(loss, [torch.nn.functional.pad(x[mask], (0, 2), value=math.nan) for x in inputs], 2)
+    for name in ("gradient 0", "gradient 1"):
+        torch.testing.assert_close(packed.pop(name)[:-2], padded.pop(name)[mask])
+    torch.testing.assert_close(packed, padded)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_a_ratio_of_1_holds_nothing_and_has_the_policy_gradient(variant):
+    logprobs, _, advantages = inputs_of((3, 8), torch.float64)
+    advantages = advantages[:, :1].expand(3, 8)
+    options = {"variant": variant, "aggregation": "token_mean", "fixed_length": 8}
+    got = run([logprobs - 3, logprobs - 3, advantages], **options)
+    if variant not in ("clip_cov", "kl_cov"):  # they always select a token
+        assert got["clip_fraction"].item() == 0.0
+        torch.testing.assert_close(got["gradient 0"], -advantages / 24 * (8 if variant == "dro" else 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_of_one_token_has_the_loss_of_the_token(backend):
+    inputs = inputs_of((9, 1))
+    expected = run(inputs, clip_eps_low=0.2, clip_eps_high=0.3, backend=backend)
+    for variant in ("gspo", "gspo_token", "luspo"):
+        got = run(inputs, variant=variant, clip_eps_low=0.2, clip_eps_high=0.3, backend=backend)
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_tile_of_the_plan_adds_up_to_the_batch():
+    inputs, mask = inputs_of((1, 12)), ragged((1, 12))
+    objective = PolicyObjective("grpo")
+    whole = plan(objective, inputs[0], mask=mask)
+    expected, metrics = evaluate_plan(objective, Inputs(*inputs), whole)
+    tiles = [slice(0, 5), slice(5, 12)]
+    parts = [evaluate_plan(objective, Inputs(*(x[:, t] for x in inputs)), whole.tile(t)) for t in tiles]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), expected)
+    torch.testing.assert_close(sum(m["ratio_mean"] for _, m in parts), metrics["ratio_mean"])
 
 
 @settings(max_examples=25, deadline=None)
@@ -217,15 +292,17 @@ def test_the_same_inputs_give_the_same_bits_with_and_without_gradients_and_threa
         torch.set_num_threads(threads)
 
 
-def test_the_reference_is_differentiable_twice():
-    logprobs, old, advantages = inputs_of((2, 5), torch.float64)
-    logprobs.requires_grad_()
+@pytest.mark.parametrize("variant", SMOOTH)
+def test_the_reference_is_differentiable_twice(variant):
+    logprobs, entropy, old, advantages, ref, sampler = everything((2, 4), variant, torch.float64)
+    plain = with_everything(ragged((2, 4)), variant, "reference", entropy_fraction=1.0, off_policy_max_kl=None)
 
-    def loss(x):
-        return reference(x, old, advantages, bounds=(0.8, 1.2, 1.5), mask=ragged((2, 5)))[0]
+    def loss(x, h):
+        return plain(x, h, old, advantages, ref, sampler)[0]
 
-    assert torch.autograd.gradcheck(loss, logprobs)
-    assert torch.autograd.gradgradcheck(loss, logprobs)
+    leaves = logprobs.requires_grad_(), entropy.requires_grad_()
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -240,21 +317,27 @@ def test_a_second_derivative_of_a_kernel_raises(backend):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_the_registered_op_passes_opcheck(backend):
-    inputs, mask = inputs_of((3, 5)), ragged((3, 5)).to(torch.uint8)
-    inputs[0].requires_grad_()
-    args = (inputs, mask, torch.tensor(9.0), "ppo_clip", [0.8, 1.2, 3.0], backend)
+@pytest.mark.parametrize("variant", ["ppo_clip", "gspo"])
+def test_the_registered_op_passes_opcheck(backend, variant):
+    logprobs, entropy, *rest = everything((3, 5), variant)
+    objective = PolicyObjective(variant, **EVERYTHING)
+    made = plan(objective, logprobs, mask=ragged((3, 5)))
+    inputs = Inputs(logprobs.requires_grad_(), *rest, entropy.requires_grad_())
+    args = (*inputs, *made, *numbers(objective), backend)
     torch.library.opcheck(torch.ops.rlhf_fast.policy_loss.default, args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend):
-    inputs, mask = inputs_of((3, 5)), ragged((3, 5))
+@pytest.mark.parametrize("variant", ["ppo_clip", "gspo", "clip_cov"])
+def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend, variant):
+    loss, inputs = with_everything(ragged((3, 5)), variant, backend, denominator=11), everything((3, 5), variant)
+    assert_same(evaluate(compiled(loss), inputs, 2), evaluate(loss, inputs, 2))
 
-    def loss(*x):
-        return policy_loss(*x, mask=mask, denominator=11, **DUAL, backend=backend)
 
-    assert_same(evaluate(compiled(loss), inputs, 1), evaluate(loss, inputs, 1))
+def test_the_numbers_of_the_objective_are_the_keywords_of_the_function():
+    keywords = list(inspect.signature(policy_loss).parameters.values())[4:]
+    fields = dataclasses.fields(PolicyObjective)
+    assert [(k.name, k.default) for k in keywords[: len(fields)]] == [(f.name, f.default) for f in fields]
 
 
 @pytest.mark.parametrize(
@@ -264,10 +347,24 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend):
         (lambda x: [x[0], x[1], x[2][0]], {}, r"advantages .*\(2, 3\), got \(3,\)"),
         (lambda x: [y[None] for y in x], {}, r"logprobs must be \(B, T\) or \(N,\), got \(1, 2, 3\)"),
         (lambda x: x, {"mask": torch.ones(3, 2)}, r"mask .*\(2, 3\), got \(3, 2\)"),
-        (lambda x: x, {"variant": "trpo"}, "variant must be one of ppo_clip, got 'trpo'"),
+        (lambda x: x, {"variant": "trpo"}, "variant must be one of ppo_clip, .*, got 'trpo'"),
         (lambda x: x, {"clip_eps_low": 1.5}, r"clip_eps_low must be in \[0, 1\], got 1.5"),
         (lambda x: x, {"clip_eps_high": -0.1}, "clip_eps_high must be >= 0, got -0.1"),
         (lambda x: x, {"dual_clip": 1.0}, "dual_clip must be > 1 or None, got 1.0"),
+        (lambda x: x, {"aggregation": "mean"}, "aggregation must be one of token_mean, .*, got 'mean'"),
+        (lambda x: x, {"variant": "dr_grpo"}, "fixed_length must be given for seq_mean_token_sum_norm"),
+        (lambda x: x, {"kl_coef": 0.1}, "ref_logprobs must be given for kl_coef 0.1"),
+        (lambda x: x, {"entropy_coef": 0.1}, "entropy must be given for entropy_coef 0.1"),
+        (lambda x: x, {"correction_low": 3.0}, "correction_low must be < correction_high, got 3.0 and 2.0"),
+        (lambda x: [y[0] for y in x], {"variant": "gspo"}, r"cu_seqlens must be given for packed logprobs \(3,\)"),
+        (lambda x: x, {"cu_seqlens": torch.tensor([0, 3])}, r"cu_seqlens .*\(2,\) and \(2, 3\)"),
+        (
+            lambda x: [y[0] for y in x],
+            {"cu_seqlens": torch.tensor([0, 4])},
+            r"cu_seqlens must rise from 0 to at most N = 3, got \[0, 4\]",
+        ),
+        (lambda x: x, {"overlong": torch.ones(3)}, r"overlong must be \(B,\) = \(2,\), got \(3,\)"),
+        (lambda x: x, {"ref_logprobs": torch.zeros(3, 2)}, r"ref_logprobs .*\(2, 3\), got \(3, 2\)"),
         (lambda x: x, {"denominator": 0}, "denominator must be > 0, got 0"),
         (lambda x: x, {"denominator": torch.ones(2)}, r"denominator .*got \(2,\)"),
     ],
