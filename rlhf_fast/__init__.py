@@ -22,7 +22,7 @@ from rlhf_fast.ops.sample_tokens import Samples, sample_tokens
 from rlhf_fast.ops.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.step_reward_loss import step_reward_loss
 from rlhf_fast.ops.token_kl import token_kl
-from rlhf_fast.ops.token_logprobs import token_logprobs
+from rlhf_fast.ops.token_logprobs import RowStats, token_logprobs
 from rlhf_fast.ops.unpaired_preference_loss import (
     mismatched_kl,
     running_reward_shift,
@@ -41,6 +41,7 @@ __all__ = [
     "LinearKl",
     "PolicyObjective",
     "PreferenceObjective",
+    "RowStats",
     "Samples",
     "discounted_returns",
     "distributional_value_loss",

@@ -190,9 +190,11 @@ def _forward_kernel(
             leaders = x == top
             ties = tl.sum(leaders.to(acc), 0) - 1.0
             rest += first_lane
-            spread = e * (spread + lift * rest)
+            if HAS_ENTROPY:
+                spread = e * (spread + lift * rest)
+            if HAS_SQUARES:
+                squares = e * e * (squares + first_lane) + first_lane * ties
             rest = e * rest + first_lane * ties
-            squares = e * e * (squares + first_lane) + first_lane * ties
             added = added & (x < top)
             m = top
             shift = new_shift
@@ -263,15 +265,14 @@ def _backward_kernel(
     out = (row // inner) * grad_outer_stride + (row % inner) * grad_inner_stride
     grad_entropy = tl.full([], 0.0, acc)
     entropy = tl.full([], 0.0, acc)
-    counts = False
-    if HAS_LOGPROB:
-        k = tl.arange(0, K_BLOCK)
-        g = tl.load(grad_logprobs + row * K + k, mask=k < K, other=0.0)
-        counts = tl.max((g != 0).to(tl.int32), 0) != 0
     if HAS_ENTROPY:
         grad_entropy = tl.load(grad_entropies + row)
         entropy = tl.load(entropies + row)
-        counts = counts | (grad_entropy != 0)
+    counts = grad_entropy != 0
+    if HAS_LOGPROB:
+        k = tl.arange(0, K_BLOCK)
+        g = tl.load(grad_logprobs + row * K + k, mask=k < K, other=0.0)
+        counts = counts | (tl.max((g != 0).to(tl.int32), 0) != 0)
     if HAS_MASK:
         counts = counts & (tl.load(mask + row) != 0)
     if not counts:
