@@ -2,39 +2,81 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import B, Case
+from benchmarks.op_cases.case import Case, mask, plane
+from rlhf_fast.ops import preference_loss, ranking_loss, step_reward_loss, unpaired_preference_loss
+
+PAIRS = 6
 
 
 def pairs() -> Tensor:
-    return -10 * torch.rand(B * 2)
+    return -10 * torch.rand(PAIRS)
+
+
+def paired(variant: str) -> dict[str, Tensor]:
+    """What `variant` looks at."""
+    found = preference_loss.VARIANTS[variant]
+    tensors = {"chosen": pairs(), "rejected": pairs()}
+    if found.reference:
+        tensors |= {"ref_chosen": pairs(), "ref_rejected": pairs()}
+    if found.averaged:
+        tensors |= {"chosen_lengths": torch.arange(PAIRS) + 3, "rejected_lengths": 9 - torch.arange(PAIRS)}
+    if found.advantages:
+        tensors |= {"chosen_advantages": torch.randn(PAIRS), "rejected_advantages": torch.randn(PAIRS)}
+    return tensors
+
+
+def hyper_parameters(variant: str) -> dict[str, Any]:
+    smoothing = {"label_smoothing": 0.1} if preference_loss.VARIANTS[variant].smooths else {}
+    return {"variant": variant, "beta": 0.3, **smoothing}
+
+
+def unpaired() -> dict[str, Tensor]:
+    answers = {"logprobs": pairs(), "ref_logprobs": pairs(), "desirable": torch.arange(PAIRS) % 3 > 0}
+    return answers | {"weights": torch.rand(PAIRS), "kl": torch.rand(()), "reward_shift": torch.rand(())}
+
+
+def rewards() -> dict[str, Tensor]:
+    return {"chosen_rewards": torch.randn(PAIRS), "rejected_rewards": torch.randn(PAIRS)}
+
+
+def ranked() -> dict[str, Tensor]:
+    return {"rewards": torch.randn(12), "ranks": torch.randint(0, 3, (12,))}
 
 
 CASES = [
-    Case(
-        "preference_loss",
-        lambda: {"chosen": pairs(), "rejected": pairs(), "ref_chosen": pairs(), "ref_rejected": pairs()},
-        {"variant": "sigmoid", "label_smoothing": 0.1},
-        ("chosen", "rejected"),
+    *(
+        Case("preference_loss", lambda v=v: paired(v), hyper_parameters(v), ("chosen", "rejected"), label=v)
+        for v in preference_loss.VARIANTS
     ),
-    Case(
-        "preference_loss",
-        lambda: {
-            "chosen": pairs(),
-            "rejected": pairs(),
-            "ref_chosen": pairs(),
-            "ref_rejected": pairs(),
-            "chosen_lengths": torch.full((B * 2,), 7),
-            "rejected_lengths": torch.full((B * 2,), 5),
-        },
-        {"variant": "ipo"},
-        ("chosen", "rejected"),
+    *(
+        Case("preference_loss", lambda: paired("sigmoid"), {"divergence": d}, ("chosen", "rejected"))
+        for d in ("forward_kl", "alpha", "js")
     ),
+    *(
+        Case("unpaired_preference_loss", unpaired, {"variant": v}, ("logprobs",))
+        for v in unpaired_preference_loss.VARIANTS
+    ),
+    Case("reward_loss", rewards, grads=("chosen_rewards", "rejected_rewards")),
     Case(
         "reward_loss",
-        lambda: {"chosen_rewards": torch.randn(B), "rejected_rewards": torch.randn(B)},
-        grads=("chosen_rewards", "rejected_rewards"),
+        lambda: rewards() | {"margin": torch.rand(PAIRS)},
+        {"label_smoothing": 0.1, "centring": 0.01},
+        ("chosen_rewards", "rejected_rewards"),
     ),
+    *(
+        Case(
+            "step_reward_loss",
+            lambda: {"scores": plane(), "labels": torch.rand_like(plane()), "mask": mask()},
+            {"variant": v},
+            ("scores",),
+        )
+        for v in step_reward_loss.VARIANTS
+    ),
+    *(Case("ranking_loss", ranked, {"group_size": 4, "variant": v}, ("rewards",)) for v in ranking_loss.VARIANTS),
+    Case("ranking_loss", lambda: ranked() | {"group_ids": torch.arange(12) % 5}, grads=("rewards",), label="group_ids"),
 ]

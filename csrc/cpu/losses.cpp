@@ -17,8 +17,6 @@ struct Sums {
   double loss = 0, metrics[4] = {}, count = 0;
 };
 
-double greater(double a, double b) { return a > b || a != a ? a : b; }  // NaN wins
-
 // Elements [begin, end). No clones per instruction set: the time is in exp and log1p.
 template <typename F, typename C> Sums part(const Loss& op, int64_t begin, int64_t end) {
   C inputs[F::inputs][kBlock];
@@ -39,10 +37,7 @@ template <typename F, typename C> Sums part(const Loss& op, int64_t begin, int64
       for (int k = 0; k < F::coefficients; ++k)
         static_cast<C*>(op.coefficients[k])[start + i] = terms.coefficients[k];
       sums.loss += terms.loss;
-      for (int m = 0; m < 3; ++m) sums.metrics[m] += terms.metrics[m];
-      const double last = terms.metrics[3];
-      if (!F::last_is_max) sums.metrics[3] += last;
-      else sums.metrics[3] = greater(last, sums.metrics[3]);
+      for (int m = 0; m < 4; ++m) sums.metrics[m] += terms.metrics[m];
     }
   }
   return sums;
@@ -56,24 +51,24 @@ template <typename F, typename C> void run(const Loss& op, int threads) {
   for (const Sums& sums : parts) {
     total.loss += sums.loss;
     total.count += sums.count;
-    for (int m = 0; m < 3; ++m) total.metrics[m] += sums.metrics[m];
-    if (!F::last_is_max) total.metrics[3] += sums.metrics[3];
-    else total.metrics[3] = greater(sums.metrics[3], total.metrics[3]);
+    for (int m = 0; m < 4; ++m) total.metrics[m] += sums.metrics[m];
   }
   double denominator = op.denominator ? double(*static_cast<const C*>(op.denominator)) : total.count;
   if (denominator == 0) denominator = 1;  // nothing counts: every sum is 0
   *static_cast<C*>(op.loss) = C(total.loss / denominator);
   C* means = static_cast<C*>(op.means);
-  for (int m = 0; m < 4; ++m) means[m] = C(m == 3 && F::last_is_max ? total.metrics[m] : total.metrics[m] / denominator);
+  for (int m = 0; m < 4; ++m) means[m] = C(total.metrics[m] / denominator);
   means[4] = C(denominator);
 }
 
 template <typename F> void run_any(const Loss& op, int threads) {
+  if (op.inputs.size() < size_t(F::inputs) || op.coefficients.size() < size_t(F::coefficients) ||
+      op.parameters.size() > kParameters)
+    throw std::invalid_argument("wrong number of inputs, outputs or parameters");
   op.is_double ? run<F, double>(op, threads) : run<F, float>(op, threads);
 }
 
 const std::map<std::string, void (*)(const Loss&, int)> kVariants = {
-    {"ppo_clip", run_any<PpoClip>},
     {"value", run_any<Value>},
     {"value_clip", run_any<ValueClip>},
     {"step_bce", run_any<StepBce>},
@@ -103,7 +98,6 @@ const std::map<std::string, void (*)(const Loss&, int)> kVariants = {
 
 void masked_loss(const std::string& variant, const Loss& op, int threads) {
   const auto found = kVariants.find(variant);
-  if (op.parameters.size() > kParameters) throw std::invalid_argument("too many parameters for " + variant);
   if (found == kVariants.end()) throw std::invalid_argument("no native loss variant " + variant);
   found->second(op, threads);
 }

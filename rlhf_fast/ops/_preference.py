@@ -224,7 +224,7 @@ def discopop(s: Scored, o: PreferenceObjective) -> Tensor:
 
 
 def sft(s: Scored, o: PreferenceObjective) -> Tensor:
-    return -s.chosen
+    return -s.chosen + 0 * s.rejected  # a gradient of 0, not none
 
 
 def cpo(s: Scored, o: PreferenceObjective) -> Tensor:
@@ -314,7 +314,7 @@ VARIANTS = {
     "apo_down": Variant(apo_down, "apo_down", diverges=True),
     "discopop": Variant(discopop, "discopop", diverges=True, parameter="discopop_tau"),
     "sft": Variant(sft, "sft", reference=False, averaged=True),
-    "simpo": Variant(simpo, "simpo", reference=False, averaged=True, smooths=True, parameter="gamma"),
+    "simpo": Variant(simpo, "sigmoid", reference=False, averaged=True, smooths=True, parameter="gamma"),
     "cpo": Variant(cpo, "cpo", reference=False, smooths=True, parameter="nll_weight"),
     "orpo": Variant(orpo, "orpo", reference=False, averaged=True),
     "hpo": Variant(hpo, "hpo", smooths=True, advantages=True, parameter="auxiliary_weight", shifts=advantage_weights),

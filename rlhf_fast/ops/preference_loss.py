@@ -101,7 +101,7 @@ def preference_loss(
     target margin. discopop_tau > 0. nll_weight >= 0: cpo's. auxiliary_weight >= 0, auxiliary_temperature > 0: hpo's.
     chosen_lengths, rejected_lengths: (B,) tokens that the sums run over, any number type, one below 1 counts as 1;
     needed by the variants that average.
-    weights: (B,) what a pair's loss is multiplied by (wpo_weights of both answers, multiplied).
+    weights: (B,) what a pair's loss is multiplied by (wpo_weights of both answers, multiplied); not for aot.
     reward_shift: () bco_pair's delta, in units of reward; by default the mean of a and b over this call.
     chosen_advantages, rejected_advantages: (B,) of hpo's auxiliary reward.
     denominator: what the sum is divided by, a number or a 0-d tensor; the number of pairs by default.
@@ -151,6 +151,9 @@ def checked(pairs: Pairs, objective: PreferenceObjective) -> Pairs:
             if needed and given[name] is None:
                 raise ValueError(f"{name} must be given for {names}")
             given[name] = given[name] if needed else None
+    ranked = [name for name, _ in objective.terms if VARIANTS[name].kernel == "aot"]
+    if pairs.weights is not None and ranked:
+        raise ValueError(f"weights are not of {ranked[0]}, which takes its pairs apart")
     shape, first_pair = tuple(pairs.chosen.shape), ("chosen", pairs.chosen)
     for name, tensor in given.items():
         if tensor is None:

@@ -1,10 +1,15 @@
-"""reward_loss: Bradley-Terry, the loss of a reward model on pairs.
+"""reward_loss: Bradley-Terry, the loss of a reward model on pairs, and ensemble_scores of several such models.
 
-With h = chosen_reward - rejected_reward - margin:
+With h = chosen_reward - rejected_reward - margin, s the label smoothing and c the centring coefficient:
 
-    L = -log sigmoid(h) = log(1 + exp(-h)),   loss = mean of L over the pairs
+    L = (1 - s) softplus(-h) + s softplus(h) + c (chosen_reward + rejected_reward)^2,   softplus(t) = log(1 + exp(t))
+    loss = sum over the pairs of L / denominator
 
-    d L / d chosen_reward = -sigmoid(-h) = -d L / d rejected_reward
+    d L / d chosen_reward = s sigmoid(h) - (1 - s) sigmoid(-h) + 2 c (chosen_reward + rejected_reward);
+    d L / d rejected_reward: the same with the sign of the first two terms changed
+
+softplus(-h) = -log sigmoid(h) is the "log-exp" loss log(1 + exp(rejected - chosen)) too, without its overflow. All the
+pairs of a prompt's K answers as one element of the batch: ranking_loss with variant "pairwise".
 
 Numerics. Both are taken through exp(-|h|): no overflow, and no loss of the gradient of a pair that is told apart with
 confidence. Computed in float32 (float64 for float64).
@@ -12,11 +17,15 @@ confidence. Computed in float32 (float64 for float64).
 Cost per pair: three numbers read, two gradient coefficients written; one launch and a sum.
 
 Sources: InstructGPT, Ouyang et al. 2022 (arXiv 2203.02155, eq. 1); the margin, Llama 2, Touvron et al. 2023
-(arXiv 2307.09288, eq. 2).
+(arXiv 2307.09288, eq. 2); label smoothing, Wang et al. 2024 (arXiv 2401.06080); centring, Eisenstein et al. 2023
+(arXiv 2312.09244, section 3); ensembles, Coste et al. 2023 (arXiv 2310.02743).
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -31,12 +40,17 @@ def reward_loss(
     rejected_rewards: Tensor,
     *,
     margin: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    centring: float = 0.0,
+    denominator: Tensor | float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean Bradley-Terry loss of B pairs and its metrics; both rewards get a gradient.
 
     chosen_rewards, rejected_rewards: (B,) float32, bfloat16, float16 or float64, any strides.
     margin: by how much chosen must lead, one number or (B,), in units of the rewards; none by default.
+    label_smoothing: the chance in [0, 0.5) that a label is flipped. centring: >= 0, pulls the rewards' sum to 0.
+    denominator: what the sum is divided by, a number or a 0-d tensor; the number of pairs by default.
 
     Returns (loss, metrics): 0-d, float32 (float64 for float64), the metrics detached: accuracy (share of the pairs
     whose chosen reward is the greater one) and margin (mean of chosen - rejected), both without the `margin`.
@@ -44,29 +58,78 @@ def reward_loss(
     """
     if chosen_rewards.dim() != 1:
         raise ValueError(f"chosen_rewards must be (B,), got {tuple(chosen_rewards.shape)}")
-    shape = tuple(chosen_rewards.shape)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    if not 0 <= centring < math.inf:
+        raise ValueError(f"centring must be >= 0 and finite, got {centring}")
+    shape, dtype = tuple(chosen_rewards.shape), _check.compute_dtype(chosen_rewards.dtype)
     if not isinstance(margin, Tensor):
-        number = chosen_rewards.new_full((), margin or 0.0, dtype=_check.compute_dtype(chosen_rewards.dtype))
-        margin = number.expand(shape)
+        margin = chosen_rewards.new_full((), margin or 0.0, dtype=dtype).expand(shape)
     tensors = {"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards, "margin": margin.detach()}
     _losses.floats(shape, "(B,)", **tensors)
+    total = _losses.denominator_tensor(denominator, chosen_rewards)
     name = resolve("reward_loss", IMPLS, chosen_rewards.device, backend)
     if name == "reference":
-        return reference(*tensors.values())
-    return _losses.call("reward_loss", list(tensors.values()), None, None, "bradley_terry", (), name, METRICS)
+        chosen, rejected, margin = tensors.values()
+        return reference(
+            chosen, rejected, margin, label_smoothing=label_smoothing, centring=centring, denominator=total
+        )
+    zero, one = (chosen_rewards.new_full((), value, dtype=dtype).expand(shape) for value in (0.0, 1.0))
+    inputs = [chosen_rewards, rejected_rewards, zero, zero, one, one, one, tensors["margin"], zero]
+    parameters = (1.0, label_smoothing, centring)
+    return _losses.call("reward_loss", inputs, None, total, "bradley_terry", parameters, name, METRICS)
 
 
-def reference(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def reference(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    margin: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    centring: float = 0.0,
+    denominator: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) by definition, differentiable any number of times."""
     dtype = _check.compute_dtype(chosen_rewards.dtype)
-    difference = chosen_rewards.to(dtype) - rejected_rewards.to(dtype)
-    losses = -logsigmoid(difference - margin.to(dtype))
-    lead = difference.detach()
-    means = [_losses.mean(x, None, None) for x in ((lead > 0).to(dtype), lead)]
-    return _losses.mean(losses, None, None), dict(zip(METRICS, means, strict=True))
+    chosen, rejected = chosen_rewards.to(dtype), rejected_rewards.to(dtype)
+    h = chosen - rejected - margin.to(dtype)
+    losses = -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
+    losses = losses + centring * (chosen + rejected).square()
+    lead = (chosen - rejected).detach()
+    means = [_losses.mean(x, None, denominator) for x in ((lead > 0).to(dtype), lead)]
+    return _losses.mean(losses, None, denominator), dict(zip(METRICS, means, strict=True))
 
 
-# ("bradley_terry", [chosen_rewards, rejected_rewards, margin], None, None, [0, 0, 0], outputs)
+# ("bradley_terry", the planes of a loss of pairs with the margin as a shift, None, denominator, parameters, outputs)
 IMPLS = {"cpu": _losses.cpu, "triton": _losses.triton}
 OPS = {"reward_loss": tuple(IMPLS)}
 _losses.register("reward_loss", IMPLS, gradients=2)
+
+
+# --- Ensembles --------------------------------------------------------------------------------------------------------
+
+ENSEMBLES = {"mean": 0.0, "pessimistic": -1.0, "optimistic": 1.0}  # kind -> sign of the spread
+
+
+def ensemble_scores(scores: Tensor, *, kind: str = "mean", coef: float = 1.0) -> Tensor:
+    """One score out of those of M reward models: mean, mean - coef std (pessimistic) or mean + coef std (optimistic).
+
+    scores: (M, B) float32, bfloat16, float16 or float64, M >= 1, on one scale. coef >= 0. The standard deviation is
+    that of the M scores (divided by M), with a gradient of 0 where they are equal. Returns (B,) float32 (float64 for
+    float64). Raises ValueError or TypeError for what does not fit. Plain PyTorch: M numbers read per score.
+
+    Source: ensembles as a guard against over-optimisation, Coste et al. 2023 (arXiv 2310.02743), who subtract the
+    variance ("uncertainty-weighted") where this subtracts the standard deviation, which has the scores' unit.
+    """
+    _check.floating("scores", scores)
+    if scores.dim() != 2 or scores.shape[0] < 1:
+        raise ValueError(f"scores must be (M, B) with M >= 1, got {tuple(scores.shape)}")
+    if kind not in ENSEMBLES:
+        raise ValueError(f"kind must be one of {', '.join(ENSEMBLES)}, got {kind!r}")
+    if not coef >= 0:
+        raise ValueError(f"coef must be >= 0, got {coef}")
+    scores = scores.to(_check.compute_dtype(scores.dtype))
+    mean = scores.mean(0)
+    variance = (scores - mean).square().mean(0)
+    spread = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
+    return mean + ENSEMBLES[kind] * coef * spread

@@ -1,0 +1,56 @@
+"""Weights that preference losses multiply in: of tokens (length desensitising) and of answers (WPO). Plain PyTorch.
+
+    length_desensitized_weights:  1 for an answer's first min(n, m) tokens, alpha for those beyond; n, m: the tokens of
+                                  the answer and of the other one of its pair
+    wpo_weights:                  exp(mean over the answer's tokens of log p_t - log sum_v p_tv^2), at most 1
+
+Both are constants: no gradient. Cost: one read of their inputs.
+Sources: LD-DPO, Liu et al. 2024 (arXiv 2409.06411); WPO, its sampled alignment, Zhou et al. 2024 (arXiv 2406.11827).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops import _check
+
+OPS: dict[str, tuple[str, ...]] = {}  # no kernels
+
+
+def length_desensitized_weights(mask: Tensor, other_lengths: Tensor, *, alpha: float) -> Tensor:
+    """(B, T) float32: what to multiply token log-probabilities by before they are summed for preference_loss.
+
+    mask: (B, T), nonzero at the answer's tokens. other_lengths: (B,) tokens of the other answer of each pair.
+    alpha: in [0, 1]; 1 changes nothing. Policy and reference take the same weights. Raises ValueError for what does not
+    fit.
+    """
+    if mask.dim() != 2:
+        raise ValueError(f"mask must be (B, T), got {tuple(mask.shape)}")
+    _check.shaped("other_lengths", other_lengths, (mask.shape[0],), "(B,)")
+    _check.same_device(("mask", mask), ("other_lengths", other_lengths))
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    counts = mask != 0
+    beyond = counts.cumsum(1) > other_lengths[:, None]
+    return torch.where(counts, torch.where(beyond, alpha, 1.0), 0.0)
+
+
+def wpo_weights(logprobs: Tensor, sum_p_squared: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """(B,) float32 (float64 for float64): how likely each answer is under the policy, as preference_loss's weights.
+
+    A pair's weight is the product of its answers'. logprobs: (B, T) of the answer's tokens, in nats, floats.
+    sum_p_squared: (B, T) sums over the vocabulary of the squared probabilities at those places (token_logprobs returns
+    them). mask: (B, T), nonzero counts. An answer without tokens has weight 1. Raises ValueError or TypeError for what
+    does not fit.
+    """
+    if logprobs.dim() != 2:
+        raise ValueError(f"logprobs must be (B, T), got {tuple(logprobs.shape)}")
+    for name, tensor in {"logprobs": logprobs, "sum_p_squared": sum_p_squared}.items():
+        _check.shaped(name, _check.floating(name, tensor), tuple(logprobs.shape), "(B, T)")
+        _check.same_device(("logprobs", logprobs), (name, tensor), ("mask", mask))
+    counts = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
+    _check.shaped("mask", counts, tuple(logprobs.shape), "(B, T)")
+    dtype = _check.compute_dtype(logprobs.dtype)
+    aligned = torch.where(counts, logprobs.detach().to(dtype) - sum_p_squared.detach().to(dtype).log(), 0)
+    return (aligned.sum(1) / counts.sum(1).clamp_min(1)).exp().clamp_max(1)

@@ -1,0 +1,195 @@
+"""ranking_loss: the loss of a reward model on K ranked answers to a prompt, ties included.
+
+With r the rewards of a prompt's answers, rank 1 the best, equal ranks a tie:
+
+    plackett_luce:  L = sum over answers j of log(sum over i of w_ij exp(r_i)) - r_j
+                    w_ij = 1 where i is ranked worse than j, 1 - k_j / m_j where i is tied with j (or is j), else 0
+                    m_j: the size of j's tie, k_j = 0, 1, ..., m_j - 1: the place of j in it (Efron's ties)
+    breslow:        the same with k_j = 0
+    pairwise:       L = mean over the pairs of answers of different ranks of softplus(r_worse - r_better)
+    loss = sum over the prompts of L / denominator
+
+Without ties plackett_luce and breslow are the likelihood of the ranking, drawn best first. In a tie, Efron's form
+takes out of the rest's sum, for each answer drawn, an average one of the tie; Breslow's takes none.
+
+Derivative. With P_ij = w_ij exp(r_i) / sum over i' of w_i'j exp(r_i') (pairwise: sigmoid(r_i - r_j) / pairs, for i
+ranked worse than j), j is pulled up by what it pulls the others i down:
+d L / d r_i = sum over j != i of P_ij - sum over i' != i of P_i'i.
+
+Metric: accuracy, the mean over the prompts of the share of pairs of different ranks whose better answer has the greater
+reward (0 for a prompt without such a pair).
+
+Numerics. All exponentials are of differences to the greatest reward that counts, whose own term is left out of the sum
+and put back through log1p: the loss and the gradient of a ranking told with confidence keep their digits. Nothing is
+subtracted in the sums, ties included. Computed in float32 (float64 for float64).
+
+Cost: 2 K^2 exponentials per prompt; K rewards and ranks read, three numbers written per answer; two launches, sums.
+
+Sources: Plackett 1975; Luce 1959; for K-wise rewards Zhu et al. 2023 (arXiv 2301.11270); ties: Efron 1977, "The
+efficiency of Cox's likelihood function for censored data", and Breslow 1974, "Covariance analysis of censored survival
+data", whose partial likelihood is this one; all pairs of a prompt as one element: InstructGPT, Ouyang et al. 2022
+(arXiv 2203.02155, eq. 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
+from rlhf_fast.ops import _check, _losses
+
+METRICS = ("accuracy",)
+
+
+def ranking_loss(
+    rewards: Tensor,
+    ranks: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    variant: str = "plackett_luce",
+    denominator: Tensor | float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean loss over the prompts and its metrics; `rewards` gets a gradient.
+
+    rewards: (N,) of all answers of all prompts; float32, bfloat16, float16 or float64, any strides.
+    ranks: (N,) int64 or int32, smaller is better, equal is a tie; only their order within a prompt counts.
+    group_size: the answers of a prompt are consecutive, N a multiple of it; or else
+    group_ids: (N,) int64 or int32, any values in any order; equal ids make a prompt, of any number of answers.
+    variant: one of VARIANTS. denominator: what the sums are divided by, a number or a 0-d tensor: the prompts of the
+    whole batch, where this call is a part of it. Default: the prompts of this call.
+
+    Returns (loss, metrics): 0-d, float32 (float64 for float64), the metric detached. No answer gives a loss of 0.
+    Raises ValueError or TypeError for what does not fit.
+    """
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must be (N,), got {tuple(rewards.shape)}")
+    _check.floating("rewards", rewards)
+    _check.shaped("ranks", ranks, tuple(rewards.shape), "(N,)")
+    ranks = _check.ids("ranks", ranks)
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    order, offsets, size, prompts = _groups(rewards, group_size, group_ids)
+    _check.same_device(("rewards", rewards), ("ranks", ranks), ("group_ids", group_ids))
+    total = _losses.denominator_tensor(denominator, rewards)
+    total = prompts if total is None else total
+    name = resolve("ranking_loss", IMPLS, rewards.device, backend)
+    if name == "reference":
+        ids = torch.arange(rewards.shape[0], device=rewards.device) // size if group_ids is None else group_ids
+        loss, accuracy = reference(rewards, ranks, ids, variant=variant)
+    else:
+        loss, accuracy, _ = torch.ops.rlhf_fast.ranking_loss(
+            rewards.contiguous(), ranks, order, offsets, size, variant, name
+        )
+    total = torch.where(total == 0, 1, total)  # no answer: every sum is 0
+    return loss / total, {"accuracy": (accuracy / total).detach()}
+
+
+def _groups(
+    rewards: Tensor, group_size: int | None, group_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, int, Tensor]:
+    """(order, offsets, group_size, number of groups ()): order and offsets as in the kernels, None for a group_size."""
+    n, dtype = rewards.shape[0], _check.compute_dtype(rewards.dtype)
+    if (group_size is None) == (group_ids is None):
+        ids = "None" if group_ids is None else tuple(group_ids.shape)
+        raise ValueError(f"exactly one of group_size and group_ids is needed, got group_size={group_size} and {ids=}")
+    if group_ids is None:
+        if group_size is None or group_size < 1 or n % group_size != 0:
+            raise ValueError(f"N must be a multiple of group_size >= 1, got N={n}, group_size={group_size}")
+        return None, None, group_size, rewards.new_full((), n // group_size, dtype=dtype)
+    _check.shaped("group_ids", group_ids, (n,), "(N,)")
+    # As many groups as there could be, since their true number is known to the device alone; the last ones are empty.
+    ids, order = _check.ids("group_ids", group_ids).sort(stable=True)
+    first = torch.cat([ids.new_ones(min(1, n)), (ids[1:] != ids[:-1]).to(ids.dtype)])
+    group = first.cumsum(0) - 1
+    return order, torch.searchsorted(group, torch.arange(n + 1, device=ids.device)), 0, first.sum().to(dtype)
+
+
+def reference(rewards: Tensor, ranks: Tensor, group_ids: Tensor, *, variant: str) -> tuple[Tensor, Tensor]:
+    """The sums over the prompts of loss and accuracy by definition, differentiable any number of times."""
+    r = rewards.to(_check.compute_dtype(rewards.dtype))
+    same = group_ids[:, None] == group_ids[None, :]
+    worse = same & (ranks[:, None] > ranks[None, :])  # [i, j]: i is ranked worse than j
+    tied = same & (ranks[:, None] == ranks[None, :])
+    gap = r[:, None] - r[None, :]
+    pairs = torch.where(same, worse.sum(0)[None, :], 0).sum(1).clamp_min(1)  # of every answer's prompt
+    accuracy = (torch.where(worse & (gap < 0), 1.0, 0.0).to(r.dtype) / pairs).sum()
+    return VARIANTS[variant](gap, worse, tied, pairs).sum(), accuracy
+
+
+def plackett_luce(gap: Tensor, worse: Tensor, tied: Tensor, pairs: Tensor) -> Tensor:
+    left = 1 - tied.triu(1).sum(0).to(gap.dtype) / tied.sum(0)
+    return torch.logsumexp(gap + torch.where(tied, left, worse.to(gap.dtype)).log(), 0)
+
+
+def breslow(gap: Tensor, worse: Tensor, tied: Tensor, pairs: Tensor) -> Tensor:
+    return torch.logsumexp(gap + (worse | tied).to(gap.dtype).log(), 0)
+
+
+def pairwise(gap: Tensor, worse: Tensor, tied: Tensor, pairs: Tensor) -> Tensor:
+    return (torch.where(worse, softplus(gap), 0) / pairs).sum(0)
+
+
+# (gap, worse, tied, pairs), [i, j] for answers i and j of all prompts, pairs (N,) -> the loss of every answer
+VARIANTS = {"plackett_luce": plackett_luce, "breslow": breslow, "pairwise": pairwise}
+
+
+def _cpu(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int, variant: str,
+         outputs: list[Tensor]) -> None:  # fmt: skip
+    native().ranking_loss(
+        variant, address(rewards), DTYPE_CODES[rewards.dtype], address(ranks), address(order), address(offsets),
+        group_size, outputs[0].shape[0], [address(x) for x in outputs], threads(),
+    )  # fmt: skip
+
+
+def _triton(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int, variant: str,
+            outputs: list[Tensor]) -> None:  # fmt: skip
+    from rlhf_fast.kernels import ranking_loss as kernels
+
+    kernels.ranking_loss(rewards, ranks, order, offsets, group_size, variant, outputs)
+
+
+# impl(rewards, ranks, order | None, offsets | None, group_size (0 with offsets), variant,
+#      outputs = [loss and accuracy of every group (G,), gradient (N,)])
+IMPLS = {"cpu": _cpu, "triton": _triton}
+OPS = {"ranking_loss": tuple(IMPLS)}
+
+
+@torch.library.custom_op("rlhf_fast::ranking_loss", mutates_args=())
+def _op(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int, variant: str,
+        backend: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(sum of the losses (), of the accuracies (), d sum of the losses / d rewards (N,))"""
+    dtype = _check.compute_dtype(rewards.dtype)
+    groups = rewards.shape[0] // group_size if offsets is None else rewards.shape[0]
+    losses, accuracies = (rewards.new_empty(groups, dtype=dtype) for _ in range(2))
+    gradient = rewards.new_empty(rewards.shape, dtype=dtype)
+    IMPLS[backend](rewards, ranks, order, offsets, group_size, variant, [losses, accuracies, gradient])
+    return losses.sum(), accuracies.sum(), gradient
+
+
+@_op.register_fake
+def _(rewards, ranks, order, offsets, group_size, variant, backend):
+    dtype = _check.compute_dtype(rewards.dtype)
+    return (
+        rewards.new_empty((), dtype=dtype),
+        rewards.new_empty((), dtype=dtype),
+        rewards.new_empty(rewards.shape, dtype=dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[2])
+
+
+def _backward(ctx, grad_loss, grad_accuracy, grad_gradient):
+    (gradient,) = ctx.saved_tensors
+    result = None if grad_loss is None else _losses.scaled_gradient(gradient, grad_loss, ctx.dtype)
+    return result, None, None, None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
