@@ -6,15 +6,12 @@ gradient, also over the logits or the reference's. No atomics: the same inputs g
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.scalar import exp_minus_1_minus, expm1, log1p
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from rlhf_fast.ops.token_logprobs import Transform
 
 BLOCK = 1024
 
@@ -228,8 +225,10 @@ def _backward_kernel(
         tl.store(gradient + tl.max(leader, 0), (g * slope_scale).to(gradient.dtype.element_ty))
 
 
-def _shared(logits: Tensor, ref_logits: Tensor, transform: Transform, divergence: str, mask: Tensor | None):
-    """(scalars and sizes, options) that both kernels take."""
+def _shared(
+    logits: Tensor, transform: Any, divergence: str, mask: Tensor | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(the transform's arguments, options) that both kernels take; `transform`: see ops/token_logprobs.py."""
     temperature, temperatures, logit_scale, softcap = transform
     options = {
         "DIVERGENCE": DIVERGENCES[divergence],
@@ -245,7 +244,7 @@ def forward(
     logits: Tensor,
     ref_logits: Tensor,
     mask: Tensor | None,
-    transform: Transform,
+    transform: Any,
     divergence: str,
     js_weight: float,
     stats: list[Tensor],
@@ -254,7 +253,7 @@ def forward(
     kl, mean, logsum, ref_logsum = stats
     if kl.numel() == 0:
         return
-    scalars, options = _shared(logits, ref_logits, transform, divergence, mask)
+    scalars, options = _shared(logits, transform, divergence, mask)
     _forward_kernel[(kl.numel(),)](
         logits, ref_logits, mask, logsum, ref_logsum, kl, mean, *scalars, js_weight, logits.shape[-1], logits.shape[1],
         *logits.stride()[:2], *ref_logits.stride()[:2], **options, num_warps=8,
@@ -265,7 +264,7 @@ def backward(
     logits: Tensor,
     ref_logits: Tensor,
     mask: Tensor | None,
-    transform: Transform,
+    transform: Any,
     divergence: str,
     js_weight: float,
     stats: list[Tensor],
@@ -276,7 +275,7 @@ def backward(
     _, mean, logsum, ref_logsum = stats
     if mean.numel() == 0:
         return
-    scalars, options = _shared(logits, ref_logits, transform, divergence, mask)
+    scalars, options = _shared(logits, transform, divergence, mask)
     _backward_kernel[(mean.numel(),)](
         logits, ref_logits, mask, logsum, ref_logsum, mean, grad_kl, gradient, *scalars, js_weight, logits.shape[-1],
         logits.shape[1], *logits.stride()[:2], *ref_logits.stride()[:2], *gradient.stride()[:2], **options, num_warps=8,

@@ -152,7 +152,7 @@ def reference(
         for x in (logits, ref_logits.detach())
     ]
     if top_k is not None:
-        both = list(restricted(*both, top_k)[:2])
+        both = list(restricted(both[0], both[1], top_k)[:2])
     log_p, log_q = (torch.log_softmax(z, -1) for z in both)
     kl = DIVERGENCES[divergence](log_p, log_q, js_weight)
     return kl if mask is None else torch.where(mask != 0, kl, torch.zeros_like(kl))

@@ -1,0 +1,241 @@
+"""The registered op behind linear_kl, whose docstring has the formulas and the costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops import _check, _head
+from rlhf_fast.ops import token_kl as divergences
+from rlhf_fast.ops import token_logprobs as rows
+
+
+class Call(NamedTuple):
+    """What forward and backward have in common, in the order of the registered ops' arguments."""
+
+    hidden: Tensor  # (N, D)
+    ref_hidden: Tensor  # (N, E)
+    weight: Tensor
+    bias: Tensor | None
+    ref_weight: Tensor | None  # None: the reference uses weight and bias
+    ref_bias: Tensor | None
+    targets: Tensor | None  # (N,)
+    mask: Tensor | None
+    temperatures: Tensor | None
+    temperature: float
+    logit_scale: float
+    softcap: float
+    divergence: str
+    js_weight: float
+    top_k: int | None
+    chunk_tokens: int
+    backend: str
+
+    def head(self) -> _head.Head:
+        return _head.Head(self.weight, self.bias)
+
+
+_CALL = (
+    "Tensor hidden, Tensor ref_hidden, Tensor weight, Tensor? bias, Tensor? ref_weight, Tensor? ref_bias, "
+    "Tensor? targets, Tensor? mask, Tensor? temperatures, float temperature, float logit_scale, float softcap, "
+    "str divergence, float js_weight, SymInt? top_k, SymInt chunk_tokens, str backend"
+)
+_FIELDS, _TENSORS = len(Call._fields), 9
+
+
+class _Tile(NamedTuple):
+    """n rows. The gradients' places may be those of the logits: whoever writes one has no more need of the other."""
+
+    where: Tensor | slice  # which of the N rows
+    hidden: Tensor  # (n, D)
+    logits: Tensor  # (1, n, V)
+    ref_logits: Tensor  # (1, n, V)
+    gradients: Tensor  # (2 n, V): of what is made of the logits alone, then of the divergence
+    targets: Tensor  # (1, n), zeros where there are none
+    mask: Tensor | None  # (1, n)
+    transform: rows.Transform
+
+    def gradient(self, k: int) -> Tensor:
+        """The first or second half of `gradients` as (1, n, V)."""
+        n = self.hidden.shape[0]
+        return self.gradients[None, k * n : (k + 1) * n]
+
+
+def _tiles(call: Call) -> Iterator[_Tile]:
+    head, vocabulary = call.head(), call.weight.shape[0]
+    index = _head.counted_rows(call.mask, None)
+    chunks = _head.chunks(call.hidden.shape[0] if index is None else index.shape[0], call.chunk_tokens)
+    dtype, height = _check.compute_dtype(call.weight.dtype), chunks[0].stop if chunks else 0
+    logits = call.hidden.new_empty(2 * height, vocabulary, dtype=dtype)
+    gradients = torch.empty_like(logits, dtype=call.weight.dtype) if call.weight.is_cuda else logits
+    for chunk in chunks:
+        n, where = chunk.stop - chunk.start, chunk if index is None else index[chunk]
+        hidden, ref_hidden, mask = call.hidden[where], call.ref_hidden[where], None
+        if call.mask is not None:
+            mask = call.mask[where]
+            hidden, ref_hidden = (torch.where(mask[:, None] != 0, h, torch.zeros_like(h)) for h in (hidden, ref_hidden))
+        if call.ref_weight is None:
+            head.logits(torch.cat([hidden, ref_hidden]), logits[: 2 * n])
+        else:
+            head.logits(hidden, logits[:n])
+            _head.Head(call.ref_weight, call.ref_bias).logits(ref_hidden, logits[n : 2 * n])
+        ids = hidden.new_zeros(n, dtype=torch.int64) if call.targets is None else call.targets[where]
+        temperatures = None if call.temperatures is None else call.temperatures[where]
+        transform = rows.Transform(call.temperature, temperatures, call.logit_scale, call.softcap)
+        yield _Tile(
+            where, hidden, logits[None, :n], logits[None, n : 2 * n], gradients[: 2 * n], ids[None],
+            None if mask is None else mask[None], transform,
+        )  # fmt: skip
+
+
+class _Divergence:
+    """The divergence of a tile, over the reference's top_k tokens where the call asks for it."""
+
+    def __init__(self, call: Call, tile: _Tile) -> None:
+        self.tile, self.index = tile, None
+        self.logits, self.ref_logits = tile.logits, tile.ref_logits
+        if call.top_k is not None:
+            self.logits, self.ref_logits, self.index = divergences.restricted(self.logits, self.ref_logits, call.top_k)
+        self.options = (tile.mask, tile.transform, call.divergence, call.js_weight)
+        self.backend = call.backend
+
+    def forward(self, stats: list[Tensor]) -> list[Tensor]:
+        """[kl, mean, logsum, ref_logsum]; `stats` are the last two over the whole vocabulary."""
+        if self.index is not None:
+            stats = [divergences.logsum(x, *self.options[:2], self.backend) for x in (self.logits, self.ref_logits)]
+        stats = [torch.empty_like(stats[0]), torch.empty_like(stats[0]), *stats]
+        divergences.IMPLS[self.backend][0](self.logits, self.ref_logits, *self.options, stats)
+        return stats
+
+    def backward(self, stats: list[Tensor], grad_kl: Tensor) -> None:
+        """Writes grad_kl * d kl / d logits to the tile's second place."""
+        place = self.tile.gradient(1)
+        out = place if self.index is None else self.logits
+        arguments = (self.logits, self.ref_logits, *self.options, stats, grad_kl, out)
+        divergences.IMPLS[self.backend][1](*arguments)
+        if self.index is not None:
+            place.zero_().scatter_(-1, self.index, out.to(place.dtype))
+
+
+def _zero_results(call: Call, want_entropy: bool, row_gradients: bool) -> list[Tensor]:
+    """[kl, logprobs, ref_logprobs, entropy, row_max, row_logsum, mean, logsum, ref_logsum (N,), U_kl, U_logprob (N, D)]
+
+    with those not wanted empty; `mean` and the last two logsums are the divergence's.
+    """
+    targets, dtype = call.targets is not None, _check.compute_dtype(call.hidden.dtype)
+    wanted = [True, targets, targets, want_entropy, *[True] * 5]
+    stats = [call.hidden.new_zeros(call.hidden.shape[0] if w else 0, dtype=dtype) for w in wanted]
+    shapes = [call.hidden.shape if row_gradients and w else (0,) for w in (True, targets)]
+    return [*stats, *(call.hidden.new_zeros(shape) for shape in shapes)]
+
+
+def _forward(*arguments: Any) -> list[Tensor]:
+    call, (want_entropy, row_gradients) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    if call.targets is not None:
+        _check.targets_inside(call.targets, call.mask, call.weight.shape[0])
+    _check.positive_rows("temperature", call.temperatures, call.mask)
+    results = _zero_results(call, want_entropy, row_gradients)
+    forward, backward = rows.IMPLS[call.backend]
+    for tile in _tiles(call):
+        shared = (tile.targets, tile.mask, tile.transform)
+        stats, ref_stats = rows.empty_stats(tile.logits, want_entropy), rows.empty_stats(tile.logits, False)
+        forward(tile.logits, *shared, want_entropy, stats, None)
+        forward(tile.ref_logits, *shared, False, ref_stats, None)
+        divergence = _Divergence(call, tile)
+        kl, *centring = kl_stats = divergence.forward([stats[3], ref_stats[3]])
+        parts = [kl, stats[0], ref_stats[0], *stats[1:4], *centring]
+        if row_gradients:
+            ones = torch.ones_like(kl)
+            divergence.backward(kl_stats, ones)
+            n = tile.hidden.shape[0]
+            if call.targets is not None:
+                backward(tile.logits, *shared, stats, ones, None, tile.gradient(0))
+                u_logprob, u_kl = call.head().through(tile.gradients).view(2, n, -1)
+                parts += [u_kl[None], u_logprob[None]]
+            else:
+                parts.append(call.head().through(tile.gradients[n:])[None])
+        for whole, part in zip(results, parts, strict=False):
+            if whole.numel():
+                whole[tile.where] = part[0]
+    return results
+
+
+def _backward(*arguments: Any) -> list[Tensor]:
+    """Gradients of (hidden, weight, bias), empty where not needed: makes the logits again, tile by tile."""
+    call, (stats, grad_kl, grad_logprobs, grad_entropy, needs) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    head = call.head()
+    grad_hidden = torch.zeros_like(call.hidden) if needs[0] else call.hidden.new_empty(0)
+    totals = _head.HeadGradients(head, [*needs[1:], False, False])
+    for tile in _tiles(call):
+        part = [x[tile.where][None] if x.numel() else x for x in stats]
+        upstream = [None if g is None else g[tile.where][None] for g in (grad_kl, grad_logprobs, grad_entropy)]
+        if upstream[0] is not None:
+            _Divergence(call, tile).backward([part[0], *part[6:9]], upstream[0])
+            gradient = tile.gradient(1)[0]
+        if upstream[1] is not None or upstream[2] is not None:
+            row_stats = [part[1], *part[3:6], part[1].new_empty(0)]
+            alone = tile.gradient(0)
+            rows.IMPLS[call.backend][1](
+                tile.logits, tile.targets, tile.mask, tile.transform, row_stats, *upstream[1:], alone
+            )
+            gradient = alone[0] if upstream[0] is None else alone[0].add_(gradient)
+        if needs[0]:
+            grad_hidden[tile.where] = head.through(gradient)
+        totals.add(gradient, tile.hidden)
+    return [grad_hidden, *totals.results()[:2]]
+
+
+def _backward_fake(*arguments: Any) -> list[Tensor]:
+    call, needs = Call(*arguments[:_FIELDS]), arguments[-1]
+    return [
+        torch.empty_like(p) if need and p is not None else call.hidden.new_empty(0)
+        for p, need in zip((call.hidden, call.weight, call.bias), needs, strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    call = Call(*inputs[:_FIELDS])
+    ctx.want_entropy, ctx.row_gradients = inputs[_FIELDS:]
+    ctx.settings = call[_TENSORS:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*call[:_TENSORS], *output)
+
+
+def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    call, stats, (u_kl, u_logprob) = Call(*saved[:_TENSORS], *ctx.settings), saved[_TENSORS:-2], saved[-2:]
+    nothing = (None,) * (_FIELDS + 2)
+    grad_kl, grad_logprobs, _, grad_entropy = (None if g is None else g.contiguous() for g in grads[:4])
+    if call.targets is None:  # empty outputs, not results
+        grad_logprobs = None
+    if not ctx.want_entropy:
+        grad_entropy = None
+    if grad_kl is None and grad_logprobs is None and grad_entropy is None:
+        return nothing
+    if grad_entropy is None and ctx.row_gradients:
+        total = torch.zeros_like(u_kl, dtype=stats[0].dtype)
+        for g, u in ((grad_kl, u_kl), (grad_logprobs, u_logprob)):
+            if g is not None:
+                total += (g if call.mask is None else torch.where(call.mask != 0, g, 0))[:, None] * u
+        return (total.to(u_kl.dtype), *nothing[1:])
+    needs = [ctx.needs_input_grad[k] for k in (0, 2, 3)]
+    found = torch.ops.rlhf_fast.linear_kl_backward(*call, list(stats), grad_kl, grad_logprobs, grad_entropy, needs)
+    grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(found, needs, strict=True))
+    return (grad_hidden, None, grad_weight, grad_bias, *nothing[4:])
+
+
+linear_kl = torch.library.custom_op(
+    "rlhf_fast::linear_kl", _forward, mutates_args=(),
+    schema=f"({_CALL}, bool want_entropy, bool row_gradients) -> Tensor[]",
+)  # fmt: skip
+linear_kl.register_fake(lambda *arguments: _zero_results(Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]))
+linear_kl.register_autograd(_autograd, setup_context=_setup_context)
+linear_kl_backward = torch.library.custom_op(
+    "rlhf_fast::linear_kl_backward", _backward, mutates_args=(),
+    schema=f"({_CALL}, Tensor[] stats, Tensor? grad_kl, Tensor? grad_logprobs, Tensor? grad_entropy, bool[] needs) "
+    "-> Tensor[]",
+)  # fmt: skip
+linear_kl_backward.register_fake(_backward_fake)
