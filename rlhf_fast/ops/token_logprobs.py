@@ -116,7 +116,8 @@ def token_logprobs(
     if return_entropy:
         wanted.append(entropy.view(shape))
     if return_stats:
-        wanted.append(row_stats(*(s.detach().view(shape) for s in stats), mask))
+        row_max, row_logsum, sum_p_squared = (s.detach().view(shape) for s in stats)
+        wanted.append(row_stats(row_max, row_logsum, sum_p_squared, mask))
     return tuple(wanted) if len(wanted) > 1 else wanted[0]
 
 
