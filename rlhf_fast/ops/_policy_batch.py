@@ -201,4 +201,5 @@ def _largest(x: Tensor, among: Tensor, count: Tensor) -> Tensor:
     if x.numel() == 0:
         return among
     order = x.flatten().sort(descending=True).values
-    return among & (x >= order[(count.long() - 1).clamp(0, x.numel() - 1)])
+    last = (count.long() - 1).clamp(0, x.numel() - 1)
+    return among & (x >= order.gather(0, last[None]))  # order[last] would read `last` on the host
