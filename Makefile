@@ -2,13 +2,14 @@
 TORCH  ?= torch==2.13.0
 PYTHON ?= .venv/bin/python
 OUT    ?= out
+PEERS  ?= trl==1.16.0 liger-kernel==0.8.5
 
 GPU_PYTHON ?= python3
 
 # Two cores that are shared with anything else lose far more by spinning than they gain.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test test-all check lint types smollm2 bench gpu native clean
+.PHONY: train test test-all check lint types smollm2 bench peers gpu sanitize native clean
 
 VENV := .venv/.installed
 
@@ -49,15 +50,29 @@ types: $(VENV)
 
 check: lint types test
 
-# CPU kernels beside eager PyTorch.
+# CPU kernels beside eager PyTorch, bare products and other libraries, which `make peers` adds.
 bench: $(VENV)
 	.venv/bin/python -m benchmarks.cpu --out $(OUT)/cpu.json
 
+peers: $(VENV)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEERS)
+
 # For a machine that has PyTorch with CUDA, a compiler, pybind11, cmake and ninja, and no network: nothing is fetched.
+# Correctness first: the suite, then every kernel under the sanitizer's tools; only then the clock.
 gpu:
 	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/ops
+	$(MAKE) sanitize
 	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT)/gpu.json
+
+# Out-of-bounds accesses, races in shared memory, reads of what was never written. PyTorch's own allocator would hide them.
+SANITIZER ?= compute-sanitizer
+sanitize:
+	for tool in memcheck racecheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
+	    --kernel-name-exclude regex:at::native --kernel-name-exclude regex:cutlass \
+	    $(GPU_PYTHON) -m pytest -q -m gpu tests/gpu -k "keep_the_contract_on_the_gpu and bfloat16" || exit 1; \
+	done
 
 # Rebuild the native module in place after editing csrc/.
 native:

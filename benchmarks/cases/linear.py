@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rlhf_fast
 from benchmarks import peers
-from benchmarks.cases.sizes import Sizes, backends_of, generator, short, with_gradient
+from benchmarks.cases.sizes import Sizes, backends_of, generator, published, short, with_gradient
 from benchmarks.harness import Bar, Case, Contender, Inputs
 from rlhf_fast.ops.token_logprobs import reference
 
@@ -68,11 +68,12 @@ def frozen(sizes: Sizes, device: str) -> Case:
             lambda hidden, weight, targets, name=name: rlhf_fast.linear_logprobs(hidden, weight, targets, backend=name),
             "hidden",
         )
-    bars = (Bar("cpu", "two products", 1 / 1.08), Bar("cpu", "trl", 2.5), Bar("cpu", "torch.compile", 1))
+    on_cpu = (Bar("cpu", "two products", 1 / 1.08), Bar("cpu", "trl", 2.5), Bar("cpu", "torch.compile", 1))
+    on_gpu = (Bar("triton", "two products", 1 / 1.15), *(Bar("triton", name, 1) for name in others))
     return Case(
         "linear_logprobs, frozen head, forward + backward", shape(sizes), lambda: draw_tokens(sizes, device), exact,
         contenders, peers={name: with_gradient(f, "hidden") for name, f in others.items()},
-        floors={"two products": products(sizes, device, trained=False)}, bars=bars if device == "cpu" else (),
+        floors={"two products": products(sizes, device, trained=False)}, bars=on_cpu if device == "cpu" else on_gpu,
         flops=4 * sizes.N * sizes.D * sizes.V,
     )  # fmt: skip
 
@@ -109,11 +110,12 @@ def trained(sizes: Sizes, device: str) -> Case:
     contenders = {"eager": with_gradient(eager, "hidden", "weight")}
     for name in backends_of("linear_policy_loss", device):
         contenders[name] = with_gradient(ours(name), "hidden", "weight")
-    bars = (Bar("cpu", "three products", 1 / 1.10), Bar("cpu", "liger", 1.8))
+    on_cpu = (Bar("cpu", "three products", 1 / 1.10), Bar("cpu", "liger", 1.8))
+    on_gpu = (Bar("triton", "three products", 1 / 1.15), Bar("triton", "liger", 1))
     return Case(
         "linear_policy_loss, trained head, forward + backward", shape(sizes), draw, exact, contenders,
         peers={name: with_gradient(f, "hidden", "weight") for name, f in peers.linear_policy_loss(CLIP).items()},
-        floors={"three products": products(sizes, device, trained=True)}, bars=bars if device == "cpu" else (),
+        floors={"three products": products(sizes, device, trained=True)}, bars=on_cpu if device == "cpu" else on_gpu,
         flops=6 * sizes.N * sizes.D * sizes.V,
     )  # fmt: skip
 
@@ -123,4 +125,4 @@ def shape(sizes: Sizes) -> str:
 
 
 def cases(sizes: Sizes, device: str) -> list[Case]:
-    return [frozen(sizes, device), trained(sizes, device)]
+    return [case for size in published(sizes, device) for case in (frozen(size, device), trained(size, device))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ class Sizes:
     T: int
     packed: int
     dtype: torch.dtype
+
+
+# N, D, V of linear heads at which peers publish their own figures: TRL's issue 7244, Liger's scaled cross-entropy,
+# quack's and Liger's H200 comparison, Gemma 2 2B in cut-cross-entropy's README.
+PUBLISHED = ((8192, 4096, 151_936), (8192, 4096, 131_072), (4096, 4096, 128_256), (8192, 2304, 256_000))
+
+
+def published(sizes: Sizes, device: str) -> list[Sizes]:
+    """`sizes`, and on a GPU at full size the published shapes beside it."""
+    if device == "cpu" or (sizes.N, sizes.D, sizes.V) not in PUBLISHED:
+        return [sizes]
+    return [replace(sizes, N=n, D=d, V=v) for n, d, v in PUBLISHED]
 
 
 def short(dtype: torch.dtype) -> str:

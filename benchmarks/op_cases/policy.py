@@ -1,14 +1,57 @@
-"""Policy losses."""
+"""Policy losses: every variant as it stands, and each once with every term around it."""
 
 from __future__ import annotations
 
-from benchmarks.op_cases.case import Case, logprobs, mask, plane
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.op_cases.case import B, T, Case, logprobs, mask, plane
+from rlhf_fast.ops.policy_loss import VARIANTS
+
+TERMS: dict[str, Any] = {
+    "kl_coef": 0.1, "entropy_coef": 0.01, "entropy_fraction": 0.8, "correction_low": 0.5, "correction_high": 1.5,
+    "off_policy_max_kl": 0.5, "fixed_length": T, "cov_fraction": 0.2, "cov_low": 0.0,
+}  # fmt: skip
+LOG_RATIO = 0.2
+
+
+def near(old: Tensor, scale: float) -> Tensor:
+    return (old + scale * torch.randn(B, T)).clamp(max=-1e-3)
+
+
+def tokens(variant: str) -> dict[str, Tensor]:
+    """Losses of the ratio of a whole sequence get one near 1."""
+    old = logprobs() - 0.5
+    scale = LOG_RATIO / T if variant in ("dro", "vespo") else LOG_RATIO
+    return {"logprobs": near(old, scale), "old_logprobs": old, "advantages": plane(), "mask": mask()}
+
+
+def everything(variant: str) -> dict[str, Tensor]:
+    given = tokens(variant)
+    old = given["old_logprobs"]
+    others = {"ref_logprobs": near(old, LOG_RATIO), "sampler_logprobs": near(old, LOG_RATIO)}
+    return given | others | {"entropy": torch.rand(B, T)}
+
 
 CASES = [
-    Case(
-        "policy_loss",
-        lambda: {"logprobs": logprobs(), "old_logprobs": logprobs(), "advantages": plane(), "mask": mask()},
-        {"dual_clip": 3.0},
-        ("logprobs",),
+    *(
+        Case("policy_loss", lambda v=v: tokens(v), {"variant": v, "fixed_length": T}, ("logprobs",), label=v)
+        for v in VARIANTS
     ),
-]
+    *(
+        Case(
+            "policy_loss", lambda v=v: everything(v), {"variant": v, **TERMS}, ("logprobs", "entropy"),
+            label=f"{v}-with_every_term",
+        )
+        for v in VARIANTS
+    ),
+    *(
+        Case(
+            "policy_loss", lambda: everything("ppo_clip"), {"correction_level": level, "correction_high": 1.2},
+            ("logprobs",), label=f"{level}_correction",
+        )
+        for level in ("sequence", "geometric")
+    ),
+]  # fmt: skip
