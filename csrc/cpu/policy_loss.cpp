@@ -233,7 +233,7 @@ struct SequenceSums {
   double weight = 0, weight_negative = 0;  // of all tokens that are kept, of those with a negative advantage
 };
 
-template <typename F, typename C>
+template <typename Statistic, typename C>
 RLHF_INLINE void add(const PolicyLoss& op, int64_t start, int64_t n, SequenceSums& sums) {
   Tokens<C> t;
   read_tokens(op, start, n, t);
@@ -250,7 +250,7 @@ RLHF_INLINE void add(const PolicyLoss& op, int64_t start, int64_t n, SequenceSum
     C weight = t.flags[i] & 2 ? C(0) : t.weights[i];
     if (of_token) weight *= bounds.weight(exp_any(clamped(old - sampler, C(-20), C(20))));
     count += t.counts[i];
-    statistic += F::statistic(t.logprobs[i] - old, advantage, p);
+    statistic += Statistic::at(t.logprobs[i] - old, advantage, p);
     advantages += advantage;
     correction += old - sampler;
     kl += sampler - t.logprobs[i];
@@ -260,6 +260,16 @@ RLHF_INLINE void add(const PolicyLoss& op, int64_t start, int64_t n, SequenceSum
   sums.count += count, sums.statistic += statistic, sums.advantage += advantages, sums.correction += correction;
   sums.kl += kl, sums.weight += weights, sums.weight_negative += weights_negative;
 }
+
+// add for float by its statistic, cloned as `begin` is.
+RLHF_CLONES void add_log_ratio(const PolicyLoss& op, int64_t start, int64_t n, SequenceSums& sums) {
+  add<LogRatio, float>(op, start, n, sums);
+}
+RLHF_CLONES void add_bounded_log_ratio(const PolicyLoss& op, int64_t start, int64_t n, SequenceSums& sums) {
+  add<BoundedLogRatio, float>(op, start, n, sums);
+}
+auto adder(LogRatio) { return add_log_ratio; }
+auto adder(BoundedLogRatio) { return add_bounded_log_ratio; }
 
 template <typename F, typename C> Sequence<C> finish(const PolicyLoss& op, const SequenceSums& sums) {
   C p[5];
@@ -356,12 +366,9 @@ template <typename C> void run(const PolicyLoss& op, const Kernels<C>& kernels, 
   RLHF_CLONES void tokens_##NAME(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<float>& s, Sums& sums) { \
     tokens<F, float>(op, start, n, s, sums);                                                                          \
   }                                                                                                                   \
-  RLHF_CLONES void add_##NAME(const PolicyLoss& op, int64_t start, int64_t n, SequenceSums& sums) {                   \
-    add<F, float>(op, start, n, sums);                                                                                \
-  }                                                                                                                   \
   void run_##NAME(const PolicyLoss& op, int threads) {                                                                \
-    if (op.is_double) run<double>(op, {tokens<F, double>, add<F, double>, finish<F, double>}, threads);               \
-    else run<float>(op, {tokens_##NAME, add_##NAME, finish<F, float>}, threads);                                      \
+    if (op.is_double) run<double>(op, {tokens<F, double>, add<F::Statistic, double>, finish<F, double>}, threads);    \
+    else run<float>(op, {tokens_##NAME, adder(F::Statistic()), finish<F, float>}, threads);                           \
   }
 RLHF_POLICY_LOSS(ppo_clip, PpoClip)
 RLHF_POLICY_LOSS(clip_cov, ClipCov)

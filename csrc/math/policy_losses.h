@@ -37,10 +37,20 @@ template <typename T> RLHF_HD Outcome<T> clipped_surrogate(T ratio, T advantage,
   return {-factor * advantage, low | high ? T(0) : -ratio * advantage, low ? T(1) : T(0), high ? T(1) : T(0)};
 }
 
+// What is averaged over a sequence.
+struct LogRatio {
+  template <typename T> static RLHF_HD T at(T log_ratio, T, const T*) { return log_ratio; }
+};
+struct BoundedLogRatio {  // p: lowest log-ratio, highest log-ratio
+  template <typename T> static RLHF_HD T at(T x, T advantage, const T* p) {
+    return (advantage < 0) & (x < p[0]) ? p[0] : ((advantage > 0) & (x > p[1]) ? p[1] : x);
+  }
+};
+
 // What a loss has unless it says otherwise: tokens of their own.
 struct TokenLoss {
+  using Statistic = LogRatio;
   static constexpr bool of_sequence = false;  // its slope is that of the sequence's loss by a mean over its tokens
-  template <typename T> static RLHF_HD T statistic(T log_ratio, T, const T*) { return log_ratio; }
   template <typename T> static RLHF_HD Shared<T> shared(T, T, T, const T*) { return {}; }
 };
 
@@ -122,7 +132,7 @@ struct DppoKl : TokenLoss {  // p: max_divergence
   }
 };
 
-// The losses below are made from a mean over the sequence: statistic -> mean -> shared -> at.
+// The losses below are made from a mean over the sequence: Statistic -> mean -> shared -> at.
 
 struct Gspo : TokenLoss {
   static constexpr bool of_sequence = true;
@@ -148,10 +158,8 @@ struct GspoToken : TokenLoss {
 };
 
 struct Gmpo : TokenLoss {  // p: lowest log-ratio, highest log-ratio
+  using Statistic = BoundedLogRatio;
   static constexpr bool of_sequence = true;
-  template <typename T> static RLHF_HD T statistic(T x, T advantage, const T* p) {
-    return (advantage < 0) & (x < p[0]) ? p[0] : ((advantage > 0) & (x > p[1]) ? p[1] : x);
-  }
   template <typename T> static RLHF_HD Shared<T> shared(T mean, T, T advantage, const T*) {
     const T loss = -bounded_exp(mean) * advantage;
     return {loss, std::fabs(mean) > 20 ? T(0) : loss, T(0), T(0), T(0), T(0)};

@@ -183,7 +183,6 @@ struct BradleyTerryLoss {  // chosen_shift: the margin; parameter: weight of the
 // p: beta, label_smoothing, the variant's own parameter, divergence, alpha.
 template <typename Variant> struct Pair {
   static constexpr int inputs = 9, coefficients = 2;
-  static constexpr bool last_is_max = false;
   template <typename T> static RLHF_HD Terms<T> at(const T* x, const T* p) {
     const T chosen_length = x[4] < 1 ? T(1) : x[4], rejected_length = x[5] < 1 ? T(1) : x[5];
     const Sloped<T> chosen = score((x[0] - x[2]) / chosen_length, int(p[3]), p[4]);

@@ -18,7 +18,6 @@ struct BcoLoss {
 // Metrics: whether desirable, reward where it is, whether undesirable, reward where it is.
 template <typename Variant> struct Unpaired {
   static constexpr int inputs = 5, coefficients = 1;
-  static constexpr bool last_is_max = false;
   template <typename T> static RLHF_HD Terms<T> at(const T* x, const T* p) {
     const bool desirable = x[2] > 0;
     const T reward = p[0] * (x[0] - x[1]), sign = desirable ? T(1) : T(-1);

@@ -12,28 +12,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.preference_losses import PAIRED, UNPAIRED
-from rlhf_fast.kernels.scalar import exp_minus_1_minus, sigmoid, softplus
+from rlhf_fast.kernels.scalar import sigmoid, softplus
 from torch import Tensor
 
 BLOCK = 1024
 PARTS = 128  # partial sums at most
 PARAMETERS = 5  # of a variant, at most
-
-
-@triton.jit
-def ppo_clip(x, p):
-    logprob, old_logprob, advantage = x
-    clip_min, clip_max, dual_clip = p[0], p[1], p[2]
-    log_ratio = logprob - old_logprob
-    saturated = tl.abs(log_ratio) > 20.0
-    ratio = tl.exp(tl.where(saturated, tl.where(log_ratio > 0, 20.0, -20.0), log_ratio))
-    bounded = tl.where(ratio < clip_min, clip_min, tl.where(ratio > clip_max, clip_max, ratio))
-    clipped = bounded * advantage < ratio * advantage
-    dual = (advantage < 0) & (ratio > dual_clip)
-    factor = tl.where(dual, dual_clip, tl.where(clipped, bounded, ratio))
-    coefficient = tl.where(clipped | dual | saturated, 0.0, -ratio * advantage)
-    stopped = tl.where(clipped | dual, 1.0, 0.0)
-    return -factor * advantage, coefficient, 0.0, stopped, exp_minus_1_minus(log_ratio), ratio, ratio
 
 
 @triton.jit
@@ -75,11 +59,9 @@ class Variant(NamedTuple):
 
     function: triton.JITFunction
     inputs: int
-    last_is_max: bool = False  # the last metric is the maximum over the elements, not their mean
 
 
 VARIANTS = {
-    "ppo_clip": Variant(ppo_clip, 3, last_is_max=True),
     "value": Variant(value, 2),
     "value_clip": Variant(value_clip, 3),
     "step_bce": Variant(step_bce, 2),
@@ -105,7 +87,6 @@ def _elements_kernel(
     columns,
     FUNCTION: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
-    LAST_IS_MAX: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -140,19 +121,12 @@ def _elements_kernel(
         sum0 += tl.where(counts, m0, 0.0)
         sum1 += tl.where(counts, m1, 0.0)
         sum2 += tl.where(counts, m2, 0.0)
-        last = tl.where(counts, m3, 0.0)
-        if LAST_IS_MAX:
-            sum3 = tl.where((last > sum3) | (last != last), last, sum3)
-        else:
-            sum3 += last
+        sum3 += tl.where(counts, m3, 0.0)
     tl.store(partials + program, tl.sum(loss_sum, 0))
     tl.store(partials + programs + program, tl.sum(sum0, 0))
     tl.store(partials + 2 * programs + program, tl.sum(sum1, 0))
     tl.store(partials + 3 * programs + program, tl.sum(sum2, 0))
-    if LAST_IS_MAX:
-        tl.store(partials + 4 * programs + program, tl.max(sum3, 0))
-    else:
-        tl.store(partials + 4 * programs + program, tl.sum(sum3, 0))
+    tl.store(partials + 4 * programs + program, tl.sum(sum3, 0))
     tl.store(partials + 5 * programs + program, tl.sum(count, 0))
 
 
@@ -178,7 +152,6 @@ def _means_kernel(
     loss,  # ()
     means,  # (5,): four metrics, then the denominator
     programs,
-    LAST_IS_MAX: tl.constexpr,
     HAS_DENOMINATOR: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -187,14 +160,8 @@ def _means_kernel(
         count = tl.load(denominator)
     count = tl.where(count == 0, 1.0, count)  # nothing counts: every sum is 0
     tl.store(loss, _divide(_total(partials, 0, programs, PARTS), count))
-    for k in tl.static_range(3):
+    for k in tl.static_range(4):
         tl.store(means + k, _divide(_total(partials, k + 1, programs, PARTS), count))
-    if LAST_IS_MAX:
-        part = tl.arange(0, PARTS)
-        last = tl.max(tl.load(partials + 4 * programs + part, mask=part < programs, other=0.0), 0)
-    else:
-        last = _divide(_total(partials, 4, programs, PARTS), count)
-    tl.store(means + 3, last)
     tl.store(means + 4, count)
 
 
@@ -207,7 +174,7 @@ def masked_loss(
     outputs: list[Tensor],
 ) -> None:
     """Fills outputs = [loss (), means (5,), a gradient coefficient (rows, columns) per differentiable input]."""
-    function, count, last_is_max = VARIANTS[variant]
+    function, count = VARIANTS[variant]
     loss, means, *coefficients = outputs
     n, columns = coefficients[0].numel(), coefficients[0].shape[1]
     programs = max(1, min(PARTS, triton.cdiv(n, BLOCK)))
@@ -216,10 +183,8 @@ def masked_loss(
     _elements_kernel[(programs,)](
         tuple(inputs), tuple(x.stride() for x in inputs), mask, coefficients[0], coefficients[-1], partials,
         *parameters, *[0.0] * (PARAMETERS - len(parameters)), n, columns,
-        FUNCTION=function, COEFFICIENTS=len(coefficients), LAST_IS_MAX=last_is_max, HAS_MASK=mask is not None,
-        BLOCK=BLOCK,
+        FUNCTION=function, COEFFICIENTS=len(coefficients), HAS_MASK=mask is not None, BLOCK=BLOCK,
     )  # fmt: skip
     _means_kernel[(1,)](
-        partials, denominator, loss, means, programs, LAST_IS_MAX=last_is_max,
-        HAS_DENOMINATOR=denominator is not None, PARTS=PARTS,
+        partials, denominator, loss, means, programs, HAS_DENOMINATOR=denominator is not None, PARTS=PARTS,
     )  # fmt: skip
