@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import B, T, Case, logprobs, mask, plane
+from benchmarks.op_cases.case import B, Case, T, logprobs, mask, plane
 from rlhf_fast.ops.policy_loss import VARIANTS
 
 TERMS: dict[str, Any] = {
