@@ -78,9 +78,10 @@ def improve(job: Job, config: AlgorithmConfig, experience: Experience, advantage
 def accumulate(
     job: Job, config: AlgorithmConfig, experience: Experience, advantages: Tensor, parts: tuple[Tensor, ...]
 ) -> dict[str, Tensor]:
-    """Backward of one minibatch, micro-batch by micro-batch. Means are over the whole minibatch's tokens."""
+    """Backward of one minibatch, micro-batch by micro-batch. Means are over the whole minibatch."""
     batch, backbone = experience.rollout.batch, job.backbone
-    count = batch.mask[torch.cat(parts)].sum()
+    mask = batch.mask[torch.cat(parts)]
+    count, sequences = mask.sum(), mask.any(1).sum()
     collected = []
     for rows in parts:
         part = batch.rows(rows)
@@ -91,8 +92,8 @@ def accumulate(
         )
         loss, metrics = policy_loss(
             logprobs, experience.scores.logprobs[rows], advantages[rows][:, None], mask=part.mask,
-            clip_eps_low=config.clip_eps_low, clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip,
-            denominator=count,
+            variant=config.variant, fixed_length=config.max_new_tokens, clip_eps_low=config.clip_eps_low,
+            clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip, denominator=count, sequences=sequences,
         )  # fmt: skip
         kl = kl_estimate(logprobs, experience.scores.ref_logprobs[rows], estimator="k3").sum() / count
         total = loss + config.kl_coef * kl

@@ -144,9 +144,10 @@ def accumulate(
     old_values: Tensor | None,
     parts: tuple[Tensor, ...],
 ) -> dict[str, Tensor]:
-    """Backward of one minibatch, micro-batch by micro-batch. Means are over the whole minibatch's tokens."""
+    """Backward of one minibatch, micro-batch by micro-batch. Means are over the whole minibatch."""
     batch, backbone = experience.rollout.batch, job.backbone
-    count = batch.mask[torch.cat(parts)].sum()
+    mask = batch.mask[torch.cat(parts)]
+    count, sequences = mask.sum(), mask.any(1).sum()
     roles = list(job.optimizers)
     collected = []
     for rows in parts:
@@ -158,8 +159,8 @@ def accumulate(
         )
         loss, metrics = policy_loss(
             logprobs, experience.scores.logprobs[rows], advantages[rows], mask=part.mask,
-            clip_eps_low=config.clip_eps_low, clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip,
-            denominator=count,
+            variant=config.variant, fixed_length=config.max_new_tokens, clip_eps_low=config.clip_eps_low,
+            clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip, denominator=count, sequences=sequences,
         )  # fmt: skip
         entropy = entropy.sum() / count
         metrics |= {"policy_loss": loss, "entropy": entropy}

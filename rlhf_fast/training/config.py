@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.ops.policy_loss import VARIANTS
 
 
 class FromStage(BaseModel):
@@ -84,8 +85,9 @@ class RolloutConfig(SamplingConfig):
         description="pkg.mod:function, file.py:function, a reward adapter or a reward model folder; or several"
     )
     num_generations: int = Field(1, ge=1, description="completions per prompt; batch_size counts completions")
-    clip_eps_low: float = Field(0.2, gt=0)
-    clip_eps_high: float = Field(0.2, gt=0)
+    variant: Literal[tuple(VARIANTS)] = Field("ppo_clip", description="policy loss")  # type: ignore[valid-type]
+    clip_eps_low: float | None = Field(None, gt=0, le=1, description="default: the variant's, 0.2 for ppo_clip")
+    clip_eps_high: float | None = Field(None, gt=0, description="default: the variant's, 0.2 for ppo_clip")
     dual_clip: float | None = Field(None, gt=1)
     ppo_epochs: int = Field(1, ge=1, description="passes over each rollout")
     num_minibatches: int = Field(1, ge=1)
