@@ -159,7 +159,7 @@ def reference(
     beta, desirable_weight, undesirable_weight = parameters
     reward, good = beta * (logprobs - ref_logprobs), desirable > 0
     losses = VARIANTS[variant].loss(torch.where(good, reward - shift, shift - reward))
-    losses = losses * weights * torch.where(good, desirable_weight, undesirable_weight)
+    losses = losses * torch.where(good, desirable_weight * weights, undesirable_weight * weights)
     reward = reward.detach()
     parts = (desirable, desirable * reward, 1 - desirable, (1 - desirable) * reward)
     means = [_losses.mean(x, None, denominator) for x in parts]

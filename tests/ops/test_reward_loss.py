@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast import reward_loss
+from rlhf_fast import ensemble_scores, reward_loss
 from rlhf_fast.ops.reward_loss import reference
 from tests.losses import BACKENDS, DTYPES, KERNELS, assert_keeps_contract, assert_same, compiled, draw, evaluate
 
@@ -39,6 +39,31 @@ def test_the_margin_is_equation_2_of_llama_2(backend, margin):
     got = run([torch.tensor([1 + math.log(3.0)]), torch.zeros(1)], margin=margin, backend=backend)
     assert got["loss"].item() == pytest.approx(-math.log(0.75), rel=1e-6)
     assert got["margin"].item() == pytest.approx(1 + math.log(3.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_label_smoothing_is_the_expected_loss_of_a_flipped_label(backend):
+    # arXiv 2401.06080: -(1 - s) log sigmoid(h) - s log sigmoid(-h), here with sigmoid(h) = 3/4.
+    got = run([torch.tensor([math.log(3.0)]), torch.zeros(1)], label_smoothing=0.2, backend=backend)
+    assert got["loss"].item() == pytest.approx(-0.8 * math.log(0.75) - 0.2 * math.log(0.25), rel=1e-6)
+    assert got["gradient 0"].item() == pytest.approx(-0.8 * 0.25 + 0.2 * 0.75, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_centring_adds_the_squared_sum(backend):
+    # arXiv 2312.09244, section 3: 0.1 (log 3 + 2 + 2)^2, slope 0.2 (log 3 + 4) in both rewards.
+    got = run([torch.tensor([math.log(3.0) + 2]), torch.tensor([2.0])], centring=0.1, backend=backend)
+    total = math.log(3.0) + 4
+    assert got["loss"].item() == pytest.approx(-math.log(0.75) + 0.1 * total**2, rel=1e-6)
+    assert got["gradient 0"].item() == pytest.approx(-0.25 + 0.2 * total, rel=1e-6)
+    assert got["gradient 1"].item() == pytest.approx(0.25 + 0.2 * total, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_loss_is_the_log_exp_form(backend):
+    chosen, rejected = inputs = draw((9,), 2, torch.float64)
+    expected = torch.log(1 + torch.exp(rejected - chosen)).mean().item()
+    assert run(inputs, backend=backend)["loss"].item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -105,10 +130,10 @@ def test_the_reference_is_differentiable_twice():
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_the_registered_op_passes_opcheck(backend):
-    inputs = [x[None] for x in draw((5,), 3)]
+    inputs = [x[None] for x in draw((5,), 9)]
     inputs[0].requires_grad_()
     inputs[1].requires_grad_()
-    args = (inputs, None, None, "bradley_terry", [0.0, 0.0, 0.0], backend)
+    args = (inputs, None, None, "bradley_terry", [1.0, 0.0, 0.1], backend)
     torch.library.opcheck(torch.ops.rlhf_fast.reward_loss.default, args)
 
 
@@ -133,3 +158,42 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend):
 def test_bad_input_raises_with_its_values(inputs, options, message):
     with pytest.raises(ValueError, match=message):
         reward_loss(*inputs, **options)
+
+
+def test_ensembles_are_a_mean_less_or_more_the_spread():
+    scores = torch.tensor([[1.0, 2.0], [3.0, 2.0]], dtype=torch.float64)
+    assert ensemble_scores(scores).tolist() == [2.0, 2.0]
+    assert ensemble_scores(scores, kind="pessimistic", coef=0.5).tolist() == [1.5, 2.0]
+    assert ensemble_scores(scores, kind="optimistic", coef=0.5).tolist() == [2.5, 2.0]
+
+
+def test_models_that_agree_have_a_finite_gradient():
+    scores = torch.ones(3, 2, requires_grad=True)
+    ensemble_scores(scores, kind="pessimistic").sum().backward()
+    torch.testing.assert_close(scores.grad, torch.full((3, 2), 1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "message"),
+    [
+        (torch.zeros(3), {}, r"scores must be \(M, B\) with M >= 1, got \(3,\)"),
+        (torch.zeros(0, 3), {}, r"scores must be \(M, B\) with M >= 1, got \(0, 3\)"),
+        (torch.zeros(2, 3), {"kind": "min"}, "kind must be one of mean, pessimistic, optimistic, got 'min'"),
+        (torch.zeros(2, 3), {"coef": -1.0}, "coef must be >= 0, got -1.0"),
+    ],
+)
+def test_a_bad_ensemble_raises_with_its_values(scores, options, message):
+    with pytest.raises(ValueError, match=message):
+        ensemble_scores(scores, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+        ({"centring": -1.0}, "centring must be >= 0 and finite, got -1.0"),
+    ],
+)
+def test_bad_hyper_parameters_raise_with_their_values(options, message):
+    with pytest.raises(ValueError, match=message):
+        reward_loss(torch.zeros(2), torch.zeros(2), **options)
