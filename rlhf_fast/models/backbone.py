@@ -25,7 +25,7 @@ from rlhf_fast.models.architecture import (
     logit_transform,
     select_linears,
 )
-from rlhf_fast.models.lora import LoRA, LoRALinear, Route, routed
+from rlhf_fast.models.lora import LoRA, LoRALinear, LoRAShape, Route, routed
 from rlhf_fast.models.routing import LayerOutput, RoutedLayer, Traversal, traversing
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
 
@@ -45,7 +45,7 @@ class Scores:
 
 
 class Backbone:
-    """The roles on one model. Freezes every parameter of `model` and puts it in eval mode: no role has dropout.
+    """The roles on one model. Freezes every parameter of `model` and puts it in eval mode: the base has no dropout.
 
     model: a decoder-only language model of transformers, on its device and in its dtype.
     Raises UserError, with the reason, for an architecture that cannot be one.
@@ -89,21 +89,29 @@ class Backbone:
         copy_of: str | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         """Give the role `name` an adapter whose delta is zero, or, with `copy_of`, that adapter's pairs and values.
 
         targets: "all-linear" or last parts of module names. top_layers: adapt only that many layers, from the top.
-        `copy_of` decides rank, alpha, targets and layers itself. `trainable` holds for the adapter's whole life.
+        `copy_of` decides all that shapes an adapter itself. `trainable` holds for the adapter's whole life.
+        use_rslora: scale alpha / sqrt(rank), not alpha / rank. use_dora: a magnitude per output. dropout: of the
+        adapter's input, in the passes of `hidden` that have a dropout seed.
         dtype: fp32 for anything that is trained or averaged; a frozen copy may take the dtype of the model.
         """
         if copy_of is not None:
             source = self._adapter(copy_of)
-            shapes = {module: (pair.rank, pair.scale) for module, pair in source.items()}
+            shapes = {module: pair.shape for module, pair in source.items()}
         else:
             if rank < 1:
                 raise UserError(f"the rank of adapter {name!r} must be at least 1, got {rank}")
             modules = select_linears(self._names_in_top(top_layers), targets)
-            shapes = {module: (rank, alpha / rank) for module in modules}
+            if not 0 <= dropout < 1:
+                raise UserError(f"the dropout of adapter {name!r} must be in [0, 1), got {dropout}")
+            shape = LoRAShape(rank, alpha / (rank**0.5 if use_rslora else rank), use_rslora, use_dora, dropout)
+            shapes = dict.fromkeys(modules, shape)
         self.create_adapter(name, shapes, trainable=trainable, dtype=dtype, seed=seed)
         if copy_of is not None:
             self.copy_adapter(copy_of, name)
@@ -111,13 +119,13 @@ class Backbone:
     def create_adapter(
         self,
         name: str,
-        shapes: Mapping[str, tuple[int, float]],
+        shapes: Mapping[str, LoRAShape],
         *,
         trainable: bool = True,
         dtype: torch.dtype = torch.float32,
         seed: int | None = None,
     ) -> None:
-        """The general form of `add_adapter`: module name -> (rank, scale). The delta is zero."""
+        """The general form of `add_adapter`: module name -> its shape. The delta is zero."""
         if name in self.adapters:
             raise UserError(f"there is already an adapter named {name!r}")
         unknown = [module for module in shapes if module not in self._available]
@@ -125,11 +133,12 @@ class Backbone:
             raise UserError(f"adapter {name!r} is for {unknown[0]!r}, which is no linear decoder layer of this model")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         pairs = {}
-        for module, (rank, scale) in shapes.items():
+        streams = {module: stream for stream, module in enumerate(self._available)}
+        for module, shape in shapes.items():
             if module not in self._linears:
-                self._linears[module] = LoRALinear(self._available[module])
+                self._linears[module] = LoRALinear(self._available[module], streams[module])
             pairs[module] = self._linears[module].add(
-                name, rank, scale, trainable=trainable, dtype=dtype, generator=generator
+                name, shape, trainable=trainable, dtype=dtype, generator=generator
             )
         self.adapters[name] = pairs
 
@@ -163,8 +172,7 @@ class Backbone:
             raise UserError(f"there is no role named {name!r}; there are: {sorted({*self.adapters, *self.heads})}")
         named: dict[str, nn.Parameter] = {}
         for module, pair in self.adapters.get(name, {}).items():
-            named[f"{module}.lora_A.weight"] = pair.a
-            named[f"{module}.lora_B.weight"] = pair.b
+            named |= {f"{module}.{part}": parameter for part, parameter in pair.parameters.items()}
         if name in self.heads:
             named["score.weight"] = self.heads[name].get_parameter("weight")
         return named
@@ -243,12 +251,19 @@ class Backbone:
         return traversal.reached
 
     def hidden(
-        self, input_ids: Tensor, attention_mask: Tensor, roles: Sequence[str | None], *, lower: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        roles: Sequence[str | None],
+        *,
+        lower: Tensor | None = None,
+        dropout_seed: int | None = None,
     ) -> dict[str | None, Tensor]:
         """Last hidden states (after the final norm) of every role: role -> (B, T, D), in one traversal.
 
         input_ids, attention_mask: (B, T); padding may be on either side. None is the base model, and so is
-        "reference" without an adapter. lower: what `lower` gave for these rows.
+        "reference" without an adapter. lower: what `lower` gave for these rows. dropout_seed: a number per pass, from 0
+        to 2^47, turns on the dropout of the adapters, which must then be the same for all roles; None leaves it off.
         """
         batch, time = input_ids.shape
         if attention_mask.shape != input_ids.shape:
@@ -261,7 +276,7 @@ class Backbone:
         if lower is not None and (first == 0 or lower.shape[:2] != input_ids.shape):
             given = f"{tuple(lower.shape)} with input_ids {tuple(input_ids.shape)}"
             raise ValueError(f"lower must be (B, T, D) for the input of layer {first} > 0, got {given}")
-        route = Route(tuple(self._adapter_name(role) for role in roles), batch * time)
+        route = Route(tuple(self._adapter_name(role) for role in roles), batch * time, dropout_seed)
         recompute = self._recompute and torch.is_grad_enabled()
         traversal = Traversal(route, batch, first, start=lower, recompute=recompute)
         states = self._traverse(traversal, input_ids, attention_mask)
@@ -366,7 +381,9 @@ class Backbone:
         seen: set[int] = set()
         sizes = {"base": _new_bytes([*self.model.parameters(), *self.model.buffers()], seen)}
         for name, pairs in self.adapters.items():
-            sizes[f"adapter:{name}"] = _new_bytes([p for pair in pairs.values() for p in (pair.a, pair.b)], seen)
+            sizes[f"adapter:{name}"] = _new_bytes(
+                [p for pair in pairs.values() for p in pair.parameters.values()], seen
+            )
         for name, head in self.heads.items():
             sizes[f"head:{name}"] = _new_bytes(head.parameters(), seen)
         return sizes
@@ -396,7 +413,7 @@ class Backbone:
         tensors = []
         for name in (dst, src):
             pairs = self._adapter(name)
-            tensors.append({(m, part): getattr(pair, part) for m, pair in pairs.items() for part in ("a", "b")})
+            tensors.append({(m, part): p for m, pair in pairs.items() for part, p in pair.parameters.items()})
         _check_same(tensors[0], tensors[1], f"adapters {dst!r} and {src!r}")
         return [(tensors[0][key], tensors[1][key]) for key in tensors[0]]
 

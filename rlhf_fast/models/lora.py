@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.ops.lora_linear import lora_linear
+from rlhf_fast.ops.lora_linear import Adapter, lora_linear
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,15 @@ class Route:
 
     adapters: one name per segment, in row order; None is the base model. All segments have the same number of rows.
     tokens: rows of one segment (batch x time); None leaves it open, which is only possible with one segment.
+    dropout_seed: decides what the adapters' dropout drops, in a recomputation as well; None is without dropout.
     """
 
     adapters: tuple[str | None, ...]
     tokens: int | None = None
+    dropout_seed: int | None = None
 
+
+DROPOUT_STREAMS = 1 << 16  # linears of one model: seeds of different forwards and of different linears never meet
 
 _ROUTE: ContextVar[Route | None] = ContextVar("rlhf_fast_route", default=None)
 
@@ -44,20 +48,42 @@ def routed(route: Route | None) -> Iterator[None]:
         _ROUTE.reset(token)
 
 
+@dataclass(frozen=True)
+class LoRAShape:
+    """What decides an adapter on one linear, besides its values.
+
+    scale: alpha / R, or alpha / sqrt(R) (rsLoRA); use_rslora says which, for the files. use_dora: with a magnitude per
+    output. dropout: of the adapter's input, in the forwards that have a dropout seed.
+    """
+
+    rank: int
+    scale: float
+    use_rslora: bool = False
+    use_dora: bool = False
+    dropout: float = 0.0
+
+    @property
+    def alpha(self) -> float:
+        return self.scale * (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
 @dataclass
 class LoRA:
-    """The low-rank pair of one adapter on one linear: delta = scale * (x A^T) B^T.
+    """One adapter on one linear: delta = scale * (x A^T) B^T, for DoRA with a magnitude (see lora_linear).
 
-    a: (R, in) and b: (out, R), leaf Parameters whose requires_grad never changes; scale: alpha / R.
+    a: (R, in), b: (out, R), magnitude: (out,) or None; leaf Parameters whose requires_grad never changes.
     """
 
     a: nn.Parameter
     b: nn.Parameter
-    scale: float
+    shape: LoRAShape
+    magnitude: nn.Parameter | None = None
 
     @property
-    def rank(self) -> int:
-        return self.a.shape[0]
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters under their names in PEFT's files."""
+        named = {"lora_A.weight": self.a, "lora_B.weight": self.b}
+        return named if self.magnitude is None else {**named, "lora_magnitude_vector": self.magnitude}
 
 
 class LoRALinear:
@@ -68,8 +94,10 @@ class LoRALinear:
     no row has one.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, stream: int) -> None:
+        """stream: a number below DROPOUT_STREAMS that no other linear of the model has."""
         self.base = base
+        self.stream = stream
         self.base_forward = base.forward
         self.bank: dict[str, LoRA] = {}
         base.forward = self  # type: ignore[assignment, method-assign]
@@ -98,10 +126,17 @@ class LoRALinear:
                 index.setdefault(name, len(index))
         if not index:
             return self.base_forward(x)
-        bank = [(pair.a, pair.b, pair.scale) for pair in (self.bank[name] for name in index)]
+        pairs = [self.bank[name] for name in index]
+        bank = [Adapter(pair.a, pair.b, pair.shape.scale, pair.magnitude) for pair in pairs]
         rows = self._segment_rows(x, route)
         segments = [(index.get(name, -1) if name else -1, rows) for name in route.adapters]
-        return lora_linear(x, self.weight, bank, segments, bias=self.bias)
+        dropout, seed = 0.0, None
+        if route.dropout_seed is not None:
+            dropout, *others = {pair.shape.dropout for pair in pairs}
+            if others:
+                raise ValueError(f"the adapters {list(index)} of one forward must have the same dropout")
+            seed = route.dropout_seed * DROPOUT_STREAMS + self.stream
+        return lora_linear(x, self.weight, bank, segments, bias=self.bias, dropout=dropout, seed=seed)
 
     def _segment_rows(self, x: Tensor, route: Route) -> int:
         rows = x.numel() // x.shape[-1]
@@ -115,24 +150,30 @@ class LoRALinear:
     def add(
         self,
         name: str,
-        rank: int,
-        scale: float,
+        shape: LoRAShape,
         *,
         trainable: bool,
         dtype: torch.dtype,
         generator: torch.Generator | None = None,
     ) -> LoRA:
-        """A new pair in its usual start: A uniform in +-1/sqrt(in), B zero, so the delta is zero.
+        """A new adapter in its usual start: A uniform in +-1/sqrt(in), B zero, so the delta is zero; the magnitude is
+        the norm of each row of the weight, so that it changes nothing either.
 
         A is drawn on the CPU, so a seed gives the same adapter on every device.
         """
         out_features, in_features = self.weight.shape
         device = self.weight.device
-        a = torch.empty(rank, in_features, dtype=dtype, device=device)
+        a = torch.empty(shape.rank, in_features, dtype=dtype, device=device)
         if device.type != "meta":
             bound = 1.0 / math.sqrt(in_features)
-            a.copy_(torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator))
-        b = torch.zeros(out_features, rank, dtype=dtype, device=device)
-        pair = LoRA(nn.Parameter(a, requires_grad=trainable), nn.Parameter(b, requires_grad=trainable), scale)
+            a.copy_(torch.empty(shape.rank, in_features).uniform_(-bound, bound, generator=generator))
+        b = torch.zeros(out_features, shape.rank, dtype=dtype, device=device)
+        magnitude = None
+        if shape.use_dora:
+            norms = torch.linalg.vector_norm(self.weight.detach(), dim=1, dtype=torch.float32).to(dtype)
+            magnitude = nn.Parameter(norms, requires_grad=trainable)
+        pair = LoRA(
+            nn.Parameter(a, requires_grad=trainable), nn.Parameter(b, requires_grad=trainable), shape, magnitude
+        )
         self.bank[name] = pair
         return pair

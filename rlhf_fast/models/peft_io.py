@@ -1,6 +1,7 @@
 """Adapters as files in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-Keys are `base_model.model.<module>.lora_A.weight` (R, in) and `...lora_B.weight` (out, R); a head is
+Keys are `base_model.model.<module>.lora_A.weight` (R, in) and `...lora_B.weight` (out, R), for DoRA with
+`...lora_magnitude_vector` (out,); a head is
 `base_model.model.score.weight` (1, D) of a SEQ_CLS adapter, which is where transformers' sequence classifiers have it.
 Source: PEFT 0.21, `LoraConfig` and `get_peft_model_state_dict`.
 """
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.models.lora import LoRAShape
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -27,7 +29,7 @@ _PREFIX = "base_model.model."
 _HEAD = "score"
 # Entries that change what the adapter computes, or the base under it, in ways that a plain LoRA cannot follow.
 _UNSUPPORTED = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "layer_replication",
+    "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "layer_replication",
     "target_parameters", "trainable_token_indices", "arrow_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
 _BASE_CHANGING_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
@@ -49,7 +51,7 @@ def load_adapter(
 ) -> None:
     """Add the adapter (and head) in `folder` to the backbone as the role `name`.
 
-    Raises UserError for a folder that is not a plain LoRA adapter of this model; nothing is added then.
+    Raises UserError for a folder that is not a LoRA or DoRA adapter of this model; nothing is added then.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -73,7 +75,7 @@ def base_of(folder: str | Path) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, checked to be a plain LoRA. Raises UserError."""
+    """adapter_config.json, checked to be a LoRA or DoRA. Raises UserError."""
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text())
@@ -86,7 +88,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: peft_type must be LORA, got {kind}")
     for key in _UNSUPPORTED:
         if config.get(key):
-            raise UserError(f"{path}: adapters with {key}={config[key]!r} are not supported, only plain LoRA")
+            raise UserError(f"{path}: adapters with {key}={config[key]!r} are not supported, only LoRA and DoRA")
     if config.get("bias", "none") != "none":
         raise UserError(f"{path}: adapters with bias={config['bias']!r} are not supported, only bias='none'")
     start = config.get("init_lora_weights")
@@ -101,8 +103,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _config(backbone: Backbone, name: str) -> dict[str, Any]:
     pairs = backbone.adapters[name]
-    ranks = {module: pair.rank for module, pair in pairs.items()}
-    alphas = {module: _whole(pair.scale * pair.rank) for module, pair in pairs.items()}
+    shape = next(iter(pairs.values())).shape
+    ranks = {module: pair.shape.rank for module, pair in pairs.items()}
+    alphas = {module: _whole(pair.shape.alpha) for module, pair in pairs.items()}
     rank, alpha = max(ranks.values()), max(alphas.values())
     has_head = name in backbone.heads
     return {
@@ -113,9 +116,10 @@ def _config(backbone: Backbone, name: str) -> dict[str, Any]:
         "lora_alpha": alpha,
         "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
         "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
-        "lora_dropout": 0.0,
+        "lora_dropout": shape.dropout,
         "bias": "none",
-        "use_rslora": False,
+        "use_rslora": shape.use_rslora,
+        "use_dora": shape.use_dora,
         "fan_in_fan_out": any(isinstance(backbone.model.get_submodule(module), Conv1D) for module in pairs),
         "inference_mode": True,
         "modules_to_save": [_HEAD] if has_head else None,
@@ -155,18 +159,29 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
 
 
-def _shapes(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> dict[str, tuple[int, float]]:
-    """Module name -> (rank, scale), from the tensors and the config's alphas."""
-    shapes = {}
-    for key, tensor in tensors.items():
-        module, _, part = key.rpartition(".lora_")
-        other = {"A.weight": "B.weight", "B.weight": "A.weight"}.get(part)
-        if f"{module}.lora_{other}" not in tensors:
-            raise UserError(f"{folder / WEIGHTS_NAME}: {key!r} is not half of a plain LoRA pair")
-        if part == "A.weight":
-            rank = tensor.shape[0]
+_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+
+
+def _parted(key: str) -> tuple[str, str]:
+    """(module, part) of a key of an adapter's tensor."""
+    module, _, part = key.rpartition(".lora_")
+    return module, f"lora_{part}"
+
+
+def _shapes(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> dict[str, LoRAShape]:
+    """Module name -> its shape, from the tensors and the config's alphas."""
+    use_rslora, use_dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
+    wanted, shapes = set(_PARTS if use_dora else _PARTS[:2]), {}
+    for key in tensors:
+        module, part = _parted(key)
+        if part not in wanted or any(f"{module}.{other}" not in tensors for other in wanted):
+            kind = "DoRA triple" if use_dora else "plain LoRA pair"
+            raise UserError(f"{folder / WEIGHTS_NAME}: {key!r} is not part of a {kind}")
+        if part == "lora_A.weight":
+            rank = tensors[key].shape[0]
             alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-            shapes[module] = (rank, alpha / (rank**0.5 if config.get("use_rslora") else rank))
+            scale = alpha / (rank**0.5 if use_rslora else rank)
+            shapes[module] = LoRAShape(rank, scale, use_rslora, use_dora, config.get("lora_dropout") or 0.0)
     if not shapes:
         raise UserError(f"{folder / WEIGHTS_NAME} has no LoRA weights")
     return shapes
@@ -174,11 +189,11 @@ def _shapes(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) ->
 
 def _check_fits(backbone: Backbone, tensors: dict[str, Tensor], head: Tensor | None, folder: Path) -> None:
     for key, tensor in tensors.items():
-        module, _, part = key.rpartition(".lora_")
+        module, part = _parted(key)
         if module not in backbone.linear_shapes:
             raise UserError(f"{folder}: the adapter is for {module!r}, which is no linear decoder layer of this model")
         out_features, in_features = backbone.linear_shapes[module]
-        size, wanted = (tensor.shape[1], in_features) if part[0] == "A" else (tensor.shape[0], out_features)
+        size, wanted = (tensor.shape[1], in_features) if "A" in part else (tensor.shape[0], out_features)
         if size != wanted:
             raise UserError(f"{folder}: {key} is {tuple(tensor.shape)}, this model has {wanted} there: another base?")
     wanted_head = (1, backbone.lm_head_weight.shape[1])

@@ -124,7 +124,7 @@ class RoutedLayer:
             for name in route.adapters
             if name in lora.bank
         ]
-        parameters = [p for pair in pairs for p in (pair.a, pair.b)]
+        parameters = [p for pair in pairs for p in pair.parameters.values()]
         versions = [p._version for p in parameters]
 
         def forward(hidden: Tensor) -> Any:
@@ -136,7 +136,7 @@ class RoutedLayer:
             with routed(route):
                 return self.layer_forward(hidden, *args, **kwargs)
 
-        # Dropout is off in every role, so there is no random state to preserve.
+        # The base has no dropout, and an adapter's comes from the route's seed: there is no random state to preserve.
         return checkpoint(forward, hidden_states, use_reentrant=False, preserve_rng_state=False)
 
 

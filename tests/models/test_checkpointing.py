@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.models.routing import adapted_linears
 from tests.models.tiny_models import CONFIGS, make_batch, make_model, scramble
 
 TRAINED = ("policy", "critic", "reward")
@@ -168,3 +169,37 @@ def test_other_roles_may_step_between_forward_and_backward():
     loss_of(expected, "critic").backward()
     for ours, theirs in zip(backbone.parameters_of("critic"), expected.parameters_of("critic"), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=2e-5)
+
+
+def test_dropout_of_the_adapters_is_the_same_when_recomputed():
+    def gradients_with(checkpointing: bool, seed: int | None) -> dict[str, torch.Tensor]:
+        backbone = Backbone(make_model("llama"))
+        backbone.add_adapter("policy", rank=4, top_layers=3, use_dora=True, dropout=0.3)
+        scramble(backbone, "policy")
+        backbone.enable_checkpointing(checkpointing)
+        input_ids, attention_mask = make_batch()
+        hidden = backbone.hidden(input_ids, attention_mask, ["policy"], dropout_seed=seed)["policy"]
+        loss_of(backbone, "policy", hidden).backward()
+        return {key: p.grad for key, p in backbone.named_parameters_of("policy").items() if p.grad is not None}
+
+    plain, recomputed, other, off = (
+        gradients_with(c, s) for c, s in ((False, 5), (True, 5), (False, 6), (False, None))
+    )
+    assert all(torch.equal(plain[key], recomputed[key]) for key in plain)
+    assert not any(torch.equal(plain[key], other[key]) for key in plain)
+    assert not any(torch.equal(plain[key], off[key]) for key in plain)
+
+
+def test_every_linear_drops_elements_of_its_own():
+    backbone = Backbone(make_model("llama"))
+    backbone.add_adapter("policy", rank=4)
+    streams = [linear.stream for linear in adapted_linears(backbone.model).values()]
+    assert len(set(streams)) == len(streams) == 4 * 7
+
+
+def test_roles_of_one_pass_must_agree_on_the_dropout():
+    backbone = Backbone(make_model("llama"))
+    backbone.add_adapter("policy", dropout=0.1)
+    backbone.add_adapter("critic")
+    with pytest.raises(ValueError, match=r"\['policy', 'critic'\] of one forward must have the same dropout"):
+        backbone.hidden(*make_batch(), ["policy", "critic"], dropout_seed=0)

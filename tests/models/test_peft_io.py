@@ -31,8 +31,13 @@ def peft_logits(model: torch.nn.Module) -> torch.Tensor:
 @families
 @pytest.mark.parametrize(
     "options",
-    [{}, {"top_layers": 2}, {"targets": "up", "top_layers": 1, "alpha": 5}],
-    ids=["all layers", "top layers", "one name"],
+    [
+        {},
+        {"top_layers": 2},
+        {"targets": "up", "top_layers": 1, "alpha": 5},
+        {"top_layers": 2, "alpha": 5, "use_rslora": True, "use_dora": True, "dropout": 0.1},
+    ],
+    ids=["all layers", "top layers", "one name", "rslora and dora"],
 )
 def test_peft_loads_our_policy_and_gives_the_same_logits(family, options, tmp_path):
     if "targets" in options:
@@ -48,10 +53,12 @@ def test_peft_loads_our_policy_and_gives_the_same_logits(family, options, tmp_pa
 
 @families
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_we_load_a_peft_adapter_and_give_the_same_logits(family, use_rslora, tmp_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_we_load_a_peft_adapter_and_give_the_same_logits(family, use_rslora, use_dora, tmp_path):
     names = {"gpt2": ["c_attn", "c_fc"], "gpt_neo": ["q_proj", "c_fc"]}.get(family, ["q_proj", "down_proj"])
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=names, layers_to_transform=[1, 3], use_rslora=use_rslora,
+        use_dora=use_dora, lora_dropout=0.2,
         rank_pattern={names[0]: 2}, alpha_pattern={f"3.*{names[1]}": 11}, task_type="CAUSAL_LM",
         init_lora_weights=False,
     )  # fmt: skip
@@ -63,7 +70,11 @@ def test_we_load_a_peft_adapter_and_give_the_same_logits(family, use_rslora, tmp
 
     peft_logits(model).square().sum().backward()
     logits_of(backbone, "policy").square().sum().backward()
-    theirs = {name.replace(".default", ""): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    theirs = {
+        name.replace(".default", "").replace("vector.weight", "vector"): p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
     ours = backbone.named_parameters_of("policy")
     assert {f"base_model.model.{key}" for key in ours} == theirs.keys()
     for key, parameter in ours.items():
@@ -101,6 +112,23 @@ def test_every_role_comes_back_bit_for_bit(tmp_path):
     assert torch.equal(logits_of(again, "policy"), logits_of(backbone, "policy"))
 
 
+def test_options_of_an_adapter_come_back_and_are_in_its_config(tmp_path):
+    backbone = Backbone(make_model("llama"))
+    backbone.add_adapter("policy", rank=4, alpha=6, use_rslora=True, use_dora=True, dropout=0.1)
+    scramble(backbone, "policy")
+    save_adapter(backbone, "policy", tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["use_rslora"], config["use_dora"], config["lora_dropout"]) == (True, True, 0.1)
+    assert (config["r"], config["lora_alpha"]) == (4, 6)
+    again = Backbone(make_model("llama"))
+    load_adapter(again, "policy", tmp_path, trainable=True)
+    again.add_adapter("reference", copy_of="policy", trainable=False)
+    shapes = {pair.shape for role in ("policy", "reference") for pair in again.adapters[role].values()}
+    assert shapes == {pair.shape for pair in backbone.adapters["policy"].values()}
+    assert torch.equal(logits_of(again, "policy"), logits_of(backbone, "policy"))
+    assert torch.equal(logits_of(again, "reference"), logits_of(backbone, "policy"))
+
+
 def test_policy_from_a_saved_adapter_has_a_frozen_copy_as_its_reference(tmp_path):
     save_adapter(four_roles(), "policy", tmp_path)
     backbone = Backbone(make_model("llama"))
@@ -129,7 +157,8 @@ def test_base_model_is_named_in_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora=True are not supported"),
+        ({"use_dora": True}, "is not part of a DoRA triple"),
+        ({"use_qalora": True}, "use_qalora=True are not supported"),
         ({"bias": "all"}, "bias='all' are not supported"),
         ({"peft_type": "IA3"}, "peft_type must be LORA, got IA3"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
@@ -155,7 +184,7 @@ def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, to
     ("change", "message"),
     [
         (lambda t: rename(t, "layers.3", "layers.7"), "which is no linear decoder layer of this model"),
-        (lambda t: {k: v for k, v in t.items() if "lora_B" not in k}, "is not half of a plain LoRA pair"),
+        (lambda t: {k: v for k, v in t.items() if "lora_B" not in k}, "is not part of a plain LoRA pair"),
         (lambda t: rename(t, "base_model.model.", ""), "is not a key of PEFT's format"),
         (lambda t: {k: v[:, :5].contiguous() for k, v in t.items()}, "another base"),
         (lambda t: {}, "has no LoRA weights"),
