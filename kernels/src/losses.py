@@ -15,7 +15,7 @@ from rlhf_fast.kernels.preference_losses import PAIRED, UNPAIRED
 from rlhf_fast.kernels.scalar import sigmoid, softplus
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK = 1024  # elements of a program at a time; fewer where there are many inputs, or registers would be spilled
 PARTS = 128  # partial sums at most
 PARAMETERS = 5  # of a variant, at most
 
@@ -177,13 +177,14 @@ def masked_loss(
     function, count = VARIANTS[variant]
     loss, means, *coefficients = outputs
     n, columns = coefficients[0].numel(), coefficients[0].shape[1]
-    programs = max(1, min(PARTS, triton.cdiv(n, BLOCK)))
+    block = BLOCK if count <= 5 else BLOCK // 4
+    programs = max(1, min(PARTS, triton.cdiv(n, block)))
     partials = means.new_empty(6, programs)
     inputs = inputs[:count]
     _elements_kernel[(programs,)](
         tuple(inputs), tuple(x.stride() for x in inputs), mask, coefficients[0], coefficients[-1], partials,
         *parameters, *[0.0] * (PARAMETERS - len(parameters)), n, columns,
-        FUNCTION=function, COEFFICIENTS=len(coefficients), HAS_MASK=mask is not None, BLOCK=BLOCK,
+        FUNCTION=function, COEFFICIENTS=len(coefficients), HAS_MASK=mask is not None, BLOCK=block,
     )  # fmt: skip
     _means_kernel[(1,)](
         partials, denominator, loss, means, programs, HAS_DENOMINATOR=denominator is not None, PARTS=PARTS,

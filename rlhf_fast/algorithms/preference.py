@@ -1,7 +1,9 @@
-"""DPO and IPO: raise the chosen completion's log-probability over the rejected one's, relative to the reference.
+"""DPO and its family: raise the chosen completion's log-probability over the rejected one's, relative to the reference.
 
-The reference's log-probabilities never change, so they are computed once, before the first step.
-Sources: Rafailov et al. 2023 (2305.18290); Azar et al. 2023 (2310.12036) for `loss_type: ipo`.
+The reference's log-probabilities never change, so they are computed once, before the first step. `loss_type` is any
+loss of ops/preference_loss that needs no data besides the pairs. aot, aot_unpaired and bco_pair compare the pairs of a
+micro-batch.
+Sources: Rafailov et al. 2023 (2305.18290); the others in ops/preference_loss.
 """
 
 from dataclasses import dataclass, field
@@ -9,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
 from rlhf_fast.data.encoding import Prompt, pad_id
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import save_adapter
-from rlhf_fast.ops.preference_loss import preference_loss
+from rlhf_fast.ops.preference_loss import VARIANTS, PreferenceObjective, preference_loss
 from rlhf_fast.training.config import SamplingConfig
 from rlhf_fast.training.experience import evaluate_policy
 from rlhf_fast.training.job import Job
@@ -25,13 +27,21 @@ from rlhf_fast.training.pairs import Pair, encode_pair, load_pair_rows
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import add_policy, add_rewards, build_encoder, build_model, try_rewards
 
+LOSS_TYPES = tuple(name for name, variant in VARIANTS.items() if not variant.advantages)
+
 
 class AlgorithmConfig(SamplingConfig):
     """DPO's keys; batch_size counts pairs. `reward` only judges held-out samples before and after."""
 
-    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    loss_type: Literal[LOSS_TYPES] = "sigmoid"  # type: ignore[valid-type]
     beta: float = Field(0.1, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    gamma: float = Field(0.5, description="target margin of simpo")
+
+    @model_validator(mode="after")
+    def _objective_exists(self) -> "AlgorithmConfig":
+        PreferenceObjective(self.loss_type, self.beta, self.label_smoothing, gamma=self.gamma)
+        return self
 
 
 @dataclass
@@ -97,7 +107,8 @@ def pair_loss(
     lengths = batch.mask.sum(1).split(len(pairs))
     return preference_loss(
         chosen, rejected, references[:, 0], references[:, 1], variant=config.loss_type, beta=config.beta,
-        label_smoothing=config.label_smoothing, chosen_lengths=lengths[0], rejected_lengths=lengths[1],
+        label_smoothing=config.label_smoothing, gamma=config.gamma, chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1],
     )  # fmt: skip
 
 

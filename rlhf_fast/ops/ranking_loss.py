@@ -94,8 +94,10 @@ def _groups(
     """(order, offsets, group_size, number of groups ()): order and offsets as in the kernels, None for a group_size."""
     n, dtype = rewards.shape[0], _check.compute_dtype(rewards.dtype)
     if (group_size is None) == (group_ids is None):
-        ids = "None" if group_ids is None else tuple(group_ids.shape)
-        raise ValueError(f"exactly one of group_size and group_ids is needed, got group_size={group_size} and {ids=}")
+        given = "None" if group_ids is None else tuple(group_ids.shape)
+        raise ValueError(
+            f"exactly one of group_size and group_ids is needed, got group_size={group_size} and group_ids={given}"
+        )
     if group_ids is None:
         if group_size is None or group_size < 1 or n % group_size != 0:
             raise ValueError(f"N must be a multiple of group_size >= 1, got N={n}, group_size={group_size}")
