@@ -89,9 +89,7 @@ class HeadGradients:
         """needs: whether each of (weight, bias, lora_a, lora_b) wants a gradient."""
         self.head, self.empty = head, True
         self.totals = [
-            None
-            if p is None or not need
-            else prefer_huge_pages(p.new_empty(p.shape, dtype=_check.compute_dtype(p.dtype)))
+            None if p is None or not need else p.new_empty(p.shape, dtype=_check.compute_dtype(p.dtype))
             for p, need in zip(head[:4], needs, strict=True)
         ]
 

@@ -378,6 +378,28 @@ def test_it_compiles_without_graph_breaks(backend, frozen):
         torch.testing.assert_close(value, got[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("option", ["plain", "softcap", "head_lora", "targets"])
+def test_the_reference_is_differentiable_twice(option):
+    hidden, weight, bias, targets, _ = draw((2,), width=3, vocabulary=5, dtype=torch.float64)
+    lora_a, lora_b = (x.requires_grad_() for x in draw_lora(weight, rank=2))
+    options = (
+        {"temperature": torch.tensor([0.7, 1.5]), "logit_scale": 0.5, "softcap": 2.0} if option == "softcap" else {}
+    )
+    ids = torch.tensor([[1, 4], [0, 0]]) if option == "targets" else targets
+
+    def op(hidden, weight, bias, a, b):
+        lora = (a, b, 0.5) if option == "head_lora" else None
+        return linear_logprobs(
+            hidden, weight, ids, bias=bias, head_lora=lora, return_entropy=True, backend="reference", **options
+        )
+
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)] + [lora_a, lora_b]
+    if option != "head_lora":
+        inputs[3:] = [x.detach() for x in inputs[3:]]
+    assert torch.autograd.gradcheck(op, inputs)
+    assert torch.autograd.gradgradcheck(op, inputs)
+
+
 def test_a_trained_bias_on_a_frozen_weight_gets_its_gradient():
     hidden, weight, bias, targets, _ = draw()
     bias.requires_grad_()
