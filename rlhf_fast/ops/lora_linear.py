@@ -351,7 +351,8 @@ def _autograd(ctx, grads):
     n = ctx.adapters
     downs, ups, magnitudes = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
     needs = ctx.needs_input_grad
-    rest = (*([] if value == [] else None for value in ctx.layout), None, None, None)  # an empty list is one of tensors
+    # Autograd takes an empty list for one of tensors.
+    rest: list[list | None] = [*([] if value == [] else None for value in ctx.layout), None, None, None]
     if grads[0] is None:
         return (None, None, None, [None] * n, [None] * n, [None] * len(magnitudes), *rest)
     grad = grads[0].contiguous()
