@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,9 +40,9 @@ SCRATCH_BYTES = 1 << 30
 _TENSORS = 12  # the place of `tensors` among the arguments of the registered ops
 _ROW_BYTES = 128  # per row of the call: log-probabilities, statistics, and what the loss makes of them
 
-# (objective, tensors, logprobs (N,), entropy (N,) or None, backend)
+# (objective, tensors, backend, logprobs (N,), entropy (N,) or None)
 #   -> [loss (), metrics, d loss / d logprobs (N,), and d loss / d entropy (N,) where it has a weight]
-Evaluate = Callable[[str, list[Tensor | None], Tensor, Tensor | None, str], list[Tensor]]
+Evaluate = Callable[[str, list[Any], str, Tensor, Tensor | None], list[Tensor]]
 
 
 class Sweep:
@@ -185,7 +186,7 @@ def register(op: str, evaluate: Evaluate, metrics: int) -> None:
         plan = make(coupling, shape, cu_seqlens, mask, hidden.device, tile_rows, held_rows)
         compacted = None if hidden.device.type == "cpu" else mask
         sweep = Sweep(head, hidden, targets, compacted, transform, plan, want_entropy, backend)
-        return differentiate(sweep, lambda *known: evaluate(objective, tensors, *known, backend), needs)
+        return differentiate(sweep, partial(evaluate, objective, tensors, backend), needs)
 
     @forward.register_fake
     def _(hidden, weight, bias, lora_a, lora_b, lora_scale, targets, mask, temperature, temperatures, logit_scale,

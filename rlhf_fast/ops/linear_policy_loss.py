@@ -22,6 +22,7 @@ Sources: policy_loss; gradients in forward as in Liger Kernel, Hsu et al. 2024 (
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,13 +89,16 @@ def linear_policy_loss(
     inputs = inputs.planes()
     name = resolve("linear_policy_loss", policy.IMPLS, hidden.device, backend)
     if name == "reference" or (call.frozen and objective.entropy_coef == 0):
-        logprobs, entropy = linear_logprobs(
+        found = linear_logprobs(
             hidden, weight, targets, bias=bias, mask=None if plan.flags is None else plan.flags.view(shape),
             temperature=temperature, logit_scale=logit_scale, softcap=softcap, head_lora=head_lora,
-            return_entropy=True, chunk_tokens=call.tile_rows, backend=name,
+            return_entropy=reads_entropy, chunk_tokens=call.tile_rows, backend=name,
         )  # fmt: skip
+        logprobs, entropy = found if reads_entropy else (found, None)
         plane = inputs.logprobs.shape
-        inputs = inputs._replace(logprobs=logprobs.view(plane), entropy=entropy.view(plane) if reads_entropy else None)
+        inputs = inputs._replace(
+            logprobs=logprobs.view(plane), entropy=None if entropy is None else entropy.view(plane)
+        )
         loss, metrics = policy.evaluate(objective, inputs, plan, backend=name)
     else:
         loss, values, logprobs, *_ = call.run(
@@ -112,8 +116,8 @@ def coupling(objective: PolicyObjective) -> str:
     return "sequence" if objective.needs_sequences else "token"
 
 
-def _evaluate(objective: str, tensors: list[Tensor | None], logprobs: Tensor, entropy: Tensor | None,
-              backend: str) -> list[Tensor]:  # fmt: skip
+def _evaluate(objective: str, tensors: list[Any], backend: str, logprobs: Tensor,
+              entropy: Tensor | None) -> list[Tensor]:  # fmt: skip
     """tensors: old_logprobs, advantages, ref_logprobs, sampler_logprobs, and the fields of a Plan."""
     chosen = PolicyObjective(**json.loads(objective))
     old_logprobs, advantages, ref_logprobs, sampler_logprobs, *made = tensors

@@ -23,6 +23,7 @@ Sources: preference_loss; gradients in forward as in Liger Kernel, Hsu et al. 20
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from torch import Tensor
 from rlhf_fast.backends import resolve
 from rlhf_fast.ops import _check, _linear_loss, _losses
 from rlhf_fast.ops import preference_loss as preference
-from rlhf_fast.ops.linear_logprobs import linear_logprobs
+from rlhf_fast.ops.linear_logprobs import HeadLora, linear_logprobs
 from rlhf_fast.ops.preference_loss import Pairs, PreferenceObjective
 
 Result = tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor], Tensor]
@@ -89,29 +90,28 @@ def linear_preference_loss(
     _check.same_device(("hidden", hidden), ("mask", mask), ("cu_seqlens", cu_seqlens))
     cu_seqlens = _checked_sequences(shape, cu_seqlens)
     mask = _check.mask_bytes(mask, shape, "the shape of targets")
-    transform = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+
+    def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, head_lora: HeadLora | None) -> Tensor:
+        return linear_logprobs(
+            hidden, weight, targets, bias=bias, mask=mask, temperature=temperature, logit_scale=logit_scale,
+            softcap=softcap, head_lora=head_lora, chunk_tokens=call.tile_rows, backend=name,
+        )  # fmt: skip
+
     if ref_hidden is not None:
-        if ref_weight is None:
-            ref_weight, ref_bias = weight.detach(), None if bias is None else bias.detach()
         with torch.no_grad():
-            ref_logprobs = linear_logprobs(
-                ref_hidden, ref_weight, targets, bias=ref_bias, mask=mask, **transform, chunk_tokens=call.tile_rows,
-                backend=backend,
-            )  # fmt: skip
+            ref_head = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
+            ref_logprobs = score(ref_hidden, *ref_head, None)
         ref_chosen, ref_rejected = sequence_sums(ref_logprobs, cu_seqlens).chunk(2)
     counts = torch.ones_like(targets) if mask is None else mask
-    lengths = sequence_sums(counts.double(), cu_seqlens).chunk(2)
-    like = hidden.new_empty(lengths[0].shape, dtype=_check.compute_dtype(hidden.dtype))
+    chosen_lengths, rejected_lengths = sequence_sums(counts.double(), cu_seqlens).chunk(2)
+    like = hidden.new_empty(chosen_lengths.shape, dtype=_check.compute_dtype(hidden.dtype))
     pairs = preference.checked(
-        Pairs(like, like, ref_chosen, ref_rejected, *lengths, weights, reward_shift, chosen_advantages,
-              rejected_advantages), objective,
+        Pairs(like, like, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, weights, reward_shift,
+              chosen_advantages, rejected_advantages), objective,
     )  # fmt: skip
     total = _losses.denominator_tensor(denominator, like)
     if name == "reference" or call.frozen:
-        logprobs = linear_logprobs(
-            hidden, weight, targets, bias=bias, mask=mask, **transform, head_lora=head_lora,
-            chunk_tokens=call.tile_rows, backend=name,
-        )  # fmt: skip
+        logprobs = score(hidden, weight, bias, head_lora)
         sums = _reference_sums if name == "reference" else sequence_sums
         chosen, rejected = sums(logprobs, cu_seqlens).chunk(2)
         loss, metrics = preference.evaluate(
@@ -172,8 +172,8 @@ def sequence_ids(count: int, cu_seqlens: Tensor) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).clamp(max=cu_seqlens.shape[0] - 2)
 
 
-def _evaluate(objective: str, tensors: list[Tensor | None], logprobs: Tensor, entropy: Tensor | None,
-              backend: str) -> list[Tensor]:  # fmt: skip
+def _evaluate(objective: str, tensors: list[Any], backend: str, logprobs: Tensor,
+              entropy: Tensor | None) -> list[Tensor]:  # fmt: skip
     """tensors: denominator, cu_seqlens and the fields of Pairs; chosen and rejected give way to the sums."""
     total, cu_seqlens, *fields = tensors
     pairs = Pairs(*fields)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from rlhf_fast.ops._head import Head
+from rlhf_fast.ops._linear_loss import rows_that_fit
+from rlhf_fast.ops._linear_plan import make
+
+CPU, GPU = torch.device("cpu"), torch.device("meta")
+
+
+def groups(plan):
+    """The rows of every tile of every group."""
+    return [[torch.arange(100)[plan.rows(tile)].tolist() for tile in group] for group in plan.groups]
+
+
+def test_a_pair_is_taken_with_both_of_its_sequences_and_without_masked_rows():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 1]], dtype=torch.uint8)
+    plan = make("pair", (4, 3), None, mask, CPU, 5, 100)
+    assert groups(plan) == [[[0, 1, 6, 7, 8]], [[3, 11]]]
+
+
+def test_packed_sequences_are_joined_while_they_fit_a_tile():
+    plan = make("sequence", (9,), torch.tensor([0, 3, 3, 5, 9]), None, CPU, 5, 100)
+    assert groups(plan) == [[[0, 1, 2, 3, 4]], [[5, 6, 7, 8]]]
+
+
+def test_a_sequence_longer_than_a_tile_is_one_tile_while_the_budget_lasts_and_several_beyond_it():
+    assert groups(make("sequence", (1, 6), None, None, CPU, 2, 6)) == [[[0, 1, 2, 3, 4, 5]]]
+    assert groups(make("sequence", (1, 6), None, None, CPU, 2, 4)) == [[[0, 1, 2], [3, 4, 5]]]
+
+
+def test_tokens_that_are_not_coupled_go_in_tiles_of_equal_height():
+    assert groups(make("token", (6,), None, None, CPU, 4, 100)) == [[[0, 1, 2]], [[3, 4, 5]]]
+
+
+def test_a_loss_that_couples_the_batch_takes_all_of_it():
+    assert len(make("batch", (4, 3), None, None, CPU, 2, 12).groups) == 1
+
+
+def test_on_a_device_units_are_known_by_shape_alone():
+    assert make("sequence", (2, 3), None, torch.ones(2, 3, device=GPU), GPU, 4, 100).groups == [
+        [slice(0, 3)], [slice(3, 6)],
+    ]  # fmt: skip
+    pairs = make("pair", (4, 3), None, None, GPU, 6, 100)
+    assert pairs.groups == [[slice(0, 6)], [slice(6, 12)]]
+    assert pairs.order.shape == (12,)
+    assert make("pair", (7,), torch.zeros(5, device=GPU), None, GPU, 6, 100).groups == [[slice(0, 7)]]
+
+
+@pytest.mark.parametrize("coupling", ["token", "sequence", "pair", "batch"])
+def test_no_rows_give_no_group(coupling):
+    assert make(coupling, (0, 4), None, None, CPU, 2, 2).groups == []
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 8192), (torch.float32, 4096)], ids=str)
+def test_a_pair_of_32k_tokens_with_a_vocabulary_of_152k_fits_one_gibibyte(dtype, width):
+    head = Head(torch.empty(151936, width, dtype=dtype, device="meta"))
+    rows = rows_that_fit(head, 65536, 1 << 30)
+    plan = make("pair", (2, 32768), None, None, CPU, rows, rows)
+    assert len(plan.groups) == 1
+    assert max(tile.stop - tile.start for tile in plan.groups[0]) * 151936 * 4 < 1 << 30
+    assert sum(tile.stop - tile.start for tile in plan.groups[0]) == 65536
+
+
+def test_a_budget_below_one_row_says_what_is_needed():
+    head = Head(torch.empty(97, 16))
+    needed = 10 * 128 + 97 * 4 + 2 * 16 * 4
+    with pytest.raises(ValueError, match=rf"scratch_bytes must be >= {needed} for 10 tokens and a head \(97, 16\)"):
+        rows_that_fit(head, 10, needed - 1)
+    assert rows_that_fit(head, 10, needed) == 1
