@@ -83,6 +83,9 @@ RLHF_INLINE Stats<C> row_stats(const T* logits, int64_t vocabulary, const RowTra
     if (row.cap > 0) {
       const C max = cap_block<false>(x, n, row, s, s);
       stats = add_block<kMore>(stats, x, s, n, row, &max);
+    } else if constexpr (sizeof(T) < sizeof(C)) {  // widened apart: mixed widths cost a quarter more
+      for (int64_t i = 0; i < n; ++i) s[i] = load(x[i]);
+      stats = add_block<kMore>(stats, x, s, n, row, static_cast<const C*>(nullptr));
     } else {
       stats = add_block<kMore>(stats, x, x, n, row, static_cast<const C*>(nullptr));
     }
