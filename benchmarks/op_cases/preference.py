@@ -30,6 +30,10 @@ def paired(variant: str) -> dict[str, Tensor]:
     return tensors
 
 
+def with_references(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {"ref_chosen": None, "ref_rejected": None, **tensors}
+
+
 def hyper_parameters(variant: str) -> dict[str, Any]:
     smoothing = {"label_smoothing": 0.1} if preference_loss.VARIANTS[variant].smooths else {}
     return {"variant": variant, "beta": 0.3, **smoothing}
@@ -50,7 +54,14 @@ def ranked() -> dict[str, Tensor]:
 
 CASES = [
     *(
-        Case("preference_loss", lambda v=v: paired(v), hyper_parameters(v), ("chosen", "rejected"), label=v)
+        Case(
+            "preference_loss",
+            lambda v=v: paired(v),
+            hyper_parameters(v),
+            ("chosen", "rejected"),
+            arguments=with_references,
+            label=v,
+        )
         for v in preference_loss.VARIANTS
     ),
     *(

@@ -67,8 +67,8 @@ METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 def preference_loss(
     chosen: Tensor,
     rejected: Tensor,
-    ref_chosen: Tensor | None = None,
-    ref_rejected: Tensor | None = None,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
     *,
     variant: str | Mapping[str, float] = "sigmoid",
     beta: float = 0.1,
@@ -93,8 +93,8 @@ def preference_loss(
     """The mean preference loss of B pairs and its metrics; only `chosen` and `rejected` get a gradient.
 
     chosen, rejected, ref_chosen, ref_rejected: (B,) sums of token log-probabilities, in nats; float32, bfloat16,
-    float16 or float64, any strides. The reference's are not looked at by reference-free variants, nor with
-    reference_free, which takes 0 for them.
+    float16 or float64, any strides. The reference's may be None for reference-free variants and with reference_free,
+    which takes 0 for them.
     variant: one of VARIANTS, or weights of several, {"sigmoid": 0.8, "sft": 0.2}; the metrics are the first one's.
     beta > 0: per nat; for ipo the paper's tau, for orpo its lambda. label_smoothing: the chance in [0, 0.5) that a
     label is flipped. divergence: reverse_kl, forward_kl, alpha (with divergence_alpha > 0) or js. gamma: simpo's

@@ -177,7 +177,8 @@ def test_a_pair_counts_with_its_weight_over_the_denominator(backend):
 @pytest.mark.parametrize("variant", ["sigmoid", "simpo"])
 def test_without_a_reference_its_log_probabilities_are_zero(backend, variant):
     chosen, rejected, *_ = logprobs(5)
-    got = run([chosen, rejected], variant=variant, reference_free=True, backend=backend)
+    options = {**data(5), "variant": variant, "reference_free": True, "backend": backend}
+    got = evaluate(lambda c, r: preference_loss(c, r, None, None, **options), [chosen, rejected], 2)
     zeros = [torch.zeros(5)] * 2
     assert_same(got, run([chosen, rejected, *zeros], variant=variant, backend=backend))
 
@@ -338,7 +339,7 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend, variant):
     [
         (lambda x: [y[None] for y in x], {}, r"chosen must be \(B,\), got \(1, 3\)"),
         (lambda x: [*x[:3], x[3][:2]], {}, r"ref_rejected must be \(B,\) = \(3,\), got \(2,\)"),
-        (lambda x: x[:2], {"variant": {"sft": 1.0, "hinge": 2.0}, "chosen_lengths": torch.ones(3)},
+        (lambda x: [*x[:2], None, None], {"variant": {"sft": 1.0, "hinge": 2.0}, "chosen_lengths": torch.ones(3)},
          r"ref_chosen must be given for sft \+ hinge"),
         (lambda x: x, {"variant": "kto"}, "variant must be one of sigmoid, .*, hpo, got 'kto'"),
         (lambda x: x, {"variant": {"ipo": math.inf}}, "the weight of variant ipo must be finite, got inf"),
