@@ -8,15 +8,12 @@ float64 in a fixed order: the same inputs give the same bits.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.scalar import log1p, tanh
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from rlhf_fast.ops.token_logprobs import Transform
 
 BLOCK = 2048
 
@@ -177,7 +174,7 @@ def _sample_kernel(
 
 def sample(
     logits: Tensor,
-    transform: Transform,
+    transform: Any,
     row_ids: Tensor,
     seed: Tensor,
     step: Tensor,
