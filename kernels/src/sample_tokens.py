@@ -12,7 +12,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.scalar import log1p, tanh
+from rlhf_fast.kernels.scalar import log1p
+from rlhf_fast.kernels.transform import capped, row_factor
 from torch import Tensor
 
 BLOCK = 2048
@@ -23,9 +24,7 @@ def _load(logits, start, V, factor, scale, cap, SOFTCAP: tl.constexpr, BLOCK: tl
     """z of the block from `start` on, -inf behind the vocabulary."""
     columns = start + tl.arange(0, BLOCK)
     x = tl.load(logits + columns, mask=columns < V, other=0.0).to(factor.dtype)
-    if SOFTCAP:
-        x = cap * tanh(x * (scale / cap))
-    return tl.where(columns < V, factor * x, -float("inf"))
+    return tl.where(columns < V, factor * capped(x, scale, cap, SOFTCAP), -float("inf"))
 
 
 @triton.jit
@@ -108,12 +107,7 @@ def _sample_kernel(
     row = tl.program_id(0).to(tl.int64)
     acc = logprobs.dtype.element_ty
     logits += row * row_stride
-    if HAS_TEMPERATURES:
-        temperature = tl.load(temperatures + row).to(tl.float64)
-    factor = tl.full([], 1.0, tl.float64) / temperature
-    if not SOFTCAP:
-        factor *= logit_scale
-    factor = factor.to(acc)
+    factor = row_factor(temperatures, row, temperature, logit_scale, acc, HAS_TEMPERATURES, SOFTCAP)
     scale = tl.full([], logit_scale, acc)
     cap = tl.full([], softcap, acc)
 
@@ -163,10 +157,8 @@ def _sample_kernel(
         last = tl.maximum(last, tl.max(tl.where(weights > 0, columns, 0), 0))
         cumulative += tl.sum(weights, 0)
     chosen = tl.minimum(chosen, last)
-    x = tl.load(logits + chosen).to(acc)
-    if SOFTCAP:
-        x = cap * tanh(x * (scale / cap))
-    below = (factor * x).to(tl.float64) - row_max.to(tl.float64)
+    z = factor * capped(tl.load(logits + chosen).to(acc), scale, cap, SOFTCAP)
+    below = z.to(tl.float64) - row_max.to(tl.float64)
     tl.store(ids + row, chosen.to(tl.int64))
     tl.store(logprobs + row, (below - log1p(kept - 1.0)).to(acc))
     tl.store(full_logprobs + row, (below - log1p(full - 1.0)).to(acc))

@@ -10,29 +10,13 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.scalar import expm1, log1p, tanh
+from rlhf_fast.kernels.scalar import expm1, log1p
+from rlhf_fast.kernels.transform import capped, row_factor
 from torch import Tensor
 
 BLOCK = 4096
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _factor(temperatures, row, temperature, logit_scale, acc, HAS_TEMPERATURES: tl.constexpr, HAS_CAP: tl.constexpr):
-    """z = factor * capped(x)"""
-    t = tl.full([], temperature, tl.float64)
-    if HAS_TEMPERATURES:
-        t = tl.load(temperatures + row).to(tl.float64)
-    scale = tl.full([], 1.0 if HAS_CAP else logit_scale, tl.float64)
-    return (scale / t).to(acc)
-
-
-@triton.jit
-def _capped(x, logit_scale, cap, HAS_CAP: tl.constexpr):
-    if HAS_CAP:
-        x = cap * tanh(x * (logit_scale / cap))
-    return x
 
 
 @triton.jit
@@ -80,7 +64,7 @@ def _write_gradient(
         columns = start + tl.arange(0, BLOCK)
         inside = columns < V
         x = tl.load(logits + columns, mask=inside, other=0.0).to(acc)
-        s = _capped(x, logit_scale, cap, HAS_CAP)
+        s = capped(x, logit_scale, cap, HAS_CAP)
         log_p = (s - shift) * factor - row_logsum
         value = sum_g
         if HAS_ENTROPY:
@@ -163,7 +147,7 @@ def _forward_kernel(
             _write_zeros(gradient + base, V, BLOCK)
         return
 
-    factor = _factor(temperatures, row, temperature, logit_scale, acc, HAS_TEMPERATURES, HAS_CAP)
+    factor = row_factor(temperatures, row, temperature, logit_scale, acc, HAS_TEMPERATURES, HAS_CAP)
     scale = tl.full([], logit_scale, tl.float64).to(acc)
     cap = tl.full([], softcap, tl.float64).to(acc)
     factor2 = factor * LOG2E
@@ -179,11 +163,11 @@ def _forward_kernel(
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + base + columns, mask=columns < V, other=-float("inf")).to(acc)
-        s = _capped(x, scale, cap, HAS_CAP)
+        s = capped(x, scale, cap, HAS_CAP)
         added = columns < V
         top = tl.max(x, 0)
         if top > m:
-            new_shift = _capped(top, scale, cap, HAS_CAP)
+            new_shift = capped(top, scale, cap, HAS_CAP)
             # the first finite maximum: nothing has been counted
             lift = tl.where(m == -float("inf"), 0.0, (shift - new_shift) * factor2)
             e = tl.where(m == -float("inf"), 0.0, tl.exp2(lift))
@@ -212,7 +196,7 @@ def _forward_kernel(
     ids = tl.load(targets + row * K + k, mask=k < K, other=-1)
     valid = (ids >= 0) & (ids < V)
     x = tl.load(logits + base + ids, mask=valid, other=float("nan")).to(acc)
-    below = tl.where(x == m, x - x, (_capped(x, scale, cap, HAS_CAP) - shift) * factor)
+    below = tl.where(x == m, x - x, (capped(x, scale, cap, HAS_CAP) - shift) * factor)
     tl.store(logprobs + row * K + k, below - row_logsum, mask=k < K)
     tl.store(row_maxes + row, row_max)
     tl.store(row_logsums + row, row_logsum)
@@ -278,7 +262,7 @@ def _backward_kernel(
     if not counts:
         _write_zeros(gradient + out, V, BLOCK)
         return
-    factor = _factor(temperatures, row, temperature, logit_scale, acc, HAS_TEMPERATURES, HAS_CAP)
+    factor = row_factor(temperatures, row, temperature, logit_scale, acc, HAS_TEMPERATURES, HAS_CAP)
     scale = tl.full([], logit_scale, tl.float64).to(acc)
     cap = tl.full([], softcap, tl.float64).to(acc)
     _write_gradient(

@@ -17,6 +17,8 @@ The uniform u has 53 bits of Philox4x32-10 with the counter (row, step) under th
 on these three and its logits alone, not on the size or order of the batch, the number of threads, or the backend (up
 to rounding where u falls between two tokens).
 
+A draw has no derivative: results are detached.
+
 Numerics: z and e in float32 (float64 for float64); sums of e, which decide the draw and give both results, in float64.
 
 Cost per row: V s bytes read once on the CPU; on a GPU one sweep for each of maximum, sum, draw and rule, and 16 more
