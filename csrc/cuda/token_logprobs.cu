@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int kBlocks = 2;  // at least so many per multiprocessor; with no bound ptxas aims at more of them and spills
 constexpr int kInFlight = 4;  // 16-byte loads that a thread issues before it uses the first
 
 __device__ void store(float& out, float x) { out = x; }
@@ -133,7 +134,7 @@ __device__ void write_gradient(const T* logits, T* out, int64_t size, const RowT
 }
 
 template <typename T, bool kMore, bool kCap>
-__global__ void __launch_bounds__(kThreads) forward_kernel(TokenLogprobs op, T* gradient) {
+__global__ void __launch_bounds__(kThreads, kBlocks) forward_kernel(TokenLogprobs op, T* gradient) {
   using C = compute_t<T>;
   const int64_t row = blockIdx.x, offset = op.rows.offset(row), size = op.vocabulary, count = op.targets_per_row;
   const T* logits = static_cast<const T*>(op.logits) + offset;
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(TokenLogprobs op, T* 
 }
 
 template <typename T, bool kEntropy, bool kCap>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     backward_kernel(TokenLogprobs op, const compute_t<T>* grad_logprobs, const compute_t<T>* grad_entropy, T* gradient,
                     Rows gradient_rows) {
   using C = compute_t<T>;

@@ -67,8 +67,8 @@ METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 def preference_loss(
     chosen: Tensor,
     rejected: Tensor,
-    ref_chosen: Tensor | None,
-    ref_rejected: Tensor | None,
+    ref_chosen: Tensor | None = None,
+    ref_rejected: Tensor | None = None,
     *,
     variant: str | Mapping[str, float] = "sigmoid",
     beta: float = 0.1,

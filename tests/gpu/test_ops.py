@@ -66,9 +66,9 @@ def test_large_vocabularies_in_place(backend, vocabulary):
 def test_the_cuda_kernels_say_that_there_is_no_device():
     if not native().with_cuda:
         pytest.skip("built without a CUDA compiler")
-    rows, addresses = (1, 1, 2, 2), [0, 0, 0, 0]  # never read: there is nothing to launch on
+    rows, transform, stats = (1, 1, 2, 2), (1.0, 0, 1.0, 0.0), [0] * 5  # never read: there is nothing to launch on
     with pytest.raises(RuntimeError, match="token_logprobs: no CUDA device or driver here"):
-        native().token_logprobs_forward_cuda(0, 0, rows, 2, 0, 0, 1.0, False, addresses, 0, 0, 0)
+        native().token_logprobs_forward_cuda(0, 0, rows, 2, 0, 1, 0, transform, stats, 0, 0, 0)
 
 
 def test_the_cuda_backend_refuses_a_tensor_on_the_cpu():

@@ -62,8 +62,8 @@ def test_hyperparameters_are_keyword_only_and_the_backend_comes_last(op):
     parameters = list(inspect.signature(getattr(rlhf_fast, op)).parameters.values())
     assert parameters[-1].name == "backend"
     defaults = [p.name for p in parameters if p.default is not p.empty and p.kind is not p.KEYWORD_ONLY]
-    # whiten(x, mask) is the one op whose optional tensor may be positional
-    assert defaults == (["mask"] if op == "whiten" else [])
+    # optional tensors that belong to the op's data: a mask, and the reference that some losses do without
+    assert defaults == {"whiten": ["mask"], "preference_loss": ["ref_chosen", "ref_rejected"]}.get(op, [])
     assert [p.name for p in parameters if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)] == []
 
 
