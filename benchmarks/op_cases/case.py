@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rlhf_fast
 
-B, T, V, D = 3, 12, 1031, 64  # sequences, time, vocabulary (odd: rows are not aligned), hidden
+B, T, V, D = 3, 8, 1031, 64  # sequences, time, vocabulary (odd: rows are not aligned), hidden
 
 
 @dataclass(frozen=True)
