@@ -31,41 +31,50 @@ template <typename C> struct Sequence {
 
 // Some tokens in a row of one sequence, 0 where a token does not count.
 template <typename C> struct Tokens {
-  C logprobs[kBlock], old_logprobs[kBlock], advantages[kBlock], optional[kBlock], weights[kBlock];
-  C counts[kBlock];       // 1 or 0
-  C correction[kBlock];   // weight of the policy term
-  int32_t flags[kBlock];  // as wide as C, for the vectoriser
+  C logprobs[kBlock], old_logprobs[kBlock], advantages[kBlock], optional[kBlock];
+  C log_ratio[kBlock], ratio[kBlock];  // ratio = exp(log_ratio), the latter within +-20
+  C weights[kBlock];                   // in the loss
+  C correction[kBlock];                // weight of the policy term
+  C counts[kBlock];                    // 1 or 0
+  int32_t flags[kBlock];               // as wide as C, for the vectoriser
+  bool all;                            // whether every token counts
+  int bits;                            // of any flag
 };
 
-template <typename C> RLHF_INLINE void clear_uncounted(const Tokens<C>& t, int64_t n, C* x) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) x[i] = t.flags[i] ? x[i] : C(0);
-}
 template <typename C>
 RLHF_INLINE void read_counted(const PolicyLoss& op, const Plane& plane, const Tokens<C>& t, int64_t start, int64_t n,
                               C* x) {
   read(plane, op.columns, start, n, x);
-  if (op.flags) clear_uncounted(t, n, x);
+  if (t.all) return;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) x[i] = t.flags[i] ? x[i] : C(0);
 }
 
-template <typename C> RLHF_INLINE void read_tokens(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t) {
-  if (op.flags) std::copy(op.flags + start, op.flags + start + n, t.flags);
-  else std::fill(t.flags, t.flags + n, 1);
+// False where no token counts, then nothing is read: much of a ragged batch is padding.
+template <typename C> RLHF_INLINE bool read_tokens(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t) {
+  t.all = true, t.bits = 1;
+  if (op.flags) {
+    std::copy(op.flags + start, op.flags + start + n, t.flags);
+    int any = 0, every = 1;
+#pragma omp simd reduction(| : any) reduction(& : every)
+    for (int64_t i = 0; i < n; ++i) any |= t.flags[i], every &= t.flags[i];
+    t.all = every != 0, t.bits = any;
+    if (any == 0) return false;
+  } else {
+    std::fill(t.flags, t.flags + n, 1);
+  }
+  const C weight = 1 / *static_cast<const C*>(op.denominator);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) t.counts[i] = t.flags[i] ? C(1) : C(0);
+  for (int64_t i = 0; i < n; ++i) {
+    t.counts[i] = t.flags[i] ? C(1) : C(0);
+    t.weights[i] = t.flags[i] ? weight : C(0);
+  }
+  if (op.weights.data) read_counted(op, op.weights, t, start, n, t.weights);
   read_counted(op, op.logprobs, t, start, n, t.logprobs);
   read_counted(op, op.old_logprobs, t, start, n, t.old_logprobs);
   read_counted(op, op.advantages, t, start, n, t.advantages);
-  if (op.weights.data) {
-    read_counted(op, op.weights, t, start, n, t.weights);
-  } else {
-    const C weight = 1 / *static_cast<const C*>(op.denominator);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) t.weights[i] = weight * t.counts[i];
-  }
+  return true;
 }
-
-template <typename C> RLHF_INLINE C clamped(C x, C low, C high) { return x < low ? low : (x > high ? high : x); }
 
 // The weight that a ratio to the sampler gives.
 template <typename C> struct Bounds {
@@ -73,8 +82,28 @@ template <typename C> struct Bounds {
   bool reject;
   explicit Bounds(const PolicyLoss& op) : low(C(op.correction_low)), high(C(op.correction_high)), reject(op.reject) {}
   RLHF_INLINE bool outside(C ratio) const { return (ratio < low) | (ratio > high); }
-  RLHF_INLINE C weight(C ratio) const { return reject & outside(ratio) ? C(0) : clamped(ratio, low, high); }
+  RLHF_INLINE C weight(C ratio) const { return reject & outside(ratio) ? C(0) : bounded(ratio, low, high); }
 };
+
+// The ratio of every token, and its statistics.
+template <typename C> RLHF_INLINE void find_ratios(int64_t n, Tokens<C>& t, Sums& sums) {
+  const C floor = exp_any(C(-20)), ceiling = exp_any(C(20));
+  C approx_kl = 0, total = 0, highest = -infinity<C>(), lowest = infinity<C>();
+#pragma omp simd reduction(+ : approx_kl, total) reduction(max : highest) reduction(min : lowest)
+  for (int64_t i = 0; i < n; ++i) {
+    const C log_ratio = t.logprobs[i] - t.old_logprobs[i];
+    const ExpParts<C> e = exp_parts(log_ratio);
+    const C ratio = bounded(e.exp, floor, ceiling);
+    t.log_ratio[i] = log_ratio, t.ratio[i] = ratio;
+    approx_kl += e.minus_1_minus;  // 0 where it does not count
+    const C above = t.counts[i] * ratio, below = t.flags[i] ? ratio : infinity<C>();  // a ratio is > 0
+    total += above;
+    highest = above > highest ? above : highest;
+    lowest = below < lowest ? below : lowest;
+  }
+  sums.of[kApproxKl] += approx_kl, sums.of[kRatio] += total;
+  sums.highest = std::max(sums.highest, double(highest)), sums.lowest = std::min(sums.lowest, double(lowest));
+}
 
 // The correction of every token, and its statistics.
 template <typename C>
@@ -88,7 +117,7 @@ RLHF_INLINE void correct(const PolicyLoss& op, int64_t start, int64_t n, const S
 #pragma omp simd reduction(+ : applied, outside, kl)
   for (int64_t i = 0; i < n; ++i) {
     const C apart = t.old_logprobs[i] - t.optional[i];
-    const C ratio = of_token ? exp_any(clamped(apart, C(-20), C(20))) : of_sequence;
+    const C ratio = of_token ? exp_any(bounded(apart, C(-20), C(20))) : of_sequence;
     t.correction[i] = bounds.weight(ratio);
     applied += t.counts[i] * t.correction[i];
     outside += bounds.outside(ratio) ? t.counts[i] : C(0);
@@ -111,38 +140,32 @@ RLHF_INLINE void drop(int64_t n, const Sequence<C>& sequence, Tokens<C>& t, Sums
   sums.of[kDropped] += dropped;
 }
 
+// A function of its own: whose address is taken within a simd loop, is no register and stops the vectoriser.
+template <typename F, typename C>
+RLHF_INLINE Outcome<C> outcome(const Tokens<C>& t, int64_t i, const Shared<C>& shared, const C* p) {
+  const Token<C> token{t.logprobs[i],  t.old_logprobs[i], t.advantages[i],
+                       t.log_ratio[i], t.ratio[i],        t.flags[i] & 4 ? C(1) : C(0)};
+  return F::at(token, shared, p, [](C x) { return exp_any(x); });
+}
+
 template <typename F, typename C>
 RLHF_INLINE void policy_term(const PolicyLoss& op, int64_t n, const Sequence<C>& sequence, const Tokens<C>& t,
-                             C* coefficient, Sums& sums) {
+                             C* __restrict coefficient, Sums& sums) {
   C p[5];
   for (int k = 0; k < 5; ++k) p[k] = C(op.parameters[k]);
   const Shared<C> shared = sequence.shared;
   const C sequence_weight = sequence.weight;
-  const C ceiling = exp_any(C(20)), floor = exp_any(C(-20));
-  C loss = 0, low = 0, high = 0, approx_kl = 0, ratios = 0;
-  C highest = -infinity<C>(), lowest = infinity<C>();
-#pragma omp simd reduction(+ : loss, low, high, approx_kl, ratios) reduction(max : highest) reduction(min : lowest)
+  C loss = 0, low = 0, high = 0;
+#pragma omp simd reduction(+ : loss, low, high)
   for (int64_t i = 0; i < n; ++i) {
-    const C log_ratio = t.logprobs[i] - t.old_logprobs[i], counts = t.counts[i];
-    const ExpParts<C> e = exp_parts(log_ratio);
-    const C ratio = log_ratio > 20 ? ceiling : (log_ratio < -20 ? floor : e.exp);
-    const Token<C> token{t.logprobs[i], t.old_logprobs[i], t.advantages[i], log_ratio, ratio,
-                         t.flags[i] & 4 ? C(1) : C(0), std::fabs(log_ratio) > 20};
-    const Outcome<C> out = F::at(token, shared, p, [](C x) { return exp_any(x); });
+    const Outcome<C> out = outcome<F>(t, i, shared, p);
     const C weight = t.weights[i] * t.correction[i];
     loss += weight * out.loss;
-    coefficient[i] = (F::of_sequence ? counts * sequence_weight : weight) * out.slope;
-    low += counts * out.low;
-    high += counts * out.high;
-    approx_kl += e.minus_1_minus;
-    ratios += counts * ratio;
-    const C above = counts > 0 ? ratio : -infinity<C>(), below = counts > 0 ? ratio : infinity<C>();
-    highest = above > highest ? above : highest;
-    lowest = below < lowest ? below : lowest;
+    coefficient[i] = (F::of_sequence ? t.counts[i] * sequence_weight : weight) * out.slope;
+    low += t.counts[i] * out.low;
+    high += t.counts[i] * out.high;
   }
   sums.loss += loss, sums.of[kLow] += low, sums.of[kHigh] += high;
-  sums.of[kApproxKl] += approx_kl, sums.of[kRatio] += ratios;
-  sums.highest = std::max(sums.highest, double(highest)), sums.lowest = std::min(sums.lowest, double(lowest));
 }
 
 // The KL to the reference by k1, k2 or k3, into the loss and the coefficients.
@@ -159,10 +182,9 @@ RLHF_INLINE void reference_term(const PolicyLoss& op, int64_t start, int64_t n, 
     const C k3 = exp_parts(x).minus_1_minus;
     const C value = kEstimator == 1 ? -x : (kEstimator == 2 ? C(0.5) * x * x : k3);
     const C slope = kEstimator == 1 ? C(-1) : (kEstimator == 2 ? x : k3 + x);  // d value / d x
-    const C ratio = exp_any(clamped(t.logprobs[i] - t.old_logprobs[i], C(-20), C(20)));
     kl += value;
     loss += t.weights[i] * value;
-    coefficient[i] -= kl_coef * t.weights[i] * (unbiased ? ratio * x : slope);
+    coefficient[i] -= kl_coef * t.weights[i] * (unbiased ? t.ratio[i] * x : slope);
   }
   sums.of[kKl] += kl;
   if (op.kl_coef > 0) sums.loss += op.kl_coef * loss;
@@ -184,14 +206,16 @@ RLHF_INLINE void entropy_term(const PolicyLoss& op, int64_t start, int64_t n, To
   for (int64_t i = 0; i < n; ++i) coefficient[i] = -C(op.entropy_coef) * t.weights[i];
 }
 
-// What comes before and after the policy term, whichever it is.
+// What comes before and after the policy term, whichever it is. `before` is false where no token counts.
 template <typename C>
-RLHF_INLINE void before(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
+RLHF_INLINE bool before(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
                         Sums& sums) {
-  read_tokens(op, start, n, t);
+  if (!read_tokens(op, start, n, t)) return false;
+  find_ratios(n, t, sums);
   std::fill(t.correction, t.correction + n, C(1));
   if (op.sampler_logprobs.data) correct(op, start, n, sequence, t, sums);
-  if (op.flags || sequence.far) drop(n, sequence, t, sums);
+  if (t.bits & 2 || sequence.far) drop(n, sequence, t, sums);
+  return true;
 }
 template <typename C>
 RLHF_INLINE void after(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t, C* coefficient, Sums& sums) {
@@ -203,12 +227,12 @@ RLHF_INLINE void after(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>
   if (op.entropy.data) entropy_term(op, start, n, t, sums);
 }
 // Cloned per instruction set for float; double spends its time in the library's exp.
-RLHF_CLONES void begin(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<float>& s, Tokens<float>& t,
+RLHF_CLONES bool begin(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<float>& s, Tokens<float>& t,
                        Sums& sums) {
-  before(op, start, n, s, t, sums);
+  return before(op, start, n, s, t, sums);
 }
-void begin(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<double>& s, Tokens<double>& t, Sums& sums) {
-  before(op, start, n, s, t, sums);
+bool begin(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<double>& s, Tokens<double>& t, Sums& sums) {
+  return before(op, start, n, s, t, sums);
 }
 RLHF_CLONES void end(const PolicyLoss& op, int64_t start, int64_t n, Tokens<float>& t, float* coefficient, Sums& sums) {
   after(op, start, n, t, coefficient, sums);
@@ -222,7 +246,11 @@ template <typename F, typename C>
 RLHF_INLINE void tokens(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Sums& sums) {
   Tokens<C> t;
   C* coefficient = static_cast<C*>(op.coefficient) + start;
-  begin(op, start, n, sequence, t, sums);
+  if (!begin(op, start, n, sequence, t, sums)) {
+    std::fill(coefficient, coefficient + n, C(0));
+    if (op.entropy_coefficient) std::fill_n(static_cast<C*>(op.entropy_coefficient) + start, n, C(0));
+    return;
+  }
   policy_term<F>(op, n, sequence, t, coefficient, sums);
   end(op, start, n, t, coefficient, sums);
 }
@@ -236,24 +264,27 @@ struct SequenceSums {
 template <typename Statistic, typename C>
 RLHF_INLINE void add(const PolicyLoss& op, int64_t start, int64_t n, SequenceSums& sums) {
   Tokens<C> t;
-  read_tokens(op, start, n, t);
-  if (op.sampler_logprobs.data) read_counted(op, op.sampler_logprobs, t, start, n, t.optional);
+  if (!read_tokens(op, start, n, t)) return;
+  const bool has_sampler = op.sampler_logprobs.data;
+  if (has_sampler) read_counted(op, op.sampler_logprobs, t, start, n, t.optional);
+  const C* sampler = has_sampler ? t.optional : t.old_logprobs;
+  if (has_sampler && op.level == 0) {
+    const Bounds<C> bounds(op);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+      t.weights[i] *= bounds.weight(exp_any(bounded(t.old_logprobs[i] - sampler[i], C(-20), C(20))));
+  }
   C p[5];
   for (int k = 0; k < 5; ++k) p[k] = C(op.parameters[k]);
-  const Bounds<C> bounds(op);
-  const bool has_sampler = op.sampler_logprobs.data, of_token = op.level == 0 && has_sampler;
   C count = 0, statistic = 0, advantages = 0, correction = 0, kl = 0, weights = 0, weights_negative = 0;
 #pragma omp simd reduction(+ : count, statistic, advantages, correction, kl, weights, weights_negative)
   for (int64_t i = 0; i < n; ++i) {
-    const C old = t.old_logprobs[i], sampler = has_sampler ? t.optional[i] : old;
-    const C advantage = t.advantages[i];
-    C weight = t.flags[i] & 2 ? C(0) : t.weights[i];
-    if (of_token) weight *= bounds.weight(exp_any(clamped(old - sampler, C(-20), C(20))));
+    const C advantage = t.advantages[i], weight = t.flags[i] & 2 ? C(0) : t.weights[i];
     count += t.counts[i];
-    statistic += Statistic::at(t.logprobs[i] - old, advantage, p);
+    statistic += Statistic::at(t.logprobs[i] - t.old_logprobs[i], advantage, p);
     advantages += advantage;
-    correction += old - sampler;
-    kl += sampler - t.logprobs[i];
+    correction += t.old_logprobs[i] - sampler[i];
+    kl += sampler[i] - t.logprobs[i];
     weights += weight;
     weights_negative += advantage < 0 ? weight : C(0);
   }

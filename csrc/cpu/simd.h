@@ -3,7 +3,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "math/scalar.h"
 
@@ -113,13 +112,15 @@ RLHF_INLINE float tanh_fast(float x) {
 RLHF_INLINE double tanh_fast(double x) { return std::tanh(x); }
 
 // exp(x) and exp(x) - 1 - x, both signs, to about 1 unit in the last place of exp(x), and near 0 of x^2 / 2: there
-// 2^n = 1 and the second is the polynomial itself. 0 below -86.6, inf from 88.73; NaN stays NaN.
+// 2^n = 1 and the second is the polynomial itself. 0 below -86.6, inf from 88.73; NaN stays NaN. The bounds are two
+// statements, a minimum and a maximum to the compiler; above the upper one the product itself is infinite.
 template <typename T> struct ExpParts { T exp, minus_1_minus; };
 RLHF_INLINE ExpParts<float> exp_parts(float x) {
-  const float low = -86.6f, high = 88.722f;
-  const float c = x < low ? low : (x > high ? high : x);
-  const float n = (c * 1.44269504f + 12582912.0f) - 12582912.0f;  // as in exp_neg
-  const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float low = -86.6f, high = 89.0f;
+  const float raised = x < low ? low : x;
+  const float c = raised > high ? high : raised;
+  const float shifted = c * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // as in exp2_parts
+  const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;                     // as in exp_neg
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -127,14 +128,12 @@ RLHF_INLINE ExpParts<float> exp_parts(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const float rest = p * (r * r);
-  const float half_scale = bits_to_float(uint32_t(int32_t(n) + 126) << 23);  // 2^128 is no float
+  const float half_scale = bits_to_float((float_to_bits(shifted) + 126u) << 23);  // 2^128 is no float
   const float inside = (rest + r + 1.0f) * half_scale * 2.0f;
-  const float exp = x < low ? 0.0f : (x > high ? std::numeric_limits<float>::infinity() : inside);
+  const float exp = raised <= low ? 0.0f : inside;
   return {exp, n == 0.0f ? rest : (exp - 1.0f) - x};
 }
 RLHF_INLINE ExpParts<double> exp_parts(double x) { return {std::exp(x), exp_minus_1_minus(x)}; }
 template <typename T> RLHF_INLINE T exp_any(T x) { return exp_parts(x).exp; }
-
-template <typename T> constexpr T infinity() { return std::numeric_limits<T>::infinity(); }
 
 }  // namespace rlhf

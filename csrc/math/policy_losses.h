@@ -9,7 +9,6 @@ namespace rlhf {
 template <typename T> struct Token {
   T logprob, old_logprob, advantage, log_ratio, ratio;  // ratio = exp(log_ratio), the latter within +-20
   T selected;                                           // 1 where clip_cov, kl_cov chose it, else 0
-  bool saturated;                                       // whether the log-ratio is outside +-20
 };
 
 template <typename T> struct Outcome {
@@ -23,18 +22,28 @@ template <typename T> struct Shared {
   T positive, negative;      // weight of its tokens, by the sign of the advantage
 };
 
-template <typename T> RLHF_HD T bounded_exp(T log_ratio) {
-  return std::exp(log_ratio > 20 ? T(20) : (log_ratio < -20 ? T(-20) : log_ratio));
+// Choices are made one after the other, not one within the other: each is then one blend of the vectoriser.
+template <typename T> RLHF_HD T bounded(T x, T low, T high) {
+  const T raised = x < low ? low : x;  // NaN stays NaN
+  return raised > high ? high : raised;
 }
 
-// p: lowest ratio, highest ratio, dual clip
+template <typename T> RLHF_HD T bounded_exp(T log_ratio) {
+  return std::exp(bounded(log_ratio, T(-20), T(20)));
+}
+
+// `slope` of what depends on the ratio, which is constant where the log-ratio is outside +-20.
+template <typename T> RLHF_HD T unless_saturated(T log_ratio, T slope) {
+  return std::fabs(log_ratio) > 20 ? T(0) : slope;
+}
+
+// p: lowest ratio, highest ratio, dual clip. A bound is there by the sign of the advantage: from below and the dual clip
+// where it is negative, from above where it is positive.
 template <typename T> RLHF_HD Outcome<T> clipped_surrogate(T ratio, T advantage, const T* p) {
-  const T bounded = ratio < p[0] ? p[0] : (ratio > p[1] ? p[1] : ratio);
-  const bool low = (advantage < 0) & (ratio < p[0]);
-  const bool dual = (advantage < 0) & (ratio > p[2]);
-  const bool high = ((advantage > 0) & (ratio > p[1])) | dual;
-  const T factor = dual ? p[2] : (low | high ? bounded : ratio);
-  return {-factor * advantage, low | high ? T(0) : -ratio * advantage, low ? T(1) : T(0), high ? T(1) : T(0)};
+  const T lower = advantage < 0 ? p[0] : T(0), positive_upper = advantage > 0 ? p[1] : infinity<T>();
+  const T upper = advantage < 0 ? p[2] : positive_upper;
+  const T loss = -bounded(ratio, lower, upper) * advantage, slope = ratio < lower ? T(0) : loss;
+  return {loss, ratio > upper ? T(0) : slope, ratio < lower ? T(1) : T(0), ratio > upper ? T(1) : T(0)};
 }
 
 // What is averaged over a sequence.
@@ -42,8 +51,8 @@ struct LogRatio {
   template <typename T> static RLHF_HD T at(T log_ratio, T, const T*) { return log_ratio; }
 };
 struct BoundedLogRatio {  // p: lowest log-ratio, highest log-ratio
-  template <typename T> static RLHF_HD T at(T x, T advantage, const T* p) {
-    return (advantage < 0) & (x < p[0]) ? p[0] : ((advantage > 0) & (x > p[1]) ? p[1] : x);
+  template <typename T> static RLHF_HD T at(T log_ratio, T advantage, const T* p) {
+    return bounded(log_ratio, advantage < 0 ? p[0] : -infinity<T>(), advantage > 0 ? p[1] : infinity<T>());
   }
 };
 
@@ -58,7 +67,7 @@ struct PpoClip : TokenLoss {
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E) {
     Outcome<T> out = clipped_surrogate(t.ratio, t.advantage, p);
-    out.slope = t.saturated ? T(0) : out.slope;
+    out.slope = unless_saturated(t.log_ratio, out.slope);
     return out;
   }
 };
@@ -76,9 +85,9 @@ struct KlCov : TokenLoss {  // p: kl_cov_coef
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E) {
     const T weight = t.selected > 0 ? p[0] : T(0);
-    const T sign = t.log_ratio > 0 ? T(1) : (t.log_ratio < 0 ? T(-1) : T(0));
+    const T rises = t.log_ratio > 0 ? T(1) : T(0), sign = t.log_ratio < 0 ? T(-1) : rises;
     const T surrogate = t.ratio * t.advantage;
-    return {weight * std::fabs(t.log_ratio) - surrogate, weight * sign - (t.saturated ? T(0) : surrogate), T(0),
+    return {weight * std::fabs(t.log_ratio) - surrogate, weight * sign - unless_saturated(t.log_ratio, surrogate), T(0),
             t.selected > 0 ? T(1) : T(0)};
   }
 };
@@ -93,9 +102,8 @@ struct PolicyGradient : TokenLoss {
 struct Cispo : TokenLoss {  // p: lowest ratio, highest ratio
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E) {
-    const bool low = t.ratio < p[0], high = t.ratio > p[1];
-    const T slope = -(low ? p[0] : (high ? p[1] : t.ratio)) * t.advantage;
-    return {slope * t.logprob, slope, low ? T(1) : T(0), high ? T(1) : T(0)};
+    const T slope = -bounded(t.ratio, p[0], p[1]) * t.advantage;
+    return {slope * t.logprob, slope, t.ratio < p[0] ? T(1) : T(0), t.ratio > p[1] ? T(1) : T(0)};
   }
 };
 
@@ -105,7 +113,7 @@ struct Sapo : TokenLoss {  // p: temperature of positive, of negative advantages
     const T tau = t.advantage > 0 ? p[0] : p[1];
     const T z = tau * (t.ratio - 1), e = exp(-std::fabs(z));
     const T gate = (z < 0 ? e : T(1)) / (1 + e), slope = e / ((1 + e) * (1 + e));  // sigmoid(z), its derivative
-    return {-4 / tau * gate * t.advantage, t.saturated ? T(0) : -4 * slope * t.ratio * t.advantage, T(0), T(0)};
+    return {-4 / tau * gate * t.advantage, unless_saturated(t.log_ratio, -4 * slope * t.ratio * t.advantage), T(0), T(0)};
   }
 };
 
@@ -113,7 +121,7 @@ template <typename T> RLHF_HD Outcome<T> within(T divergence, const Token<T>& t,
   const bool far = divergence > limit;
   const bool low = far & (t.advantage < 0) & (t.log_ratio < 0), high = far & (t.advantage > 0) & (t.log_ratio > 0);
   const T loss = low | high ? T(0) : -t.ratio * t.advantage;
-  return {loss, t.saturated ? T(0) : loss, low ? T(1) : T(0), high ? T(1) : T(0)};
+  return {loss, unless_saturated(t.log_ratio, loss), low ? T(1) : T(0), high ? T(1) : T(0)};
 }
 
 struct DppoTv : TokenLoss {  // p: max_divergence
@@ -138,7 +146,7 @@ struct Gspo : TokenLoss {
   static constexpr bool of_sequence = true;
   template <typename T> static RLHF_HD Shared<T> shared(T mean, T, T advantage, const T* p) {
     const Outcome<T> out = clipped_surrogate(bounded_exp(mean), advantage, p);
-    return {out.loss, std::fabs(mean) > 20 ? T(0) : out.slope, out.low, out.high, T(0), T(0)};
+    return {out.loss, unless_saturated(mean, out.slope), out.low, out.high, T(0), T(0)};
   }
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>&, const Shared<T>& s, const T*, E) {
@@ -162,18 +170,20 @@ struct Gmpo : TokenLoss {  // p: lowest log-ratio, highest log-ratio
   static constexpr bool of_sequence = true;
   template <typename T> static RLHF_HD Shared<T> shared(T mean, T, T advantage, const T*) {
     const T loss = -bounded_exp(mean) * advantage;
-    return {loss, std::fabs(mean) > 20 ? T(0) : loss, T(0), T(0), T(0), T(0)};
+    return {loss, unless_saturated(mean, loss), T(0), T(0), T(0), T(0)};
   }
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>& s, const T* p, E) {
-    const bool low = (t.advantage < 0) & (t.log_ratio < p[0]), high = (t.advantage > 0) & (t.log_ratio > p[1]);
-    return {s.loss, low | high ? T(0) : s.slope, low ? T(1) : T(0), high ? T(1) : T(0)};
+    const T lower = t.advantage < 0 ? p[0] : -infinity<T>(), upper = t.advantage > 0 ? p[1] : infinity<T>();
+    const T slope = t.log_ratio < lower ? T(0) : s.slope;
+    return {s.loss, t.log_ratio > upper ? T(0) : slope, t.log_ratio < lower ? T(1) : T(0),
+            t.log_ratio > upper ? T(1) : T(0)};
   }
 };
 
 struct Vespo : TokenLoss {  // p: k and lambda of positive, of negative advantages
   template <typename T> static RLHF_HD Shared<T> shared(T mean, T length, T, const T* p) {
-    const T sum = mean * length, log_weight = sum > 20 ? T(20) : (sum < -20 ? T(-20) : sum);
+    const T sum = mean * length, log_weight = bounded(sum, T(-20), T(20));
     const T above = std::expm1(log_weight);
     return {T(0), T(0), T(0), T(0), std::exp(p[0] * log_weight - p[1] * above),
             std::exp(p[2] * log_weight - p[3] * above)};

@@ -1,10 +1,13 @@
 // Scalar functions without cancellation or overflow, for the host and the device.
 #pragma once
 #include <cmath>
+#include <limits>
 
 #include "math/host_device.h"
 
 namespace rlhf {
+
+template <typename T> constexpr T infinity() { return std::numeric_limits<T>::infinity(); }
 
 // log(1 + exp(x))
 template <typename T> RLHF_HD T softplus(T x) { return (x > 0 ? x : T(0)) + std::log1p(std::exp(-std::fabs(x))); }
