@@ -100,11 +100,15 @@ def plan(
         )
     if cu_seqlens is not None or overlong is not None:
         flags = _without(flags, logprobs, overlong, cu_seqlens)
-    tokens = _losses.denominator_tensor(denominator, logprobs)
-    if tokens is None:
-        tokens = logprobs.new_full((), logprobs.numel(), dtype=dtype) if flags is None else flags.sum().to(dtype)
     flags = None if flags is None else _losses.plane(flags)
-    made = Plan(flags, None, torch.where(tokens == 0, 1, tokens), cu_seqlens)
+    tokens = _losses.denominator_tensor(denominator, logprobs)
+    if tokens is not None:
+        tokens = torch.where(tokens == 0, 1, tokens)
+    elif flags is None:
+        tokens = logprobs.new_full((), max(logprobs.numel(), 1), dtype=dtype)
+    else:  # int32 within a row, which takes half the time of int64
+        tokens = flags.sum(1, dtype=torch.int32).sum().clamp(min=1).to(dtype)
+    made = Plan(flags, None, tokens, cu_seqlens)
     total = _losses.denominator_tensor(sequences, logprobs)
     return made._replace(weights=_weights(objective, made, _losses.plane(logprobs), total, dtype))
 
