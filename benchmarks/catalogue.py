@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import described
+from benchmarks.harness import described, described_scratch
 from rlhf_fast.ops import table
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +111,8 @@ def timings(name: str) -> str:
         ours = min(best.pop(who) for who in OURS[name] if who in best)
         eager = best.pop("eager")
         others = ", ".join(f"{who} {ms:.4g}" for who, ms in best.items() if who not in OURS[name])
-        bars = "<br>".join(described(bar).removeprefix("bar ") for bar in case["bars"])
+        lines_of_bars = [*map(described, case["bars"]), *described_scratch(case, OURS[name])]
+        bars = "<br>".join(line.removeprefix("bar ") for line in lines_of_bars)
         lines.append(f"| {case['case']}, {case['shape']} | {ours:.4g} | {eager:.4g} | {others} | {bars} |")
     return "\n".join(lines) + "\n"
 

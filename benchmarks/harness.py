@@ -9,14 +9,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops._head import free_tile_buffer
 from tests.numerics import assert_contract
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +43,8 @@ class Case:
 
     "eager" is what a user would write in plain PyTorch; `peers` are other implementations of the same job, whose error
     is recorded and not asserted; `floors` are what the job cannot do without (bare products, a copy), not checked.
-    bytes and flops: what the op's formula moves and computes at least; 0 where that bounds nothing.
+    bytes and flops: what the op's formula moves and computes at least; 0 where that bounds nothing. scratch: the most
+    that our contenders may allocate at a time beside what they return; 0 for no bar.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Case:
     bars: tuple[Bar, ...] = ()
     bytes: int = 0
     flops: int = 0
+    scratch: int = 0
 
     @property
     def everyone(self) -> dict[str, Contender]:
@@ -74,12 +78,11 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
         name: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t), "max_error": errors.get(name)}
         for name, t in times.items()
     }
-    if device == "cuda":
-        for name, contender in case.everyone.items():
-            summary[name]["peak_bytes"] = peak_bytes(contender, inputs[name])
+    for name, contender in case.everyone.items():
+        summary[name]["scratch_bytes"] = scratch_bytes(contender, inputs[name], device)
     return {
         "case": case.name, "shape": case.shape, "repeats": repeats, "bytes": case.bytes, "flops": case.flops,
-        "contenders": summary, "bars": [judged(bar, times) for bar in case.bars],
+        "scratch": case.scratch, "contenders": summary, "bars": [judged(bar, times) for bar in case.bars],
     }  # fmt: skip
 
 
@@ -117,13 +120,28 @@ def timed(run: Callable[[], Any], device: str) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def peak_bytes(contender: Contender, inputs: Inputs) -> int:
-    """Bytes that a run allocates on the GPU beyond its inputs, results included."""
+def scratch_bytes(contender: Contender, inputs: Inputs, device: str) -> int:
+    """The most bytes that a run holds at a time beside its inputs and what it returns."""
     gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    contender(inputs)
-    return torch.cuda.max_memory_allocated() - before
+    results: list[Tensor] = []
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results.extend(contender(inputs))
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        peak = peak_bytes(lambda: results.extend(contender(inputs)))
+    returned = {x.data_ptr(): x.nbytes for x in results if all(x.data_ptr() != y.data_ptr() for y in inputs.values())}
+    return max(0, peak - sum(returned.values()))
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes of CPU tensors made by `function` that are alive at a time."""
+    free_tile_buffer()  # of an earlier call: it counts
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    changes = (e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(accumulate(changes), default=0)
 
 
 def limits(device: str, size: int = 1 << 28, side: int = 2048) -> dict[str, float]:
@@ -177,8 +195,8 @@ def report(cases: list[Case], device: str, repeats: int, out: Path, **extra: Any
             ratio = times["eager"]["min_ms"] / row["min_ms"]
             error = "" if row["max_error"] is None else f"  error {row['max_error']:.1e}"
             print(f"  {name:24} {row['min_ms']:10.3f} ms  {ratio:7.2f} x eager{error}", flush=True)
-        for bar in results[-1]["bars"]:
-            print(f"  {described(bar)}", flush=True)
+        for line in [*map(described, results[-1]["bars"]), *described_scratch(results[-1], case.contenders)]:
+            print(f"  {line}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": machine(device), **extra, "cases": results}, indent=1) + "\n")
     print(f"-> {out}")
@@ -192,3 +210,14 @@ def described(bar: dict[str, Any]) -> str:
     if bar["bar"] < 1:
         return f"bar {verdict}: {1 / bar['measured']:.3f} x the time of {bar['against']}, at most {1 / bar['bar']:.3f}"
     return f"bar {verdict}: {bar['measured']:.2f} x as fast as {bar['against']}, at least {bar['bar']:g}"
+
+
+def described_scratch(result: dict[str, Any], ours: Iterable[str]) -> list[str]:
+    """One line for each of our contenders, where the case bounds what they may allocate."""
+    lines = []
+    for name in ours:
+        if result["scratch"] and name in result["contenders"] and name != "eager":
+            took, allowed = result["contenders"][name]["scratch_bytes"], result["scratch"]
+            verdict = "kept" if took <= allowed else "MISSED"
+            lines.append(f"bar {verdict}: {name} takes {took >> 20} MiB beside its results, at most {allowed >> 20}")
+    return lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -48,11 +47,3 @@ def products(function: Callable[[], Any]) -> int:
     factors = {"aten::mm": slice(0, 2), "aten::addmm_": slice(1, 3)}
     pairs = [e.input_shapes[factors[e.name]] for e in profile.events() if e.name in factors]
     return sum(a[0] * a[1] * b[1] for a, b in pairs)
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes of tensors made by `function` that are alive at a time."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(sizes))

@@ -12,6 +12,8 @@ import rlhf_fast
 from benchmarks import peers
 from benchmarks.cases.sizes import Sizes, backends_of, generator, published, short, with_gradient
 from benchmarks.harness import Bar, Case, Contender, Inputs
+from rlhf_fast.ops._head import TILE_BYTES
+from rlhf_fast.ops._linear_loss import SCRATCH_BYTES
 from rlhf_fast.ops.token_logprobs import reference
 
 CLIP = 0.2
@@ -74,7 +76,7 @@ def frozen(sizes: Sizes, device: str) -> Case:
         "linear_logprobs, frozen head, forward + backward", shape(sizes), lambda: draw_tokens(sizes, device), exact,
         contenders, peers={name: with_gradient(f, "hidden") for name, f in others.items()},
         floors={"two products": products(sizes, device, trained=False)}, bars=on_cpu if device == "cpu" else on_gpu,
-        flops=4 * sizes.N * sizes.D * sizes.V,
+        flops=4 * sizes.N * sizes.D * sizes.V, scratch=TILE_BYTES[device] + rows_bytes(sizes),
     )  # fmt: skip
 
 
@@ -116,8 +118,13 @@ def trained(sizes: Sizes, device: str) -> Case:
         "linear_policy_loss, trained head, forward + backward", shape(sizes), draw, exact, contenders,
         peers={name: with_gradient(f, "hidden", "weight") for name, f in peers.linear_policy_loss(CLIP).items()},
         floors={"three products": products(sizes, device, trained=True)}, bars=on_cpu if device == "cpu" else on_gpu,
-        flops=6 * sizes.N * sizes.D * sizes.V,
+        flops=6 * sizes.N * sizes.D * sizes.V, scratch=SCRATCH_BYTES,
     )  # fmt: skip
+
+
+def rows_bytes(sizes: Sizes) -> int:
+    """U, and some numbers for each row."""
+    return sizes.N * (2 * sizes.D * sizes.dtype.itemsize + 256)
 
 
 def shape(sizes: Sizes) -> str:

@@ -69,7 +69,7 @@ def _tiles(call: Call) -> Iterator[_Tile]:
     index = _head.counted_rows(call.mask, None)
     chunks = _head.chunks(call.hidden.shape[0] if index is None else index.shape[0], call.chunk_tokens)
     dtype, height = _check.compute_dtype(call.weight.dtype), chunks[0].stop if chunks else 0
-    logits = call.hidden.new_empty(2 * height, vocabulary, dtype=dtype)
+    logits = _head.tile_buffer(call.hidden, 2 * height, vocabulary, dtype)
     gradients = torch.empty_like(logits, dtype=call.weight.dtype) if call.weight.is_cuda else logits
     for chunk in chunks:
         n, where = chunk.stop - chunk.start, chunk if index is None else index[chunk]

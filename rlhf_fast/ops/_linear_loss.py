@@ -29,10 +29,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import prefer_huge_pages
 from rlhf_fast.ops import _check, _losses
 from rlhf_fast.ops import token_logprobs as rows
-from rlhf_fast.ops._head import VOCABULARY_BLOCK, Head, HeadGradients
+from rlhf_fast.ops._head import VOCABULARY_BLOCK, Head, HeadGradients, tile_buffer
 from rlhf_fast.ops._head import chunk_tokens as default_chunk_tokens
 from rlhf_fast.ops._linear_plan import Plan, make
 
@@ -55,7 +54,7 @@ class Sweep:
         self.forward, self.backward = rows.IMPLS[backend]
         dtype, weight = _check.compute_dtype(hidden.dtype), head.weight
         height = max((tile.stop - tile.start for group in plan.groups for tile in group), default=0)
-        self.buffer = prefer_huge_pages(hidden.new_empty(height, weight.shape[0], dtype=dtype))
+        self.buffer = tile_buffer(hidden, height, weight.shape[0], dtype)
         narrow = weight.is_cuda and weight.dtype != dtype
         self.gradients = torch.empty_like(self.buffer, dtype=weight.dtype) if narrow else self.buffer
         self.held: slice | None = None  # the tile whose logits are in the buffer

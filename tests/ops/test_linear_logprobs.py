@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.harness import peak_bytes
 from rlhf_fast import linear_logprobs, token_logprobs
 from rlhf_fast.ops import _head, _linear_call
 from tests.numerics import assert_contract
@@ -340,13 +341,7 @@ def test_the_memory_beside_the_results_stays_within_the_budgets(trained, monkeyp
     hidden, weight, _, targets, _ = draw((1000,), vocabulary=4099)  # 16 MiB of logits
     hidden.requires_grad_()
     weight.requires_grad_(trained)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        linear_logprobs(hidden, weight, targets, backend="cpu").sum().backward()
-    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    used, peak = 0, 0
-    for size in sizes:
-        used += size
-        peak = max(peak, used)
+    peak = peak_bytes(lambda: linear_logprobs(hidden, weight, targets, backend="cpu").sum().backward())
     assert peak >= 1 << 19  # the tile itself is seen
     rows = 16 * hidden.shape[0] * hidden.element_size()  # statistics, ids, upstream
     assert peak <= (1 << 20) + 4 * hidden.nbytes + rows + (2 * weight.nbytes if trained else 0)

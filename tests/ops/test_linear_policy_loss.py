@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
+from benchmarks.harness import peak_bytes
 from rlhf_fast import PolicyObjective, linear_logprobs, linear_policy_loss, policy_loss
 from rlhf_fast.ops.linear_policy_loss import OPS, coupling
 from rlhf_fast.ops.policy_loss import VARIANTS
-from tests.linear_losses import PARAMETERS, TRANSFORM, D, V, assert_close, head, peak_bytes, products, run
+from tests.linear_losses import PARAMETERS, TRANSFORM, D, V, assert_close, head, products, run
 
 KERNELS = OPS["linear_policy_loss"]
 BACKENDS = ("reference", *KERNELS)

@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
+from benchmarks.harness import peak_bytes
 from rlhf_fast import PreferenceObjective, linear_logprobs, linear_preference_loss, preference_loss
 from rlhf_fast.ops._preference import VARIANTS, Pairs
 from rlhf_fast.ops.linear_preference_loss import OPS, coupling
-from tests.linear_losses import PARAMETERS, TRANSFORM, D, V, assert_close, head, peak_bytes, products, run
+from tests.linear_losses import PARAMETERS, TRANSFORM, D, V, assert_close, head, products, run
 
 KERNELS = OPS["linear_preference_loss"]
 BACKENDS = ("reference", *KERNELS)
