@@ -13,7 +13,7 @@ LOW, HIGH = 0.8, 1.2
 
 
 def eager(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """The clipped surrogate with the metrics that every trainer logs: clip fraction, approximate KL, ratio."""
+    """The clipped surrogate with the metrics that policy_loss gives: clip fractions, approximate KL, ratio."""
     counts = mask.to(logprobs.dtype)
     total = counts.sum()
     log_ratio = logprobs - old_logprobs
@@ -21,10 +21,13 @@ def eager(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tens
     unclipped, clipped = ratio * advantages, ratio.clamp(LOW, HIGH) * advantages
     loss = (-torch.minimum(unclipped, clipped) * counts).sum() / total
     with torch.no_grad():
-        clip_fraction = ((clipped < unclipped) * counts).sum() / total
-        approx_kl = ((torch.expm1(log_ratio) - log_ratio) * counts).sum() / total
-        ratio_mean, ratio_max = (ratio * counts).sum() / total, (ratio * counts).max()
-        metrics.update(clip_fraction=clip_fraction, approx_kl=approx_kl, ratio_mean=ratio_mean, ratio_max=ratio_max)
+        metrics["clip_fraction_low"] = (((ratio < LOW) & (advantages < 0)) * counts).sum() / total
+        metrics["clip_fraction_high"] = (((ratio > HIGH) & (advantages > 0)) * counts).sum() / total
+        metrics["clip_fraction"] = ((clipped < unclipped) * counts).sum() / total
+        metrics["approx_kl"] = ((torch.expm1(log_ratio) - log_ratio) * counts).sum() / total
+        metrics["ratio_mean"] = (ratio * counts).sum() / total
+        metrics["ratio_max"] = torch.where(mask != 0, ratio, -torch.inf).max()
+        metrics["ratio_min"] = torch.where(mask != 0, ratio, torch.inf).min()
     return loss
 
 

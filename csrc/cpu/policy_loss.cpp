@@ -63,7 +63,7 @@ template <typename C> RLHF_INLINE bool read_tokens(const PolicyLoss& op, int64_t
   } else {
     std::fill(t.flags, t.flags + n, 1);
   }
-  const C weight = 1 / *static_cast<const C*>(op.denominator);
+  const C weight = 1 / C(op.tokens);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     t.counts[i] = t.flags[i] ? C(1) : C(0);
@@ -367,8 +367,26 @@ Sums part(const PolicyLoss& op, const Kernels<C>& kernels, const std::vector<Seq
   return sums;
 }
 
-template <typename C> void run(const PolicyLoss& op, const Kernels<C>& kernels, int threads) {
+// Bytes that are not 0, in runs whose count fits a byte.
+RLHF_CLONES int64_t counted(const uint8_t* flags, int64_t n) {
+  constexpr int64_t kLanes = 64, kRun = 255 * kLanes;
+  int64_t count = 0;
+  for (int64_t start = 0; start < n; start += kRun) {
+    const int64_t stop = std::min(start + kRun, n);
+    uint8_t lanes[kLanes] = {};
+    int64_t i = start;
+    for (; i + kLanes <= stop; i += kLanes)
+      for (int64_t k = 0; k < kLanes; ++k) lanes[k] += flags[i + k] != 0;
+    for (; i < stop; ++i) count += flags[i] != 0;
+    for (const uint8_t lane : lanes) count += lane;
+  }
+  return count;
+}
+
+template <typename C> void run(PolicyLoss op, const Kernels<C>& kernels, int threads) {
   const int64_t n = op.rows * op.columns;
+  if (op.denominator) op.tokens = double(*static_cast<const C*>(op.denominator));
+  else op.tokens = double(std::max<int64_t>(1, op.flags ? counted(op.flags, n) : n));
   std::vector<Sequence<C>> sequences(1);
   if (op.needs_sequences && n > 0) sequences = all_sequences(op, kernels, threads);
   Sums parts[kParts], total;
@@ -380,7 +398,7 @@ template <typename C> void run(const PolicyLoss& op, const Kernels<C>& kernels, 
     total.highest = std::max(total.highest, sums.highest);
     total.lowest = std::min(total.lowest, sums.lowest);
   }
-  const double denominator = *static_cast<const C*>(op.denominator);
+  const double denominator = op.tokens;
   if (!op.sampler_logprobs.data) total.of[kCorrection] = 0;
   if (total.highest < total.lowest) total.highest = total.lowest = 0;  // nothing counts
   if (total.of[kRatio] != total.of[kRatio]) total.highest = total.lowest = total.of[kRatio];

@@ -12,7 +12,7 @@ struct PolicyLoss {
   Plane logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, weights;
   const uint8_t* flags;       // (rows, columns), bits 1 counts, 2 dropped, 4 selected; null: every token counts
   const int64_t* cu_seqlens;  // (sequences + 1,) of one row; null: the rows are the sequences
-  const void* denominator;    // one number
+  const void* denominator;    // one number, or null for the tokens that count (at least 1)
   int64_t rows, columns, sequences;
   std::array<double, 5> parameters;  // of the loss, see math/policy_losses.h
   int estimator;                     // of the KL: 1, 2, 3
@@ -24,6 +24,7 @@ struct PolicyLoss {
   bool is_double;                    // whether `denominator` and everything below is double or float
   void *loss, *metrics;              // one number; 13, in the order of METRICS
   void *coefficient, *entropy_coefficient;  // (rows, columns): d loss / d logprob; d loss / d entropy, or null
+  double tokens = 1;                        // the denominator, set by policy_loss itself
 };
 
 // Throws std::invalid_argument for an unknown loss function.

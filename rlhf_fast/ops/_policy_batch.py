@@ -51,19 +51,28 @@ class Inputs(NamedTuple):
 class Plan(NamedTuple):
     """Which tokens count and what for: made once for a batch, by shapes and masks alone.
 
-    A tile of tokens takes its columns of `flags` and `weights` and the same denominator; its losses, its metrics but
+    A tile of tokens takes its columns of `flags` and `weights` and the denominator of all; its losses, its metrics but
     ratio_max and ratio_min, then add up to those of the batch.
     """
 
     flags: Tensor | None  # (rows, columns) uint8, bits COUNTS, DROPPED, SELECTED; None: every token counts
     weights: Tensor | None  # (rows, columns), any strides: of a token in the loss; None: 1 / denominator
-    denominator: Tensor  # (): tokens, at least 1
+    denominator: Tensor | None  # (): tokens, at least 1; None: those that count here
     cu_seqlens: Tensor | None  # (S + 1,) int64, the packed sequences; None: the rows are
 
-    def tile(self, columns: slice) -> Plan:
-        """The plan of some columns, for objectives whose tokens are not coupled."""
+    def tile(self, columns: slice, like: Tensor) -> Plan:
+        """The plan of some columns of `like`, for objectives whose tokens are not coupled."""
         flags, weights = (None if x is None else x[:, columns] for x in (self.flags, self.weights))
-        return Plan(flags, weights, self.denominator, None)
+        return Plan(flags, weights, self.tokens(like), None)
+
+    def tokens(self, like: Tensor) -> Tensor:
+        """The denominator, (), in the type in which `like` is computed."""
+        dtype = _check.compute_dtype(like.dtype)
+        if self.denominator is not None:
+            return self.denominator
+        if self.flags is None:
+            return like.new_full((), max(like.numel(), 1), dtype=dtype)
+        return (self.flags != 0).sum().clamp(min=1).to(dtype)
 
     def counts(self, like: Tensor) -> Tensor:
         """(rows, columns) bool"""
@@ -104,10 +113,6 @@ def plan(
     tokens = _losses.denominator_tensor(denominator, logprobs)
     if tokens is not None:
         tokens = torch.where(tokens == 0, 1, tokens)
-    elif flags is None:
-        tokens = logprobs.new_full((), max(logprobs.numel(), 1), dtype=dtype)
-    else:  # int32 within a row, which takes half the time of int64
-        tokens = flags.sum(1, dtype=torch.int32).sum().clamp(min=1).to(dtype)
     made = Plan(flags, None, tokens, cu_seqlens)
     total = _losses.denominator_tensor(sequences, logprobs)
     return made._replace(weights=_weights(objective, made, _losses.plane(logprobs), total, dtype))

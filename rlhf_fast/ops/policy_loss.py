@@ -230,12 +230,13 @@ def reference(objective: PolicyObjective, inputs: Inputs, made: Plan) -> tuple[T
             kl = kl.detach() + slope * (x.logprobs - x.logprobs.detach())
     entropy = torch.zeros_like(losses) if x.entropy is None else x.entropy
     losses = losses + objective.kl_coef * kl - objective.entropy_coef * entropy
-    weights = 1 / made.denominator if made.weights is None else made.weights
+    denominator = made.tokens(inputs.logprobs)
+    weights = 1 / denominator if made.weights is None else made.weights
     loss = torch.where(counts, losses * weights, 0.0).sum()
     log_ratio, ratio = tokens.log_ratio.detach(), tokens.ratio.detach()
     means = [held_low | held_high, held_low, held_high, torch.expm1(log_ratio) - log_ratio, ratio, kl, entropy,
              correction, outside, sampler_kl, dropped]  # fmt: skip
-    values = torch.stack([torch.where(counts, m.detach().to(dtype), 0).sum() / made.denominator for m in means])
+    values = torch.stack([torch.where(counts, m.detach().to(dtype), 0).sum() / denominator for m in means])
     return loss, torch.cat([values[:5], _extremes(ratio, counts), values[5:]])
 
 
@@ -292,10 +293,10 @@ def _cpu(inputs: Inputs, made: Plan, function: str, parameters: list[float], cho
     )  # fmt: skip
 
 
-def _triton(*args: Any) -> None:
+def _triton(inputs: Inputs, made: Plan, *rest: Any) -> None:
     from rlhf_fast.kernels import policy_loss as kernels
 
-    kernels.policy_loss(*args)
+    kernels.policy_loss(inputs, made._replace(denominator=made.tokens(inputs.logprobs)), *rest)
 
 
 # (inputs, plan, *numbers(objective), outputs); planes are (rows, columns), flags contiguous
@@ -311,11 +312,21 @@ def _empty(logprobs: Tensor, entropy: Tensor | None, terms: list[float]) -> list
     return [logprobs.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-@torch.library.custom_op("rlhf_fast::policy_loss", mutates_args=())
+# Defined by its schema, with an autograd.Function of its own: a torch.library.custom_op walks lists of tensors in
+# Python at every call, which takes longer than the kernel.
+torch.library.define(
+    "rlhf_fast::policy_loss",
+    "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs, Tensor? sampler_logprobs, "
+    "Tensor? entropy, Tensor? flags, Tensor? weights, Tensor? denominator, Tensor? cu_seqlens, str function, "
+    "float[] parameters, int[] choices, float[] terms, str backend) -> Tensor[]",
+)
+
+
+@torch.library.impl("rlhf_fast::policy_loss", "CompositeExplicitAutograd")
 def _forward(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, ref_logprobs: Tensor | None,
     sampler_logprobs: Tensor | None, entropy: Tensor | None, flags: Tensor | None, weights: Tensor | None,
-    denominator: Tensor, cu_seqlens: Tensor | None, function: str, parameters: list[float], choices: list[int],
+    denominator: Tensor | None, cu_seqlens: Tensor | None, function: str, parameters: list[float], choices: list[int],
     terms: list[float], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     outputs = _empty(logprobs, entropy, terms)
@@ -326,24 +337,44 @@ def _forward(
     return outputs
 
 
-@_forward.register_fake
+@torch.library.register_fake("rlhf_fast::policy_loss")
 def _(logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, flags, weights, denominator,
       cu_seqlens, function, parameters, choices, terms, backend):  # fmt: skip
     return _empty(logprobs, entropy, terms)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = inputs[0].dtype, None if inputs[5] is None else inputs[5].dtype
-    ctx.save_for_backward(*output[2:])
+class _Scaled(torch.autograd.Function):
+    """coefficient * grad in `dtype`. The coefficient depends on the inputs in a way that its derivative does not know."""
+
+    @staticmethod
+    def forward(ctx, coefficient, grad, dtype):
+        return (coefficient * grad).to(dtype)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("policy_loss: a kernel has no second derivative; backend='reference' has")
 
 
-def _autograd(ctx, grads):
-    results: list[Tensor | None] = [None] * 15
-    if grads[0] is not None:
-        for place, coefficient, dtype in zip((0, 5), ctx.saved_tensors, ctx.dtypes, strict=False):
-            results[place] = _losses.scaled_gradient(coefficient, grads[0], dtype)
-    return tuple(results)
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, metrics, *coefficients = torch.ops.rlhf_fast.policy_loss(*arguments)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(metrics)
+        ctx.dtypes = [arguments[place].dtype for place in (0, 5)[: len(coefficients)]]
+        ctx.save_for_backward(*coefficients)
+        return loss, metrics, *coefficients
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        results: list[Tensor | None] = [None] * 15
+        if grad is not None:
+            for place, coefficient, dtype in zip((0, 5), ctx.saved_tensors, ctx.dtypes, strict=False):
+                results[place] = _Scaled.apply(coefficient, grad, dtype)
+        return tuple(results)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+@torch.library.impl("rlhf_fast::policy_loss", "Autograd")
+def _(*arguments: Any) -> list[Tensor]:
+    return list(_Differentiable.apply(*arguments))

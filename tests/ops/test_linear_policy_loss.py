@@ -279,3 +279,20 @@ def test_bad_input_raises_with_the_shapes_in_the_message():
         linear_policy_loss(hidden, weight, TARGETS, OLD, ADVANTAGES, chunk_tokens=0)
     with pytest.raises(IndexError, match=r"row 0 is 97, outside \[0, 97\)"):
         linear_policy_loss(hidden, weight.clone().requires_grad_(), torch.full(SHAPE, 97), OLD, ADVANTAGES)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_going_backward_again_gives_the_same_gradient_or_says_that_the_first_was_overwritten(scale):
+    weight, hidden = torch.randn(V, D, requires_grad=True), torch.randn(6, D)
+    targets, old = torch.randint(V, (6,)), -torch.rand(6) - 4
+    loss = scale * linear_policy_loss(hidden, weight, targets, old, torch.randn(6), backend="cpu")[0]
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    assert torch.equal(first, again)
+    expected = first.clone()
+    first.zero_()
+    if scale == 1:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, weight)
+    else:
+        assert torch.equal(torch.autograd.grad(loss, weight)[0], expected)
