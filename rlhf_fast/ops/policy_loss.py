@@ -344,7 +344,7 @@ def _(logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entrop
 
 
 class _Scaled(torch.autograd.Function):
-    """coefficient * grad in `dtype`. The coefficient depends on the inputs in a way that its derivative does not know."""
+    """coefficient * grad in `dtype`. Its own derivative would need that of the coefficient, which no kernel makes."""
 
     @staticmethod
     def forward(ctx, coefficient, grad, dtype):
