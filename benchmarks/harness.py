@@ -22,6 +22,7 @@ from rlhf_fast.ops._head import free_tile_buffer
 from tests.numerics import assert_contract
 
 ROOT = Path(__file__).parents[1]
+LONG = 10  # fewer repeats than this are a trial, not a measurement
 CHECKED_ROWS = 16  # rows of every result that are compared with float64
 
 Inputs = dict[str, Tensor]
@@ -65,15 +66,20 @@ class Case:
 
 
 def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
-    """Times, errors and bars of one case over `repeats` interleaved runs, after two that warm up."""
+    """Times, errors and bars of one case over at least `repeats` interleaved runs, after two that warm up.
+
+    Short cases are repeated for two seconds: the best of a few runs of less than a millisecond is noise.
+    """
     errors = check(case)
     inputs = {name: case.draw() for name in case.everyone}
     times: dict[str, list[float]] = {name: [] for name in case.everyone}
-    for turn in range(repeats + 2):
+    started, turn = time.perf_counter(), 0
+    while turn < repeats + 2 or (repeats >= LONG and turn < 200 and time.perf_counter() - started < 2):
         for name, contender in case.everyone.items():
             milliseconds = timed(lambda run=contender, given=inputs[name]: run(given), device)
             if turn >= 2:
                 times[name].append(milliseconds)
+        turn += 1
     summary = {
         name: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t), "max_error": errors.get(name)}
         for name, t in times.items()
@@ -81,7 +87,7 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
     for name, contender in case.everyone.items():
         summary[name]["scratch_bytes"] = scratch_bytes(contender, inputs[name], device)
     return {
-        "case": case.name, "shape": case.shape, "repeats": repeats, "bytes": case.bytes, "flops": case.flops,
+        "case": case.name, "shape": case.shape, "repeats": turn - 2, "bytes": case.bytes, "flops": case.flops,
         "scratch": case.scratch, "contenders": summary, "bars": [judged(bar, times) for bar in case.bars],
     }  # fmt: skip
 

@@ -535,7 +535,8 @@ def policy_loss(
         *read, *_strides(read), flags, ids, denominator, shared, coefficients[0], coefficients[-1], partials,
         logprobs.numel(), columns, sequences, *parameters, *terms[:4],
         TOKEN=token, OF_SEQUENCE=of_sequence, ESTIMATOR=estimator, UNBIASED=bool(unbiased), HAS_REF=ref is not None,
-        HAS_ENTROPY=entropy is not None, BONUS=len(coefficients) > 1, HAS_SHARED=bool(needs_sequences), num_warps=8, **flagged,
+        HAS_ENTROPY=entropy is not None, BONUS=len(coefficients) > 1, HAS_SHARED=bool(needs_sequences), num_warps=8,
+        **flagged,
     )  # fmt: skip
     _metrics_kernel[(1,)](partials, denominator, loss, metrics, programs, PARTS=PARTS)
 
