@@ -73,6 +73,8 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
     errors = check(case)
     inputs = {name: case.draw() for name in case.everyone}
     times: dict[str, list[float]] = {name: [] for name in case.everyone}
+    gc.collect()
+    gc.disable()  # as timeit does
     started, turn = time.perf_counter(), 0
     while turn < repeats + 2 or (repeats >= LONG and turn < 200 and time.perf_counter() - started < 2):
         for name, contender in case.everyone.items():
@@ -80,6 +82,7 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
             if turn >= 2:
                 times[name].append(milliseconds)
         turn += 1
+    gc.enable()
     summary = {
         name: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t), "max_error": errors.get(name)}
         for name, t in times.items()
