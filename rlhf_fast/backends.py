@@ -141,6 +141,7 @@ def stream(device: torch.device) -> int:
 
 def prefer_huge_pages(fresh: torch.Tensor) -> torch.Tensor:
     """`fresh`, unwritten. On the CPU, where the system has huge pages, the first touch then costs a quarter."""
-    if fresh.device.type == "cpu" and fresh.nbytes >= _HUGE and _native_error() is None:
+    real = type(fresh) is torch.Tensor and fresh.device.type == "cpu"  # not what torch.compile traces with
+    if real and fresh.nbytes >= _HUGE and _native_error() is None:
         native().prefer_huge_pages(address(fresh), fresh.nbytes)
     return fresh

@@ -241,6 +241,19 @@ void end(const PolicyLoss& op, int64_t start, int64_t n, Tokens<double>& t, doub
   after(op, start, n, t, coefficient, sums);
 }
 
+// Asks memory for the next block while this one is computed: it is too short for the processor to see where it leads.
+inline void prefetch(const PolicyLoss& op, int64_t start) {
+  const int64_t row = start / op.columns, column = start % op.columns;
+  if (row == op.rows || (op.flags && op.flags[start] == 0)) return;
+  const int64_t n = std::min(kBlock, op.columns - column);
+  for (const Plane* plane : {&op.logprobs, &op.old_logprobs, &op.advantages}) {
+    if (plane->column_stride != 1) continue;
+    const int64_t size = plane->dtype == DType::f64 ? 8 : plane->dtype == DType::f32 ? 4 : 2;
+    const char* at = static_cast<const char*>(plane->data) + (row * plane->row_stride + column) * size;
+    for (int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(at + byte);
+  }
+}
+
 // Tokens [start, start + n) of one sequence, n <= kBlock.
 template <typename F, typename C>
 RLHF_INLINE void tokens(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Sums& sums) {
@@ -251,6 +264,7 @@ RLHF_INLINE void tokens(const PolicyLoss& op, int64_t start, int64_t n, const Se
     if (op.entropy_coefficient) std::fill_n(static_cast<C*>(op.entropy_coefficient) + start, n, C(0));
     return;
   }
+  prefetch(op, start + n);
   policy_term<F>(op, n, sequence, t, coefficient, sums);
   end(op, start, n, t, coefficient, sums);
 }
@@ -336,7 +350,7 @@ template <typename C>
 std::vector<Sequence<C>> all_sequences(const PolicyLoss& op, const Kernels<C>& kernels, int threads) {
   const int64_t count = op.cu_seqlens ? op.sequences : op.rows;
   std::vector<Sequence<C>> sequences(count);
-#pragma omp parallel for num_threads(threads) schedule(static) if (op.rows * op.columns > 4 * kBlock)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (op.rows * op.columns > 4 * kBlock)
   for (int64_t s = 0; s < count; ++s) {
     SequenceSums sums;
     const auto [begin, end] = sequence_span(op, s);
@@ -390,7 +404,7 @@ template <typename C> void run(PolicyLoss op, const Kernels<C>& kernels, int thr
   std::vector<Sequence<C>> sequences(1);
   if (op.needs_sequences && n > 0) sequences = all_sequences(op, kernels, threads);
   Sums parts[kParts], total;
-#pragma omp parallel for num_threads(threads) schedule(static) if (n > 4 * kBlock)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (n > 4 * kBlock)
   for (int p = 0; p < kParts; ++p) parts[p] = part(op, kernels, sequences, n * p / kParts, n * (p + 1) / kParts);
   for (const Sums& sums : parts) {
     total.loss += sums.loss;

@@ -206,21 +206,10 @@ def register(op: str, evaluate: Evaluate, metrics: int) -> None:
         if grads[0] is not None:
             for k, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
                 if ctx.needs_input_grad[k]:
-                    results[k] = _scaled(gradient, grads[0], dtype)
+                    results[k] = _losses.scaled_gradient(gradient, grads[0], dtype)
         return tuple(results)
 
     forward.register_autograd(autograd, setup_context=setup_context)
-
-
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * scale in `dtype`; on the CPU the gradient itself for the 1 of loss.backward(): a head's is large.
-
-    Autograd keeps the version of what it saved: who writes into this gradient and goes backward again gets an error.
-    """
-    plain = type(scale) is Tensor and scale.device.type == "cpu" and not torch.is_grad_enabled()
-    if plain and gradient.dtype == dtype and scale.item() == 1:
-        return gradient
-    return _losses.scaled_gradient(gradient, scale, dtype)
 
 
 # --- What the public functions share ----------------------------------------------------------------------------------

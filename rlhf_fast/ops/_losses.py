@@ -156,14 +156,31 @@ def call(
     return loss, {name: means[k] for k, name in enumerate(metrics)}
 
 
-# An op of its own, without a derivative: differentiating twice raises instead of taking the coefficient for a constant.
-@torch.library.custom_op("rlhf_fast::scaled_gradient", mutates_args=())
+class _Scaled(torch.autograd.Function):
+    """Its own derivative would need that of the coefficient, which no kernel makes."""
+
+    @staticmethod
+    def forward(ctx, coefficient, scale, dtype):
+        return _product(coefficient, scale, dtype)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("a kernel has no second derivative; backend='reference' has")
+
+
+def _product(coefficient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mul(coefficient, scale, out=prefer_huge_pages(torch.empty_like(coefficient, dtype=dtype)))
+
+
 def scaled_gradient(coefficient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """coefficient * scale in `dtype`."""
-    result = prefer_huge_pages(torch.empty_like(coefficient, dtype=dtype))
-    return torch.mul(coefficient, scale, out=result)
+    """coefficient * scale in `dtype`: what the backward pass of a loss returns, which cannot be differentiated again.
 
-
-@scaled_gradient.register_fake
-def _(coefficient, scale, dtype):
-    return torch.empty_like(coefficient, dtype=dtype)
+    On the CPU the coefficient itself for the 1 of loss.backward(): a head's is large. Autograd keeps the version of
+    what it saved: who writes into this gradient and goes backward again gets an error.
+    """
+    if torch.is_grad_enabled():
+        return _Scaled.apply(coefficient, scale, dtype)
+    plain = type(scale) is Tensor and scale.dim() == 0 and scale.device.type == "cpu"
+    if plain and coefficient.dtype == dtype and scale.item() == 1:
+        return coefficient
+    return _product(coefficient, scale, dtype)

@@ -186,8 +186,8 @@ def named_metrics(objective: PolicyObjective, inputs: Inputs, values: Tensor) ->
     names += ["correction_mean", "correction_fraction", "sampler_kl"] if inputs.sampler_logprobs is not None else []
     if objective.entropy_fraction < 1 or objective.off_policy_max_kl is not None:
         names.append("dropped_fraction")
-    by_name = dict(zip(METRICS, values.detach().unbind(), strict=True))
-    return {name: by_name[name] for name in names}
+    values = values.detach()
+    return {name: values[METRICS.index(name)] for name in names}
 
 
 def numbers(objective: PolicyObjective) -> tuple[str, list[float], list[int], list[float]]:
@@ -343,18 +343,6 @@ def _(logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entrop
     return _empty(logprobs, entropy, terms)
 
 
-class _Scaled(torch.autograd.Function):
-    """coefficient * grad in `dtype`. Its own derivative would need that of the coefficient, which no kernel makes."""
-
-    @staticmethod
-    def forward(ctx, coefficient, grad, dtype):
-        return (coefficient * grad).to(dtype)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("policy_loss: a kernel has no second derivative; backend='reference' has")
-
-
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
@@ -371,7 +359,7 @@ class _Differentiable(torch.autograd.Function):
         results: list[Tensor | None] = [None] * 15
         if grad is not None:
             for place, coefficient, dtype in zip((0, 5), ctx.saved_tensors, ctx.dtypes, strict=False):
-                results[place] = _Scaled.apply(coefficient, grad, dtype)
+                results[place] = _losses.scaled_gradient(coefficient, grad, dtype)
         return tuple(results)
 
 
