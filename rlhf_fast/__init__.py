@@ -1,6 +1,7 @@
 """rlhf_fast: fused kernels and a lean training loop for preference learning."""
 
 from rlhf_fast.backends import BackendError, use_backend
+from rlhf_fast.integrations import patch, patched, unpatch
 from rlhf_fast.ops._preference import PreferenceObjective
 from rlhf_fast.ops.distributional_value_loss import distributional_value_loss
 from rlhf_fast.ops.gae import discounted_returns, gae, length_adaptive_lambda
@@ -58,6 +59,8 @@ __all__ = [
     "linear_value_loss",
     "lora_linear",
     "mismatched_kl",
+    "patch",
+    "patched",
     "policy_loss",
     "preference_loss",
     "ranking_loss",
@@ -69,6 +72,7 @@ __all__ = [
     "token_kl",
     "token_logprobs",
     "unpaired_preference_loss",
+    "unpatch",
     "use_backend",
     "value_loss",
     "vtrace",

@@ -101,12 +101,13 @@ def keys(algorithm: Annotated[str, typer.Argument(help="sft, reward_model, ppo, 
 
 @app.command()
 def doctor() -> None:
-    """Which backend can run each op here, and why another cannot."""
+    """Which backend can run each op here, why another cannot, and which libraries can be patched."""
     import torch
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from rlhf_fast.integrations import peers
     from rlhf_fast.ops import report
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,3 +127,11 @@ def doctor() -> None:
     console.print(table)
     for line in reasons:
         console.print(Text(f"  {line}"))
+    table = Table("patch", "library", "installed", "tested with", title="libraries")
+    for peer in peers():
+        table.add_row(peer.name, peer.distribution, peer.installed or "-", peer.tested)
+    console.print(table)
+    replaced = [name for peer in peers() for name in peer.replaced]
+    console.print("replaced in this process:" if replaced else "nothing is replaced in this process")
+    for name in replaced:
+        console.print(Text(f"  {name}"), soft_wrap=True)
