@@ -138,6 +138,15 @@ class HeadGradients:
         if lora_b is not None:
             _accumulate(lora_b, gradient.t(), head.lora_hidden(hidden), head.lora_scale, old)
 
+    def add_sums(self, other: HeadGradients, scale: Tensor) -> None:
+        """Add scale (1,) times what was added to `other`, of the same head."""
+        if other.empty:
+            return
+        for total, part in zip(self.totals, other.totals, strict=True):
+            if total is not None and part is not None:
+                torch.mul(part, scale, out=total) if self.empty else total.addcmul_(part, scale)
+        self.empty = False
+
     def sums(self) -> list[Tensor]:
         """The four gradients as they were accumulated, in float32 (float64), empty where not needed."""
         if self.empty:

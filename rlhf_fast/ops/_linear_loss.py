@@ -1,22 +1,6 @@
-"""What the losses from hidden states share: one sweep over the logits that makes the gradient in forward.
+"""What the losses from hidden states share: their arguments, their scratch budget, and the op around a sweep.
 
-The sweep takes groups of rows that hold every row their coefficients depend on (_linear_plan). For each group it makes
-the logits and their statistics, asks the loss for its derivatives by all log-probabilities known so far, turns the
-logits in place into their gradient, and multiplies that into grad_hidden and the gradients of the head. Backward is a
-scale. With P = one N x D x V product (2 N D V FLOPs):
-
-    no gradient                                     P
-    a group whose logits fit the scratch budget     3P, 2P where the weight is frozen: nothing is made twice
-    a unit of rows that does not fit                up to 4P, tile by tile; the logits of the last tile are still there
-
-On the CPU rows behind the mask cost nothing, and rows whose coefficients are 0 (clipped tokens, advantages of 0) cost
-P. The loss is asked about all rows for every group: what it says of rows that are not known yet is not used, and some
-100 FLOPs per row are nothing beside 6 D V. So loss, metrics and derivatives are those of the loss's own op on these
-log-probabilities, whatever the tiles.
-
-Scratch is the logits of one tile (on a GPU also their gradient in the head's type, on the CPU a widened block of a
-half-precision head) and some numbers per row. The gradients are outputs, those of the head in float32 (float64):
-rounded once, after the upstream scale.
+The gradient is made in forward (_linear_sweep, which has the costs), so backward is a scale.
 """
 
 from __future__ import annotations
@@ -31,9 +15,10 @@ from torch import Tensor
 
 from rlhf_fast.ops import _check, _losses
 from rlhf_fast.ops import token_logprobs as rows
-from rlhf_fast.ops._head import VOCABULARY_BLOCK, Head, HeadGradients, tile_buffer
+from rlhf_fast.ops._head import VOCABULARY_BLOCK, Head
 from rlhf_fast.ops._head import chunk_tokens as default_chunk_tokens
-from rlhf_fast.ops._linear_plan import Plan, make
+from rlhf_fast.ops._linear_plan import make
+from rlhf_fast.ops._linear_sweep import Sweep, differentiate, empty_results
 
 SCRATCH_BYTES = 1 << 30
 _TENSORS = 12  # the place of `tensors` among the arguments of the registered ops
@@ -44,130 +29,11 @@ _ROW_BYTES = 128  # per row of the call: log-probabilities, statistics, and what
 Evaluate = Callable[[str, list[Any], str, Tensor, Tensor | None], list[Tensor]]
 
 
-class Sweep:
-    """The rows of a plan, and one buffer for the logits of a tile."""
-
-    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, mask: Tensor | None, transform: rows.Transform,
-                 plan: Plan, want_entropy: bool, backend: str) -> None:  # fmt: skip
-        self.head, self.hidden, self.targets, self.mask = head, hidden, targets, mask
-        self.transform, self.plan, self.want_entropy = transform, plan, want_entropy
-        self.forward, self.backward = rows.IMPLS[backend]
-        dtype, weight = _check.compute_dtype(hidden.dtype), head.weight
-        height = max((tile.stop - tile.start for group in plan.groups for tile in group), default=0)
-        self.buffer = tile_buffer(hidden, height, weight.shape[0], dtype)
-        narrow = weight.is_cuda and weight.dtype != dtype
-        self.gradients = torch.empty_like(self.buffer, dtype=weight.dtype) if narrow else self.buffer
-        self.held: slice | None = None  # the tile whose logits are in the buffer
-
-    def statistics(self, tile: slice) -> list[Tensor]:
-        """Statistics of the rows of `tile`, (1, n) each, see token_logprobs.empty_stats."""
-        picked = self.plan.rows(tile)
-        logits = self._logits(tile, picked)
-        stats = rows.empty_stats(logits, self.want_entropy)
-        self.forward(logits, *self._of_rows(picked), self.want_entropy, stats, None)
-        return stats
-
-    def gradient(self, tile: slice, stats: list[Tensor], upstream: Sequence[Tensor]) -> tuple[slice | Tensor, Tensor]:
-        """(which rows, d loss / d logits of them) of `tile`; upstream: by logprob and by entropy, over all rows."""
-        picked = self.plan.rows(tile)
-        live = self._live(picked, upstream)
-        if live is None:
-            logits = self._logits(tile, picked)
-        else:
-            picked = live + tile.start if isinstance(picked, slice) else picked[live]
-            logits = self._live_logits(tile, picked, live)
-            stats = [s[:, live] if s.numel() else s for s in stats]
-        self.held = None
-        gradient = self.gradients[None, : logits.shape[1]]
-        by_logprob, by_entropy, *_ = [*(u[picked][None] for u in upstream), None]
-        self.backward(logits, *self._of_rows(picked), stats, by_logprob, by_entropy, gradient)
-        return picked, gradient[0]
-
-    def hidden_rows(self, picked: slice | Tensor) -> Tensor:
-        """Some rows of hidden, 0 behind the mask: nothing there gets into a product."""
-        hidden = self.hidden[picked]
-        return hidden if self.mask is None else torch.where(self.mask[picked][:, None] != 0, hidden, 0)
-
-    def _logits(self, tile: slice, picked: slice | Tensor) -> Tensor:
-        logits = self.buffer[: tile.stop - tile.start]
-        if self.held != tile:
-            self.head.logits(self.hidden_rows(picked), logits)
-            self.held = tile
-        return logits[None]
-
-    def _live(self, picked: slice | Tensor, upstream: Sequence[Tensor]) -> Tensor | None:
-        """Where in a tile a coefficient is not 0; None for everywhere, and on a GPU, which would have to wait."""
-        if self.hidden.device.type != "cpu":
-            return None
-        live = torch.stack([u[picked] != 0 for u in upstream]).any(0)
-        return None if live.all() else live.nonzero()[:, 0]
-
-    def _live_logits(self, tile: slice, picked: Tensor, live: Tensor) -> Tensor:
-        """The logits of the rows `picked`, which stand at `live` in the tile."""
-        logits = self.buffer[: live.shape[0]]
-        if self.held == tile:
-            for to, row in enumerate(live.tolist()):  # one by one, upwards: no second buffer
-                if to != row:
-                    logits[to] = self.buffer[row]
-        else:
-            self.head.logits(self.hidden_rows(picked), logits)
-        return logits[None]
-
-    def _of_rows(self, picked: slice | Tensor) -> tuple[Tensor, Tensor | None, rows.Transform]:
-        """targets, mask and transform of some rows."""
-        temperatures = self.transform.temperatures
-        return (
-            self.targets[picked][None],
-            None if self.mask is None else self.mask[picked][None],
-            self.transform._replace(temperatures=None if temperatures is None else temperatures[picked][None]),
-        )
-
-
-def differentiate(sweep: Sweep, loss: Callable[[Tensor, Tensor | None], list[Tensor]],
-                  needs: list[bool]) -> list[Tensor]:  # fmt: skip
-    """[loss, metrics, logprobs, entropy, and the gradients of (hidden, *head[:4])], those not wanted empty."""
-    head, hidden, count = sweep.head, sweep.hidden, sweep.hidden.shape[0]
-    dtype = _check.compute_dtype(hidden.dtype)
-    logprobs, entropy = (hidden.new_zeros(n, dtype=dtype) for n in (count, count if sweep.want_entropy else 0))
-    known = (logprobs, entropy if sweep.want_entropy else None)
-    grad_hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
-    head_gradients = HeadGradients(head, needs[1:])
-    for group in sweep.plan.groups:
-        group_stats = [sweep.statistics(tile) for tile in group]
-        for tile, stats in zip(group, group_stats, strict=True):
-            for whole, part in zip((logprobs, entropy), stats, strict=False):
-                if part.numel():
-                    whole[sweep.plan.rows(tile)] = part[0]
-        if not any(needs):
-            continue
-        upstream = loss(*known)[2:]
-        for tile, stats in zip(reversed(group), reversed(group_stats), strict=True):
-            picked, gradient = sweep.gradient(tile, stats, upstream)
-            if needs[0]:
-                grad_hidden[picked] = head.through(gradient)
-            if any(needs[1:]):
-                head_gradients.add(gradient, sweep.hidden_rows(picked))
-    return [*loss(*known)[:2], logprobs, entropy, grad_hidden, *head_gradients.sums()]
-
-
-def empty_results(head: Head, hidden: Tensor, want_entropy: bool, needs: list[bool], metrics: int) -> list[Tensor]:
-    """What `differentiate` returns, unwritten, with `metrics` metrics."""
-    dtype, count = _check.compute_dtype(hidden.dtype), hidden.shape[0]
-    shapes = [(), (metrics,), (count,), (count if want_entropy else 0,)]
-    numbers = [hidden.new_empty(shape, dtype=dtype) for shape in shapes]
-    grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
-    sums = [
-        hidden.new_empty((0,) if p is None or not need else p.shape, dtype=dtype)
-        for p, need in zip(head[:4], needs[1:], strict=True)
-    ]
-    return [*numbers, grad_hidden, *sums]
-
-
 def register(op: str, evaluate: Evaluate, metrics: int) -> None:
     """Registers ``rlhf_fast::<op>``, whose loss has gradients to hidden, weight, bias, lora_a, lora_b, as `needs` says.
 
-    coupling, shape, cu_seqlens, tile_rows, held_rows: see _linear_plan.make. tensors, objective: what `evaluate` takes.
-    Returns what `differentiate` does.
+    coupling, shape, cu_seqlens, tile_rows, held_rows, summed_rows: see _linear_plan.make. tensors, objective: what
+    `evaluate` takes. Returns what `differentiate` does.
     """
 
     @torch.library.custom_op(f"rlhf_fast::{op}", mutates_args=())
@@ -175,22 +41,22 @@ def register(op: str, evaluate: Evaluate, metrics: int) -> None:
         hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
         lora_scale: float, targets: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
         logit_scale: float, softcap: float, tensors: list[Tensor | None], objective: str, coupling: str,
-        shape: list[int], cu_seqlens: Tensor | None, tile_rows: int, held_rows: int, want_entropy: bool,
-        needs: list[bool], backend: str,
+        shape: list[int], cu_seqlens: Tensor | None, tile_rows: int, held_rows: int, summed_rows: int,
+        want_entropy: bool, needs: list[bool], backend: str,
     ) -> list[Tensor]:  # fmt: skip
         _check.targets_inside(targets, mask, weight.shape[0])
         _check.positive_rows("temperature", temperatures, mask)
         head = Head(weight, bias, lora_a, lora_b, lora_scale)
         transform = rows.Transform(temperature, temperatures, logit_scale, softcap)
-        plan = make(coupling, shape, cu_seqlens, mask, hidden.device, tile_rows, held_rows)
+        plan = make(coupling, shape, cu_seqlens, mask, hidden.device, tile_rows, held_rows, summed_rows)
         compacted = None if hidden.device.type == "cpu" else mask
         sweep = Sweep(head, hidden, targets, compacted, transform, plan, want_entropy, backend)
         return differentiate(sweep, partial(evaluate, objective, tensors, backend), needs)
 
     @forward.register_fake
     def _(hidden, weight, bias, lora_a, lora_b, lora_scale, targets, mask, temperature, temperatures, logit_scale,
-          softcap, tensors, objective, coupling, shape, cu_seqlens, tile_rows, held_rows, want_entropy, needs,
-          backend):  # fmt: skip
+          softcap, tensors, objective, coupling, shape, cu_seqlens, tile_rows, held_rows, summed_rows, want_entropy,
+          needs, backend):  # fmt: skip
         return empty_results(Head(weight, bias, lora_a, lora_b, lora_scale), hidden, want_entropy, needs, metrics)
 
     def setup_context(ctx, inputs, output):
@@ -201,7 +67,7 @@ def register(op: str, evaluate: Evaluate, metrics: int) -> None:
         ctx.save_for_backward(*output[4:])
 
     def autograd(ctx, grads):
-        results: list[Any] = [None] * 22
+        results: list[Any] = [None] * 23
         results[_TENSORS] = ctx.no_gradients
         if grads[0] is not None:
             for k, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
@@ -237,6 +103,7 @@ class Call(NamedTuple):
     transform: rows.Transform
     tile_rows: int
     held_rows: int
+    scratch_bytes: int
 
     @property
     def needs(self) -> list[bool]:
@@ -251,13 +118,25 @@ class Call(NamedTuple):
 
     def run(
         self, op: str, mask: Tensor | None, tensors: list[Tensor | None], objective: str, coupling: str,
-        shape: Sequence[int], cu_seqlens: Tensor | None, want_entropy: bool, backend: str,
+        one_slope: bool, shape: Sequence[int], cu_seqlens: Tensor | None, want_entropy: bool, backend: str,
     ) -> list[Tensor]:  # fmt: skip
-        """The results of a registered op, see `register`."""
+        """The results of a registered op, see `register`.
+
+        one_slope: whether d loss / d logprob is the same for all rows of a sequence, and nothing else has a derivative.
+        """
+        summed_rows = self._summed_rows({"sequence": 1, "pair": 2}[coupling]) if one_slope else 0
         return getattr(torch.ops.rlhf_fast, op)(
             self.hidden, *self.head, self.targets, mask, *self.transform, tensors, objective, coupling, list(shape),
-            cu_seqlens, self.tile_rows, self.held_rows, want_entropy, self.needs, backend,
+            cu_seqlens, self.tile_rows, self.held_rows, summed_rows, want_entropy, self.needs, backend,
         )  # fmt: skip
+
+    def _summed_rows(self, sequences: int) -> int:
+        """The rows in a tile beside the head's gradients of so many sequences; 0 where few would be left."""
+        trained = [p.numel() for p in self.head[:4] if p is not None and p.requires_grad]
+        sums = sequences * sum(trained) * _check.compute_dtype(self.hidden.dtype).itemsize
+        fixed, row = _scratch(self.head, self.hidden.shape[0])
+        left = (self.scratch_bytes - fixed - sums) // row
+        return min(left, self.tile_rows) if 2 * left >= self.tile_rows else 0
 
 
 def checked(
@@ -275,10 +154,11 @@ def checked(
         transform = transform._replace(temperatures=transform.temperatures.view(-1))
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be >= 1, got {chunk_tokens}")
-    held = rows_that_fit(head, shape.numel(), SCRATCH_BYTES if scratch_bytes is None else scratch_bytes)
+    scratch_bytes = SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
+    held = rows_that_fit(head, shape.numel(), scratch_bytes)
     tile = min(held, chunk_tokens or default_chunk_tokens(weight))
     ids = _check.ids("targets", targets).view(-1)
-    return Call(hidden.reshape(-1, hidden.shape[-1]), head, ids, transform, tile, held)
+    return Call(hidden.reshape(-1, hidden.shape[-1]), head, ids, transform, tile, held, scratch_bytes)
 
 
 def _checked_head(
@@ -306,6 +186,17 @@ def _checked_head(
 
 def rows_that_fit(head: Head, count: int, scratch_bytes: int) -> int:
     """How many rows of logits fit `scratch_bytes` in a call of `count` rows. Raises ValueError where not one does."""
+    fixed, row = _scratch(head, count)
+    if scratch_bytes < fixed + row:
+        raise ValueError(
+            f"scratch_bytes must be >= {fixed + row} for {count} tokens and a head {tuple(head.weight.shape)} of "
+            f"{head.weight.dtype}, got {scratch_bytes}"
+        )
+    return (scratch_bytes - fixed) // row
+
+
+def _scratch(head: Head, count: int) -> tuple[int, int]:
+    """(bytes of a call of `count` rows, bytes per row of a tile)"""
     vocabulary, width = head.weight.shape
     size, wide = head.weight.dtype.itemsize, _check.compute_dtype(head.weight.dtype).itemsize
     fixed = count * _ROW_BYTES
@@ -318,9 +209,4 @@ def rows_that_fit(head: Head, count: int, scratch_bytes: int) -> int:
         block = min(vocabulary, VOCABULARY_BLOCK)
         fixed += block * width * wide
         row += (block + 2 * width) * wide  # a block of products; rows of hidden and of its gradient, widened
-    if scratch_bytes < fixed + row:
-        raise ValueError(
-            f"scratch_bytes must be >= {fixed + row} for {count} tokens and a head ({vocabulary}, {width}) of "
-            f"{head.weight.dtype}, got {scratch_bytes}"
-        )
-    return (scratch_bytes - fixed) // row
+    return fixed, row

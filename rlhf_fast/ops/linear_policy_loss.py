@@ -12,7 +12,8 @@ and e_t = d loss / d entropy_t are functions of log-probabilities, so that with 
 Cost, with P = one N x D x V product (2 N D V FLOPs): a trained head 3P, where linear_logprobs and a loss take 4P
 (or keep all N x V numbers); a frozen one 2P; without gradients P. Losses whose coefficients depend on other tokens (a
 sequence's ratio, or a selection from the batch) take the rows of whole sequences (of the batch) at a time: 3P while
-their logits fit `scratch_bytes`, up to 4P beyond that. See _linear_loss for scratch and for rows that cost nothing.
+`scratch_bytes` holds their logits (for gspo, luspo and dro without a term per token: or a gradient of the head and a
+tile), up to 4P beyond that. See _linear_sweep for scratch and for rows that cost nothing.
 
 Numerics: those of linear_logprobs and policy_loss. Parameter gradients are accumulated in float32, and rounded once.
 
@@ -99,7 +100,8 @@ def linear_policy_loss(
     else:
         loss, values, logprobs, *_ = call.run(
             "linear_policy_loss", None if plan.flags is None else plan.flags.view(-1), [*inputs[1:5], *plan],
-            _linear_loss.encoded(objective), coupling(objective), shape, plan.cu_seqlens, reads_entropy, name,
+            _linear_loss.encoded(objective), coupling(objective), one_slope(objective, inputs), shape, plan.cu_seqlens,
+            reads_entropy, name,
         )  # fmt: skip
         metrics = policy.named_metrics(objective, inputs, values)
     return (loss, metrics, logprobs.detach().view(shape)) if return_logprobs else (loss, metrics)
@@ -120,6 +122,13 @@ def coupling(objective: PolicyObjective) -> str:
     if objective.entropy_fraction < 1 or objective.function in ("clip_cov", "kl_cov"):
         return "batch"
     return "sequence" if objective.needs_sequences else "token"
+
+
+def one_slope(objective: PolicyObjective, inputs: Inputs) -> bool:
+    """Whether d loss / d logprob is the same for all counted tokens of a sequence."""
+    of_token = inputs.sampler_logprobs is not None and objective.correction_level == "token"
+    others = objective.kl_coef > 0 or objective.entropy_coef > 0 or objective.off_policy_max_kl is not None
+    return objective.function in ("gspo", "dro") and coupling(objective) == "sequence" and not (of_token or others)
 
 
 def _evaluate(objective: str, tensors: list[Any], backend: str, logprobs: Tensor,

@@ -11,9 +11,10 @@ z the transformed logits and p = softmax(z), for a token t of sequence s
     d loss / d hidden = (d loss / d logits) @ weight,          d loss / d weight = (d loss / d logits)^T @ hidden
 
 Cost, with P = one N x D x V product (2 N D V FLOPs): c_s is known once both sequences of a pair are, so whole pairs are
-taken at a time. A trained head takes 3P while the logits of a pair fit `scratch_bytes` and up to 4P beyond that; a
-frozen one 2P; without gradients P. aot, aot_unpaired and bco_pair (without a given reward_shift) couple the pairs of
-the call: all of them are taken at a time. See _linear_loss for scratch and for rows that cost nothing.
+taken at a time. A trained head takes 3P while `scratch_bytes` holds the logits of a pair, or two gradients of the head
+and a tile, and up to 4P beyond that; a frozen one 2P; without gradients P. aot, aot_unpaired and bco_pair (without a
+given reward_shift) couple the pairs of the call: all of them are taken at a time. See _linear_sweep for scratch and for
+rows that cost nothing.
 
 Numerics: those of linear_logprobs and preference_loss; the sums are made in float64 and in a fixed order.
 
@@ -118,9 +119,10 @@ def linear_preference_loss(
             pairs._replace(chosen=chosen, rejected=rejected), objective, total, backend=name
         )
     else:
+        together = coupling(objective, pairs)
         loss, values, logprobs, *_ = call.run(
             "linear_preference_loss", None if mask is None else mask.view(-1), [total, cu_seqlens, *pairs],
-            _linear_loss.encoded(objective), coupling(objective, pairs), shape, cu_seqlens, False, name,
+            _linear_loss.encoded(objective), together, together == "pair", shape, cu_seqlens, False, name,
         )  # fmt: skip
         values = values.detach()
         metrics = {metric: values[k] for k, metric in enumerate(preference.METRICS)}

@@ -29,6 +29,30 @@ def test_a_sequence_longer_than_a_tile_is_one_tile_while_the_budget_lasts_and_se
     assert groups(make("sequence", (1, 6), None, None, CPU, 2, 4)) == [[[0, 1, 2], [3, 4, 5]]]
 
 
+def test_a_unit_beyond_the_budget_is_summed_by_its_sequences_where_that_is_asked_for():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0, 1]], dtype=torch.uint8)
+    plan = make("pair", (4, 3), None, mask, CPU, 2, 4, 2)
+    assert groups(plan) == [[[3, 9, 11]]]
+    units = [[[torch.arange(12)[plan.rows(tile)].tolist() for tile in tiles] for tiles in unit] for unit in plan.summed]
+    assert units == [[[[0, 1], [2]], [[7, 8]]]]
+    assert plan.height == 3
+
+
+def test_on_a_device_sequences_of_summed_units_are_known_by_shape():
+    plan = make("pair", (4, 3), None, torch.ones(4, 3, device=GPU), GPU, 2, 4, 2)
+    assert plan.groups == []
+    assert plan.summed[1] == [[slice(6, 8), slice(8, 9)], [slice(9, 11), slice(11, 12)]]
+    assert make("sequence", (2, 3), None, None, GPU, 2, 2, 2).summed == [
+        [[slice(0, 2), slice(2, 3)]], [[slice(3, 5), slice(5, 6)]],
+    ]  # fmt: skip
+
+
+def test_what_couples_the_batch_is_never_summed():
+    plan = make("batch", (2, 3), None, None, CPU, 2, 4, 2)
+    assert plan.groups == [[slice(0, 3), slice(3, 6)]]
+    assert plan.summed == []
+
+
 def test_tokens_that_are_not_coupled_go_in_tiles_of_equal_height():
     assert groups(make("token", (6,), None, None, CPU, 4, 100)) == [[[0, 1, 2]], [[3, 4, 5]]]
 

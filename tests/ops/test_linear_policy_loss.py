@@ -7,7 +7,7 @@ from benchmarks.harness import peak_bytes
 from rlhf_fast import PolicyObjective, linear_logprobs, linear_policy_loss, policy_loss
 from rlhf_fast.ops.linear_policy_loss import OPS, coupling
 from rlhf_fast.ops.policy_loss import VARIANTS
-from tests.linear_losses import PARAMETERS, TRANSFORM, D, V, assert_close, head, products, run
+from tests.linear_losses import PARAMETERS, TRANSFORM, D, R, V, assert_close, head, products, run
 
 KERNELS = OPS["linear_policy_loss"]
 BACKENDS = ("reference", *KERNELS)
@@ -129,6 +129,7 @@ P = 8 * 8 * 16 * 97  # one product of 64 rows
     ("ppo_clip", ("hidden",), {"chunk_tokens": 5}, 2),
     ("gspo", ("hidden",), {"scratch_bytes": 64 * 128 + 3000}, 2),
     ("clip_cov", ("hidden", "weight"), {"scratch_bytes": 64 * 128 + 16 * (97 + 2 * 16) * 4}, 3.75),
+    ("gspo", ("hidden", "weight"), {"scratch_bytes": 64 * 128 + 4 * (97 + 2 * 16) * 4}, 3.5),
     ("ppo_clip", (), {}, 1),
 ], ids=str)  # fmt: skip
 def test_the_products_are_those_of_the_cost_model(variant, trained, options, expected):
@@ -146,6 +147,67 @@ def test_the_products_are_those_of_the_cost_model(variant, trained, options, exp
             loss.backward()
 
     assert products(call) == expected * P
+
+
+LONG = (2, 60)  # sequences whose logits take more than a gradient of the head and a tile
+BUDGET = 120 * 128 + 8 * (V * D + V + R * (D + V)) + 10 * ROW
+
+
+def long_sequences(variant, terms, backend, fused, **options):
+    """loss(hidden, weight, ...) of LONG, by linear_policy_loss or by its parts."""
+    g = torch.Generator().manual_seed(1)
+    old, other, advantages = (torch.randn(LONG, generator=g, dtype=torch.float64) for _ in range(3))
+    targets, mask = torch.randint(0, V, LONG, generator=g), torch.rand(LONG, generator=g) < 0.9
+    given = {"sampler_logprobs": old + 0.1 * other - 5, "ref_logprobs": old - 5}
+    fields = {"clip_eps_low": 1.0, "clip_eps_high": 9.0, "correction_level": "sequence"} | terms
+
+    def call(hidden, weight, **head):
+        if fused:
+            return linear_policy_loss(
+                hidden, weight, targets, old - 5, advantages, objective=PolicyObjective(variant, **fields), mask=mask,
+                **given, **TRANSFORM, **head, backend=backend, **options,
+            )  # fmt: skip
+        logprobs = linear_logprobs(hidden, weight, targets, mask=mask, **TRANSFORM, **head, backend=backend)
+        return policy_loss(
+            logprobs, old - 5, advantages, mask=mask, variant=variant, **fields, **given, backend=backend
+        )
+
+    return call
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("variant", ["gspo", "luspo", "dro"])
+def test_sequences_beyond_the_budget_are_summed_and_made_once(variant, backend):
+    tensors = head(LONG)
+    found = run(long_sequences(variant, {}, backend, fused=True, scratch_bytes=BUDGET, chunk_tokens=10), tensors)
+    assert_close(found, run(long_sequences(variant, {}, "reference", fused=False), tensors))
+
+
+@pytest.mark.parametrize(("variant", "terms"), [
+    ("gmpo", {}), ("vespo", {}), ("gspo_token", {}), ("gspo", {"kl_coef": 0.1}), ("gspo", {"off_policy_max_kl": 0.01}),
+    ("gspo", {"correction_level": "token"}), ("dro", {"entropy_coef": 0.1}),
+], ids=str)  # fmt: skip
+def test_sequences_with_several_slopes_are_not_summed(variant, terms):
+    tensors = head(LONG)
+    found = run(long_sequences(variant, terms, "cpu", fused=True, scratch_bytes=BUDGET, chunk_tokens=10), tensors)
+    plain = run(long_sequences(variant, terms, "cpu", fused=True), tensors)
+    assert_close(found, plain)
+
+
+@pytest.mark.parametrize(("variant", "made_again"), [("gspo", 0), ("gmpo", 2)])
+def test_long_sequences_of_one_slope_take_three_products(variant, made_again):  # of the three tiles of a sequence
+    hidden, weight = torch.randn(*LONG, 16, requires_grad=True), (torch.randn(97, 16) / 8).requires_grad_()
+    targets, old, advantages = torch.randint(0, 97, LONG), -5 - torch.rand(LONG), 1 + torch.rand(LONG)
+    numbers = {"clip_eps_low": 1.0, "clip_eps_high": 1e6}
+    scratch = 120 * 128 + 4 * 97 * 16 + 15 * 4 * (97 + 2 * 16)
+
+    def call():
+        linear_policy_loss(
+            hidden, weight, targets, old, advantages, objective=PolicyObjective(variant, **numbers),
+            scratch_bytes=scratch, chunk_tokens=15, backend="cpu",
+        )[0].backward()  # fmt: skip
+
+    assert 3 * products(call) == (9 + made_again) * 120 * 16 * 97
 
 
 def test_rows_that_do_not_count_cost_nothing_and_those_without_advantage_one_product():
@@ -212,6 +274,22 @@ def test_the_memory_beside_results_and_gradients_stays_within_the_budget(variant
 
     peak = peak_bytes(call)
     assert scratch / 3 < peak - gradients <= scratch
+
+
+def test_summed_sequences_stay_within_the_budget():
+    hidden, weight = torch.randn(2, 512, 32, requires_grad=True), torch.randn(4099, 32, requires_grad=True)
+    targets, old = torch.randint(0, 4099, (2, 512)), -8 - torch.rand(2, 512)
+    gradients, scratch = 4 * (hidden.numel() + weight.numel()), 2 << 20
+    found = []
+
+    def call():
+        found.append(linear_policy_loss(
+            hidden, weight, targets, old, old + 8, objective=PolicyObjective("gspo"), scratch_bytes=scratch,
+            chunk_tokens=80, backend="cpu",
+        ))  # fmt: skip
+
+    peak = peak_bytes(call)
+    assert gradients + 4 * weight.numel() < peak <= gradients + scratch
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

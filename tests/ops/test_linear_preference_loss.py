@@ -7,7 +7,7 @@ from benchmarks.harness import peak_bytes
 from rlhf_fast import PreferenceObjective, linear_logprobs, linear_preference_loss, preference_loss
 from rlhf_fast.ops._preference import VARIANTS, Pairs
 from rlhf_fast.ops.linear_preference_loss import OPS, coupling
-from tests.linear_losses import PARAMETERS, TRANSFORM, D, V, assert_close, head, products, run
+from tests.linear_losses import PARAMETERS, TRANSFORM, D, R, V, assert_close, head, products, run
 
 KERNELS = OPS["linear_preference_loss"]
 BACKENDS = ("reference", *KERNELS)
@@ -150,6 +150,40 @@ def test_the_products_are_those_of_the_cost_model(trained, rows, expected):
             loss.backward()
 
     assert products(call) == expected * 4 * 8 * 16 * 97
+
+
+LONG = (6, 70)  # pairs whose logits take more than two gradients of the head and a tile
+SUMS = 2 * (V * D + V + R * (D + V))  # numbers in them
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("variant", ["sigmoid", "nca_pair", "simpo", "orpo"])
+def test_pairs_beyond_the_budget_are_summed(variant, backend):
+    torch.manual_seed(1)
+    targets, mask = torch.randint(0, V, LONG), torch.rand(LONG) < 0.9
+    chosen, tensors, scratch = objective(variant), head(LONG), 420 * 128 + 8 * SUMS + 10 * ROW
+    given = {"targets": targets, "mask": mask}
+    found = run(fused(chosen, scratch_bytes=scratch, chunk_tokens=10, backend=backend, **given), tensors)
+    assert_close(found, run(fused(chosen, backend="reference", **given), tensors))
+
+
+@pytest.mark.parametrize(("trained", "sums"), [
+    (("hidden", "weight"), 2 * 97 * 16), (("hidden", "bias"), 2 * 97),
+], ids=str)  # fmt: skip
+def test_a_long_pair_takes_its_logits_once(trained, sums):
+    tensors = {"hidden": torch.randn(2, 70, 16), "weight": torch.randn(97, 16) / 8, "bias": torch.randn(97)}
+    for name in trained:
+        tensors[name].requires_grad_()
+    scratch = 140 * 128 + 4 * sums + 10 * 4 * (97 + 2 * 16)
+
+    def call():
+        linear_preference_loss(
+            tensors["hidden"], tensors["weight"], torch.zeros(2, 70, dtype=torch.long), bias=tensors["bias"],
+            objective=PreferenceObjective("simpo"), scratch_bytes=scratch, chunk_tokens=10, backend="cpu",
+        )[0].backward()  # fmt: skip
+
+    of_head = 16 if "weight" in trained else 1  # columns of the product for the trained part of the head
+    assert products(call) == 140 * 97 * (16 + 16 + of_head)
 
 
 @pytest.mark.parametrize("scratch", [1 << 20, 3 << 20])
