@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.costs import Work, work
 from rlhf_fast.ops._head import free_tile_buffer
 from tests.numerics import assert_contract
 
@@ -44,8 +45,10 @@ class Case:
 
     "eager" is what a user would write in plain PyTorch; `peers` are other implementations of the same job, whose error
     is recorded and not asserted; `floors` are what the job cannot do without (bare products, a copy), not checked.
-    bytes and flops: what the op's formula moves and computes at least; 0 where that bounds nothing. scratch: the most
-    that our contenders may allocate at a time beside what they return; 0 for no bar.
+    scratch: the most that our contenders may allocate at a time beside what they return; 0 for no bar.
+    op, passes and sizes: what benchmarks.costs counts FLOPs and bytes from; without an op nothing is counted.
+    yardstick: "eager" for the first rows alone, where the whole of it does not fit and is no contender.
+    compared: what of the inputs and results is compared, where results as they are cannot be (random draws).
     """
 
     name: str
@@ -56,13 +59,21 @@ class Case:
     peers: dict[str, Contender] = field(default_factory=dict)
     floors: dict[str, Contender] = field(default_factory=dict)
     bars: tuple[Bar, ...] = ()
-    bytes: int = 0
-    flops: int = 0
     scratch: int = 0
+    op: str = ""
+    passes: str = "forward"
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    group: str = "bars"
+    yardstick: Contender | None = None
+    compared: Callable[[Inputs, list[Tensor]], list[Tensor]] = lambda inputs, results: results
 
     @property
     def everyone(self) -> dict[str, Contender]:
         return self.contenders | self.peers | self.floors
+
+    @property
+    def cost(self) -> Work:
+        return work(self.op, self.passes, self.sizes) if self.op else Work()
 
 
 def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
@@ -70,49 +81,73 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
 
     Short cases are repeated for two seconds: the best of a few runs of less than a millisecond is noise.
     """
-    errors = check(case)
-    inputs = {name: case.draw() for name in case.everyone}
-    times: dict[str, list[float]] = {name: [] for name in case.everyone}
+    errors, failed = check(case)
+    runs = {name: (contender, case.draw()) for name, contender in case.everyone.items() if name not in failed}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
     gc.disable()  # as timeit does
     started, turn = time.perf_counter(), 0
     while turn < repeats + 2 or (repeats >= LONG and turn < 200 and time.perf_counter() - started < 2):
-        for name, contender in case.everyone.items():
-            milliseconds = timed(lambda run=contender, given=inputs[name]: run(given), device)
+        for name, (contender, inputs) in runs.items():
+            milliseconds = timed(lambda run=contender, given=inputs: run(given), device)
             if turn >= 2:
                 times[name].append(milliseconds)
         turn += 1
     gc.enable()
-    summary = {
-        name: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t), "max_error": errors.get(name)}
-        for name, t in times.items()
-    }
-    for name, contender in case.everyone.items():
-        summary[name]["scratch_bytes"] = scratch_bytes(contender, inputs[name], device)
+    summary = {name: spread(t) | {"max_error": errors.get(name)} for name, t in times.items()}
+    for name, (contender, inputs) in runs.items():
+        summary[name]["scratch_bytes"] = scratch_bytes(contender, inputs, device)
     return {
-        "case": case.name, "shape": case.shape, "repeats": turn - 2, "bytes": case.bytes, "flops": case.flops,
+        "case": case.name, "shape": case.shape, "group": case.group, "op": case.op, "passes": case.passes,
+        "sizes": dict(case.sizes), "repeats": turn - 2, "bytes": case.cost.bytes, "flops": case.cost.flops,
         "scratch": case.scratch, "contenders": summary, "bars": [judged(bar, times) for bar in case.bars],
+        "failed": failed,
+    }  # fmt: skip
+
+
+def spread(milliseconds: list[float]) -> dict[str, float]:
+    """The extremes of the repeats, their tenth and ninetieth percentile and their median."""
+    tenths = statistics.quantiles(milliseconds, n=10, method="inclusive") if len(milliseconds) > 1 else milliseconds
+    return {
+        "median_ms": statistics.median(milliseconds), "min_ms": min(milliseconds), "max_ms": max(milliseconds),
+        "p10_ms": tenths[0], "p90_ms": tenths[-1],
     }  # fmt: skip
 
 
 def judged(bar: Bar, times: dict[str, list[float]]) -> dict[str, Any]:
-    """The better of the interleaved repeats of both; None where the other one is not installed."""
+    """The better of the interleaved repeats of both; None where the other one did not run."""
     found = None if bar.against not in times else min(times[bar.against]) / min(times[bar.ours])
     return {"ours": bar.ours, "against": bar.against, "bar": bar.ratio, "measured": found}
 
 
-def check(case: Case) -> dict[str, float]:
-    """Our contenders keep the numerics contract beside "eager"; returns everybody's greatest error against float64."""
+def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:
+    """Everybody's greatest error against float64, and the peers that could not run with their reasons.
+
+    Our contenders keep the numerics contract beside "eager"; what they raise is raised.
+    """
     oracle = case.oracle(case.draw(), CHECKED_ROWS)
-    eager = [x[:CHECKED_ROWS] if x.dim() else x for x in case.contenders["eager"](case.draw())]
-    errors = {}
+    yardstick = case.yardstick or case.contenders["eager"]
+    eager = first_rows(case, yardstick)
+    errors, failed = {}, {}
     for name, contender in (case.contenders | case.peers).items():
-        results = [x[:CHECKED_ROWS] if x.dim() else x for x in contender(case.draw())]
+        try:
+            results = first_rows(case, contender)
+        except RuntimeError as error:  # of a peer: memory, or what it does not support
+            if name in case.contenders:
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            continue
         errors[name] = max((r.double() - o).abs().max().item() for r, o in zip(results, oracle, strict=True))
         if name in case.contenders:
             for i, result in enumerate(results):
                 assert_contract(f"{case.name}, {name}, result {i}", result, eager[i], oracle[i])
-    return errors
+    return errors, failed
+
+
+def first_rows(case: Case, contender: Contender) -> list[Tensor]:
+    """What is compared of the contender's results; of those with rows, the first ones."""
+    inputs = case.draw()
+    return [x[:CHECKED_ROWS] if x.dim() else x for x in case.compared(inputs, contender(inputs))]
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
@@ -170,10 +205,11 @@ def machine(device: str) -> dict[str, Any]:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
+    module = "benchmarks" if Path(sys.argv[0]).stem == "__main__" else f"benchmarks.{Path(sys.argv[0]).stem}"
     info = {
         "commit": git("rev-parse", "HEAD") or None,
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -193,28 +229,35 @@ def cpu_name() -> str:
 
 
 def report(cases: list[Case], device: str, repeats: int, out: Path, **extra: Any) -> None:
-    """Measures all cases, prints a line for each contender and bar, and writes everything to `out`."""
-    results = []
+    """Measures all cases, prints a line for each contender and bar, and writes everything to `out`, case by case."""
+    results: list[dict[str, Any]] = []
+    head = {"machine": machine(device), **extra}
+    out.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
         results.append(measure(case, device, repeats))
         gc.collect()
-        times = results[-1]["contenders"]
-        print(f"{case.name}, {case.shape}", flush=True)
-        for name, row in times.items():
-            ratio = times["eager"]["min_ms"] / row["min_ms"]
-            error = "" if row["max_error"] is None else f"  error {row['max_error']:.1e}"
-            print(f"  {name:24} {row['min_ms']:10.3f} ms  {ratio:7.2f} x eager{error}", flush=True)
-        for line in [*map(described, results[-1]["bars"]), *described_scratch(results[-1], case.contenders)]:
-            print(f"  {line}", flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine(device), **extra, "cases": results}, indent=1) + "\n")
+        print_result(results[-1], case)
+        out.write_text(json.dumps({**head, "cases": results}, indent=1) + "\n")
     print(f"-> {out}")
+
+
+def print_result(result: dict[str, Any], case: Case) -> None:
+    times = result["contenders"]
+    print(f"{case.name}, {case.shape}", flush=True)
+    for name, row in times.items():
+        ratio = f"  {times['eager']['min_ms'] / row['min_ms']:7.2f} x eager" if "eager" in times else ""
+        error = "" if row["max_error"] is None else f"  error {row['max_error']:.1e}"
+        print(f"  {name:24} {row['min_ms']:10.3f} ms{ratio}{error}", flush=True)
+    for name, reason in result["failed"].items():
+        print(f"  {name:24} could not run: {reason}", flush=True)
+    for line in [*map(described, result["bars"]), *described_scratch(result, case.contenders)]:
+        print(f"  {line}", flush=True)
 
 
 def described(bar: dict[str, Any]) -> str:
     """One line: what was asked, what was measured."""
     if bar["measured"] is None:
-        return f"bar: {bar['against']} is not installed"
+        return f"bar: {bar['against']} is not there"
     verdict = "kept" if bar["measured"] >= bar["bar"] else "MISSED"
     if bar["bar"] < 1:
         return f"bar {verdict}: {1 / bar['measured']:.3f} x the time of {bar['against']}, at most {1 / bar['bar']:.3f}"

@@ -1,12 +1,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.harness import Bar, Case, check, described, judged, measure
+from benchmarks.costs import PASSES, Work, evaluated, floor_seconds, work
+from benchmarks.harness import Bar, Case, check, described, judged, measure, spread
 
 ROOT = Path(__file__).parents[1]
 TIMED = {"token_logprobs", "linear_logprobs", "linear_policy_loss", "policy_loss", "gae"}
@@ -33,7 +35,7 @@ def test_contenders_that_are_right_get_one_time_per_repeat():
     check(doubling(2.0))
     result = measure(doubling(2.0), "cpu", repeats=3)
     assert set(result["contenders"]) == {"eager", "ours"}
-    assert all(0 < t["min_ms"] <= t["median_ms"] <= t["max_ms"] for t in result["contenders"].values())
+    assert all(0 < t["min_ms"] <= t["p10_ms"] <= t["median_ms"] <= t["p90_ms"] for t in result["contenders"].values())
 
 
 def test_a_bar_takes_the_better_of_the_repeats_and_says_what_was_measured():
@@ -42,13 +44,58 @@ def test_a_bar_takes_the_better_of_the_repeats_and_says_what_was_measured():
     assert judged(faster, times)["measured"] == 2.25
     assert described(judged(faster, times)) == "bar kept: 2.25 x as fast as eager, at least 2"
     assert described(judged(slower, times)) == "bar MISSED: 1.111 x the time of products, at most 1.080"
-    assert described(judged(Bar("ours", "trl", 4), times)) == "bar: trl is not installed"
+    assert described(judged(Bar("ours", "trl", 4), times)) == "bar: trl is not there"
 
 
 def test_peers_are_compared_and_not_judged():
     case = doubling(2.0)
-    errors = check(Case(case.name, case.shape, case.draw, case.oracle, case.contenders, {"peer": lambda x: [x["x"]]}))
+    errors, _ = check(replace(case, peers={"peer": lambda x: [x["x"]]}))
     assert errors == {"eager": 0.0, "ours": 0.0, "peer": 1.0}
+
+
+def test_a_peer_that_cannot_run_is_named_with_its_reason_and_the_others_are_timed():
+    def breaks(inputs):
+        raise RuntimeError("no memory\nand more lines")
+
+    result = measure(replace(doubling(2.0), peers={"peer": breaks}), "cpu", repeats=1)
+    assert result["failed"] == {"peer": "RuntimeError: no memory"}
+    assert set(result["contenders"]) == {"eager", "ours"}
+
+
+def test_where_eager_does_not_fit_its_first_rows_are_the_yardstick():
+    case = doubling(2.0)
+    whole = replace(case, contenders={"ours": case.contenders["ours"]}, yardstick=case.contenders["eager"])
+    assert check(whole) == ({"ours": 0.0}, {})
+    with pytest.raises(AssertionError, match="double, ours"):
+        check(replace(whole, contenders={"ours": lambda x: [3 * x["x"]]}))
+
+
+def test_the_spread_is_that_of_the_repeats():
+    assert spread([float(t) for t in range(101)]) == {
+        "median_ms": 50, "min_ms": 0, "max_ms": 100, "p10_ms": 10, "p90_ms": 90,
+    }  # fmt: skip
+    assert set(spread([3.0]).values()) == {3.0}
+
+
+def test_costs_are_the_sums_that_their_text_says():
+    assert evaluated("2 Ns + 9 N", {"N": 10, "s": 4}) == 170
+    assert evaluated("P + 2 NDR", {"N": 2, "D": 3, "V": 5, "R": 7}) == 2 * 2 * 3 * 5 + 2 * 2 * 3 * 7
+    with pytest.raises(KeyError, match="V"):
+        evaluated("10 NV", {"N": 10})
+
+
+def test_passes_add_up():
+    sizes = {"N": 2, "D": 3, "V": 5, "s": 4}
+    one = 2 * 2 * 3 * 5
+    assert [work("linear_logprobs", passes, sizes).flops for passes in PASSES] == [one, 2 * one, 3 * one]
+    n = {"N": 10, "s": 4}
+    assert work("gae + whiten", "forward", n).bytes == work("gae", "forward", n).bytes + 10 * 4 + 50
+
+
+def test_the_floor_is_the_longer_of_bytes_and_flops():
+    limits = {"copy_bytes_per_second": 10.0, "float32_flops_per_second": 100.0}
+    assert floor_seconds(Work(flops=100, bytes=50), limits) == 5
+    assert floor_seconds(Work(flops=1000, bytes=50), limits) == 10
 
 
 def test_the_gpu_benchmark_runs_the_same_code_on_small_cpu_tensors(tmp_path):

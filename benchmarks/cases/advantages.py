@@ -54,7 +54,7 @@ def padded(sizes: Sizes, device: str) -> Case:
     return Case(
         "gae", f"B={sizes.B} T={sizes.T} float32, ragged mask", draw, exact, contenders, floors={"memcpy": memcpy},
         bars=(Bar("cpu", "eager", 200), Bar("cpu", "memcpy", 1 / 3)) if device == "cpu" else (),
-        bytes=size,
+        op="gae", sizes={"N": sizes.B * sizes.T, "s": 4},
     )  # fmt: skip
 
 
@@ -81,7 +81,8 @@ def packed(sizes: Sizes, device: str) -> Case:
         contenders[name] = lambda x, name=name: list(rlhf_fast.gae(**x, gamma=GAMMA, lam=LAM, backend=name))
     return Case(
         "gae packed", f"{sizes.packed} steps float32", draw,
-        lambda x, rows: [result[:rows] for result in reference(x, torch.float64)], contenders, bytes=sizes.packed * 16,
+        lambda x, rows: [result[:rows] for result in reference(x, torch.float64)], contenders,
+        op="gae", sizes={"N": sizes.packed, "s": 4},
     )  # fmt: skip
 
 

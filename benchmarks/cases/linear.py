@@ -76,7 +76,8 @@ def frozen(sizes: Sizes, device: str) -> Case:
         "linear_logprobs, frozen head, forward + backward", shape(sizes), lambda: draw_tokens(sizes, device), exact,
         contenders, peers={name: with_gradient(f, "hidden") for name, f in others.items()},
         floors={"two products": products(sizes, device, trained=False)}, bars=on_cpu if device == "cpu" else on_gpu,
-        flops=4 * sizes.N * sizes.D * sizes.V, scratch=TILE_BYTES[device] + rows_bytes(sizes),
+        scratch=TILE_BYTES[device] + rows_bytes(sizes),
+        op="linear_logprobs", passes="backward", sizes=costed(sizes),
     )  # fmt: skip
 
 
@@ -118,13 +119,17 @@ def trained(sizes: Sizes, device: str) -> Case:
         "linear_policy_loss, trained head, forward + backward", shape(sizes), draw, exact, contenders,
         peers={name: with_gradient(f, "hidden", "weight") for name, f in peers.linear_policy_loss(CLIP).items()},
         floors={"three products": products(sizes, device, trained=True)}, bars=on_cpu if device == "cpu" else on_gpu,
-        flops=6 * sizes.N * sizes.D * sizes.V, scratch=SCRATCH_BYTES,
+        scratch=SCRATCH_BYTES, op="linear_policy_loss", passes="trained head", sizes=costed(sizes),
     )  # fmt: skip
 
 
 def rows_bytes(sizes: Sizes) -> int:
     """U, and some numbers for each row."""
     return sizes.N * (2 * sizes.D * sizes.dtype.itemsize + 256)
+
+
+def costed(sizes: Sizes) -> dict[str, int]:
+    return {"N": sizes.N, "D": sizes.D, "V": sizes.V, "s": sizes.dtype.itemsize}
 
 
 def shape(sizes: Sizes) -> str:

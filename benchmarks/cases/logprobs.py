@@ -48,24 +48,26 @@ def of_dtype(sizes: Sizes, device: str, dtype: torch.dtype) -> list[Case]:
     entropy |= {name: (lambda x, name=name: list(ours(name, return_entropy=True)(**x))) for name in names}
     both = {"eager": with_gradient(eager, "logits")}
     both |= {name: with_gradient(ours(name, inplace_backward=True), "logits") for name in names}
-    shape, size = f"N={sizes.N} V={sizes.V} {short(dtype)}", sizes.N * sizes.V * dtype.itemsize
+    shape, costed = f"N={sizes.N} V={sizes.V} {short(dtype)}", {"N": sizes.N, "V": sizes.V, "s": dtype.itemsize}
     cpu, full = device == "cpu", dtype == torch.float32
     against_trl = (Bar("cpu", "trl", 4),) if cpu and full else ()
     return [
         Case(
             "token_logprobs forward", shape, draw, lambda x, rows: [exact(**first(x, rows))], forward,
-            peers=peers.token_logprobs(), bars=(Bar("cpu", "eager", 8), *against_trl) if cpu else (), bytes=size,
+            peers=peers.token_logprobs(), bars=(Bar("cpu", "eager", 8), *against_trl) if cpu else (),
+            op="token_logprobs", sizes=costed,
         ),
         Case(
             "token_logprobs forward + entropy", shape, draw,
             lambda x, rows: list(reference(**first(x, rows))), entropy,
-            peers=peers.token_logprobs_and_entropy(), bytes=size,
+            peers=peers.token_logprobs_and_entropy(), op="token_logprobs", sizes=costed,
         ),
         Case(
             "token_logprobs forward + backward in place", shape, draw,
             lambda x, rows: with_gradient(exact, "logits")(first(x, rows)), both,
             peers={k: with_gradient(f, "logits") for k, f in peers.differentiable_token_logprobs().items()},
-            bars=(Bar("cpu", "eager", 8),) if cpu and full else (), bytes=3 * size,
+            bars=(Bar("cpu", "eager", 8),) if cpu and full else (),
+            op="token_logprobs", passes="backward", sizes=costed,
         ),
     ]  # fmt: skip
 

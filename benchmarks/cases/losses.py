@@ -54,6 +54,7 @@ def cases(sizes: Sizes, device: str) -> list[Case]:
     return [
         Case(
             "policy_loss, forward + backward, metrics", f"B={sizes.B} T={sizes.T} float32", draw, exact, contenders,
-            bars=(Bar("cpu", "eager", 5),) if device == "cpu" else (), bytes=sizes.B * sizes.T * (6 * 4 + 1),
+            bars=(Bar("cpu", "eager", 5),) if device == "cpu" else (),
+            op="policy_loss", passes="backward", sizes={"N": sizes.B * sizes.T, "s": 4},
         )
     ]  # fmt: skip
