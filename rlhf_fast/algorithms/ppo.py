@@ -66,7 +66,8 @@ def prepare(config: AlgorithmConfig) -> Job:
         start = "reward" if "reward" in backbone.adapters else None
         backbone.add_adapter(
             "critic", rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets,
-            top_layers=config.top_layers, copy_of=start, seed=config.seed + 1,
+            top_layers=config.top_layers, copy_of=start, seed=config.seed + 1, use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
         )  # fmt: skip
         backbone.add_head("critic", copy_of=start)
         job.optimizers["critic"] = adamw(backbone.parameters_of("critic"), config)

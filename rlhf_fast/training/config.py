@@ -55,6 +55,8 @@ class Config(BaseModel):
     lora_rank: int = Field(8, ge=0, description="0 trains every weight (sft only)")
     lora_alpha: float = Field(16, gt=0)
     lora_targets: str | list[str] = "all-linear"
+    use_rslora: bool = Field(False, description="scale lora_alpha / sqrt(lora_rank), not lora_alpha / lora_rank")
+    use_dora: bool = Field(False, description="adapters with a magnitude per output")
     top_layers: int | None = Field(None, ge=1, description="adapters on the top layers only; the rest runs once")
     gradient_checkpointing: bool = False
 

@@ -46,7 +46,7 @@ def add_trained_adapter(backbone: Backbone, name: str, config: Config, saved: st
         raise UserError(f"{config.algorithm} trains an adapter: lora_rank must be at least 1 (0 is for sft)")
     backbone.add_adapter(
         name, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets,
-        top_layers=config.top_layers, seed=config.seed,
+        top_layers=config.top_layers, seed=config.seed, use_rslora=config.use_rslora, use_dora=config.use_dora,
     )  # fmt: skip
 
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from rich.console import Console
@@ -151,3 +153,11 @@ def test_a_policy_that_starts_from_an_adapter_keeps_a_frozen_copy_as_reference(t
     hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, [None])[None]
     base = job.backbone.logprobs(hidden, batch.input_ids, mask)
     assert (base - experience.scores.ref_logprobs).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["use_rslora", "use_dora"])
+def test_a_run_trains_and_saves_adapters_of_the_kind_that_the_config_names(kind, tmp_path):
+    values = values_of("ppo", output_dir=str(tmp_path / "run"), steps=1, **{kind: True})
+    run_stage(Console(quiet=True), single_stage(values), resume=None, overwrite=False)
+    for role in ("", "critic"):
+        assert json.loads((tmp_path / "run" / role / "adapter_config.json").read_text())[kind] is True
