@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.losses import value, value_clip
+from rlhf_fast.kernels.scalar import divide
 from torch import Tensor
 
 PARTS = 256  # partial sums at most
@@ -81,15 +82,6 @@ def _linear_value_loss_kernel(
 
 
 @triton.jit
-def _divide(x, y):
-    # `/` on float32 is approximate, and the mean of ones must be 1.
-    if x.dtype == tl.float32:
-        return tl.div_rn(x, y)
-    else:
-        return x / y
-
-
-@triton.jit
 def _sum_parts_kernel(
     partials,  # (3 or 4, programs): sums of loss, metric, count, and what goes to `extra`
     weight_partials,  # (programs, D) or None
@@ -110,8 +102,8 @@ def _sum_parts_kernel(
         if denominator is not None:
             count = tl.load(denominator)
         count = tl.where(count == 0, 1.0, count)  # nothing counts: every sum is 0
-        tl.store(loss, _divide(tl.sum(tl.load(partials + parts, mask=there, other=0.0), 0), count))
-        tl.store(means, _divide(tl.sum(tl.load(partials + programs + parts, mask=there, other=0.0), 0), count))
+        tl.store(loss, divide(tl.sum(tl.load(partials + parts, mask=there, other=0.0), 0), count))
+        tl.store(means, divide(tl.sum(tl.load(partials + programs + parts, mask=there, other=0.0), 0), count))
         tl.store(means + 1, count)
         if extra is not None:
             tl.store(extra, tl.sum(tl.load(partials + 3 * programs + parts, mask=there, other=0.0), 0))

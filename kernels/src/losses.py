@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.preference_losses import PAIRED, UNPAIRED
-from rlhf_fast.kernels.scalar import sigmoid, softplus
+from rlhf_fast.kernels.scalar import divide, sigmoid, softplus, sum_parts
 from torch import Tensor
 
 BLOCK = 1024  # elements of a program at a time; fewer where there are many inputs, or registers would be spilled
@@ -131,21 +131,6 @@ def _elements_kernel(
 
 
 @triton.jit
-def _total(partials, k, programs, PARTS: tl.constexpr):
-    part = tl.arange(0, PARTS)
-    return tl.sum(tl.load(partials + k * programs + part, mask=part < programs, other=0.0), 0)
-
-
-@triton.jit
-def _divide(x, y):
-    # `/` on float32 is approximate, and the mean of ones must be 1.
-    if x.dtype == tl.float32:
-        return tl.div_rn(x, y)
-    else:
-        return x / y
-
-
-@triton.jit
 def _means_kernel(
     partials,  # (6, programs)
     denominator,  # () or None
@@ -155,13 +140,13 @@ def _means_kernel(
     HAS_DENOMINATOR: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    count = _total(partials, 5, programs, PARTS)
+    count = sum_parts(partials, 5, programs, PARTS)
     if HAS_DENOMINATOR:
         count = tl.load(denominator)
     count = tl.where(count == 0, 1.0, count)  # nothing counts: every sum is 0
-    tl.store(loss, _divide(_total(partials, 0, programs, PARTS), count))
+    tl.store(loss, divide(sum_parts(partials, 0, programs, PARTS), count))
     for k in tl.static_range(4):
-        tl.store(means + k, _divide(_total(partials, k + 1, programs, PARTS), count))
+        tl.store(means + k, divide(sum_parts(partials, k + 1, programs, PARTS), count))
     tl.store(means + 4, count)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.scalar import exp_minus_1_minus, expm1
+from rlhf_fast.kernels.scalar import divide, exp_minus_1_minus, expm1, sum_parts
 from torch import Tensor
 
 BLOCK = 512
@@ -450,21 +450,6 @@ def _tokens_kernel(
 
 
 @triton.jit
-def _total(partials, k, programs, PARTS: tl.constexpr):
-    part = tl.arange(0, PARTS)
-    return tl.sum(tl.load(partials + k * programs + part, mask=part < programs, other=0.0), 0)
-
-
-@triton.jit
-def _divide(x, y):
-    # `/` on float32 is approximate, and the mean of ones must be 1.
-    if x.dtype == tl.float32:
-        return tl.div_rn(x, y)
-    else:
-        return x / y
-
-
-@triton.jit
 def _metrics_kernel(
     partials,  # (SUMS, programs)
     denominator,  # ()
@@ -479,20 +464,20 @@ def _metrics_kernel(
     highest = tl.max(tl.load(partials + 11 * programs + part, mask=there, other=float("-inf")), 0)
     lowest = tl.min(tl.load(partials + 12 * programs + part, mask=there, other=float("inf")), 0)
     nothing = highest < lowest
-    ratios = _total(partials, 4, programs, PARTS)
+    ratios = sum_parts(partials, 4, programs, PARTS)
     broken = tl.where(ratios != ratios, ratios, 0.0)  # NaN is no maximum
-    held_low = _total(partials, 1, programs, PARTS)
-    held_high = _total(partials, 2, programs, PARTS)
-    tl.store(loss, _total(partials, 0, programs, PARTS))
-    tl.store(metrics, _divide(held_low + held_high, tokens))
-    tl.store(metrics + 1, _divide(held_low, tokens))
-    tl.store(metrics + 2, _divide(held_high, tokens))
-    tl.store(metrics + 3, _divide(_total(partials, 3, programs, PARTS), tokens))
-    tl.store(metrics + 4, _divide(ratios, tokens))
+    held_low = sum_parts(partials, 1, programs, PARTS)
+    held_high = sum_parts(partials, 2, programs, PARTS)
+    tl.store(loss, sum_parts(partials, 0, programs, PARTS))
+    tl.store(metrics, divide(held_low + held_high, tokens))
+    tl.store(metrics + 1, divide(held_low, tokens))
+    tl.store(metrics + 2, divide(held_high, tokens))
+    tl.store(metrics + 3, divide(sum_parts(partials, 3, programs, PARTS), tokens))
+    tl.store(metrics + 4, divide(ratios, tokens))
     tl.store(metrics + 5, tl.where(nothing, 0.0, highest) + broken)
     tl.store(metrics + 6, tl.where(nothing, 0.0, lowest) + broken)
     for k in tl.static_range(5, 11):
-        tl.store(metrics + k + 2, _divide(_total(partials, k, programs, PARTS), tokens))
+        tl.store(metrics + k + 2, divide(sum_parts(partials, k, programs, PARTS), tokens))
 
 
 def policy_loss(

@@ -1,4 +1,4 @@
-"""Scalar functions without cancellation or overflow, for Triton kernels."""
+"""Scalar functions without cancellation or overflow, and sums of partial sums, for Triton kernels."""
 
 from __future__ import annotations
 
@@ -50,3 +50,19 @@ def tanh(x):
     e = expm1(-2.0 * tl.abs(x))
     t = -e / (2.0 + e)
     return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def divide(x, y):
+    """x / y to the last bit: `/` on float32 is approximate, and the mean of ones must be 1."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def sum_parts(partials, k, programs, PARTS: tl.constexpr):
+    """The sum over programs of partial sum k of partials (sums, programs), in a fixed order."""
+    part = tl.arange(0, PARTS)
+    return tl.sum(tl.load(partials + k * programs + part, mask=part < programs, other=0.0), 0)
