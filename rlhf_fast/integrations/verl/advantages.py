@@ -1,0 +1,265 @@
+"""verl's advantage estimators: one score or reward per token in, (advantages, returns) per token out, (B, T) each.
+
+A prompt's only answer keeps its score, as in verl. Answers of equal scores get exactly 0, where verl's may get the
+rounding error of their mean over epsilon.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import discounted_returns, gae, group_advantages, whiten
+
+Pair = tuple[Tensor, Tensor]
+
+
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """(values - mean) / sqrt(variance + 1e-8) (+ mean without shift_mean), by the moments of what the mask counts.
+
+    What it does not count is mapped alike, as verl does and `whiten`, which gives 0 there, does not. The type of the
+    values; the moments are float64. Raises ValueError on the CPU for a mask that counts fewer than two; a GPU would
+    have to wait for that, and gives NaN.
+    """
+    _check_two_counted(mask)
+    counts = mask.bool()
+    number, exact = counts.sum(), torch.where(counts, values, 0).double()
+    mean = exact.sum() / number
+    variance = torch.where(counts, exact - mean, 0).square().sum() / (number - 1)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean).to(values.dtype)
+
+
+def _check_two_counted(mask: Tensor) -> None:
+    if mask.device.type == "cpu" and mask.sum() < 2:
+        raise ValueError(f"a variance needs a mask that counts two at least, got {int(mask.sum())} of {mask.numel()}")
+
+
+def compute_gae_advantage_return(
+    token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
+) -> Pair:
+    """Whitened GAE advantages and the returns before whitening. Steps behind the mask have those of the step after.
+
+    What stands behind the mask changes no advantage, bit for bit, and no return that counts.
+    """
+    advantages, _ = gae(token_level_rewards, values, mask=response_mask, gamma=float(gamma), lam=float(lam))
+    carried = _carried_back(advantages, response_mask)
+    dtype = _dtype(token_level_rewards, values, response_mask)
+    return masked_whiten(carried, response_mask).to(dtype), (carried + values).to(dtype)
+
+
+def _carried_back(x: Tensor, mask: Tensor) -> Tensor:
+    """(B, T): x of the next step that counts, the step itself included; 0 after the last one."""
+    end = x.shape[1]
+    steps = torch.where(mask.bool(), torch.arange(end, device=x.device), end)
+    following = steps.flip(1).cummin(1).values.flip(1)
+    return torch.nn.functional.pad(x, (0, 1)).gather(1, following)
+
+
+# --- Scores of answers to one prompt ----------------------------------------------------------------------------------
+
+
+def compute_grpo_outcome_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True,
+    config: Any = None,
+) -> Pair:
+    """(score - mean) / (std + epsilon) of the group, or the numerator alone. index: (B,), equal entries are a group."""
+    if not norm_adv_by_std_in_grpo:
+        return _spread(_in_groups("dr_grpo", token_level_rewards, index), response_mask)
+    return _spread(_normalised(token_level_rewards, index, epsilon), response_mask)
+
+
+def compute_grpo_vectorized_outcome_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True,
+    config: Any = None,
+) -> Pair:
+    return compute_grpo_outcome_advantage(token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo)
+
+
+def compute_grpo_passk_outcome_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True,
+    config: Any = None,
+    **kwargs: Any,
+) -> Pair:
+    """The best answer's lead over the second, (/ (std + epsilon)); 0 for all others. Normalised as `config` says."""
+    if config is None:
+        raise ValueError(
+            "config must be given: its norm_adv_by_std_in_grpo decides, the argument of that name does not"
+        )
+    groups, sizes = _groups(index, token_level_rewards.device)
+    if (sizes < 2).any():
+        raise ValueError(f"pass@k needs two answers to every prompt, got groups of {sorted(set(sizes.tolist()))}")
+    kind = "grpo" if config.get("norm_adv_by_std_in_grpo", True) else "dr_grpo"
+    advantages = group_advantages(token_level_rewards.sum(-1), group_ids=groups, kind=kind, eps=epsilon)
+    by_score = advantages.argsort(descending=True, stable=True)
+    order = by_score[groups[by_score].argsort(stable=True)]  # a run for every group, its best answer first
+    best = torch.nn.functional.pad(groups[order].diff() != 0, (1, 0), value=True)
+    lead = advantages[order] - advantages[order].roll(-1)
+    return _spread(torch.zeros_like(lead).scatter(0, order, torch.where(best, lead, 0)), response_mask)
+
+
+def compute_rloo_outcome_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    epsilon: float = 1e-6,
+    config: Any = None,
+    **kwargs: Any,
+) -> Pair:
+    """score - mean of the group's others."""
+    return _spread(_in_groups("rloo", token_level_rewards, index), response_mask)
+
+
+def compute_rloo_vectorized_outcome_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    epsilon: float = 1e-6,
+    config: Any = None,
+    **kwargs: Any,
+) -> Pair:
+    """The same, but 0 for a prompt's only answer."""
+    groups, _ = _groups(index, token_level_rewards.device)
+    return _spread(group_advantages(token_level_rewards.sum(-1), group_ids=groups, kind="rloo"), response_mask)
+
+
+def compute_opo_outcome_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    epsilon: float = 1e-6,
+    config: Any = None,
+    **kwargs: Any,
+) -> Pair:
+    """score - mean of the group weighted by length."""
+    return _spread(_in_groups("opo", token_level_rewards, index, lengths=response_mask.sum(-1)), response_mask)
+
+
+def compute_gpg_outcome_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    epsilon: float = 1e-6,
+    f_norm: float = 1.0,
+    alpha: float = 1.0,
+    config: Any = None,
+    **kwargs: Any,
+) -> Pair:
+    """(score - mean of the group) / f_norm, times the answers per score that is not 0, as verl has it for any alpha."""
+    scores = token_level_rewards.sum(-1)
+    alpha_of_batch = scores.shape[0] / scores.count_nonzero().clamp(min=1)
+    return _spread(alpha_of_batch * _in_groups("dr_grpo", token_level_rewards, index) / f_norm, response_mask)
+
+
+def compute_reinforce_plus_plus_baseline_outcome_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    epsilon: float = 1e-6,
+    config: Any = None,
+    **kwargs: Any,
+) -> Pair:
+    """score - mean of the group, whitened over the batch's tokens."""
+    _check_two_counted(response_mask)
+    tokens, _ = _spread(_in_groups("dr_grpo", token_level_rewards, index), response_mask)
+    whitened = whiten(tokens, response_mask).to(tokens.dtype)
+    return whitened, whitened
+
+
+# --- Rewards to go ----------------------------------------------------------------------------------------------------
+
+
+def compute_reinforce_plus_plus_outcome_advantage(
+    token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, **kwargs: Any
+) -> Pair:
+    """Discounted returns by config.gamma, whitened over the batch's tokens, and the returns; 0 behind the mask."""
+    if config is None:
+        raise ValueError("config must be given, for its gamma")
+    _check_two_counted(response_mask)
+    returns = discounted_returns(token_level_rewards, mask=response_mask, gamma=config.gamma)
+    dtype = token_level_rewards.dtype
+    return whiten(returns, response_mask).to(dtype), returns.to(dtype)
+
+
+def compute_remax_outcome_advantage(
+    token_level_rewards: Tensor, reward_baselines: Tensor, response_mask: Tensor, config: Any = None, **kwargs: Any
+) -> Pair:
+    """Rewards to go minus the greedy answer's reward, (B,), where the mask counts; and the rewards to go."""
+    dtype = _dtype(token_level_rewards, response_mask)
+    returns = discounted_returns(token_level_rewards * response_mask).to(dtype)
+    return returns - reward_baselines.unsqueeze(-1) * response_mask, returns
+
+
+# --- What they share --------------------------------------------------------------------------------------------------
+
+
+def _groups(index: Any, device: torch.device) -> Pair:
+    """(number of the group, its size), (B,) each, from labels of any kind: an array, a tensor or a list."""
+    labels = index.tolist() if hasattr(index, "tolist") else list(index)
+    sizes = Counter(labels)
+    numbers = {label: number for number, label in enumerate(sizes)}
+    entries = torch.tensor([[numbers[label], sizes[label]] for label in labels], dtype=torch.int64, device=device)
+    return entries.view(-1, 2).unbind(1)  # type: ignore[return-value]
+
+
+def _in_groups(kind: str, rewards: Tensor, index: Any, lengths: Tensor | None = None) -> Tensor:
+    """(B,): advantages of the scores by a kind that leaves a prompt's only answer its score."""
+    scores = rewards.sum(-1)
+    groups, sizes = _groups(index, rewards.device)
+    advantages = group_advantages(scores, group_ids=groups, kind=kind, lengths=lengths)
+    return torch.where(sizes == 1, scores.to(advantages.dtype), advantages).to(rewards.dtype)
+
+
+def _normalised(rewards: Tensor, index: Any, epsilon: float) -> Tensor:
+    """(B,): advantages of grpo; a prompt's only answer has mean 0 and standard deviation 1."""
+    scores = rewards.sum(-1)
+    groups, sizes = _groups(index, rewards.device)
+    advantages = group_advantages(scores, group_ids=groups, kind="grpo", eps=epsilon)
+    return torch.where(sizes == 1, scores.to(advantages.dtype) / (1 + epsilon), advantages).to(rewards.dtype)
+
+
+def _spread(advantages: Tensor, mask: Tensor) -> Pair:
+    """One advantage per answer as (advantages, returns) of its tokens."""
+    tokens = advantages.unsqueeze(-1) * mask
+    return tokens, tokens
+
+
+def _dtype(*tensors: Tensor) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+# The names of verl's registry.
+ESTIMATORS: dict[str, Callable[..., Pair]] = {
+    "gae": compute_gae_advantage_return,
+    "grpo": compute_grpo_outcome_advantage,
+    "grpo_vectorized": compute_grpo_vectorized_outcome_advantage,
+    "grpo_passk": compute_grpo_passk_outcome_advantage,
+    "rloo": compute_rloo_outcome_advantage,
+    "rloo_vectorized": compute_rloo_vectorized_outcome_advantage,
+    "opo": compute_opo_outcome_advantage,
+    "gpg": compute_gpg_outcome_advantage,
+    "reinforce_plus_plus": compute_reinforce_plus_plus_outcome_advantage,
+    "reinforce_plus_plus_baseline": compute_reinforce_plus_plus_baseline_outcome_advantage,
+    "remax": compute_remax_outcome_advantage,
+}
+FUNCTIONS = tuple(ESTIMATORS.values())
+WHITENING = (masked_whiten,)
