@@ -61,7 +61,7 @@ peers: $(VENV)
 # Correctness first: the suite, then every kernel under the sanitizer's tools; only then the clock.
 gpu:
 	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
-	$(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/ops
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
 	$(MAKE) sanitize
 	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT)/gpu.json
 

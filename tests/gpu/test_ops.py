@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_fast import BackendError, token_logprobs
+from rlhf_fast import BackendError, gae, token_logprobs
 from rlhf_fast.backends import native
 from tests.op_table import DTYPES, OPS, assert_keeps_contract, case_backend_pairs
 
@@ -60,6 +60,20 @@ def test_large_vocabularies_in_place(backend, vocabulary):
     leaf = logits.detach().clone().requires_grad_()
     token_logprobs(leaf, targets, inplace_backward=True, backend=backend).sum().backward()
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", OPS["gae"][1:])
+def test_packed_sequences_of_several_blocks_give_the_bits_of_padded_ones(backend):
+    rewards, values, mask = (torch.randn(5, 2500, device="cuda") for _ in range(3))
+    options = {"gamma": 0.99, "lam": 0.95, "backend": backend}
+    padded = gae(rewards, values, mask=mask > -1, **options)
+    starts = torch.arange(6, device="cuda") * 2500
+    packed = gae(rewards.view(-1), values.view(-1), mask=mask.view(-1) > -1, cu_seqlens=starts, **options)
+    exact = gae(rewards.double(), values.double(), mask=mask > -1, gamma=0.99, lam=0.95, backend="reference")
+    for row, line, expected in zip(padded, packed, exact, strict=True):
+        assert torch.equal(row.view(-1), line)
+        torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -332,24 +332,3 @@ def test_cu_seqlens_that_do_not_fit_raise_with_their_values(backend, cu_seqlens)
 def test_the_cuda_kernel_without_a_gpu_says_so():
     with pytest.raises(RuntimeError, match="gae: no CUDA device"):
         native().gae_cuda(0, 0, 0, [1, 1], (1, 1, 0, 0, 0), [1.0, 1.0, 1.0], 0, False, [0, 0], 0, 0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gpu_kernels_keep_the_numerics_contract(backend, dtype):
-    rewards, values, mask, bootstrap = example((5, 2500), dtype)
-    exact = module.reference(
-        rewards.double(), values.double(), mask=mask, bootstrap=bootstrap.double(), gamma=0.99, lam=0.95
-    )
-    eager = plain_rows(rewards, values, mask, bootstrap, 0.99, 0.95)
-    on_gpu = [x.cuda() for x in (rewards, values, mask, bootstrap)]
-    padded = gae(*on_gpu[:2], mask=on_gpu[2], bootstrap=on_gpu[3], gamma=0.99, lam=0.95, backend=backend)
-    packed = gae(
-        on_gpu[0].view(-1), on_gpu[1].view(-1), mask=on_gpu[2].view(-1), bootstrap=on_gpu[3],
-        cu_seqlens=torch.arange(6, device="cuda") * 2500, gamma=0.99, lam=0.95, backend=backend,
-    )  # fmt: skip
-    for i, name in enumerate(("advantages", "returns")):
-        assert_contract(name, padded[i].cpu(), eager[i], exact[i])
-        assert torch.equal(padded[i].view(-1), packed[i])
