@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -85,7 +86,9 @@ def compute_grpo_vectorized_outcome_advantage(
     norm_adv_by_std_in_grpo: bool = True,
     config: Any = None,
 ) -> Pair:
-    return compute_grpo_outcome_advantage(token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo)
+    """The same, at least in float32."""
+    rewards = token_level_rewards.to(_dtype(token_level_rewards, torch.float32))
+    return compute_grpo_outcome_advantage(rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo)
 
 
 def compute_grpo_passk_outcome_advantage(
@@ -111,7 +114,8 @@ def compute_grpo_passk_outcome_advantage(
     order = by_score[groups[by_score].argsort(stable=True)]  # a run for every group, its best answer first
     best = torch.nn.functional.pad(groups[order].diff() != 0, (1, 0), value=True)
     lead = advantages[order] - advantages[order].roll(-1)
-    return _spread(torch.zeros_like(lead).scatter(0, order, torch.where(best, lead, 0)), response_mask)
+    leads = torch.zeros_like(lead).scatter(0, order, torch.where(best, lead, 0))
+    return _spread(leads.to(token_level_rewards.dtype), response_mask)
 
 
 def compute_rloo_outcome_advantage(
@@ -240,11 +244,9 @@ def _spread(advantages: Tensor, mask: Tensor) -> Pair:
     return tokens, tokens
 
 
-def _dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+def _dtype(*given: Tensor | torch.dtype) -> torch.dtype:
+    """The type of what PyTorch computes from all of them."""
+    return reduce(torch.promote_types, (x.dtype if isinstance(x, Tensor) else x for x in given))
 
 
 # The names of verl's registry.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def agg_loss(
         loss_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
     total = (torch.where(loss_mask.bool(), loss_mat, 0).to(weights.dtype) * weights).sum()
-    return total.to(torch.promote_types(loss_mat.dtype, loss_mask.dtype))
+    return total.to(result_dtype(loss_agg_mode, loss_mat, loss_mask))
 
 
 def aggregation_weights(
@@ -69,9 +71,16 @@ def _total(given: int | None, name: str, here: Tensor, dp_size: int) -> Tensor |
     return here.clamp(min=1)
 
 
+def result_dtype(mode: str, *tensors: Tensor) -> torch.dtype:
+    """The type of verl's loss: that of its tensors together, float32 at least for means over sequences."""
+    kinds = [x.dtype for x in tensors] + ([torch.float32] if mode.startswith("seq") else [])
+    return reduce(torch.promote_types, kinds)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """The mean, (), of what the mask counts; 0 where that is nothing."""
-    return torch.where(mask.bool(), values, 0).float().sum() / mask.sum().clamp(min=1)
+    counted = torch.where(mask.bool(), values, 0)
+    return counted.to(torch.promote_types(counted.dtype, torch.float32)).sum() / mask.sum().clamp(min=1)
 
 
 def compute_entropy_loss(logits: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean") -> Tensor:
@@ -99,7 +108,6 @@ def compute_value_loss(
     loss, metrics = value_loss(
         vpreds, values, returns, mask=response_mask, clip_eps=cliprange_value, denominator=total
     )  # fmt: skip
-    dtype = torch.promote_types(vpreds.dtype, torch.promote_types(returns.dtype, values.dtype))
     if loss_agg_mode == "token-mean":
         loss = loss * total / _total(batch_num_tokens, "batch_num_tokens", total, dp_size) * dp_size
     elif loss_agg_mode == "token-sum":
@@ -110,7 +118,7 @@ def compute_value_loss(
         loss = 0.5 * agg_loss(
             squares, response_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
         )
-    return loss.to(dtype), metrics["clip_fraction"].to(dtype)
+    return loss.to(result_dtype(loss_agg_mode, vpreds, returns, values)), metrics["clip_fraction"].float()
 
 
 # --- KL penalties -----------------------------------------------------------------------------------------------------

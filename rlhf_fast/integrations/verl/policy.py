@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import PolicyObjective
-from rlhf_fast.integrations.verl.losses import aggregation_weights, masked_mean
+from rlhf_fast.integrations.verl.losses import aggregation_weights, masked_mean, result_dtype
 from rlhf_fast.ops.policy_loss import Inputs, Plan, evaluate
 
 Loss = tuple[Tensor, dict[str, float]]
@@ -44,7 +44,9 @@ class Batch(NamedTuple):
     def loss(self, objective: PolicyObjective, *scales: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective's loss, its tokens weighted by aggregation, samples and `scales` (B, T); the op's metrics."""
         scales = (*scales, *([] if self.sample_weights is None else [self.sample_weights]))
-        return self.evaluate(objective, reduce(torch.mul, scales, self.aggregation()))
+        loss, metrics = self.evaluate(objective, reduce(torch.mul, scales, self.aggregation()))
+        dtype = result_dtype(self.mode, self.logprobs, self.old_logprobs, self.advantages, *scales)
+        return loss.to(dtype), metrics
 
     def evaluate(self, objective: PolicyObjective, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the objective's loss by the weights (B, T) alone; the metrics are means over the mask.
@@ -56,10 +58,7 @@ class Batch(NamedTuple):
         inputs.check(objective)
         dtype = torch.float64 if self.logprobs.dtype == torch.float64 else torch.float32
         counts = self.mask.to(torch.bool).contiguous().view(torch.uint8)
-        loss, metrics = evaluate(objective, inputs.planes(), Plan(counts, weights.to(dtype), None, None))
-        kinds = [x.dtype for x in (self.logprobs, self.old_logprobs, self.advantages)]
-        kinds += [] if self.sample_weights is None else [self.sample_weights.dtype]
-        return loss.to(reduce(torch.promote_types, kinds)), metrics
+        return evaluate(objective, inputs.planes(), Plan(counts, weights.to(dtype), None, None))
 
     def log_ratio(self) -> Tensor:
         return (self.logprobs - self.old_logprobs).detach()
@@ -181,7 +180,7 @@ def _dppo(batch: Batch, valid: Tensor) -> Loss:
     """-A logprob, weighted by the ratio up to config.clip_ratio_c, of the valid tokens."""
     log_ratio, bound = batch.bounded_log_ratio(), batch.config.get("clip_ratio_c", 20.0)
     ratio = log_ratio.exp()
-    loss, _ = batch.loss(PolicyObjective("gpg"), torch.where(valid, ratio.clamp(max=bound), 0))
+    loss, _ = batch.loss(PolicyObjective("gpg"), torch.where(valid, ratio.clamp(max=bound), 0).float())
     return loss, _floats(-batch.mean(log_ratio), batch.mean(~valid), batch.mean(valid & (ratio > bound)))
 
 
@@ -192,7 +191,10 @@ def compute_policy_loss_gspo(batch: Batch) -> Loss:
     # verl holds the mean log-ratio below 10, which a dual clip does where no other bound holds it.
     objective = PolicyObjective("gspo_token", clip_eps_low=low, clip_eps_high=high, dual_clip=math.exp(10))
     loss, metrics = batch.loss(objective)
-    return loss, _floats(-batch.mean(batch.log_ratio()), metrics["clip_fraction"], torch.zeros_like(loss.detach()))
+    log_ratio, counts = torch.where(batch.mask.bool(), batch.log_ratio(), 0), batch.mask.bool()
+    far = log_ratio.sum(-1, keepdim=True) > 10 * counts.sum(-1, keepdim=True)  # which verl does not count as clipped
+    clipped = metrics["clip_fraction"] - batch.mean(far & (batch.advantages < 0))
+    return loss, _floats(-batch.mean(log_ratio), clipped.clamp(min=0), torch.zeros_like(loss.detach()))
 
 
 @_policy_loss("seq-mean-token-mean")
