@@ -1,0 +1,296 @@
+"""OpenRLHF's losses over tokens: see rlhf_fast/integrations/openrlhf.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast import policy_loss, value_loss
+
+# --- Reductions ------------------------------------------------------------------------------------------------------
+
+AGGREGATIONS = {True: "token_mean", False: "seq_mean_token_mean"}
+
+
+def of_rank(total: float | None, dp_size: int) -> float | None:
+    """A rank's denominator: what the ranks' means over `total` are averaged with, by data parallelism."""
+    return None if total is None else total / dp_size
+
+
+def result_type(token_level: bool, *tensors: Tensor | None) -> torch.dtype:
+    """That of OpenRLHF's own arithmetic, in which a count of each sequence is float32."""
+    dtypes = [x.dtype for x in tensors if x is not None] + ([] if token_level else [torch.float32])
+    return reduce(torch.promote_types, dtypes)
+
+
+def aggregate_loss(
+    loss: Tensor,
+    loss_mask: Tensor | None,
+    token_level_loss: bool = True,
+    dp_size: int = 1,
+    batch_num_tokens: float | None = None,
+    global_batch_size: float | None = None,
+) -> Tensor:
+    """The 0-d mean of losses (B, T) over the tokens that count, or over sequences of their means over tokens.
+
+    batch_num_tokens, global_batch_size: the tokens or sequences of the whole batch, which `dp_size` ranks share: the
+    sum is divided by them instead, and multiplied by dp_size. Sequences without a token do not count.
+    """
+    constant = loss.new_full((), -1).expand(loss.shape)  # the loss of "gpg" is -advantage * logprob
+    total, _ = policy_loss(
+        loss, loss.detach(), constant, mask=loss_mask, variant="gpg", aggregation=AGGREGATIONS[token_level_loss],
+        denominator=of_rank(batch_num_tokens, dp_size), sequences=of_rank(global_batch_size, dp_size),
+    )  # fmt: skip
+    return total.to(result_type(token_level_loss, loss, loss_mask))
+
+
+class SFTLoss(nn.Module):
+    """The mean of -logprob, reduced like `aggregate_loss`."""
+
+    def __init__(self, token_level_loss: bool = True):
+        super().__init__()
+        self.token_level_loss = token_level_loss
+
+    def forward(
+        self,
+        per_token_logps: Tensor,
+        loss_mask: Tensor,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> Tensor:
+        losses = -per_token_logps
+        return aggregate_loss(losses, loss_mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+
+
+def masked_mean(tensor: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
+    """Mean over what counts of all of `tensor` or along `dim`; NaN where nothing does."""
+    if mask is None:
+        return tensor.mean(dim=dim)
+    return counted(tensor, mask).sum(dim=dim) / mask.sum(dim=dim)
+
+
+def masked_normalize(tensor: Tensor, mask: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """Mean 0 and variance 1 along `dim` over what counts, 0 elsewhere; the variance, over n, is at least eps."""
+    count = mask.sum(dim=dim, keepdim=True).clamp(min=1)
+    mean = counted(tensor, mask).sum(dim=dim, keepdim=True) / count
+    centred = counted(tensor - mean, mask)
+    return centred * (centred.square().sum(dim=dim, keepdim=True) / count).clamp(min=eps).rsqrt()
+
+
+def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x, 0 behind the mask, in the type of their product."""
+    if mask is None:
+        return x
+    return torch.where(mask != 0, x, torch.zeros_like(x)).to(torch.promote_types(x.dtype, mask.dtype))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# --- Policy and values -----------------------------------------------------------------------------------------------
+
+_CHOICES = {
+    "policy_loss_type": ("ppo", "gspo"),
+    "is_correction_level": ("off", "token", "seq"),
+    "is_correction_mode": ("mask", "clip"),
+    "is_correction_gating": ("ratio", "binary_kl", "tv"),
+}
+
+
+class PolicyLoss(nn.Module):
+    """The loss of PPO or GSPO, and its correction for samples of another engine.
+
+    is_correction_level: "off", "token" or "seq". is_correction_gating: what must lie within is_correction_threshold:
+    "ratio", the weight exp(old - rollout), or "binary_kl" or "tv", a divergence of the sampled token; of a sequence
+    its (for the ratio geometric) mean. is_correction_mode: "mask" drops what lies outside, "clip" bounds the weight.
+    GSPO's mean log-ratio is bounded by +-20, like every log-ratio; OpenRLHF's is not.
+    Raises ValueError for a combination that OpenRLHF does not have.
+    """
+
+    def __init__(
+        self,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
+        is_correction_level: str = "off",
+        is_correction_mode: str = "mask",
+        is_correction_gating: str = "ratio",
+        is_correction_threshold: tuple[float, float] | list[float] = (0.5, 5.0),
+    ) -> None:
+        super().__init__()
+        self.clip_eps_low = clip_eps_low
+        self.clip_eps_high = clip_eps_high
+        self.dual_clip = dual_clip
+        self.token_level_loss = token_level_loss and policy_loss_type != "gspo"
+        self.policy_loss_type = policy_loss_type
+        self.is_correction_level = is_correction_level
+        self.is_correction_mode = is_correction_mode
+        self.is_correction_gating = is_correction_gating
+        self.is_correction_threshold = is_correction_threshold
+        self._check()
+
+    def _check(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        level, gating = self.is_correction_level, self.is_correction_gating
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must be > 1 or None, got {self.dual_clip}")
+        if self.is_correction_mode == "clip" and (level == "seq" or gating != "ratio"):
+            raise ValueError(
+                f"is_correction_mode 'clip' is of level 'token', gating 'ratio', got {level!r}, {gating!r}"
+            )
+        if level != "off" and gating != "ratio" and self.is_correction_threshold[0] > 0:
+            raise ValueError(
+                f"is_correction_threshold must be (0, bound) for gating {gating!r}, got {self.is_correction_threshold}"
+            )
+
+    def forward(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio), 0-d each, the last two None without a correction.
+
+        All inputs (B, T), log-probabilities in nats. Only the loss has a gradient; the KLs are k1, in nats. The last
+        three arguments as in `aggregate_loss`; metrics are means over the tokens of this call.
+        """
+        if self.is_correction_level == "off":
+            rollout_log_probs = None
+        elif rollout_log_probs is None:
+            raise ValueError(f"rollout_log_probs must be given for level {self.is_correction_level!r}, got None")
+        new, old, kept, filtered = log_probs, old_log_probs, advantages, None
+        correction: dict[str, Any] = {}
+        if self.policy_loss_type == "gspo":
+            behaviour = old_log_probs if rollout_log_probs is None else rollout_log_probs
+            new = _sequence_log_ratios(log_probs, behaviour, action_mask)
+            old = torch.zeros_like(new)
+        elif rollout_log_probs is not None:
+            kept, correction, filtered = self._corrected(old_log_probs, rollout_log_probs, advantages, action_mask)
+        low, high = min(self.clip_eps_low, 1.0), self.clip_eps_high  # a ratio is never below 0
+        loss, metrics = policy_loss(
+            new, old, kept, mask=action_mask, aggregation=AGGREGATIONS[self.token_level_loss],
+            sequences=of_rank(global_batch_size, dp_size), clip_eps_low=low, clip_eps_high=high,
+            dual_clip=self.dual_clip, **correction,
+        )  # fmt: skip
+        if self.token_level_loss and batch_num_tokens is not None:  # the op's metrics would follow its denominator
+            count = log_probs.numel() if action_mask is None else action_mask.sum()
+            loss = loss * (count * dp_size / batch_num_tokens)
+        if self.dual_clip is not None or kept is not advantages:  # neither belongs to the clip
+            _, clipped = policy_loss(
+                new.detach(), old, advantages, mask=action_mask, clip_eps_low=low, clip_eps_high=high
+            )
+        else:
+            clipped = metrics
+        loss = loss.to(result_type(self.token_level_loss, log_probs, old_log_probs, advantages, action_mask))
+        clip_ratio = clipped["clip_fraction"].float()
+        ppo_kl = masked_mean(old_log_probs - log_probs.detach(), action_mask)
+        if rollout_log_probs is None or self.policy_loss_type == "gspo":
+            return loss, clip_ratio, ppo_kl, None, None
+        vllm_kl = masked_mean(rollout_log_probs - old_log_probs, action_mask)
+        filtered = metrics["correction_fraction"].float() if filtered is None else filtered
+        return loss, clip_ratio, ppo_kl, vllm_kl, filtered
+
+    def _corrected(
+        self, old: Tensor, rollout: Tensor, advantages: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
+        """(advantages, 0 where dropped; what policy_loss takes; the dropped share, None where policy_loss gives it)"""
+        low, high = self.is_correction_threshold
+        seq_level = self.is_correction_level == "seq"
+        if self.is_correction_gating == "ratio" and not seq_level:
+            mode = "truncate" if self.is_correction_mode == "clip" else "mask"
+            bounds = {"correction_mode": mode, "correction_low": low, "correction_high": high}
+            return advantages, {"sampler_logprobs": rollout, **bounds}, None
+        gap = _GAPS[self.is_correction_gating](_wide(old), _wide(rollout))
+        if seq_level:
+            gap = masked_mean(gap, mask, dim=-1)[:, None]
+        gap = gap.exp() if self.is_correction_gating == "ratio" else gap
+        inside = (gap >= low) & (gap <= high)
+        outside = (~inside).float()
+        dropped = outside.mean() if seq_level else masked_mean(outside, mask)
+        kept = torch.where(inside, advantages, torch.zeros_like(advantages))
+        return kept, {"sampler_logprobs": rollout, "correction_high": math.inf}, dropped
+
+
+def _sequence_log_ratios(new: Tensor, behaviour: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, T): the mean of new - behaviour over the sequence of a token."""
+    log_ratio = counted(_wide(new) - behaviour, mask)
+    count = new.shape[-1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)
+    return (log_ratio.sum(-1, keepdim=True) / count).expand_as(new)
+
+
+def _probabilities(old: Tensor, rollout: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the sampled token in the rollout's policy and the old one, away from 0 and 1, where logarithms end."""
+    return rollout.exp().clamp(1e-6, 1 - 1e-6), old.exp().clamp(1e-6, 1 - 1e-6)
+
+
+def _binary_kl(old: Tensor, rollout: Tensor) -> Tensor:
+    p, q = _probabilities(old, rollout)
+    return p * (p.log() - q.log()) + (1 - p) * (torch.log1p(-p) - torch.log1p(-q))
+
+
+def _total_variation(old: Tensor, rollout: Tensor) -> Tensor:
+    p, q = _probabilities(old, rollout)
+    return (p - q).abs()
+
+
+# (old, rollout) log-probabilities -> what is held against the threshold; of the ratio the logarithm
+_GAPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ratio": torch.sub,
+    "binary_kl": _binary_kl,
+    "tv": _total_variation,
+}
+
+
+class ValueLoss(nn.Module):
+    """Half the squared error of the values, clipped around the old ones or not, reduced like `aggregate_loss`."""
+
+    def __init__(self, clip_eps: float | None = None, token_level_loss: bool = True) -> None:
+        super().__init__()
+        self.clip_eps = clip_eps
+        self.token_level_loss = token_level_loss
+
+    def forward(
+        self,
+        values: Tensor,
+        old_values: Tensor,
+        returns: Tensor,
+        action_mask: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> Tensor:
+        """0-d. All inputs (B, T)."""
+        if not self.token_level_loss:
+            losses = 0.5 * _squares(values, old_values, returns, self.clip_eps)
+            return aggregate_loss(losses, action_mask, False, dp_size, None, global_batch_size)
+        loss, _ = value_loss(
+            values, old_values, returns, mask=action_mask, clip_eps=self.clip_eps,
+            denominator=of_rank(batch_num_tokens, dp_size),
+        )  # fmt: skip
+        old = None if self.clip_eps is None else old_values
+        return loss.to(result_type(True, values, returns, old, action_mask))
+
+
+def _squares(values: Tensor, old_values: Tensor, returns: Tensor, clip_eps: float | None) -> Tensor:
+    values = _wide(values)
+    squares = (values - returns).square()
+    if clip_eps is None:
+        return squares
+    old = _wide(old_values)
+    return torch.maximum(squares, (values.clamp(old - clip_eps, old + clip_eps) - returns).square())
