@@ -1,0 +1,213 @@
+"""torchtune's RLHF losses, advantages and log-probabilities on our ops: `rlhf_fast.patch("torchtune")`.
+
+Masks are True where a token counts, whatever torchtune's "padding" in their names says; what stands behind one is not
+looked at, NaN included. Only what a recipe differentiates has a gradient: the policy's log-probabilities and values;
+advantages, returns and whitened numbers are constants of the loss.
+
+Source: torchtune 0.6.1, torchtune/rlhf/{rewards,sequence_processing}.py and torchtune/rlhf/loss/.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast import PreferenceObjective, gae, policy_loss, token_logprobs, value_loss
+from rlhf_fast import whiten as whitened
+from rlhf_fast.ops._preference import VARIANTS, Pairs, scored
+
+PEER = "torchtune"
+TESTED = "0.6.1"
+
+EPS = 1e-8  # added to counts: the mean of nothing is 0
+
+
+def replacements() -> dict[str, Any]:
+    """What `rlhf_fast.patch("torchtune")` replaces, under the names that define it."""
+    places = {
+        "loss.ppo": (PPOLoss,),
+        "loss.dpo": (DPOLoss, RSOLoss),
+        "rewards": (estimate_advantages, get_rewards_ppo, whiten, masked_mean, masked_var),
+        "sequence_processing": (logits_to_logprobs, get_batch_log_probs),
+    }
+    return {f"torchtune.rlhf.{place}.{x.__name__}": x for place, objects in places.items() for x in objects}
+
+
+# --- Losses ----------------------------------------------------------------------------------------------------------
+
+
+class PPOLoss(nn.Module):
+    """The clipped loss of the policy and `value_coeff` times that of the values. Log-ratios are bounded by +-20."""
+
+    def __init__(self, epsilon: float = 0.1, value_clip_range: float = 0.2, value_coeff: float = 0.1):
+        super().__init__()
+        self.epsilon = epsilon
+        self.value_clip_range = value_clip_range
+        self.value_coeff = value_coeff
+
+    def forward(
+        self,
+        pi_old_logprobs: Tensor,
+        pi_logprobs: Tensor,
+        advantages: Tensor,
+        phi_old_values: Tensor,
+        phi_values: Tensor,
+        returns: Tensor,
+        padding_masks: Tensor | None = None,
+        value_padding_masks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(loss, policy_loss, value_loss, ratios, clipfrac), 0-d each, all but the loss without gradient.
+
+        All inputs (B, T), log-probabilities in nats. `ratios` is their mean over all tokens, those behind the mask too.
+        """
+        by_policy, metrics = policy_loss(
+            pi_logprobs, pi_old_logprobs, advantages, mask=padding_masks, clip_eps_low=min(self.epsilon, 1.0),
+            clip_eps_high=self.epsilon,
+        )  # fmt: skip
+        by_values, _ = value_loss(
+            phi_values, phi_old_values, returns, mask=value_padding_masks, clip_eps=self.value_clip_range
+        )
+        by_policy = by_policy.to(_reduced(padding_masks, pi_logprobs, pi_old_logprobs, advantages))
+        by_values = by_values.to(_reduced(value_padding_masks, phi_values, phi_old_values, returns))
+        ratios = (pi_logprobs.detach() - pi_old_logprobs).exp().mean()
+        clipfrac = metrics["clip_fraction"].to(_reduced(padding_masks, pi_logprobs))
+        loss = by_policy + by_values * self.value_coeff
+        return loss, by_policy.detach(), by_values.detach(), ratios, clipfrac
+
+
+class DPOLoss(nn.Module):
+    """DPO, its label_smoothing in [0, 0.5)."""
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0):
+        super().__init__()
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(losses, chosen_rewards, rejected_rewards), (B,) each, of sums of log-probabilities (B,), in nats."""
+        objective = PreferenceObjective("sigmoid", self.beta, self.label_smoothing)
+        return _of_each_pair(
+            objective, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+        )
+
+
+class RSOLoss(nn.Module):
+    """The hinge of RSO, gamma in the place of DPO's beta."""
+
+    def __init__(self, gamma: float = 0.1):
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `DPOLoss`."""
+        objective = PreferenceObjective("rso", self.gamma)
+        return _of_each_pair(
+            objective, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+        )
+
+
+def _of_each_pair(objective: PreferenceObjective, *logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition: preference_loss has the mean alone, and torchtune's recipes take it themselves."""
+    ((name, _),) = objective.terms
+    pairs = scored(Pairs(*logps), objective, name)
+    losses = VARIANTS[name].loss(pairs, objective)
+    rewards = pairs.chosen_reward.detach(), pairs.rejected_reward.detach()
+    dtype = logps[0].dtype
+    return losses.to(dtype), rewards[0].to(dtype), rewards[1].to(dtype)
+
+
+# --- Advantages and rewards ------------------------------------------------------------------------------------------
+
+
+def estimate_advantages(
+    values: Tensor, rewards: Tensor, gamma: float, lmbda: float, masks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) (B, T): generalised advantages of all steps, then whitened over those that count.
+
+    As in torchtune whitening keeps the mean. Advantages are 0 behind the mask, returns are not.
+    """
+    advantages, returns = gae(rewards, values, gamma=gamma, lam=lmbda)
+    dtype = torch.promote_types(values.dtype, rewards.dtype)
+    return whiten(advantages, masks).to(dtype), returns.to(dtype)
+
+
+def get_rewards_ppo(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, kl_coeff: float, valid_score_idxs: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rewards, kl, -kl_coeff * kl) (B, T), kl by k1: the scores (B,) come at `valid_score_idxs` (B,) or at the end."""
+    kl = logprobs - ref_logprobs
+    penalty = -kl_coeff * kl
+    at = torch.arange(kl.shape[1], device=kl.device)
+    last = at[-1:] if valid_score_idxs is None else valid_score_idxs[:, None]
+    score = torch.where(at == last, scores[:, None], torch.zeros_like(scores[:, None]))
+    return penalty + score.to(penalty.dtype), kl, penalty
+
+
+def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:
+    """x with variance 1 over what counts, and with shift_mean its own mean, else 0; 0 behind the mask.
+
+    torchtune's shift_mean adds the mean again: the opposite of ours. Behind the mask it moves and scales as well.
+    """
+    return whitened(x, mask, shift_mean=not shift_mean, eps=EPS).to(x.dtype)
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean over what counts of all of x or along `dim`; 0 where nothing does."""
+    return torch.where(mask, x, torch.zeros_like(x)).sum(dim=dim) / (mask.sum(dim=dim) + EPS)
+
+
+def masked_var(centered_values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    """Mean of the squares over what counts, unbiased over n - 1."""
+    count = mask.sum() + EPS
+    variance = masked_mean(centered_values.square(), mask)
+    return variance * (count / (count - 1)) if unbiased else variance
+
+
+# --- From logits -----------------------------------------------------------------------------------------------------
+
+
+def logits_to_logprobs(logits: Tensor, sequences: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities (B, T) of `sequences` under softmax(logits / temperature), in the type of the logits.
+
+    Computed in float32 also where the logits are bfloat16, and exact for confident tokens.
+    """
+    return token_logprobs(logits, sequences, temperature=temperature).to(logits.dtype)
+
+
+def get_batch_log_probs(
+    logits: Tensor, labels: Tensor, label_pad_token_id: int = -100, return_average_logprobs: bool = False
+) -> Tensor:
+    """The sum or average (B,) of the log-probabilities of labels[:, 1:] under logits[:, :-1], but for padding.
+
+    logits (B, T, V), labels (B, T). Raises ValueError for other shapes.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"labels must be logits.shape[:-1] = {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
+    targets = labels[:, 1:]
+    counts = targets != label_pad_token_id
+    sums = token_logprobs(logits[:, :-1], targets, mask=counts).sum(-1)
+    if return_average_logprobs:
+        return (sums / (counts.sum(-1) + EPS)).to(torch.promote_types(logits.dtype, torch.float32))
+    return sums.to(logits.dtype)
+
+
+def _reduced(mask: Tensor | None, *inputs: Tensor) -> torch.dtype:
+    """The type of torchtune's mean of `inputs`, in which the count of a mask is float32."""
+    dtype = inputs[0].dtype if mask is None else torch.float32
+    for x in inputs:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
