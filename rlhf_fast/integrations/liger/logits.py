@@ -1,0 +1,84 @@
+"""Liger's functions of logits: triton_grpo_loss and fused_selective_log_softmax, which run on the CPU as well."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rlhf_fast import token_logprobs
+from rlhf_fast.integrations.liger.grpo import TOKEN_ONLY, Batch, LigerFusedLinearGRPOLoss, correction
+
+
+def triton_grpo_loss(
+    logits: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    completion_ids: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor | None = None,
+    temperature: float = 0.9,
+    beta: float = 0.04,
+    eps_low: float = 0.2,
+    eps_high: float = 0.4,
+    inplace: bool = True,
+    loss_type: str = "dapo",
+    max_completion_length: int | None = None,
+    importance_sampling_level: str = "token",
+    reduce: bool = False,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vllm_is_ratio: Tensor | None = None,
+    delta: float | None = None,
+    use_bias_correction_kl: bool = False,
+    num_items_in_batch: Tensor | float | None = None,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+) -> tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, list[Tensor]]:
+    """The GRPO losses from logits (B, L + 1, V), whose last row is not looked at; runs on the CPU as well.
+
+    old_logp, ref_logp, completion_mask: (B, L) or None (ref_logp: where beta is 0); completion_ids: (B, L);
+    advantages: (B,). inplace: the gradient is written over the logits.
+    Returns (losses, KL or None, clipped), (B, L) float32 and 0 behind the mask; with reduce (loss, [kl?, clip ratio]).
+    Raises ValueError for values and combinations that do not fit.
+    """
+    if delta is not None and loss_type in TOKEN_ONLY:
+        raise ValueError(f"delta must be None for loss_type {loss_type}, got {delta}")
+    if beta != 0 and ref_logp is None:
+        raise ValueError(f"ref_logp must be given for beta {beta}, got None")
+    rows, columns = completion_ids.shape
+    loss = LigerFusedLinearGRPOLoss(
+        beta=beta, epsilon_low=eps_low, epsilon_high=eps_high, loss_type=loss_type,
+        max_completion_length=columns if max_completion_length is None else max_completion_length,
+        importance_sampling_level=importance_sampling_level, sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg, delta=delta, use_bias_correction_kl=use_bias_correction_kl,
+        vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos, vespo_k_neg=vespo_k_neg,
+        vespo_lambda_neg=vespo_lambda_neg,
+    )  # fmt: skip
+    loss.check()
+    mask = logits.new_ones(rows, columns, dtype=torch.float32) if completion_mask is None else completion_mask.float()
+    # The last row goes with the others, masked: a slice of the logits would cost a copy in the backward pass.
+    ids, counted = (pad(x, (0, 1)) for x in (completion_ids, mask))
+    logprobs = token_logprobs(logits, ids, temperature=temperature, mask=counted, inplace_backward=inplace)[:, :-1]
+    ratio = correction(vllm_is_ratio, mask)
+    terms = loss.terms(logprobs, Batch(mask, advantages.float(), old_logp, ref_logp, ratio))
+    losses, clipped = torch.where(mask != 0, terms.losses, 0.0), terms.clipped * mask
+    if reduce:
+        value = loss.reduced(losses, mask, loss.denominator(mask, num_items_in_batch))
+        return value, list(loss.metrics(terms, mask))
+    return losses, None if terms.kl is None else terms.kl.detach() * mask, clipped
+
+
+@torch.no_grad()
+def fused_selective_log_softmax(
+    logits: Tensor, input_ids: Tensor, temperature: float = 0.9, mask: Tensor | None = None
+) -> Tensor:
+    """(B, L) float32 log-probabilities of the last L ids under logits (B, L + 1, V) without their last row.
+
+    input_ids, mask: (B, >= L); 0 behind the mask. No gradient, as in the peer.
+    """
+    columns = logits.shape[1] - 1
+    mask = None if mask is None else mask[:, -columns:]
+    return token_logprobs(logits[:, :-1], input_ids[:, -columns:], temperature=temperature, mask=mask)
