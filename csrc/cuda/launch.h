@@ -47,4 +47,43 @@ void launch(const char* what, void (*kernel)(Args...), int64_t blocks, int threa
                                pointers, 0, queue.stream));
 }
 
+// The block's dynamic shared memory, aligned for 16-byte copies.
+template <typename T> __device__ T* dynamic_shared() {
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<T*>(memory);
+}
+
+// Whether this device runs the code of clusters that `kernel` was compiled to, with so much shared memory per block.
+template <typename... Args>
+bool runs_in_clusters(const char* what, void (*kernel)(Args...), int64_t shared_bytes, Queue queue) {
+  OnDevice guard(what, queue.device);
+  cudaFuncAttributes code;
+  int most = 0;
+  check(what, cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel)));
+  check(what, cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device));
+  return code.ptxVersion >= 90 && shared_bytes <= most;
+}
+
+template <typename... Args>
+void launch_clusters(const char* what, void (*kernel)(Args...), int64_t clusters, int blocks, int threads,
+                     int64_t shared_bytes, Queue queue, Args... args) {
+  if (clusters == 0) return;
+  OnDevice guard(what, queue.device);
+  const auto* code = reinterpret_cast<const void*>(kernel);
+  check(what, cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = unsigned(blocks);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(clusters * blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = queue.stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  void* pointers[] = {&args...};
+  check(what, cudaLaunchKernelExC(&config, code, pointers));
+}
+
 }  // namespace rlhf::cuda

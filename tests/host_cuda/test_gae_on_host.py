@@ -1,9 +1,6 @@
 """The CUDA kernel of gae, its own source compiled for the host with one thread per CUDA thread."""
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,19 +9,10 @@ from rlhf_fast.backends import DTYPE_CODES, address
 from rlhf_fast.ops.gae import empty_outputs, reference
 from tests.numerics import assert_contract
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++ (std::barrier, std::jthread)")
-    library = tmp_path_factory.mktemp("host_cuda") / "gae.so"
-    include = [f"-I{HERE}", f"-I{HERE.parents[1] / 'csrc'}"]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-DRLHF_FAST_NO_CLONES"]
-    subprocess.run([compiler, *flags, *include, str(HERE / "gae.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+def host(compiled):
+    return compiled("gae")
 
 
 def run(host, rewards, values=None, *, mask=None, cu_seqlens=None, bootstrap=None, gamma=0.99, lam=0.95, value_lam=None,

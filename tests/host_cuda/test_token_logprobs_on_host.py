@@ -3,72 +3,31 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf_fast.backends import DTYPE_CODES, address, row_sizes
 from rlhf_fast.ops.token_logprobs import empty_stats
+from tests.host_cuda.token_logprobs import arguments, with_gradients
 from tests.numerics import assert_contract
-
-HERE = Path(__file__).parent
-DEFAULTS = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0}
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++ (std::barrier, std::jthread)")
-    library = tmp_path_factory.mktemp("host_cuda") / "token_logprobs.so"
-    include = [f"-I{HERE}", f"-I{HERE.parents[1] / 'csrc'}"]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-DRLHF_FAST_NO_CLONES"]
-    source = str(HERE / "token_logprobs.cpp")
-    subprocess.run([compiler, *flags, *include, source, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
-
-
-def _arguments(logits, targets, mask, transform, stats):
-    pointer = ctypes.c_void_p
-    rows = (ctypes.c_int64 * 4)(*row_sizes(logits))
-    per_row = targets.shape[2] if targets.dim() == 3 else 1
-    given = (ctypes.c_double * 3)(*(transform.get(k, d) for k, d in DEFAULTS.items()))
-    return (
-        pointer(address(logits)), DTYPE_CODES[logits.dtype], rows, ctypes.c_int64(logits.shape[-1]),
-        pointer(address(targets)), ctypes.c_int64(per_row), pointer(address(mask)), given,
-        (pointer * 5)(*(s.data_ptr() if s.numel() else None for s in stats)),
-    )  # fmt: skip
+def host(compiled):
+    return compiled("token_logprobs")
 
 
 def _forward(host, logits, targets, mask=None, gradient=None, **transform):
     stats = [s.fill_(torch.nan) for s in empty_stats(logits, True, True, targets.shape[2:])]
-    host.forward(*_arguments(logits, targets, mask, transform, stats), ctypes.c_void_p(address(gradient)))
+    host.forward(*arguments(logits, targets, mask, transform, stats), ctypes.c_void_p(address(gradient)))
     return stats
 
 
 def _backward(host, logits, targets, stats, grad_logprobs, grad_entropy, gradient, **transform):
     upstream = [ctypes.c_void_p(address(x)) for x in (grad_logprobs, grad_entropy, gradient)]
     rows = (ctypes.c_int64 * 4)(*row_sizes(gradient))
-    host.backward(*_arguments(logits, targets, None, transform, stats), *upstream, rows)
-
-
-def _eager(logits, targets, temperature=1.0, logit_scale=1.0, softcap=0.0):
-    logits = logits * logit_scale
-    if softcap > 0:
-        logits = softcap * torch.tanh(logits / softcap)
-    log_p = torch.log_softmax(logits / temperature, -1)
-    return log_p.gather(-1, targets), -(log_p.exp() * log_p).sum(-1)
-
-
-def _with_gradients(logits, targets, transform, grad_logprobs, grad_entropy):
-    leaf = logits.clone().requires_grad_()
-    logprobs, entropy = _eager(leaf, targets, **transform)
-    upstream = [grad_logprobs.to(logprobs.dtype), grad_entropy.to(entropy.dtype)]
-    (gradient,) = torch.autograd.grad([logprobs, entropy], [leaf], upstream)
-    return logprobs.detach(), entropy.detach(), gradient
+    host.backward(*arguments(logits, targets, None, transform, stats), *upstream, rows)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPE_CODES), ids=str)
@@ -87,8 +46,8 @@ def test_forward_and_backward_keep_the_numerics_contract(host, dtype, vocabulary
     logits = (4 * torch.randn(2, 3, vocabulary)).to(dtype)[:, 1:]  # strided rows, aligned nowhere in particular
     targets = torch.randint(vocabulary, (2, 2, per_row))
     g = [torch.randn(targets.shape, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)]
-    oracle = _with_gradients(logits.double(), targets, transform, *g)
-    eager = _with_gradients(logits, targets, transform, *g)
+    oracle = with_gradients(logits.double(), targets, transform, *g)
+    eager = with_gradients(logits, targets, transform, *g)
 
     stats = _forward(host, logits, targets, **transform)
     gradient = torch.full(logits.shape, torch.nan, dtype=dtype)
@@ -112,7 +71,7 @@ def test_the_statistics_of_two_logits_are_those_of_a_coin(host):
 def test_forward_writes_the_gradient_over_the_logits(host):
     torch.manual_seed(0)
     logits, targets = torch.randn(1, 3, 4101), torch.randint(4101, (1, 3))
-    expected = _with_gradients(logits.double(), targets[..., None], {}, torch.ones(1, 3, 1), torch.zeros(1, 3))[2]
+    expected = with_gradients(logits.double(), targets[..., None], {}, torch.ones(1, 3, 1), torch.zeros(1, 3))[2]
     _forward(host, logits, targets, gradient=logits)
     torch.testing.assert_close(logits, expected.float(), rtol=0, atol=1e-7)
 

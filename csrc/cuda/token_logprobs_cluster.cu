@@ -1,0 +1,118 @@
+#include <cooperative_groups.h>
+
+#include <utility>
+
+#include "cuda/bulk_copy.h"
+#include "cuda/token_logprobs_row.h"
+
+// The forward pass with its gradient, by a cluster of 1, 2, 4 or 8 blocks per row (sm_90 and later): every block copies
+// its slice of the row into shared memory, sums it stage by stage while later stages are under way, exchanges the sums
+// with the other blocks, and writes the gradient from shared memory. Every logit is read from memory once and written
+// once; the row kernel reads it twice, because the rows in flight are more than the L2 cache holds.
+//
+// On paper, 8192 x 151936 bfloat16: 2.49 GB in and 2.49 GB out, at the 4.8 TB/s of an H200 1.04 ms, and 1.56 ms with a
+// second read. Four blocks per row with a slice of 75,968 bytes each: three blocks per multiprocessor, which then has
+// up to 223 KB of loads or stores in flight. Two exp2 per logit take 0.64 ms of the special function units at 1.83 GHz.
+namespace rlhf::cuda {
+namespace {
+
+constexpr int64_t kStageBytes = kInFlight * kThreads * 16;  // one turn of for_each_pack
+constexpr int kMaxStages = (kMaxSliceBytes + kStageBytes - 1) / kStageBytes;
+
+template <typename C> struct alignas(16) Shared {
+  Stats<C> of_warp[kWarps], of_slice[kMaxSlices];
+  BulkCopy stages[kMaxStages];
+};
+
+// Starts the copy of `size` logits, one BulkCopy per stage; what is no whole 16 bytes is copied by the threads.
+template <typename T> __device__ void start_copies(const T* from, T* to, int64_t size, BulkCopy* stages) {
+  constexpr int64_t stage = kStageBytes / sizeof(T);
+  const int64_t whole = size - size % Pack16<T>::size;
+  if (threadIdx.x == 0) {
+    BulkCopy::init(stages, int((size + stage - 1) / stage));
+    for (int64_t at = 0; at < size; at += stage)
+      stages[at / stage].start(to + at, from + at, unsigned((whole - at < stage ? whole - at : stage) * sizeof(T)));
+  }
+  for (int64_t i = whole + threadIdx.x; i < size; i += kThreads) to[i] = from[i];
+  __syncthreads();
+}
+
+// The statistics of this block's slice, in every thread.
+template <bool kMore, typename T>
+__device__ Stats<compute_t<T>> stats_of(const T* slice, int64_t size, Shared<compute_t<T>>& shared,
+                                        const RowTransform<compute_t<T>>& row) {
+  constexpr int64_t stage = kStageBytes / sizeof(T);
+  Stats<compute_t<T>> own = no_stats<compute_t<T>>();
+  for (int64_t at = 0; at < size; at += stage) {
+    shared.stages[at / stage].wait();
+    for_each_pack(slice + at, size - at < stage ? size - at : stage, 0,
+                  [&](const auto& pack, int64_t) { add_pack<kMore>(own, pack, row); });
+  }
+  own = reduce_warp(own, row);
+  if (threadIdx.x % 32 == 0) shared.of_warp[threadIdx.x / 32] = own;
+  __syncthreads();
+  return merged(shared.of_warp, kWarps, row);
+}
+
+template <typename T, bool kMore, bool kCap>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) cluster_kernel(TokenLogprobs op, T* gradient, Slices slices) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  using C = compute_t<T>;
+  const auto cluster = cooperative_groups::this_cluster();
+  const int rank = int(cluster.block_rank());
+  const int64_t row = blockIdx.x / slices.count, first = slices.begin(rank, op.vocabulary);
+  const int64_t size = slices.begin(rank + 1, op.vocabulary) - first, offset = op.rows.offset(row) + first;
+  if (op.mask && !op.mask[row]) {
+    if (rank == 0) write_masked<kMore, C>(op, row);
+    write_zeros(gradient + offset, size);
+    return;
+  }
+  auto& shared = *dynamic_shared<Shared<C>>();
+  T* slice = reinterpret_cast<T*>(&shared + 1);
+  start_copies(static_cast<const T*>(op.logits) + offset, slice, size, shared.stages);
+  auto started = cluster.barrier_arrive();
+  RowTransform<C> transform(op.transform, row);
+  if (!kCap) transform.cap = 0;  // known when compiling
+  const Stats<C> own = stats_of<kMore>(slice, size, shared, transform);
+  cluster.barrier_wait(std::move(started));  // no block's shared memory is there before the block is
+  if (int(threadIdx.x) < slices.count) cluster.map_shared_rank(shared.of_slice, threadIdx.x)[rank] = own;
+  cluster.sync();
+  const Stats<C> all = merged(shared.of_slice, slices.count, transform);
+  const RowResult<C> result = finish(all, transform);
+  write_logprobs(op, row, slice, first, size, all, transform);
+  if (rank == 0) write_result<kMore>(op, row, result);
+  write_gradient<false>(slice, gradient + offset, first, size, transform, gradient_of_sum(op, row, result));
+#endif
+}
+
+template <typename T> auto kernel_of(const TokenLogprobs& op) {
+  const bool more = op.entropy || op.sum_p_squared, cap = op.transform.softcap > 0;
+  return more ? (cap ? cluster_kernel<T, true, true> : cluster_kernel<T, true, false>)
+              : (cap ? cluster_kernel<T, false, true> : cluster_kernel<T, false, false>);
+}
+
+template <typename T>
+bool forward_in_clusters(const TokenLogprobs& op, void* gradient, const Slices& slices, Queue queue) {
+  const int64_t slice_bytes = slices.size * int64_t(sizeof(T)), bytes = sizeof(Shared<compute_t<T>>) + slice_bytes;
+  const int64_t strides = (op.rows.inner > 1 ? op.rows.inner_stride : 0) | (op.rows.outer > 1 ? op.rows.outer_stride : 0);
+  const bool aligned = reinterpret_cast<uintptr_t>(op.logits) % 16 == 0 && strides * int64_t(sizeof(T)) % 16 == 0;
+  const auto kernel = kernel_of<T>(op);
+  if (!aligned || slice_bytes > kMaxSliceBytes || !runs_in_clusters("token_logprobs", kernel, bytes, queue))
+    return false;
+  launch_clusters("token_logprobs", kernel, op.rows.count(), slices.count, kThreads, bytes, queue, op,
+                  static_cast<T*>(gradient), slices);
+  return true;
+}
+
+// In the order of DType.
+constexpr decltype(&forward_in_clusters<float>) kForwardInClusters[] = {
+    forward_in_clusters<float>, forward_in_clusters<double>, forward_in_clusters<__nv_bfloat16>,
+    forward_in_clusters<__half>};
+
+}  // namespace
+
+bool token_logprobs_in_clusters(const TokenLogprobs& op, void* gradient, Queue queue) {
+  return kForwardInClusters[int(op.dtype)](op, gradient, slices_of(op), queue);
+}
+
+}  // namespace rlhf::cuda
