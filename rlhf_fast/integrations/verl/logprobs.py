@@ -68,9 +68,11 @@ def linear_cross_entropy(
     rows = hidden.reshape(-1, hidden.shape[-1])
     if dist_process_group is not None:
         rows = _ShareOfGradient.apply(rows, dist_process_group.size())
-    logprobs, entropy = linear_logprobs(
-        rows, weight, labels.reshape(-1), temperature=temperature, return_entropy=True, process_group=dist_process_group
-    )
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round the logits
+        logprobs, entropy = linear_logprobs(
+            rows, weight, labels.reshape(-1), temperature=temperature, return_entropy=True,
+            process_group=dist_process_group,
+        )  # fmt: skip
     return reduce(logprobs), entropy
 
 
@@ -130,13 +132,14 @@ class FusedLinearForPPOFunction:
             raise ValueError(f"hidden_states must be (N, D) or (B, T, D), got {tuple(hidden_states.shape)}")
         entropy_dtype = hidden_states.dtype
         device = hidden_states.device.type
-        if torch.is_autocast_enabled(device):  # verl's product is autocast, ours is not seen by it
+        if torch.is_autocast_enabled(device):  # of the operands, as in verl, but not of the logits
             dtype = torch.get_autocast_dtype(device)
             hidden_states, vocab_weights = hidden_states.to(dtype), vocab_weights.to(dtype)
-        logprobs, entropy = linear_logprobs(
-            hidden_states, vocab_weights, input_ids, temperature=float(temperature), return_entropy=True,
-            chunk_tokens=chunk_size,
-        )  # fmt: skip
+        with torch.autocast(device, enabled=False):
+            logprobs, entropy = linear_logprobs(
+                hidden_states, vocab_weights, input_ids, temperature=float(temperature), return_entropy=True,
+                chunk_tokens=chunk_size,
+            )  # fmt: skip
         return logprobs.float(), entropy.to(entropy_dtype)
 
 
