@@ -1,0 +1,156 @@
+"""The code of the pages is run, what their commands name exists, and so does what they link to."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import rlhf_fast
+from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
+from rlhf_fast.cli import app
+from rlhf_fast.ops import _policy, _preference, table
+from rlhf_fast.ops.group_advantages import KINDS
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+RUN_AS_SHOWN = "docs/start.md"  # its commands are run, and so it writes the files that they need
+NEEDS = {"docs/drop_in.md": "trl", "docs/start.md": "peft"}
+
+
+class Block(NamedTuple):
+    """```language file: the file that a block is, or for `text` the folder whose entries it lists, or ""."""
+
+    language: str
+    file: str
+    text: str
+
+
+def blocks(text: str) -> list[Block]:
+    return [Block(*found) for found in re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
+
+
+def commands(block: Block) -> list[str]:
+    return [line for line in block.text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working directory, and tables of variants, patches and random numbers that are put back."""
+    monkeypatch.chdir(tmp_path)
+    with patch.dict(_policy.VARIANTS), patch.dict(_policy.FUNCTIONS), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield tmp_path
+    for peer in rlhf_fast.integrations.peers():
+        rlhf_fast.unpatch(peer.name)
+
+
+@pytest.mark.parametrize("page", [name for name in TEXTS if "```python" in TEXTS[name]])
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, place):
+    if page in NEEDS:
+        pytest.importorskip(NEEDS[page], reason=f"{page} uses {NEEDS[page]}")
+    names: dict[str, object] = {"__name__": "__page__"}
+    for block in blocks(TEXTS[page]):
+        if block.file and block.language == "text":
+            assert {line.split()[0] for line in block.text.splitlines()} <= {p.name for p in Path(block.file).iterdir()}
+        elif block.file:
+            Path(block.file).write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
+            exec(compile(block.text, page, "exec"), names)
+        elif block.language == "bash" and page == RUN_AS_SHOWN:
+            run(block)
+
+
+def run(block: Block) -> None:
+    """Runs our commands; a comment `# error: ...` after one says how it must fail."""
+    for command, error in re.findall(r"^(rlhf_fast .*)(?:\n# (error: .*))?", block.text, re.MULTILINE):
+        result = CliRunner().invoke(app, shlex.split(command, comments=True)[1:])
+        if error:
+            assert result.exit_code == 2, result.output
+            assert error in result.stderr
+        else:
+            assert result.exit_code == 0, f"{command}\n{result.output}{result.exception!r}"
+
+
+@pytest.mark.parametrize("page", [name for name in TEXTS if "```bash" in TEXTS[name] and name != RUN_AS_SHOWN])
+def test_the_commands_of_a_page_exist(page):
+    for block in blocks(TEXTS[page]):
+        if block.language == "bash":
+            for line in commands(block):
+                check_command([word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)])
+
+
+def check_command(words: list[str]) -> None:
+    """Fails for a program, target, module, file, option or key that does not exist."""
+    program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert [word for word in rest if "=" not in word and word not in targets and word != "&&"] in ([], ["make"])
+    elif program == "python":
+        source = rest[1].replace(".", "/") + ".py" if rest[0] == "-m" else rest[0]
+        assert rest[:2] == ["-m", "pytest"] or (ROOT / source).is_file(), words
+    elif program == "pip":
+        extras = re.findall(r"\[(.*)\]", " ".join(rest))
+        assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras), words
+    elif program == "rlhf_fast":
+        check_ours(rest)
+    else:
+        raise AssertionError(f"unknown command: {words}")
+
+
+def check_ours(words: list[str]) -> None:
+    command = get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+    options = {option for parameter in command.params for option in parameter.opts}
+    keys = {key for name in ALGORITHMS for key in load_algorithm(name).AlgorithmConfig.model_fields}
+    for word in words[1:]:
+        if word.startswith("--"):
+            assert word in options or word.removeprefix("--").replace("-", "_") in keys, words
+        elif "=" in word:
+            assert word.split("=")[0].split(".")[-1] in keys, words
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_what_a_page_links_to_exists(page):
+    prose = re.sub(r"^```.*?^```$", "", TEXTS[page], flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        path, _, anchor = target.partition("#")
+        if target.startswith("https://"):
+            continue
+        linked = (ROOT / page).parent / path if path else ROOT / page
+        assert linked.exists(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(linked), f"{page}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_lists_every_page():
+    linked = set(re.findall(r"\]\((docs/[^)#]*\.md)", TEXTS["README.md"]))
+    assert linked == {name for name in TEXTS if name.startswith("docs/")}
+
+
+def test_the_page_of_drop_ins_lists_every_library_with_its_tested_version():
+    listed = re.findall(r'^\| `"(\w+)"` \| (\S+) (\S+) \|', TEXTS["docs/drop_in.md"], re.MULTILINE)
+    assert sorted(listed) == sorted((p.name, p.distribution, p.tested) for p in rlhf_fast.integrations.peers())
+
+
+@pytest.mark.parametrize("name", sorted(set(rlhf_fast.__all__) | set(table())))
+def test_every_public_name_is_on_the_page_of_functions(name):
+    assert re.search(rf"`{name}`|rf\.{name}\b", TEXTS["docs/ops.md"])
+
+
+@pytest.mark.parametrize("variant", [*_policy.VARIANTS, *_preference.VARIANTS, *KINDS])
+def test_every_variant_is_on_the_page_of_functions(variant):
+    assert f"`{variant}`" in TEXTS["docs/ops.md"]
