@@ -1,8 +1,10 @@
 """verl's log-probabilities, losses and penalties on our ops beside verl's own, and the patch and the registration."""
 
 import inspect
+import runpy
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,23 +301,28 @@ def test_patch_puts_ours_everywhere_and_unpatch_gives_everything_back():
     assert registries == (core.POLICY_LOSS_REGISTRY, core.ADV_ESTIMATOR_REGISTRY)
 
 
-def test_ours_are_registered_without_a_patch_and_outlive_one():
-    before = dict(core.POLICY_LOSS_REGISTRY), dict(core.ADV_ESTIMATOR_REGISTRY)
-    try:
-        assert set(ours.register()) == ENTRIES
-        assert set(ours.register()) == ENTRIES
-        assert core.get_policy_loss_fn("vanilla") is before[0]["vanilla"]
-        with patched("verl"):
-            pass
-        for name, entry in ours.POLICY_LOSSES.items():
-            assert core.get_policy_loss_fn(name) is entry
-            assert entry.func is ours.policy.LOSSES[name.removeprefix("rlhf_fast_")]
-        for name, entry in ours.ADVANTAGE_ESTIMATORS.items():
-            assert core.get_adv_estimator_fn(name) is entry
-    finally:
-        for registry, original in zip((core.POLICY_LOSS_REGISTRY, core.ADV_ESTIMATOR_REGISTRY), before, strict=True):
-            registry.clear()
-            registry.update(original)
+@pytest.fixture
+def registries_as_before():
+    registries = core.POLICY_LOSS_REGISTRY, core.ADV_ESTIMATOR_REGISTRY
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, original in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(original)
+
+
+def test_ours_are_registered_without_a_patch_and_outlive_one(registries_as_before):
+    vanilla = core.get_policy_loss_fn("vanilla")
+    assert set(ours.register()) == ENTRIES
+    assert set(ours.register()) == ENTRIES
+    assert core.get_policy_loss_fn("vanilla") is vanilla
+    with patched("verl"):
+        pass
+    for name, entry in ours.POLICY_LOSSES.items():
+        assert core.get_policy_loss_fn(name) is entry
+        assert entry.func is ours.policy.LOSSES[name.removeprefix("rlhf_fast_")]
+    for name, entry in ours.ADVANTAGE_ESTIMATORS.items():
+        assert core.get_adv_estimator_fn(name) is entry
 
 
 def test_every_loss_and_estimator_of_verl_has_ours_but_those_that_call_others():
@@ -338,3 +345,13 @@ def test_every_function_has_verls_parameters(dotted):
 
 def test_the_tested_version_is_the_one_installed():
     assert metadata.version(ours.PEER) == ours.TESTED
+
+
+def test_the_example_prints_the_same_numbers_twice(capsys, registries_as_before):
+    root = Path(__file__).parents[2]
+    runpy.run_path(str(root / "examples/dropin/verl_losses.py"), run_name="__main__")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    compared = {row[0]: [float(x) for x in row[1:]] for row in rows if row[0].startswith(("loss", "gradient", "actor"))}
+    assert len(compared) == 5
+    for name, (theirs, mine) in compared.items():
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6), name
