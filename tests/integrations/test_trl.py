@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -457,3 +460,17 @@ def test_a_trainer_runs_on_our_ops_and_gives_the_same_curves(name, tmp_path, mon
         return
     for key, curve in expected.items():
         torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(curve), rtol=5e-5, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trl_dpo", "trl_grpo"])
+def test_the_example_prints_the_same_losses_side_by_side(name):
+    script = Path(__file__).parents[2] / "examples" / "dropin" / f"{name}.py"
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "trl.trainer.utils._ChunkedLogProbFunction" in run.stdout
+    rows = re.findall(r"^loss, step \d+ +(\S+) +(\S+)$", run.stdout, re.MULTILINE)
+    losses = torch.tensor([[float(value) for value in row] for row in rows])
+    assert len(losses) == 10
+    assert len(losses.unique()) > 5
+    torch.testing.assert_close(losses[:, 1], losses[:, 0], rtol=1e-4, atol=2e-6)
