@@ -1,7 +1,11 @@
 """The command line. `rlhf_fast train` runs one algorithm, or a list of stages, from a YAML file and flags."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -97,6 +101,31 @@ def keys(algorithm: Annotated[str, typer.Argument(help="sft, reward_model, ppo, 
             default = "(required)" if info.is_required() else str(info.default)
             table.add_row(name, Text(default), Text(info.description or ""))
     Console().print(table)
+
+
+BENCH_HELP = """Time our kernels beside plain PyTorch and other libraries; needs the repository, not only the package.
+
+    rlhf_fast bench --out out/cpu.json [--case NAME] [--device cuda] [--quick] [--compare OLD.json]
+
+    rlhf_fast bench report out/cpu.json --out out/report
+
+`rlhf_fast bench --help` is that of `python -m benchmarks`.
+"""
+
+
+@app.command(
+    help=BENCH_HELP,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    with _one_line_errors():
+        root = Path(__file__).parents[1]
+        if not (root / "benchmarks" / "__main__.py").is_file() or not (root / "pyproject.toml").is_file():
+            raise UserError("the benchmarks are not part of the package: run this from a clone, with pip install -e .")
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "benchmarks", *context.args]
+    raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode)
 
 
 @app.command()
