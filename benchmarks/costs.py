@@ -39,7 +39,7 @@ COSTS: dict[str, Cost] = {
     "gae": Cost("A = δ + γλA', δ = r + γV' - V", ("10 N", "2 Ns + 9 N")),
     "group_advantages": Cost("r - a baseline of its group, over a spread", ("6 N", "Ns + 4 N")),
     "kl_estimate": Cost("k1 = x, k2 = x²/2, k3 = exp(-x) - 1 + x; x = log p/q", ("40 N", "2 Ns + 4 N"), ("N", "4 N")),
-    "linear_kl": Cost("D(softmax z, softmax z') of both heads", ("2 P", "2 NDs + DVs"), ("2 P", "NDs"), ("2 P", "DVs")),
+    "linear_kl": Cost("D(softmax z, softmax z') of both heads", ("2 P", "2 NDs + DVs"), ("P", "NDs"), ("P", "DVs")),
     "linear_logprobs": Cost("log softmax(h Wᵀ)[y]", *HEAD),
     "linear_policy_loss": Cost("policy_loss(linear_logprobs(h, W))", *HEAD),
     "linear_preference_loss": Cost("preference_loss of its sums", *HEAD),

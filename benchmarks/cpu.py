@@ -8,13 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from benchmarks import peers
-from benchmarks.cases import Sizes, cases
+from benchmarks.cases import cases
+from benchmarks.cases.sizes import CPU
 from benchmarks.harness import limits, report
-
-SIZES = Sizes(N=512, V=49_152, D=576, B=64, T=4096, packed=1 << 15, dtype=torch.float32)
 
 
 def main() -> None:
@@ -23,8 +20,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--case", default="")
     arguments = parser.parse_args()
-    selected = [case for case in cases(SIZES, "cpu") if arguments.case in case.name]
-    report(selected, "cpu", arguments.repeats, arguments.out, peers=peers.versions(), limits=limits("cpu"))
+    selected = [case for case in cases(CPU, "cpu") if arguments.case in case.name]
+    head = {"peers": peers.versions(), "absent": peers.absent(), "limits": limits("cpu")}
+    report(selected, "cpu", arguments.repeats, arguments.out, **head)
 
 
 if __name__ == "__main__":

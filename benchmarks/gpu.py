@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers
-from benchmarks.cases import Sizes, cases
+from benchmarks.cases import cases
+from benchmarks.cases.sizes import GPU, Sizes
 from benchmarks.harness import limits, report
 
-SIZES = Sizes(N=8192, V=151_936, D=4096, B=512, T=4096, packed=1 << 20, dtype=torch.bfloat16)
 TINY = Sizes(N=24, V=1031, D=32, B=17, T=33, packed=99, dtype=torch.bfloat16)
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     device, tiny = arguments.device, arguments.tiny
-    selected = cases(TINY if tiny else SIZES, device)
+    selected = cases(TINY if tiny else GPU, device)
     if arguments.dry_run:
         for case in selected:
             print(f"{case.name}, {case.shape}: {', '.join(case.everyone)}")
@@ -36,7 +36,8 @@ def main() -> None:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: PyTorch finds no GPU here")
     measured = limits(device, *((1 << 16, 64) if tiny else (1 << 31, 8192)))
-    report(selected, device, arguments.repeats, arguments.out, peers=peers.versions(), limits=measured)
+    head = {"peers": peers.versions(), "absent": peers.absent(), "limits": measured}
+    report(selected, device, arguments.repeats, arguments.out, **head)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -186,6 +187,13 @@ def peak_bytes(function: Callable[[], Any]) -> int:
         function()
     changes = (e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
     return max(accumulate(changes), default=0)
+
+
+def free_bytes(device: str) -> int:
+    """What a contender may fill: what is free on the GPU, half of the machine's memory on the CPU."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def limits(device: str, size: int = 1 << 28, side: int = 2048) -> dict[str, float]:

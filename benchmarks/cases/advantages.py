@@ -10,8 +10,7 @@ from torch import Tensor
 import rlhf_fast
 from benchmarks.cases.sizes import Sizes, backends_of, generator, ragged_mask
 from benchmarks.harness import Bar, Case, Contender, Inputs
-
-GAMMA, LAM = 0.99, 0.95
+from benchmarks.peers import GAMMA, LAM
 
 
 def eager(inputs: Inputs) -> list[Tensor]:

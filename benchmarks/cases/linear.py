@@ -12,11 +12,10 @@ import rlhf_fast
 from benchmarks import peers
 from benchmarks.cases.sizes import Sizes, backends_of, generator, published, short, with_gradient
 from benchmarks.harness import Bar, Case, Contender, Inputs
+from benchmarks.peers import CLIP
 from rlhf_fast.ops._head import TILE_BYTES
 from rlhf_fast.ops._linear_loss import SCRATCH_BYTES
 from rlhf_fast.ops.token_logprobs import reference
-
-CLIP = 0.2
 
 
 def draw_tokens(sizes: Sizes, device: str) -> Inputs:
@@ -64,7 +63,7 @@ def frozen(sizes: Sizes, device: str) -> Case:
         )
 
     contenders = {"eager": with_gradient(eager_logprobs, "hidden")}
-    others = {"torch.compile": torch.compile(eager_logprobs)} | peers.linear_logprobs()
+    others = {"torch.compile": torch.compile(eager_logprobs)} | peers.find("linear_logprobs")
     for name in backends_of("linear_logprobs", device):
         contenders[name] = with_gradient(
             lambda hidden, weight, targets, name=name: rlhf_fast.linear_logprobs(hidden, weight, targets, backend=name),
@@ -81,28 +80,33 @@ def frozen(sizes: Sizes, device: str) -> Case:
     )  # fmt: skip
 
 
+def draw_samples(sizes: Sizes, device: str) -> Inputs:
+    """Tokens of 8 sequences with their old log-probabilities and an advantage for each sequence."""
+    g = generator(device)
+    old = -torch.rand(sizes.N, generator=g, device=device) - 10
+    advantages = torch.randn(8, generator=g, device=device).repeat_interleave(sizes.N // 8)
+    return draw_tokens(sizes, device) | {"old_logprobs": old, "advantages": advantages}
+
+
+def surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    ratio = (logprobs - old_logprobs).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages).mean()
+
+
+def eager_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, **rest: Tensor) -> Tensor:
+    return surrogate(eager_logprobs(hidden, weight, targets), **rest)
+
+
+def exact_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, **rest: Tensor) -> Tensor:
+    return surrogate(exact_logprobs(hidden, weight, targets), **rest)
+
+
 def trained(sizes: Sizes, device: str) -> Case:
     """The clipped policy loss of one batch of 8 sequences, with the gradients of hidden states and head."""
 
-    def draw() -> Inputs:
-        g = generator(device)
-        old = -torch.rand(sizes.N, generator=g, device=device) - 10
-        advantages = torch.randn(8, generator=g, device=device).repeat_interleave(sizes.N // 8)
-        return draw_tokens(sizes, device) | {"old_logprobs": old, "advantages": advantages}
-
-    def surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
-        ratio = (logprobs - old_logprobs).exp()
-        return -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages).mean()
-
-    def eager(hidden: Tensor, weight: Tensor, targets: Tensor, **rest: Tensor) -> Tensor:
-        return surrogate(eager_logprobs(hidden, weight, targets), **rest)
-
     def exact(inputs: Inputs, rows: int) -> list[Tensor]:
-        def loss(hidden: Tensor, weight: Tensor, targets: Tensor, **rest: Tensor) -> Tensor:
-            return surrogate(exact_logprobs(hidden, weight, targets), **rest)
-
         double = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-        return [x[:rows] if x.dim() else x for x in with_gradient(loss, "hidden", "weight")(double)]
+        return [x[:rows] if x.dim() else x for x in with_gradient(exact_policy_loss, "hidden", "weight")(double)]
 
     def ours(backend: str) -> Callable[..., Tensor]:
         def loss(hidden: Tensor, weight: Tensor, targets: Tensor, **rest: Tensor) -> Tensor:
@@ -110,14 +114,15 @@ def trained(sizes: Sizes, device: str) -> Case:
 
         return loss
 
-    contenders = {"eager": with_gradient(eager, "hidden", "weight")}
+    contenders = {"eager": with_gradient(eager_policy_loss, "hidden", "weight")}
     for name in backends_of("linear_policy_loss", device):
         contenders[name] = with_gradient(ours(name), "hidden", "weight")
     on_cpu = (Bar("cpu", "three products", 1 / 1.10), Bar("cpu", "liger", 1.8))
     on_gpu = (Bar("triton", "three products", 1 / 1.15), Bar("triton", "liger", 1))
     return Case(
-        "linear_policy_loss, trained head, forward + backward", shape(sizes), draw, exact, contenders,
-        peers={name: with_gradient(f, "hidden", "weight") for name, f in peers.linear_policy_loss(CLIP).items()},
+        "linear_policy_loss, trained head, forward + backward", shape(sizes), lambda: draw_samples(sizes, device),
+        exact, contenders,
+        peers={name: with_gradient(f, "hidden", "weight") for name, f in peers.find("linear_policy_loss").items()},
         floors={"three products": products(sizes, device, trained=True)}, bars=on_cpu if device == "cpu" else on_gpu,
         scratch=SCRATCH_BYTES, op="linear_policy_loss", passes="trained head", sizes=costed(sizes),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import rlhf_fast
 from benchmarks import peers
-from benchmarks.cases.sizes import Sizes, backends_of, generator, short, with_gradient
+from benchmarks.cases.sizes import Sizes, backends_of, generator, results, short, with_gradient
 from benchmarks.harness import Bar, Case, Contender, Inputs
 from rlhf_fast.ops.token_logprobs import reference
 
@@ -35,6 +35,10 @@ def ours(backend: str, **options: bool) -> Callable[..., Tensor]:
     return lambda logits, targets: rlhf_fast.token_logprobs(logits, targets, backend=backend, **options)
 
 
+def results_of(job: str) -> dict[str, Contender]:
+    return {name: results(function) for name, function in peers.find(job).items()}
+
+
 def of_dtype(sizes: Sizes, device: str, dtype: torch.dtype) -> list[Case]:
     def draw() -> Inputs:
         g = generator(device)
@@ -54,18 +58,18 @@ def of_dtype(sizes: Sizes, device: str, dtype: torch.dtype) -> list[Case]:
     return [
         Case(
             "token_logprobs forward", shape, draw, lambda x, rows: [exact(**first(x, rows))], forward,
-            peers=peers.token_logprobs(), bars=(Bar("cpu", "eager", 8), *against_trl) if cpu else (),
+            peers=results_of("token_logprobs"), bars=(Bar("cpu", "eager", 8), *against_trl) if cpu else (),
             op="token_logprobs", sizes=costed,
         ),
         Case(
             "token_logprobs forward + entropy", shape, draw,
             lambda x, rows: list(reference(**first(x, rows))), entropy,
-            peers=peers.token_logprobs_and_entropy(), op="token_logprobs", sizes=costed,
+            peers=results_of("token_logprobs and entropy"), op="token_logprobs", sizes=costed,
         ),
         Case(
             "token_logprobs forward + backward in place", shape, draw,
             lambda x, rows: with_gradient(exact, "logits")(first(x, rows)), both,
-            peers={k: with_gradient(f, "logits") for k, f in peers.differentiable_token_logprobs().items()},
+            peers={k: with_gradient(f, "logits") for k, f in peers.find("token_logprobs, differentiable").items()},
             bars=(Bar("cpu", "eager", 8),) if cpu and full else (),
             op="token_logprobs", passes="backward", sizes=costed,
         ),

@@ -8,8 +8,9 @@ from torch import Tensor
 import rlhf_fast
 from benchmarks.cases.sizes import Sizes, backends_of, generator, ragged_mask, with_gradient
 from benchmarks.harness import Bar, Case, Inputs
+from benchmarks.peers import CLIP
 
-LOW, HIGH = 0.8, 1.2
+LOW, HIGH = 1 - CLIP, 1 + CLIP
 
 
 def eager(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:

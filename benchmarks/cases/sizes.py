@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ class Sizes:
     dtype: torch.dtype
 
 
+# What the published figures of this repository are measured at.
+CPU = Sizes(N=512, V=49_152, D=576, B=64, T=4096, packed=1 << 15, dtype=torch.float32)
+GPU = Sizes(N=8192, V=151_936, D=4096, B=512, T=4096, packed=1 << 20, dtype=torch.bfloat16)
+
 # N, D, V of linear heads at which peers publish their own figures: TRL's issue 7244, Liger's scaled cross-entropy,
 # quack's and Liger's H200 comparison, Gemma 2 2B in cut-cross-entropy's README.
 PUBLISHED = ((8192, 4096, 151_936), (8192, 4096, 131_072), (4096, 4096, 128_256), (8192, 2304, 256_000))
@@ -45,6 +50,20 @@ def backends_of(op: str, device: str) -> list[str]:
     return [name for name in table()[op] if name in {"cpu": ("cpu",), "cuda": ("triton", "cuda")}[device]]
 
 
+def tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def results(function: Callable[..., Any]) -> Contender:
+    """What `function` returns, without gradients."""
+
+    @torch.no_grad()
+    def run(inputs: Inputs) -> list[Tensor]:
+        return tensors(function(**inputs))
+
+    return run
+
+
 def with_gradient(function: Callable[..., Tensor], *leaves: str) -> Contender:
     """[the result, the gradient of its sum by each of `leaves`]"""
 
@@ -58,6 +77,15 @@ def with_gradient(function: Callable[..., Tensor], *leaves: str) -> Contender:
 
 def generator(device: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
+
+
+def normal(device: str, *shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device, dtype=dtype)
+
+
+def planes(sizes: Sizes, device: str, *names: str) -> Inputs:
+    """(B, T) normal numbers for each of `names`."""
+    return {name: normal(device, sizes.B, sizes.T, seed=seed) for seed, name in enumerate(names)}
 
 
 def ragged_mask(rows: int, columns: int, device: str) -> Tensor:
