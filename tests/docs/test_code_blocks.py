@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -27,19 +29,30 @@ NEEDS = {"docs/drop_in.md": "trl", "docs/start.md": "peft"}
 
 
 class Block(NamedTuple):
-    """```language file: the file that a block is, or for `text` the folder whose entries it lists, or ""."""
+    """A fenced block; `file` is the line of code right above it, the file that it is, or the folder that it lists."""
 
-    language: str
     file: str
+    language: str
     text: str
 
 
-def blocks(text: str) -> list[Block]:
-    return [Block(*found) for found in re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
+def blocks(page: str) -> list[Block]:
+    fence = r"(?:^`([\w./]+)`:\n\n)?^```(\w+)\n(.*?)^```$"
+    return [Block(*found) for found in re.findall(fence, TEXTS[page], re.DOTALL | re.MULTILINE)]
 
 
-def commands(block: Block) -> list[str]:
-    return [line for line in block.text.splitlines() if line.strip() and not line.startswith("#")]
+def commands(page: str) -> Iterator[list[str]]:
+    """Words of the commands in bash blocks and in the text, without variables that are set for them."""
+    lines = [line for block in blocks(page) if block.language == "bash" for line in block.text.splitlines()]
+    lines += re.findall(r"`((?:make|pip|python|rlhf_fast) [^`]+)`", prose(page))
+    for line in lines:
+        for command in line.split("&&"):
+            words = shlex.split(command, comments=True)
+            yield [word for word in words if not re.match(r"[A-Z_]+=", word)]
+
+
+def prose(page: str) -> str:
+    return re.sub(r"^```.*?^```$", "", TEXTS[page], flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -58,7 +71,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, place):
     if page in NEEDS:
         pytest.importorskip(NEEDS[page], reason=f"{page} uses {NEEDS[page]}")
     names: dict[str, object] = {"__name__": "__page__"}
-    for block in blocks(TEXTS[page]):
+    for block in blocks(page):
         if block.file and block.language == "text":
             assert {line.split()[0] for line in block.text.splitlines()} <= {p.name for p in Path(block.file).iterdir()}
         elif block.file:
@@ -80,23 +93,23 @@ def run(block: Block) -> None:
             assert result.exit_code == 0, f"{command}\n{result.output}{result.exception!r}"
 
 
-@pytest.mark.parametrize("page", [name for name in TEXTS if "```bash" in TEXTS[name] and name != RUN_AS_SHOWN])
+@pytest.mark.parametrize("page", [name for name in TEXTS if name != RUN_AS_SHOWN])
 def test_the_commands_of_a_page_exist(page):
-    for block in blocks(TEXTS[page]):
-        if block.language == "bash":
-            for line in commands(block):
-                check_command([word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)])
+    for words in filter(None, commands(page)):
+        check_command(words)
 
 
 def check_command(words: list[str]) -> None:
     """Fails for a program, target, module, file, option or key that does not exist."""
     program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
     if program == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert [word for word in rest if "=" not in word and word not in targets and word != "&&"] in ([], ["make"])
+        targets = re.findall(r"^([\w%-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        patterns = [target.replace("%", "*") for target in targets]
+        assert all(any(fnmatch(word, pattern) for pattern in patterns) for word in rest), words
     elif program == "python":
-        source = rest[1].replace(".", "/") + ".py" if rest[0] == "-m" else rest[0]
-        assert rest[:2] == ["-m", "pytest"] or (ROOT / source).is_file(), words
+        source = rest[1].replace(".", "/") if rest[0] == "-m" else rest[0].removesuffix(".py")
+        exists = (ROOT / f"{source}.py").is_file() or (ROOT / source / "__main__.py").is_file()
+        assert exists or rest[:2] == ["-m", "pytest"], words
     elif program == "pip":
         extras = re.findall(r"\[(.*)\]", " ".join(rest))
         assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras), words
@@ -119,8 +132,7 @@ def check_ours(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_what_a_page_links_to_exists(page):
-    prose = re.sub(r"^```.*?^```$", "", TEXTS[page], flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         path, _, anchor = target.partition("#")
         if target.startswith("https://"):
             continue
