@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import textwrap
 import warnings
@@ -205,6 +206,18 @@ def test_what_cannot_be_replaced_raises_before_anything_is(peer, name, error, me
         rlhf_fast.patch("fakepeer")
     assert state() == before
     assert rlhf_fast.unpatch("fakepeer") == []
+
+
+def test_the_integrations_import_without_their_peers():
+    code = """
+import sys
+from rlhf_fast.integrations import peers
+found = peers()
+packages = {name.split(".")[0] for name in sys.modules}
+print(len(found), *({"triton", "transformers", *(p.distribution.replace("-", "_") for p in found)} & packages))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(len(integrations.peers()))]
 
 
 def test_doctor_tells_what_could_be_patched_and_what_is(peer):

@@ -254,6 +254,16 @@ def test_under_autocast_the_head_takes_the_type_of_autocast(trained):
     assert_parity(autocast(ours.ChunkedLogProbFunction), autocast(THEIRS["ChunkedLogProbFunction"]), exact, rounded)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_strided_hidden_states_and_a_transposed_head_are_theirs(rows):
+    hidden = random(rows, 2 * D)[:, ::2].half().requires_grad_()
+    weight = random(D, V, scale=0.5).half().t().requires_grad_()
+    targets = ids(2 * rows)[::2]
+    both = (ours.ChunkedLogProbFunction, THEIRS["ChunkedLogProbFunction"])
+    calls = [chunked_logprobs(f, targets, outputs=("entropy",)) for f in both]
+    assert_parity(*calls, lambda *x: exact_logprobs(targets)(*x)[:2], [hidden, weight])
+
+
 def test_a_head_of_another_type_than_the_hidden_states_is_cast():
     hidden, weight, bias = head_inputs(torch.bfloat16)
     wide = hidden.detach().float().requires_grad_()
