@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import ExitStack
 from fnmatch import fnmatch
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -25,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 RUN_AS_SHOWN = "docs/start.md"  # its commands are run, and so it writes the files that they need
-NEEDS = {"docs/drop_in.md": "trl", "docs/start.md": "peft"}
+NEEDS = {"docs/drop_in.md": "trl", "docs/start.md": "peft", "docs/adding_a_loss.md": "triton"}
 
 
 class Block(NamedTuple):
@@ -59,9 +62,16 @@ def prose(page: str) -> str:
 def place(tmp_path, monkeypatch):
     """An empty working directory, and tables of variants, patches and random numbers that are put back."""
     monkeypatch.chdir(tmp_path)
-    with patch.dict(_policy.VARIANTS), patch.dict(_policy.FUNCTIONS), torch.random.fork_rng(devices=[]):
+    monkeypatch.syspath_prepend(tmp_path)
+    tables = [_policy.VARIANTS, _policy.FUNCTIONS]
+    if find_spec("triton") is not None:
+        tables.append(import_module("rlhf_fast.kernels.policy_loss").FUNCTIONS)
+    with ExitStack() as stack:
+        for changed in tables:
+            stack.enter_context(patch.dict(changed))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(0)
-        yield tmp_path
+        yield
     for peer in rlhf_fast.integrations.peers():
         rlhf_fast.unpatch(peer.name)
 
