@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import math
+import runpy
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock
 
@@ -283,6 +285,11 @@ def test_compute_reward_is_that_of_openrlhf(dtype, mask, clip, coef):
     assert_parity(*calls, [draw(B).to(dtype), draw(B, T, seed=1).to(dtype)])
 
 
+def test_a_sequence_without_a_token_has_no_score():
+    nothing = torch.zeros(B, T)
+    assert torch.equal(ours.compute_reward(draw(B), 0.1, draw(B, T), nothing), -0.1 * draw(B, T))
+
+
 def test_compute_reward_needs_a_mask():
     with pytest.raises(ValueError, match="action_mask must be given, got None"):
         ours.compute_reward(draw(B), 0.1, draw(B, T))
@@ -317,6 +324,14 @@ def test_log_probs_from_logits_are_those_of_openrlhf(dtype, temperature):
         lambda x, module=module: module.log_probs_from_logits(x * 1, labels, temperature) for module in (ours, theirs)
     ]  # fmt: skip
     assert_parity(*calls, [draw(B, T, V, scale=4.0).to(dtype)], 1)
+
+
+def test_logits_of_a_part_of_a_sequence_are_taken_as_they_are():
+    labels = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(2))
+    calls = [
+        lambda x, module=module: module.log_probs_from_logits(x[:, :-1], labels[:, 1:]) for module in (ours, theirs)
+    ]
+    assert_parity(*calls, [draw(B, T, V)], 1)
 
 
 def test_logits_are_divided_by_the_temperature_in_place():
@@ -391,9 +406,7 @@ def current(name: str):
 
 
 def test_patch_replaces_every_name_and_unpatch_restores_it(monkeypatch):
-    vllm = ModuleType("vllm")
-    vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(ours, "find_spec", lambda name: name == "vllm")
     defined = ours.replacements()
     originals = {name: current(name) for name in defined}
     with patched("openrlhf") as names:
@@ -406,6 +419,14 @@ def test_patch_replaces_every_name_and_unpatch_restores_it(monkeypatch):
     assert openrlhf.models.PolicyLoss is their_losses.PolicyLoss is not ours.PolicyLoss
 
 
-def test_without_vllm_the_experience_maker_is_left_alone():
-    assert "vllm" not in sys.modules
+def test_without_vllm_the_experience_maker_is_left_alone(monkeypatch):
+    monkeypatch.setattr(ours, "find_spec", lambda name: None)
     assert not any("RemoteExperienceMaker" in name for name in ours.replacements())
+
+
+def test_the_example_learns(capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "dropin" / "openrlhf_losses.py"), run_name="__main__")
+    rows = capsys.readouterr().out.splitlines()[1:]
+    before, after = (float(rows[k].split()[1]) for k in (0, -1))
+    assert before < 0.1
+    assert after > 0.7

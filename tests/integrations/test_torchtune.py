@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +177,10 @@ def test_patch_replaces_every_name_and_unpatch_restores_it():
         assert torchtune.rlhf.loss.PPOLoss is ours.PPOLoss
     assert {name: current(name) for name in originals} == originals
     assert torchtune.rlhf.loss.PPOLoss is not ours.PPOLoss
+
+
+def test_the_example_shows_no_difference_beyond_rounding(capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "dropin" / "torchtune_losses.py"), run_name="__main__")
+    rows = capsys.readouterr().out.splitlines()[3:]
+    assert len(rows) == 4
+    assert all(float(row.split()[-1]) < 1e-5 for row in rows)
