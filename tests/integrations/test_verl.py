@@ -187,6 +187,13 @@ def test_aggregation_is_verls(mode, options, dtype):
     assert_same(mine, theirs, [draw(4, 12, dtype=dtype)])
 
 
+@pytest.mark.parametrize("mode", [m for m in LOSSES.MODES if m != "seq-mean-token-mean"])
+def test_aggregation_of_float64_is_exact(mode):
+    # verl's are with a mask of float64, but for a 1e-8 added to the length of a sequence.
+    mine, theirs = (lambda x, f=f: f(x, MASK.double(), mode, 2, 37, 9) for f in (LOSSES.agg_loss, core.agg_loss))
+    assert_same(mine, theirs, [draw(4, 12, dtype=torch.float64)])
+
+
 @pytest.mark.parametrize("mask", [MASK.bool(), MASK.float(), 0.5 * MASK])
 @pytest.mark.parametrize("mode", LOSSES.MODES)
 def test_aggregation_takes_masks_of_any_type_as_verls(mode, mask):

@@ -8,6 +8,9 @@ from rlhf_fast.integrations import verl as ours
 from tests.numerics import TOLERANCE, assert_contract
 
 core = pytest.importorskip("verl.trainer.ppo.core_algos", reason="needs verl (make peers)")
+import verl.workers.utils.losses as worker  # noqa: E402
+from tensordict import NonTensorData, TensorDict  # noqa: E402
+from verl.utils.metric import Metric  # noqa: E402
 from verl.workers.config import ActorConfig, PolicyLossConfig  # noqa: E402
 
 LOSSES = ours.policy.LOSSES
@@ -190,6 +193,45 @@ def test_reinforce_is_verls():
     theirs = run(core.compute_policy_loss_reinforce, tensors, mask, **options)
     torch.testing.assert_close(mine[:2], theirs[:2], rtol=2e-6, atol=2e-6)
     assert mine[2] == pytest.approx(theirs[2], rel=1e-6)
+
+
+def worker_loss(loss_mode, mode):
+    """Loss, gradient and metrics of verl's actor worker, with an entropy bonus and a KL penalty, from packed rows."""
+    (old, new, advantages), mask = batch()
+    old, new = old[:, :8], new[:, :8]
+    rows, columns = old.shape
+    data = TensorDict(
+        {
+            "prompts": torch.ones(rows, 2, dtype=torch.long),
+            "responses": torch.ones(rows, columns, dtype=torch.long),
+            "attention_mask": torch.ones(rows, columns + 2, dtype=torch.long),
+            "response_mask": mask[:, :columns],
+            "old_log_probs": old,
+            "ref_log_prob": old - 0.3,
+            "advantages": advantages[:, :columns],
+            **{name: NonTensorData(value) for name, value in GLOBAL.items() if name != "loss_scale_factor"},
+        },
+        batch_size=[rows],
+    )
+    packed = torch.nn.functional.pad(new, (1, 1)).flatten().requires_grad_()
+    settings = config(
+        policy={"loss_mode": loss_mode}, loss_agg_mode=mode, entropy_coeff=0.1, use_kl_loss=True, kl_loss_coef=0.2
+    )
+    loss, metrics = worker.ppo_loss(settings, {"log_probs": packed, "entropy": packed.detach() ** 2}, data)
+    loss.backward()
+    values = {name: x.aggregate() if isinstance(x, Metric) else x for name, x in metrics.items()}
+    return loss.detach(), packed.grad, {name: float(x) for name, x in values.items()}
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("loss_mode", ["vanilla", "gspo", "dro"])
+def test_verls_worker_runs_on_ours_under_the_patch(loss_mode, mode):
+    plain = worker_loss(loss_mode, mode)
+    with patched("verl") as names:
+        assert {"verl.workers.utils.losses.agg_loss", "verl.workers.utils.losses.kl_penalty"} <= set(names)
+        got = worker_loss(loss_mode, mode)
+    torch.testing.assert_close(got[:2], plain[:2], rtol=2e-6, atol=2e-6)
+    assert got[2] == pytest.approx(plain[2], rel=1e-5, abs=1e-6)
 
 
 def test_bypass_mode_runs_on_ours_under_the_patch():

@@ -27,23 +27,25 @@ def agg_loss(
     and sequences of the whole batch, needed where dp_size > 1; default: those that the mask counts here.
     A mask that counts nothing gives 0, where verl's means are 0 / 0.
     """
+    dtype = torch.promote_types(loss_mat.dtype, torch.float32)
     weights = aggregation_weights(
-        loss_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
+        loss_mask, dtype, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
-    total = (torch.where(loss_mask.bool(), loss_mat, 0).to(weights.dtype) * weights).sum()
+    total = (torch.where(loss_mask.bool(), loss_mat, 0).to(dtype) * weights).sum()
     return total.to(result_dtype(loss_agg_mode, loss_mat, loss_mask))
 
 
 def aggregation_weights(
     mask: Tensor,
+    dtype: torch.dtype,
     mode: str,
     dp_size: int = 1,
     batch_num_tokens: int | None = None,
     global_batch_size: int | None = None,
     loss_scale_factor: int | None = None,
 ) -> Tensor:
-    """(B, T) float32: what agg_loss multiplies every token's loss with; 0 behind the mask."""
-    counts = mask.float()
+    """(B, T) of `dtype`: what agg_loss multiplies every token's loss with; 0 behind the mask."""
+    counts = mask.to(dtype)
     lengths = counts.sum(-1, keepdim=True)
     if mode == "token-mean":
         return counts * (dp_size / _total(batch_num_tokens, "batch_num_tokens", lengths.sum(), dp_size))
@@ -51,7 +53,7 @@ def aggregation_weights(
         return counts * dp_size
     if mode not in ("seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"):
         raise ValueError(f"loss_agg_mode must be one of {', '.join(MODES)}, got {mode!r}")
-    share = dp_size / _total(global_batch_size, "global_batch_size", (lengths > 0).sum(), dp_size)
+    share = dp_size / _total(global_batch_size, "global_batch_size", (lengths > 0).to(dtype).sum(), dp_size)
     if mode == "seq-mean-token-sum-norm":
         share = share / (mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
     if mode == "seq-mean-token-mean":

@@ -37,14 +37,11 @@ class Batch(NamedTuple):
     config: Any
     sample_weights: Tensor | None
 
-    def aggregation(self) -> Tensor:
-        """(B, T): the weight of every token's loss, without that of the samples."""
-        return aggregation_weights(self.mask, self.mode, **self.config.global_batch_info)
-
     def loss(self, objective: PolicyObjective, *scales: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective's loss, its tokens weighted by aggregation, samples and `scales` (B, T); the op's metrics."""
+        weights = aggregation_weights(self.mask, self.compute_dtype, self.mode, **self.config.global_batch_info)
         scales = (*scales, *([] if self.sample_weights is None else [self.sample_weights]))
-        loss, metrics = self.evaluate(objective, reduce(torch.mul, scales, self.aggregation()))
+        loss, metrics = self.evaluate(objective, reduce(torch.mul, scales, weights))
         dtype = result_dtype(self.mode, self.logprobs, self.old_logprobs, self.advantages, *scales)
         return loss.to(dtype), metrics
 
@@ -56,9 +53,12 @@ class Batch(NamedTuple):
         ref_logprobs = self.old_logprobs if objective.kl_coef > 0 else None
         inputs = Inputs(self.logprobs, self.old_logprobs, self.advantages, ref_logprobs)
         inputs.check(objective)
-        dtype = torch.float64 if self.logprobs.dtype == torch.float64 else torch.float32
         counts = self.mask.to(torch.bool).contiguous().view(torch.uint8)
-        return evaluate(objective, inputs.planes(), Plan(counts, weights.to(dtype), None, None))
+        return evaluate(objective, inputs.planes(), Plan(counts, weights.to(self.compute_dtype), None, None))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.logprobs.dtype, torch.float32)
 
     def log_ratio(self) -> Tensor:
         return (self.logprobs - self.old_logprobs).detach()
