@@ -98,7 +98,7 @@ def run(block: Block) -> None:
         result = CliRunner().invoke(app, shlex.split(command, comments=True)[1:])
         if error:
             assert result.exit_code == 2, result.output
-            assert error in result.stderr
+            assert result.stderr.strip() == error
         else:
             assert result.exit_code == 0, f"{command}\n{result.output}{result.exception!r}"
 
