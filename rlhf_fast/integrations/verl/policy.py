@@ -6,6 +6,7 @@ The signature of all but `compute_policy_loss`, which verl keeps for old callers
 
 with verl's ActorConfig and weights (B, T) of the samples, or None. Only log_prob gets a gradient. Log-ratios are held
 within +-20 in all of them; verl does so in vanilla, sapo, cispo and dppo_*. In clip_cov and kl_cov it leaves them free.
+kl_cov takes the tokens whose covariance equals that of the last one selected as well.
 """
 
 from __future__ import annotations
