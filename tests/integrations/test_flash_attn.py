@@ -196,11 +196,17 @@ def test_install_offers_the_name_that_trainers_import(installed):
 
 @absent
 def test_after_install_flash_attn_itself_is_still_absent(installed):
-    transformers = pytest.importorskip("transformers.utils", reason="needs transformers")
     assert find_spec("flash_attn") is None
-    assert not transformers.is_flash_attn_2_available()
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("flash_attn")
+
+
+@absent
+def test_after_install_transformers_finds_no_flash_attn(installed, monkeypatch):
+    utils = pytest.importorskip("transformers.utils.import_utils", reason="needs transformers")
+    monkeypatch.setattr(utils, "is_torch_cuda_available", lambda: True)  # it looks no further without a GPU
+    utils.is_flash_attn_2_available.cache_clear()
+    assert not utils.is_flash_attn_2_available()
 
 
 @absent
