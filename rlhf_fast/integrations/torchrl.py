@@ -6,7 +6,8 @@ TD(lambda), the one-step returns) formed first, each estimate is a discounted su
     y_t = x_t + discount y_{t+1},   y of the step after a trajectory's last one: 0
 
 which is `discounted_returns` of packed sequences, or, where the discount is the step's own, a loop over time in plain
-PyTorch. torchrl leaves powers of the discount below 1e-7 out of its sums; these are whole.
+PyTorch. torchrl leaves powers of the discount below 1e-7 out of its sums, fails for a discount of 0, and returns (T, 1)
+for tensors of time alone with time_dim=0; here sums are whole, 0 is a discount, and shapes stay.
 
 Gradients reach everything that torchrl differentiates: the transpose of the sum is the same sum along reversed time.
 

@@ -144,6 +144,16 @@ def test_time_may_be_any_dimension(time_dim):
     assert_parity(*call("vtrace_advantage_estimate", GAMMA), floats(5, shape), 5)
 
 
+def test_tensors_of_time_alone_are_taken_and_keep_their_shape():
+    done = flags(9, seed=1)
+
+    def call(module, time_dim):
+        return lambda *x: module.vec_generalized_advantage_estimate(GAMMA, LAMBDA, *x, done, time_dim=time_dim)
+
+    assert_parity(call(ours, -1), call(theirs, -1), floats(3, (9,)), 3)
+    assert_parity(call(ours, 0), call(theirs, -1), floats(3, (9,)), 3)
+
+
 def test_strided_inputs_are_taken():
     done = flags(6, 8, 1, seed=1)[::2]
     calls = [lambda *x, m=m: m.vec_generalized_advantage_estimate(GAMMA, LAMBDA, *x, done) for m in (ours, theirs)]
