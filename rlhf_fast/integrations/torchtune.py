@@ -167,7 +167,7 @@ def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Te
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean over what counts of all of x or along `dim`; 0 where nothing does."""
-    return torch.where(mask, x, torch.zeros_like(x)).sum(dim=dim) / (mask.sum(dim=dim) + EPS)
+    return torch.where(mask != 0, x, torch.zeros_like(x)).sum(dim=dim) / (mask.sum(dim=dim) + EPS)
 
 
 def masked_var(centered_values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
