@@ -1,0 +1,51 @@
+"""python -m benchmarks.steps.contender WORKSPACE NAME [--profile]: one contender in a process of its own, JSON last.
+
+--profile counts the bytes of tensors instead of the time, which the profiler would falsify.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import peak_bytes
+from benchmarks.memory import unique_bytes
+from benchmarks.steps.recorder import Recorder
+from benchmarks.steps.setting import Workspace
+from rlhf_fast.data.encoding import quiet_libraries
+
+MODULES = {"rlhf_fast": "benchmarks.steps.ours", "trl": "benchmarks.steps.with_trl"}
+
+
+def measure(workspace: Workspace, name: str, *, profile: bool) -> dict[str, Any]:
+    """Seconds by stage and loss of every step; bytes of the tensors that stay, resident and at the peak."""
+    setting = workspace.setting
+    module = import_module(MODULES[name])
+    quiet_libraries()
+    recorder = Recorder(setting.steps, setting.seed)
+    train, tensors = module.prepare(workspace, recorder)
+    if profile:
+        return {"version": version(name), "tensor_peak_bytes": peak_bytes(train)}
+    train()
+    return {
+        "version": version(name), "seconds": recorder.seconds, "losses": recorder.losses, "rewards": recorder.rewards,
+        "held_bytes": unique_bytes(tensors()), "resident_bytes": 1024 * recorder.resident,
+        "peak_bytes": 1024 * recorder.peak,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workspace", type=Path)
+    parser.add_argument("name", choices=MODULES)
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    print(json.dumps(measure(Workspace(options.workspace), options.name, profile=options.profile)))
+
+
+if __name__ == "__main__":
+    main()

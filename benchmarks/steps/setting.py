@@ -1,0 +1,116 @@
+"""What both contenders get: hyper-parameters, model, examples and the adapters that training starts from."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_fast.data.batches import shuffled_indices
+from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.models.loading import load_model
+from rlhf_fast.models.peft_io import save_adapter
+from rlhf_fast.models.tiny import build_tiny
+
+SUBJECTS = ("a walk in the rain", "tea", "the last train home", "an old map of the harbour", "snow", "bread and salt")
+PRAISE = ("lovely", "a quiet joy", "warm and generous", "the best part of the day")
+BLAME = ("dull", "a waste of time", "cold and bitter", "the worst part of the whole week")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One comparison. `model` is a local folder; batch_size counts completions, for dpo pairs."""
+
+    algorithm: str
+    model: str
+    steps: int
+    batch_size: int
+    num_generations: int
+    max_new_tokens: int
+    learning_rate: float
+    gradient_checkpointing: bool
+    lora_rank: int = 8
+    lora_alpha: float = 16
+    ppo_epochs: int = 2  # the first epoch has all ratios at 1; the second shows the clipping
+    kl_coef: float = 0.05
+    beta: float = 0.1
+    seed: int = 0
+
+    @property
+    def max_grad_norm(self) -> float:
+        """TRL's PPO trainer clips no gradient, so ours is given a bound that never clips."""
+        return 1e9 if self.algorithm == "ppo" else 1.0
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size // self.num_generations if self.algorithm == "grpo" else self.batch_size
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with what both contenders read."""
+
+    folder: Path
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(**json.loads((self.folder / "setting.json").read_text()))
+
+    @property
+    def examples(self) -> Path:
+        return self.folder / "examples.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        return self.folder / "held_out.jsonl"
+
+    def adapter(self, role: str) -> Path:
+        """PEFT's files of the policy at its start, or of the reward role with its head."""
+        return self.folder / role
+
+    def rows_in_order(self) -> list[dict[str, Any]]:
+        """The examples in the order in which rlhf_fast's steps take them."""
+        rows = [json.loads(line) for line in self.examples.read_text().splitlines()]
+        return [rows[i] for i in shuffled_indices(len(rows), self.setting.seed, 0, len(rows))]
+
+
+def build(folder: Path, setting: Setting) -> Workspace:
+    """Write everything into the empty `folder`. A model named "tiny" is made there."""
+    if setting.model == "tiny":
+        setting = Setting(**{**asdict(setting), "model": str(build_tiny(folder / "tiny", seed=setting.seed))})
+    workspace = Workspace(folder)
+    (folder / "setting.json").write_text(json.dumps(asdict(setting)))
+    draw = random.Random(setting.seed)
+    for path, count in ((workspace.examples, setting.steps * setting.rows_per_step), (workspace.held_out, 2)):
+        path.write_text("".join(json.dumps(example(draw, setting.algorithm)) + "\n" for _ in range(count)))
+    backbone = Backbone(load_model(setting.model, dtype=torch.float32))
+    for role in ("policy", "reward"):
+        # The seed is the one from which rlhf_fast draws its own fresh policy.
+        backbone.add_adapter(role, rank=setting.lora_rank, alpha=setting.lora_alpha, seed=setting.seed)
+    backbone.add_head("reward")
+    generator = torch.Generator().manual_seed(setting.seed)
+    with torch.no_grad():
+        backbone.head("reward").weight.normal_(generator=generator)
+    for role in ("policy", "reward"):
+        save_adapter(backbone, role, workspace.adapter(role))
+    return workspace
+
+
+def example(draw: random.Random, algorithm: str) -> dict[str, str]:
+    prompt = f"What do you think of {draw.choice(SUBJECTS)}, on a scale of one to {draw.randint(2, 1000)}?"
+    if algorithm != "dpo":
+        return {"prompt": prompt}
+    return {
+        "prompt": prompt,
+        "chosen": f" It is {draw.choice(PRAISE)}.",
+        "rejected": f" It is {draw.choice(BLAME)}, and {draw.choice(BLAME)}.",
+    }
+
+
+def share_of_letters(prompts: list[str], completions: list[str]) -> list[float]:
+    """The reward function of grpo: ASCII letters among the characters of each completion."""
+    return [sum(c.isascii() and c.isalpha() for c in text) / max(1, len(text)) for text in completions]

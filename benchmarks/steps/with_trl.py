@@ -1,0 +1,145 @@
+"""TRL's steps: its DPO and GRPO trainers, and the PPO trainer that TRL 1.12 was the last to have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+from benchmarks.memory import states
+from benchmarks.steps.recorder import Recorder
+from benchmarks.steps.setting import Setting, Workspace, share_of_letters
+from rlhf_fast.data.encoding import pad_id
+
+
+class Steps(TrainerCallback):
+    """Tells the recorder where steps end and what was logged."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.recorder.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.recorder.end_step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.recorder.losses.append(logs["loss"])
+        if "loss/policy_avg" in logs:
+            self.recorder.losses.append(logs["loss/policy_avg"] + logs["loss/value_avg"])
+        for name in ("reward", "objective/scores"):
+            if name in logs:
+                self.recorder.rewards.append(logs[name])
+
+
+def prepare(workspace: Workspace, recorder: Recorder) -> tuple[Callable[[], None], Callable[[], list[Tensor]]]:
+    """(train, tensors): all steps, and the tensors that stay between them."""
+    setting = workspace.setting
+    model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(setting.model, padding_side="left")
+    tokenizer.pad_token_id = pad_id(tokenizer)  # never EOS, which the PPO trainer would then leave out of the loss
+    lora = LoraConfig.from_pretrained(str(workspace.adapter("policy")))
+    lora.inference_mode = False  # saved adapters say true, with which nothing would be trained
+    common = {
+        "model": model, "processing_class": tokenizer, "callbacks": [Steps(recorder)], "peft_config": lora,
+    }  # fmt: skip
+    trainer, policy, modules = TRAINERS[setting.algorithm](workspace, recorder, common)
+    set_peft_model_state_dict(policy, load_peft_weights(str(workspace.adapter("policy"))))
+
+    def tensors() -> list[Tensor]:
+        held = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        return [*held, *states([trainer.optimizer])]
+
+    return trainer.train, tensors
+
+
+def arguments(workspace: Workspace, setting: Setting) -> dict[str, Any]:
+    """What the three trainers' configs share."""
+    return {
+        "output_dir": str(workspace.folder / "trl"), "use_cpu": True, "bf16": False, "seed": setting.seed,
+        "learning_rate": setting.learning_rate, "lr_scheduler_type": "constant",
+        "max_grad_norm": setting.max_grad_norm, "gradient_checkpointing": setting.gradient_checkpointing,
+        "per_device_train_batch_size": setting.batch_size, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+
+
+Made = tuple[Any, nn.Module, list[nn.Module]]  # trainer, policy, everything that stays in memory
+
+
+def dpo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Made:
+    from trl import DPOConfig, DPOTrainer
+
+    setting = workspace.setting
+    config = DPOConfig(
+        **arguments(workspace, setting), max_steps=setting.steps, beta=setting.beta, max_length=None,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = DPOTrainer(args=config, train_dataset=Dataset.from_list(workspace.rows_in_order()), **common)
+    recorder.watch(trainer.model, "forward", "scoring", without_grad=True)
+    return trainer, trainer.model, [trainer.model]
+
+
+def grpo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Made:
+    from trl import GRPOConfig, GRPOTrainer
+
+    setting = workspace.setting
+    config = GRPOConfig(
+        **arguments(workspace, setting), max_steps=setting.steps, num_generations=setting.num_generations,
+        max_completion_length=setting.max_new_tokens, beta=setting.kl_coef, loss_type="bnpo", shuffle_dataset=False,
+        use_bias_correction_kl=False,
+    )  # fmt: skip
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return share_of_letters(prompts, completions)
+
+    data = Dataset.from_list(workspace.rows_in_order())
+    trainer = GRPOTrainer(args=config, train_dataset=data, reward_funcs=reward, **common)
+    recorder.watch(trainer, "_generate_and_score_completions", "scoring")
+    recorder.watch(trainer, "_generate", "generation", seeded=True)
+    return trainer, trainer.model, [trainer.model]
+
+
+def ppo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Made:
+    """The critic trains a LoRA as ours does; the reward model has its adapter merged."""
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    setting, tokenizer = workspace.setting, common["processing_class"]
+    config = PPOConfig(
+        **arguments(workspace, setting), total_episodes=setting.steps * setting.batch_size,
+        response_length=setting.max_new_tokens, stop_token="eos", temperature=1.0, num_sample_generations=0,
+        num_ppo_epochs=setting.ppo_epochs, num_mini_batches=1, local_rollout_forward_batch_size=setting.batch_size,
+        kl_coef=setting.kl_coef, vf_coef=1.0,
+    )  # fmt: skip
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in workspace.rows_in_order()]
+    data = Dataset.from_dict({"input_ids": prompts})
+    reward = classifier(workspace, trainable=False).merge_and_unload()
+    critic = classifier(workspace, trainable=True).get_base_model()
+    trainer = PPOTrainer(
+        args=config, train_dataset=data, eval_dataset=data, ref_model=None, reward_model=reward, value_model=critic,
+        **common,
+    )  # fmt: skip
+    trainer.dataloader = DataLoader(data, batch_size=setting.batch_size, collate_fn=trainer.data_collator)
+    recorder.watch(ppo_trainer, "batch_generation", "generation", seeded=True)
+    for name in ("forward", "get_reward", "selective_log_softmax"):
+        recorder.watch(ppo_trainer, name, "scoring", without_grad=True)
+    return trainer, trainer.model.policy, [trainer.model, trainer.reward_model]
+
+
+def classifier(workspace: Workspace, *, trainable: bool) -> PeftModel:
+    """The reward role's adapter and head on a model of its own."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        workspace.setting.model, num_labels=1, dtype=torch.float32
+    )
+    return PeftModel.from_pretrained(model, str(workspace.adapter("reward")), is_trainable=trainable)
+
+
+TRAINERS = {"dpo": dpo, "grpo": grpo, "ppo": ppo}
