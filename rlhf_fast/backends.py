@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 
@@ -107,6 +108,33 @@ def _checked(name: str) -> str:
     if name not in BACKENDS:
         raise BackendError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def without_autocast(function: _F) -> _F:
+    """`function`, whose first argument is a tensor: its products are in the types it asks for, inside autocast too."""
+
+    @wraps(function)
+    def run(first: torch.Tensor, *others: Any, **options: Any) -> Any:
+        device = first.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(first, *others, **options)
+        with torch.autocast(device, enabled=False):
+            return function(first, *others, **options)
+
+    return run  # type: ignore[return-value]
+
+
+def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """torch.library.custom_op of a function that changes none of its arguments, whatever autocast says."""
+
+    def define(function: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        return torch.library.custom_op(name, without_autocast(function), mutates_args=(), schema=schema)
+
+    return define
 
 
 # --- How a tensor is handed to the native module: address, type code, row addressing ---------------------------------

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import prefer_huge_pages
+from rlhf_fast.backends import prefer_huge_pages, without_autocast
 from rlhf_fast.ops import _check, _head
 from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops._shards import Shards
@@ -97,6 +97,7 @@ def _empty_results(call: Call, want_entropy: bool, want_squares: bool, save: str
     return [*(s[0] if s.dim() > 1 else s for s in stats), saved]
 
 
+@without_autocast
 def _forward(*arguments: Any) -> list[Tensor]:
     call, (want_entropy, want_squares, save) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
     head, shards = call.head(), call.shards()
@@ -139,6 +140,7 @@ def _summed_through(head: _head.Head, shards: Shards, gradient: Tensor) -> Tenso
     return shards.sum(head.through(gradient, _check.compute_dtype(head.weight.dtype)))
 
 
+@without_autocast
 def _backward(*arguments: Any) -> list[Tensor]:
     """Gradients of (hidden, weight, bias, lora_a, lora_b), empty where not needed."""
     call, (stats, kept, grad_logprobs, grad_entropy, needs) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.backends import without_autocast
 from rlhf_fast.ops import _check, _head
 from rlhf_fast.ops import token_kl as divergences
 from rlhf_fast.ops import token_logprobs as rows
@@ -132,6 +133,7 @@ def _zero_results(call: Call, want_entropy: bool, row_gradients: bool) -> list[T
     return [*stats, *(call.hidden.new_zeros(shape) for shape in shapes)]
 
 
+@without_autocast
 def _forward(*arguments: Any) -> list[Tensor]:
     call, (want_entropy, row_gradients) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
     if call.targets is not None:
@@ -163,6 +165,7 @@ def _forward(*arguments: Any) -> list[Tensor]:
     return results
 
 
+@without_autocast
 def _backward(*arguments: Any) -> list[Tensor]:
     """Gradients of (hidden, weight, bias), empty where not needed: makes the logits again, tile by tile."""
     call, (stats, grad_kl, grad_logprobs, grad_entropy, needs) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]

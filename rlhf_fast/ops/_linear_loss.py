@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.backends import custom_op
 from rlhf_fast.ops import _check, _losses
 from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops._head import VOCABULARY_BLOCK, Head
@@ -36,7 +38,7 @@ def register(op: str, evaluate: Evaluate, metrics: int) -> None:
     `evaluate` takes. Returns what `differentiate` does.
     """
 
-    @torch.library.custom_op(f"rlhf_fast::{op}", mutates_args=())
+    @custom_op(f"rlhf_fast::{op}")
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
         lora_scale: float, targets: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
@@ -94,7 +96,8 @@ def _json(fields: dict[str, Any]) -> str:
 _json._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)
+class Call:
     """The arguments of every loss from hidden states, checked: rows (N, ...), and how many of them a tile has."""
 
     hidden: Tensor

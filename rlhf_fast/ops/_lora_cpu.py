@@ -37,8 +37,8 @@ def shrink(x: Tensor, downs: list[Tensor], spans: Spans, dropout: Dropout, h: Te
         bank = [((address(a), DTYPE_CODES[a.dtype], *a.stride()), a.shape[0], 1.0) for a in downs]
         native().lora_shrink(*_native_arguments(x, h), bank, spans, threads())
         return
-    for i, start, stop in spans:
-        torch.mm(x[start:stop], downs[i].to(x.dtype).t(), out=h[start:stop, : downs[i].shape[0]])
+    for i, start, stop in spans:  # not `out=`: torch 2.9 takes the stride of a bfloat16 column (rank 1) for 1
+        h[start:stop, : downs[i].shape[0]] = x[start:stop] @ downs[i].to(x.dtype).t()
 
 
 def expand(h: Tensor, ups: list[Tensor], scales: list[float], spans: Spans, dropout: Dropout, y: Tensor,
@@ -79,7 +79,7 @@ def gradients(narrow: Tensor, wide: Tensor, ranks: list[int], scales: list[float
     wide = _dropped(wide, dropout)
     parts = out.zero_().split([rank * wide.shape[1] for rank in ranks])
     for i, start, stop in spans:
-        left, right = narrow[start:stop, : ranks[i]], wide[start:stop]
+        left, right = narrow[start:stop, : ranks[i]].contiguous(), wide[start:stop]  # contiguous: see shrink
         left, right = (left, right) if rank_first else (right, left)
         product = left.t() @ right
         parts[i].view(product.shape).add_(product, alpha=scales[i])

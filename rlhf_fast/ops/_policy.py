@@ -157,7 +157,8 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 # --- The losses -------------------------------------------------------------------------------------------------------
 
 
-class Tokens(NamedTuple):
+@dataclass(frozen=True)
+class Tokens:
     """What a loss reads: (N,) each, in the compute dtype, 0 where a token does not count."""
 
     logprobs: Tensor

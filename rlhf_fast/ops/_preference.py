@@ -108,7 +108,8 @@ class Pairs(NamedTuple):
     rejected_advantages: Tensor | None = None
 
 
-class Scored(NamedTuple):
+@dataclass(frozen=True)
+class Scored:
     """B pairs as one variant sees them, (B,) each: implicit rewards, and log-probabilities, averaged or not."""
 
     chosen_reward: Tensor

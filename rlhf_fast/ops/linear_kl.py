@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import resolve
+from rlhf_fast.backends import resolve, without_autocast
 from rlhf_fast.ops import _check, _head, _linear_kl_call
 from rlhf_fast.ops import token_kl as divergences
 from rlhf_fast.ops import token_logprobs as rows
@@ -119,6 +119,7 @@ def linear_kl(
     )
 
 
+@without_autocast
 def reference(
     hidden: Tensor,
     ref_hidden: Tensor,

@@ -46,7 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import resolve
+from rlhf_fast.backends import resolve, without_autocast
 from rlhf_fast.ops import _check, _head, _linear_call
 from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops._shards import Shards
@@ -129,6 +129,7 @@ def linear_logprobs(
     return tuple(results) if len(results) > 1 else results[0]
 
 
+@without_autocast
 def reference(
     hidden: Tensor,
     weight: Tensor,

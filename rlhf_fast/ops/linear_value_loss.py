@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
+from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads, without_autocast
 from rlhf_fast.ops import _check, _losses
 from rlhf_fast.ops import value_loss as values_of
 
@@ -75,6 +75,7 @@ def linear_value_loss(
     return loss, values.detach().view(shape), {"clip_fraction": means.detach()[0]}
 
 
+@without_autocast
 def reference(
     hidden: Tensor,
     weight: Tensor,

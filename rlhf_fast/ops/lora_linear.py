@@ -50,7 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_fast.backends import resolve
+from rlhf_fast.backends import custom_op, resolve, without_autocast
 from rlhf_fast.ops import _check
 from rlhf_fast.ops._philox import philox
 
@@ -115,6 +115,7 @@ def lora_linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+@without_autocast
 def reference(
     x: Tensor,
     weight: Tensor,
@@ -277,7 +278,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, downs: list[Tensor], up
     return [y, h, unscaled, norms]
 
 
-_forward = torch.library.custom_op("rlhf_fast::lora_linear", mutates_args=())(_run)
+_forward = custom_op("rlhf_fast::lora_linear")(_run)
 
 
 @_forward.register_fake
@@ -291,7 +292,7 @@ def _(x, weight, bias, downs, ups, magnitudes, owners, scales, segments, dropout
     ]
 
 
-@torch.library.custom_op("rlhf_fast::lora_linear_backward", mutates_args=())
+@custom_op("rlhf_fast::lora_linear_backward")
 def _backward(grad: Tensor, x: Tensor, h: Tensor, unscaled: Tensor, norms: Tensor, weight: Tensor, downs: list[Tensor],
               ups: list[Tensor], magnitudes: list[Tensor], owners: list[int], scales: list[float],
               segments: list[int], dropout: float, seed: Tensor | None, wants: list[bool], wants_downs: list[bool],

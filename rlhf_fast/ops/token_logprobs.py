@@ -12,7 +12,7 @@ softcap(u) = c tanh(u / c) (none: u):
 
 Numerics. With m the maximal z and rest = the sum of exp(z - m) over all but ONE maximal element, logprob is
 (z_y - m) - log1p(rest), where z_y - m is exactly 0 for the maximal element: so a confident token keeps its value and,
-through expm1, its gradient (z_y - lse is 15 % off at a margin of 14 nats and exactly 0 from 16 in float32). The entropy
+through expm1, its gradient (z_y - lse is 15 % off at a margin of 14 nats and exactly 0 from 15 in float32). The entropy
 is summed as log1p(rest) + t / (1 + rest) with t = sum exp(z - m) (m - z): all terms are positive, so a low entropy does
 not cancel. Everything is computed in float32 (float64 for float64). The row statistics are kept as (m, log1p(rest))
 apart, so that p is exact also for logits of +-1e4.

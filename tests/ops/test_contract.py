@@ -44,6 +44,22 @@ def test_a_pass_without_gradients_gives_the_same_bits(case, backend):
     assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
 
 
+@pytest.mark.parametrize("case", [case for case in FIRST_OF_OP if "cpu" in OPS[case.op]], ids=lambda case: case.name)
+def test_autocast_changes_neither_values_nor_gradients(case):
+    expected = case.run(case.inputs("cpu", torch.float32), "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = case.run(case.inputs("cpu", torch.float32), "cpu")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("case", FIRST_OF_OP, ids=lambda case: case.name)
+def test_autocast_does_not_change_the_reference(case):  # its backward is PyTorch's, which belongs outside autocast
+    expected = case.call(case.inputs("cpu", torch.float32), "reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = case.call(case.inputs("cpu", torch.float32), "reference")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 MASKED = [p for p in PAIRS if "mask" in p.values[0].tensors()]
 
 
