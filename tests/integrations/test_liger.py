@@ -135,6 +135,11 @@ def ratio(*shape: int) -> Tensor:
     return 0.5 + torch.rand(shape)
 
 
+HALF = {
+    name: x.bfloat16()
+    for name, x in grpo_inputs().items()
+    if name in ("advantages", "old_per_token_logps", "ref_per_token_logps")
+}
 ON_POLICY = {"old_per_token_logps": None}
 LOSS_TYPES = [{"loss_type": name, "max_completion_length": 9} for name in liger.grpo.LOSS_TYPES]
 SEQUENCE = [
@@ -160,6 +165,7 @@ GRPO_CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"use_ref_model": False}, {"ref_per_token_logps": None}),
     ({"use_ref_model": False}, {}),
     ({}, {"bias": None}),
+    ({}, HALF),
 ]
 
 
@@ -179,6 +185,24 @@ def test_grpo_scores_the_reference_s_hidden_states():
     inputs = grpo_inputs() | {"ref_per_token_logps": None, "ref_input": torch.randn(B, T, 5).double()}
     inputs |= {"ref_weight": torch.randn(V, 5).double(), "ref_bias": torch.randn(V).double()}
     assert_parity("LigerFusedLinearGRPOLoss", {"temperature": 1.3}, inputs, torch.float32)
+
+
+def test_grpo_says_that_hidden_states_of_the_reference_are_not_used_beside_its_log_probabilities():
+    inputs = grpo_inputs() | {"ref_input": torch.randn(B, T, 5).double()}
+    with pytest.warns(UserWarning, match="ref_input is not used"):
+        found = outcome(liger.LigerFusedLinearGRPOLoss(), inputs)
+    assert torch.equal(found["result 0"], outcome(liger.LigerFusedLinearGRPOLoss(), grpo_inputs())["result 0"])
+
+
+@pytest.mark.parametrize("frozen", [(), ("lin_weight", "bias")], ids=["trained", "frozen"])
+def test_grpo_does_not_look_behind_the_mask(frozen):
+    inputs, hidden = grpo_inputs(), torch.where(MASK.bool(), 0, torch.nan)
+    poisoned = {n: inputs[n] + hidden for n in ("old_per_token_logps", "ref_per_token_logps")}
+    poisoned |= {"_input": inputs["_input"] + hidden[..., None]}
+    poisoned["selected_token_ids"] = torch.where(MASK.bool(), inputs["selected_token_ids"], -100)
+    expected = outcome(liger.LigerFusedLinearGRPOLoss(), inputs, frozen)
+    for name, found in outcome(liger.LigerFusedLinearGRPOLoss(), inputs | poisoned, frozen).items():
+        assert torch.equal(found, expected[name]), name
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "luspo"])
@@ -219,7 +243,7 @@ def test_grpo_takes_a_head_of_another_type():
         ({"importance_sampling_level": "word"}, {}, "importance_sampling_level must be"),
         ({"importance_sampling_level": "sequence", "loss_type": "sapo"}, {}, "must be token for loss_type sapo"),
         ({"loss_type": "dr_grpo"}, {}, "max_completion_length must be given"),
-        ({}, {"ref_per_token_logps": None}, "needs ref_per_token_logps or ref_input"),
+        ({}, {"ref_per_token_logps": None}, "needs ref_per_token_logps, or ref_input"),
         ({}, {"vllm_is_ratio": torch.ones(B, T - 1)}, "vllm_is_ratio must be"),
     ],
 )
@@ -478,8 +502,8 @@ def test_scaled_cross_entropy_says_which_ids_do_not_fit():
 def logits_inputs(dtype):
     inputs = grpo_inputs()
     logits = inputs["_input"] @ inputs["lin_weight"].t() + inputs["bias"]
-    further = torch.full((B, 1, V), 3.0).double()
-    return torch.cat([logits, further], 1).to(dtype), {
+    last = torch.full((B, 1, V), torch.nan).double()
+    return torch.cat([logits, last], 1).to(dtype), {
         "old_logp": inputs["old_per_token_logps"], "ref_logp": inputs["ref_per_token_logps"],
         "completion_ids": inputs["selected_token_ids"], "advantages": inputs["advantages"], "completion_mask": MASK,
     }  # fmt: skip

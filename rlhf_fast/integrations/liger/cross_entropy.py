@@ -34,8 +34,7 @@ class LigerFusedLinearScaledCrossEntropyFunction:
             raise ValueError(f"selected_token_ids must be (K,), got {tuple(selected_token_ids.shape)}")
         mask, ids = target != ignore_index, target
         if selected_token_ids is not None:
-            chosen = torch.where(mask, target, 0)
-            ids = torch.cat([chosen[:, None], selected_token_ids.expand(target.shape[0], -1)], 1)
+            ids = torch.cat([target[:, None], selected_token_ids.expand(target.shape[0], -1)], 1)
         found = linear_logprobs(_input, weight, ids, mask=mask, temperature=temperature, return_entropy=return_entropy)
         logprobs, entropy = found if return_entropy else (found, None)
         nll, selected = (-logprobs, None) if selected_token_ids is None else (-logprobs[:, 0], logprobs[:, 1:])

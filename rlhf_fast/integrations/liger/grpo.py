@@ -91,20 +91,9 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         self.check()
         ratio = correction(vllm_is_ratio, attention_mask)
         head, mask = Head.of(_input, lin_weight, bias), attention_mask.float()
-        if self.use_ref_model and ref_per_token_logps is None:
-            if ref_input is None:
-                raise ValueError("use_ref_model needs ref_per_token_logps or ref_input, got neither")
-        elif self.use_ref_model and ref_input is not None:
-            warnings.warn("ref_input is not used: ref_per_token_logps is given", stacklevel=2)
-        reference = ref_per_token_logps if self.use_ref_model else None
-        if self.use_ref_model and reference is None and self.beta != 0:
-            assert ref_input is not None
-            if ref_weight is None:
-                raise ValueError("ref_weight must be given with ref_input, got None")
-            with torch.no_grad():
-                ref_head = Head.of(ref_input, ref_weight, ref_bias)
-                reference = ref_head.logprobs(selected_token_ids, self._counted(mask), self.temperature)
-        batch = Batch(mask, advantages.float(), old_per_token_logps, reference, ratio)
+        reference = self._reference(mask, selected_token_ids, ref_per_token_logps, ref_input, ref_weight, ref_bias)
+        old = None if old_per_token_logps is None else wide(old_per_token_logps)
+        batch = Batch(mask, wide(advantages), old, reference, ratio)
         denominator = self.denominator(mask, num_items_in_batch)
         objective = self._same_gradient(batch)
         if objective is None:
@@ -120,6 +109,24 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         terms = self.terms(logprobs, batch)
         value = self.reduced(terms.losses, mask, denominator)
         return value + (surrogate - surrogate.detach()), self.metrics(terms, mask)
+
+    def _reference(
+        self, mask: Tensor, ids: Tensor, logprobs: Tensor | None, hidden: Tensor | None, weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """(B, T) of the reference, given or made here; None where the loss has none."""
+        if not self.use_ref_model:
+            return None
+        if logprobs is not None:
+            if hidden is not None:
+                warnings.warn("ref_input is not used: ref_per_token_logps is given", stacklevel=3)
+            return wide(logprobs)
+        if hidden is None or weight is None:
+            raise ValueError("use_ref_model needs ref_per_token_logps, or ref_input and ref_weight")
+        if self.beta == 0:
+            return None
+        with torch.no_grad():
+            return Head.of(hidden, weight, bias).logprobs(ids, self._counted(mask), self.temperature)
 
     def check(self) -> None:
         if self.loss_type not in LOSS_TYPES:
@@ -183,8 +190,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         return Terms(losses + self.beta * kl, kl, clipped)
 
     def _visible(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x as float32, 0 where the log-probabilities are."""
-        return x.float() if self._counted(mask) is None else torch.where(mask != 0, x.float(), 0.0)
+        """x, 0 where the log-probabilities are."""
+        return x if self._counted(mask) is None else torch.where(mask != 0, x, 0.0)
 
     def _policy_terms(
         self, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, batch: Batch
@@ -285,7 +292,7 @@ class Batch(NamedTuple):
     """What a loss reads beside the log-probabilities; old: None on policy."""
 
     mask: Tensor  # (B, T) float32
-    advantages: Tensor  # (B,) float32
+    advantages: Tensor  # (B,)
     old: Tensor | None  # (B, T)
     reference: Tensor | None  # (B, T)
     ratio: Tensor | None  # (B, 1) or (B, T)
@@ -299,6 +306,11 @@ class Batch(NamedTuple):
         if self.ratio is None:
             return self.mask.new_zeros(self.mask.shape[0], 1)
         return self.ratio.float().log().clamp(LOWEST, HIGHEST).sum(1, keepdim=True)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def correction(ratio: Tensor | None, mask: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rlhf_fast import token_logprobs
-from rlhf_fast.integrations.liger.grpo import TOKEN_ONLY, Batch, LigerFusedLinearGRPOLoss, correction
+from rlhf_fast.integrations.liger.grpo import TOKEN_ONLY, Batch, LigerFusedLinearGRPOLoss, correction, wide
 
 
 def triton_grpo_loss(
@@ -63,7 +63,8 @@ def triton_grpo_loss(
     ids, counted = (pad(x, (0, 1)) for x in (completion_ids, mask))
     logprobs = token_logprobs(logits, ids, temperature=temperature, mask=counted, inplace_backward=inplace)[:, :-1]
     ratio = correction(vllm_is_ratio, mask)
-    terms = loss.terms(logprobs, Batch(mask, advantages.float(), old_logp, ref_logp, ratio))
+    old, reference = (None if x is None else wide(x) for x in (old_logp, ref_logp))
+    terms = loss.terms(logprobs, Batch(mask, wide(advantages), old, reference, ratio))
     losses, clipped = torch.where(mask != 0, terms.losses, 0.0), terms.clipped * mask
     if reduce:
         value = loss.reduced(losses, mask, loss.denominator(mask, num_items_in_batch))
