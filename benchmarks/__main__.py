@@ -29,7 +29,7 @@ SCALING = {
     "cpu": Sizes(N=1024, V=32_768, D=64, B=8, T=131_072, packed=0, dtype=torch.float32),
     "cuda": Sizes(N=1024, V=32_768, D=4096, B=64, T=131_072, packed=0, dtype=torch.bfloat16),
 }
-QUICK_SCALING = Sizes(N=1024, V=262_144, D=8, B=2, T=2048, packed=0, dtype=torch.float32)
+QUICK_SCALING = Sizes(N=32, V=256, D=16, B=2, T=64, packed=0, dtype=torch.float32)
 
 
 def sizes_of(group: str, device: str, quick: bool) -> Sizes:

@@ -126,7 +126,9 @@ def size(case: Run, axis: str) -> int:
 
 def scaling(families: dict[str, list[Run]], axis: str, title: str, path: Path) -> Path:
     """A column for each case: time with its spread above, memory below."""
-    figure, grid = pyplot.subplots(2, len(families), figsize=(4.2 * len(families), 7), squeeze=False)
+    figure, grid = pyplot.subplots(
+        2, len(families), figsize=(4.2 * len(families), 7), squeeze=False, layout="constrained"
+    )
     shades = colours([case for family in families.values() for case in family])
     for column, (name, family) in enumerate(families.items()):
         above, below = grid[0][column], grid[1][column]

@@ -16,8 +16,6 @@ from benchmarks.cases.sizes import Sizes, normal, planes, results, short, with_g
 from benchmarks.harness import Case, Inputs, free_bytes
 from benchmarks.peers import GAMMA, LAM
 
-CONTEXTS = tuple(1 << k for k in range(10, 18))
-VOCABULARIES = (32_768, 65_536, 131_072, 262_144)
 EAGER_COPIES = 4  # of the logits in float32 that eager log-probabilities and their backward hold
 
 
@@ -77,11 +75,10 @@ def loss(sizes: Sizes, device: str) -> Case:
 
 
 def scaling_cases(sizes: Sizes, device: str) -> list[Case]:
-    """`sizes` gives D, the dtype, the least context N and the least vocabulary V, and T, up to which contexts grow."""
-    contexts = [n for n in CONTEXTS if sizes.N <= n <= sizes.T]
-    vocabularies = [v for v in VOCABULARIES if v >= sizes.V]
-    by_context = [replace(sizes, N=n, V=vocabularies[0]) for n in contexts]
-    by_vocabulary = [replace(sizes, N=contexts[0], V=v) for v in vocabularies[1:]]
+    """Contexts double from sizes.N to sizes.T, vocabularies three times from sizes.V; D and the dtype stay."""
+    contexts = [sizes.N << k for k in range((sizes.T // sizes.N).bit_length())]
+    by_context = [replace(sizes, N=n) for n in contexts]
+    by_vocabulary = [replace(sizes, V=sizes.V << k) for k in (1, 2, 3)]
     made = [head(size, device) for size in [*by_context, *by_vocabulary]]
     made += [logits(size, device) for size in [by_context[0], *by_vocabulary]]
     for family in (scan, loss):
