@@ -321,8 +321,9 @@ def backward(
     if targets.numel() == 0:
         return
     temperature, temperatures, logit_scale, softcap = transform
+    upstream = stats[0] if grad_logprobs is None else grad_logprobs  # a pointer to add to, not read without HAS_LOGPROB
     _backward_kernel[(outer * inner,)](
-        logits, targets, mask, temperatures, *stats[:4], grad_logprobs, grad_entropy, gradient, temperature,
+        logits, targets, mask, temperatures, *stats[:4], upstream, grad_entropy, gradient, temperature,
         logit_scale, softcap, vocabulary, targets.numel() // (outer * inner), inner,
         logits.stride(0), logits.stride(1), gradient.stride(0), gradient.stride(1),
         HAS_LOGPROB=grad_logprobs is not None, HAS_ENTROPY=grad_entropy is not None,

@@ -105,6 +105,8 @@ def reference(
     """The estimates by definition, differentiable any number of times."""
     dtype = _check.compute_dtype(logprobs.dtype)
     logprobs, log_ratio = logprobs.to(dtype), ref_logprobs.to(dtype) - logprobs.to(dtype)
+    if value_clip < math.inf:  # where exp overflows the estimate is clipped, and inf * 0 would be its derivative
+        log_ratio_clip = min(log_ratio_clip, math.log(torch.finfo(dtype).max))
     estimate = ESTIMATORS[estimator](log_ratio.clamp(-log_ratio_clip, log_ratio_clip)).clamp(-value_clip, value_clip)
     weight = torch.ones_like(logprobs)
     if old_logprobs is not None:

@@ -83,6 +83,14 @@ def test_tokens_of_another_policy_are_weighted_as_in_deepseek_v3_2(backend, esti
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_clipped_estimate_that_overflows_has_no_gradient(backend):
+    logprobs = torch.tensor([-200.0], requires_grad=True)
+    value = kl_estimate(logprobs, torch.zeros(1), estimator="k3", value_clip=10.0, backend=backend)
+    value.sum().backward()
+    assert (value.item(), logprobs.grad.item()) == (10.0, 0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_clipped_is_a_constant(backend):
     # log r = 2 against a bound of 1: k1 = -1. log r = 1/2: k1 = -1/2. w = e^2 against a bound of 3.
     logprobs = torch.tensor([-3.0, -3.0, -3.0], requires_grad=True)

@@ -51,6 +51,15 @@ def draw(shape, vocabulary, dtype, scale=3.0, seed=0):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_entropy_alone_can_be_differentiated(backend):
+    # p = (1/4, 3/4): d H / d z_j = -p_j (log p_j + H)
+    logits = torch.tensor([[0.0, math.log(3.0)]], requires_grad=True)
+    token_logprobs(logits, torch.tensor([1]), return_entropy=True, backend=backend)[1].sum().backward()
+    slope = 0.1875 * math.log(3.0)
+    torch.testing.assert_close(logits.grad, torch.tensor([[slope, -slope]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_logits_give_the_logistic_function(backend):
     logits = torch.tensor([[0.0, math.log(3.0)]])
     logprobs, entropy = token_logprobs(logits, torch.tensor([1]), return_entropy=True, backend=backend)
