@@ -1,8 +1,9 @@
-"""python -m benchmarks.catalogue: writes the tables of kernels/README.md from the op table and committed results."""
+"""python -m benchmarks.catalogue: writes the tables of both READMEs from the op table and committed results."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from benchmarks.harness import described, described_scratch
 from rlhf_fast.ops import table
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "kernels" / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MARK, END = "<!-- python -m benchmarks.catalogue writes {} -->\n", "<!-- end -->\n"
 BACKENDS = {"cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
@@ -39,7 +39,7 @@ def shares(name: str, op: str) -> str:
     for case in results["cases"]:
         first, *rest = case["case"].replace(",", "").split()
         part = share(results, case, OURS[name])
-        if first == op and part is not None:
+        if first == op and part is not None and case.get("group", "bars") in ("bars", "ops"):
             label = " ".join(rest) + (" bf16" if "bfloat16" in case["shape"] else "")
             found.append(f"{part:.0%} {label}".strip())
     return "<br>".join(found) or NOT_YET
@@ -57,19 +57,23 @@ def ops_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def timings(name: str) -> str:
-    """Every case: the best of the interleaved repeats of everyone, and what was asked of it."""
-    results = read(name)
-    if results is None:
-        return f"{NOT_YET.capitalize()}.\n"
+def provenance(results: dict[str, Any]) -> str:
     machine = results["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     peers = "".join(f", {peer} {version}" for peer, version in results["peers"].items())
+    return f"{where}; torch {machine['torch']}{peers}; commit {machine['commit'][:7]}; `{machine['command']}`."
+
+
+def timings(name: str) -> str:
+    """Every case with a bar: the best of the interleaved repeats of everyone, and what was asked of it."""
+    results = read(name)
+    if results is None:
+        return f"{NOT_YET.capitalize()}.\n"
     lines = [
-        f"{where}; torch {machine['torch']}{peers}; commit {machine['commit'][:7]}; `{machine['command']}`.", "",
+        provenance(results), "",
         "| case | ours | eager | others | bars |", "|---|---:|---:|---|---|",
     ]  # fmt: skip
-    for case in results["cases"]:
+    for case in filter(in_bars, results["cases"]):
         best = {who: row["min_ms"] for who, row in case["contenders"].items()}
         ours = min(best.pop(who) for who in OURS[name] if who in best)
         eager = best.pop("eager")
@@ -80,19 +84,63 @@ def timings(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-SECTIONS = {
-    "the ops": ops_table,
-    "the CPU timings": lambda: timings("cpu.json"),
-    "the GPU timings": lambda: timings("gpu.json"),
+def summary(name: str) -> str:
+    """The cases with bars beside the fastest other library, and every case in which somebody else is faster."""
+    results = read(name)
+    if results is None:
+        return f"{NOT_YET.capitalize()}.\n"
+    lines = [
+        provenance(results), "",
+        "| case | ours, ms | eager | fastest other library | share of the limit |", "|---|---:|---:|---|---:|",
+    ]  # fmt: skip
+    faster = []
+    for case in results["cases"]:
+        ours = min(row["min_ms"] for who, row in case["contenders"].items() if who in OURS[name])
+        others = {
+            row["min_ms"]: who
+            for who, row in case["contenders"].items()
+            if who not in OURS[name] and row["max_error"] is not None
+        }
+        eager = case["contenders"]["eager"]["min_ms"]
+        title = f"{case['case']}, {case['shape']}"
+        faster += [f"{title}: {who} takes {ms:.4g} ms, ours {ours:.4g}" for ms, who in others.items() if ms < ours]
+        best = min((ms for ms, who in others.items() if who not in ("eager", "torch.compile")), default=None)
+        other = "" if best is None else f"{others[best]} {best:.4g}"
+        part = share(results, case, OURS[name])
+        if in_bars(case):
+            cell = "" if part is None else f"{part:.0%}"
+            lines.append(f"| {title} | {ours:.4g} | {eager:.4g} | {other} | {cell} |")
+    lines += [
+        "",
+        "Where another implementation is faster:" if faster else "No other implementation is faster in these.",
+    ]
+    lines += ["", *(f"- {line}" for line in faster)] if faster else []
+    return "\n".join(lines) + "\n"
+
+
+def in_bars(case: dict[str, Any]) -> bool:
+    return case.get("group", "bars") == "bars"
+
+
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "kernels" / "README.md": {
+        "the ops": ops_table,
+        "the CPU timings": lambda: timings("cpu.json"),
+        "the GPU timings": lambda: timings("gpu.json"),
+    },
+    ROOT / "README.md": {"the CPU summary": lambda: summary("cpu.json")},
 }
 
 
-def with_tables(text: str) -> str:
-    for name, made in SECTIONS.items():
+def with_tables(page: Path) -> str:
+    """The text of the page with its tables made anew."""
+    text = page.read_text(encoding="utf-8")
+    for name, made in PAGES[page].items():
         head, rest = text.split(MARK.format(name))
         text = head + MARK.format(name) + "\n" + made() + "\n" + END + rest.split(END, 1)[1]
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page), encoding="utf-8")
