@@ -11,7 +11,7 @@ import rlhf_fast
 from benchmarks import peers
 from benchmarks.cases.sizes import Sizes, backends_of, generator, results, short, with_gradient
 from benchmarks.harness import Bar, Case, Contender, Inputs
-from rlhf_fast.ops.token_logprobs import reference
+from rlhf_fast.ops.token_logprobs import IMPLS, Transform, empty_stats, reference
 
 
 def eager(logits: Tensor, targets: Tensor) -> Tensor:
@@ -35,6 +35,18 @@ def ours(backend: str, **options: bool) -> Callable[..., Tensor]:
     return lambda logits, targets: rlhf_fast.token_logprobs(logits, targets, backend=backend, **options)
 
 
+def gradient_in_forward(backend: str) -> Contender:
+    """The row kernel as ops with a linear head call it: the gradient of the sum, over the logits, in the same call."""
+
+    def run(x: Inputs) -> list[Tensor]:
+        logits = x["logits"][None]
+        stats = empty_stats(logits, want_entropy=False)
+        IMPLS[backend][0](logits, x["targets"][None], None, Transform(), False, stats, logits)
+        return [stats[0][0], logits[0]]
+
+    return run
+
+
 def results_of(job: str) -> dict[str, Contender]:
     return {name: results(function) for name, function in peers.find(job).items()}
 
@@ -55,7 +67,16 @@ def of_dtype(sizes: Sizes, device: str, dtype: torch.dtype) -> list[Case]:
     shape, costed = f"N={sizes.N} V={sizes.V} {short(dtype)}", {"N": sizes.N, "V": sizes.V, "s": dtype.itemsize}
     cpu, full = device == "cpu", dtype == torch.float32
     against_trl = (Bar("cpu", "trl", 4),) if cpu and full else ()
+    made_in_forward: dict[str, Contender] = {"eager": both["eager"]}
+    made_in_forward |= {name: gradient_in_forward(name) for name in names}
+    on_gpu = [
+        Case(
+            "token_logprobs forward with its gradient", shape, draw,
+            lambda x, rows: with_gradient(exact, "logits")(first(x, rows)), made_in_forward,
+        ),
+    ]  # fmt: skip
     return [
+        *(on_gpu if device == "cuda" else []),
         Case(
             "token_logprobs forward", shape, draw, lambda x, rows: [exact(**first(x, rows))], forward,
             peers=results_of("token_logprobs"), bars=(Bar("cpu", "eager", 8), *against_trl) if cpu else (),

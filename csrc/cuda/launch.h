@@ -53,24 +53,33 @@ template <typename T> __device__ T* dynamic_shared() {
   return reinterpret_cast<T*>(memory);
 }
 
-// Whether this device runs the code of clusters that `kernel` was compiled to, with so much shared memory per block.
+// The most shared memory that a block of this device can have.
+inline int most_shared_bytes(const char* what, int device) {
+  int bytes = 0;
+  check(what, cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
+// Whether this device runs code of `kernel` that was compiled for clusters, with so much shared memory per block.
 template <typename... Args>
 bool runs_in_clusters(const char* what, void (*kernel)(Args...), int64_t shared_bytes, Queue queue) {
   OnDevice guard(what, queue.device);
   cudaFuncAttributes code;
-  int most = 0;
   check(what, cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel)));
-  check(what, cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device));
-  return code.ptxVersion >= 90 && shared_bytes <= most;
+  return code.ptxVersion >= 90 && shared_bytes <= most_shared_bytes(what, queue.device);
 }
 
+// For kernels without static shared memory.
 template <typename... Args>
 void launch_clusters(const char* what, void (*kernel)(Args...), int64_t clusters, int blocks, int threads,
                      int64_t shared_bytes, Queue queue, Args... args) {
   if (clusters == 0) return;
   OnDevice guard(what, queue.device);
   const auto* code = reinterpret_cast<const void*>(kernel);
-  check(what, cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  // The limit is the kernel's and not the launch's: always the same, or calls of other threads could lower it.
+  const auto set = [&](cudaFuncAttribute name, int value) { check(what, cudaFuncSetAttribute(code, name, value)); };
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes(what, queue.device));
+  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = unsigned(blocks);

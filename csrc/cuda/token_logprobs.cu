@@ -12,19 +12,18 @@ template <bool kMore, typename T>
 __device__ Stats<compute_t<T>> stats_of(const T* logits, int64_t size, const Slices& slices,
                                         const RowTransform<compute_t<T>>& row) {
   using C = compute_t<T>;
-  __shared__ Stats<C> of_warp[kMaxSlices * kWarps], of_slice[kMaxSlices];
+  __shared__ Sums<C> of_warp[kMaxSlices * kWarps], of_slice[kMaxSlices];
   for (int slice = 0; slice < slices.count; ++slice) {
-    const int64_t first = slices.begin(slice, size), inside = slices.begin(slice + 1, size) - first;
-    Stats<C> own = no_stats<C>();
-    for_each_pack(logits + first, inside, head_of(logits + first, logits + first, inside),
-                  [&](const auto& pack, int64_t) { add_pack<kMore>(own, pack, row); });
-    own = reduce_warp(own, row);
+    const int64_t first = slices.begin(slice, size);
+    Sums<C> own = no_sums<C>();
+    add_logits<kMore>(own, logits + first, slices.begin(slice + 1, size) - first, row);
+    own = reduce_warp(own);
     if (threadIdx.x % 32 == 0) of_warp[slice * kWarps + threadIdx.x / 32] = own;
   }
   __syncthreads();
   if (int(threadIdx.x) < slices.count) of_slice[threadIdx.x] = merged(of_warp + threadIdx.x * kWarps, kWarps, row);
   __syncthreads();
-  return merged(of_slice, slices.count, row);
+  return merged(of_slice, slices.count, row).stats();
 }
 
 template <typename T, bool kMore, bool kCap>

@@ -1,6 +1,8 @@
-// What the row and the cluster kernel of token_logprobs share: how a row is divided, visited, summed and differentiated.
+// What the row and the cluster kernel of token_logprobs share: how a row is divided, visited, summed, differentiated.
 // Slices, threads and warps are combined in a fixed order, the same in both: the same inputs give the same bits.
 #pragma once
+#include <cstring>
+
 #include "cuda/element.h"
 #include "cuda/launch.h"
 #include "cuda/token_logprobs.h"
@@ -11,6 +13,7 @@ namespace rlhf::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kInFlight = 4;  // 16-byte loads that a thread issues before it uses the first
+constexpr int kBatch = kInFlight * kThreads;
 constexpr int kMaxSlices = 8;  // blocks of the largest cluster that every device with clusters takes
 
 __device__ inline void store(float& out, float x) { out = x; }
@@ -28,6 +31,14 @@ template <typename T, int N> struct alignas(sizeof(T) * N) Pack {
   T x[N];
 };
 template <typename T> using Pack16 = Pack<T, 16 / sizeof(T)>;
+
+// Packs are loaded as words: a load under a condition of narrow elements would move each of them once more.
+using Words = Pack<uint32_t, 4>;
+template <typename T> __device__ Pack16<T> elements(const Words& words) {
+  Pack16<T> pack;
+  std::memcpy(&pack, &words, sizeof(pack));
+  return pack;
+}
 
 // A row in `count` slices of `size` elements; what comes last is shorter or empty. Every slice is summed on its own,
 // whether one block visits them all or a cluster one each, so that a pass without gradients has the bits of one with.
@@ -61,21 +72,24 @@ bool token_logprobs_in_clusters(const TokenLogprobs& op, void* gradient, Queue q
 // packs of one element at both edges.
 template <typename T, typename Visit>
 __device__ void for_each_pack(const T* row, int64_t size, int64_t head, Visit visit) {
-  using Wide = Pack16<T>;
-  const int64_t packs = (size - head) / Wide::size;
-  const auto* body = reinterpret_cast<const Wide*>(row + head);
-  for (int64_t first = threadIdx.x; first < packs; first += kInFlight * kThreads) {
-    Wide loaded[kInFlight];
+  constexpr int kSize = Pack16<T>::size;
+  const int thread = int(threadIdx.x);
+  const int64_t packs = (size - head) / kSize;
+  const auto* body = reinterpret_cast<const Words*>(row + head);
+  for (int64_t base = 0; base < packs; base += kBatch) {
+    const int inside = packs - base < kBatch ? int(packs - base) : kBatch;
+    Words loaded[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i)
-      if (first + i * kThreads < packs) loaded[i] = body[first + i * kThreads];
+      if (thread + i * kThreads < inside) loaded[i] = body[base + thread + i * kThreads];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i)
-      if (first + i * kThreads < packs) visit(loaded[i], head + (first + i * kThreads) * Wide::size);
+      if (thread + i * kThreads < inside)
+        visit(elements<T>(loaded[i]), head + (base + thread + i * kThreads) * kSize);
   }
-  const int64_t edges = size - packs * Wide::size;
-  for (int64_t edge = threadIdx.x; edge < edges; edge += kThreads) {
-    const int64_t i = edge < head ? edge : edge + packs * Wide::size;
+  const int64_t edges = size - packs * kSize;
+  for (int64_t edge = thread; edge < edges; edge += kThreads) {
+    const int64_t i = edge < head ? edge : edge + packs * kSize;
     visit(Pack<T, 1>{{row[i]}}, i);
   }
 }
@@ -88,49 +102,140 @@ template <typename T> __device__ int64_t head_of(const T* row, const T* other, i
   return head < size ? head : size;
 }
 
-// `stats` with a pack of logits added. A logit above the maximum comes in first, as a set of its own.
-template <bool kMore, typename T, int N>
-__device__ void add_pack(Stats<compute_t<T>>& stats, const Pack<T, N>& pack, const RowTransform<compute_t<T>>& row) {
-  using C = compute_t<T>;
-  C x[N], top = load(pack.x[0]);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    x[i] = load(pack.x[i]);
-    top = x[i] > top ? x[i] : top;
+// 2^x to 2 units in the last place; one instruction in float, which gives 0 below 2^-126.
+__device__ inline float exp2_flushed(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+__device__ inline double exp2_flushed(double x) { return std::exp2(x); }
+
+// Where 2^x is 0 in every type: what stands in for x = -inf in a product with it.
+constexpr double kNoPower = -4096;
+
+// Stats in the making. No element is above `max`, but the greatest may be in another set: `ties` counts the elements
+// equal to it, the sums are over the others, with e = exp(z - max z): e, e (max z - z) / ln 2, e^2.
+template <typename C> struct Sums {
+  C max, ties, rest, spread, squares;
+  __device__ Stats<C> stats() const { return {max, ties - 1 + rest, C(kLn2) * spread, ties - 1 + squares}; }
+};
+
+template <typename C> __device__ Sums<C> no_sums() { return {-C(INFINITY), 0, 0, 0, 0}; }
+
+// The same set relative to a maximum that may be greater.
+template <typename C> __device__ Sums<C> raised(const Sums<C>& sums, C max, const RowTransform<C>& row) {
+  if (!(max > sums.max)) return sums;
+  const bool empty = sums.max == -C(INFINITY);
+  const C t = empty ? C(0) : row.factor * C(kLog2E) * (row.capped(max) - row.capped(sums.max));
+  const C e = std::exp2(-t), mass = sums.ties + sums.rest;
+  return {max, 0, e * mass, e * (sums.spread + t * mass), e * e * (sums.ties + sums.squares)};
+}
+
+template <typename C> __device__ Sums<C> merged(const Sums<C>* parts, int count, const RowTransform<C>& row) {
+  Sums<C> all = parts[0];
+  for (int i = 1; i < count; ++i) {
+    const C max = std::fmax(all.max, parts[i].max);
+    const Sums<C> a = raised(all, max, row), b = raised(parts[i], max, row);
+    all = {max, a.ties + b.ties, a.rest + b.rest, a.spread + b.spread, a.squares + b.squares};
   }
-  bool leads = top > stats.max;
-  if (leads) stats = merge(Stats<C>{top, 0, 0, 0}, stats, row);
-  const C shift = stats.max == -C(INFINITY) ? C(0) : row.capped(stats.max);
-  const C factor2 = row.factor * C(kLog2E);
+  return all;
+}
+
+// Adds the first `count` of a thread's packs, behind which all is -inf. All lanes of a warp call it together and have
+// one maximum, so that it rises seldom, and a new or equal maximum is a branch that few packs take.
+template <bool kMore, typename T, int N, int M>
+__device__ void add_packs(Sums<compute_t<T>>& sums, const Pack<T, N> (&packs)[M], int count,
+                          const RowTransform<compute_t<T>>& row) {
+  using C = compute_t<T>;
+  C tops[M], top = -C(INFINITY);
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const C t = (row.capped(x[i]) - shift) * factor2;
-    const bool is_leader = leads && x[i] == top;
-    const C e = is_leader ? C(0) : std::exp2(t);
-    leads = leads && !is_leader;
-    stats.rest += e;
-    if (kMore) {
-      stats.spread -= e == 0 ? C(0) : C(kLn2) * e * t;
-      stats.squares += e * e;
+  for (int i = 0; i < M; ++i) {
+    tops[i] = load(packs[i].x[0]);
+#pragma unroll
+    for (int k = 1; k < N; ++k) tops[i] = std::fmax(tops[i], load(packs[i].x[k]));
+    top = std::fmax(top, tops[i]);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) top = std::fmax(top, __shfl_xor_sync(~0u, top, step));
+  sums = raised(sums, top, row);
+  const bool empty = sums.max == -C(INFINITY);
+  const C shift = empty ? C(0) : row.capped(sums.max), factor2 = row.factor * C(kLog2E);
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+    if (i >= count) break;
+    C s[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) s[k] = row.capped(load(packs[i].x[k]));
+    if (tops[i] == sums.max && !empty) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const bool tie = C(load(packs[i].x[k])) == sums.max;
+        sums.ties += tie ? C(1) : C(0);
+        s[k] = tie ? -C(INFINITY) : s[k];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const C t = (s[k] - shift) * factor2, e = exp2_flushed(t);
+      sums.rest += e;
+      if (kMore) {
+        sums.spread -= e * std::fmax(t, C(kNoPower));
+        sums.squares += e * e;
+      }
     }
   }
 }
 
-// The statistics of a warp, in its first lane.
-template <typename C> __device__ Stats<C> reduce_warp(Stats<C> stats, const RowTransform<C>& row) {
+// Adds logits that all threads of the block visit together.
+template <bool kMore, typename T>
+__device__ void add_logits(Sums<compute_t<T>>& sums, const T* logits, int64_t size,
+                           const RowTransform<compute_t<T>>& row) {
+  using C = compute_t<T>;
+  constexpr int kSize = Pack16<T>::size;
+  const int64_t head = head_of(logits, logits, size), packs = (size - head) / kSize, edges = size - packs * kSize;
+  const int thread = int(threadIdx.x);
+  Pack16<T> nothing;
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2)
-    stats = merge(stats,
-                  Stats<C>{__shfl_down_sync(~0u, stats.max, step), __shfl_down_sync(~0u, stats.rest, step),
-                           __shfl_down_sync(~0u, stats.spread, step), __shfl_down_sync(~0u, stats.squares, step)},
-                  row);
-  return stats;
+  for (int k = 0; k < kSize; ++k) store(nothing.x[k], -C(INFINITY));
+  Words no_words;
+  std::memcpy(&no_words, &nothing, sizeof(no_words));
+  const auto* next = reinterpret_cast<const Words*>(logits + head) + thread;
+  for (int64_t left = packs; left > 0; left -= kBatch, next += kBatch) {
+    const int inside = left < kBatch ? int(left) : kBatch;
+    Pack16<T> loaded[kInFlight];
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const bool is_inside = thread + i * kThreads < inside;
+      Words words = no_words;
+      if (is_inside) words = next[i * kThreads];
+      count += is_inside;
+      loaded[i] = elements<T>(words);
+    }
+    add_packs<kMore>(sums, loaded, count, row);
+  }
+  for (int64_t base = 0; base < edges; base += kThreads) {
+    const int64_t edge = base + thread;
+    Pack<T, 1> one[1] = {{nothing.x[0]}};
+    if (edge < edges) one[0].x[0] = logits[edge < head ? edge : edge + packs * kSize];
+    add_packs<kMore>(sums, one, edge < edges, row);
+  }
 }
 
-template <typename C> __device__ Stats<C> merged(const Stats<C>* parts, int count, const RowTransform<C>& row) {
-  Stats<C> all = parts[0];
-  for (int i = 1; i < count; ++i) all = merge(all, parts[i], row);
-  return all;
+// The sums of a warp, whose lanes have one maximum, in its first lane.
+template <typename C> __device__ Sums<C> reduce_warp(Sums<C> sums) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    sums.ties += __shfl_down_sync(~0u, sums.ties, step);
+    sums.rest += __shfl_down_sync(~0u, sums.rest, step);
+    sums.spread += __shfl_down_sync(~0u, sums.spread, step);
+    sums.squares += __shfl_down_sync(~0u, sums.squares, step);
+  }
+  return sums;
 }
 
 // The log-probabilities of a row's targets in [first, first + size), whose logits are `slice`. The first slice also
@@ -189,8 +294,9 @@ __device__ void write_gradient(const T* logits, T* out, int64_t first, int64_t s
   for_each_pack(logits, size, head_of(logits, out, size), [&](auto pack, int64_t start) {
 #pragma unroll
     for (int i = 0; i < pack.size; ++i) {
-      const C s = row.capped(load(pack.x[i])), t = (s - shift) * factor2 - logsum2, p = std::exp2(t);
-      store(pack.x[i], p == 0 ? C(0) : p * (kEntropy ? constant + linear * t : constant) * row.slope(s));
+      const C s = row.capped(load(pack.x[i])), t = (s - shift) * factor2 - logsum2, p = exp2_flushed(t);
+      const C at_one = kEntropy ? constant + linear * std::fmax(t, C(kNoPower)) : constant;
+      store(pack.x[i], p * at_one * row.slope(s));
     }
     *reinterpret_cast<decltype(pack)*>(out + start) = pack;
   });

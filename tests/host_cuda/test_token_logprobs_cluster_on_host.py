@@ -119,6 +119,29 @@ def test_ties_at_the_maximum_and_banned_tokens_are_exact_across_slices(host):
     assert gradient.count_nonzero() == 2
 
 
+def test_large_logits_keep_the_numerics_contract(host):
+    torch.manual_seed(3)
+    logits = 1e4 + 4 * torch.randn(1, 1, 3000)
+    logits[..., ::7] *= -1
+    targets, ones, none = torch.tensor([[[1, 7]]]), torch.ones(1, 1, 2), torch.zeros(1, 1)
+    oracle, eager = (with_gradients(x, targets, {}, ones, none) for x in (logits.double(), logits))
+    logprobs, entropy, *_, gradient = run(host, aligned(logits), targets, slices=4)
+    found = (logprobs, entropy, gradient)
+    for name, *values in zip(("logprobs", "entropy", "gradient"), found, eager, oracle, strict=True):
+        assert_contract(name, *values)
+
+
+@pytest.mark.parametrize("spoiled", [lambda x: x[..., 70].fill_(torch.nan), lambda x: x.fill_(-torch.inf)])
+@pytest.mark.parametrize("in_cluster", [True, False])
+def test_a_nan_and_nothing_but_banned_tokens_make_the_row_nan(host, in_cluster, spoiled):
+    logits = aligned(torch.full((1, 1, 2000), -torch.inf))
+    logits[..., 1500] = 1.0  # the NaN comes before any finite logit
+    spoiled(logits)
+    logprobs, entropy, *_ = run(host, logits, torch.tensor([[1500]]), slices=4, in_cluster=in_cluster)
+    assert logprobs.isnan().all()
+    assert entropy.isnan().all()
+
+
 def test_a_confident_token_keeps_its_value_and_its_gradient(host):
     logits = torch.full((1, 1, 64), -torch.inf)
     logits[0, 0, 3], logits[0, 0, 60] = 20.0, 0.0  # leader and follower in different slices

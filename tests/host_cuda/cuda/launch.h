@@ -47,16 +47,19 @@ inline thread_local Cluster* this_cluster;
 
 inline void __syncthreads() { this_block->barrier.arrive_and_wait(); }
 
-template <typename T> T __shfl_down_sync(unsigned, T value, int distance) {
+// The value of lane `from` of the warp, of this lane where there is none.
+template <typename T> T shuffled(T value, int from) {
   auto& warp = this_block->warps[threadIdx.x / 32];
-  auto* lanes = this_block->lanes.data();
-  std::memcpy(&lanes[threadIdx.x], &value, sizeof(T));
+  auto* lanes = &this_block->lanes[threadIdx.x / 32 * 32];
+  std::memcpy(&lanes[threadIdx.x % 32], &value, sizeof(T));
   warp.arrive_and_wait();
   T result = value;
-  if (int(threadIdx.x % 32) + distance < 32) std::memcpy(&result, &lanes[threadIdx.x + distance], sizeof(T));
+  if (from < 32) std::memcpy(&result, &lanes[from], sizeof(T));
   warp.arrive_and_wait();
   return result;
 }
+template <typename T> T __shfl_down_sync(unsigned, T value, int by) { return shuffled(value, threadIdx.x % 32 + by); }
+template <typename T> T __shfl_xor_sync(unsigned, T value, int by) { return shuffled(value, threadIdx.x % 32 ^ by); }
 
 inline float __bfloat162float(__nv_bfloat16 x) { return rlhf::load(x.value); }
 inline float __half2float(__half x) { return rlhf::load(x.value); }
