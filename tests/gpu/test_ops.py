@@ -77,12 +77,13 @@ def test_packed_sequences_of_several_blocks_give_the_bits_of_padded_ones(backend
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_cuda_kernels_say_that_there_is_no_device():
+@pytest.mark.parametrize("gradient", [0, 64], ids=["forward", "with gradient"])
+def test_the_cuda_kernels_say_that_there_is_no_device(gradient):
     if not native().with_cuda:
         pytest.skip("built without a CUDA compiler")
     rows, transform, stats = (1, 1, 2, 2), (1.0, 0, 1.0, 0.0), [0] * 5  # never read: there is nothing to launch on
     with pytest.raises(RuntimeError, match="token_logprobs: no CUDA device or driver here"):
-        native().token_logprobs_forward_cuda(0, 0, rows, 2, 0, 1, 0, transform, stats, 0, 0, 0)
+        native().token_logprobs_forward_cuda(0, 0, rows, 2, 0, 1, 0, transform, stats, gradient, 0, 0)
 
 
 def test_the_cuda_backend_refuses_a_tensor_on_the_cpu():
