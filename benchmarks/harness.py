@@ -25,6 +25,7 @@ from tests.numerics import assert_contract
 
 ROOT = Path(__file__).parents[1]
 LONG = 10  # fewer repeats than this are a trial, not a measurement
+FEWEST = 5  # repeats of a case that takes minutes
 CHECKED_ROWS = 16  # rows of every result that are compared with float64
 
 Inputs = dict[str, Tensor]
@@ -78,17 +79,14 @@ class Case:
 
 
 def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
-    """Times, errors and bars of one case over at least `repeats` interleaved runs, after two that warm up.
-
-    Short cases are repeated for two seconds: the best of a few runs of less than a millisecond is noise.
-    """
+    """Times, errors and bars of one case over `repeats` interleaved runs, after two that warm up; see `enough`."""
     errors, failed = check(case)
     runs = {name: (contender, case.draw()) for name, contender in case.everyone.items() if name not in failed}
     times: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
     gc.disable()  # as timeit does
     started, turn = time.perf_counter(), 0
-    while turn < repeats + 2 or (repeats >= LONG and turn < 200 and time.perf_counter() - started < 2):
+    while not enough(turn - 2, repeats, time.perf_counter() - started):
         for name, (contender, inputs) in runs.items():
             milliseconds = timed(lambda run=contender, given=inputs: run(given), device)
             if turn >= 2:
@@ -104,6 +102,17 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
         "scratch": case.scratch, "contenders": summary, "bars": [judged(bar, times) for bar in case.bars],
         "failed": failed,
     }  # fmt: skip
+
+
+def enough(done: int, repeats: int, seconds: float) -> bool:
+    """Whether `done` of `repeats` runs are enough after so many seconds.
+
+    Short cases are repeated for two seconds: the best of a few runs of less than a millisecond is noise. After a minute
+    five runs are.
+    """
+    if done < repeats:
+        return done >= FEWEST and seconds > 60
+    return repeats < LONG or done >= 198 or seconds > 2
 
 
 def spread(milliseconds: list[float]) -> dict[str, float]:

@@ -13,15 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PACKAGES = {
-    "trl": "trl",
-    "liger": "liger-kernel",
-    "cce": "cut-cross-entropy",
-    "quack": "quack-kernels",
-    "verl": "verl",
-    "openrlhf": "openrlhf",
-    "torchrl": "torchrl",
-}
+PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl", "openrlhf", "torchrl")
 Function = Callable[..., Any]  # of tensors by name
 
 CLIP, GAMMA, LAM, BETA = 0.2, 0.99, 0.95, 0.1
@@ -49,7 +41,7 @@ def absent() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """The version of every peer that is installed."""
     found = {}
-    for package in PACKAGES.values():
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

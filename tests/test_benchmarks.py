@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.costs import PASSES, Work, evaluated, floor_seconds, work
-from benchmarks.harness import Bar, Case, check, described, judged, measure, spread
+from benchmarks.harness import Bar, Case, check, described, enough, judged, measure, spread
 
 ROOT = Path(__file__).parents[1]
 TIMED = {"token_logprobs", "linear_logprobs", "linear_policy_loss", "policy_loss", "gae"}
@@ -68,6 +68,22 @@ def test_where_eager_does_not_fit_its_first_rows_are_the_yardstick():
     assert check(whole) == ({"ours": 0.0}, {})
     with pytest.raises(AssertionError, match="double, ours"):
         check(replace(whole, contenders={"ours": lambda x: [3 * x["x"]]}))
+
+
+@pytest.mark.parametrize(
+    ("done", "repeats", "seconds", "answer"),
+    [
+        (15, 15, 10, True),
+        (15, 15, 0.1, False),  # short: more of them
+        (198, 15, 0.1, True),
+        (14, 15, 59, False),
+        (5, 15, 61, True),  # long: a few must do
+        (4, 15, 999, False),
+        (3, 3, 0.1, True),  # a trial
+    ],
+)
+def test_short_cases_get_two_seconds_and_long_ones_a_minute(done, repeats, seconds, answer):
+    assert enough(done, repeats, seconds) is answer
 
 
 def test_the_spread_is_that_of_the_repeats():

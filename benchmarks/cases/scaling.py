@@ -75,12 +75,15 @@ def loss(sizes: Sizes, device: str) -> Case:
 
 
 def scaling_cases(sizes: Sizes, device: str) -> list[Case]:
-    """Contexts double from sizes.N to sizes.T, vocabularies three times from sizes.V; D and the dtype stay."""
+    """Contexts double from sizes.N to sizes.T with a quarter of the vocabulary, vocabularies three times from sizes.V.
+
+    D and the dtype stay.
+    """
     contexts = [sizes.N << k for k in range((sizes.T // sizes.N).bit_length())]
-    by_context = [replace(sizes, N=n) for n in contexts]
-    by_vocabulary = [replace(sizes, V=sizes.V << k) for k in (1, 2, 3)]
+    by_context = [replace(sizes, N=n, V=sizes.V // 4) for n in contexts]
+    by_vocabulary = [replace(sizes, V=sizes.V << k) for k in range(4)]
     made = [head(size, device) for size in [*by_context, *by_vocabulary]]
-    made += [logits(size, device) for size in [by_context[0], *by_vocabulary]]
+    made += [logits(size, device) for size in by_vocabulary]
     for family in (scan, loss):
         for size in (replace(sizes, T=n) for n in contexts):
             found = family(size, device)
