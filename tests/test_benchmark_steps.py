@@ -15,7 +15,7 @@ from benchmarks.steps.setting import Setting, build, share_of_letters
 def setting(algorithm, **changes):
     # With this seed and so few tokens no completion ends early, which TRL's PPO pays differently.
     values = {"model": "tiny", "steps": 3, "batch_size": 4, "num_generations": 2, "max_new_tokens": 4}
-    values |= {"learning_rate": 5e-4, "gradient_checkpointing": False, "seed": 2}
+    values |= {"learning_rate": 5e-4, "gradient_checkpointing": False, "seed": 3}
     return Setting(algorithm=algorithm, **values | changes)
 
 
@@ -72,6 +72,13 @@ def test_the_page_has_a_row_for_each_contender_and_a_picture_beside_it(dpo, tmp_
     assert all(f"| {name} {row['version']} |" in page for name, row in dpo["contenders"].items())
     assert "](steps.png)" in page
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_says_why_trl_did_not_run(dpo, tmp_path):
+    alone = {**dpo, "contenders": {"rlhf_fast": dpo["contenders"]["rlhf_fast"]}, "absent": {"trl": "not there"}}
+    (tmp_path / "dpo.json").write_text(json.dumps(with_command(alone)))
+    report.write([tmp_path / "dpo.json"], tmp_path / "steps.md")
+    assert "trl did not run: not there." in (tmp_path / "steps.md").read_text()
 
 
 def with_command(results):

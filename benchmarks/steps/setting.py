@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder with what both contenders read."""
+    """A folder with what both contenders read. steps: only that many of the setting's."""
 
     folder: Path
+    steps: int | None = None
 
     @property
     def setting(self) -> Setting:
-        return Setting(**json.loads((self.folder / "setting.json").read_text()))
+        setting = Setting(**json.loads((self.folder / "setting.json").read_text()))
+        return setting if self.steps is None else replace(setting, steps=self.steps)
 
     @property
     def examples(self) -> Path:
@@ -81,7 +83,7 @@ class Workspace:
 def build(folder: Path, setting: Setting) -> Workspace:
     """Write everything into the empty `folder`. A model named "tiny" is made there."""
     if setting.model == "tiny":
-        setting = Setting(**{**asdict(setting), "model": str(build_tiny(folder / "tiny", seed=setting.seed))})
+        setting = replace(setting, model=str(build_tiny(folder / "tiny", seed=setting.seed)))
     workspace = Workspace(folder)
     (folder / "setting.json").write_text(json.dumps(asdict(setting)))
     draw = random.Random(setting.seed)
@@ -94,20 +96,22 @@ def build(folder: Path, setting: Setting) -> Workspace:
     backbone.add_head("reward")
     generator = torch.Generator().manual_seed(setting.seed)
     with torch.no_grad():
-        backbone.head("reward").weight.normal_(generator=generator)
+        head = backbone.head("reward").weight
+        head.normal_(std=head.shape[1] ** -0.5, generator=generator)
     for role in ("policy", "reward"):
         save_adapter(backbone, role, workspace.adapter(role))
     return workspace
 
 
 def example(draw: random.Random, algorithm: str) -> dict[str, str]:
-    prompt = f"What do you think of {draw.choice(SUBJECTS)}, on a scale of one to {draw.randint(2, 1000)}?"
+    # Unfinished text, because a chat model may answer a bare question with nothing but its end.
+    prompt = f"Letter {draw.randint(2, 1000)}. Dear friend, I thought of {draw.choice(SUBJECTS)} all day, and to me it"
     if algorithm != "dpo":
         return {"prompt": prompt}
     return {
         "prompt": prompt,
-        "chosen": f" It is {draw.choice(PRAISE)}.",
-        "rejected": f" It is {draw.choice(BLAME)}, and {draw.choice(BLAME)}.",
+        "chosen": f" is {draw.choice(PRAISE)}.",
+        "rejected": f" is {draw.choice(BLAME)}, and {draw.choice(BLAME)}.",
     }
 
 
