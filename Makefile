@@ -2,14 +2,13 @@
 TORCH  ?= torch==2.13.0
 PYTHON ?= .venv/bin/python
 OUT    ?= out
-PEERS  ?= trl==1.16.0 liger-kernel==0.8.5
 
 GPU_PYTHON ?= python3
 
 # Two cores that are shared with anything else lose far more by spinning than they gain.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test test-all check lint types smollm2 bench peers gpu sanitize native clean
+.PHONY: train test test-all test-peers check lint types smollm2 bench peers gpu sanitize native clean
 
 VENV := .venv/.installed
 
@@ -50,12 +49,26 @@ types: $(VENV)
 
 check: lint types test
 
-# CPU kernels beside eager PyTorch, bare products and other libraries, which `make peers` adds.
-bench: $(VENV)
-	.venv/bin/python -m benchmarks.cpu --out $(OUT)/cpu.json
+# Other libraries, in environments beside .venv that see its packages.
+peers: .venv-peers/.installed .venv-peers_torchtune/.installed
 
-peers: $(VENV)
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEERS)
+.venv-%/.installed: tests/integrations/%.txt $(VENV)
+	rm -rf .venv-$*
+	.venv/bin/python -m venv --without-pip .venv-$*
+	.venv/bin/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > $$(echo .venv-$*/lib/python3*/site-packages)/venv.pth
+	.venv/bin/python -m pip --python .venv-$*/bin/python install --quiet --disable-pip-version-check \
+	  --ignore-installed --no-deps -r $<
+	touch $@
+
+# The drop-ins beside the libraries that they stand in for.
+test-peers: peers
+	OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest tests/integrations
+	OMP_NUM_THREADS=1 .venv-peers_torchtune/bin/python -m pytest tests/integrations/test_torchtune.py
+
+# CPU kernels beside eager PyTorch, bare products and, after `make peers`, other libraries.
+bench: $(VENV)
+	$(if $(wildcard .venv-peers/.installed),.venv-peers,.venv)/bin/python -m benchmarks.cpu --out $(OUT)/cpu.json
 
 # For a machine that has PyTorch with CUDA, a compiler, pybind11, cmake and ninja, and no network: nothing is fetched.
 # Correctness first: the suite, then every kernel under the sanitizer's tools; only then the clock.
@@ -71,7 +84,7 @@ sanitize:
 	for tool in memcheck racecheck initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
 	    --kernel-name-exclude regex:at::native --kernel-name-exclude regex:cutlass \
-	    $(GPU_PYTHON) -m pytest -q -m gpu tests/gpu -k "keep_the_contract_on_the_gpu and bfloat16" || exit 1; \
+	    $(GPU_PYTHON) -m pytest -q -m gpu tests/gpu -k "(keep_the_contract_on_the_gpu or gradient_in_forward) and bfloat16" || exit 1; \
 	done
 
 # Rebuild the native module in place after editing csrc/.
@@ -79,4 +92,4 @@ native:
 	$(PYTHON) setup.py build_ext --inplace
 
 clean:
-	rm -rf build .venv rlhf_fast/_native*.so *.egg-info
+	rm -rf build .venv .venv-* rlhf_fast/_native*.so *.egg-info
