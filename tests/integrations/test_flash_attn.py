@@ -6,8 +6,10 @@ flash-attn needs a GPU to be built, so parity is with the formula that its sourc
 from __future__ import annotations
 
 import importlib
+import runpy
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +250,10 @@ def test_patch_replaces_an_installed_flash_attn_s_and_unpatch_restores_it(made_u
 def test_install_raises_where_flash_attn_is_installed(made_up):
     with pytest.raises(RuntimeError, match="flash-attn is installed"):
         flash_attn.install()
+
+
+def test_the_example_runs(capsys):
+    runpy.run_path(
+        str(Path(__file__).parents[2] / "examples" / "dropin" / "flash_attn_cross_entropy.py"), run_name="__main__"
+    )
+    assert "float64" in capsys.readouterr().out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,3 +212,8 @@ def test_the_gae_module_of_torchrl_runs_on_ours():
         got = estimator(batch.clone())
     for name in ("advantage", "value_target"):
         torch.testing.assert_close(got[name], expected[name])
+
+
+def test_the_example_runs(capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "dropin" / "torchrl_gae.py"), run_name="__main__")
+    assert "value targets differ" in capsys.readouterr().out
