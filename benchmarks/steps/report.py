@@ -22,17 +22,24 @@ CURVES = {
     "ppo": "can be equal to rounding as long as no completion ends early. TRL pays the score one token after the end "
     "and takes a sampled padding token for an end; from the first such completion on they are only alike.",
 }
+DIFFERENCES = {
+    "dpo": "TRL scores the reference of a pair in each step; rlhf_fast scores all pairs before the first.",
+    "grpo": "With one update per rollout TRL scores the reference alone, since the policy's old log-probabilities are "
+    "those of the update. rlhf_fast scores both.",
+    "ppo": "TRL takes the policy's old log-probabilities from the sampler and holds critic and reward as two more "
+    "models (the critic with the same LoRA, the reward's merged); rlhf_fast scores four roles on one.",
+}
 HEAD = """# Whole steps
 
 rlhf_fast beside TRL on the same model, data, batch, LoRA, optimizer settings and random numbers, each in a process of
 its own, in turn. The first step of every repeat warms up and is not timed.
 
 - *generation*: sampling the completions. *scoring*: what is computed of them, or of the pairs, without gradients before
-  the update. *update*: the rest of the step. rlhf_fast scores the reference of `dpo` once, ahead of the first step;
-  that time is spread over the steps.
+  the update. *update*: the rest of the step. What was scored ahead of the first step is spread over all of them.
 - *held*: weights, adapters, heads and optimizer states, unique storages. *resident* and *process peak*: the memory of
   the process between two steps and its high-water mark after the first, above the process that has only imported the
-  libraries. *tensor peak*: the most bytes of tensors alive at a time, beside the weights that were there before.
+  libraries. *tensor peak*: the most bytes of tensors alive at a time in two steps, beside the weights that were there
+  before.
 """
 
 
@@ -52,7 +59,8 @@ def section(result: dict[str, Any]) -> str:
     lines = [
         f"## {algorithm.upper()}", "",
         f"Model `{setting['model']}` in float32, batch of {setting['batch_size']}, {setting['steps']} steps, LoRA rank "
-        f"{setting['lora_rank']}, activation checkpointing {'on' if setting['gradient_checkpointing'] else 'off'}.", "",
+        f"{setting['lora_rank']}, at most {setting['max_new_tokens']} sampled tokens, activation checkpointing "
+        f"{'on' if setting['gradient_checkpointing'] else 'off'}.", "",
         f"| contender | whole step, ms | {' | '.join(STAGES)} | {', MiB | '.join(BYTES)}, MiB |",
         "|---|" + "---:|" * (1 + len(STAGES) + len(BYTES)),
         *(line_of(name, result["contenders"][name]["version"], row) for name, row in rows.items()), "",
@@ -60,7 +68,8 @@ def section(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     lines += [f"{name} did not run: {reason}.\n" for name, reason in result["absent"].items()]
     if THEIRS in rows:
-        lines += [verdict(rows[OURS], rows[THEIRS]), "", f"The loss curves {CURVES[algorithm]} {distance(result)}", ""]
+        curves = f"The loss curves {CURVES[algorithm]} {distance(result)}"
+        lines += [verdict(rows[OURS], rows[THEIRS]), "", DIFFERENCES[algorithm], "", curves, ""]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     changed = " with uncommitted changes" if machine["uncommitted_changes"] else ""
     lines += [
