@@ -56,10 +56,11 @@ def write(paths: list[Path], out: Path) -> None:
 def section(result: dict[str, Any]) -> str:
     setting, machine = result["setting"], result["machine"]
     algorithm, rows = setting["algorithm"], {name: row_of(c) for name, c in result["contenders"].items()}
+    sampled = "" if algorithm == "dpo" else f", at most {setting['max_new_tokens']} sampled tokens"
     lines = [
         f"## {algorithm.upper()}", "",
         f"Model `{setting['model']}` in float32, batch of {setting['batch_size']}, {setting['steps']} steps, LoRA rank "
-        f"{setting['lora_rank']}, at most {setting['max_new_tokens']} sampled tokens, activation checkpointing "
+        f"{setting['lora_rank']}{sampled}, activation checkpointing "
         f"{'on' if setting['gradient_checkpointing'] else 'off'}.", "",
         f"| contender | whole step, ms | {' | '.join(STAGES)} | {', MiB | '.join(BYTES)}, MiB |",
         "|---|" + "---:|" * (1 + len(STAGES) + len(BYTES)),
