@@ -241,17 +241,15 @@ void end(const PolicyLoss& op, int64_t start, int64_t n, Tokens<double>& t, doub
   after(op, start, n, t, coefficient, sums);
 }
 
-// Asks memory for the next block while this one is computed: it is too short for the processor to see where it leads.
-inline void prefetch(const PolicyLoss& op, int64_t start) {
+// Asks memory for what the next block reads, `start` its first token, while this one is computed: a block is too short
+// for the processor to see where it leads. One input at a time: there are few misses that a core can wait for at once.
+inline void prefetch(const PolicyLoss& op, const Plane& plane, int64_t start) {
   const int64_t row = start / op.columns, column = start % op.columns;
-  if (row == op.rows || (op.flags && op.flags[start] == 0)) return;
+  if (row == op.rows || plane.column_stride != 1 || (op.flags && op.flags[start] == 0)) return;
   const int64_t n = std::min(kBlock, op.columns - column);
-  for (const Plane* plane : {&op.logprobs, &op.old_logprobs, &op.advantages}) {
-    if (plane->column_stride != 1) continue;
-    const int64_t size = plane->dtype == DType::f64 ? 8 : plane->dtype == DType::f32 ? 4 : 2;
-    const char* at = static_cast<const char*>(plane->data) + (row * plane->row_stride + column) * size;
-    for (int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(at + byte);
-  }
+  const int64_t size = plane.dtype == DType::f64 ? 8 : plane.dtype == DType::f32 ? 4 : 2;
+  const char* at = static_cast<const char*>(plane.data) + (row * plane.row_stride + column) * size;
+  for (int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(at + byte);
 }
 
 // Tokens [start, start + n) of one sequence, n <= kBlock.
@@ -259,13 +257,15 @@ template <typename F, typename C>
 RLHF_INLINE void tokens(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Sums& sums) {
   Tokens<C> t;
   C* coefficient = static_cast<C*>(op.coefficient) + start;
+  prefetch(op, op.logprobs, start + n);
   if (!begin(op, start, n, sequence, t, sums)) {
     std::fill(coefficient, coefficient + n, C(0));
     if (op.entropy_coefficient) std::fill_n(static_cast<C*>(op.entropy_coefficient) + start, n, C(0));
     return;
   }
-  prefetch(op, start + n);
+  prefetch(op, op.old_logprobs, start + n);
   policy_term<F>(op, n, sequence, t, coefficient, sums);
+  prefetch(op, op.advantages, start + n);
   end(op, start, n, t, coefficient, sums);
 }
 

@@ -48,10 +48,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
 from rlhf_fast.ops import _check, _losses
@@ -75,6 +77,9 @@ METRICS = (
     "kl_to_ref", "entropy", "correction_mean", "correction_fraction", "sampler_kl", "dropped_fraction",
 )  # fmt: skip
 ALWAYS = METRICS[:7]
+
+
+_objective = lru_cache(PolicyObjective)  # a loop asks for the same one at every step
 
 
 def policy_loss(
@@ -142,7 +147,8 @@ def policy_loss(
     sampler_kl (k3 from the sampler, nats); dropped_fraction with an entropy or off-policy mask.
     Raises ValueError or TypeError for shapes, types and values that do not fit.
     """
-    objective = PolicyObjective(
+    make = PolicyObjective if torch.compiler.is_compiling() else _objective
+    objective = make(
         variant, aggregation, fixed_length, clip_eps_low, clip_eps_high, dual_clip, sapo_temperature_pos,
         sapo_temperature_neg, vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, dro_beta, max_divergence,
         cov_fraction, cov_low, cov_high, kl_cov_coef, kl_coef, kl_estimator, kl_unbiased, entropy_coef,
@@ -174,7 +180,11 @@ def evaluate(
     if name == "reference":
         loss, values = reference(objective, inputs, made)
     else:
-        loss, values, *_ = torch.ops.rlhf_fast.policy_loss(*inputs, *made, *numbers(objective), name)
+        arguments = (*inputs, *made, *numbers(objective), name)
+        if _only_autograd_looks(inputs):  # the dispatcher, twice, would take as long as the kernel
+            loss, values, *_ = _Differentiable.apply(_compute, *arguments)
+        else:
+            loss, values, *_ = torch.ops.rlhf_fast.policy_loss(*arguments)
     return loss, named_metrics(objective, inputs, values)
 
 
@@ -323,7 +333,11 @@ torch.library.define(
 
 
 @torch.library.impl("rlhf_fast::policy_loss", "CompositeExplicitAutograd")
-def _forward(
+def _forward(*arguments: Any) -> list[Tensor]:
+    return _compute(*arguments)
+
+
+def _compute(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, ref_logprobs: Tensor | None,
     sampler_logprobs: Tensor | None, entropy: Tensor | None, flags: Tensor | None, weights: Tensor | None,
     denominator: Tensor | None, cu_seqlens: Tensor | None, function: str, parameters: list[float], choices: list[int],
@@ -343,11 +357,21 @@ def _(logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entrop
     return _empty(logprobs, entropy, terms)
 
 
+def _only_autograd_looks(inputs: Inputs) -> bool:
+    """Whether no compiler, mode or tensor subclass is there, which must see the registered op."""
+    plain = all(x is None or type(x) is Tensor for x in inputs)
+    return plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+
+
+def _below_autograd(*arguments: Any) -> list[Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.rlhf_fast.policy_loss(*arguments)
+
+
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, metrics, *coefficients = torch.ops.rlhf_fast.policy_loss(*arguments)
+    def forward(ctx, compute, *arguments):
+        loss, metrics, *coefficients = compute(*arguments)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(metrics)
         ctx.dtypes = [arguments[place].dtype for place in (0, 5)[: len(coefficients)]]
@@ -356,13 +380,13 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        results: list[Tensor | None] = [None] * 15
+        results: list[Tensor | None] = [None] * 16
         if grad is not None:
-            for place, coefficient, dtype in zip((0, 5), ctx.saved_tensors, ctx.dtypes, strict=False):
+            for place, coefficient, dtype in zip((1, 6), ctx.saved_tensors, ctx.dtypes, strict=False):
                 results[place] = _losses.scaled_gradient(coefficient, grad, dtype)
         return tuple(results)
 
 
 @torch.library.impl("rlhf_fast::policy_loss", "Autograd")
 def _(*arguments: Any) -> list[Tensor]:
-    return list(_Differentiable.apply(*arguments))
+    return list(_Differentiable.apply(_below_autograd, *arguments))
