@@ -11,46 +11,71 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 
-// No clones per instruction set: the time is in expm1.
-template <typename E, typename G, typename C> void block(const KlEstimate& op, int64_t start, int64_t n) {
-  C logprobs[kBlock], ref_logprobs[kBlock], old_logprobs[kBlock];
+// K3 in a form that the vectoriser takes.
+struct FastK3 {
+  template <typename T> static RLHF_INLINE Slope<T> at(T x) {
+    const ExpParts<T> e = exp_parts(x);
+    const T near = e.minus_1_minus + x, far = e.exp - 1;
+    return {e.minus_1_minus, (x < T(0.5)) & (x > T(-0.5)) ? near : far};
+  }
+};
+
+template <typename E, typename G, typename C>
+RLHF_INLINE void block(const KlEstimate& op, int64_t start, int64_t n) {
+  C logprobs[kBlock], ref_logprobs[kBlock], weights[kBlock], by_ref[kBlock];
   read(op.logprobs, op.columns, start, n, logprobs);
   read(op.ref_logprobs, op.columns, start, n, ref_logprobs);
   const bool weighted = op.old_logprobs.data;
-  if (weighted) read(op.old_logprobs, op.columns, start, n, old_logprobs);
+  if (weighted) read(op.old_logprobs, op.columns, start, n, weights);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) weights[i] = weighted ? exp_any(logprobs[i] - weights[i]) : C(1);
   const KlClips<C> clips{C(op.log_ratio_clip), C(op.value_clip), C(op.weight_clip)};
+  C *value = static_cast<C*>(op.value) + start, *by_logprob = static_cast<C*>(op.by_logprob) + start;
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const C log_weight = weighted ? logprobs[i] - old_logprobs[i] : C(0);
-    const auto result = estimate<E, G>(ref_logprobs[i] - logprobs[i], weighted, log_weight, clips);
-    static_cast<C*>(op.value)[start + i] = result.value;
-    static_cast<C*>(op.by_logprob)[start + i] = result.by_logprob;
-    if (op.by_ref) static_cast<C*>(op.by_ref)[start + i] = result.by_ref;
+    const auto result = estimate<E, G>(ref_logprobs[i] - logprobs[i], weighted, weights[i], clips);
+    value[i] = result.value, by_logprob[i] = result.by_logprob, by_ref[i] = result.by_ref;
   }
+  if (op.by_ref) std::copy(by_ref, by_ref + n, static_cast<C*>(op.by_ref) + start);
 }
 
-template <typename E, typename G> void run(const KlEstimate& op, int threads) {
-  const int64_t n = op.rows * op.columns;
-#pragma omp parallel for num_threads(threads) schedule(static) if (n > kBlock)
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t count = std::min(kBlock, n - start);
-    op.is_double ? block<E, G, double>(op, start, count) : block<E, G, float>(op, start, count);
-  }
+const std::map<std::string, int> kEstimators = {{"k1", 0}, {"k2", 1}, {"k3", 2}};
+const std::map<std::string, int> kGradients = {{"own", 0}, {"k1", 1}, {"k2", 2}, {"k3", 3}};
+
+template <typename E, typename C>
+RLHF_INLINE void block_of(const KlEstimate& op, int gradient, int64_t start, int64_t n) {
+  if (gradient == 0) block<E, Own, C>(op, start, n);
+  else if (gradient == 1) block<E, K1, C>(op, start, n);
+  else if (gradient == 2) block<E, K2, C>(op, start, n);
+  else block<E, FastK3, C>(op, start, n);
 }
 
-using Run = void (*)(const KlEstimate&, int);
-template <typename E> std::map<std::string, Run> gradients() {
-  return {{"own", run<E, Own>}, {"k1", run<E, K1>}, {"k2", run<E, K2>}, {"k3", run<E, K3>}};
+template <typename C>
+RLHF_INLINE void any_block(const KlEstimate& op, int estimator, int gradient, int64_t start, int64_t n) {
+  if (estimator == 0) block_of<K1, C>(op, gradient, start, n);
+  else if (estimator == 1) block_of<K2, C>(op, gradient, start, n);
+  else block_of<FastK3, C>(op, gradient, start, n);
 }
-const std::map<std::string, std::map<std::string, Run>> kEstimators = {
-    {"k1", gradients<K1>()}, {"k2", gradients<K2>()}, {"k3", gradients<K3>()}};
+
+RLHF_CLONES void block_f32(const KlEstimate& op, int estimator, int gradient, int64_t start, int64_t n) {
+  any_block<float>(op, estimator, gradient, start, n);
+}
+void block_f64(const KlEstimate& op, int estimator, int gradient, int64_t start, int64_t n) {
+  any_block<double>(op, estimator, gradient, start, n);
+}
 
 }  // namespace
 
 void kl_estimate(const std::string& estimator, const std::string& gradient, const KlEstimate& op, int threads) {
-  const auto found = kEstimators.find(estimator);
-  if (found == kEstimators.end() || !found->second.count(gradient))
+  const auto e = kEstimators.find(estimator);
+  const auto g = kGradients.find(gradient);
+  if (e == kEstimators.end() || g == kGradients.end())
     throw std::invalid_argument("no native estimator " + estimator + " with the gradient " + gradient);
-  found->second.at(gradient)(op, threads);
+  const int of_value = e->second, of_gradient = g->second;
+  const int64_t n = op.rows * op.columns;
+#pragma omp parallel for num_threads(threads) schedule(static) if (n > kBlock)
+  for (int64_t start = 0; start < n; start += kBlock)
+    (op.is_double ? block_f64 : block_f32)(op, of_value, of_gradient, start, std::min(kBlock, n - start));
 }
 
 }  // namespace rlhf::cpu

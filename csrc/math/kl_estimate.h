@@ -31,21 +31,17 @@ template <typename T> struct Estimate {
 
 template <typename T> RLHF_HD T clipped(T x, T bound) { return x > bound ? bound : (x < -bound ? -bound : x); }
 
-// log_weight = logprob - old_logprob, used where the estimate is weighted. E makes the value, G (or Own) the gradient.
+// weight = exp(logprob - old_logprob) where the estimate is weighted, else 1. E makes the value, G (or Own) the gradient.
 template <typename E, typename G, typename T>
-RLHF_HD Estimate<T> estimate(T log_ratio, bool weighted, T log_weight, const KlClips<T>& clips) {
+RLHF_HD Estimate<T> estimate(T log_ratio, bool weighted, T weight, const KlClips<T>& clips) {
   const T x = clipped(log_ratio, clips.log_ratio);
   const Slope<T> own = E::at(x);
   const T value = clipped(own.value, clips.value);
-  T weight = 1, through_weight = 0;
-  if (weighted) {
-    weight = std::exp(log_weight);
-    const bool capped = weight > clips.weight;
-    through_weight = capped ? T(0) : value;
-    weight = capped ? clips.weight : weight;
-  }
+  const bool capped = weighted & (weight > clips.weight);
+  const T through_weight = !weighted | capped ? T(0) : value;
+  weight = capped ? clips.weight : weight;
   if constexpr (std::is_same_v<G, Own>) {
-    const T slope = x == log_ratio && value == own.value ? own.derivative : T(0);
+    const T slope = (x == log_ratio) & (value == own.value) ? own.derivative : T(0);
     return {weight * value, weight * (through_weight - slope), weight * slope};
   } else {
     const T slope = weight * G::at(log_ratio).derivative;
