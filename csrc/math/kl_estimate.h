@@ -16,9 +16,6 @@ struct K1 {
 struct K2 {
   template <typename T> static RLHF_HD Slope<T> at(T x) { return {T(0.5) * x * x, x}; }
 };
-struct K3 {
-  template <typename T> static RLHF_HD Slope<T> at(T x) { return {exp_minus_1_minus(x), std::expm1(x)}; }
-};
 struct Own {};  // in place of a second estimator: the gradient is that of the value
 
 template <typename T> struct KlClips {
