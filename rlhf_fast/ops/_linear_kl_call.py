@@ -1,4 +1,8 @@
-"""The registered op behind linear_kl, whose docstring has the formulas and the costs."""
+"""The registered op behind linear_kl, whose docstring has the formulas and the costs.
+
+Forward goes once over the tiles of logits and saves both U (N, D), or the logits (2 N, V), or nothing for the backward
+pass; backward reads the logits, or makes the tiles again. (With U it is two row scales, and no op of its own.)
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import without_autocast
+from rlhf_fast.backends import prefer_huge_pages, without_autocast
 from rlhf_fast.ops import _check, _head
 from rlhf_fast.ops import token_kl as divergences
 from rlhf_fast.ops import token_logprobs as rows
+from rlhf_fast.ops._linear_call import KEPT_BYTES
 
 
 class Call(NamedTuple):
@@ -47,6 +52,17 @@ _CALL = (
 _FIELDS, _TENSORS = len(Call._fields), 9
 
 
+def to_save(call: Call) -> str:
+    """What the forward pass makes for the backward pass: "U", "logits" or nothing."""
+    trained = any(p is not None and p.requires_grad for p in call.head()[:2])
+    if not torch.is_grad_enabled() or not (trained or call.hidden.requires_grad):
+        return ""
+    if not trained:
+        return "U"
+    size = 2 * call.hidden.shape[0] * call.weight.shape[0] * _check.compute_dtype(call.weight.dtype).itemsize
+    return "logits" if size <= KEPT_BYTES.get(call.weight.device.type, KEPT_BYTES["cuda"]) else ""
+
+
 class _Tile(NamedTuple):
     """n rows. The gradients' places may be those of the logits: whoever writes one has no more need of the other."""
 
@@ -65,31 +81,42 @@ class _Tile(NamedTuple):
         return self.gradients[None, k * n : (k + 1) * n]
 
 
-def _tiles(call: Call) -> Iterator[_Tile]:
-    head, vocabulary = call.head(), call.weight.shape[0]
-    index = _head.counted_rows(call.mask, None)
-    chunks = _head.chunks(call.hidden.shape[0] if index is None else index.shape[0], call.chunk_tokens)
+def _tiles(call: Call, kept: Tensor | None = None, made: bool = False) -> Iterator[_Tile]:
+    """The rows that count. kept: (2 N, V), a place for the logits of all of them; made: they are there."""
+    vocabulary, index = call.weight.shape[0], _head.counted_rows(call.mask, None)
+    count = call.hidden.shape[0] if index is None else index.shape[0]
+    chunks = _head.chunks(count, call.chunk_tokens)
     dtype, height = _check.compute_dtype(call.weight.dtype), chunks[0].stop if chunks else 0
-    logits = _head.tile_buffer(call.hidden, 2 * height, vocabulary, dtype)
-    gradients = torch.empty_like(logits, dtype=call.weight.dtype) if call.weight.is_cuda else logits
+    buffer = _head.tile_buffer(call.hidden, 2 * height, vocabulary, dtype)
+    gradients = torch.empty_like(buffer, dtype=call.weight.dtype) if call.weight.is_cuda else buffer
+    if kept is not None and not made:
+        kept[2 * count :].zero_()
     for chunk in chunks:
         n, where = chunk.stop - chunk.start, chunk if index is None else index[chunk]
         hidden, ref_hidden, mask = call.hidden[where], call.ref_hidden[where], None
         if call.mask is not None:
             mask = call.mask[where]
             hidden, ref_hidden = (torch.where(mask[:, None] != 0, h, torch.zeros_like(h)) for h in (hidden, ref_hidden))
-        if call.ref_weight is None:
-            head.logits(torch.cat([hidden, ref_hidden]), logits[: 2 * n])
-        else:
-            head.logits(hidden, logits[:n])
-            _head.Head(call.ref_weight, call.ref_bias).logits(ref_hidden, logits[n : 2 * n])
+        logits = buffer[: 2 * n] if kept is None else kept[2 * chunk.start : 2 * chunk.stop]
+        if not made:
+            _make_logits(call, hidden, ref_hidden, logits)
         ids = hidden.new_zeros(n, dtype=torch.int64) if call.targets is None else call.targets[where]
         temperatures = None if call.temperatures is None else call.temperatures[where]
         transform = rows.Transform(call.temperature, temperatures, call.logit_scale, call.softcap)
         yield _Tile(
-            where, hidden, logits[None, :n], logits[None, n : 2 * n], gradients[: 2 * n], ids[None],
+            where, hidden, logits[None, :n], logits[None, n:], gradients[: 2 * n], ids[None],
             None if mask is None else mask[None], transform,
         )  # fmt: skip
+
+
+def _make_logits(call: Call, hidden: Tensor, ref_hidden: Tensor, out: Tensor) -> None:
+    """out (2 n, V): the policy's logits, then the reference's; one product where they have the same head."""
+    n = hidden.shape[0]
+    if call.ref_weight is None:
+        call.head().logits(torch.cat([hidden, ref_hidden]), out)
+    else:
+        call.head().logits(hidden, out[:n])
+        _head.Head(call.ref_weight, call.ref_bias).logits(ref_hidden, out[n:])
 
 
 class _Divergence:
@@ -121,27 +148,30 @@ class _Divergence:
             place.zero_().scatter_(-1, self.index, out.to(place.dtype))
 
 
-def _zero_results(call: Call, want_entropy: bool, row_gradients: bool) -> list[Tensor]:
-    """[kl, logprobs, ref_logprobs, entropy, row_max, row_logsum, mean, logsum, ref_logsum (N,), U_kl, U_logprob (N, D)]
+def _zero_results(call: Call, want_entropy: bool, save: str) -> list[Tensor]:
+    """[kl, logprobs, ref_logprobs, entropy, row_max, row_logsum, mean, logsum, ref_logsum (N,), U_kl, U_logprob (N, D),
+    logits (2 N, V), which are unwritten]
 
     with those not wanted empty; `mean` and the last two logsums are the divergence's.
     """
     targets, dtype = call.targets is not None, _check.compute_dtype(call.hidden.dtype)
     wanted = [True, targets, targets, want_entropy, *[True] * 5]
     stats = [call.hidden.new_zeros(call.hidden.shape[0] if w else 0, dtype=dtype) for w in wanted]
-    shapes = [call.hidden.shape if row_gradients and w else (0,) for w in (True, targets)]
-    return [*stats, *(call.hidden.new_zeros(shape) for shape in shapes)]
+    shapes = [call.hidden.shape if save == "U" and w else (0,) for w in (True, targets)]
+    kept = (2 * call.hidden.shape[0], call.weight.shape[0]) if save == "logits" else (0,)
+    through = [call.hidden.new_zeros(shape) for shape in shapes]
+    return [*stats, *through, call.hidden.new_empty(kept, dtype=dtype)]
 
 
 @without_autocast
 def _forward(*arguments: Any) -> list[Tensor]:
-    call, (want_entropy, row_gradients) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    call, (want_entropy, save) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
     if call.targets is not None:
         _check.targets_inside(call.targets, call.mask, call.weight.shape[0])
     _check.positive_rows("temperature", call.temperatures, call.mask)
-    results = _zero_results(call, want_entropy, row_gradients)
+    *results, kept = _zero_results(call, want_entropy, save)
     forward, backward = rows.IMPLS[call.backend]
-    for tile in _tiles(call):
+    for tile in _tiles(call, prefer_huge_pages(kept) if save == "logits" else None):
         shared = (tile.targets, tile.mask, tile.transform)
         stats, ref_stats = rows.empty_stats(tile.logits, want_entropy), rows.empty_stats(tile.logits, False)
         forward(tile.logits, *shared, want_entropy, stats, None)
@@ -149,7 +179,7 @@ def _forward(*arguments: Any) -> list[Tensor]:
         divergence = _Divergence(call, tile)
         kl, *centring = kl_stats = divergence.forward([stats[3], ref_stats[3]])
         parts = [kl, stats[0], ref_stats[0], *stats[1:4], *centring]
-        if row_gradients:
+        if save == "U":
             ones = torch.ones_like(kl)
             divergence.backward(kl_stats, ones)
             n = tile.hidden.shape[0]
@@ -162,17 +192,17 @@ def _forward(*arguments: Any) -> list[Tensor]:
         for whole, part in zip(results, parts, strict=False):
             if whole.numel():
                 whole[tile.where] = part[0]
-    return results
+    return [*results, kept]
 
 
 @without_autocast
 def _backward(*arguments: Any) -> list[Tensor]:
-    """Gradients of (hidden, weight, bias), empty where not needed: makes the logits again, tile by tile."""
-    call, (stats, grad_kl, grad_logprobs, grad_entropy, needs) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    """Gradients of (hidden, weight, bias), empty where not needed; kept: the logits, else made again tile by tile."""
+    call, (stats, kept, grad_kl, grad_logprobs, grad_entropy, needs) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
     head = call.head()
     grad_hidden = torch.zeros_like(call.hidden) if needs[0] else call.hidden.new_empty(0)
     totals = _head.HeadGradients(head, [*needs[1:], False, False])
-    for tile in _tiles(call):
+    for tile in _tiles(call, kept, made=kept is not None):
         part = [x[tile.where][None] if x.numel() else x for x in stats]
         upstream = [None if g is None else g[tile.where][None] for g in (grad_kl, grad_logprobs, grad_entropy)]
         if upstream[0] is not None:
@@ -201,7 +231,7 @@ def _backward_fake(*arguments: Any) -> list[Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     call = Call(*inputs[:_FIELDS])
-    ctx.want_entropy, ctx.row_gradients = inputs[_FIELDS:]
+    ctx.want_entropy, ctx.save = inputs[_FIELDS:]
     ctx.settings = call[_TENSORS:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*call[:_TENSORS], *output)
@@ -209,7 +239,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    call, stats, (u_kl, u_logprob) = Call(*saved[:_TENSORS], *ctx.settings), saved[_TENSORS:-2], saved[-2:]
+    call, stats, (u_kl, u_logprob, kept) = Call(*saved[:_TENSORS], *ctx.settings), saved[_TENSORS:-3], saved[-3:]
     nothing = (None,) * (_FIELDS + 2)
     grad_kl, grad_logprobs, _, grad_entropy = (None if g is None else g.contiguous() for g in grads[:4])
     if call.targets is None:  # empty outputs, not results
@@ -218,27 +248,29 @@ def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
         grad_entropy = None
     if grad_kl is None and grad_logprobs is None and grad_entropy is None:
         return nothing
-    if grad_entropy is None and ctx.row_gradients:
+    if grad_entropy is None and ctx.save == "U":
         total = torch.zeros_like(u_kl, dtype=stats[0].dtype)
         for g, u in ((grad_kl, u_kl), (grad_logprobs, u_logprob)):
             if g is not None:
                 total += (g if call.mask is None else torch.where(call.mask != 0, g, 0))[:, None] * u
         return (total.to(u_kl.dtype), *nothing[1:])
     needs = [ctx.needs_input_grad[k] for k in (0, 2, 3)]
-    found = torch.ops.rlhf_fast.linear_kl_backward(*call, list(stats), grad_kl, grad_logprobs, grad_entropy, needs)
+    found = torch.ops.rlhf_fast.linear_kl_backward(
+        *call, list(stats), kept if ctx.save == "logits" else None, grad_kl, grad_logprobs, grad_entropy, needs
+    )
     grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(found, needs, strict=True))
     return (grad_hidden, None, grad_weight, grad_bias, *nothing[4:])
 
 
 linear_kl = torch.library.custom_op(
     "rlhf_fast::linear_kl", _forward, mutates_args=(),
-    schema=f"({_CALL}, bool want_entropy, bool row_gradients) -> Tensor[]",
+    schema=f"({_CALL}, bool want_entropy, str save) -> Tensor[]",
 )  # fmt: skip
 linear_kl.register_fake(lambda *arguments: _zero_results(Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]))
 linear_kl.register_autograd(_autograd, setup_context=_setup_context)
 linear_kl_backward = torch.library.custom_op(
     "rlhf_fast::linear_kl_backward", _backward, mutates_args=(),
-    schema=f"({_CALL}, Tensor[] stats, Tensor? grad_kl, Tensor? grad_logprobs, Tensor? grad_entropy, bool[] needs) "
-    "-> Tensor[]",
+    schema=f"({_CALL}, Tensor[] stats, Tensor? kept, Tensor? grad_kl, Tensor? grad_logprobs, Tensor? grad_entropy, "
+    "bool[] needs) -> Tensor[]",
 )  # fmt: skip
 linear_kl_backward.register_fake(_backward_fake)

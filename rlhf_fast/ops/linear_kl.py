@@ -13,11 +13,12 @@ logits, and the backward pass is two row scales: grad_hidden = grad_logprob U_lo
 a constant: neither ref_hidden nor a head that only it uses gets a gradient, nor a shared head through it.
 
 Cost, with P = one N x D x V product (2 N D V FLOPs): without gradients 2P; frozen head 4P in all, 3P without targets;
-trained head 6P (the tiles are made again in backward); a gradient through the entropy adds that to a frozen head (7P).
-A policy and a reference with the same head take one product of [hidden; ref_hidden] per tile, so that the head is read
-once for both; U is one product as well. Scratch is one tile of 2 `chunk_tokens` x V float32 (and its bfloat16 gradient
-on a GPU), beside both U (N x D each, in hidden's type). Rows with mask 0 cost nothing on the CPU; on a GPU, where
-leaving them out would need a host synchronisation, their products are made and their results are 0.
+trained head 4P while the logits of both fit KEPT_BYTES, which backward reads again, else 6P (the tiles are made again);
+a gradient through the entropy adds 3P to a frozen head. A policy and a reference with the same head take one product
+of [hidden; ref_hidden] per tile, so that the head is read once for both; U is one product as well. Scratch is one tile
+of 2 `chunk_tokens` x V float32 (and its bfloat16 gradient on a GPU), beside both U (N x D each, in hidden's type) or
+the logits that are kept (2 N x V, float32). Rows with mask 0 cost nothing on the CPU; on a GPU, where leaving them out
+would need a host synchronisation, their products are made and their results are 0.
 
 Numerics: logits are accumulated and kept in float32, then as in token_logprobs and token_kl: a small KL does not
 cancel. The head's gradient is accumulated in float32 across tiles. No atomics: the same inputs give the same bits,
@@ -100,7 +101,6 @@ def linear_kl(
             js_weight=js_weight, top_k=top_k,
         )  # fmt: skip
         return LinearKl(kl, logprobs, ref_logprobs, entropy if return_entropy else None)
-    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     call = _linear_kl_call.Call(
         hidden.reshape(-1, hidden.shape[-1]), ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), weight, bias,
         constants[0], constants[1], None if ids is None else ids.view(-1), None if mask is None else mask.view(-1),
@@ -108,8 +108,7 @@ def linear_kl(
         transform.logit_scale, transform.softcap, divergence, js_weight, top_k,
         chunk_tokens or max(8, _head.chunk_tokens(weight) // 2), name,
     )  # fmt: skip
-    row_gradients = frozen and hidden.requires_grad and torch.is_grad_enabled()
-    found = torch.ops.rlhf_fast.linear_kl(*call, return_entropy, row_gradients)
+    found = torch.ops.rlhf_fast.linear_kl(*call, return_entropy, _linear_kl_call.to_save(call))
     kl, logprobs, ref_logprobs, entropy = (x.view(shape) if x.numel() == call.hidden.shape[0] else x for x in found[:4])
     return LinearKl(
         kl,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rlhf_fast import linear_kl, linear_logprobs, token_kl
+from rlhf_fast.ops import _linear_kl_call
 from rlhf_fast.ops.linear_kl import LinearKl
 from rlhf_fast.ops.token_kl import DIVERGENCES
 from tests.losses import BACKENDS, DTYPES, KERNELS, compiled
@@ -179,6 +180,27 @@ def test_an_all_masked_batch_gives_a_connected_zero(backend, trained):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_logits_that_are_kept_and_logits_made_again_give_the_same_bits(backend, top_k, monkeypatch):
+    options = {"trained": ("weight", "bias"), "through": ("kl", "logprobs", "entropy"), "return_entropy": True}
+    options |= {"mask": MASK, "top_k": top_k, "softcap": 3.0, "chunk_tokens": 3, "backend": backend}
+    kept = run(linear_kl, draw(), **options)
+    monkeypatch.setitem(_linear_kl_call.KEPT_BYTES, "cpu", 0)
+    for name, value in run(linear_kl, draw(), **options).items():
+        assert torch.equal(kept[name], value), name
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kept_logits_serve_several_backward_passes(backend):
+    leaves = {n: x.requires_grad_(n in ("hidden", "weight")) for n, x in draw().items() if n != "targets"}
+    found = linear_kl(**leaves, targets=draw()["targets"], backend=backend)
+    wanted = [leaves["hidden"], leaves["weight"]]
+    first, second = (torch.autograd.grad((found.kl + found.logprobs).sum(), wanted, retain_graph=True) for _ in "12")
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 def test_a_pass_without_gradients_gives_the_bits_of_one_with_them(backend):
     tensors = draw()
     with torch.no_grad():
@@ -189,17 +211,24 @@ def test_a_pass_without_gradients_gives_the_bits_of_one_with_them(backend):
             assert torch.equal(found[name], value), name
 
 
+EVERYTHING = ("kl", "logprobs", "entropy")
+LOGITS = 2 * 8 * 37 * 4  # bytes of both logits of the test below
+
+
 @pytest.mark.parametrize(
-    ("trained", "targets", "through", "products"),
+    ("trained", "targets", "through", "budget", "products"),
     [
-        ((), True, ("kl", "logprobs"), 4),
-        ((), False, ("kl",), 3),
-        (("weight",), True, ("kl", "logprobs"), 6),
-        ((), True, ("kl", "logprobs", "entropy"), 7),
+        ((), True, ("kl", "logprobs"), LOGITS, 4),
+        ((), False, ("kl",), LOGITS, 3),
+        (("weight",), True, EVERYTHING, LOGITS, 4),
+        (("weight",), True, EVERYTHING, LOGITS - 1, 6),
+        ((), True, EVERYTHING, LOGITS, 7),
     ],
-    ids=["frozen 4P", "frozen without targets 3P", "trained 6P", "frozen with an entropy gradient 7P"],
-)
-def test_the_products_are_those_of_the_cost_model(trained, targets, through, products, monkeypatch):
+    ids=["frozen 4P", "frozen without targets 3P", "trained 4P", "trained beyond the budget 6P",
+         "frozen with an entropy gradient 7P"],
+)  # fmt: skip
+def test_the_products_are_those_of_the_cost_model(trained, targets, through, budget, products, monkeypatch):
+    monkeypatch.setitem(_linear_kl_call.KEPT_BYTES, "cpu", budget)
     tensors = draw((8,))
     del tensors["bias"]
     if not targets:
@@ -232,7 +261,8 @@ def test_the_registered_op_passes_opcheck(backend, trained, top_k):
     mask = torch.tensor([1, 0, 1], dtype=torch.uint8)
     call = (
         t["hidden"].requires_grad_(), t["ref_hidden"], t["weight"].requires_grad_(trained), t["bias"], None, None,
-        t["targets"], mask, None, 0.7, 1.5, 6.0, "reverse", 0.5, top_k, 2, backend, True, not trained,
+        t["targets"], mask, None, 0.7, 1.5, 6.0, "reverse", 0.5, top_k, 2, backend, True,
+        "logits" if trained else "U",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.rlhf_fast.linear_kl.default, call)
 
