@@ -80,3 +80,8 @@ def mask() -> Tensor:
 
 def ids(*shape: int) -> Tensor:
     return torch.randint(V, shape)
+
+
+def on_policy(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of a policy loss of samples that are the policy's own: no old log-probabilities."""
+    return {**tensors, "old_logprobs": None}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import B, Case, D, T, V, ids, mask, plane
+from benchmarks.op_cases.case import B, Case, D, T, V, ids, mask, on_policy, plane
 from rlhf_fast import PolicyObjective, PreferenceObjective
 
 
@@ -44,6 +44,17 @@ CASES = [
     policy("tokens", TRAINED, PolicyObjective(entropy_coef=0.01), temperature=0.7, chunk_tokens=50),
     policy("sequences", TRAINED, PolicyObjective("gspo", clip_eps_low=0.5, clip_eps_high=0.5)),
     policy("frozen", ("hidden",), PolicyObjective("cispo")),
+    *(
+        Case(
+            "linear_policy_loss",
+            samples,
+            {"objective": PolicyObjective()},
+            grads,
+            on_policy,
+            f"on_policy-{'_'.join(grads)}",
+        )
+        for grads in (("hidden",), TRAINED)
+    ),
     preference("pairs", TRAINED, PreferenceObjective("sigmoid"), softcap=5.0),
     preference("averaged", TRAINED, PreferenceObjective("ipo")),
     preference("batch", TRAINED, PreferenceObjective("aot")),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import B, Case, T, logprobs, mask, plane
+from benchmarks.op_cases.case import B, Case, T, logprobs, mask, on_policy, plane
 from rlhf_fast.ops.policy_loss import VARIANTS
 
 TERMS: dict[str, Any] = {
@@ -54,4 +54,5 @@ CASES = [
         )
         for level in ("sequence", "geometric")
     ),
+    Case("policy_loss", lambda: everything("ppo_clip"), TERMS, ("logprobs", "entropy"), on_policy, "on_policy"),
 ]  # fmt: skip

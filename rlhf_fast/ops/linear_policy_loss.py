@@ -41,7 +41,7 @@ def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     *,
     objective: PolicyObjective = PolicyObjective(),  # noqa: B008 (frozen)
@@ -68,7 +68,7 @@ def linear_policy_loss(
     None, added to the weight as scale B A. All of one type, float32, bfloat16, float16 or float64; a gradient is made
     for each of them that requires one. targets: (B, T) or (N,) int64 or int32 ids in [0, V).
     temperature, logit_scale, softcap: as in linear_logprobs. All else: as in policy_loss, whose `logprobs` and, where
-    the objective looks at it, `entropy` are made here.
+    the objective looks at it, `entropy` are made here. old_logprobs: None on policy, as there.
     return_logprobs: also the log-probabilities, without gradient.
     chunk_tokens: rows of logits in one product (default: from TILE_BYTES in _head.py). scratch_bytes: the most that is
     allocated at a time beside results and gradients, 1 GiB by default; losses that take whole sequences hold as many
@@ -82,12 +82,13 @@ def linear_policy_loss(
     )
     shape, like = targets.shape, hidden.detach()[..., 0]
     reads_entropy = objective.entropy_coef > 0 or objective.entropy_fraction < 1
-    inputs = Inputs(like, old_logprobs, policy.per_token(advantages, shape), ref_logprobs, sampler_logprobs,
-                    like if reads_entropy else None)  # fmt: skip
+    inputs = Inputs(like, like if old_logprobs is None else old_logprobs, policy.per_token(advantages, shape),
+                    ref_logprobs, sampler_logprobs, like if reads_entropy else None)  # fmt: skip
     inputs.check(objective)
     plan = policy.plan(objective, like, mask=mask, overlong=overlong, cu_seqlens=cu_seqlens, denominator=denominator,
                        sequences=sequences)  # fmt: skip
     inputs = inputs.planes()
+    constants = [None if old_logprobs is None else inputs.old_logprobs, *inputs[2:5]]
     name = resolve("linear_policy_loss", policy.IMPLS, hidden.device, backend)
     if name == "reference" or (call.frozen and objective.entropy_coef == 0):
         found = linear_logprobs(
@@ -96,10 +97,10 @@ def linear_policy_loss(
             return_entropy=reads_entropy, chunk_tokens=call.tile_rows, backend=name,
         )  # fmt: skip
         logprobs, entropy = found if reads_entropy else (found, None)
-        loss, metrics = reference(objective, inputs, plan, logprobs, entropy, backend=name)
+        loss, metrics = reference(objective, constants, plan, logprobs, entropy, backend=name)
     else:
         loss, values, logprobs, *_ = call.run(
-            "linear_policy_loss", None if plan.flags is None else plan.flags.view(-1), [*inputs[1:5], *plan],
+            "linear_policy_loss", None if plan.flags is None else plan.flags.view(-1), [*constants, *plan],
             _linear_loss.encoded(objective), coupling(objective), one_slope(objective, inputs), shape, plan.cu_seqlens,
             reads_entropy, name,
         )  # fmt: skip
@@ -108,13 +109,20 @@ def linear_policy_loss(
 
 
 def reference(
-    objective: PolicyObjective, inputs: Inputs, plan: Plan, logprobs: Tensor, entropy: Tensor | None, *,
+    objective: PolicyObjective, constants: list[Any], plan: Plan, logprobs: Tensor, entropy: Tensor | None, *,
     backend: str = "reference",
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """(loss, metrics) by definition, from what linear_logprobs gives; with a frozen head nothing is faster."""
-    plane = inputs.logprobs.shape
-    inputs = inputs._replace(logprobs=logprobs.view(plane), entropy=None if entropy is None else entropy.view(plane))
-    return policy.evaluate(objective, inputs, plan, backend=backend)
+    return policy.evaluate(objective, _inputs(constants, logprobs, entropy), plan, backend=backend)
+
+
+def _inputs(constants: list[Any], logprobs: Tensor, entropy: Tensor | None) -> Inputs:
+    """constants: planes of old_logprobs (None: those of `logprobs`), advantages, ref_logprobs, sampler_logprobs."""
+    old_logprobs, advantages, *others = constants
+    logprobs = logprobs.view(advantages.shape)
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+    return Inputs(logprobs, old_logprobs, advantages, *others,
+                  None if entropy is None else entropy.view(advantages.shape))  # fmt: skip
 
 
 def coupling(objective: PolicyObjective) -> str:
@@ -133,13 +141,10 @@ def one_slope(objective: PolicyObjective, inputs: Inputs) -> bool:
 
 def _evaluate(objective: str, tensors: list[Any], backend: str, logprobs: Tensor,
               entropy: Tensor | None) -> list[Tensor]:  # fmt: skip
-    """tensors: old_logprobs, advantages, ref_logprobs, sampler_logprobs, and the fields of a Plan."""
+    """tensors: the constants of `_inputs` and the fields of a Plan."""
     chosen = PolicyObjective(**json.loads(objective))
-    old_logprobs, advantages, ref_logprobs, sampler_logprobs, *made = tensors
-    plane = old_logprobs.shape
-    inputs = Inputs(logprobs.view(plane), old_logprobs, advantages, ref_logprobs, sampler_logprobs,
-                    None if entropy is None else entropy.view(plane))  # fmt: skip
-    selected = policy.select(chosen, inputs, Plan(*made))
+    inputs = _inputs(tensors[:4], logprobs, entropy)
+    selected = policy.select(chosen, inputs, Plan(*tensors[4:]))
     loss, metrics, *coefficients = torch.ops.rlhf_fast.policy_loss(*inputs, *selected, *policy.numbers(chosen), backend)
     return [loss, metrics, *(c.view(-1) for c in coefficients)]
 

@@ -84,7 +84,7 @@ _objective = lru_cache(PolicyObjective)  # a loop asks for the same one at every
 
 def policy_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     *,
     mask: Tensor | None = None,
@@ -128,6 +128,7 @@ def policy_loss(
     """The policy loss and its metrics; only `logprobs` and `entropy` get a gradient.
 
     logprobs, old_logprobs: (B, T), or (N,) packed, in nats; float32, bfloat16, float16 or float64, any strides.
+    old_logprobs None: on policy. They are logprobs without the gradient, as in the first update after a rollout.
     advantages: the same shape, or (B, 1) or (B,) for one per sequence, which is broadcast without a copy.
     mask: the shape of logprobs, nonzero counts. Nothing counted gives a loss of 0 with gradient 0.
     variant ... off_policy_max_kl: the numbers of the loss, see PolicyObjective.
@@ -155,6 +156,7 @@ def policy_loss(
         entropy_fraction, correction_level, correction_mode, correction_low, correction_high, off_policy_max_kl,
     )  # fmt: skip
     shape = _losses.per_token_shape("logprobs", logprobs)
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     inputs = Inputs(logprobs, old_logprobs, per_token(advantages, shape), ref_logprobs, sampler_logprobs, entropy)
     inputs.check(objective)
     batch = plan(

@@ -32,17 +32,17 @@ def objective(variant="ppo_clip", **numbers):
     return PolicyObjective(variant, **{"kl_coef": 0.1, "cov_fraction": 0.2} | needed | numbers)
 
 
-def fused(chosen, *, mask=MASK, backend="cpu", **options):
+def fused(chosen, *, old=OLD, mask=MASK, backend="cpu", **options):
     def call(hidden, weight, **head):
         return linear_policy_loss(
-            hidden, weight, TARGETS, OLD, ADVANTAGES, objective=chosen, mask=mask, **TERMS, **TRANSFORM, **head,
+            hidden, weight, TARGETS, old, ADVANTAGES, objective=chosen, mask=mask, **TERMS, **TRANSFORM, **head,
             backend=backend, **options,
         )  # fmt: skip
 
     return call
 
 
-def composed(chosen, *, mask=MASK):
+def composed(chosen, *, on_policy=False, mask=MASK):
     """The same from logits that are there as a whole."""
     fields = {name: getattr(chosen, name) for name in chosen.__dataclass_fields__}
 
@@ -51,7 +51,8 @@ def composed(chosen, *, mask=MASK):
             hidden, weight, TARGETS, mask=mask, **TRANSFORM, **head, return_entropy=True, backend="reference"
         )
         terms = TERMS | ({"entropy": entropy} if chosen.entropy_coef or chosen.entropy_fraction < 1 else {})
-        return policy_loss(logprobs, OLD, ADVANTAGES, mask=mask, **fields, **terms, backend="reference")
+        old = logprobs.detach() if on_policy else OLD
+        return policy_loss(logprobs, old, ADVANTAGES, mask=mask, **fields, **terms, backend="reference")
 
     return call
 
@@ -102,6 +103,18 @@ def test_every_backend_takes_every_coupling(backend, variant):
     chosen = objective(variant)
     found = run(fused(chosen, scratch_bytes=FIXED + 4 * ROW, backend=backend), TENSORS)
     assert_close(found, run(composed(chosen), TENSORS))
+
+
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")], ids="+".join)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", ["ppo_clip", "gspo", "gmpo", "kl_cov"])
+def test_no_old_logprobs_are_those_that_the_loss_makes(variant, backend, trained):
+    chosen = objective(variant, off_policy_max_kl=0.2)
+    expected = run(composed(chosen, on_policy=True), TENSORS, trained)
+    for scratch in (None, FIXED + 4 * ROW):
+        found = run(fused(chosen, old=None, backend=backend, scratch_bytes=scratch), TENSORS, trained)
+        assert_close(found, expected)
+        assert (found["ratio_min"], found["ratio_max"], found["approx_kl"]) == (1, 1, 0)
 
 
 @pytest.mark.parametrize("trained", [("hidden",), ("lora_a", "lora_b"), ("weight",), ("bias", "hidden")], ids="+".join)

@@ -112,6 +112,15 @@ def test_the_first_minibatch_has_ratio_1_and_no_kl_exactly(backend, dtype):
     assert [got[name].item() for name in ALWAYS] == [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_no_old_logprobs_are_the_logprobs_bit_for_bit(backend, variant):
+    logprobs, entropy, _, *others = everything((3, 8), variant)
+    loss = with_everything(ragged((3, 8)), variant, backend)
+    expected = evaluate(loss, [logprobs, entropy, logprobs.clone(), *others], 2)
+    assert_same(evaluate(lambda x, h, *rest: loss(x, h, None, *rest), [logprobs, entropy, *others], 2), expected)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_approx_kl_of_a_tiny_step_does_not_cancel(backend):
     step = torch.full((1, 8), 2.0**-12)
