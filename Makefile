@@ -66,9 +66,12 @@ test-peers: peers
 	OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest tests/integrations
 	OMP_NUM_THREADS=1 .venv-peers_torchtune/bin/python -m pytest tests/integrations/test_torchtune.py
 
-# CPU kernels beside eager PyTorch, bare products and, after `make peers`, other libraries.
+# CPU kernels beside eager PyTorch, bare products and, after `make peers`, other libraries: the cases with bars.
+# `make bench BENCH=` measures every op.
+BENCH ?= --group bars
 bench: $(VENV)
-	$(if $(wildcard .venv-peers/.installed),.venv-peers,.venv)/bin/python -m benchmarks.cpu --out $(OUT)/cpu.json
+	$(if $(wildcard .venv-peers/.installed),.venv-peers,.venv)/bin/python -m benchmarks --device cpu $(BENCH) \
+	  --out $(OUT)/cpu.json
 
 # For a machine that has PyTorch with CUDA, a compiler, pybind11, cmake and ninja, and no network: nothing is fetched.
 # Correctness first: the suite, then every kernel under the sanitizer's tools; only then the clock.
@@ -76,7 +79,7 @@ gpu:
 	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
 	$(MAKE) sanitize
-	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT)/gpu.json
+	$(GPU_PYTHON) -m benchmarks --device cuda $(BENCH) --out $(OUT)/gpu.json
 
 # Out-of-bounds accesses, races in shared memory, reads of what was never written. PyTorch's own allocator would hide them.
 SANITIZER ?= compute-sanitizer

@@ -1,6 +1,7 @@
 """python -m benchmarks, or rlhf_fast bench: times our ops, what they replace and other libraries, and writes JSON.
 
     python -m benchmarks --out out/cpu.json                      groups bars, ops and ragged, on the GPU if there is one
+    python -m benchmarks --group bars --out out/bars.json        the cases with bars alone
     python -m benchmarks --group scaling --out out/scaling.json  contexts to 128k tokens, vocabularies to 262k
     python -m benchmarks --out out/new.json --compare out/old.json
     python -m benchmarks report out/cpu.json --out out/report    tables and plots; also with --compare
@@ -33,13 +34,14 @@ QUICK_SCALING = Sizes(N=32, V=256, D=16, B=2, T=64, packed=0, dtype=torch.float3
 
 
 def sizes_of(group: str, device: str, quick: bool) -> Sizes:
-    if group == "scaling":
-        return QUICK_SCALING if quick else SCALING[device]
-    return QUICK if quick else (CPU if device == "cpu" else GPU)
+    full = SCALING[device] if group == "scaling" else CPU if device == "cpu" else GPU
+    return replace(QUICK_SCALING if group == "scaling" else QUICK, dtype=full.dtype) if quick else full
 
 
-def selected(groups: list[str], device: str, quick: bool, name: str, compiled: bool) -> list[Case]:
-    """The cases whose names hold `name`, once where groups share them.
+def selected(
+    groups: list[str], device: str, quick: bool = False, name: str = "", compiled: bool = False, peer: str = ""
+) -> list[Case]:
+    """The cases whose names hold `name`, once where groups share them; with `peer`, those in which it takes part.
 
     torch.compile takes part where it is asked for, or where a bar names it.
     """
@@ -48,19 +50,27 @@ def selected(groups: list[str], device: str, quick: bool, name: str, compiled: b
         for case in GROUPS[group](sizes_of(group, device, quick), device):
             keep = compiled or (not quick and any(bar.against == "torch.compile" for bar in case.bars))
             others = {who: run for who, run in case.peers.items() if keep or who != "torch.compile"}
-            if name in case.name:
+            if name in case.name and (not peer or peer in others):
                 found.setdefault((case.name, case.shape), replace(case, peers=others, bars=() if quick else case.bars))
     return list(found.values())
 
 
 def bench(arguments: argparse.Namespace) -> int:
     device = arguments.device
-    if device == "cuda" and not torch.cuda.is_available():
+    sized_by_gpu = "scaling" in arguments.group  # what fits there
+    if device == "cuda" and not torch.cuda.is_available() and (sized_by_gpu or not arguments.dry_run):
         raise ResultsError("PyTorch finds no GPU here")
     old = load(arguments.compare) if arguments.compare else None
-    cases = selected(arguments.group, device, arguments.quick, arguments.case, arguments.compile)
+    found = (arguments.group, device, arguments.quick, arguments.case, arguments.compile, arguments.peer)
+    cases = selected(*found)
     if not cases:
-        raise ResultsError(f"no case of {', '.join(arguments.group)} has {arguments.case!r} in its name")
+        reason = peers.absent().get(arguments.peer)
+        beside = f" and {arguments.peer} beside it" if arguments.peer else ""
+        raise ResultsError(
+            f"{arguments.peer}: {reason}"
+            if reason
+            else f"no case of {', '.join(arguments.group)} has {arguments.case!r} in its name{beside}"
+        )
     if arguments.dry_run:
         for case in cases:
             print(f"{case.name}, {case.shape}: {', '.join(case.everyone)}")
@@ -107,6 +117,7 @@ def parsed(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--group", choices=GROUPS, action="append", help="default: bars, ops and ragged")
     parser.add_argument("--case", default="", help="only cases whose name holds this")
+    parser.add_argument("--peer", default="", help="only cases in which this other implementation takes part")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes, three repeats: a trial, no measurement")
     parser.add_argument("--repeats", type=int, help="default: 15")

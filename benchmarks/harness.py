@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from rlhf_fast.ops._head import free_tile_buffer
 from tests.numerics import assert_contract
 
 ROOT = Path(__file__).parents[1]
+CODE = ("csrc", "kernels", "rlhf_fast", "benchmarks", ":!benchmarks/results")  # what a time can depend on
 LONG = 10  # fewer repeats than this are a trial, not a measurement
-FEWEST = 5  # repeats of a case that takes minutes
+FEWEST = 5  # repeats of a case that has used up its BUDGET
+BUDGET = 12  # seconds that the contenders of a case share
 CHECKED_ROWS = 16  # rows of every result that are compared with float64
 
 Inputs = dict[str, Tensor]
@@ -79,17 +81,22 @@ class Case:
 
 
 def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
-    """Times, errors and bars of one case over `repeats` interleaved runs, after two that warm up; see `enough`."""
+    """Times, errors and bars of one case over `repeats` interleaved runs; see `enough`.
+
+    Everybody warms up twice: in the check and in the first turn.
+    """
+    drawn = case.draw()  # once: random numbers for a large head take as long as a product
+    case = replace(case, draw=lambda: {name: x.clone() for name, x in drawn.items()})
     errors, failed = check(case)
     runs = {name: (contender, case.draw()) for name, contender in case.everyone.items() if name not in failed}
     times: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
     gc.disable()  # as timeit does
     started, turn = time.perf_counter(), 0
-    while not enough(turn - 2, repeats, time.perf_counter() - started):
+    while not enough(turn - 1, repeats, time.perf_counter() - started):
         for name, (contender, inputs) in runs.items():
             milliseconds = timed(lambda run=contender, given=inputs: run(given), device)
-            if turn >= 2:
+            if turn >= 1:
                 times[name].append(milliseconds)
         turn += 1
     gc.enable()
@@ -98,7 +105,7 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
         summary[name]["scratch_bytes"] = scratch_bytes(contender, inputs, device)
     return {
         "case": case.name, "shape": case.shape, "group": case.group, "op": case.op, "passes": case.passes,
-        "sizes": dict(case.sizes), "repeats": turn - 2, "bytes": case.cost.bytes, "flops": case.cost.flops,
+        "sizes": dict(case.sizes), "repeats": turn - 1, "bytes": case.cost.bytes, "flops": case.cost.flops,
         "scratch": case.scratch, "contenders": summary, "bars": [judged(bar, times) for bar in case.bars],
         "failed": failed,
     }  # fmt: skip
@@ -107,11 +114,11 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
 def enough(done: int, repeats: int, seconds: float) -> bool:
     """Whether `done` of `repeats` runs are enough after so many seconds.
 
-    Short cases are repeated for two seconds: the best of a few runs of less than a millisecond is noise. After a minute
-    five runs are.
+    Short cases are repeated for two seconds: a few runs of less than a millisecond are noise. Long ones stop at FEWEST
+    runs when the BUDGET is used up.
     """
     if done < repeats:
-        return done >= FEWEST and seconds > 60
+        return done >= FEWEST and seconds > BUDGET
     return repeats < LONG or done >= 198 or seconds > 2
 
 
@@ -225,7 +232,7 @@ def machine(device: str) -> dict[str, Any]:
     module = "benchmarks" if Path(sys.argv[0]).stem == "__main__" else f"benchmarks.{Path(sys.argv[0]).stem}"
     info = {
         "commit": git("rev-parse", "HEAD") or None,
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),

@@ -25,6 +25,7 @@ from rlhf_fast.ops import table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = {
+    "bars": Sizes(N=24, V=1031, D=32, B=17, T=33, packed=99, dtype=torch.float32),
     "ops": Sizes(N=24, V=131, D=16, B=4, T=33, packed=99, dtype=torch.float32),
     "ragged": Sizes(N=80, V=131, D=16, B=4, T=33, packed=99, dtype=torch.float32),
     "scaling": Sizes(N=16, V=64, D=16, B=2, T=64, packed=0, dtype=torch.float32),
@@ -123,12 +124,29 @@ def test_a_peer_that_cannot_be_imported_is_named_with_its_reason(monkeypatch):
     assert "somebody" not in peers.absent()
 
 
+def test_the_cases_of_one_peer_are_those_in_which_it_takes_part(monkeypatch):
+    monkeypatch.setitem(peers.JOBS, "whiten", {"somebody": lambda: lambda x, mask: x})
+    assert [case.name for case in selected(["bars", "ops"], "cpu", quick=True, peer="somebody")] == ["whiten, forward"]
+
+
+def test_a_peer_that_is_asked_for_and_not_there_is_told_with_its_reason(monkeypatch, tmp_path):
+    def load():
+        raise ImportError("no such library")
+
+    monkeypatch.setitem(peers.JOBS, "whiten", {"nobody": load})
+    with pytest.raises(ResultsError, match="nobody: no such library"):
+        bench(parsed(["--quick", "--device", "cpu", "--peer", "nobody", "--out", str(tmp_path / "run.json")]))
+
+
 def test_a_run_is_written_and_rendered_as_tables_and_plots(tmp_path):
     out = tmp_path / "run.json"
     assert (
         bench(parsed(["--quick", "--device", "cpu", "--case", "whiten, f", "--group", "ops", "--out", str(out)])) == 0
     )
-    case = next(case for case in load(out)["cases"] if case["op"] == "whiten")
+    run = load(out)
+    assert {"commit", "cpu", "torch"} <= set(run["machine"])
+    assert all(rate > 0 for rate in run["limits"].values())
+    case = next(case for case in run["cases"] if case["op"] == "whiten")
     assert (case["bytes"], case["flops"]) == (9 * 8 * 256, 6 * 8 * 256)
     done = parsed(["report", str(out), "--out", str(tmp_path / "report")])
     assert done.run(done) == 0

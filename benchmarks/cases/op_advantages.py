@@ -71,7 +71,8 @@ def scans(sizes: Sizes, device: str) -> list[Job]:
         ),
         Job(
             "discounted_returns", shape, costed, lambda: masked("rewards"), reward_to_go,
-            lambda backend, **x: rlhf_fast.discounted_returns(**x, gamma=GAMMA, backend=backend), compiles=False,
+            lambda backend, **x: rlhf_fast.discounted_returns(**x, gamma=GAMMA, backend=backend),
+            peers="discounted_returns", compiles=False,
         ),
         Job(
             "vtrace", shape, costed,

@@ -11,7 +11,7 @@ from benchmarks.cases.build import Job, cases
 from benchmarks.cases.losses import eager as clipped_surrogate
 from benchmarks.cases.sizes import Sizes, normal, planes, ragged_mask
 from benchmarks.harness import Case, Inputs
-from benchmarks.peers import BETA, CLIP
+from benchmarks.peers import BETA, CLIP, VALUE_COEF
 
 ANSWERS, BINS = 8, 51  # to a prompt; of a distributional value
 V_MIN, V_MAX = -3.0, 3.0
@@ -28,6 +28,9 @@ def of_tokens(sizes: Sizes, device: str) -> list[Job]:
         old = -given["old_logprobs"].abs() - 0.1
         return given | {"old_logprobs": old, "logprobs": old + 0.1 * given["logprobs"]}
 
+    def policy_and_value() -> Inputs:
+        return masked("values", "old_values", "returns") | policy()
+
     def near() -> Inputs:
         """Nearer than where the estimates of some libraries are clipped."""
         given = planes(sizes, device, "logprobs", "ref_logprobs")
@@ -42,6 +45,21 @@ def of_tokens(sizes: Sizes, device: str) -> list[Job]:
         clipped = old_values + (values - old_values).clamp(-CLIP, CLIP)
         error = torch.maximum((values - returns).square(), (clipped - returns).square())
         return 0.5 * (error * mask).sum() / mask.sum()
+
+    def both(
+        values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
+        logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
+    ) -> Tensor:  # fmt: skip
+        surrogate = clipped_surrogate(logprobs, old_logprobs, advantages, mask)
+        return surrogate + VALUE_COEF * value(values, old_values, returns, mask)
+
+    def ours_both(
+        values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
+        logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, backend: str,
+    ) -> Tensor:  # fmt: skip
+        surrogate, _ = rlhf_fast.policy_loss(logprobs, old_logprobs, advantages, mask=mask, backend=backend)
+        found, _ = rlhf_fast.value_loss(values, old_values, returns, mask=mask, clip_eps=CLIP, backend=backend)
+        return surrogate + VALUE_COEF * found
 
     def process(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         return (binary_cross_entropy_with_logits(scores, labels, reduction="none") * mask).sum() / mask.sum()
@@ -60,6 +78,10 @@ def of_tokens(sizes: Sizes, device: str) -> list[Job]:
             "value_loss", shape, costed, lambda: masked("values", "old_values", "returns"), value,
             lambda backend, **x: rlhf_fast.value_loss(**x, clip_eps=CLIP, backend=backend)[0],
             ("values",), peers="value_loss",
+        ),
+        Job(
+            "policy_loss + value_loss", shape, costed, policy_and_value, both, ours_both, ("logprobs", "values"),
+            peers="policy_loss + value_loss", compiles=False,
         ),
         Job(
             "step_reward_loss", shape, costed, steps, process,

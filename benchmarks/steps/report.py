@@ -24,8 +24,8 @@ CURVES = {
 }
 DIFFERENCES = {
     "dpo": "TRL scores the reference of a pair in each step; rlhf_fast scores all pairs before the first.",
-    "grpo": "With one update per rollout TRL scores the reference alone, since the policy's old log-probabilities are "
-    "those of the update. rlhf_fast scores both.",
+    "grpo": "With one update per rollout both score the reference alone, since the policy's old log-probabilities are "
+    "those of the update.",
     "ppo": "TRL takes the policy's old log-probabilities from the sampler and holds critic and reward as two more "
     "models (the critic with the same LoRA, the reward's merged); rlhf_fast scores four roles on one.",
 }

@@ -1,20 +1,14 @@
 """OpenRLHF's losses, KL estimates and advantages beside ours: values, gradients, types and edges; patch and unpatch.
 
-OpenRLHF's packages import what needs a GPU or a cluster. Here stand-ins take the place of those imports, and nothing
-of them is ever called.
+OpenRLHF's packages import what needs a GPU or a cluster: stand-ins take the place of those imports.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import math
 import runpy
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -22,46 +16,9 @@ import torch
 from rlhf_fast.integrations import openrlhf as ours
 from rlhf_fast.integrations import patched
 from tests.integrations.parity import DTYPES, assert_parity, draw, evaluate, ragged
+from tests.integrations.stand_ins import stand_ins
 
 pytest.importorskip("openrlhf", reason="needs openrlhf (make peers)")
-
-ABSENT = (
-    "deepspeed", "ray", "openrlhf.models.actor", "openrlhf.models.model", "openrlhf.trainer.ray", "openrlhf.utils",
-)  # fmt: skip
-
-
-class StandIn(ModuleType):
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return MagicMock()
-
-
-class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds every module of ABSENT and below."""
-
-    def find_spec(self, name, path, target=None):
-        below = any(f"{name}.".startswith(f"{absent}.") for absent in ABSENT)
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if below else None
-
-    def create_module(self, spec):
-        return StandIn(spec.name)
-
-    def exec_module(self, module):
-        pass
-
-
-@contextmanager
-def stand_ins():
-    finder = StandIns()
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [n for n, m in sys.modules.items() if getattr(m, "__loader__", None) is finder]:
-            del sys.modules[name]
-
 
 with stand_ins():
     import openrlhf.models
