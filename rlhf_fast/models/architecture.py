@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypedDict
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.quantized import is_quantized
 
 
 class LogitTransform(TypedDict):
@@ -49,20 +50,20 @@ def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def adaptable_linears(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Module name -> plain linear layer, for all inside the decoder layers. Quantised subclasses are not plain."""
+    """Module name -> linear layer, for all inside the decoder layers that are plain or quantised by bitsandbytes."""
     return {
         f"{prefix}.{name}": module
         for prefix, layer in layers.items()
         for name, module in layer.named_modules()
-        if type(module) in (nn.Linear, Conv1D)
+        if type(module) in (nn.Linear, Conv1D) or is_quantized(module)
     }
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of an nn.Linear or a Conv1D, which stores its weight transposed."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    out_features, in_features = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
+    """(out, in) of an nn.Linear, whose weight may be packed, or a Conv1D, which stores it transposed."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    in_features, out_features = module.get_parameter("weight").shape
     return out_features, in_features
 
 
@@ -82,7 +83,10 @@ def select_linears(available: Iterable[str], targets: str | Iterable[str]) -> li
                 raise UserError(f"no linear layer is named {target!r}; there are: {', '.join(known)}")
         chosen = [name for name in available if any(_ends_with(name, target) for target in wanted)]
     if not chosen:
-        raise UserError("the decoder has no plain nn.Linear or Conv1D to adapt; subclasses (quantised ones) cannot be")
+        raise UserError(
+            "the decoder has no linear layer to adapt: nn.Linear, Conv1D, or one quantised by bitsandbytes; "
+            "other subclasses cannot be"
+        )
     return chosen
 
 

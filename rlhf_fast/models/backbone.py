@@ -26,6 +26,7 @@ from rlhf_fast.models.architecture import (
     select_linears,
 )
 from rlhf_fast.models.lora import LoRA, LoRALinear, LoRAShape, Route, routed
+from rlhf_fast.models.quantized import QuantizedForward, is_quantized, quantization_state
 from rlhf_fast.models.routing import LayerOutput, RoutedLayer, Traversal, traversing
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
 
@@ -35,10 +36,10 @@ class Scores:
     """What one scoring traversal gives; all fp32, without gradients.
 
     logprobs, ref_logprobs: (B, T), nats, 0 where the mask is 0. values: (B, T), the value before each token.
-    scores: (B,), the reward head at the last real token. None for a role that does not exist.
+    scores: (B,), the reward head at the last real token. None for a role that does not exist or was not asked for.
     """
 
-    logprobs: Tensor
+    logprobs: Tensor | None
     ref_logprobs: Tensor
     values: Tensor | None
     scores: Tensor | None
@@ -62,6 +63,9 @@ class Backbone:
             for module in self._available
             if module.startswith(f"{layer}.")
         }
+        self.quantized = {name: module for name, module in model.named_modules() if is_quantized(module)}
+        for name, module in self.quantized.items():
+            QuantizedForward(module, name)
         output = LayerOutput()
         for index, layer in enumerate(layers.values()):
             RoutedLayer(layer, index, output)
@@ -131,6 +135,9 @@ class Backbone:
         unknown = [module for module in shapes if module not in self._available]
         if unknown:
             raise UserError(f"adapter {name!r} is for {unknown[0]!r}, which is no linear decoder layer of this model")
+        packed = [module for module, shape in shapes.items() if shape.use_dora and module in self.quantized]
+        if packed:
+            raise UserError(f"adapter {name!r} has DoRA magnitudes, which {packed[0]!r} cannot have: it is quantised")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         pairs = {}
         streams = {module: stream for stream, module in enumerate(self._available)}
@@ -359,13 +366,18 @@ class Backbone:
         *,
         temperature: float = 1.0,
         lower: Tensor | None = None,
+        policy: bool = True,
     ) -> Scores:
-        """Policy and reference log-probabilities, values and scores of the roles that exist, in one traversal."""
-        roles = ["policy", "reference", *(role for role in ("critic", "reward") if role in self.heads)]
+        """Policy and reference log-probabilities, values and scores of the roles that exist, in one traversal.
+
+        policy: False leaves the policy out, whose old log-probabilities an update without a step before it makes too.
+        """
+        roles = ["policy"] if policy else []
+        roles += ["reference", *(role for role in ("critic", "reward") if role in self.heads)]
         hidden = self.hidden(input_ids, attention_mask, roles, lower=lower)
-        logprobs = self.logprobs(hidden["policy"], input_ids, mask, temperature=temperature)
+        logprobs = self.logprobs(hidden["policy"], input_ids, mask, temperature=temperature) if policy else None
         ref_logprobs = self.logprobs(hidden["reference"], input_ids, mask, temperature=temperature)
-        assert isinstance(logprobs, Tensor)
+        assert logprobs is None or isinstance(logprobs, Tensor)
         assert isinstance(ref_logprobs, Tensor)
         return Scores(
             logprobs,
@@ -379,7 +391,8 @@ class Backbone:
     def bytes(self) -> dict[str, int]:
         """Bytes of unique storages: "base", and "adapter:<name>" and "head:<name>" of each role."""
         seen: set[int] = set()
-        sizes = {"base": _new_bytes([*self.model.parameters(), *self.model.buffers()], seen)}
+        states = [tensor for layer in self.quantized.values() for tensor in quantization_state(layer)]
+        sizes = {"base": _new_bytes([*self.model.parameters(), *self.model.buffers(), *states], seen)}
         for name, pairs in self.adapters.items():
             sizes[f"adapter:{name}"] = _new_bytes(
                 [p for pair in pairs.values() for p in pair.parameters.values()], seen

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from rlhf_fast.errors import UserError
 
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2")
+# Arguments of BitsAndBytesConfig. "nf4" is what QLoRA (arXiv 2305.14314) uses: the scales are quantised as well.
+QUANTIZATION: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
 
 
 def load_model(
@@ -20,19 +25,26 @@ def load_model(
     dtype: torch.dtype,
     attn_implementation: str = "auto",
     device: torch.device | str = "cpu",
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """The causal language model in the folder `path` (or of that hub id), in `dtype` on `device`, in eval mode.
 
     attn_implementation: "auto" is flash_attention_2 on a GPU where flash-attn is installed, else sdpa where the
     architecture has it.
-    Raises UserError for a path that is no model, an architecture that is no causal LM, or missing weights.
+    quantization: "nf4" or "int8" makes bitsandbytes quantise the linear layers as they are read; embeddings, norms and
+    the head stay in `dtype`. None for a folder that was saved quantised.
+    Raises UserError for a path that is no model, an architecture that is no causal LM, missing weights, or a
+    quantization that cannot be made.
     """
     attention = _attention(attn_implementation, torch.device(device))
     _check_folder(path)
+    options = _quantized(quantization, device)
     try:
         config = AutoConfig.from_pretrained(path)
+        if quantization is not None and hasattr(config, "quantization_config"):
+            raise UserError(f"model {path} was saved quantised: leave out quantization {quantization}")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         place = "" if Path(path).exists() else "there is no such folder, and as a hub id: "
@@ -56,6 +68,17 @@ def _check_folder(path: str | Path) -> None:
         reason = "there is no such folder"
     if reason is not None:
         raise UserError(f"model {path} cannot be loaded: {reason}")
+
+
+def _quantized(name: str | None, device: torch.device | str) -> dict[str, Any]:
+    """Further arguments of `from_pretrained`; quantised layers are made on their device."""
+    if name is None:
+        return {}
+    if name not in QUANTIZATION:
+        raise UserError(f"quantization must be one of {', '.join(QUANTIZATION)}, got {name!r}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"quantization {name} needs bitsandbytes: pip install 'rlhf_fast[quant]'")
+    return {"quantization_config": BitsAndBytesConfig(**QUANTIZATION[name]), "device_map": {"": device}}
 
 
 def _attention(name: str, device: torch.device) -> str | None:

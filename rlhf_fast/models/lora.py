@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.models.architecture import linear_shape
+from rlhf_fast.models.quantized import is_quantized
 from rlhf_fast.ops.lora_linear import Adapter, lora_linear
 
 
@@ -99,12 +101,13 @@ class LoRALinear:
         self.base = base
         self.stream = stream
         self.base_forward = base.forward
+        self.quantized = is_quantized(base)
         self.bank: dict[str, LoRA] = {}
         base.forward = self  # type: ignore[assignment, method-assign]
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), whichever way round the module stores it."""
+        """(out, in), whichever way round the module stores it; no layer that is quantised has it."""
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight if isinstance(self.base, nn.Linear) else weight.t()
@@ -136,6 +139,8 @@ class LoRALinear:
             if others:
                 raise ValueError(f"the adapters {list(index)} of one forward must have the same dropout")
             seed = route.dropout_seed * DROPOUT_STREAMS + self.stream
+        if self.quantized:
+            return self.base_forward(x) + lora_linear(x, None, bank, segments, dropout=dropout, seed=seed)
         return lora_linear(x, self.weight, bank, segments, bias=self.bias, dropout=dropout, seed=seed)
 
     def _segment_rows(self, x: Tensor, route: Route) -> int:
@@ -161,8 +166,8 @@ class LoRALinear:
 
         A is drawn on the CPU, so a seed gives the same adapter on every device.
         """
-        out_features, in_features = self.weight.shape
-        device = self.weight.device
+        out_features, in_features = linear_shape(self.base)
+        device = self.base.get_parameter("weight").device
         a = torch.empty(shape.rank, in_features, dtype=dtype, device=device)
         if device.type != "meta":
             bound = 1.0 / math.sqrt(in_features)

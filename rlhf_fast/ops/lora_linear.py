@@ -8,9 +8,12 @@ those of a segment whose adapter has a magnitude m as well (DoRA)
 
     y = bias + f * (x @ weight^T + delta),    f = m / c,    c = ||weight + scale * B @ A|| of every row,
 
-and those without an adapter only the first two terms. drop(x) = x / (1 - dropout) where an element is kept, else 0: at
-(row n, column k) where word k % 4 of Philox with the counter (k // 4, n) and the seed is at least dropout * 2^32, to
-24 bits. The mask is never stored; every backend, and a pass that is made again, finds the same one.
+and those without an adapter only the first two terms. Without a weight, y is delta alone: what is added to the product
+of a layer whose weight is quantised.
+
+drop(x) = x / (1 - dropout) where an element is kept, else 0: at (row n, column k) where word k % 4 of Philox with the
+counter (k // 4, n) and the seed is at least dropout * 2^32, to 24 bits. The mask is never stored; every backend, and a
+pass that is made again, finds the same one.
 
 With dy the gradient of y, du = f * dy (dy without a magnitude), g = du @ B and h = drop(x) @ A^T,
 
@@ -73,7 +76,7 @@ Entry = Adapter | tuple[Tensor, Tensor, float] | tuple[Tensor, Tensor, float, Te
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bank: Sequence[Entry],
     segments: Sequence[tuple[int, int]],
     *,
@@ -85,7 +88,8 @@ def lora_linear(
     """A linear layer with a low-rank term per row segment.
 
     x: (..., in) float32, bfloat16, float16 or float64; its rows are its leading dimensions flattened.
-    weight: (out, in), the type of x, any strides; bias: (out,) or None.
+    weight: (out, in), the type of x, any strides; bias: (out,) or None. Without a weight the low-rank term alone, for
+    one or more adapters and neither bias nor magnitude.
     bank: an Adapter, or a tuple of its first three or four fields, for each adapter.
     segments: (adapter index, or -1 for none; number of rows), in row order, covering all rows.
     dropout: probability, in [0, 1), that an adapter does not see an element of x. It needs a seed, an int or a 0-d
@@ -112,13 +116,13 @@ def lora_linear(
         x.reshape(rows, -1), weight, bias, downs, ups, magnitudes, owners, scales, spans, dropout, noise,
         differentiable and any(m.requires_grad for m in magnitudes), name,
     )[0]  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 @without_autocast
 def reference(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bank: Sequence[Entry],
     segments: Sequence[tuple[int, int]],
     *,
@@ -129,21 +133,22 @@ def reference(
     """The definition, differentiable any number of times (the norm of a DoRA adapter is a constant)."""
     rows, counts = x.reshape(-1, x.shape[-1]), [count for _, count in segments]
     dropped = rows if seed is None else torch.where(_kept(rows, dropout, seed), rows / (1 - dropout), 0)
+    base = x.new_zeros(bank[0][1].shape[0], x.shape[-1]) if weight is None else weight
     parts = []
     for part, source, (index, _) in zip(rows.split(counts), dropped.split(counts), segments, strict=True):
         if index < 0:
-            parts.append(F.linear(part, weight, bias))
+            parts.append(F.linear(part, base, bias))
             continue
         down, up, scale, magnitude = Adapter(*bank[index])
         delta = scale * F.linear(F.linear(source, down.to(x.dtype)), up.to(x.dtype))
         if magnitude is None:
-            parts.append(F.linear(part, weight, bias) + delta)
+            parts.append(F.linear(part, base, bias) + delta)
             continue
         dtype = _check.compute_dtype(x.dtype)
-        norm = torch.linalg.vector_norm(weight.to(dtype) + scale * (up.to(dtype) @ down.to(dtype)), dim=1).detach()
-        y = (magnitude.to(dtype) / norm).to(x.dtype) * (F.linear(part, weight) + delta)
+        norm = torch.linalg.vector_norm(base.to(dtype) + scale * (up.to(dtype) @ down.to(dtype)), dim=1).detach()
+        y = (magnitude.to(dtype) / norm).to(x.dtype) * (F.linear(part, base) + delta)
         parts.append(y if bias is None else y + bias)
-    return torch.cat(parts).view(*x.shape[:-1], weight.shape[0])
+    return torch.cat(parts).view(*x.shape[:-1], base.shape[0])
 
 
 def _threshold(dropout: float) -> int:
@@ -159,23 +164,22 @@ def _kept(rows: Tensor, dropout: float, seed: Tensor) -> Tensor:
     return (words >> 8).view(n, -1)[:, :width] >= _threshold(dropout)
 
 
-def _checked(x: Tensor, weight: Tensor, bank: Sequence[Adapter], segments: Sequence[tuple[int, int]],
+def _checked(x: Tensor, weight: Tensor | None, bank: Sequence[Adapter], segments: Sequence[tuple[int, int]],
              bias: Tensor | None) -> int:  # fmt: skip
     """The number of rows, once everything fits."""
     _check.floating("x", x)
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x must be (..., in) and weight (out, in), got {tuple(x.shape)} and {tuple(weight.shape)}")
-    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-        given = f"weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
-        raise TypeError(f"weight and bias must have the type of x, got x {x.dtype}, {given}")
-    if bias is not None:
-        _check.shaped("bias", bias, weight.shape[:1], "(out,)")
+    if weight is None:
+        if not bank or bias is not None or any(adapter.magnitude is not None for adapter in bank):
+            raise ValueError("without a weight there must be one or more adapters, no bias and no magnitude")
+        shape = torch.Size((bank[0].b.shape[0], x.shape[-1] if x.dim() else 0))
+    else:
+        shape = _checked_base(x, weight, bias)
     for i, (down, up, _, magnitude) in enumerate(bank):
         _check.floating(f"A of adapter {i}", down)
         _check.floating(f"B of adapter {i}", up)
-        if down.dim() != 2 or up.shape != (weight.shape[0], down.shape[0]) or down.shape[1] != weight.shape[1]:
+        if down.dim() != 2 or up.shape != (shape[0], down.shape[0]) or down.shape[1] != shape[1]:
             raise ValueError(
-                f"adapter {i} must have A (R, {weight.shape[1]}) and B ({weight.shape[0]}, R), "
+                f"adapter {i} must have A (R, {shape[1]}) and B ({shape[0]}, R), "
                 f"got {tuple(down.shape)} and {tuple(up.shape)}"
             )
         if magnitude is not None:
@@ -189,6 +193,18 @@ def _checked(x: Tensor, weight: Tensor, bank: Sequence[Adapter], segments: Seque
     if sum(count for _, count in segments) != rows:
         raise ValueError(f"segments must cover the {rows} rows of x, got {[count for _, count in segments]}")
     return rows
+
+
+def _checked_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.Size:
+    """(out, in)."""
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be (..., in) and weight (out, in), got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        given = f"weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
+        raise TypeError(f"weight and bias must have the type of x, got x {x.dtype}, {given}")
+    if bias is not None:
+        _check.shaped("bias", bias, weight.shape[:1], "(out,)")
+    return weight.shape
 
 
 def _seed_tensor(dropout: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
@@ -244,8 +260,8 @@ def _empty_h(x: Tensor, downs: list[Tensor], backend: str) -> Tensor:
     return x.new_zeros(x.shape[0], rank, dtype=_check.compute_dtype(x.dtype) if backend == "triton" else x.dtype)
 
 
-def _empty_norms(magnitudes: list[Tensor], weight: Tensor) -> Tensor:
-    return weight.new_empty(len(magnitudes), weight.shape[0], dtype=_check.compute_dtype(weight.dtype))
+def _empty_norms(magnitudes: list[Tensor], y: Tensor) -> Tensor:
+    return y.new_empty(len(magnitudes), y.shape[1], dtype=_check.compute_dtype(y.dtype))
 
 
 def _factors(magnitudes: list[Tensor], owners: list[int], norms: Tensor, adapters: int) -> Tensor | None:
@@ -258,17 +274,17 @@ def _factors(magnitudes: list[Tensor], owners: list[int], norms: Tensor, adapter
     return torch.stack(rows)
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, downs: list[Tensor], ups: list[Tensor],
+def _run(x: Tensor, weight: Tensor | None, bias: Tensor | None, downs: list[Tensor], ups: list[Tensor],
          magnitudes: list[Tensor], owners: list[int], scales: list[float], segments: list[int], dropout: float,
          seed: Tensor | None, keep_unscaled: bool, backend: str) -> list[Tensor]:  # fmt: skip
     """[y, h, y - bias before f, c (magnitudes, out)] for x (N, in); owners: the adapters that the magnitudes belong
     to; segments: index, rows, index, rows, ..."""
     steps = IMPLS[backend]()
     spans, h = _spans(segments), _empty_h(x, downs, backend)
-    y = F.linear(x, weight, bias)
+    y = x.new_zeros(x.shape[0], ups[0].shape[0]) if weight is None else F.linear(x, weight, bias)
     unscaled = torch.zeros_like(y) if keep_unscaled else y.new_empty(0)
-    norms = _empty_norms(magnitudes, weight)
-    if magnitudes:
+    norms = _empty_norms(magnitudes, y)
+    if weight is not None and magnitudes:
         steps.norms(weight, [downs[i] for i in owners], [ups[i] for i in owners], [scales[i] for i in owners], norms)
     steps.shrink(x, downs, spans, None if seed is None else (_threshold(dropout), seed), h)
     steps.expand(
@@ -283,18 +299,18 @@ _forward = custom_op("rlhf_fast::lora_linear")(_run)
 
 @_forward.register_fake
 def _(x, weight, bias, downs, ups, magnitudes, owners, scales, segments, dropout, seed, keep_unscaled, backend):
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    y = x.new_empty(x.shape[0], (ups[0] if weight is None else weight).shape[0])
     return [
         y,
         _empty_h(x, downs, backend),
         y.new_empty(y.shape if keep_unscaled else (0,)),
-        _empty_norms(magnitudes, weight),
+        _empty_norms(magnitudes, y),
     ]
 
 
 @custom_op("rlhf_fast::lora_linear_backward")
-def _backward(grad: Tensor, x: Tensor, h: Tensor, unscaled: Tensor, norms: Tensor, weight: Tensor, downs: list[Tensor],
-              ups: list[Tensor], magnitudes: list[Tensor], owners: list[int], scales: list[float],
+def _backward(grad: Tensor, x: Tensor, h: Tensor, unscaled: Tensor, norms: Tensor, weight: Tensor | None,
+              downs: list[Tensor], ups: list[Tensor], magnitudes: list[Tensor], owners: list[int], scales: list[float],
               segments: list[int], dropout: float, seed: Tensor | None, wants: list[bool], wants_downs: list[bool],
               wants_ups: list[bool], backend: str) -> list[Tensor]:  # fmt: skip
     """[dx, dweight, all dA one after the other, all dB, dm (magnitudes, out)]; wants: those, empty where not wanted."""
@@ -302,7 +318,7 @@ def _backward(grad: Tensor, x: Tensor, h: Tensor, unscaled: Tensor, norms: Tenso
     spans, ranks = _spans(segments), [down.shape[0] for down in downs]
     noise = None if seed is None else (_threshold(dropout), seed)
     scales = [scale / (1 - dropout) for scale in scales]
-    dx, dweight, flat_downs, flat_ups, dmagnitudes = results = _empty_gradients(x, weight, downs, norms, wants)
+    dx, dweight, flat_downs, flat_ups, dmagnitudes = results = _empty_gradients(grad, x, downs, norms, wants)
     factors = _factors(magnitudes, owners, norms, len(downs))
     if factors is not None:
         grad = grad.clone()
@@ -314,7 +330,10 @@ def _backward(grad: Tensor, x: Tensor, h: Tensor, unscaled: Tensor, norms: Tenso
     if wants[0] or wants[2]:
         steps.shrink(grad, [up.t() for up in ups], spans, None, g)
     if wants[0]:
-        torch.mm(grad, weight, out=dx)
+        if weight is None:
+            dx.zero_()
+        else:
+            torch.mm(grad, weight, out=dx)
         steps.expand(g, [down.t() for down in downs], scales, spans, noise, dx)
     if wants[1]:
         torch.mm(grad.t(), x, out=dweight)
@@ -325,9 +344,10 @@ def _backward(grad: Tensor, x: Tensor, h: Tensor, unscaled: Tensor, norms: Tenso
     return results
 
 
-def _empty_gradients(x: Tensor, weight: Tensor, downs: list[Tensor], norms: Tensor, wants: list[bool]) -> list[Tensor]:
+def _empty_gradients(grad: Tensor, x: Tensor, downs: list[Tensor], norms: Tensor, wants: list[bool]) -> list[Tensor]:
     dtype, ranks = _check.compute_dtype(x.dtype), sum(down.shape[0] for down in downs)
-    shapes = (x.shape, weight.shape, (ranks * x.shape[1],), (ranks * weight.shape[0],), norms.shape)
+    outer, inner = grad.shape[1], x.shape[1]
+    shapes = (x.shape, (outer, inner), (ranks * inner,), (ranks * outer,), norms.shape)
     return [
         x.new_empty(shape if wanted else (0,), dtype=x.dtype if i < 2 else dtype)
         for i, (shape, wanted) in enumerate(zip(shapes, wants, strict=True))
@@ -337,7 +357,7 @@ def _empty_gradients(x: Tensor, weight: Tensor, downs: list[Tensor], norms: Tens
 @_backward.register_fake
 def _(grad, x, h, unscaled, norms, weight, downs, ups, magnitudes, owners, scales, segments, dropout, seed, wants,
       wants_downs, wants_ups, backend):  # fmt: skip
-    return _empty_gradients(x, weight, downs, norms, wants)
+    return _empty_gradients(grad, x, downs, norms, wants)
 
 
 def _setup_context(ctx, inputs, output):

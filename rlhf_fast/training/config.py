@@ -32,6 +32,7 @@ class Config(BaseModel):
     seed: int = 0
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
+    quantization: Literal["nf4", "int8"] | None = Field(None, description="of the frozen model, by bitsandbytes")
     attn_implementation: str = Field("auto", description="auto: flash-attn where installed, on a GPU, else SDPA")
 
     chat: Literal["auto"] | bool = Field("auto", description="chat template for plain prompts too (true), or never")

@@ -26,6 +26,8 @@ def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
     device = _device(config)
     dtype = _dtype(config, device)
     if config.model == "tiny":
+        if config.quantization is not None:
+            raise UserError(f"quantization {config.quantization} needs a model with weights of its own, not tiny")
         from rlhf_fast.models.tiny import tiny
 
         built, tokenizer = tiny(config.seed)
@@ -33,8 +35,14 @@ def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
         return Backbone(built), tokenizer, None
     adapter = config.model if (Path(config.model) / "adapter_config.json").is_file() else None
     base = base_of(adapter) if adapter else config.model
-    model = load_model(base, dtype=dtype, attn_implementation=config.attn_implementation, device=device)
-    return Backbone(model), load_tokenizer(base), adapter
+    model = load_model(
+        base, dtype=dtype, attn_implementation=config.attn_implementation, device=device,
+        quantization=config.quantization,
+    )  # fmt: skip
+    backbone = Backbone(model)
+    if backbone.quantized and config.lora_rank == 0 and adapter is None:
+        raise UserError(f"lora_rank 0 trains every weight, but those of {base} are quantised")
+    return backbone, load_tokenizer(base), adapter
 
 
 def add_trained_adapter(backbone: Backbone, name: str, config: Config, saved: str | None) -> None:

@@ -220,6 +220,21 @@ def test_a_pass_without_gradients_gives_the_same_bits(backend):
     assert torch.equal(with_graph, without)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_without_a_weight_the_low_rank_term_is_left(backend, dropout):
+    segments = LAYOUTS["base, two adapters"]
+    options = {"dropout": dropout, "seed": 3, "backend": backend}
+    found = []
+    for weight in (None, torch.zeros(21, 33, dtype=torch.float64)):
+        x, _, _, bank = make_inputs()
+        y = lora_linear(x, weight, bank, segments, **options)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(t.grad for a, b, _ in bank for t in (a, b))])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
 # --- DoRA -------------------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +446,14 @@ def test_operator_passes_opcheck(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_operator_without_a_weight_passes_opcheck(backend):
+    x, _, _, bank = make_inputs()
+    downs, ups, scales = ([pair[i] for pair in bank] for i in range(3))
+    arguments = (x, None, None, downs, ups, [], [], scales, [0, 20, -1, 10, 1, 7], 0.0, None, False, backend)
+    torch.library.opcheck(torch.ops.rlhf_fast.lora_linear.default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_bank_is_the_base_layer_with_its_gradients(backend):
     x, weight, bias, _ = make_inputs(torch.float32)
     y = lora_linear(x, weight, [], [(-1, 37)], bias=bias, backend=backend)
@@ -459,6 +482,9 @@ def test_wrong_arguments_are_named_with_their_values():
     x, weight, _, bank = make_inputs(torch.float32)
     with pytest.raises(ValueError, match=r"and weight \(out, in\), got \(37, 33\) and \(33, 21\)"):
         lora_linear(x, weight.t(), bank, [(0, 37)])
+    for options in ({"bank": []}, {"bank": bank, "bias": torch.ones(21)}, {"bank": [(*bank[0], torch.ones(21))]}):
+        with pytest.raises(ValueError, match="without a weight there must be one or more adapters, no bias and no mag"):
+            lora_linear(x, None, segments=[(-1, 37)], **options)
     with pytest.raises(ValueError, match=r"segments must cover the 37 rows of x, got \[30\]"):
         lora_linear(x, weight, bank, [(0, 30)])
     with pytest.raises(ValueError, match=r"segments must be \(-1\.\.1, rows >= 0\), got \(2, 37\)"):
