@@ -50,7 +50,9 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     for step in run.steps():
         rate = learning_rate(config, step)
         set_learning_rates(job, {"policy": rate})
-        experience = collect(job, config, prompts_of_step(job, config, step))
+        # One minibatch has all rows before any step: its log-probabilities are the old ones.
+        prompts = prompts_of_step(job, config, step)
+        experience = collect(job, config, prompts, score_policy=config.num_minibatches > 1)
         advantages = group_advantages(experience.rewards, group_size=config.num_generations, kind=config.advantage)
         metrics = improve(job, config, experience, advantages)
         move_reference(job, config, step)
@@ -82,7 +84,7 @@ def accumulate(
     batch, backbone = experience.rollout.batch, job.backbone
     mask = batch.mask[torch.cat(parts)]
     count, sequences = mask.sum(), mask.any(1).sum()
-    collected = []
+    collected, made = [], []
     for rows in parts:
         part = batch.rows(rows)
         lower = None if experience.lower is None else experience.lower[rows]
@@ -91,7 +93,7 @@ def accumulate(
             hidden, part.input_ids, part.mask, temperature=config.temperature, return_entropy=True
         )
         loss, metrics = policy_loss(
-            logprobs, experience.scores.logprobs[rows], advantages[rows][:, None], mask=part.mask,
+            logprobs, experience.old_logprobs(rows), advantages[rows][:, None], mask=part.mask,
             variant=config.variant, fixed_length=config.max_new_tokens, clip_eps_low=config.clip_eps_low,
             clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip, denominator=count, sequences=sequences,
         )  # fmt: skip
@@ -100,6 +102,8 @@ def accumulate(
         total.backward()
         metrics |= {"loss": total, "policy_loss": loss, "kl_loss": kl, "entropy": entropy.sum() / count}
         collected.append(metrics)
+        made.append(logprobs.detach())
+    experience.keep_logprobs(parts, made)
     return sum_metrics(collected)
 
 

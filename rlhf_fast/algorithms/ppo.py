@@ -82,7 +82,9 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
         if "critic" in job.optimizers:
             rates["critic"] = learning_rate(config, step, peak=config.critic_learning_rate)
         set_learning_rates(job, rates)
-        experience = collect(job, config, prompts_of_step(job, config, step))
+        # One minibatch has all rows before any step: its log-probabilities are the old ones. A penalty needs them now.
+        score_policy = config.num_minibatches > 1 or config.kl_coef > 0
+        experience = collect(job, config, prompts_of_step(job, config, step), score_policy=score_policy)
         advantages, returns, old_values = estimate(job, config, experience)
         metrics = improve(job, config, experience, advantages, returns, old_values)
         adapt_kl(job, config, float(experience.kl.sum(1).mean()))
@@ -94,7 +96,8 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
 
 def estimate(job: Job, config: AlgorithmConfig, experience: Experience) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(advantages, returns, values): (B, T) each, or advantages (B, 1) alone with `advantage: group`."""
-    mask, kl, kl_coef = experience.rollout.batch.mask, experience.kl, job.counters["kl_coef"]
+    mask, kl_coef = experience.rollout.batch.mask, job.counters["kl_coef"]
+    kl = experience.kl if kl_coef else torch.zeros_like(experience.scores.ref_logprobs)
     if config.advantage == "group":
         scores = experience.rewards
         if config.reward_clip is not None:
@@ -150,7 +153,7 @@ def accumulate(
     mask = batch.mask[torch.cat(parts)]
     count, sequences = mask.sum(), mask.any(1).sum()
     roles = list(job.optimizers)
-    collected = []
+    collected, made = [], []
     for rows in parts:
         part = batch.rows(rows)
         lower = None if experience.lower is None else experience.lower[rows]
@@ -159,7 +162,7 @@ def accumulate(
             hidden["policy"], part.input_ids, part.mask, temperature=config.temperature, return_entropy=True
         )
         loss, metrics = policy_loss(
-            logprobs, experience.scores.logprobs[rows], advantages[rows], mask=part.mask,
+            logprobs, experience.old_logprobs(rows), advantages[rows], mask=part.mask,
             variant=config.variant, fixed_length=config.max_new_tokens, clip_eps_low=config.clip_eps_low,
             clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip, denominator=count, sequences=sequences,
         )  # fmt: skip
@@ -178,6 +181,8 @@ def accumulate(
             total = total + critic_loss
         total.backward()
         collected.append(metrics)
+        made.append(logprobs.detach())
+    experience.keep_logprobs(parts, made)
     return sum_metrics(collected)
 
 

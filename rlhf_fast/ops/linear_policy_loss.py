@@ -118,10 +118,10 @@ def reference(
 
 def _inputs(constants: list[Any], logprobs: Tensor, entropy: Tensor | None) -> Inputs:
     """constants: planes of old_logprobs (None: those of `logprobs`), advantages, ref_logprobs, sampler_logprobs."""
-    old_logprobs, advantages, *others = constants
+    old_logprobs, advantages, ref_logprobs, sampler_logprobs = constants
     logprobs = logprobs.view(advantages.shape)
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-    return Inputs(logprobs, old_logprobs, advantages, *others,
+    return Inputs(logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs,
                   None if entropy is None else entropy.view(advantages.shape))  # fmt: skip
 
 

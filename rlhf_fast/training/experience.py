@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from rlhf_fast.training.config import RolloutConfig, SamplingConfig
 from rlhf_fast.training.job import Job, random_state, seed_everything, set_random_state
 
 
-@dataclass(frozen=True)
+@dataclass
 class Experience:
     """A rollout and its scores.
 
     lower: (B, T, D), the input of the first adapted layer, or None when that is the first layer.
-    scores: log-probabilities (B, T) of policy and reference, values (B, T) or None.
+    scores: log-probabilities (B, T) of policy and reference, values (B, T) or None. Those of the policy are None until
+    the first minibatch where `collect` leaves them to it.
     rewards: (B,) fp32, the weighted sum of the sources less the missing-EOS penalty. parts: each source's scores.
     """
 
@@ -35,7 +36,24 @@ class Experience:
     @property
     def kl(self) -> Tensor:
         """(B, T): k1 estimate of the KL to the reference, 0 behind the mask."""
+        assert self.scores.logprobs is not None  # after the first minibatch
         return kl_estimate(self.scores.logprobs, self.scores.ref_logprobs, estimator="k1")
+
+    def old_logprobs(self, rows: Tensor) -> Tensor | None:
+        """(rows, T), those of the policy that sampled; None in the minibatch that makes them."""
+        return None if self.scores.logprobs is None else self.scores.logprobs[rows]
+
+    def keep_logprobs(self, parts: tuple[Tensor, ...], logprobs: list[Tensor]) -> None:
+        """Where the policy was not scored: those of the first minibatch, whose micro-batches have the rows `parts`.
+
+        Raises ValueError where these are not all rows: the others would be scored by newer weights than sampled them.
+        """
+        if self.scores.logprobs is None:
+            rows = torch.cat(parts)
+            if len(rows) != len(self.rewards):
+                raise ValueError(f"the policy was not scored, and the first minibatch has {len(rows)} rows, "
+                                 f"not all {len(self.rewards)}")  # fmt: skip
+            self.scores = replace(self.scores, logprobs=torch.cat(logprobs)[rows.argsort()])
 
 
 def prompts_of_step(job: Job, config: RolloutConfig, step: int) -> list[Prompt]:
@@ -45,13 +63,17 @@ def prompts_of_step(job: Job, config: RolloutConfig, step: int) -> list[Prompt]:
     return [job.train[i] for i in indices for _ in range(config.num_generations)]
 
 
-def collect(job: Job, config: SamplingConfig, prompts: Sequence[Prompt]) -> Experience:
-    """Sample a completion for each prompt and score all roles in one traversal (micro_batch_size rows at a time)."""
+def collect(job: Job, config: SamplingConfig, prompts: Sequence[Prompt], *, score_policy: bool = True) -> Experience:
+    """Sample a completion for each prompt and score all roles in one traversal (micro_batch_size rows at a time).
+
+    score_policy: False leaves the policy's log-probabilities to the first minibatch, which must have all rows: its
+    weights are still those that sampled.
+    """
     rollout = roll_out(
         job.backbone, job.encoder.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
     )  # fmt: skip
-    lower, scores = score(job, config, rollout)
+    lower, scores = score(job, config, rollout, policy=score_policy)
     assert job.rewards is not None
     total, parts = job.rewards(
         [p.columns["prompt"] for p in prompts], rollout.completions, rollout.columns(), scores.scores
@@ -60,7 +82,7 @@ def collect(job: Job, config: SamplingConfig, prompts: Sequence[Prompt]) -> Expe
     return Experience(rollout, lower, scores, rewards.to(job.device), parts)
 
 
-def score(job: Job, config: SamplingConfig, rollout: Rollout) -> tuple[Tensor | None, Scores]:
+def score(job: Job, config: SamplingConfig, rollout: Rollout, *, policy: bool = True) -> tuple[Tensor | None, Scores]:
     """The unadapted layers' output, computed once, and the scores of every role, in passes of few rows."""
     batch = rollout.batch
     size = config.micro_batch_size or len(batch)
@@ -69,13 +91,12 @@ def score(job: Job, config: SamplingConfig, rollout: Rollout) -> tuple[Tensor | 
         rows = batch.rows(slice(start, start + size))
         lower = job.backbone.lower(rows.input_ids, rows.attention_mask)
         lowers.append(lower)
-        passes.append(
-            job.backbone.score(
-                rows.input_ids, rows.attention_mask, rows.mask, temperature=config.temperature, lower=lower
-            )
+        scores = job.backbone.score(
+            rows.input_ids, rows.attention_mask, rows.mask, temperature=config.temperature, lower=lower, policy=policy
         )
+        passes.append(scores)
     joined = Scores(
-        torch.cat([p.logprobs for p in passes]),
+        _joined([p.logprobs for p in passes]),
         torch.cat([p.ref_logprobs for p in passes]),
         _joined([p.values for p in passes]),
         _joined([p.scores for p in passes]),

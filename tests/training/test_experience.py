@@ -1,0 +1,94 @@
+"""Who is scored after a rollout: the policy only where the update does not make its log-probabilities itself."""
+
+import pytest
+import torch
+
+from rlhf_fast.algorithms import load_algorithm
+from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.training.experience import collect, prompts_of_step
+from tests.training.tiny_runs import config_of, job_of
+
+ONE_MINIBATCH = {"num_minibatches": 1, "micro_batch_size": 3}
+
+
+class Log:
+    """A run that keeps the metrics of every step."""
+
+    def __init__(self, steps):
+        self.count, self.metrics = steps, []
+
+    def steps(self):
+        return range(self.count)
+
+    def log(self, step, metrics, *, tokens):
+        self.metrics.append(metrics)
+
+    def samples(self, step, samples):
+        pass
+
+
+def trained(algorithm, steps, **changes):
+    """(job, metrics of every step) after `steps` steps."""
+    config = config_of(algorithm, steps=steps, **changes)
+    job, log = job_of(config), Log(steps)
+    load_algorithm(algorithm).train(job, config, log)
+    return job, log.metrics
+
+
+@pytest.mark.parametrize(("algorithm", "changes", "passes"), [
+    ("grpo", {"ppo_epochs": 1}, ["reference", "policy"]),
+    ("grpo", {"ppo_epochs": 2}, ["reference", "policy", "policy"]),
+    ("grpo", {"ppo_epochs": 1, "num_minibatches": 2}, ["policy reference", "policy", "policy"]),
+    ("ppo", {"ppo_epochs": 1, "kl_coef": 0.0}, ["reference critic", "policy critic"]),
+    ("ppo", {"ppo_epochs": 1}, ["policy reference critic", "policy critic"]),
+], ids=str)  # fmt: skip
+def test_the_policy_is_scored_only_where_its_first_minibatch_comes_too_late(algorithm, changes, passes, monkeypatch):
+    config = config_of(algorithm, **{"num_minibatches": 1} | changes)
+    job, traversals, hidden = job_of(config), [], Backbone.hidden
+
+    def counted(self, input_ids, attention_mask, roles, **options):
+        traversals.append(" ".join(roles))
+        return hidden(self, input_ids, attention_mask, roles, **options)
+
+    monkeypatch.setattr(Backbone, "hidden", counted)
+    load_algorithm(algorithm).train(job, config, Log(1))
+    assert traversals == passes
+
+
+@pytest.mark.parametrize(("algorithm", "changes"), [
+    ("grpo", {"ppo_epochs": 1}), ("grpo", {"ppo_epochs": 3}), ("grpo", {"advantage": "rloo", "top_layers": 1}),
+    ("ppo", {"kl_coef": 0.0}), ("ppo", {"kl_coef": 0.0, "advantage": "group", "num_generations": 2}),
+], ids=str)  # fmt: skip
+def test_a_run_without_scoring_the_policy_is_the_run_with_it(algorithm, changes, monkeypatch):
+    job, metrics = trained(algorithm, 4, **ONE_MINIBATCH, **changes)
+    monkeypatch.setattr(load_algorithm(algorithm), "collect", lambda *arguments, score_policy: collect(*arguments))
+    scored_job, scored_metrics = trained(algorithm, 4, **ONE_MINIBATCH, **changes)
+    for found, expected in zip(metrics, scored_metrics, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for role in job.optimizers:
+        expected = scored_job.backbone.snapshot(role)
+        torch.testing.assert_close(job.backbone.snapshot(role), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_logprobs_that_the_update_kept_are_those_of_a_scoring_pass(algorithm):
+    config = config_of(algorithm, **ONE_MINIBATCH, kl_coef=0.0)
+    job, module = job_of(config), load_algorithm(algorithm)
+    experiences = []
+    for score_policy in (True, False):
+        torch.manual_seed(7)
+        experiences.append(collect(job, config, prompts_of_step(job, config, 0), score_policy=score_policy))
+    scored, kept = experiences
+    estimates = (torch.ones(4),) if algorithm == "grpo" else module.estimate(job, config, kept)
+    module.accumulate(job, config, kept, *estimates, (torch.tensor([2, 0, 3]), torch.tensor([1])))
+    torch.testing.assert_close(kept.scores.logprobs, scored.scores.logprobs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kept.kl, scored.kl, rtol=1e-4, atol=1e-5)
+    assert scored.kl.abs().max() > 0.01
+
+
+def test_a_first_minibatch_of_some_rows_cannot_make_the_old_logprobs():
+    config = config_of("grpo")
+    job = job_of(config)
+    experience = collect(job, config, prompts_of_step(job, config, 0), score_policy=False)
+    with pytest.raises(ValueError, match="the first minibatch has 2 rows, not all 4"):
+        load_algorithm("grpo").accumulate(job, config, experience, torch.ones(4), (torch.tensor([0, 1]),))
