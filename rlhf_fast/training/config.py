@@ -93,7 +93,7 @@ class RolloutConfig(SamplingConfig):
     clip_eps_high: float | None = Field(None, gt=0, description="default: the variant's, 0.2 for ppo_clip")
     dual_clip: float | None = Field(None, gt=1)
     ppo_epochs: int = Field(1, ge=1, description="passes over each rollout")
-    num_minibatches: int = Field(1, ge=1)
+    num_minibatches: int = Field(1, ge=1, description="optimizer steps per epoch; 1 saves scoring the policy first")
     early_stop_kl: float | None = Field(None, gt=0, description="end a step's updates above this approximate KL")
     reference_refresh_every: int | None = Field(None, ge=1, description="copy the policy to the reference")
     reference_ema: float | None = Field(None, gt=0, lt=1, description="weight of the old reference at each step")
