@@ -75,3 +75,11 @@ def test_missing_weights_are_an_error(folder):
     edit_config(folder, num_hidden_layers=5)
     with pytest.raises(UserError, match=r"lacks \d+ of its weights, such as model\.layers\.4"):
         load_model(folder, dtype=torch.float32)
+
+
+def test_quantization_says_what_it_needs(folder, monkeypatch):
+    with pytest.raises(UserError, match="quantization must be one of nf4, int8, got 'int4'"):
+        load_model(folder, dtype=torch.float32, quantization="int4")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"quantization nf4 needs bitsandbytes: pip install 'rlhf_fast\[quant\]'"):
+        load_model(folder, dtype=torch.float32, quantization="nf4")

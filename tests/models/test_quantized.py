@@ -12,7 +12,8 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.lora import LoRALinear, LoRAShape, Route, routed
 from rlhf_fast.models.peft_io import load_adapter, save_adapter
-from rlhf_fast.models.quantized import QuantizedForward, dequantized, is_quantized, quantization_state
+from rlhf_fast.models.quantized import QuantizedForward, dequantized, is_quantized
+from tests.models.test_memory import add_ppo_roles, qwen_7b, stepped_optimizers, trained_bytes
 from tests.models.tiny_models import make_batch, make_model, scramble
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install rlhf_fast[quant]")
@@ -191,16 +192,29 @@ def test_byte_report_counts_what_is_stored(folders):
     shapes = backbone.linear_shapes.values()
     numbers, rows = sum(out * inner for out, inner in shapes), sum(out for out, _ in shapes)
     assert sizes[None] - sizes["int8"] == 3 * numbers - 4 * rows  # a scale per row
-    # For each 64 numbers a scale of one byte, for each 256 of these one in float32; tables of 16 and 256, one offset.
-    blocks = [out * inner // 64 for out, inner in shapes]
-    scales = sum(count + 4 * -(-count // 256) + 4 * (16 + 256 + 1) for count in blocks)
-    assert sizes[None] - sizes["nf4"] == 4 * numbers - numbers // 2 - scales
+    assert sizes[None] - sizes["nf4"] == 4 * numbers - nf4_bytes(shapes)
 
 
-def test_nf4_takes_just_over_four_bits_a_number():
-    layer = bnb.nn.Linear4bit(1024, 1024, bias=False, quant_type="nf4").to("cpu")
-    stored = sum(t.untyped_storage().nbytes() for t in (layer.weight, *quantization_state(layer)))
-    assert 4.12 < 8 * stored / 1024**2 < 4.14
+def nf4_bytes(shapes) -> int:
+    """Half a byte for each number, for 64 of them a scale of one byte, for 256 scales one in float32; in each layer
+    tables of 16 and of 256 numbers and an offset."""
+    total = 0
+    for out, inner in shapes:
+        blocks = out * inner // 64
+        total += 32 * blocks + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
+    return total
+
+
+def test_four_roles_with_both_optimizers_on_nf4_cost_under_six_gib_at_7b():
+    # The figures of README.md and docs/how_it_works.md.
+    backbone = qwen_7b()
+    add_ppo_roles(backbone)
+    dense = trained_bytes(backbone, stepped_optimizers(backbone))
+    shapes = backbone.linear_shapes.values()
+    saved = 2 * sum(out * inner for out, inner in shapes) - nf4_bytes(shapes)
+    assert round(saved / 2**30, 2) == 9.02
+    assert dense - saved < 6 * 2**30
+    assert (dense - saved) / 7_615_616_512 < 0.83
 
 
 def test_conv1d_models_can_be_quantised(folders):

@@ -23,6 +23,7 @@ def test_yaml_and_flags_give_the_same_values():
     [
         ({"kl_ceof": 1}, "unknown key 'kl_ceof'; did you mean 'kl_coef'?"),
         ({"zzzzzz": 1}, "unknown key 'zzzzzz'$"),
+        ({"quantization": "int4"}, "quantization: Input should be 'nf4' or 'int8', got 'int4'"),
         ({"lam": 2}, "lam: Input should be less than or equal to 1, got 2"),
         ({"model": None}, "model: Input should be a valid string, got None"),
         ({"batch_size": 10, "num_minibatches": 4}, "batch_size 10 must be a multiple of num_minibatches 4"),
