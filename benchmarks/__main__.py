@@ -23,7 +23,7 @@ from benchmarks.cases import GROUPS
 from benchmarks.cases.sizes import CPU, GPU, Sizes
 from benchmarks.harness import Case, limits
 from benchmarks.harness import report as measure_all
-from benchmarks.results_file import ResultsError, load, regressions
+from benchmarks.results_file import ResultsError, load, regressions, source
 
 QUICK = Sizes(N=64, V=2048, D=64, B=8, T=256, packed=512, dtype=torch.float32)
 SCALING = {
@@ -95,7 +95,7 @@ def render(arguments: argparse.Namespace) -> int:
 
     results = load(arguments.result)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    pictures = plots.draw(results, arguments.out)
+    pictures = plots.draw(results, arguments.out, source(arguments.result))
     page = arguments.out / "report.md"
     page.write_text(tables.page(results, pictures), encoding="utf-8")
     print("\n".join(f"-> {path}" for path in (page, *pictures)))

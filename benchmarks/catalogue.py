@@ -1,4 +1,4 @@
-"""python -m benchmarks.catalogue: writes the tables of both READMEs from the op table and committed results."""
+"""python -m benchmarks.catalogue: writes the tables and plots of the pages from the op table and committed results."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import costs
-from benchmarks.harness import described, described_scratch
+from benchmarks import costs, plots, tables
+from benchmarks.results_file import OURS, best_of, floor_ms, source
+from benchmarks.steps import report as steps
 from rlhf_fast.ops import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARK, END = "<!-- python -m benchmarks.catalogue writes {} -->\n", "<!-- end -->\n"
 BACKENDS = {"cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
-OURS = {"cpu.json": ("cpu",), "gpu.json": ("triton", "cuda")}
-NOT_YET = "not yet measured"
+NOT_YET, DOES_NOT_FIT = "not yet measured", "does not fit"
+PLOTS = ROOT / "docs" / "benchmarks"
+PICTURES = {  # of docs/benchmarks.md: results -> plot -> file
+    "cpu.json": {"speed": "cpu_speed", "memory": "cpu_memory", "roofline": "cpu_roofline"},
+    "scaling_cpu.json": {name: name for name in ("scaling_context", "scaling_vocabulary")},
+}
+STEPS = ("steps_ppo.json", "steps_grpo.json", "steps_dpo.json")
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -24,11 +30,10 @@ def read(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def share(results: dict[str, Any], case: dict[str, Any], names: tuple[str, ...]) -> float | None:
-    """The machine's least time for the case over our best."""
-    floor = costs.floor_seconds(costs.Work(case["flops"], case["bytes"]), results["limits"])
-    ours = [row["min_ms"] for name, row in case["contenders"].items() if name in names]
-    return 1e3 * floor / min(ours) if floor and ours else None
+def share(results: dict[str, Any], case: dict[str, Any]) -> str:
+    """The machine's least time for the case over our best median."""
+    floor, name = floor_ms(results, case), best_of(case, ours=True)
+    return f"{floor / case['contenders'][name]['median_ms']:.0%}" if floor and name else ""
 
 
 def shares(name: str, op: str) -> str:
@@ -38,10 +43,10 @@ def shares(name: str, op: str) -> str:
     found = []
     for case in results["cases"]:
         first, *rest = case["case"].replace(",", "").split()
-        part = share(results, case, OURS[name])
-        if first == op and part is not None and case.get("group", "bars") in ("bars", "ops"):
+        part = share(results, case)
+        if first == op and part and case["group"] in ("bars", "ops"):
             label = " ".join(rest) + (" bf16" if "bfloat16" in case["shape"] else "")
-            found.append(f"{part:.0%} {label}".strip())
+            found.append(f"{part} {label}".strip())
     return "<br>".join(found) or NOT_YET
 
 
@@ -57,30 +62,18 @@ def ops_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def provenance(results: dict[str, Any]) -> str:
-    machine = results["machine"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    peers = "".join(f", {peer} {version}" for peer, version in results["peers"].items())
-    return f"{where}; torch {machine['torch']}{peers}; commit {machine['commit'][:7]}; `{machine['command']}`."
-
-
 def timings(name: str) -> str:
-    """Every case with a bar: the best of the interleaved repeats of everyone, and what was asked of it."""
+    """Every case with a bar: the medians of everyone, and what was asked of it."""
     results = read(name)
     if results is None:
         return f"{NOT_YET.capitalize()}.\n"
-    lines = [
-        provenance(results), "",
-        "| case | ours | eager | others | bars |", "|---|---:|---:|---|---|",
-    ]  # fmt: skip
+    lines = [tables.provenance(results), "", "| case | ours | eager | others | bars |", "|---|---:|---:|---|---|"]
     for case in filter(in_bars, results["cases"]):
-        best = {who: row["min_ms"] for who, row in case["contenders"].items()}
-        ours = min(best.pop(who) for who in OURS[name] if who in best)
-        eager = best.pop("eager")
-        others = ", ".join(f"{who} {ms:.4g}" for who, ms in best.items() if who not in OURS[name])
-        lines_of_bars = [*map(described, case["bars"]), *described_scratch(case, OURS[name])]
-        bars = "<br>".join(line.removeprefix("bar ") for line in lines_of_bars)
-        lines.append(f"| {case['case']}, {case['shape']} | {ours:.4g} | {eager:.4g} | {others} | {bars} |")
+        medians = {who: f"{row['median_ms']:.4g}" for who, row in case["contenders"].items()}
+        others = ", ".join(f"{who} {ms}" for who, ms in medians.items() if who not in (*OURS, "eager"))
+        bars = "<br>".join(line.removeprefix("bar ") for line in tables.bars_of(case))
+        ours = medians[best_of(case, ours=True)]
+        lines.append(f"| {tables.title(case)} | {ours} | {medians.get('eager', DOES_NOT_FIT)} | {others} | {bars} |")
     return "\n".join(lines) + "\n"
 
 
@@ -90,36 +83,82 @@ def summary(name: str) -> str:
     if results is None:
         return f"{NOT_YET.capitalize()}.\n"
     lines = [
-        provenance(results), "",
+        tables.provenance(results), "",
         "| case | ours, ms | eager | fastest other library | share of the limit |", "|---|---:|---:|---|---:|",
     ]  # fmt: skip
-    faster = []
-    for case in results["cases"]:
-        ours = min(row["min_ms"] for who, row in case["contenders"].items() if who in OURS[name])
-        others = {
-            row["min_ms"]: who
-            for who, row in case["contenders"].items()
-            if who not in OURS[name] and row["max_error"] is not None
-        }
-        eager = case["contenders"]["eager"]["min_ms"]
-        title = f"{case['case']}, {case['shape']}"
-        faster += [f"{title}: {who} takes {ms:.4g} ms, ours {ours:.4g}" for ms, who in others.items() if ms < ours]
-        best = min((ms for ms, who in others.items() if who not in ("eager", "torch.compile")), default=None)
-        other = "" if best is None else f"{others[best]} {best:.4g}"
-        part = share(results, case, OURS[name])
-        if in_bars(case):
-            cell = "" if part is None else f"{part:.0%}"
-            lines.append(f"| {title} | {ours:.4g} | {eager:.4g} | {other} | {cell} |")
-    lines += [
-        "",
-        "Where another implementation is faster:" if faster else "No other implementation is faster in these.",
-    ]
-    lines += ["", *(f"- {line}" for line in faster)] if faster else []
-    return "\n".join(lines) + "\n"
+    for case in filter(in_bars, results["cases"]):
+        medians = {who: row["median_ms"] for who, row in tables.others(case).items()}
+        eager = medians.pop("eager", None)
+        libraries = {who: ms for who, ms in medians.items() if who != "torch.compile"}
+        best = min(libraries, key=libraries.__getitem__, default=None)
+        cells = [
+            tables.title(case),
+            f"{case['contenders'][best_of(case, ours=True)]['median_ms']:.4g}",
+            DOES_NOT_FIT if eager is None else f"{eager:.4g}",
+            "" if best is None else f"{best} {libraries[best]:.4g}",
+            share(results, case),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    faster = tables.faster_elsewhere(results)
+    verdict = "Where another implementation is faster, beyond the spread:" if faster else "No other one is faster."
+    return "\n".join([*lines, "", verdict, "", *faster]).rstrip() + "\n"
 
 
 def in_bars(case: dict[str, Any]) -> bool:
-    return case.get("group", "bars") == "bars"
+    return case["group"] == "bars"
+
+
+def run(name: str) -> str:
+    """Machine, versions and command of a run, and its plots."""
+    results = read(name)
+    if results is None:
+        return f"{NOT_YET.capitalize()}.\n"
+    shown = [path.name for path, (made_of, _) in pictures().items() if made_of == source(RESULTS / name)]
+    images = [f"![{Path(file).stem}]({PLOTS.name}/{file})" for file in shown]
+    return "\n\n".join([tables.provenance(results), *images]) + "\n"
+
+
+def results_tables(name: str) -> str:
+    results = read(name)
+    return f"{NOT_YET.capitalize()}.\n" if results is None else "\n".join(tables.sections(results, "###")) + "\n"
+
+
+def better_elsewhere(name: str) -> str:
+    results = read(name)
+    return f"{NOT_YET.capitalize()}.\n" if results is None else "\n".join(tables.better_elsewhere(results)) + "\n"
+
+
+def whole_steps() -> str:
+    found = [read(name) for name in STEPS if read(name) is not None]
+    if not found:
+        return f"{NOT_YET.capitalize()}.\n"
+    sections = [steps.section(result).replace("## ", "### ", 1) for result in found]
+    return "\n".join([steps.LEGEND, *sections, f"![loss and reward of every step]({PLOTS.name}/steps.png)\n"])
+
+
+def pictures() -> dict[Path, tuple[str, Callable[[], Any]]]:
+    """Path -> (what it is made of, function that makes the figure), for the results that are there."""
+    found: dict[Path, tuple[str, Callable[[], Any]]] = {}
+    for name, chosen in PICTURES.items():
+        results = read(name)
+        if results is not None:
+            figures = plots.pictures(results)
+            there = {short: figures[plot] for plot, short in chosen.items() if plot in figures}
+            found |= {PLOTS / f"{short}.png": (source(RESULTS / name), figure) for short, figure in there.items()}
+    runs = [name for name in STEPS if read(name) is not None]
+    if runs:
+        made_of = source(*(RESULTS / name for name in runs))
+        found[PLOTS / "steps.png"] = made_of, lambda: steps.curves([read(name) for name in runs])
+    return found
+
+
+def draw() -> None:
+    """Draws the plots of docs/benchmarks.md, and removes those of results that are gone."""
+    PLOTS.mkdir(exist_ok=True)
+    for path in PLOTS.glob("*.png"):
+        path.unlink()
+    for path, (made_of, figure) in pictures().items():
+        plots.save(figure(), path, made_of)
 
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
@@ -129,6 +168,19 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "the GPU timings": lambda: timings("gpu.json"),
     },
     ROOT / "README.md": {"the CPU summary": lambda: summary("cpu.json")},
+    ROOT / "docs" / "benchmarks.md": {
+        "the CPU run": lambda: run("cpu.json"),
+        "what others do better on the CPU": lambda: better_elsewhere("cpu.json"),
+        "the CPU tables": lambda: results_tables("cpu.json"),
+        "the torchtune run": lambda: run("cpu_torchtune.json"),
+        "the torchtune tables": lambda: results_tables("cpu_torchtune.json"),
+        "the growing run": lambda: run("scaling_cpu.json"),
+        "the growing tables": lambda: results_tables("scaling_cpu.json"),
+        "the whole steps": whole_steps,
+        "the GPU run": lambda: run("gpu.json"),
+        "what others do better on the GPU": lambda: better_elsewhere("gpu.json"),
+        "the GPU tables": lambda: results_tables("gpu.json"),
+    },
 }
 
 
@@ -142,5 +194,6 @@ def with_tables(page: Path) -> str:
 
 
 if __name__ == "__main__":
+    draw()
     for page in PAGES:
         page.write_text(with_tables(page), encoding="utf-8")

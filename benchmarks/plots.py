@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +13,42 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.results_file import OURS, best_of, floor_ms
 
 Run = dict[str, Any]
 OWN = dict(zip(OURS, ("black", "crimson", "navy"), strict=True))
+COLOURS = 64  # of a picture
 LEAST_ERROR = 1e-10  # where an exact result is drawn on a logarithmic axis
 
 
-def draw(results: Run, folder: Path) -> list[Path]:
-    """Writes the plots for which the run has cases; returns their paths."""
+def draw(results: Run, folder: Path, source: str) -> list[Path]:
+    """Writes the plots for which the run has cases; returns their paths. source: what they say they are made of."""
+    made = []
+    for name, picture in pictures(results).items():
+        made.append(folder / f"{name}.png")
+        save(picture(), made[-1], source)
+    return made
+
+
+def pictures(results: Run) -> dict[str, Callable[[], Any]]:
+    """Name -> function that makes the figure, for the plots for which the run has cases."""
     single = [case for case in results["cases"] if case["group"] != "scaling"]
     growing = [case for case in results["cases"] if case["group"] == "scaling"]
-    made = []
+    found: dict[str, Callable[[], Any]] = {}
     if single:
-        made = [
-            dots(single, speed, "time of eager / time (bars: p10 to p90)", folder / "speed.png", line=1.0),
-            dots(single, memory, "MiB held at a time beside inputs and results", folder / "memory.png"),
-            dots(single, error, f"greatest error against float64 (at least {LEAST_ERROR:g})", folder / "error.png"),
-        ]
-    if any(floor_ms(results, case) for case in results["cases"]):
-        made.append(roofline(results, folder / "roofline.png"))
+        found["speed"] = lambda: dots(single, speed, "time of eager / time (bars: p10 to p90)", line=1.0)
+        found["memory"] = lambda: dots(single, memory, "MiB held at a time beside inputs and results")
+        found["error"] = lambda: dots(single, error, f"greatest error against float64 (at least {LEAST_ERROR:g})")
+    if any(floor_ms(results, case) for case in single):
+        found["roofline"] = lambda: roofline(results, single)
     for axis, title in (("context", "tokens"), ("vocabulary", "vocabulary")):
         chosen = {name: cases for name, cases in curves(growing, axis).items() if len(cases) > 1}
         if chosen:
-            made.append(scaling(chosen, axis, title, folder / f"scaling_{axis}.png"))
-    return made
+            found[f"scaling_{axis}"] = partial(scaling, chosen, axis, title)
+    return found
 
 
 Value = Callable[[Run, Run], tuple[float, float, float] | None]  # (case, row) -> low, middle, high
@@ -60,7 +73,7 @@ def colours(cases: list[Run]) -> dict[str, Any]:
     return {name: palette[i % len(palette)] for i, name in enumerate(names)} | OWN
 
 
-def dots(cases: list[Run], value: Value, label: str, path: Path, line: float | None = None) -> Path:
+def dots(cases: list[Run], value: Value, label: str, line: float | None = None) -> Any:
     """A row for each case, a dot for each contender."""
     figure, axes = pyplot.subplots(figsize=(11, 1.5 + 0.24 * len(cases)))
     for name, colour in colours(cases).items():
@@ -76,20 +89,26 @@ def dots(cases: list[Run], value: Value, label: str, path: Path, line: float | N
         axes.errorbar(middle, rows, xerr=reach, fmt=marker, color=colour, label=name, markersize=5, alpha=0.85)
     if line is not None:
         axes.axvline(line, color="grey", linewidth=0.8)
-    axes.set_yticks(range(len(cases)), [f"{case['case']}, {case['shape']}" for case in cases], fontsize=7)
+    axes.set_yticks(range(len(cases)), labels(cases), fontsize=7)
     axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    return saved(figure, path)
+    return figure
 
 
-def roofline(results: Run, path: Path) -> Path:
+def labels(cases: list[Run]) -> list[str]:
+    """Names, with the shape where one name stands for several cases."""
+    times = Counter(case["case"] for case in cases)
+    return [case["case"] + (f", {case['shape']}" if times[case["case"]] > 1 else "") for case in cases]
+
+
+def roofline(results: Run, cases: list[Run]) -> Any:
     """FLOP/s over FLOPs per byte: the machine's two limits, our best and the others' best of every case."""
     bandwidth = results["limits"]["copy_bytes_per_second"]
     peak = next(rate for name, rate in results["limits"].items() if name.endswith("flops_per_second"))
-    cases = [case for case in results["cases"] if case["flops"] and case["bytes"]]
+    cases = [case for case in cases if case["flops"] and case["bytes"]]
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for ours, marker, label in ((True, "D", "ours"), (False, "o", "the fastest other one")):
         points = [
@@ -103,7 +122,7 @@ def roofline(results: Run, path: Path) -> Path:
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="FLOP/s")
     axes.grid(alpha=0.3)
     axes.legend()
-    return saved(figure, path)
+    return figure
 
 
 def curves(cases: list[Run], axis: str) -> dict[str, list[Run]]:
@@ -124,7 +143,7 @@ def size(case: Run, axis: str) -> int:
     return sizes.get("T", sizes["N"]) if axis == "context" else sizes.get("V", 0)
 
 
-def scaling(families: dict[str, list[Run]], axis: str, title: str, path: Path) -> Path:
+def scaling(families: dict[str, list[Run]], axis: str, title: str) -> Any:
     """A column for each case: time with its spread above, memory below."""
     figure, grid = pyplot.subplots(
         2, len(families), figsize=(4.2 * len(families), 7), squeeze=False, layout="constrained"
@@ -150,10 +169,16 @@ def scaling(families: dict[str, list[Run]], axis: str, title: str, path: Path) -
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.grid(alpha=0.3)
-    return saved(figure, path)
+    return figure
 
 
-def saved(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+def save(figure: Any, path: Path, source: str) -> None:
+    """A PNG of few colours and few bytes, whose text `Source` is `source`."""
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=80, bbox_inches="tight")
     pyplot.close(figure)
-    return path
+    text = PngInfo()
+    text.add_text("Source", source)
+    Image.open(drawn).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(
+        path, optimize=True, pnginfo=text
+    )

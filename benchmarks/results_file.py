@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def load(path: Path) -> dict[str, Any]:
         if any("p10_ms" not in row for row in case["contenders"].values()) or "passes" not in case:
             raise ResultsError(f"{path}: written before the spread was kept ({case['case']}): measure it again")
     return results
+
+
+def source(*paths: Path) -> str:
+    """What plots of these files carry: names, and digests of what was drawn."""
+    return ", ".join(f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths)
 
 
 def floor_ms(results: dict[str, Any], case: dict[str, Any]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import described
+from benchmarks.harness import described, described_scratch
 from benchmarks.results_file import OURS, best_of, floor_ms
 
 GROUPS = {
@@ -25,12 +25,25 @@ def page(results: dict[str, Any], pictures: list[Path]) -> str:
     lines = ["# Benchmarks", "", provenance(results), ""]
     lines += [f"![{path.stem}]({path.name})" for path in pictures] + [""]
     lines += ["## What another implementation does better", "", *better_elsewhere(results), ""]
+    lines += sections(results, "##")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def sections(results: dict[str, Any], heading: str) -> list[str]:
+    """A table and its bars for every group of cases that the run has."""
+    lines = []
     for group, title in GROUPS.items():
         cases = [case for case in results["cases"] if case["group"] == group]
         if cases:
-            lines += [f"## {title}", "", HEAD, *(row for case in cases for row in rows(results, case)), ""]
-            lines += [f"- {case['case']}: {described(bar)}" for case in cases for bar in case["bars"]]
-    return "\n".join(lines).rstrip() + "\n"
+            lines += [f"{heading} {title}", "", HEAD, *(row for case in cases for row in rows(results, case)), ""]
+            bars = [f"- {case['case']}: {text}" for case in cases for text in bars_of(case)]
+            lines += [*bars, ""] if bars else []
+    return lines
+
+
+def bars_of(case: dict[str, Any]) -> list[str]:
+    """What was asked of the case and what was measured, a line for each bar."""
+    return [*map(described, case["bars"]), *described_scratch(case, OURS)]
 
 
 def provenance(results: dict[str, Any]) -> str:
@@ -55,7 +68,7 @@ def rows(results: dict[str, Any], case: dict[str, Any]) -> list[str]:
     made = []
     for name, row in case["contenders"].items():
         cells = [
-            f"{case['case']}, {case['shape']}",
+            title(case),
             f"**{name}**" if name in OURS else name,
             f"{row['median_ms']:.4g}",
             f"{row['p10_ms']:.4g} to {row['p90_ms']:.4g}",
@@ -66,30 +79,50 @@ def rows(results: dict[str, Any], case: dict[str, Any]) -> list[str]:
         ]
         made.append(f"| {' | '.join(cells)} |")
     for name, reason in case["failed"].items():
-        made.append(f"| {case['case']}, {case['shape']} | {name} | {reason} | | | | | |")
+        made.append(f"| {title(case)} | {name} | {reason} | | | | | |")
     return made
 
 
+def title(case: dict[str, Any]) -> str:
+    return f"{case['case']}, {case['shape']}"
+
+
+def others(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of other implementations; bare floors are none."""
+    return {who: x for who, x in case["contenders"].items() if who not in OURS and x["max_error"] is not None}
+
+
+def faster_elsewhere(results: dict[str, Any]) -> list[str]:
+    """A line for every case in which another implementation is faster, beyond the spread."""
+    lines = []
+    for case in results["cases"]:
+        name = best_of(case, ours=True)
+        ours = case["contenders"][name] if name else {"p10_ms": 0}
+        faster = {who: row for who, row in others(case).items() if row["p90_ms"] < ours["p10_ms"]}
+        if faster:
+            found = [f"{who} {ours['median_ms'] / row['median_ms']:.2f} x as fast" for who, row in faster.items()]
+            lines.append(f"- {title(case)}: {', '.join(found)}")
+    return lines
+
+
 def better_elsewhere(results: dict[str, Any]) -> list[str]:
-    """A line for every case in which another contender is faster (beyond the spread), smaller or more exact."""
+    """A line for every case and other implementation that is faster, smaller or more exact."""
     lines = []
     for case in results["cases"]:
         name = best_of(case, ours=True)
         if name is None:
             continue
         ours = case["contenders"][name]
-        for other, row in case["contenders"].items():
-            if other in OURS or row["max_error"] is None:
-                continue
+        for other, row in others(case).items():
             found = []
-            if row["p90_ms"] < ours["p10_ms"]:
-                found.append(f"{ours['median_ms'] / row['median_ms']:.2f} x as fast")
+            if row["median_ms"] < ours["median_ms"]:
+                within = "" if row["p90_ms"] < ours["p10_ms"] else " (within the spread)"
+                found.append(f"{ours['median_ms'] / row['median_ms']:.2f} x as fast{within}")
             if ours["scratch_bytes"] - row["scratch_bytes"] > 2**20:
-                found.append(
-                    f"{(ours['scratch_bytes'] - row['scratch_bytes']) / 2**20:.0f} MiB less beside its results"
-                )
+                less = (ours["scratch_bytes"] - row["scratch_bytes"]) / 2**20
+                found.append(f"{less:.0f} MiB less beside its results")
             if 2 * row["max_error"] < ours["max_error"] and ours["max_error"] > ROUNDING:
                 found.append(f"error {row['max_error']:.1e} against {ours['max_error']:.1e}")
             if found:
-                lines.append(f"- {other}, {case['case']}, {case['shape']}: {'; '.join(found)}")
+                lines.append(f"- {other}, {title(case)}: {'; '.join(found)}")
     return lines or ["Nothing in this run."]

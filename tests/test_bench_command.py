@@ -18,7 +18,7 @@ from benchmarks.__main__ import bench, main, parsed, selected
 from benchmarks.cases import GROUPS, Sizes, ragged, scaling
 from benchmarks.costs import COSTS
 from benchmarks.harness import check
-from benchmarks.results_file import ResultsError, load, regressions
+from benchmarks.results_file import ResultsError, load, regressions, source
 from rlhf_fast import cli
 from rlhf_fast.ops import table
 
@@ -153,7 +153,9 @@ def test_a_run_is_written_and_rendered_as_tables_and_plots(tmp_path):
     page = (tmp_path / "report" / "report.md").read_text()
     assert "| **cpu** |" in page
     for name in ("speed", "memory", "error", "roofline"):
-        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        picture = (tmp_path / "report" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert source(out).encode() in picture
         assert f"({name}.png)" in page
 
 
@@ -175,13 +177,21 @@ def test_what_another_one_does_better_is_named():
     assert tables.better_elsewhere(a_run(cpu=row(10.0), trl=row(10.5))) == ["Nothing in this run."]
 
 
+def test_what_is_faster_within_the_spread_is_named_as_such_on_the_page_and_not_in_the_readme():
+    near = a_run(cpu=row(10.0), trl=row(9.5))
+    assert tables.better_elsewhere(near) == ["- trl, op, forward, N=1: 1.05 x as fast (within the spread)"]
+    assert tables.faster_elsewhere(near) == []
+    clear = a_run(cpu=row(10.0), eager=row(5.0), trl=row(4.0), memcpy=row(1.0, None))
+    assert tables.faster_elsewhere(clear) == ["- op, forward, N=1: eager 2.00 x as fast, trl 2.50 x as fast"]
+
+
 def test_times_over_the_context_are_drawn_in_its_order(tmp_path):
     run = a_run(cpu=row(10.0))
     sizes = [{"N": n, "V": v} for n, v in ((32, 64), (16, 64), (16, 128))]
     run["cases"] = [{**run["cases"][0], "group": "scaling", "sizes": s} for s in sizes]
     assert [c["sizes"]["N"] for c in plots.curves(run["cases"], "context")["op, forward"]] == [16, 32]
     assert [c["sizes"]["V"] for c in plots.curves(run["cases"], "vocabulary")["op, forward"]] == [64, 128]
-    assert {path.stem for path in plots.draw(run, tmp_path)} == {"roofline", "scaling_context", "scaling_vocabulary"}
+    assert {path.stem for path in plots.draw(run, tmp_path, "")} == {"scaling_context", "scaling_vocabulary"}
 
 
 def test_a_time_beyond_the_spread_is_a_regression_and_one_within_it_is_none():
@@ -230,6 +240,8 @@ def test_the_command_of_the_package_runs_the_suite_of_the_repository(tmp_path):
         "--quick",
         "--device",
         "cpu",
+        "--group",
+        "bars",
         "--case",
         "gae pack",
     ]

@@ -9,6 +9,8 @@ from typing import Any
 
 from benchmarks.harness import spread
 from benchmarks.memory import MIB
+from benchmarks.plots import pyplot, save
+from benchmarks.results_file import source
 from benchmarks.steps.recorder import STAGES
 
 OURS, THEIRS = "rlhf_fast", "trl"
@@ -29,10 +31,8 @@ DIFFERENCES = {
     "ppo": "TRL takes the policy's old log-probabilities from the sampler and holds critic and reward as two more "
     "models (the critic with the same LoRA, the reward's merged); rlhf_fast scores four roles on one.",
 }
-HEAD = """# Whole steps
-
-rlhf_fast beside TRL on the same model, data, batch, LoRA, optimizer settings and random numbers, each in a process of
-its own, in turn. The first step of every repeat warms up and is not timed.
+LEGEND = """rlhf_fast beside TRL on the same model, data, batch, LoRA, optimizer settings and random numbers, each in a
+process of its own, in turn. The first step of every repeat warms up and is not timed.
 
 - *generation*: sampling the completions. *scoring*: what is computed of them, or of the pairs, without gradients before
   the update. *update*: the rest of the step. What was scored ahead of the first step is spread over all of them.
@@ -46,10 +46,10 @@ its own, in turn. The first step of every repeat warms up and is not timed.
 def write(paths: list[Path], out: Path) -> None:
     results = [json.loads(path.read_text()) for path in paths]
     picture = out.with_suffix(".png")
-    sections = [section(result) for result in results]
+    shown = f"![loss and reward of every step]({picture.name})"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join([HEAD, *sections, f"![loss and reward of every step]({picture.name})"]) + "\n")
-    draw(results, picture)
+    out.write_text("\n".join(["# Whole steps", "", LEGEND, *map(section, results), shown]) + "\n")
+    save(curves(results), picture, source(*paths))
     print(f"-> {out}, {picture}")
 
 
@@ -69,8 +69,8 @@ def section(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     lines += [f"{name} did not run: {reason}.\n" for name, reason in result["absent"].items()]
     if THEIRS in rows:
-        curves = f"The loss curves {CURVES[algorithm]} {distance(result)}"
-        lines += [verdict(rows[OURS], rows[THEIRS]), "", DIFFERENCES[algorithm], "", curves, ""]
+        same = f"The loss curves {CURVES[algorithm]} {distance(result)}"
+        lines += [verdict(rows[OURS], rows[THEIRS]), "", DIFFERENCES[algorithm], "", same, ""]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     changed = " with uncommitted changes" if machine["uncommitted_changes"] else ""
     lines += [
@@ -121,25 +121,19 @@ def distance(result: dict[str, Any]) -> str:
     return f"Here they differ by {max(apart):.1e} at most, {apart[0]:.1e} at the first step; loss {ours[0]:.3g} there."
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
+def curves(results: list[dict[str, Any]]) -> Any:
     """One panel for the loss and one for the reward of each algorithm, the contenders on top of each other."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = []
     for result in results:
         for what, key in (("loss", "losses"), ("mean reward", "rewards")):
-            curves = {name: c["repeats"][0][key] for name, c in result["contenders"].items()}
-            if any(curves.values()):
-                panels.append((f"{result['setting']['algorithm'].upper()}: {what}", curves))
+            found = {name: c["repeats"][0][key] for name, c in result["contenders"].items()}
+            if any(found.values()):
+                panels.append((f"{result['setting']['algorithm'].upper()}: {what}", found))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained")
     styles = {OURS: {"linewidth": 5, "alpha": 0.4}, THEIRS: {"linewidth": 1.5, "linestyle": "--", "color": "black"}}
-    for axis, (title, curves) in zip(axes[0], panels, strict=True):
-        for name, values in curves.items():
+    for axis, (title, found) in zip(axes[0], panels, strict=True):
+        for name, values in found.items():
             axis.plot(range(1, len(values) + 1), values, label=name, **styles[name])
         axis.set(title=title, xlabel="step")
         axis.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    return figure

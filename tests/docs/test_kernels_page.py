@@ -15,20 +15,25 @@ def test_the_tables_are_those_of_the_committed_results(page):
     assert page.read_text(encoding="utf-8") == with_tables(page), "regenerate them: python -m benchmarks.catalogue"
 
 
-def test_what_is_faster_elsewhere_is_named(monkeypatch):
+def test_the_summary_has_the_fastest_library_and_names_what_is_faster(monkeypatch):
     def case(ours: float, other: float) -> dict:
-        times = {"eager": 9.0, "cpu": ours, "trl": other}
-        rows = {who: {"min_ms": ms, "max_error": 0.0} for who, ms in times.items()} | {
-            "memcpy": {"min_ms": 0.1, "max_error": None}
-        }
-        return {"case": f"op {other}", "shape": "N=1", "bytes": 0, "flops": 0, "contenders": rows}
+        medians = {"eager": (9.0, 0.0), "cpu": (ours, 0.0), "trl": (other, 0.0), "memcpy": (0.1, None)}
+        rows = {who: {"median_ms": t, "p10_ms": t, "p90_ms": t, "max_error": e} for who, (t, e) in medians.items()}
+        return {"case": f"op {other}", "shape": "N=1", "group": "bars", "bytes": 0, "flops": 0, "contenders": rows}
 
+    machine = {
+        "cpu": "a cpu",
+        "threads": 1,
+        "torch": "2",
+        "commit": "abc",
+        "command": "c",
+        "uncommitted_changes": False,
+    }
     results = {
-        "machine": {"cpu": "a cpu", "threads": 1, "torch": "2", "commit": "abc", "command": "c"},
-        "peers": {}, "limits": {"copy_bytes_per_second": 1.0, "x_flops_per_second": 1.0},
-        "cases": [case(2.0, 1.5), case(2.0, 3.0)],
+        "machine": machine, "peers": {}, "absent": {},
+        "limits": {"copy_bytes_per_second": 1.0, "x_flops_per_second": 1.0}, "cases": [case(2.0, 1.6), case(2.0, 3.0)],
     }  # fmt: skip
     monkeypatch.setattr(catalogue, "read", lambda name: results)
     text = catalogue.summary("cpu.json")
     assert "| op 3.0, N=1 | 2 | 9 | trl 3 |  |" in text
-    assert text.endswith("Where another implementation is faster:\n\n- op 1.5, N=1: trl takes 1.5 ms, ours 2\n")
+    assert text.endswith("faster, beyond the spread:\n\n- op 1.6, N=1: trl 1.25 x as fast\n")
