@@ -11,47 +11,113 @@ namespace rlhf::cpu {
 namespace {
 
 constexpr int64_t kBlock = 256;
-constexpr int kParts = 64;  // partial sums, however many threads there are: the same inputs give the same bits
+constexpr int64_t kParts = 64;  // partial sums at most, however many threads there are: the same inputs, the same bits
 
 struct Sums {
   double loss = 0, metrics[4] = {}, count = 0;
 };
 
-// Elements [begin, end). No clones per instruction set: the time is in exp and log1p.
-template <typename F, typename C> Sums part(const Loss& op, int64_t begin, int64_t end) {
-  C inputs[F::inputs][kBlock];
-  C parameters[kParameters] = {};
-  std::copy(op.parameters.begin(), op.parameters.end(), parameters);
+// Some elements in a row; an input is 0 where it does not count.
+template <typename C> struct Elements {
+  C x[kInputs][kBlock], counts[kBlock];
+};
+
+template <typename C> RLHF_INLINE void read_all(const Loss& op, int inputs, int64_t start, int64_t n, Elements<C>& e) {
+  for (int64_t i = 0; i < n; ++i) e.counts[i] = !op.mask || op.mask[start + i] ? C(1) : C(0);
+  for (int k = 0; k < inputs; ++k) {
+    read(op.inputs[k], op.columns, start, n, e.x[k]);
+    if (!op.mask) continue;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) e.x[k][i] = e.counts[i] != 0 ? e.x[k][i] : C(0);
+  }
+}
+
+// In place: logprob, ref_logprob and length of one half of each pair to logprob, reward and slope.
+template <typename Score, typename C>
+RLHF_INLINE void half_of_pairs(int64_t n, C beta, C alpha, C* __restrict x, C* __restrict y, C* __restrict z) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Half<C> h = half<Score>(x[i], y[i], z[i], beta, alpha);
+    x[i] = h.logprob, y[i] = h.reward, z[i] = h.slope;
+  }
+}
+template <typename Score, typename C> RLHF_INLINE void pairs(int64_t n, const C* p, Elements<C>& e) {
+  half_of_pairs<Score>(n, p[0], p[4], e.x[0], e.x[2], e.x[4]);
+  half_of_pairs<Score>(n, p[0], p[4], e.x[1], e.x[3], e.x[5]);
+}
+// p[3] is the divergence: 0 reverse KL, 1 alpha, 2 Jensen-Shannon.
+template <typename C> RLHF_INLINE void prepare(int64_t n, const C* p, Elements<C>& e) {
+  if (p[3] == 0) pairs<ReverseKlScore>(n, p, e);
+  else if (p[3] == 1) pairs<AlphaScore>(n, p, e);
+  else pairs<JensenShannonScore>(n, p, e);
+}
+
+// Reading is the same for all variants: cloned per instruction set once, not in each.
+RLHF_CLONES void fill(const Loss& op, int inputs, const float* p, int64_t start, int64_t n, Elements<float>& e) {
+  read_all(op, inputs, start, n, e);
+  if (inputs == kInputs) prepare(n, p, e);
+}
+void fill(const Loss& op, int inputs, const double* p, int64_t start, int64_t n, Elements<double>& e) {
+  read_all(op, inputs, start, n, e);
+  if (inputs == kInputs) prepare(n, p, e);
+}
+
+// A function of its own: whose address is taken within a simd loop, is no register and stops the vectoriser.
+template <typename F, typename C> RLHF_INLINE Terms<C> terms_of(const Elements<C>& e, int64_t i, const C* p) {
+  C x[F::inputs];
+  for (int k = 0; k < F::inputs; ++k) x[k] = e.x[k][i];
+  return F::at(x, p);
+}
+
+template <typename F, typename C>
+RLHF_INLINE void add(const Elements<C>& e, int64_t n, const C* p, C* __restrict first, C* __restrict second,
+                     Sums& sums) {
+  C loss = 0, count = 0, m0 = 0, m1 = 0, m2 = 0, m3 = 0;
+#pragma omp simd reduction(+ : loss, count, m0, m1, m2, m3)
+  for (int64_t i = 0; i < n; ++i) {
+    const Terms<C> terms = terms_of<F>(e, i, p);
+    const bool counts = e.counts[i] != 0;
+    count += e.counts[i];
+    loss += counts ? terms.loss : C(0);
+    m0 += counts ? terms.metrics[0] : C(0);
+    m1 += counts ? terms.metrics[1] : C(0);
+    m2 += counts ? terms.metrics[2] : C(0);
+    m3 += counts ? terms.metrics[3] : C(0);
+    first[i] = counts ? terms.coefficients[0] : C(0);
+    if constexpr (F::coefficients == 2) second[i] = counts ? terms.coefficients[1] : C(0);
+  }
+  sums.loss += loss, sums.count += count;
+  sums.metrics[0] += m0, sums.metrics[1] += m1, sums.metrics[2] += m2, sums.metrics[3] += m3;
+}
+
+template <typename C> using Add = void (*)(const Elements<C>&, int64_t, const C*, C*, C*, Sums&);
+
+// Elements [begin, end).
+template <typename C> Sums part(const Loss& op, int inputs, Add<C> add, int64_t begin, int64_t end) {
+  C p[kParameters] = {};
+  std::copy(op.parameters.begin(), op.parameters.end(), p);
+  C* coefficients[2] = {};
+  for (size_t k = 0; k < op.coefficients.size(); ++k) coefficients[k] = static_cast<C*>(op.coefficients[k]);
+  Elements<C> e;
   Sums sums;
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t n = std::min(kBlock, end - start);
-    for (int k = 0; k < F::inputs; ++k) read(op.inputs[k], op.columns, start, n, inputs[k]);
-    for (int64_t i = 0; i < n; ++i) {
-      Terms<C> terms;
-      if (!op.mask || op.mask[start + i]) {
-        C x[F::inputs];
-        for (int k = 0; k < F::inputs; ++k) x[k] = inputs[k][i];
-        terms = F::at(x, parameters);
-        sums.count += 1;
-      }
-      for (int k = 0; k < F::coefficients; ++k)
-        static_cast<C*>(op.coefficients[k])[start + i] = terms.coefficients[k];
-      sums.loss += terms.loss;
-      for (int m = 0; m < 4; ++m) sums.metrics[m] += terms.metrics[m];
-    }
+    fill(op, inputs, p, start, n, e);
+    add(e, n, p, coefficients[0] + start, coefficients[1] ? coefficients[1] + start : nullptr, sums);
   }
   return sums;
 }
 
-template <typename F, typename C> void run(const Loss& op, int threads) {
+template <typename C> void run(const Loss& op, int inputs, Add<C> add, int threads) {
   const int64_t n = op.rows * op.columns;
+  const int64_t count = std::min(kParts, (n + kBlock - 1) / kBlock);
   Sums parts[kParts], total;
-#pragma omp parallel for num_threads(threads) schedule(static) if (n > 4 * kBlock)
-  for (int p = 0; p < kParts; ++p) parts[p] = part<F, C>(op, n * p / kParts, n * (p + 1) / kParts);
-  for (const Sums& sums : parts) {
-    total.loss += sums.loss;
-    total.count += sums.count;
-    for (int m = 0; m < 4; ++m) total.metrics[m] += sums.metrics[m];
+#pragma omp parallel for num_threads(threads) schedule(static) if (n > 16 * kBlock)
+  for (int64_t p = 0; p < count; ++p) parts[p] = part(op, inputs, add, n * p / count, n * (p + 1) / count);
+  for (int64_t p = 0; p < count; ++p) {
+    total.loss += parts[p].loss;
+    total.count += parts[p].count;
+    for (int m = 0; m < 4; ++m) total.metrics[m] += parts[p].metrics[m];
   }
   double denominator = op.denominator ? double(*static_cast<const C*>(op.denominator)) : total.count;
   if (denominator == 0) denominator = 1;  // nothing counts: every sum is 0
@@ -61,37 +127,67 @@ template <typename F, typename C> void run(const Loss& op, int threads) {
   means[4] = C(denominator);
 }
 
-template <typename F> void run_any(const Loss& op, int threads) {
-  if (op.inputs.size() < size_t(F::inputs) || op.coefficients.size() < size_t(F::coefficients) ||
-      op.parameters.size() > kParameters)
-    throw std::invalid_argument("wrong number of inputs, outputs or parameters");
-  op.is_double ? run<F, double>(op, threads) : run<F, float>(op, threads);
-}
+#define RLHF_LOSS(NAME, ...)                                                                                         \
+  RLHF_CLONES void add_##NAME(const Elements<float>& e, int64_t n, const float* p, float* first, float* second,      \
+                              Sums& sums) {                                                                          \
+    add<__VA_ARGS__>(e, n, p, first, second, sums);                                                                  \
+  }                                                                                                                  \
+  void run_##NAME(const Loss& op, int threads) {                                                                     \
+    using F = __VA_ARGS__;                                                                                           \
+    if (op.inputs.size() != size_t(F::inputs) || op.coefficients.size() != size_t(F::coefficients) ||                \
+        op.parameters.size() > kParameters)                                                                          \
+      throw std::invalid_argument("wrong number of inputs, outputs or parameters");                                  \
+    if (op.is_double) run<double>(op, F::inputs, add<F, double>, threads);                                           \
+    else run<float>(op, F::inputs, add_##NAME, threads);                                                             \
+  }
+RLHF_LOSS(value, Value)
+RLHF_LOSS(value_clip, ValueClip)
+RLHF_LOSS(step_bce, StepBce)
+RLHF_LOSS(step_mse, StepMse)
+RLHF_LOSS(kto, Unpaired<KtoLoss>)
+RLHF_LOSS(bco, Unpaired<BcoLoss>)
+RLHF_LOSS(sigmoid, Pair<SigmoidLoss>)
+RLHF_LOSS(robust, Pair<RobustLoss>)
+RLHF_LOSS(hinge, Pair<HingeLoss>)
+RLHF_LOSS(ipo, Pair<IpoLoss>)
+RLHF_LOSS(exo_pair, Pair<ExoPairLoss>)
+RLHF_LOSS(nca_pair, Pair<NcaPairLoss>)
+RLHF_LOSS(bco_pair, Pair<BcoPairLoss>)
+RLHF_LOSS(sppo_hard, Pair<SppoHardLoss>)
+RLHF_LOSS(aot, Pair<AotLoss>)
+RLHF_LOSS(apo_zero, Pair<ApoZeroLoss>)
+RLHF_LOSS(apo_down, Pair<ApoDownLoss>)
+RLHF_LOSS(discopop, Pair<DiscopopLoss>)
+RLHF_LOSS(sft, Pair<SftLoss>)
+RLHF_LOSS(cpo, Pair<CpoLoss>)
+RLHF_LOSS(orpo, Pair<OrpoLoss>)
+RLHF_LOSS(hpo, Pair<HpoLoss>)
+RLHF_LOSS(bradley_terry, Pair<BradleyTerryLoss>)
 
 const std::map<std::string, void (*)(const Loss&, int)> kVariants = {
-    {"value", run_any<Value>},
-    {"value_clip", run_any<ValueClip>},
-    {"step_bce", run_any<StepBce>},
-    {"step_mse", run_any<StepMse>},
-    {"kto", run_any<Unpaired<KtoLoss>>},
-    {"bco", run_any<Unpaired<BcoLoss>>},
-    {"sigmoid", run_any<Pair<SigmoidLoss>>},
-    {"robust", run_any<Pair<RobustLoss>>},
-    {"hinge", run_any<Pair<HingeLoss>>},
-    {"ipo", run_any<Pair<IpoLoss>>},
-    {"exo_pair", run_any<Pair<ExoPairLoss>>},
-    {"nca_pair", run_any<Pair<NcaPairLoss>>},
-    {"bco_pair", run_any<Pair<BcoPairLoss>>},
-    {"sppo_hard", run_any<Pair<SppoHardLoss>>},
-    {"aot", run_any<Pair<AotLoss>>},
-    {"apo_zero", run_any<Pair<ApoZeroLoss>>},
-    {"apo_down", run_any<Pair<ApoDownLoss>>},
-    {"discopop", run_any<Pair<DiscopopLoss>>},
-    {"sft", run_any<Pair<SftLoss>>},
-    {"cpo", run_any<Pair<CpoLoss>>},
-    {"orpo", run_any<Pair<OrpoLoss>>},
-    {"hpo", run_any<Pair<HpoLoss>>},
-    {"bradley_terry", run_any<Pair<BradleyTerryLoss>>},
+    {"value", run_value},
+    {"value_clip", run_value_clip},
+    {"step_bce", run_step_bce},
+    {"step_mse", run_step_mse},
+    {"kto", run_kto},
+    {"bco", run_bco},
+    {"sigmoid", run_sigmoid},
+    {"robust", run_robust},
+    {"hinge", run_hinge},
+    {"ipo", run_ipo},
+    {"exo_pair", run_exo_pair},
+    {"nca_pair", run_nca_pair},
+    {"bco_pair", run_bco_pair},
+    {"sppo_hard", run_sppo_hard},
+    {"aot", run_aot},
+    {"apo_zero", run_apo_zero},
+    {"apo_down", run_apo_down},
+    {"discopop", run_discopop},
+    {"sft", run_sft},
+    {"cpo", run_cpo},
+    {"orpo", run_orpo},
+    {"hpo", run_hpo},
+    {"bradley_terry", run_bradley_terry},
 };
 
 }  // namespace

@@ -8,6 +8,7 @@
 namespace rlhf::cpu {
 
 constexpr size_t kParameters = 5;  // at most; those that are not given are 0
+constexpr int kInputs = 9;         // at most, and those of a pair
 
 struct Loss {
   std::vector<Plane> inputs;  // (rows, columns) each, in the order of the functor (math/losses.h)

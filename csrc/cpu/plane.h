@@ -21,6 +21,9 @@ RLHF_INLINE void read_as(const Plane& plane, int64_t columns, int64_t start, int
     if (stride == 1) {
 #pragma omp simd
       for (int64_t i = 0; i < run; ++i) out[i] = C(load(x[i]));
+    } else if (stride == 0) {
+      const C value = C(load(*x));
+      for (int64_t i = 0; i < run; ++i) out[i] = value;
     } else {
       for (int64_t i = 0; i < run; ++i) out[i] = C(load(x[i * stride]));
     }

@@ -16,10 +16,8 @@ template <typename T> struct Terms {
 struct Value {  // x: value, return
   static constexpr int inputs = 2, coefficients = 1;
   template <typename T> static RLHF_HD Terms<T> at(const T* x, const T*) {
-    Terms<T> out;
-    out.coefficients[0] = x[0] - x[1];
-    out.loss = T(0.5) * out.coefficients[0] * out.coefficients[0];
-    return out;
+    const T error = x[0] - x[1];
+    return {T(0.5) * error * error, {error}};
   }
 };
 
@@ -31,11 +29,7 @@ struct ValueClip {  // x: value, return, old_value; p: clip_eps
     const T error = x[0] - x[1], bounded_error = bounded - x[1];
     const bool clipped = bounded_error * bounded_error > error * error;
     const T active = clipped ? bounded_error : error;
-    Terms<T> out;
-    out.loss = T(0.5) * active * active;
-    out.coefficients[0] = clipped ? T(0) : error;
-    out.metrics[0] = clipped ? T(1) : T(0);
-    return out;
+    return {T(0.5) * active * active, {clipped ? T(0) : error}, {clipped ? T(1) : T(0)}};
   }
 };
 
@@ -43,11 +37,9 @@ struct ValueClip {  // x: value, return, old_value; p: clip_eps
 struct StepBce {  // x: score (a logit), label
   static constexpr int inputs = 2, coefficients = 1;
   template <typename T> static RLHF_HD Terms<T> at(const T* x, const T*) {
-    Terms<T> out;
-    out.loss = x[1] * softplus(-x[0]) + (1 - x[1]) * softplus(x[0]);
-    out.coefficients[0] = (1 - x[1]) * sigmoid(x[0]) - x[1] * sigmoid(-x[0]);
-    out.metrics[0] = (x[0] > 0) == (x[1] > T(0.5)) ? T(1) : T(0);
-    return out;
+    return {x[1] * softplus(-x[0]) + (1 - x[1]) * softplus(x[0]),
+            {(1 - x[1]) * sigmoid(x[0]) - x[1] * sigmoid(-x[0])},
+            {(x[0] > 0) == (x[1] > T(0.5)) ? T(1) : T(0)}};
   }
 };
 
@@ -55,11 +47,7 @@ struct StepMse {  // x: score, label
   static constexpr int inputs = 2, coefficients = 1;
   template <typename T> static RLHF_HD Terms<T> at(const T* x, const T*) {
     const T error = x[0] - x[1];
-    Terms<T> out;
-    out.loss = error * error;
-    out.coefficients[0] = 2 * error;
-    out.metrics[0] = (x[0] > T(0.5)) == (x[1] > T(0.5)) ? T(1) : T(0);
-    return out;
+    return {error * error, {2 * error}, {(x[0] > T(0.5)) == (x[1] > T(0.5)) ? T(1) : T(0)}};
   }
 };
 

@@ -26,17 +26,25 @@ template <typename T> struct Rewards {
 // Beyond exp(20) the exponential goes on along its tangent: value exp(x) - 1.
 template <typename T> RLHF_HD Sloped<T> tamed_expm1(T x) {
   const T bounded = x < T(20) ? x : (x != x ? x : T(20));
-  const T e = std::exp(bounded);
-  return {std::expm1(bounded) + e * (x - bounded), e};
+  const T e = exp_any(bounded);
+  return {expm1_any(bounded) + e * (x - bounded), e};
 }
 
-// Score of a log-ratio: divergence 0 reverse KL, 1 alpha, 2 Jensen-Shannon.
-template <typename T> RLHF_HD Sloped<T> score(T log_ratio, int divergence, T alpha) {
-  if (divergence == 0) return {log_ratio, T(1)};
-  if (divergence == 2) return {T(0.6931471805599453) - softplus(-log_ratio), sigmoid(-log_ratio)};
-  const Sloped<T> e = tamed_expm1(-alpha * log_ratio);
-  return {-e.value / alpha, e.slope};
-}
+// Score of a log-ratio under a divergence.
+struct ReverseKlScore {
+  template <typename T> static RLHF_HD Sloped<T> at(T log_ratio, T) { return {log_ratio, T(1)}; }
+};
+struct AlphaScore {
+  template <typename T> static RLHF_HD Sloped<T> at(T log_ratio, T alpha) {
+    const Sloped<T> e = tamed_expm1(-alpha * log_ratio);
+    return {-e.value / alpha, e.slope};
+  }
+};
+struct JensenShannonScore {
+  template <typename T> static RLHF_HD Sloped<T> at(T log_ratio, T) {
+    return {T(0.6931471805599453) - softplus(-log_ratio), sigmoid(-log_ratio)};
+  }
+};
 
 template <typename T> RLHF_HD Sloped<T> logistic(T gap, T label_smoothing) {
   return {(1 - label_smoothing) * softplus(-gap) + label_smoothing * softplus(gap),
@@ -130,7 +138,7 @@ struct ApoDownLoss {
 struct DiscopopLoss {  // parameter: tau
   template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
     const T h = r.gap(), tau = r.parameter, exponential = sigmoid(h / tau), logistic = sigmoid(-h / tau);
-    const T weighted = std::exp(-softplus(-h / tau) - h);  // exp(-h) sigmoid(h / tau)
+    const T weighted = exp_any(-softplus(-h / tau) - h);  // exp(-h) sigmoid(h / tau)
     return of_gap(Sloped<T>{logistic * softplus(-h) + weighted,
                            -logistic * (sigmoid(-h) + exponential * softplus(-h) / tau) +
                                weighted * (logistic / tau - 1)});
@@ -155,8 +163,8 @@ struct OrpoLoss {
   template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
     const bool certain = r.chosen_logprob > T(-1e-6), rejected_certain = r.rejected_logprob > T(-1e-6);
     const T chosen = certain ? T(-1e-6) : r.chosen_logprob, rejected = rejected_certain ? T(-1e-6) : r.rejected_logprob;
-    const T chosen_rest = std::expm1(chosen), rejected_rest = std::expm1(rejected);  // p - 1
-    const T log_odds = (chosen - rejected) - std::log(chosen_rest / rejected_rest), slope = sigmoid(-log_odds);
+    const T chosen_rest = expm1_any(chosen), rejected_rest = expm1_any(rejected);  // p - 1
+    const T log_odds = (chosen - rejected) - log_normal(chosen_rest / rejected_rest), slope = sigmoid(-log_odds);
     return {r.beta * softplus(-log_odds) - r.chosen_logprob, (certain ? T(0) : slope / chosen_rest) - 1 / r.beta,
             rejected_certain ? T(0) : -slope / rejected_rest};
   }
@@ -179,26 +187,25 @@ struct BradleyTerryLoss {  // chosen_shift: the margin; parameter: weight of the
   }
 };
 
-// x: log-probabilities of chosen and rejected, of the reference for both, lengths of both, weight, shifts of both;
-// p: beta, label_smoothing, the variant's own parameter, divergence, alpha.
+// One half of a pair: its log-probability, averaged, its implicit reward and the derivative of that by the logprob.
+template <typename T> struct Half {
+  T logprob, reward, slope;
+};
+template <typename Score, typename T> RLHF_HD Half<T> half(T logprob, T ref_logprob, T length, T beta, T alpha) {
+  const T tokens = length < 1 ? T(1) : length;
+  const Sloped<T> score = Score::at((logprob - ref_logprob) / tokens, alpha);
+  return {logprob / tokens, beta * score.value, beta * score.slope / tokens};
+}
+
+// x: logprobs, rewards and slopes of the halves, chosen before rejected, the pair's weight, the shifts of both;
+// p: beta, label_smoothing, the variant's own parameter.
 template <typename Variant> struct Pair {
   static constexpr int inputs = 9, coefficients = 2;
   template <typename T> static RLHF_HD Terms<T> at(const T* x, const T* p) {
-    const T chosen_length = x[4] < 1 ? T(1) : x[4], rejected_length = x[5] < 1 ? T(1) : x[5];
-    const Sloped<T> chosen = score((x[0] - x[2]) / chosen_length, int(p[3]), p[4]);
-    const Sloped<T> rejected = score((x[1] - x[3]) / rejected_length, int(p[3]), p[4]);
-    const Rewards<T> rewards{p[0] * chosen.value, p[0] * rejected.value, x[0] / chosen_length, x[1] / rejected_length,
-                             x[7], x[8], p[0], p[1], p[2]};
+    const Rewards<T> rewards{x[2], x[3], x[0], x[1], x[7], x[8], p[0], p[1], p[2]};
     const PairLoss<T> pair = Variant::at(rewards);
-    Terms<T> out;
-    out.loss = x[6] * pair.loss;
-    out.coefficients[0] = x[6] * p[0] * chosen.slope / chosen_length * pair.chosen;
-    out.coefficients[1] = x[6] * p[0] * rejected.slope / rejected_length * pair.rejected;
-    out.metrics[0] = rewards.chosen > rewards.rejected ? T(1) : T(0);
-    out.metrics[1] = rewards.gap();
-    out.metrics[2] = rewards.chosen;
-    out.metrics[3] = rewards.rejected;
-    return out;
+    return {x[6] * pair.loss, {x[6] * x[4] * pair.chosen, x[6] * x[5] * pair.rejected},
+            {x[2] > x[3] ? T(1) : T(0), rewards.gap(), x[2], x[3]}};
   }
 };
 

@@ -3,10 +3,8 @@
 // kernels/src/token_kl.py.
 #pragma once
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
-#include "math/host_device.h"
+#include "math/elementary.h"
 
 namespace rlhf {
 
@@ -16,31 +14,6 @@ template <typename T> RLHF_HD T exp_minus_1_minus_near(T x) {
   T series = 1;
   for (int k = terms; k > 2; --k) series = 1 + series * x * (T(1) / k);
   return T(0.5) * x * x * series;
-}
-
-// log(1 + x) for -1 < x <= 0. In float without a branch or a call, so that loops of it vectorise: the rounding of 1 + x
-// is put back (Kahan), and log(u) = n ln 2 + log(m) with a polynomial on [sqrt(1/2), sqrt(2)) (Cephes logf).
-RLHF_HD double log1p_negative(double x) { return std::log1p(x); }
-RLHF_HD float log1p_negative(float x) {
-  const float u = 1.0f + x, lost = x - (u - 1.0f);
-  uint32_t bits;
-  std::memcpy(&bits, &u, 4);
-  const int32_t n = int32_t(bits - 0x3f3504f3u) >> 23;
-  bits -= uint32_t(n) << 23;
-  float m;
-  std::memcpy(&m, &bits, 4);
-  m -= 1.0f;
-  float p = 7.0376836292e-2f;
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  const float square = m * m, high = float(n) * 0.693359375f, low = float(n) * -2.12194440e-4f;
-  return ((m * square * p + low) - 0.5f * square) + m + high + lost / u;
 }
 
 // x log(x / y) - x + y >= 0, given log(y / x): the term of a KL that does not cancel where x is near y.
@@ -79,7 +52,7 @@ struct JensenShannon {
     const bool near = distance < T(0.5);
     const T x = near ? -distance : T(0), far = policy_leads ? q / p : p / q;  // far = exp(-distance)
     const T expm1 = near ? exp_minus_1_minus_near(x) + x : far - 1;
-    const T shrunk = log1p_negative((policy_leads ? js_weight : policy_weight) * expm1);
+    const T shrunk = log1p_any((policy_leads ? js_weight : policy_weight) * expm1);
     const T mixture = js_weight * q + policy_weight * p;
     const T over_p = policy_leads ? shrunk : shrunk + log_ratio;  // log(mixture / p)
     const T over_q = policy_leads ? shrunk - log_ratio : shrunk;  // log(mixture / q)

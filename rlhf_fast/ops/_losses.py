@@ -7,11 +7,13 @@ Triton. The sums are made in two stages over partial sums whose number depends o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, prefer_huge_pages, threads
 from rlhf_fast.ops import _check
@@ -101,41 +103,68 @@ def empty_outputs(inputs: Sequence[Tensor], gradients: int) -> list[Tensor]:
     return [new((), dtype=dtype), new((5,), dtype=dtype), *coefficients]
 
 
+# Defined by its schema, with an autograd.Function of its own: a torch.library.custom_op walks lists of tensors in
+# Python at every call, which takes longer than the kernel.
+_SCHEMA = (
+    "(Tensor[] inputs, Tensor? mask, Tensor? denominator, str variant, float[] parameters, str backend) -> Tensor[]"
+)
+_COMPUTE: dict[str, Callable[..., list[Tensor]]] = {}
+
+
 def register(op: str, impls: dict[str, Implementation], gradients: int) -> None:
     """Registers ``rlhf_fast::<op>``, which differentiates the first `gradients` of its inputs.
 
     (inputs [(rows, columns)], mask, denominator, variant, parameters, backend)
         -> [loss (), means (5,): four metrics and the denominator, a coefficient (rows, columns) per gradient]
     """
+    name = f"rlhf_fast::{op}"
 
-    @torch.library.custom_op(f"rlhf_fast::{op}", mutates_args=())
-    def forward(inputs: list[Tensor], mask: Tensor | None, denominator: Tensor | None, variant: str,
+    def compute(inputs: list[Tensor], mask: Tensor | None, denominator: Tensor | None, variant: str,
                 parameters: list[float], backend: str) -> list[Tensor]:  # fmt: skip
         outputs = empty_outputs(inputs, gradients)
         impls[backend](variant, inputs, mask, denominator, parameters, outputs)
         return outputs
 
-    @forward.register_fake
-    def _(inputs, mask, denominator, variant, parameters, backend):
-        return empty_outputs(inputs, gradients)
+    def below_autograd(*arguments: Any) -> list[Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.rlhf_fast, op)(*arguments)
 
-    def setup_context(ctx, inputs, output):
-        _, means, *coefficients = output
+    def differentiable(inputs: list[Tensor], *others: Any) -> list[Tensor]:
+        return list(_Differentiable.apply(below_autograd, others, *inputs))
+
+    torch.library.define(name, _SCHEMA)
+    torch.library.impl(name, "CompositeExplicitAutograd", compute)
+    torch.library.impl(name, "Autograd", differentiable)
+    torch.library.register_fake(name, lambda inputs, *_: empty_outputs(inputs, gradients))
+    _COMPUTE[op] = compute
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, compute, others, *inputs):
+        loss, means, *coefficients = compute(list(inputs), *others)
         ctx.set_materialize_grads(False)
-        ctx.dtypes = [x.dtype for x in inputs[0]]
-        ctx.parameters = None if inputs[4] else []  # autograd takes an empty list for one of tensors
+        ctx.mark_non_differentiable(means, *coefficients)
+        ctx.dtypes = [x.dtype for x in inputs]
         ctx.save_for_backward(means, *coefficients)
+        return loss, means, *coefficients
 
-    def autograd(ctx, grads):
-        means, *coefficients = ctx.saved_tensors
-        scale = None if grads[0] is None else grads[0] / means[4]
-        results: list[Tensor | None] = [None] * len(ctx.dtypes)
-        if scale is not None:
+    @staticmethod
+    def backward(ctx, grad, *_):
+        results: list[Tensor | None] = [None] * (2 + len(ctx.dtypes))
+        if grad is not None:
+            means, *coefficients = ctx.saved_tensors
+            scale = grad / means[4]
             for k, coefficient in enumerate(coefficients):
-                results[k] = scaled_gradient(coefficient, scale, ctx.dtypes[k])
-        return results, None, None, None, ctx.parameters, None
+                if ctx.needs_input_grad[2 + k]:
+                    results[2 + k] = scaled_gradient(coefficient, scale, ctx.dtypes[k])
+        return tuple(results)
 
-    forward.register_autograd(autograd, setup_context=setup_context)
+
+def only_autograd_looks(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether no compiler, mode or tensor subclass is there, which must see the registered op."""
+    plain = all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)
+    return plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
 
 
 def call(
@@ -149,11 +178,13 @@ def call(
     metrics: Sequence[str],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Runs ``rlhf_fast::<op>``: the loss, and its metrics by name (0-d, detached)."""
-    run = getattr(torch.ops.rlhf_fast, op)
     mask = None if mask is None else plane(mask)
-    loss, means, *_ = run([plane(x) for x in inputs], mask, denominator, variant, list(parameters), backend)
-    means = means.detach()
-    return loss, {name: means[k] for k, name in enumerate(metrics)}
+    planes, others = [plane(x) for x in inputs], (mask, denominator, variant, list(parameters), backend)
+    if only_autograd_looks(planes):  # the dispatcher, twice, would take as long as the kernel
+        loss, means, *_ = _Differentiable.apply(_COMPUTE[op], others, *planes)
+    else:
+        loss, means, *_ = getattr(torch.ops.rlhf_fast, op)(planes, *others)
+    return loss, dict(zip(metrics, means.unbind(0), strict=False))
 
 
 class _Scaled(torch.autograd.Function):

@@ -54,7 +54,9 @@ Sources: the papers in the table; where a peer's loss is another, the paper's is
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.backends import resolve
@@ -62,6 +64,7 @@ from rlhf_fast.ops import _check, _losses
 from rlhf_fast.ops._preference import VARIANTS, Pairs, PreferenceObjective, scored
 
 METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+_objective = lru_cache(PreferenceObjective)  # a loop asks for the same one at every step
 
 
 def preference_loss(
@@ -109,7 +112,8 @@ def preference_loss(
     Returns (loss, metrics): 0-d, float32 (float64 for float64), the metrics detached; see the module for each.
     No pair gives a loss of 0. Raises ValueError or TypeError for what does not fit.
     """
-    objective = PreferenceObjective(
+    plain = isinstance(variant, str) and not torch.compiler.is_compiling()
+    objective = (_objective if plain else PreferenceObjective)(
         variant, beta, label_smoothing, divergence, divergence_alpha, reference_free, gamma, discopop_tau, nll_weight,
         auxiliary_weight, auxiliary_temperature,
     )  # fmt: skip
