@@ -74,8 +74,8 @@ def test_where_eager_does_not_fit_its_first_rows_are_the_yardstick():
         (15, 15, 10, True),
         (15, 15, 0.1, False),  # short: more of them
         (198, 15, 0.1, True),
-        (14, 15, 11, False),
-        (5, 15, 13, True),  # long: a few must do
+        (14, 15, 9, False),
+        (5, 15, 11, True),  # long: a few must do
         (4, 15, 999, False),
         (3, 3, 0.1, True),  # a trial
     ],
