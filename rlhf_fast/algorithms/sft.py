@@ -45,10 +45,10 @@ def prepare(config: AlgorithmConfig) -> Job:
 
 
 def _encode(config: AlgorithmConfig, encoder: Encoder, row: Row) -> Example:
-    if "completion" in row.values:
+    if {"prompt", "completion"} <= row.values.keys():
         example = encoder.pair(row, "completion")
     elif "messages" in row.values:
-        example = encoder.pair(row, "messages")
+        example = encoder.conversation(row)
     else:
         example = encoder.text(row)
     return example if config.completion_only else Example(example.ids, 0)

@@ -81,10 +81,28 @@ class Encoder:
         """The row's prompt (when it has one) followed by the completion in `column` and EOS."""
         prompt, completion = row.values.get("prompt", ""), row.values[column]
         if isinstance(completion, list):
-            self._check_messages(row, completion)
-            if prompt == "":
-                prompt = completion[:-1]
-            completion = completion[-1]["content"]
+            before, completion = self._answered(row, completion)
+            if before:
+                # Many data sets have whole conversations and, once more, the prompt that they begin with.
+                if prompt not in ("", before, before[0]["content"], before[-1]["content"]):
+                    raise UserError(f"{row.where}: {column} is a conversation that the prompt is no part of")
+                prompt = before
+        return self._example(row, column, prompt, completion)
+
+    def conversation(self, row: Row) -> Example:
+        """The row's `messages`: the last one is the completion, those before it are its prompt."""
+        prompt, completion = self._answered(row, row.values["messages"])
+        return self._example(row, "messages", prompt, completion)
+
+    def _answered(self, row: Row, messages: Any) -> tuple[list[dict[str, str]], str]:
+        """The messages before the last, and the text of the last, which must be an answer."""
+        self._check_messages(row, messages)
+        *before, last = messages
+        if last["role"] in ("system", "user"):
+            raise UserError(f"{row.where}: the last message must be an answer, but its role is {last['role']!r}")
+        return before, last["content"]
+
+    def _example(self, row: Row, column: str, prompt: Text, completion: str) -> Example:
         text, special = self._prompt_text(row, prompt) if prompt else ("", True)
         prompt_ids = self._ids(text, special)
         completion_ids = [*self._ids(completion, False), self.tokenizer.eos_token_id]

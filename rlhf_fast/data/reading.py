@@ -60,7 +60,7 @@ def infer_algorithm(rows: Sequence[Row]) -> str | None:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
@@ -73,14 +73,14 @@ def _json_object(where: str, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} (column {error.colno})") from None
+        raise UserError(f"{where}: not JSON, one object per line: {error.msg} (column {error.colno})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{where}: must be a JSON object with named columns, got {_shown(value)}")
+        raise UserError(f"{where}: each line must be one JSON object with named columns, got {_shown(value)}")
     return value
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
         try:
             for values in reader:

@@ -44,6 +44,22 @@ def test_the_last_message_is_the_completion():
     assert bytes(apart.ids[apart.start : -1]) == b"yo"
 
 
+def test_a_whole_conversation_wins_over_the_prompt_that_it_begins_with():
+    expected = encoder().pair(row(chosen=[USER, ANSWER]), "chosen")
+    for prompt in ("hi", [USER]):
+        assert encoder().pair(row(prompt=prompt, chosen=[USER, ANSWER]), "chosen") == expected
+        assert encoder().conversation(row(prompt=prompt, messages=[USER, ANSWER])) == expected
+    with pytest.raises(UserError, match=r"a\.jsonl:7: chosen is a conversation that the prompt is no part of"):
+        encoder().pair(row(prompt="bye", chosen=[USER, ANSWER]), "chosen")
+
+
+def test_messages_must_be_a_list_that_ends_with_an_answer():
+    with pytest.raises(UserError, match=r"a\.jsonl:7: a conversation must be a list"):
+        encoder().conversation(row(messages="hi"))
+    with pytest.raises(UserError, match=r"a\.jsonl:7: the last message must be an answer, but its role is 'user'"):
+        encoder().conversation(row(messages=[USER, ANSWER, USER]))
+
+
 def test_chat_decides_what_happens_to_plain_prompts_and_to_messages():
     assert encoder(chat=True).prompt(row(prompt="hi")).text == "<bos>user: hi\nassistant: "
     assert encoder(chat="auto").prompt(row(prompt="hi")).text == "hi"

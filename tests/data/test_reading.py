@@ -21,6 +21,12 @@ def test_csv_rows_may_hold_line_breaks(tmp_path):
     assert rows[1].where == "a.csv:4"
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.csv", "prompt,n\na,1\n"), ("a.jsonl", '{"prompt": "a", "n": "1"}\n')])
+def test_the_byte_order_mark_of_a_spreadsheet_is_no_part_of_the_first_column(tmp_path, name, text):
+    (row,) = read_rows(write(tmp_path / name, "\ufeff" + text))
+    assert row.values == {"prompt": "a", "n": "1"}
+
+
 def test_parquet_rows_keep_lists_of_messages(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -34,8 +40,8 @@ def test_parquet_rows_keep_lists_of_messages(tmp_path):
     ("name", "text", "message"),
     [
         ("a.jsonl", "", "has no examples"),
-        ("a.jsonl", '{"a": 1}\n{"a": ', r"a\.jsonl:2: not JSON: Expecting value \(column 7\)"),
-        ("a.jsonl", "[1]\n", r"a\.jsonl:1: must be a JSON object with named columns, got list \[1\]"),
+        ("a.jsonl", '{"a": 1}\n{"a": ', r"a\.jsonl:2: not JSON, one object per line: Expecting value \(column 7\)"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl:1: each line must be one JSON object with named columns, got list \[1\]"),
         ("a.txt", "x", r"unknown data format '\.txt'"),
         ("a.csv", "prompt,n\na\n", r"a\.csv:2: must have 2 fields"),
         ("a.parquet", "x", "is not a parquet file"),
