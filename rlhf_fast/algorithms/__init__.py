@@ -18,6 +18,6 @@ ALGORITHMS = {"sft": "sft", "reward_model": "reward_model", "ppo": "ppo", "grpo"
 
 def load_algorithm(name: str) -> ModuleType:
     """The module of an algorithm; UserError for a name that is none."""
-    if name not in ALGORITHMS:
+    if not isinstance(name, str) or name not in ALGORITHMS:
         raise UserError(f"unknown algorithm {name!r}; there are: {', '.join(ALGORITHMS)}")
     return importlib.import_module(f"rlhf_fast.algorithms.{ALGORITHMS[name]}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from rlhf_fast.errors import UserError
@@ -46,7 +47,7 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         place = "" if Path(path).exists() else "there is no such folder, and as a hub id: "
         raise UserError(f"model {path} cannot be loaded: {place}{str(error).strip().splitlines()[0]}") from error
     model, report = loaded

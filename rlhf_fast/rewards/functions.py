@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ def load_function(spec: str) -> Function:
         module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"reward {spec}: importing it failed: {_line(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -48,13 +47,13 @@ def call(
 ) -> Tensor:
     """The function's scores as (B,) fp32. It gets the columns that it names, or all with **kwargs.
 
-    UserError, with the function's name and the example's index, when it raises or returns anything but one
-    finite number per completion.
+    UserError, with the function's name and the example's index, when it raises, exits, or returns anything but one
+    number per completion that is finite in fp32.
     """
     arguments = _arguments(function, prompts, completions, columns)
     try:
         values = function(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = _failing_example(function, arguments, len(completions))
         raise UserError(f"reward {name} raised {_line(error)} ({where})") from error
     return _checked(name, values, len(completions))
@@ -69,11 +68,11 @@ def _checked(name: str, values: Any, expected: int) -> Tensor:
         raise UserError(f"reward {name} returned {len(values)} values for {expected} completions")
     for i, value in enumerate(values):
         try:
-            fine = value is not None and math.isfinite(value)
+            fine = value is not None and abs(value) <= torch.finfo(torch.float32).max
         except TypeError:
             fine = False
         if not fine:
-            raise UserError(f"reward {name} returned {value!r} for example {i}; it must be a finite number")
+            raise UserError(f"reward {name} returned {value!r} for example {i}; it must be a finite float32 number")
     return torch.tensor([float(value) for value in values])
 
 
@@ -82,7 +81,7 @@ def _failing_example(function: Function, arguments: dict[str, Any], size: int) -
     for i in range(size):
         try:
             function(**{key: [values[i]] for key, values in arguments.items()})
-        except Exception:  # noqa: BLE001 - a user's function may raise anything, and that is the question here
+        except (Exception, SystemExit):  # noqa: BLE001 - a user's function may raise anything, and that is the question here
             return f"example {i}: completion {arguments['completions'][i][:60]!r}"
     return f"in a batch of {size}; every example alone is fine"
 

@@ -85,6 +85,8 @@ def load_rewards(weights: Mapping[str, float], backbone: Backbone, *, chat: bool
             if rewards.adapter is not None:
                 raise UserError(f"only one reward adapter per run; found {rewards.adapter.name} and {spec}")
             load_adapter(backbone, "reward", str(folder), trainable=False)
+            if "reward" not in backbone.heads:
+                raise UserError(f"reward {spec} is an adapter without a score head, such as a policy's")
             rewards.adapter = AdapterSource(spec, weight, *read_stats(folder))
         elif (folder / "config.json").is_file():
             device = next(backbone.model.parameters()).device

@@ -21,7 +21,7 @@ class FromStage(BaseModel):
 class Config(BaseModel):
     """Keys that every algorithm has."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     algorithm: str = Field(description="sft, reward_model, ppo, grpo or dpo")
     model: str | FromStage = Field(description="model folder, adapter folder of a run, or tiny (built by code)")
@@ -29,7 +29,7 @@ class Config(BaseModel):
     eval_data: str | None = Field(None, description="held-out examples; default: the last rows of data")
     eval_size: int | None = Field(None, ge=1, description="rows held out; default: a tenth, at most 64")
     output_dir: str = Field("run", description="run folder: adapters, metrics, samples, curves, checkpoints")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
     quantization: Literal["nf4", "int8"] | None = Field(None, description="of the frozen model, by bitsandbytes")
@@ -50,7 +50,7 @@ class Config(BaseModel):
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0, description="per role")
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True, description="per role; .inf never clips")
     max_bad_steps: int = Field(5, ge=1, description="stop after so many non-finite updates in a row")
 
     lora_rank: int = Field(8, ge=0, description="0 trains every weight (sft only)")
@@ -118,13 +118,15 @@ def parse(config_class: type[C], values: dict[str, Any], where: str = "") -> C:
 
 
 def _one_line(config_class: type[Config], errors: ValidationError) -> str:
-    # An unknown key first: the "missing" key beside it is usually the same typing error.
-    error = next((e for e in errors.errors() if e["type"] == "extra_forbidden"), errors.errors()[0])
+    # An unknown key first: the "missing" key beside it is usually the same typing error. Longer places are inside of
+    # a value, one error for each type that it could have had.
+    unknown = [e for e in errors.errors() if e["type"] == "extra_forbidden" and len(e["loc"]) == 1]
+    error = [*unknown, *errors.errors()][0]
     message = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:
         return message
     key = str(error["loc"][0])
-    if error["type"] == "extra_forbidden":
+    if unknown:
         return unknown_key(key, config_class.model_fields)
     if error["type"] == "missing":
         return f"missing key {key!r} ({config_class.model_fields[key].description})"
@@ -133,7 +135,7 @@ def _one_line(config_class: type[Config], errors: ValidationError) -> str:
 
 def unknown_key(key: str, known: Any) -> str:
     """The sentence for a key that does not exist."""
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, list(known), n=1)
     return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
@@ -141,7 +143,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping; UserError with the line otherwise."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"config file {path} does not exist")
+        raise UserError(f"config file {path} does not exist" if not path.exists() else f"{path} is no config file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -71,9 +71,12 @@ def add_rewards(backbone: Backbone, config: SamplingConfig, columns: Sequence[st
     if config.reward is None:
         return None
     specs = config.reward if isinstance(config.reward, list) else [config.reward]
-    weights = config.reward_weights or [1.0] * len(specs)
+    weights = [1.0] * len(specs) if config.reward_weights is None else config.reward_weights
     if len(weights) != len(specs):
         raise UserError(f"reward_weights has {len(weights)} entries for {len(specs)} rewards")
+    repeated = [spec for i, spec in enumerate(specs) if spec in specs[:i]]
+    if repeated or not specs:
+        raise UserError(f"reward names {repeated[0]} twice; give it a weight" if specs else "reward names none")
     saved = {spec: weight for spec, weight in zip(specs, weights, strict=True) if isinstance(spec, str)}
     rewards = load_rewards(saved, backbone, chat=config.chat is True)
     rewards.check_columns(columns)

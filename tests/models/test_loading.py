@@ -77,6 +77,12 @@ def test_missing_weights_are_an_error(folder):
         load_model(folder, dtype=torch.float32)
 
 
+def test_a_damaged_weight_file_is_one_line(folder):
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"cannot be loaded: .*header"):
+        load_model(folder, dtype=torch.float32)
+
+
 def test_quantization_says_what_it_needs(folder, monkeypatch):
     with pytest.raises(UserError, match="quantization must be one of nf4, int8, got 'int4'"):
         load_model(folder, dtype=torch.float32, quantization="int4")

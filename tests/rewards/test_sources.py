@@ -56,6 +56,14 @@ def test_a_second_adapter_is_refused(adapter):
         load_rewards({str(adapter): 1.0, f"{adapter}/": 1.0}, backbone())
 
 
+def test_an_adapter_without_a_score_head_is_refused(tmp_path):
+    trained = backbone()
+    trained.add_adapter("policy", rank=2, seed=1)
+    save_adapter(trained, "policy", tmp_path / "policy")
+    with pytest.raises(UserError, match="is an adapter without a score head, such as a policy's"):
+        load_rewards({str(tmp_path / "policy"): 1.0}, backbone())
+
+
 def classifier(folder, labels=1):
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -26,6 +26,10 @@ def test_yaml_and_flags_give_the_same_values():
         ({"quantization": "int4"}, "quantization: Input should be 'nf4' or 'int8', got 'int4'"),
         ({"lam": 2}, "lam: Input should be less than or equal to 1, got 2"),
         ({"model": None}, "model: Input should be a valid string, got None"),
+        ({"model": {"fro": "sft"}}, "model: Input should be a valid string, got {'fro': 'sft'}"),
+        ({"seed": 1 << 64}, "seed: Input should be less than"),
+        ({"learning_rate": float("inf")}, "learning_rate: Input should be a finite number, got inf"),
+        ({"reward_weights": [float("nan")]}, "reward_weights: Input should be a finite number"),
         ({"batch_size": 10, "num_minibatches": 4}, "batch_size 10 must be a multiple of num_minibatches 4"),
     ],
 )
@@ -38,6 +42,10 @@ def test_a_bad_key_or_value_is_one_line(changes, message):
 def test_a_missing_key_says_what_it_is():
     with pytest.raises(UserError, match=r"missing key 'reward' \(pkg.mod:function"):
         parse(PPO, {key: value for key, value in LEAST.items() if key != "reward"})
+
+
+def test_a_gradient_may_be_left_unclipped():
+    assert parse(PPO, {**LEAST, **parse_overrides(["max_grad_norm=.inf"])}).max_grad_norm == float("inf")
 
 
 @pytest.mark.parametrize("words", [["--key"], ["--key", "--other", "1"], ["loose"], ["a={"]])
@@ -55,6 +63,11 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         read_yaml(tmp_path / "c.yaml")
+
+
+def test_a_folder_is_no_config_file(tmp_path):
+    with pytest.raises(UserError, match="is no config file"):
+        read_yaml(tmp_path)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
