@@ -69,7 +69,7 @@ def why_not(op: str, impls: Collection[str], device: str, name: str) -> str | No
     if name == "reference":
         return None
     if name not in impls:
-        return f"{op} has no {name} implementation"
+        return f"it has no {name} implementation"
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"

@@ -1,10 +1,12 @@
 """The command line. `rlhf_fast train` runs one algorithm, or a list of stages, from a YAML file and flags."""
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,6 @@ from rlhf_fast.errors import UserError
 
 # One line per mistake is ours to print; Python's own tracebacks stay plain.
 app = typer.Typer(
-    help="RLHF on one frozen model: PPO, GRPO, DPO, SFT and reward models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,11 +30,6 @@ TRAIN_HELP = """Train from a YAML file and flags.
 
 Every key of the YAML file is also a flag, as key=value or --key value; `rlhf_fast keys ppo` lists them.
 """
-
-
-def main() -> None:
-    """The `rlhf_fast` command."""
-    app()
 
 
 @contextmanager
@@ -84,6 +80,21 @@ def train(
         except Stopped as stopped:
             typer.echo(str(stopped))
             raise typer.Exit(stopped.exit_code) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rlhf_fast {version('rlhf_fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """RLHF on one frozen model: PPO, GRPO, DPO, SFT and reward models."""
 
 
 @app.command()
@@ -153,9 +164,11 @@ def doctor() -> None:
                 reasons[f"{name}: {reason}"] = None
         table.add_row(op, *cells)
     console = Console()
+    found = f"rlhf_fast {version('rlhf_fast')}, torch {torch.__version__}, Python {platform.python_version()}"
+    console.print(Text(found), soft_wrap=True)
     console.print(table)
     for line in reasons:
-        console.print(Text(f"  {line}"))
+        console.print(Text(f"  {line}"), soft_wrap=True)
     table = Table("patch", "library", "installed", "tested with", title="libraries")
     for peer in peers():
         table.add_row(peer.name, peer.distribution, peer.installed or "-", peer.tested)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from rlhf_fast import __main__, __version__
 from rlhf_fast.cli import app
+from tests.house.test_packaging import PROJECT
 from tests.training.tiny_runs import folder, values_of, write_jsonl
 
 
@@ -56,6 +59,8 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
         "def raises(completions):\n    raise KeyError('label')\n"
         "def nan(completions):\n    return [float('nan')] * len(completions)\n"
         "def none(completions):\n    return [None] * len(completions)\n"
+        "def huge(completions):\n    return [1e300] * len(completions)\n"
+        "def leaves(completions):\n    raise SystemExit(0)\n"
         "def short(completions):\n    return [1.0]\n"
         "def wants(completions, answer):\n    return [1.0]\n"
     )
@@ -71,6 +76,11 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
         "reward raises": ([f"reward={tmp}/bad.py:raises"], "raises raised KeyError: 'label' (example 0"),
         "reward NaN": ([f"reward={tmp}/bad.py:nan"], "nan returned nan for example 0"),
         "reward None": ([f"reward={tmp}/bad.py:none"], "none returned None for example 0"),
+        "reward overflow": ([f"reward={tmp}/bad.py:huge"], "huge returned 1e+300 for example 0"),
+        "reward exit": ([f"reward={tmp}/bad.py:leaves"], "leaves raised SystemExit: 0"),
+        "reward twice": ([f"reward=[{tmp}/bad.py:short, {tmp}/bad.py:short]"], "bad.py:short twice; give it a weight"),
+        "no reward": (["reward=[]"], "reward names none"),
+        "weights": (["reward_weights=[]"], "reward_weights has 0 entries for 1 rewards"),
         "reward length": ([f"reward={tmp}/bad.py:short"], "short returned 1 values for 2 completions"),
         "reward column": ([f"reward={tmp}/bad.py:wants"], "wants needs 'answer', which is no column"),
         "reward name": ([f"reward={tmp}/bad.py:absent"], "has no function 'absent'"),
@@ -78,6 +88,7 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
         "unknown key": (["learnin_rate=1"], "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
         "bad value": (["learning_rate=fast"], "learning_rate: Input should be a valid number"),
         "batch": (["batch_size=3"], "batch_size 3 must be a multiple of num_generations 2"),
+        "algorithms": (["algorithm=[grpo]"], "unknown algorithm ['grpo']"),
         "algorithm": (["algorithm=gpro"], "unknown algorithm 'gpro'"),
         "config": (["nonsense"], "config file nonsense does not exist"),
         "device": (["device=cuda:77"], "device 'cuda:77' cannot be used"),
@@ -86,7 +97,8 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
 
 BAD_INPUTS = (
     "missing data", "empty data", "not JSON", "wrong columns", "wrong type", "long prompt", "no model", "architecture",
-    "reward raises", "reward NaN", "reward None", "reward length", "reward column", "reward name", "reward nowhere",
+    "reward raises", "reward NaN", "reward None", "reward overflow", "reward exit", "reward twice", "no reward",
+    "weights", "algorithms", "reward length", "reward column", "reward name", "reward nowhere",
     "unknown key", "bad value", "batch", "algorithm", "config", "device",
 )  # fmt: skip
 
@@ -127,6 +139,26 @@ def test_overwrite_replaces_a_run_but_no_other_folder(tmp_path):
     (tmp_path / "run" / "left-over").write_text("old")
     assert invoke("train", *words, "--overwrite").exit_code == 0
     assert "left-over" not in fingerprint(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("place", "message"), [("file/run", "file is a file"), ("/dev/null/run", "is a file")])
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, place, message):
+    (tmp_path / "file").write_text("")
+    result = invoke("train", *words_of("sft", output_dir=str(tmp_path / place)), "--dry-run")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert message in result.stderr
+
+
+def test_a_run_folder_that_the_system_refuses_is_one_line(tmp_path, monkeypatch):
+    def refuse(self, *args, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    result = invoke("train", *words_of("sft", output_dir=str(tmp_path / "run")))
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error: output_dir {tmp_path}/run cannot be written: Permission denied\n",
+    )
 
 
 def test_resume_with_another_config_is_refused(finished):
@@ -196,6 +228,24 @@ def test_more_than_one_process_is_refused(monkeypatch, tmp_path):
     result = invoke("train", *words_of("grpo", output_dir=str(tmp_path / "run")))
     assert result.exit_code == 2
     assert "training runs in one process" in result.stderr
+
+
+def test_the_version_is_that_of_the_package():
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"rlhf_fast {__version__}\n")
+
+
+def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(__main__, "NEEDED", ("typer", "absent_a", "absent_b"))
+    with pytest.raises(SystemExit) as stop:
+        __main__.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ("error: the command needs absent_a, absent_b: pip install 'rlhf_fast[train]'\n")
+
+
+def test_the_command_asks_for_what_the_extra_installs():
+    names = {re.match(r"[\w-]+", line)[0] for line in PROJECT["project"]["optional-dependencies"]["train"]}
+    assert {name.replace("pyyaml", "yaml") for name in names} == set(__main__.NEEDED)
 
 
 def test_doctor_lists_every_op_and_says_why_a_backend_cannot_run():

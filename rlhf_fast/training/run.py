@@ -5,6 +5,7 @@ and the adapters in PEFT's format: the policy at the top, critic/ reward/ refere
 """
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -40,8 +41,9 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """UserError when a run may not use `folder`. Touches nothing."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder} is a file")
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {folder}: {there} " + ("cannot be written" if there.is_dir() else "is a file"))
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not resume and not overwrite:
@@ -59,10 +61,13 @@ def claim_folder(folder: Path, values: dict[str, Any], *, resume: bool, overwrit
     path = folder / CONFIG_FILE
     if resume and path.is_file():
         _check_same(yaml.safe_load(path.read_text(encoding="utf-8")), values, path)
-    elif overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    try:
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
