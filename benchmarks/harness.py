@@ -5,10 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,11 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.costs import Work, work
+from benchmarks.machine import machine
 from rlhf_fast.ops._head import free_tile_buffer
 from tests.numerics import assert_contract
 
-ROOT = Path(__file__).parents[1]
-CODE = ("csrc", "kernels", "rlhf_fast", "benchmarks", ":!benchmarks/results")  # what a time can depend on
 LONG = 10  # fewer repeats than this are a trial, not a measurement
 FEWEST = 5  # repeats of a case that has used up its BUDGET
 BUDGET = 10  # seconds that the contenders of a case share
@@ -221,35 +217,6 @@ def limits(device: str, size: int = 1 << 28, side: int = 2048) -> dict[str, floa
     product = min(timed(lambda: torch.mm(a, b, out=c), device) for _ in range(20))
     name = f"{str(dtype).removeprefix('torch.')}_flops_per_second"
     return {"copy_bytes_per_second": 2e3 * size / copy, name: 2e3 * side**3 / product}
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Where and with what this ran."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    module = "benchmarks" if Path(sys.argv[0]).stem == "__main__" else f"benchmarks.{Path(sys.argv[0]).stem}"
-    info = {
-        "commit": git("rev-parse", "HEAD") or None,
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
-        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if device == "cuda":
-        import triton
-
-        info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
-    return info
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def report(cases: list[Case], device: str, repeats: int, out: Path, **extra: Any) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import machine
 from benchmarks.costs import PASSES, Work, evaluated, floor_seconds, work
 from benchmarks.harness import Bar, Case, check, described, enough, judged, measure, spread
 
@@ -107,6 +108,25 @@ def test_the_spread_is_that_of_the_repeats():
         "median_ms": 50, "min_ms": 0, "max_ms": 100, "p10_ms": 10, "p90_ms": 90,
     }  # fmt: skip
     assert set(spread([3.0]).values()) == {3.0}
+
+
+def test_results_of_the_last_run_are_no_uncommitted_change_and_code_is(monkeypatch, tmp_path):
+    def git(*arguments):
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    code, result = tmp_path / "csrc" / "gae.cpp", tmp_path / "benchmarks" / "results" / "cpu.json"
+    for path in (code, result):
+        path.parent.mkdir(parents=True)
+        path.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    result.write_text("2")
+    assert machine.machine("cpu")["uncommitted_changes"] is False
+    code.write_text("2")
+    assert machine.machine("cpu")["uncommitted_changes"] is True
 
 
 def test_costs_are_the_sums_that_their_text_says():

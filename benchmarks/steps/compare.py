@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import machine
+from benchmarks.machine import machine
 from benchmarks.steps.contender import MODULES
 from benchmarks.steps.setting import Setting, build
 from rlhf_fast.data.encoding import quiet_libraries
