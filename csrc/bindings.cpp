@@ -214,10 +214,11 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "ranking_loss",
       [](const std::string& variant, Address rewards, int dtype, Address ranks, Address order, Address offsets,
-         int64_t group_size, int64_t groups, std::array<Address, 3> outputs, int threads) {
+         int64_t group_size, int64_t groups, Address denominator, std::array<Address, 3> outputs, int threads) {
         cpu::ranking_loss(variant,
                           {at<>(rewards), DType(dtype), at<int64_t>(ranks), at<int64_t>(order), at<int64_t>(offsets),
-                           group_size, groups, at<>(outputs[0]), at<>(outputs[1]), at<>(outputs[2])},
+                           group_size, groups, at<>(denominator), at<>(outputs[0]), at<>(outputs[1]),
+                           at<>(outputs[2])},
                           threads);
       },
       Release());

@@ -13,53 +13,74 @@ namespace {
 
 constexpr int64_t kParts = 32;  // partial sums, however many threads there are: the same inputs give the same bits
 
+constexpr int64_t kAlone = 1 << 19;  // elements that one thread reads while another one wakes up
+constexpr int kRows = 4;  // taken together: independent sums for the processor, one read of the weight and its sums
+
 struct Sums {
-  double loss = 0, clipped = 0, count = 0, coefficients = 0;
+  double loss = 0, clipped = 0, coefficients = 0;
 };
 
-// The row is widened once, into memory that stays in the first-level cache for its two uses.
-template <typename T, typename C> RLHF_INLINE C dot(const T* hidden, const C* weight, int64_t width, C* row) {
-  C sum = 0;
-  for (int64_t k = 0; k < width; ++k) row[k] = load(hidden[k]);
-  for (int64_t k = 0; k < width; ++k) sum += row[k] * weight[k];
-  return sum;
-}
-
-template <typename C> RLHF_INLINE void add_scaled(C factor, const C* row, int64_t width, C* sums) {
-#pragma omp simd
-  for (int64_t k = 0; k < width; ++k) sums[k] += factor * row[k];
-}
-
-// Rows [begin, end); weight_sums (width,) or null.
 template <typename T, typename C>
-RLHF_INLINE Sums part(const LinearValueLoss& op, int64_t begin, int64_t end, C* weight_sums) {
+RLHF_INLINE void dots(const T* const* rows, const C* weight, int64_t width, C* out) {
+  const T *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+  C with_a = 0, with_b = 0, with_c = 0, with_d = 0;
+  for (int64_t k = 0; k < width; ++k) {
+    with_a += load(a[k]) * weight[k];
+    with_b += load(b[k]) * weight[k];
+    with_c += load(c[k]) * weight[k];
+    with_d += load(d[k]) * weight[k];
+  }
+  out[0] = with_a, out[1] = with_b, out[2] = with_c, out[3] = with_d;
+}
+
+template <typename T, typename C>
+RLHF_INLINE void add_scaled(const C* factors, const T* const* rows, int64_t width, C* sums) {
+  const T *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+#pragma omp simd
+  for (int64_t k = 0; k < width; ++k)
+    sums[k] += factors[0] * load(a[k]) + factors[1] * load(b[k]) + (factors[2] * load(c[k]) + factors[3] * load(d[k]));
+}
+
+// Rows [begin, end) of a call that divides by 1 / share; weight_sums (width,) or null.
+template <typename T, typename C>
+RLHF_INLINE Sums part(const LinearValueLoss& op, int64_t begin, int64_t end, C share, C* weight_sums) {
   const C p[] = {C(op.clip_eps)}, bias = op.bias ? *static_cast<const C*>(op.bias) : C(0);
-  std::vector<C> row(op.width);
+  const C *weight = static_cast<const C*>(op.weight), *returns = static_cast<const C*>(op.returns);
+  const C* old_values = static_cast<const C*>(op.old_values);
+  C *values = static_cast<C*>(op.values), *coefficients = static_cast<C*>(op.coefficients);
   Sums sums;
-  for (int64_t i = begin; i < end; ++i) {
-    C value = 0;
-    Terms<C> terms;
-    if (!op.mask || op.mask[i]) {
-      const T* hidden = static_cast<const T*>(op.hidden) + i * op.row_stride;
-      value = dot(hidden, static_cast<const C*>(op.weight), op.width, row.data()) + bias;
-      const C* old_values = static_cast<const C*>(op.old_values);
-      const C x[] = {value, static_cast<const C*>(op.returns)[i], old_values ? old_values[i] : C(0)};
-      terms = old_values ? ValueClip::at(x, p) : Value::at(x, p);
-      sums.count += 1;
-      if (weight_sums) add_scaled(terms.coefficients[0], row.data(), op.width, weight_sums);
+  for (int64_t next = begin; next < end;) {
+    int64_t places[kRows];
+    const T* rows[kRows];
+    int count = 0;
+    for (; next < end && count < kRows; ++next) {
+      if (!op.mask || op.mask[next]) places[count++] = next;
+      else values[next] = coefficients[next] = 0;
     }
-    static_cast<C*>(op.values)[i] = value;
-    static_cast<C*>(op.coefficients)[i] = terms.coefficients[0];
-    sums.loss += terms.loss;
-    sums.clipped += terms.metrics[0];
-    sums.coefficients += terms.coefficients[0];
+    if (count == 0) break;
+    for (int r = 0; r < kRows; ++r)
+      rows[r] = static_cast<const T*>(op.hidden) + places[std::min(r, count - 1)] * op.row_stride;
+    C found[kRows], factors[kRows] = {};
+    dots(rows, weight, op.width, found);
+    for (int r = 0; r < count; ++r) {
+      const int64_t i = places[r];
+      const C x[] = {found[r] + bias, returns[i], old_values ? old_values[i] : C(0)};
+      const Terms<C> terms = old_values ? ValueClip::at(x, p) : Value::at(x, p);
+      values[i] = x[0];
+      coefficients[i] = factors[r] = terms.coefficients[0] * share;
+      sums.loss += terms.loss;
+      sums.clipped += terms.metrics[0];
+      sums.coefficients += factors[r];
+    }
+    if (weight_sums) add_scaled(factors, rows, op.width, weight_sums);
   }
   return sums;
 }
 
-#define RLHF_FOR_DTYPE(T)                                                                                             \
-  RLHF_CLONES Sums part_of(T, const LinearValueLoss& op, int64_t begin, int64_t end, Compute<T>::type* weight_sums) { \
-    return part<T>(op, begin, end, weight_sums);                                                                      \
+#define RLHF_FOR_DTYPE(T)                                                                                 \
+  RLHF_CLONES Sums part_of(T, const LinearValueLoss& op, int64_t begin, int64_t end, Compute<T>::type share, \
+                           Compute<T>::type* weight_sums) {                                               \
+    return part<T>(op, begin, end, share, weight_sums);                                                   \
   }
 RLHF_FOR_DTYPE(float)
 RLHF_FOR_DTYPE(double)
@@ -68,28 +89,30 @@ RLHF_FOR_DTYPE(f16)
 
 template <typename T> void run(const LinearValueLoss& op, int threads) {
   using C = typename Compute<T>::type;
+  double denominator = double(op.rows);
+  if (op.denominator) denominator = double(*static_cast<const C*>(op.denominator));
+  else if (op.mask) denominator = double(op.rows - std::count(op.mask, op.mask + op.rows, 0));
+  if (denominator == 0) denominator = 1;  // nothing counts: every sum is 0
   Sums parts[kParts], total;
   std::vector<C> weight_sums(op.weight_sums ? kParts * op.width : 0);
-#pragma omp parallel for num_threads(threads) schedule(static) if (op.rows > kParts)
+#pragma omp parallel for num_threads(threads) schedule(static) if (op.rows * op.width > kAlone)
   for (int64_t i = 0; i < kParts; ++i)
-    parts[i] = part_of(T(), op, op.rows * i / kParts, op.rows * (i + 1) / kParts,
+    parts[i] = part_of(T(), op, op.rows * i / kParts, op.rows * (i + 1) / kParts, C(1 / denominator),
                        op.weight_sums ? weight_sums.data() + i * op.width : nullptr);
   for (const Sums& sums : parts) {
     total.loss += sums.loss;
     total.clipped += sums.clipped;
-    total.count += sums.count;
     total.coefficients += sums.coefficients;
   }
-  double denominator = op.denominator ? double(*static_cast<const C*>(op.denominator)) : total.count;
-  if (denominator == 0) denominator = 1;  // nothing counts: every sum is 0
   *static_cast<C*>(op.loss) = C(total.loss / denominator);
   static_cast<C*>(op.means)[0] = C(total.clipped / denominator);
-  static_cast<C*>(op.means)[1] = C(denominator);
+  static_cast<C*>(op.means)[1] = 1;
   if (op.bias_sum) *static_cast<C*>(op.bias_sum) = C(total.coefficients);
   if (!op.weight_sums) return;
   C* out = static_cast<C*>(op.weight_sums);
-  std::fill(out, out + op.width, C(0));
-  for (int64_t i = 0; i < kParts; ++i) add_scaled(C(1), weight_sums.data() + i * op.width, op.width, out);
+  std::copy(weight_sums.data(), weight_sums.data() + op.width, out);
+  for (int64_t i = 1; i < kParts; ++i)
+    for (int64_t k = 0; k < op.width; ++k) out[k] += weight_sums[i * op.width + k];
 }
 
 }  // namespace

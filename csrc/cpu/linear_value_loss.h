@@ -14,8 +14,8 @@ struct LinearValueLoss {
   const uint8_t* mask;                // (rows,) or null
   const void* denominator;            // one number, or null for the count of the mask
   double clip_eps;
-  void *loss, *means;                 // one number; the clip fraction and the denominator
-  void *values, *coefficients;        // (rows,) numbers: the values, and d (loss * denominator) / d value
+  void *loss, *means;                 // one number; the clip fraction and 1
+  void *values, *coefficients;        // (rows,) numbers: the values, and d loss / d value
   void *weight_sums, *bias_sum;       // (width,) and one number: sums of coefficient * hidden and of them, or null
 };
 

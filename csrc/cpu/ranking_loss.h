@@ -12,7 +12,9 @@ struct RankingLoss {
   const int64_t* ranks;
   const int64_t *order, *offsets;  // group g is at order[offsets[g]] and on; or null, and groups are consecutive
   int64_t group_size, groups;
-  void *losses, *accuracies, *gradient;  // (groups,), (groups,), (answers,); double for double rewards, else float
+  // Numbers are double for double rewards, else float.
+  const void* denominator;           // one number, or null for the groups
+  void *loss, *accuracy, *gradient;  // one number each, and (answers,)
 };
 
 // Throws std::invalid_argument for an unknown variant.

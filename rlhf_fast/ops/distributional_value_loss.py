@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
-from rlhf_fast.ops import _check, _losses
+from rlhf_fast.ops import _check, _losses, _registered
 
 
 def distributional_value_loss(
@@ -66,7 +66,7 @@ def distributional_value_loss(
     if name == "reference":
         return reference(logits, returns, v_min=v_min, v_max=v_max, sigma=sigma, mask=mask, denominator=total)
     rows = logits.reshape(-1, logits.shape[-1])
-    loss, means, values, _ = torch.ops.rlhf_fast.distributional_value_loss(
+    loss, means, values, _ = _run(
         rows if rows.stride(1) == 1 else rows.contiguous(),
         returns.detach().reshape(-1).to(_check.compute_dtype(logits.dtype)),
         None if mask is None else mask.view(-1), total, float(v_min), float(v_max), sigma, name,
@@ -124,22 +124,19 @@ OPS = {"distributional_value_loss": tuple(IMPLS)}
 
 
 def _empty_outputs(logits: Tensor) -> list[Tensor]:
-    """[loss (), means (2,): outside fraction and denominator, values (N,), q - p (N, K)]."""
+    """[loss (), means (2,), values (N,), q - p (N, K)].
+
+    means: the outside fraction, and what q - p has yet to be divided by.
+    """
     shapes = ((), (2,), logits.shape[:1], logits.shape)
     return [logits.new_empty(shape, dtype=_check.compute_dtype(logits.dtype)) for shape in shapes]
 
 
-@torch.library.custom_op("rlhf_fast::distributional_value_loss", mutates_args=())
 def _forward(logits: Tensor, returns: Tensor, mask: Tensor | None, denominator: Tensor | None, v_min: float,
              v_max: float, sigma: float, backend: str) -> list[Tensor]:  # fmt: skip
     outputs = _empty_outputs(logits)
     IMPLS[backend](logits, returns, mask, denominator, v_min, v_max, sigma, outputs)
     return outputs
-
-
-@_forward.register_fake
-def _(logits, returns, mask, denominator, v_min, v_max, sigma, backend):
-    return _empty_outputs(logits)
 
 
 def _setup_context(ctx, inputs, output):
@@ -154,4 +151,12 @@ def _autograd(ctx, grads):
     return gradient, *(None,) * 7
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_run = _registered.op(
+    "distributional_value_loss",
+    "(Tensor logits, Tensor returns, Tensor? mask, Tensor? denominator, float v_min, float v_max, float sigma, "
+    "str backend) -> Tensor[]",
+    _forward,
+    fake=lambda logits, *_: _empty_outputs(logits),
+    setup_context=_setup_context,
+    backward=_autograd,
+)

@@ -24,11 +24,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads, without_autocast
-from rlhf_fast.ops import _check, _losses
+from rlhf_fast.ops import _check, _losses, _registered
 from rlhf_fast.ops import value_loss as values_of
 
 
@@ -67,7 +66,7 @@ def linear_value_loss(
     dtype = _check.compute_dtype(hidden.dtype)
     rows = hidden.reshape(-1, hidden.shape[-1])
     old, target = (None if x is None else x.detach().reshape(-1).to(dtype) for x in (old_values, returns))
-    loss, means, values, *_ = torch.ops.rlhf_fast.linear_value_loss(
+    loss, means, values, *_ = _run(
         rows if rows.stride(1) == 1 else rows.contiguous(), weight.reshape(-1).to(dtype),
         None if bias is None else bias.reshape(()).to(dtype), old, target, None if mask is None else mask.view(-1),
         total, clip_eps or 0.0, weight.requires_grad, name,
@@ -148,37 +147,21 @@ OPS = {"linear_value_loss": tuple(IMPLS)}
 
 
 def _empty_outputs(hidden: Tensor, wants_weight: bool) -> list[Tensor]:
-    """[loss (), means (2,): clip fraction and denominator, values (N,), c (N,), sum of c hidden (D,), sum of c ()]."""
+    """[loss (), means (2,), values (N,), c (N,), sum of c hidden (D,), sum of c ()].
+
+    means: the clip fraction, and what c and its sums have yet to be divided by.
+    """
     rows, width = hidden.shape
     shapes = ((), (2,), (rows,), (rows,), (width if wants_weight else 0,), ())
     return [hidden.new_empty(shape, dtype=_check.compute_dtype(hidden.dtype)) for shape in shapes]
 
 
-@torch.library.custom_op("rlhf_fast::linear_value_loss", mutates_args=())
 def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, old_values: Tensor | None, returns: Tensor,
              mask: Tensor | None, denominator: Tensor | None, clip_eps: float, wants_weight: bool,
              backend: str) -> list[Tensor]:  # fmt: skip
     outputs = _empty_outputs(hidden, wants_weight)
     IMPLS[backend](hidden, weight, bias, old_values, returns, mask, denominator, clip_eps, outputs)
     return outputs
-
-
-@_forward.register_fake
-def _(hidden, weight, bias, old_values, returns, mask, denominator, clip_eps, wants_weight, backend):
-    return _empty_outputs(hidden, wants_weight)
-
-
-# An op of its own, without a derivative: differentiating twice raises instead of taking c for a constant.
-@torch.library.custom_op("rlhf_fast::linear_value_loss_backward", mutates_args=())
-def _grad_hidden(coefficients: Tensor, scale: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale * coefficients (N,) x weight (D,), in `dtype`."""
-    gradient = weight.new_empty(coefficients.shape[0], weight.shape[0], dtype=dtype)
-    return torch.mul((coefficients * scale)[:, None], weight, out=gradient)
-
-
-@_grad_hidden.register_fake
-def _(coefficients, scale, weight, dtype):
-    return weight.new_empty(coefficients.shape[0], weight.shape[0], dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):
@@ -194,11 +177,21 @@ def _autograd(ctx, grads):
         return (None,) * 10
     scale, (wants_hidden, wants_weight, wants_bias) = grads[0] / means[1], ctx.needs_input_grad[:3]
     return (
-        _grad_hidden(coefficients, scale, weight, ctx.dtype) if wants_hidden else None,
+        _losses.scaled_gradient(weight.expand(coefficients.shape[0], -1), (coefficients * scale)[:, None], ctx.dtype)
+        if wants_hidden
+        else None,
         _losses.scaled_gradient(weight_sums, scale, weight_sums.dtype) if wants_weight else None,
         _losses.scaled_gradient(bias_sum, scale, bias_sum.dtype) if wants_bias else None,
         *(None,) * 7,
     )
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_run = _registered.op(
+    "linear_value_loss",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? old_values, Tensor returns, Tensor? mask, "
+    "Tensor? denominator, float clip_eps, bool wants_weight, str backend) -> Tensor[]",
+    _forward,
+    fake=lambda hidden, *others: _empty_outputs(hidden, others[-2]),
+    setup_context=_setup_context,
+    backward=_autograd,
+)

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
-from rlhf_fast.ops import _check, _losses
+from rlhf_fast.ops import _check, _losses, _registered
 
 METRICS = ("accuracy",)
 
@@ -74,25 +74,23 @@ def ranking_loss(
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     order, offsets, size, prompts = _groups(rewards, group_size, group_ids)
     _check.same_device(("rewards", rewards), ("ranks", ranks), ("group_ids", group_ids))
-    total = _losses.denominator_tensor(denominator, rewards)
-    total = prompts if total is None else total
+    total = prompts if denominator is None else _losses.denominator_tensor(denominator, rewards)
     name = resolve("ranking_loss", IMPLS, rewards.device, backend)
     if name == "reference":
         ids = torch.arange(rewards.shape[0], device=rewards.device) // size if group_ids is None else group_ids
         loss, accuracy = reference(rewards, ranks, ids, variant=variant)
-    else:
-        loss, accuracy, _ = torch.ops.rlhf_fast.ranking_loss(
-            rewards.contiguous(), ranks, order, offsets, size, variant, name
-        )
-    total = torch.where(total == 0, 1, total)  # no answer: every sum is 0
-    return loss / total, {"accuracy": (accuracy / total).detach()}
+        count = rewards.new_full((), rewards.shape[0] // max(size, 1), dtype=loss.dtype) if total is None else total
+        count = torch.where(count == 0, 1, count)  # no answer: every sum is 0
+        return loss / count, {"accuracy": (accuracy / count).detach()}
+    loss, accuracy, _ = _run(rewards.contiguous(), ranks, order, offsets, size, total, variant, name)
+    return loss, {"accuracy": accuracy.detach()}
 
 
 def _groups(
     rewards: Tensor, group_size: int | None, group_ids: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, int, Tensor]:
-    """(order, offsets, group_size, number of groups ()): order and offsets as in the kernels, None for a group_size."""
-    n, dtype = rewards.shape[0], _check.compute_dtype(rewards.dtype)
+) -> tuple[Tensor | None, Tensor | None, int, Tensor | None]:
+    """(order, offsets, group_size, number of groups ()), as in the kernels; with a group_size all others are None."""
+    n = rewards.shape[0]
     if (group_size is None) == (group_ids is None):
         given = "None" if group_ids is None else tuple(group_ids.shape)
         raise ValueError(
@@ -101,13 +99,14 @@ def _groups(
     if group_ids is None:
         if group_size is None or group_size < 1 or n % group_size != 0:
             raise ValueError(f"N must be a multiple of group_size >= 1, got N={n}, group_size={group_size}")
-        return None, None, group_size, rewards.new_full((), n // group_size, dtype=dtype)
+        return None, None, group_size, None
     _check.shaped("group_ids", group_ids, (n,), "(N,)")
     # As many groups as there could be, since their true number is known to the device alone; the last ones are empty.
     ids, order = _check.ids("group_ids", group_ids).sort(stable=True)
     first = torch.cat([ids.new_ones(min(1, n)), (ids[1:] != ids[:-1]).to(ids.dtype)])
     group = first.cumsum(0) - 1
-    return order, torch.searchsorted(group, torch.arange(n + 1, device=ids.device)), 0, first.sum().to(dtype)
+    offsets = torch.searchsorted(group, torch.arange(n + 1, device=ids.device))
+    return order, offsets, 0, first.sum().to(_check.compute_dtype(rewards.dtype))
 
 
 def reference(rewards: Tensor, ranks: Tensor, group_ids: Tensor, *, variant: str) -> tuple[Tensor, Tensor]:
@@ -139,47 +138,50 @@ def pairwise(gap: Tensor, worse: Tensor, tied: Tensor, pairs: Tensor) -> Tensor:
 VARIANTS = {"plackett_luce": plackett_luce, "breslow": breslow, "pairwise": pairwise}
 
 
-def _cpu(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int, variant: str,
-         outputs: list[Tensor]) -> None:  # fmt: skip
+def _group_count(rewards: Tensor, group_size: int) -> int:
+    """How many groups there could be: with ids, whose number only the device knows, as many as answers."""
+    return rewards.shape[0] // (group_size or 1)
+
+
+def _cpu(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int,
+         denominator: Tensor | None, variant: str, outputs: list[Tensor]) -> None:  # fmt: skip
     native().ranking_loss(
         variant, address(rewards), DTYPE_CODES[rewards.dtype], address(ranks), address(order), address(offsets),
-        group_size, outputs[0].shape[0], [address(x) for x in outputs], threads(),
+        group_size, _group_count(rewards, group_size), address(denominator), [address(x) for x in outputs], threads(),
     )  # fmt: skip
 
 
-def _triton(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int, variant: str,
-            outputs: list[Tensor]) -> None:  # fmt: skip
+def _triton(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int,
+            denominator: Tensor | None, variant: str, outputs: list[Tensor]) -> None:  # fmt: skip
     from rlhf_fast.kernels import ranking_loss as kernels
 
-    kernels.ranking_loss(rewards, ranks, order, offsets, group_size, variant, outputs)
+    loss, accuracy, gradient = outputs
+    groups = _group_count(rewards, group_size)
+    of_groups = gradient.new_empty(2, groups)
+    kernels.ranking_loss(rewards, ranks, order, offsets, group_size, variant, [*of_groups, gradient])
+    total = max(groups, 1) if denominator is None else torch.where(denominator == 0, 1, denominator)
+    for mean, parts in zip((loss, accuracy), of_groups, strict=True):
+        torch.div(parts.sum(), total, out=mean)
+    gradient.div_(total)
 
 
-# impl(rewards, ranks, order | None, offsets | None, group_size (0 with offsets), variant,
-#      outputs = [loss and accuracy of every group (G,), gradient (N,)])
+# impl(rewards, ranks, order | None, offsets | None, group_size (0 with offsets), denominator () | None for the number
+#      of groups, variant, outputs = [loss (), accuracy (), gradient (N,)])
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"ranking_loss": tuple(IMPLS)}
 
 
-@torch.library.custom_op("rlhf_fast::ranking_loss", mutates_args=())
-def _op(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int, variant: str,
-        backend: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(sum of the losses (), of the accuracies (), d sum of the losses / d rewards (N,))"""
+def _empty_outputs(rewards: Tensor) -> list[Tensor]:
+    """[loss (), accuracy (), d loss / d rewards (N,)]"""
     dtype = _check.compute_dtype(rewards.dtype)
-    groups = rewards.shape[0] // group_size if offsets is None else rewards.shape[0]
-    losses, accuracies = (rewards.new_empty(groups, dtype=dtype) for _ in range(2))
-    gradient = rewards.new_empty(rewards.shape, dtype=dtype)
-    IMPLS[backend](rewards, ranks, order, offsets, group_size, variant, [losses, accuracies, gradient])
-    return losses.sum(), accuracies.sum(), gradient
+    return [rewards.new_empty(shape, dtype=dtype) for shape in ((), (), rewards.shape)]
 
 
-@_op.register_fake
-def _(rewards, ranks, order, offsets, group_size, variant, backend):
-    dtype = _check.compute_dtype(rewards.dtype)
-    return (
-        rewards.new_empty((), dtype=dtype),
-        rewards.new_empty((), dtype=dtype),
-        rewards.new_empty(rewards.shape, dtype=dtype),
-    )
+def _forward(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int,
+             denominator: Tensor | None, variant: str, backend: str) -> list[Tensor]:  # fmt: skip
+    outputs = _empty_outputs(rewards)
+    IMPLS[backend](rewards, ranks, order, offsets, group_size, denominator, variant, outputs)
+    return outputs
 
 
 def _setup_context(ctx, inputs, output):
@@ -188,10 +190,18 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[2])
 
 
-def _backward(ctx, grad_loss, grad_accuracy, grad_gradient):
+def _backward(ctx, grads):
     (gradient,) = ctx.saved_tensors
-    result = None if grad_loss is None else _losses.scaled_gradient(gradient, grad_loss, ctx.dtype)
-    return result, None, None, None, None, None, None
+    result = None if grads[0] is None else _losses.scaled_gradient(gradient, grads[0], ctx.dtype)
+    return result, *(None,) * 7
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_run = _registered.op(
+    "ranking_loss",
+    "(Tensor rewards, Tensor ranks, Tensor? order, Tensor? offsets, SymInt group_size, Tensor? denominator, "
+    "str variant, str backend) -> Tensor[]",
+    _forward,
+    fake=lambda rewards, *_: _empty_outputs(rewards),
+    setup_context=_setup_context,
+    backward=_backward,
+)

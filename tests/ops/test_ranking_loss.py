@@ -148,7 +148,7 @@ def test_the_reference_is_differentiable_twice(variant):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_the_registered_op_passes_opcheck(backend):
-    args = (draw((6,), 1)[0].requires_grad_(), torch.arange(6), None, None, 3, "plackett_luce", backend)
+    args = (draw((6,), 1)[0].requires_grad_(), torch.arange(6), None, None, 3, None, "plackett_luce", backend)
     torch.library.opcheck(torch.ops.rlhf_fast.ranking_loss.default, args)
 
 
