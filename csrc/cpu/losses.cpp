@@ -70,8 +70,7 @@ template <typename F, typename C> RLHF_INLINE Terms<C> terms_of(const Elements<C
 }
 
 template <typename F, typename C>
-RLHF_INLINE void add(const Elements<C>& e, int64_t n, const C* p, C* __restrict first, C* __restrict second,
-                     Sums& sums) {
+RLHF_INLINE void add(const Elements<C>& e, int64_t n, const C* p, C* first, C* second, Sums& sums) {
   C loss = 0, count = 0, m0 = 0, m1 = 0, m2 = 0, m3 = 0;
 #pragma omp simd reduction(+ : loss, count, m0, m1, m2, m3)
   for (int64_t i = 0; i < n; ++i) {
@@ -96,14 +95,16 @@ template <typename C> using Add = void (*)(const Elements<C>&, int64_t, const C*
 template <typename C> Sums part(const Loss& op, int inputs, Add<C> add, int64_t begin, int64_t end) {
   C p[kParameters] = {};
   std::copy(op.parameters.begin(), op.parameters.end(), p);
-  C* coefficients[2] = {};
-  for (size_t k = 0; k < op.coefficients.size(); ++k) coefficients[k] = static_cast<C*>(op.coefficients[k]);
+  C unwanted[kBlock];
+  const auto coefficient = [&](size_t k, int64_t start) {
+    return k < op.coefficients.size() ? static_cast<C*>(op.coefficients[k]) + start : unwanted;
+  };
   Elements<C> e;
   Sums sums;
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t n = std::min(kBlock, end - start);
     fill(op, inputs, p, start, n, e);
-    add(e, n, p, coefficients[0] + start, coefficients[1] ? coefficients[1] + start : nullptr, sums);
+    add(e, n, p, coefficient(0, start), coefficient(1, start), sums);
   }
   return sums;
 }
@@ -134,7 +135,8 @@ template <typename C> void run(const Loss& op, int inputs, Add<C> add, int threa
   }                                                                                                                  \
   void run_##NAME(const Loss& op, int threads) {                                                                     \
     using F = __VA_ARGS__;                                                                                           \
-    if (op.inputs.size() != size_t(F::inputs) || op.coefficients.size() != size_t(F::coefficients) ||                \
+    const bool wanted = op.coefficients.size() > 0;                                                                  \
+    if (op.inputs.size() != size_t(F::inputs) || (wanted && op.coefficients.size() != size_t(F::coefficients)) ||    \
         op.parameters.size() > kParameters)                                                                          \
       throw std::invalid_argument("wrong number of inputs, outputs or parameters");                                  \
     if (op.is_double) run<double>(op, F::inputs, add<F, double>, threads);                                           \

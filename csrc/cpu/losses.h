@@ -18,7 +18,7 @@ struct Loss {
   int64_t rows, columns;
   bool is_double;      // whether everything below (and `denominator`) is double or float
   void *loss, *means;  // one number; four metrics and the denominator
-  std::vector<void*> coefficients;  // (rows, columns) each: d (loss * denominator) / d input k
+  std::vector<void*> coefficients;  // (rows, columns) each: d (loss * denominator) / d input k; or none at all
 };
 
 // Throws std::invalid_argument for an unknown variant.

@@ -113,7 +113,8 @@ def _elements_kernel(
             at = inputs[k] + row * strides[k][0] + column * strides[k][1]
             x += (tl.load(at, mask=counts, other=0.0).to(acc),)
         loss, g0, g1, m0, m1, m2, m3 = FUNCTION(x, p)
-        tl.store(coefficient0 + i, tl.where(counts, g0, 0.0), mask=inside)
+        if COEFFICIENTS > 0:
+            tl.store(coefficient0 + i, tl.where(counts, g0, 0.0), mask=inside)
         if COEFFICIENTS > 1:
             tl.store(coefficient1 + i, tl.where(counts, g1, 0.0), mask=inside)
         loss_sum += tl.where(counts, loss, 0.0)
@@ -158,16 +159,17 @@ def masked_loss(
     parameters: list[float],
     outputs: list[Tensor],
 ) -> None:
-    """Fills outputs = [loss (), means (5,), a gradient coefficient (rows, columns) per differentiable input]."""
+    """Fills outputs = [loss (), means (5,), a coefficient (rows, columns) per differentiable input, or none at all]."""
     function, count = VARIANTS[variant]
     loss, means, *coefficients = outputs
-    n, columns = coefficients[0].numel(), coefficients[0].shape[1]
+    n, columns = inputs[0].numel(), inputs[0].shape[1]
+    first, last = (coefficients[0], coefficients[-1]) if coefficients else (loss, loss)
     block = BLOCK if count <= 5 else BLOCK // 4
     programs = max(1, min(PARTS, triton.cdiv(n, block)))
     partials = means.new_empty(6, programs)
     inputs = inputs[:count]
     _elements_kernel[(programs,)](
-        tuple(inputs), tuple(x.stride() for x in inputs), mask, coefficients[0], coefficients[-1], partials,
+        tuple(inputs), tuple(x.stride() for x in inputs), mask, first, last, partials,
         *parameters, *[0.0] * (PARAMETERS - len(parameters)), n, columns,
         FUNCTION=function, COEFFICIENTS=len(coefficients), HAS_MASK=mask is not None, BLOCK=block,
     )  # fmt: skip

@@ -78,7 +78,7 @@ def mean(x: Tensor, mask: Tensor | None, denominator: Tensor | None) -> Tensor:
 
 def cpu(variant: str, inputs: list[Tensor], mask: Tensor | None, denominator: Tensor | None, parameters: list[float],
         outputs: list[Tensor]) -> None:  # fmt: skip
-    """Fills outputs = [loss (), means (5,), a gradient coefficient (rows, columns) per differentiable input]."""
+    """Fills outputs = [loss (), means (5,), a coefficient (rows, columns) per differentiable input, or none at all]."""
     planes = [(address(x), DTYPE_CODES[x.dtype], *x.stride()) for x in inputs]
     native().masked_loss(
         variant, planes, address(mask), address(denominator), parameters, *inputs[0].shape,
@@ -120,7 +120,7 @@ def register(op: str, impls: dict[str, Implementation], gradients: int) -> None:
     name = f"rlhf_fast::{op}"
 
     def compute(inputs: list[Tensor], mask: Tensor | None, denominator: Tensor | None, variant: str,
-                parameters: list[float], backend: str) -> list[Tensor]:  # fmt: skip
+                parameters: list[float], backend: str, *, gradients: int = gradients) -> list[Tensor]:  # fmt: skip
         outputs = empty_outputs(inputs, gradients)
         impls[backend](variant, inputs, mask, denominator, parameters, outputs)
         return outputs
@@ -180,10 +180,12 @@ def call(
     """Runs ``rlhf_fast::<op>``: the loss, and its metrics by name (0-d, detached)."""
     mask = None if mask is None else plane(mask)
     planes, others = [plane(x) for x in inputs], (mask, denominator, variant, list(parameters), backend)
-    if only_autograd_looks(planes):  # the dispatcher, twice, would take as long as the kernel
+    if not only_autograd_looks(planes):  # the dispatcher, twice, would take as long as the kernel
+        loss, means, *_ = getattr(torch.ops.rlhf_fast, op)(planes, *others)
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in planes):
         loss, means, *_ = _Differentiable.apply(_COMPUTE[op], others, *planes)
     else:
-        loss, means, *_ = getattr(torch.ops.rlhf_fast, op)(planes, *others)
+        loss, means = _COMPUTE[op](planes, *others, gradients=0)
     return loss, dict(zip(metrics, means.unbind(0), strict=False))
 
 
