@@ -43,21 +43,28 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:
     """(step, state) of one checkpoint; UserError when it is incomplete or its checksum is wrong."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        step, expected = manifest["step"], manifest["sha256"]
         found = _sha256(path / "state.pt")
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"checkpoint {path} is incomplete: {error}") from None
-    if found != manifest["sha256"]:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {path} is incomplete: {error!r}") from None
+    if found != expected:
         raise UserError(f"checkpoint {path} is damaged: its checksum does not match")
-    return manifest["step"], torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return step, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
 
 def newest_good_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, telling on stderr which ones were skipped; None when there is none."""
-    for path in list_checkpoints(folder):
+    """The newest checkpoint that is whole, telling on stderr which ones were skipped; None when there is none at all.
+
+    UserError when there are some and each is damaged: to start anew is for the user to say.
+    """
+    paths = list_checkpoints(folder)
+    for path in paths:
         try:
             return load_checkpoint(path)
         except UserError as error:
-            print(f"warning: {error}; trying the one before", file=sys.stderr)
+            print(f"warning: {error}", file=sys.stderr)
+    if paths:
+        raise UserError(f"no checkpoint in {folder} is whole; --overwrite starts again")
     return None
 
 

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
-from rlhf_fast.training.config import Config
+from rlhf_fast.training.config import Config, read_yaml
 from rlhf_fast.training.job import Job, capture, restore
 
 CONFIG_FILE = "config.yaml"
@@ -60,12 +60,12 @@ def claim_folder(folder: Path, values: dict[str, Any], *, resume: bool, overwrit
     check_folder(folder, resume=resume, overwrite=overwrite)
     path = folder / CONFIG_FILE
     if resume and path.is_file():
-        _check_same(yaml.safe_load(path.read_text(encoding="utf-8")), values, path)
+        _check_same(read_yaml(path), values, path)
     try:
         if overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        _replace(path, yaml.safe_dump(values, sort_keys=False))
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
 
@@ -190,7 +190,14 @@ def _forget_after(path: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+    _replace(path, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Give the file another content; a kill leaves the old one or the new one, never a part."""
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)
 
 
 def _append(path: Path, values: dict[str, Any]) -> None:
@@ -206,4 +213,4 @@ def _tensorboard(folder: Path, start: int) -> Any:
 
 def write_summary(folder: Path) -> None:
     """summary.json: the last evaluation. Its presence says that the run finished."""
-    (folder / "summary.json").write_text(json.dumps(read_jsonl(folder / "eval.jsonl")[-1], indent=1) + "\n")
+    _replace(folder / "summary.json", json.dumps(read_jsonl(folder / "eval.jsonl")[-1], indent=1) + "\n")

@@ -26,7 +26,7 @@ def test_what_was_saved_comes_back(tmp_path):
     assert state["x"].tolist() == [4.0, 4.0, 4.0]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "no manifest"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no manifest", "empty manifest"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before_and_said_so(tmp_path, capsys, damage):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
@@ -36,8 +36,10 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_and_said_so(tmp_path
     elif damage == "flip":
         data[len(data) // 2] ^= 1
         (newest / "state.pt").write_bytes(data)
-    else:
+    elif damage == "no manifest":
         (newest / "manifest.json").unlink()
+    else:
+        (newest / "manifest.json").write_text("{}")
     found = newest_good_checkpoint(tmp_path)
     assert found is not None
     assert found[0] == 1
@@ -59,6 +61,12 @@ def test_a_kill_while_writing_leaves_the_older_one(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-1"]
     assert save(tmp_path, 2).name == "step-2"
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again_by_itself(tmp_path):
+    (save(tmp_path, 1) / "state.pt").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole; --overwrite starts again"):
+        newest_good_checkpoint(tmp_path)
 
 
 def test_no_checkpoint_is_none(tmp_path):

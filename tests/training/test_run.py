@@ -30,6 +30,33 @@ def test_metrics_of_an_interrupted_run_are_cut_at_its_checkpoint(tmp_path):
     assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3]
 
 
+def test_a_kill_while_a_run_is_resumed_loses_neither_its_config_nor_its_metrics(tmp_path, monkeypatch):
+    config = config_of("sft", output_dir=str(tmp_path / "run"), steps=1)
+    with Run(config, job_of(config), resume=None, overwrite=False) as run:
+        for step in run.steps():
+            run.log(step, {"loss": 1.0}, tokens=1)
+    names = ("config.yaml", "metrics.jsonl")
+    before = [(tmp_path / "run" / name).read_text() for name in names]
+
+    def killed(path, text, **options):
+        path.write_bytes(b"")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Run(config.model_copy(update={"steps": 2}), job_of(config), resume="auto", overwrite=False)
+    monkeypatch.undo()
+    assert [(tmp_path / "run" / name).read_text() for name in names] == before
+
+
+def test_a_damaged_config_of_a_run_is_one_line(tmp_path):
+    config = config_of("sft", output_dir=str(tmp_path / "run"), steps=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"run/config\.yaml must hold `key: value` lines"):
+        Run(config, job_of(config), resume="auto", overwrite=False)
+
+
 def test_tensorboard_gets_the_metrics(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = config_of("sft", output_dir=str(tmp_path / "run"), report_to="tensorboard")
