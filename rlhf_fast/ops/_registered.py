@@ -7,13 +7,19 @@ itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from rlhf_fast.ops._losses import only_autograd_looks
+
+def only_autograd_looks(tensors: Iterable[Any]) -> bool:
+    """Whether no compiler, mode or tensor subclass is there, which must see the registered op."""
+    plain = all(type(x) is Tensor or type(x) is Parameter for x in tensors if isinstance(x, Tensor))
+    return plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
 
 
 def op(
@@ -24,11 +30,13 @@ def op(
     fake: Callable[..., list[Tensor]],
     setup_context: Callable[[Any, tuple[Any, ...], list[Tensor]], None],
     backward: Callable[[Any, tuple[Tensor | None, ...]], tuple[Tensor | None, ...]],
+    without_gradient: Callable[..., list[Tensor]] | None = None,
 ) -> Callable[..., list[Tensor]]:
     """Registers ``rlhf_fast::<name>`` of `schema` ("(arguments) -> Tensor[]") and returns how to call it.
 
     compute, fake: the arguments -> the results, and empty ones of their shapes. setup_context(ctx, arguments, results)
     and backward(ctx, gradients of the results) -> those of the arguments: as torch.library.register_autograd has them.
+    without_gradient: the computation of an eager call where no argument requires a gradient; `compute` by default.
     """
 
     class Differentiable(torch.autograd.Function):
@@ -56,9 +64,10 @@ def op(
     torch.library.register_fake(qualified)(fake)
 
     def call(*arguments: Any) -> list[Tensor]:
-        if not only_autograd_looks(x for x in arguments if isinstance(x, Tensor)):
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if not only_autograd_looks(tensors):
             return registered(*arguments)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return Differentiable.apply(*arguments, compute)
         return compute(*arguments)
 

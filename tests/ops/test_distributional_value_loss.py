@@ -108,6 +108,24 @@ def test_large_and_forbidden_logits_stay_finite(backend):
     assert got["gradient"][1, 2].item() == 0
 
 
+@pytest.mark.parametrize("sigma", [0.3, 40.0])
+def test_targets_are_never_negative_and_keep_their_digits(sigma):
+    # With equal logits the gradient is 1 / K - target.
+    returns = torch.linspace(-2.5, 3.5, 4001)
+    got = run(torch.zeros(4001, 300), returns, sigma=sigma, backend="cpu", denominator=1.0)["gradient"]
+    exact = run(torch.zeros(4001, 300, dtype=torch.float64), returns.double(), sigma=sigma, denominator=1.0)["gradient"]
+    assert (1 / 300 - got).min() > -1e-9
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_return_that_is_no_number_gives_a_loss_that_is_none(backend):
+    got = run(*inputs_of((3,), 7)[:1], torch.tensor([0.0, math.nan, 1.0]), backend=backend)
+    assert got["loss"].isnan()
+    assert got["gradient"][1].isnan().all()
+    assert got["gradient"][0].isfinite().all()
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_strided_logits_give_the_bits_of_contiguous_ones(backend):
     logits, returns = inputs_of((5, 8), 6)

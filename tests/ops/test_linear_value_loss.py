@@ -123,6 +123,23 @@ def test_more_rows_than_partial_sums(backend):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("counted", range(9))
+def test_rows_are_taken_together_whatever_the_mask_leaves_of_them(counted):
+    inputs = draw((9,), 37, torch.float64)
+    options = {"mask": torch.randperm(9, generator=torch.Generator().manual_seed(2)) < counted, "clip_eps": 0.2}
+    got, expected = run(inputs, **options, backend="cpu"), run(inputs, **options, backend="reference")
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_the_number_of_threads_changes_no_bit(monkeypatch):
+    inputs, found = draw((1200,), 577), []  # more than one thread takes alone
+    for threads in (1, 3):
+        monkeypatch.setattr("rlhf_fast.ops.linear_value_loss.threads", lambda n=threads: n)
+        found.append(run(inputs, backend="cpu"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_frozen_head_gets_no_gradient(backend):
     hidden, weight, _, _, returns = draw((4,), 3)

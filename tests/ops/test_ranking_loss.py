@@ -146,6 +146,26 @@ def test_the_reference_is_differentiable_twice(variant):
     assert torch.autograd.gradgradcheck(lambda r: reference(r, ranks, ids, variant=variant)[0], (rewards,))
 
 
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_prompts_of_any_number_of_answers_do_not_pull_each_other(variant):
+    ids, ranks = ragged(2000)
+    rewards = draw((2000,), 1)[0]
+    alone = torch.empty(2000)
+    for name in ids.unique():
+        mine = ids == name
+        alone[mine] = run(rewards[mine], ranks[mine], variant=variant, backend="cpu")["gradient 0"] / len(ids.unique())
+    found = run(rewards, ranks, group_ids=ids, variant=variant, backend="cpu")["gradient 0"]
+    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-8)
+
+
+def test_the_number_of_threads_changes_no_bit(monkeypatch):
+    rewards, ranks, found = draw((9600,), 1)[0], torch.arange(9600) * 7 % 5, []
+    for threads in (1, 3):
+        monkeypatch.setattr("rlhf_fast.ops.ranking_loss.threads", lambda n=threads: n)
+        found.append(run(rewards, ranks, group_size=8, backend="cpu"))
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_the_registered_op_passes_opcheck(backend):
     args = (draw((6,), 1)[0].requires_grad_(), torch.arange(6), None, None, 3, None, "plackett_luce", backend)
