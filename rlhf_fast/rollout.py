@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_fast.data.batches import Batch, pad_batch
 from rlhf_fast.data.encoding import Example, Prompt, pad_id
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 
 
@@ -75,6 +76,16 @@ def roll_out(
     )
 
 
+def _before_head(head: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """The prompts' last hidden states are a strided slice, for which a CPU product copies the head once per row.
+
+    Sampling from NaN would end in an error of torch's own and, on a GPU, take the process's device with it.
+    """
+    if not inputs[0].isfinite().all():
+        raise UserError("the policy's hidden states are not finite: a lower learning_rate, or a model without NaN")
+    return (inputs[0].contiguous(),)
+
+
 def _generate(
     backbone: Backbone, prompts: Sequence[Prompt], settings: GenerationConfig, stops: Sequence[int]
 ) -> list[list[int]]:
@@ -84,9 +95,7 @@ def _generate(
     pad = settings.pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
-    # The prompts' last hidden states are a strided slice, for which a CPU product copies the head once per row.
-    head = backbone.model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    hook = backbone.model.get_output_embeddings().register_forward_pre_hook(_before_head)
     try:
         with backbone.using("policy"):
             tokens = backbone.model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)

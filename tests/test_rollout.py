@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from rlhf_fast.data.encoding import Prompt
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.tiny import tiny
 from rlhf_fast.rollout import roll_out, stop_ids
@@ -45,6 +46,14 @@ def test_a_completion_ends_with_its_first_eos_and_the_mask_marks_just_it(backbon
     assert batch.input_ids.tolist() == [[257, 97, 97, EOS, *[PAD] * 4], [257, 98, 99, 100, 100, 101, 102, 103]]
     assert batch.mask.tolist() == [[0, 0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]
     assert batch.attention_mask.sum(1).tolist() == [4, 8]
+
+
+def test_a_policy_without_finite_hidden_states_is_one_line(backbone, tokenizer):
+    with torch.no_grad():
+        for parameter in backbone.parameters_of("policy"):
+            parameter.fill_(float("nan"))
+    with pytest.raises(UserError, match="hidden states are not finite: a lower learning_rate"):
+        roll_out(backbone, tokenizer, prompts("a"), max_new_tokens=2)
 
 
 def test_an_immediate_eos_is_an_empty_completion_of_one_token(backbone, tokenizer):
