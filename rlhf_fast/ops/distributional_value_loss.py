@@ -11,8 +11,8 @@ its mean the value. A return R, moved into [v_min, v_max], becomes the histogram
 The classes are ordered, the scale of the returns does not reach the gradient, and v_min and v_max bound the value.
 Computed in float32 (float64 for float64), relative to the maximal logit; behind the mask nothing is read.
 
-Cost per token: K s bytes read, 4 K written (the gradient before the denominator, which backward scales), about 30 K
-FLOPs, most of them in erf.
+Cost per token: K s bytes read, 4 K written (the gradient, which backward scales; on the CPU it is the result where the
+upstream gradient is 1), about 30 K FLOPs, most of them in erf.
 
 Sources: HL-Gauss, Imani & White 2018 (arXiv 1806.04613, section 3.1); for values in reinforcement learning, with
 sigma = 0.75 bins, Farebrother et al. 2024, "Stop Regressing" (arXiv 2403.03950, eq. 1 and section 3.1).

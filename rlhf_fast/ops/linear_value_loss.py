@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads, without_autocast
@@ -69,7 +70,7 @@ def linear_value_loss(
     loss, means, values, *_ = _run(
         rows if rows.stride(1) == 1 else rows.contiguous(), weight.reshape(-1).to(dtype),
         None if bias is None else bias.reshape(()).to(dtype), old, target, None if mask is None else mask.view(-1),
-        total, clip_eps or 0.0, weight.requires_grad, name,
+        total, clip_eps or 0.0, weight.requires_grad and torch.is_grad_enabled(), name,
     )  # fmt: skip
     return loss, values.detach().view(shape), {"clip_fraction": means.detach()[0]}
 
