@@ -8,7 +8,7 @@ the same route again. Source of the method: LoRA, Hu et al., arXiv 2106.09685.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.backends import resolve
 from rlhf_fast.models.architecture import linear_shape
 from rlhf_fast.models.quantized import is_quantized
-from rlhf_fast.ops.lora_linear import Adapter, lora_linear
+from rlhf_fast.ops.lora_linear import IMPLS, Adapter, lora_linear, may_prepare, prepare
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,20 @@ class LoRA:
         named = {"lora_A.weight": self.a, "lora_B.weight": self.b}
         return named if self.magnitude is None else {**named, "lora_magnitude_vector": self.magnitude}
 
+    @property
+    def adapter(self) -> Adapter:
+        return Adapter(self.a, self.b, self.shape.scale, self.magnitude)
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Where and in which form the values lie, and the scale: all of a pair that a prepared call depends on."""
+        a, b, m = self.a, self.b, self.magnitude
+        pair = (a.data_ptr(), a.dtype, a.shape, a.stride(), b.data_ptr(), b.dtype, b.shape, b.stride())
+        return (self.shape, *pair, None if m is None else m.data_ptr())
+
+
+Prepared = Callable[[Tensor, Tensor | None], Tensor]  # (x, weight): see LoRALinear
+
 
 class LoRALinear:
     """The forward of an `nn.Linear` or Conv1D that has adapters.
@@ -103,6 +118,7 @@ class LoRALinear:
         self.base_forward = base.forward
         self.quantized = is_quantized(base)
         self.bank: dict[str, LoRA] = {}
+        self._last: tuple[object, Prepared | None] = (None, None)  # the last key, and what it prepared
         base.forward = self  # type: ignore[assignment, method-assign]
 
     @property
@@ -123,25 +139,52 @@ class LoRALinear:
         route = _ROUTE.get()
         if route is None:
             return self.base_forward(x)
-        index: dict[str, int] = {}
-        for name in route.adapters:
-            if name is not None and name in self.bank:
-                index.setdefault(name, len(index))
-        if not index:
+        if route.dropout_seed is not None or not may_prepare(x):
+            return self._adapted(x, route)
+        places = [self.bank[name].place if name in self.bank else None for name in route.adapters]
+        if not any(places):
             return self.base_forward(x)
-        pairs = [self.bank[name] for name in index]
-        bank = [Adapter(pair.a, pair.b, pair.shape.scale, pair.magnitude) for pair in pairs]
-        rows = self._segment_rows(x, route)
-        segments = [(index.get(name, -1) if name else -1, rows) for name in route.adapters]
+        # While tokens are generated each call is like the last, and finding out what to do takes longer than doing it.
+        weight = None if self.quantized else self.weight
+        backend = resolve("lora_linear", IMPLS, x.device)
+        key = (route, x.shape, x.dtype, x.device, weight is not None and weight.shape, backend, places)
+        last, call = self._last
+        if call is not None and key == last:
+            return call(x, weight)
+        y = self._adapted(x, route)  # with all checks
+        self._last = (key, self._prepared(x, weight, route, backend))
+        return y
+
+    def _adapted(self, x: Tensor, route: Route) -> Tensor:
+        pairs, segments = self._layout(x, route)
+        if not pairs:
+            return self.base_forward(x)
         dropout, seed = 0.0, None
         if route.dropout_seed is not None:
-            dropout, *others = {pair.shape.dropout for pair in pairs}
+            dropout, *others = {pair.shape.dropout for pair in pairs.values()}
             if others:
-                raise ValueError(f"the adapters {list(index)} of one forward must have the same dropout")
+                raise ValueError(f"the adapters {list(pairs)} of one forward must have the same dropout")
             seed = route.dropout_seed * DROPOUT_STREAMS + self.stream
+        bank = [pair.adapter for pair in pairs.values()]
         if self.quantized:
             return self.base_forward(x) + lora_linear(x, None, bank, segments, dropout=dropout, seed=seed)
         return lora_linear(x, self.weight, bank, segments, bias=self.bias, dropout=dropout, seed=seed)
+
+    def _prepared(self, x: Tensor, weight: Tensor | None, route: Route, backend: str) -> Prepared:
+        """`_adapted` for all x that have the key of this one."""
+        pairs, segments = self._layout(x, route)
+        call = prepare(x, weight, [pair.adapter for pair in pairs.values()], segments, backend)
+        if weight is None:
+            return lambda x, weight: self.base_forward(x) + call(x, None, None)
+        return lambda x, weight: call(x, weight, self.bias)
+
+    def _layout(self, x: Tensor, route: Route) -> tuple[dict[str, LoRA], list[tuple[int, int]]]:
+        """The adapters of the route that this linear has, and the segments with their places among them."""
+        pairs = {name: self.bank[name] for name in route.adapters if name is not None and name in self.bank}
+        if not pairs:
+            return pairs, []
+        rows, order = self._segment_rows(x, route), {name: i for i, name in enumerate(pairs)}
+        return pairs, [(order.get(name, -1) if name else -1, rows) for name in route.adapters]
 
     def _segment_rows(self, x: Tensor, route: Route) -> int:
         rows = x.numel() // x.shape[-1]
@@ -175,8 +218,9 @@ class LoRALinear:
         b = torch.zeros(out_features, shape.rank, dtype=dtype, device=device)
         magnitude = None
         if shape.use_dora:
-            norms = torch.linalg.vector_norm(self.weight.detach(), dim=1, dtype=torch.float32).to(dtype)
-            magnitude = nn.Parameter(norms, requires_grad=trainable)
+            weight = self.weight.detach()
+            norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+            magnitude = nn.Parameter(norms.to(dtype), requires_grad=trainable)
         pair = LoRA(
             nn.Parameter(a, requires_grad=trainable), nn.Parameter(b, requires_grad=trainable), shape, magnitude
         )

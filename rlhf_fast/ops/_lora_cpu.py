@@ -6,6 +6,7 @@ Native kernels where they win, PyTorch's products otherwise. A span is (adapter,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from rlhf_fast.backends import DTYPE_CODES, address, native, threads
 
 Spans = list[tuple[int, int, int]]
 Dropout = tuple[int, Tensor] | None  # (threshold, seed)
+NativeBank = list[tuple[tuple[int, int, int, int], int, float]]  # (address, type, strides), rank, scale
 
 # (rank, rows) up to which the native kernels run, PyTorch's products past either. Measured on one thread of a CPU with
 # AVX-512 and its bfloat16 products, layers of 576 and 1536, shrink and expand together: PyTorch's time is, of the
@@ -34,8 +36,7 @@ def shrink(x: Tensor, downs: list[Tensor], spans: Spans, dropout: Dropout, h: Te
     x = _dropped(x, dropout)
     if _is_native(h):
         x = x if x.stride(1) == 1 else x.contiguous()
-        bank = [((address(a), DTYPE_CODES[a.dtype], *a.stride()), a.shape[0], 1.0) for a in downs]
-        native().lora_shrink(*_native_arguments(x, h), bank, spans, threads())
+        native().lora_shrink(*_native_arguments(x, h), _native_downs(downs), spans, threads())
         return
     for i, start, stop in spans:  # not `out=`: torch 2.9 takes the stride of a bfloat16 column (rank 1) for 1
         h[start:stop, : downs[i].shape[0]] = x[start:stop] @ downs[i].to(x.dtype).t()
@@ -52,11 +53,7 @@ def expand(h: Tensor, ups: list[Tensor], scales: list[float], spans: Spans, drop
         y += _dropped(delta, dropout)
         return
     if _is_native(h):
-        bank = [
-            ((address(b), DTYPE_CODES[b.dtype], b.stride(1), b.stride(0)), b.shape[1], scale)  # B^T
-            for b, scale in zip(ups, scales, strict=True)
-        ]
-        native().lora_expand(*_native_arguments(y, h), bank, spans, threads())
+        native().lora_expand(*_native_arguments(y, h), _native_ups(ups, scales), spans, threads())
     else:
         for i, start, stop in spans:
             y[start:stop].addmm_(h[start:stop, : ups[i].shape[1]], ups[i].to(y.dtype).t(), alpha=scales[i])
@@ -71,6 +68,26 @@ def expand(h: Tensor, ups: list[Tensor], scales: list[float], spans: Spans, drop
         part *= factors[i]
         if bias is not None:
             part += bias
+
+
+def prepare(
+    x: Tensor, outer: int, downs: list[Tensor], ups: list[Tensor], scales: list[float], spans: Spans
+) -> Callable[[Tensor, Tensor], None] | None:
+    """f(x, y): shrink x (..., in), then expand into y (..., outer), both contiguous, without dropout; None where the
+    native kernels do not run. For any x of this shape and type while the adapters stay where they are."""
+    rows, rank = x.shape[:-1].numel(), max((down.shape[0] for down in downs), default=0)
+    if not _is_native(x.new_empty(rows, rank)):
+        return None
+    code, lora_shrink, lora_expand = DTYPE_CODES[x.dtype], native().lora_shrink, native().lora_expand
+    down_sizes, up_sizes = (x.shape[-1], x.shape[-1], rank), (outer, outer, rank)
+    down_bank, up_bank = _native_downs(downs), _native_ups(ups, scales)
+
+    def add(x: Tensor, y: Tensor) -> None:
+        h = x.new_empty(rows, rank)
+        lora_shrink(x.data_ptr(), h.data_ptr(), code, down_sizes, down_bank, spans, threads())
+        lora_expand(y.data_ptr(), h.data_ptr(), code, up_sizes, up_bank, spans, threads())
+
+    return add
 
 
 def gradients(narrow: Tensor, wide: Tensor, ranks: list[int], scales: list[float], spans: Spans, dropout: Dropout,
@@ -110,6 +127,17 @@ def magnitude_backward(
 def _is_native(h: Tensor) -> bool:
     rank, rows = NATIVE_LIMITS[h.dtype]
     return h.shape[1] <= rank and h.shape[0] <= rows
+
+
+def _native_downs(downs: list[Tensor]) -> NativeBank:
+    return [((address(a), DTYPE_CODES[a.dtype], a.stride(0), a.stride(1)), a.shape[0], 1.0) for a in downs]
+
+
+def _native_ups(ups: list[Tensor], scales: list[float]) -> NativeBank:
+    return [
+        ((address(b), DTYPE_CODES[b.dtype], b.stride(1), b.stride(0)), b.shape[1], scale)  # B^T
+        for b, scale in zip(ups, scales, strict=True)
+    ]
 
 
 def _native_arguments(wide: Tensor, h: Tensor) -> tuple[int, int, int, tuple[int, int, int]]:

@@ -45,7 +45,7 @@ Salmon et al. 2011.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -56,6 +56,7 @@ from torch import Tensor
 from rlhf_fast.backends import custom_op, resolve, without_autocast
 from rlhf_fast.ops import _check
 from rlhf_fast.ops._philox import philox
+from rlhf_fast.ops._registered import only_autograd_looks
 
 
 class Adapter(NamedTuple):
@@ -71,6 +72,7 @@ class Adapter(NamedTuple):
     magnitude: Tensor | None = None
 
 
+Layout = tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[float], list[int]]
 Entry = Adapter | tuple[Tensor, Tensor, float] | tuple[Tensor, Tensor, float, Tensor | None]
 
 
@@ -103,20 +105,53 @@ def lora_linear(
     name = resolve("lora_linear", IMPLS, x.device, backend)
     if name == "reference":
         return reference(x, weight, adapters, segments, bias=bias, dropout=dropout, seed=noise)
-    downs, ups, scales = [a.a for a in adapters], [a.b for a in adapters], [float(a.scale) for a in adapters]
-    owners = [i for i, adapter in enumerate(adapters) if adapter.magnitude is not None]
-    magnitudes = [a.magnitude for a in adapters if a.magnitude is not None]
-    spans = [number for segment in segments for number in segment]
-    # While tokens are generated the products are small and the way through the dispatcher is most of the cost.
+    downs, ups, magnitudes, *_ = layout = _layout(adapters, segments)
     differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, *downs, *ups, *magnitudes)
     )
-    run = torch.ops.rlhf_fast.lora_linear if differentiable or torch.compiler.is_compiling() else _run
+    # The way through the dispatcher costs more than small products, but whoever else looks must find the op there.
+    run = _eager if not differentiable and only_autograd_looks((x, *downs, *ups)) else torch.ops.rlhf_fast.lora_linear
     y = run(
-        x.reshape(rows, -1), weight, bias, downs, ups, magnitudes, owners, scales, spans, dropout, noise,
+        x.reshape(rows, -1), weight, bias, *layout, dropout, noise,
         differentiable and any(m.requires_grad for m in magnitudes), name,
     )[0]  # fmt: skip
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def may_prepare(x: Tensor) -> bool:
+    """Whether what `prepare` makes may take x now: contiguous, no gradient, autocast, compiler, mode or subclass."""
+    if torch.is_grad_enabled() or not x.is_contiguous() or not only_autograd_looks((x,)):
+        return False
+    device = x.device.type
+    return device != "meta" and not torch.is_autocast_enabled(device)
+
+
+def prepare(
+    x: Tensor, weight: Tensor | None, bank: Sequence[Entry], segments: Sequence[tuple[int, int]], backend: str
+) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+    """f(x, weight, bias): lora_linear without dropout and gradient, its checks and its tables of adapters made before.
+
+    For arguments that lora_linear has taken, with the backend that it resolved. f serves as long as x and weight keep
+    their shapes, types and device and the tensors of the bank their addresses, types, shapes and strides; what they
+    hold may change. While tokens are generated, what it leaves out takes longer than the products.
+    """
+    adapters = [Adapter(*entry) for entry in bank]
+    downs, ups, magnitudes, _, scales, segment_list = layout = _layout(adapters, segments)
+    if backend == "reference" or not only_autograd_looks((*downs, *ups)):
+        return lambda x, weight, bias: lora_linear(x, weight, adapters, segments, bias=bias, backend=backend)
+    rows, outer = x.shape[:-1].numel(), (ups[0] if weight is None else weight).shape[0]
+    shape = (*x.shape[:-1], outer)
+    add = None if backend != "cpu" or magnitudes else _cpu().prepare(x, outer, downs, ups, scales, _spans(segment_list))
+    if add is None:
+        rest = (*layout, 0.0, None, False, backend)
+        return lambda x, weight, bias: _run(x.view(rows, -1), weight, bias, *rest)[0].view(shape)
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = x.new_zeros(shape) if weight is None else F.linear(x, weight, bias)
+        add(x, y)
+        return y
+
+    return run
 
 
 @without_autocast
@@ -149,6 +184,14 @@ def reference(
         y = (magnitude.to(dtype) / norm).to(x.dtype) * (F.linear(part, base) + delta)
         parts.append(y if bias is None else y + bias)
     return torch.cat(parts).view(*x.shape[:-1], base.shape[0])
+
+
+def _layout(adapters: Sequence[Adapter], segments: Sequence[tuple[int, int]]) -> Layout:
+    """What the op takes in their place; see `_run`."""
+    owners = [i for i, adapter in enumerate(adapters) if adapter.magnitude is not None]
+    magnitudes = [a.magnitude for a in adapters if a.magnitude is not None]
+    downs, ups, scales = [a.a for a in adapters], [a.b for a in adapters], [float(a.scale) for a in adapters]
+    return downs, ups, magnitudes, owners, scales, [number for segment in segments for number in segment]
 
 
 def _threshold(dropout: float) -> int:
@@ -294,6 +337,7 @@ def _run(x: Tensor, weight: Tensor | None, bias: Tensor | None, downs: list[Tens
     return [y, h, unscaled, norms]
 
 
+_eager = without_autocast(_run)
 _forward = custom_op("rlhf_fast::lora_linear")(_run)
 
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast import Adapter, lora_linear
@@ -460,6 +461,25 @@ def test_an_empty_bank_is_the_base_layer_with_its_gradients(backend):
     assert torch.equal(y, F.linear(x, weight, bias))
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, weight.sum(0).expand(37, 33))
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_autocast_changes_nothing(grad):
+    x, weight, bias, bank = make_inputs(torch.float32)
+    with torch.set_grad_enabled(grad):
+        expected = lora_linear(x, weight, bank, [(0, 37)], bias=bias, backend="cpu")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = lora_linear(x, weight, bank, [(0, 37)], bias=bias, backend="cpu")
+    assert torch.equal(found, expected)
+
+
+def test_without_gradients_tensors_without_memory_reach_the_registered_op():
+    x, weight, _, bank = make_inputs(torch.float32)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x, weight, down, up = map(mode.from_tensor, (x, weight, *bank[0][:2]))
+        y = lora_linear(x, weight, [(down, up, 2.0)], [(0, 37)], backend="cpu")
+    assert isinstance(y, FakeTensor)
+    assert y.shape == (37, 21)
 
 
 def test_compiles_without_graph_breaks():
