@@ -7,16 +7,15 @@ Triton. The sums are made in two stages over partial sums whose number depends o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, prefer_huge_pages, threads
-from rlhf_fast.ops import _check
+from rlhf_fast.ops import _check, _registered
 
 Implementation = Callable[[str, list[Tensor], Tensor | None, Tensor | None, list[float], list[Tensor]], None]
 
@@ -103,73 +102,52 @@ def empty_outputs(inputs: Sequence[Tensor], gradients: int) -> list[Tensor]:
     return [new((), dtype=dtype), new((5,), dtype=dtype), *coefficients]
 
 
-# Defined by its schema, with an autograd.Function of its own: a torch.library.custom_op walks lists of tensors in
-# Python at every call, which takes longer than the kernel.
-_SCHEMA = (
-    "(Tensor[] inputs, Tensor? mask, Tensor? denominator, str variant, float[] parameters, str backend) -> Tensor[]"
-)
-_COMPUTE: dict[str, Callable[..., list[Tensor]]] = {}
+def register(op: str, impls: dict[str, Implementation], *, inputs: int, gradients: int) -> Callable[..., list[Tensor]]:
+    """Registers ``rlhf_fast::<op>``, which differentiates the first `gradients` of its inputs, and returns its call.
 
-
-def register(op: str, impls: dict[str, Implementation], gradients: int) -> None:
-    """Registers ``rlhf_fast::<op>``, which differentiates the first `gradients` of its inputs.
-
-    (inputs [(rows, columns)], mask, denominator, variant, parameters, backend)
+    (`inputs` tensors (rows, columns) or None, mask, denominator, variant, parameters, backend)
         -> [loss (), means (5,): four metrics and the denominator, a coefficient (rows, columns) per gradient]
     """
-    name = f"rlhf_fast::{op}"
 
-    def compute(inputs: list[Tensor], mask: Tensor | None, denominator: Tensor | None, variant: str,
-                parameters: list[float], backend: str, *, gradients: int = gradients) -> list[Tensor]:  # fmt: skip
-        outputs = empty_outputs(inputs, gradients)
-        impls[backend](variant, inputs, mask, denominator, parameters, outputs)
+    def compute(*arguments: Any, gradients: int = gradients) -> list[Tensor]:
+        planes = [x for x in arguments[:inputs] if x is not None]
+        mask, denominator, variant, parameters, backend = arguments[inputs:]
+        outputs = empty_outputs(planes, gradients)
+        impls[backend](variant, planes, mask, denominator, parameters, outputs)
         return outputs
 
-    def below_autograd(*arguments: Any) -> list[Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.rlhf_fast, op)(*arguments)
-
-    def differentiable(inputs: list[Tensor], *others: Any) -> list[Tensor]:
-        return list(_Differentiable.apply(below_autograd, others, *inputs))
-
-    torch.library.define(name, _SCHEMA)
-    torch.library.impl(name, "CompositeExplicitAutograd", compute)
-    torch.library.impl(name, "Autograd", differentiable)
-    torch.library.register_fake(name, lambda inputs, *_: empty_outputs(inputs, gradients))
-    _COMPUTE[op] = compute
-
-
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, compute, others, *inputs):
-        loss, means, *coefficients = compute(list(inputs), *others)
+    def setup_context(ctx, arguments, results):
+        _, means, *coefficients = results
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(means, *coefficients)
-        ctx.dtypes = [x.dtype for x in inputs]
+        ctx.mark_non_differentiable(means)  # coefficients are: their derivative is the error that says it is missing
+        ctx.dtypes = [x.dtype for x in arguments[:gradients]]
         ctx.save_for_backward(means, *coefficients)
-        return loss, means, *coefficients
 
-    @staticmethod
-    def backward(ctx, grad, *_):
-        results: list[Tensor | None] = [None] * (2 + len(ctx.dtypes))
-        if grad is not None:
+    def backward(ctx, grads):
+        results: list[Tensor | None] = [None] * (inputs + 5)
+        if grads[0] is not None:
             means, *coefficients = ctx.saved_tensors
-            scale = grad / means[4]
+            scale = grads[0] / means[4]
             for k, coefficient in enumerate(coefficients):
-                if ctx.needs_input_grad[2 + k]:
-                    results[2 + k] = scaled_gradient(coefficient, scale, ctx.dtypes[k])
+                if ctx.needs_input_grad[k]:
+                    results[k] = scaled_gradient(coefficient, scale, ctx.dtypes[k])
         return tuple(results)
 
-
-def only_autograd_looks(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether no compiler, mode or tensor subclass is there, which must see the registered op."""
-    plain = all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)
-    return plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+    tensors = ", ".join(f"Tensor{'?' * (k > 0)} x{k}" for k in range(inputs))
+    return _registered.op(
+        op,
+        f"({tensors}, Tensor? mask, Tensor? denominator, str variant, float[] parameters, str backend) -> Tensor[]",
+        compute,
+        fake=lambda *arguments: empty_outputs(arguments[:1], gradients),
+        setup_context=setup_context,
+        backward=backward,
+        without_gradient=partial(compute, gradients=0),
+    )
 
 
 def call(
-    op: str,
-    inputs: Sequence[Tensor],
+    run: Callable[..., list[Tensor]],
+    inputs: Sequence[Tensor | None],
     mask: Tensor | None,
     denominator: Tensor | None,
     variant: str,
@@ -177,16 +155,11 @@ def call(
     backend: str,
     metrics: Sequence[str],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Runs ``rlhf_fast::<op>``: the loss, and its metrics by name (0-d, detached)."""
+    """Calls what `register` returned: the loss, and its metrics by name (0-d, detached)."""
     mask = None if mask is None else plane(mask)
-    planes, others = [plane(x) for x in inputs], (mask, denominator, variant, list(parameters), backend)
-    if not only_autograd_looks(planes):  # the dispatcher, twice, would take as long as the kernel
-        loss, means, *_ = getattr(torch.ops.rlhf_fast, op)(planes, *others)
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in planes):
-        loss, means, *_ = _Differentiable.apply(_COMPUTE[op], others, *planes)
-    else:
-        loss, means = _COMPUTE[op](planes, *others, gradients=0)
-    return loss, dict(zip(metrics, means.unbind(0), strict=False))
+    planes = [None if x is None else plane(x) for x in inputs]
+    loss, means, *_ = run(*planes, mask, denominator, variant, list(parameters), backend)
+    return loss, dict(zip(metrics, means.detach().unbind(0), strict=False))
 
 
 class _Scaled(torch.autograd.Function):

@@ -69,6 +69,6 @@ def op(
             return registered(*arguments)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return Differentiable.apply(*arguments, compute)
-        return compute(*arguments)
+        return (without_gradient or compute)(*arguments)
 
     return call

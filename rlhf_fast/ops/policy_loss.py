@@ -53,10 +53,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
-from rlhf_fast.ops import _check, _losses
+from rlhf_fast.ops import _check, _losses, _registered
 from rlhf_fast.ops._policy import (
     CORRECTION_LEVELS,
     CORRECTION_MODES,
@@ -183,10 +182,7 @@ def evaluate(
         loss, values = reference(objective, inputs, made)
     else:
         arguments = (*inputs, *made, *numbers(objective), name)
-        if _only_autograd_looks(inputs):  # the dispatcher, twice, would take as long as the kernel
-            loss, values, *_ = _Differentiable.apply(_compute, *arguments)
-        else:
-            loss, values, *_ = torch.ops.rlhf_fast.policy_loss(*arguments)
+        loss, values, *_ = _run(*arguments)
     return loss, named_metrics(objective, inputs, values)
 
 
@@ -324,22 +320,7 @@ def _empty(logprobs: Tensor, entropy: Tensor | None, terms: list[float]) -> list
     return [logprobs.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-# Defined by its schema, with an autograd.Function of its own: a torch.library.custom_op walks lists of tensors in
-# Python at every call, which takes longer than the kernel.
-torch.library.define(
-    "rlhf_fast::policy_loss",
-    "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs, Tensor? sampler_logprobs, "
-    "Tensor? entropy, Tensor? flags, Tensor? weights, Tensor? denominator, Tensor? cu_seqlens, str function, "
-    "float[] parameters, int[] choices, float[] terms, str backend) -> Tensor[]",
-)
-
-
-@torch.library.impl("rlhf_fast::policy_loss", "CompositeExplicitAutograd")
-def _forward(*arguments: Any) -> list[Tensor]:
-    return _compute(*arguments)
-
-
-def _compute(
+def _forward(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, ref_logprobs: Tensor | None,
     sampler_logprobs: Tensor | None, entropy: Tensor | None, flags: Tensor | None, weights: Tensor | None,
     denominator: Tensor | None, cu_seqlens: Tensor | None, function: str, parameters: list[float], choices: list[int],
@@ -353,42 +334,36 @@ def _compute(
     return outputs
 
 
-@torch.library.register_fake("rlhf_fast::policy_loss")
-def _(logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, flags, weights, denominator,
-      cu_seqlens, function, parameters, choices, terms, backend):  # fmt: skip
-    return _empty(logprobs, entropy, terms)
+def _fake(logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, *others):
+    return _empty(logprobs, entropy, others[-2])
 
 
-def _only_autograd_looks(inputs: Inputs) -> bool:
-    """Whether no compiler, mode or tensor subclass is there, which must see the registered op."""
-    plain = all(x is None or type(x) is Tensor for x in inputs)
-    return plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+_DIFFERENTIABLE = (0, 5)  # places of logprobs and entropy among the arguments
 
 
-def _below_autograd(*arguments: Any) -> list[Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.rlhf_fast.policy_loss(*arguments)
+def _setup_context(ctx, arguments, results):
+    _, metrics, *coefficients = results
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(metrics)  # coefficients are: their derivative is the error that says it is missing
+    ctx.dtypes = [arguments[place].dtype for place in _DIFFERENTIABLE[: len(coefficients)]]
+    ctx.save_for_backward(*coefficients)
 
 
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, compute, *arguments):
-        loss, metrics, *coefficients = compute(*arguments)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(metrics)
-        ctx.dtypes = [arguments[place].dtype for place in (0, 5)[: len(coefficients)]]
-        ctx.save_for_backward(*coefficients)
-        return loss, metrics, *coefficients
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        results: list[Tensor | None] = [None] * 16
-        if grad is not None:
-            for place, coefficient, dtype in zip((1, 6), ctx.saved_tensors, ctx.dtypes, strict=False):
-                results[place] = _losses.scaled_gradient(coefficient, grad, dtype)
-        return tuple(results)
+def _backward(ctx, grads):
+    results: list[Tensor | None] = [None] * 15
+    if grads[0] is not None:
+        for place, coefficient, dtype in zip(_DIFFERENTIABLE, ctx.saved_tensors, ctx.dtypes, strict=False):
+            results[place] = _losses.scaled_gradient(coefficient, grads[0], dtype)
+    return tuple(results)
 
 
-@torch.library.impl("rlhf_fast::policy_loss", "Autograd")
-def _(*arguments: Any) -> list[Tensor]:
-    return list(_Differentiable.apply(_below_autograd, *arguments))
+_run = _registered.op(
+    "policy_loss",
+    "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs, Tensor? sampler_logprobs, "
+    "Tensor? entropy, Tensor? flags, Tensor? weights, Tensor? denominator, Tensor? cu_seqlens, str function, "
+    "float[] parameters, int[] choices, float[] terms, str backend) -> Tensor[]",
+    _forward,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -224,7 +224,7 @@ def coefficients(
 
 def _term(pairs: Pairs, objective: PreferenceObjective, name: str, denominator: Tensor | None, backend: str):  # type: ignore[no-untyped-def]
     return _losses.call(
-        "preference_loss", planes(pairs, objective, name), None, denominator, VARIANTS[name].kernel,
+        _run, planes(pairs, objective, name), None, denominator, VARIANTS[name].kernel,
         objective.parameters(name), backend, METRICS,
     )  # fmt: skip
 
@@ -238,4 +238,4 @@ def _weighted(terms, objective: PreferenceObjective) -> Tensor:  # type: ignore[
 # (kernel, planes, None, denominator, parameters, outputs)
 IMPLS = {"cpu": _losses.cpu, "triton": _losses.triton}
 OPS = {"preference_loss": tuple(IMPLS)}
-_losses.register("preference_loss", IMPLS, gradients=2)
+_run = _losses.register("preference_loss", IMPLS, inputs=9, gradients=2)

@@ -77,7 +77,7 @@ def reward_loss(
     zero, one = (chosen_rewards.new_full((), value, dtype=dtype).expand(shape) for value in (0.0, 1.0))
     inputs = [chosen_rewards, rejected_rewards, zero, zero, one, one, one, tensors["margin"], zero]
     parameters = (1.0, label_smoothing, centring)
-    return _losses.call("reward_loss", inputs, None, total, "bradley_terry", parameters, name, METRICS)
+    return _losses.call(_run, inputs, None, total, "bradley_terry", parameters, name, METRICS)
 
 
 def reference(
@@ -103,7 +103,7 @@ def reference(
 # ("bradley_terry", the planes of a loss of pairs with the margin as a shift, None, denominator, parameters, outputs)
 IMPLS = {"cpu": _losses.cpu, "triton": _losses.triton}
 OPS = {"reward_loss": tuple(IMPLS)}
-_losses.register("reward_loss", IMPLS, gradients=2)
+_run = _losses.register("reward_loss", IMPLS, inputs=9, gradients=2)
 
 
 # --- Ensembles --------------------------------------------------------------------------------------------------------

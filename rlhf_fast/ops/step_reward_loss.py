@@ -76,7 +76,7 @@ def step_reward_loss(
     if name == "reference":
         return reference(scores, labels, mask=mask, variant=variant, denominator=total)
     inputs = [scores, labels.detach()]
-    return _losses.call("step_reward_loss", inputs, mask, total, VARIANTS[variant].kernel, (), name, METRICS)
+    return _losses.call(_run, inputs, mask, total, VARIANTS[variant].kernel, (), name, METRICS)
 
 
 def reference(
@@ -93,4 +93,4 @@ def reference(
 # (kernel, [scores, labels], mask, denominator, [], outputs)
 IMPLS = {"cpu": _losses.cpu, "triton": _losses.triton}
 OPS = {"step_reward_loss": tuple(IMPLS)}
-_losses.register("step_reward_loss", IMPLS, gradients=1)
+_run = _losses.register("step_reward_loss", IMPLS, inputs=2, gradients=1)

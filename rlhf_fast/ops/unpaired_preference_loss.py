@@ -94,7 +94,7 @@ def unpaired_preference_loss(
     if name == "reference":
         return reference(inputs, variant=variant, parameters=parameters, denominator=total)
     kernel = VARIANTS[variant].kernel
-    loss, parts = _losses.call("unpaired_preference_loss", inputs, None, total, kernel, parameters, name, _PARTS)
+    loss, parts = _losses.call(_run, inputs, None, total, kernel, parameters, name, _PARTS)
     return loss, _metrics(parts)
 
 
@@ -176,4 +176,4 @@ def _metrics(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 # (kernel, [logprobs, ref_logprobs, desirable, weights, shift], None, denominator, parameters, outputs)
 IMPLS = {"cpu": _losses.cpu, "triton": _losses.triton}
 OPS = {"unpaired_preference_loss": tuple(IMPLS)}
-_losses.register("unpaired_preference_loss", IMPLS, gradients=1)
+_run = _losses.register("unpaired_preference_loss", IMPLS, inputs=5, gradients=1)

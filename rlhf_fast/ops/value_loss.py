@@ -63,9 +63,9 @@ def value_loss(
     name = resolve("value_loss", IMPLS, values.device, backend)
     if name == "reference":
         return reference(values, old_values, returns, mask=mask, clip_eps=clip_eps, denominator=total)
-    inputs = [x if k == 0 else x.detach() for k, x in enumerate(tensors.values())]
+    inputs = [values, returns.detach(), None if old_values is None or clip_eps is None else old_values.detach()]
     variant, parameters = ("value", ()) if clip_eps is None else ("value_clip", (clip_eps,))
-    return _losses.call("value_loss", inputs, mask, total, variant, parameters, name, METRICS)
+    return _losses.call(_run, inputs, mask, total, variant, parameters, name, METRICS)
 
 
 def reference(
@@ -94,4 +94,4 @@ def reference(
 # (variant, [values, returns] or [values, returns, old_values], mask, denominator, parameters, outputs)
 IMPLS = {"cpu": _losses.cpu, "triton": _losses.triton}
 OPS = {"value_loss": tuple(IMPLS)}
-_losses.register("value_loss", IMPLS, gradients=1)
+_run = _losses.register("value_loss", IMPLS, inputs=3, gradients=1)

@@ -133,7 +133,7 @@ def test_the_registered_op_passes_opcheck(backend):
     inputs = [x[None] for x in draw((5,), 9)]
     inputs[0].requires_grad_()
     inputs[1].requires_grad_()
-    args = (inputs, None, None, "bradley_terry", [1.0, 0.0, 0.1], backend)
+    args = (*inputs, None, None, "bradley_terry", [1.0, 0.0, 0.1], backend)
     torch.library.opcheck(torch.ops.rlhf_fast.reward_loss.default, args)
 
 

@@ -141,7 +141,7 @@ def test_the_reference_is_differentiable_twice():
 def test_the_registered_op_passes_opcheck(backend):
     inputs, mask = draw((3, 5), 3), ragged((3, 5)).to(torch.uint8)
     inputs[0].requires_grad_()
-    args = (inputs, mask, None, "value_clip", [0.2, 0.0, 0.0], backend)
+    args = (*inputs, mask, None, "value_clip", [0.2, 0.0, 0.0], backend)
     torch.library.opcheck(torch.ops.rlhf_fast.value_loss.default, args)
 
 
@@ -154,6 +154,15 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend, clip_eps):
         return value_loss(*x, mask=mask, clip_eps=clip_eps, backend=backend)
 
     assert_same(evaluate(compiled(loss), inputs, 1), evaluate(loss, inputs, 1))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_second_derivative_of_a_kernel_raises(backend):
+    inputs = draw((3, 5), 3)
+    inputs[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(value_loss(*inputs, backend=backend)[0], inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="a kernel has no second derivative"):
+        gradient.sum().backward()
 
 
 def test_old_values_are_not_needed_without_a_clip():
