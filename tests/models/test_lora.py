@@ -129,7 +129,7 @@ def another_base_weight(lora: LoRALinear) -> None:
     lora.base.weight = nn.Parameter(torch.randn(OUT, IN), requires_grad=False)
 
 
-CHANGED = Route(("a", "late"), 3)
+CHANGED = Route(("a", "b", "late"), 3)
 CHANGES: tuple[Callable[[LoRALinear], None], ...] = (
     step, replace, remove, rescale, add_the_other, to_another_type, another_type_at_the_same_address,
     other_strides_at_the_same_address, fewer_ranks_at_the_same_address, another_base_weight,
@@ -147,6 +147,25 @@ def test_a_change_of_the_layer_is_seen_by_the_next_call(change, backend):
         found = lora(x)
         assert not torch.equal(found, before)
         assert torch.equal(found, ordinary(lora, x, CHANGED))
+
+
+def test_another_magnitude_is_seen_by_the_next_call():
+    lora, x = make("DoRA"), rows(CHANGED)
+    with torch.no_grad(), routed(CHANGED):
+        before = [lora(x), lora(x)][1]
+        lora.bank["a"].magnitude = nn.Parameter(torch.rand(OUT))
+        found = lora(x)
+        assert not torch.equal(found, before)
+        assert torch.equal(found, ordinary(lora, x, CHANGED))
+
+
+def test_a_base_weight_of_another_shape_is_refused_by_the_next_call():
+    lora, x = make("linear without bias"), rows(CHANGED)
+    with torch.no_grad(), routed(CHANGED):
+        lora(x)
+        lora.base.weight = nn.Parameter(torch.randn(OUT + 1, IN), requires_grad=False)
+        with pytest.raises(ValueError, match=r"must have A \(R, 33\) and B \(22, R\)"):
+            lora(x)
 
 
 def test_a_change_of_the_input_is_seen_by_the_next_call():
