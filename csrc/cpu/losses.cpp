@@ -128,13 +128,38 @@ template <typename C> void run(const Loss& op, int inputs, Add<C> add, int threa
   means[4] = C(denominator);
 }
 
-#define RLHF_LOSS(NAME, ...)                                                                                         \
+// Name and functor of every variant.
+#define RLHF_LOSSES(X) \
+  X(value, Value) \
+  X(value_clip, ValueClip) \
+  X(step_bce, StepBce) \
+  X(step_mse, StepMse) \
+  X(kto, Unpaired<KtoLoss>) \
+  X(bco, Unpaired<BcoLoss>) \
+  X(sigmoid, Pair<SigmoidLoss>) \
+  X(robust, Pair<RobustLoss>) \
+  X(hinge, Pair<HingeLoss>) \
+  X(ipo, Pair<IpoLoss>) \
+  X(exo_pair, Pair<ExoPairLoss>) \
+  X(nca_pair, Pair<NcaPairLoss>) \
+  X(bco_pair, Pair<BcoPairLoss>) \
+  X(sppo_hard, Pair<SppoHardLoss>) \
+  X(aot, Pair<AotLoss>) \
+  X(apo_zero, Pair<ApoZeroLoss>) \
+  X(apo_down, Pair<ApoDownLoss>) \
+  X(discopop, Pair<DiscopopLoss>) \
+  X(sft, Pair<SftLoss>) \
+  X(cpo, Pair<CpoLoss>) \
+  X(orpo, Pair<OrpoLoss>) \
+  X(hpo, Pair<HpoLoss>) \
+  X(bradley_terry, Pair<BradleyTerryLoss>)
+
+#define RLHF_LOSS(NAME, F)                                                                                           \
   RLHF_CLONES void add_##NAME(const Elements<float>& e, int64_t n, const float* p, float* first, float* second,      \
                               Sums& sums) {                                                                          \
-    add<__VA_ARGS__>(e, n, p, first, second, sums);                                                                  \
+    add<F>(e, n, p, first, second, sums);                                                                            \
   }                                                                                                                  \
   void run_##NAME(const Loss& op, int threads) {                                                                     \
-    using F = __VA_ARGS__;                                                                                           \
     const bool wanted = op.coefficients.size() > 0;                                                                  \
     if (op.inputs.size() != size_t(F::inputs) || (wanted && op.coefficients.size() != size_t(F::coefficients)) ||    \
         op.parameters.size() > kParameters)                                                                          \
@@ -142,55 +167,10 @@ template <typename C> void run(const Loss& op, int inputs, Add<C> add, int threa
     if (op.is_double) run<double>(op, F::inputs, add<F, double>, threads);                                           \
     else run<float>(op, F::inputs, add_##NAME, threads);                                                             \
   }
-RLHF_LOSS(value, Value)
-RLHF_LOSS(value_clip, ValueClip)
-RLHF_LOSS(step_bce, StepBce)
-RLHF_LOSS(step_mse, StepMse)
-RLHF_LOSS(kto, Unpaired<KtoLoss>)
-RLHF_LOSS(bco, Unpaired<BcoLoss>)
-RLHF_LOSS(sigmoid, Pair<SigmoidLoss>)
-RLHF_LOSS(robust, Pair<RobustLoss>)
-RLHF_LOSS(hinge, Pair<HingeLoss>)
-RLHF_LOSS(ipo, Pair<IpoLoss>)
-RLHF_LOSS(exo_pair, Pair<ExoPairLoss>)
-RLHF_LOSS(nca_pair, Pair<NcaPairLoss>)
-RLHF_LOSS(bco_pair, Pair<BcoPairLoss>)
-RLHF_LOSS(sppo_hard, Pair<SppoHardLoss>)
-RLHF_LOSS(aot, Pair<AotLoss>)
-RLHF_LOSS(apo_zero, Pair<ApoZeroLoss>)
-RLHF_LOSS(apo_down, Pair<ApoDownLoss>)
-RLHF_LOSS(discopop, Pair<DiscopopLoss>)
-RLHF_LOSS(sft, Pair<SftLoss>)
-RLHF_LOSS(cpo, Pair<CpoLoss>)
-RLHF_LOSS(orpo, Pair<OrpoLoss>)
-RLHF_LOSS(hpo, Pair<HpoLoss>)
-RLHF_LOSS(bradley_terry, Pair<BradleyTerryLoss>)
+RLHF_LOSSES(RLHF_LOSS)
 
-const std::map<std::string, void (*)(const Loss&, int)> kVariants = {
-    {"value", run_value},
-    {"value_clip", run_value_clip},
-    {"step_bce", run_step_bce},
-    {"step_mse", run_step_mse},
-    {"kto", run_kto},
-    {"bco", run_bco},
-    {"sigmoid", run_sigmoid},
-    {"robust", run_robust},
-    {"hinge", run_hinge},
-    {"ipo", run_ipo},
-    {"exo_pair", run_exo_pair},
-    {"nca_pair", run_nca_pair},
-    {"bco_pair", run_bco_pair},
-    {"sppo_hard", run_sppo_hard},
-    {"aot", run_aot},
-    {"apo_zero", run_apo_zero},
-    {"apo_down", run_apo_down},
-    {"discopop", run_discopop},
-    {"sft", run_sft},
-    {"cpo", run_cpo},
-    {"orpo", run_orpo},
-    {"hpo", run_hpo},
-    {"bradley_terry", run_bradley_terry},
-};
+#define RLHF_ENTRY(NAME, F) {#NAME, run_##NAME},
+const std::map<std::string, void (*)(const Loss&, int)> kVariants = {RLHF_LOSSES(RLHF_ENTRY)};
 
 }  // namespace
 
