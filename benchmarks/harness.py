@@ -24,6 +24,7 @@ from tests.numerics import assert_contract
 LONG = 10  # fewer repeats than this are a trial, not a measurement
 FEWEST = 5  # repeats of a case that has used up its BUDGET
 BUDGET = 10  # seconds that the contenders of a case share
+BAR_BUDGET = 40  # where a bar is judged by the best runs
 CHECKED_ROWS = 16  # rows of every result that are compared with float64
 
 Inputs = dict[str, Tensor]
@@ -89,7 +90,8 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
     gc.collect()
     gc.disable()  # as timeit does
     started, turn = time.perf_counter(), 0
-    while not enough(turn - 1, repeats, time.perf_counter() - started):
+    budget = BAR_BUDGET if case.bars else BUDGET
+    while not enough(turn - 1, repeats, time.perf_counter() - started, budget):
         for name, (contender, inputs) in runs.items():
             milliseconds = timed(lambda run=contender, given=inputs: run(given), device)
             if turn >= 1:
@@ -107,14 +109,14 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def enough(done: int, repeats: int, seconds: float) -> bool:
+def enough(done: int, repeats: int, seconds: float, budget: float) -> bool:
     """Whether `done` of `repeats` runs are enough after so many seconds.
 
     Short cases are repeated for two seconds: a few runs of less than a millisecond are noise. Long ones stop at FEWEST
-    runs when the BUDGET is used up.
+    runs when the budget is used up.
     """
     if done < repeats:
-        return done >= FEWEST and seconds > BUDGET
+        return done >= FEWEST and seconds > budget
     return repeats < LONG or done >= 198 or seconds > 2
 
 

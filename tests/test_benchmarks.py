@@ -82,7 +82,7 @@ def test_where_eager_does_not_fit_its_first_rows_are_the_yardstick():
     ],
 )
 def test_short_cases_get_two_seconds_and_long_ones_a_budget(done, repeats, seconds, answer):
-    assert enough(done, repeats, seconds) is answer
+    assert enough(done, repeats, seconds, budget=10) is answer
 
 
 def test_a_case_is_drawn_once_and_everybody_gets_inputs_of_their_own():

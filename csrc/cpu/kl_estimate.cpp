@@ -21,7 +21,7 @@ struct K3 {  // here, not with the others: with the exp that the vectoriser take
 
 template <typename E, typename G, typename C>
 RLHF_INLINE void block(const KlEstimate& op, int64_t start, int64_t n) {
-  C logprobs[kBlock], ref_logprobs[kBlock], weights[kBlock], by_ref[kBlock];
+  C logprobs[kBlock], ref_logprobs[kBlock], weights[kBlock], unwanted[kBlock], by_ref[kBlock];
   read(op.logprobs, op.columns, start, n, logprobs);
   read(op.ref_logprobs, op.columns, start, n, ref_logprobs);
   const bool weighted = op.old_logprobs.data;
@@ -29,7 +29,8 @@ RLHF_INLINE void block(const KlEstimate& op, int64_t start, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) weights[i] = weighted ? exp_any(logprobs[i] - weights[i]) : C(1);
   const KlClips<C> clips{C(op.log_ratio_clip), C(op.value_clip), C(op.weight_clip)};
-  C *value = static_cast<C*>(op.value) + start, *by_logprob = static_cast<C*>(op.by_logprob) + start;
+  C* value = static_cast<C*>(op.value) + start;
+  C* by_logprob = op.by_logprob ? static_cast<C*>(op.by_logprob) + start : unwanted;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const auto result = estimate<E, G>(ref_logprobs[i] - logprobs[i], weighted, weights[i], clips);

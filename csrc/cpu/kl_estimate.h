@@ -11,7 +11,7 @@ struct KlEstimate {
   int64_t rows, columns;
   double log_ratio_clip, value_clip, weight_clip;
   bool is_double;                    // whether the results are double or float
-  void *value, *by_logprob, *by_ref;  // (rows, columns): the estimates and their derivatives; by_ref may be null
+  void *value, *by_logprob, *by_ref;  // (rows, columns): the estimates and their derivatives, which may be null
 };
 
 // `gradient` names the estimator whose derivative is taken, "own" that of the value.

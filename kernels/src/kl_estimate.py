@@ -56,6 +56,7 @@ def _kernel(
     ESTIMATOR: tl.constexpr,
     GRADIENT: tl.constexpr,  # an estimator, None for ESTIMATOR's own
     HAS_OLD: tl.constexpr,
+    HAS_BY_LOGPROB: tl.constexpr,
     HAS_BY_REF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -83,7 +84,8 @@ def _kernel(
         _unused, slope = GRADIENT(log_ratio)
         through_weight = through_weight * 0.0
     tl.store(values + i, weight * value, mask=inside)
-    tl.store(by_logprob + i, weight * (through_weight - slope), mask=inside)
+    if HAS_BY_LOGPROB:
+        tl.store(by_logprob + i, weight * (through_weight - slope), mask=inside)
     if HAS_BY_REF:
         tl.store(by_ref + i, weight * slope, mask=inside)
 
@@ -99,12 +101,12 @@ def forward(
     by_logprob: Tensor,
     by_ref: Tensor,
 ) -> None:
-    """Fills the estimates and their derivatives, (rows, columns) like the inputs; an empty `by_ref` is left out."""
+    """Fills the estimates and their derivatives, (rows, columns) like the inputs; empty ones are left out."""
     if value.numel() == 0:
         return
     _kernel[(triton.cdiv(value.numel(), BLOCK),)](
         logprobs, ref_logprobs, old_logprobs, value, by_logprob, by_ref, *clips, value.numel(), value.shape[1],
         *logprobs.stride(), *ref_logprobs.stride(), *((0, 0) if old_logprobs is None else old_logprobs.stride()),
         ESTIMATOR=ESTIMATORS[estimator], GRADIENT=ESTIMATORS.get(gradient), HAS_OLD=old_logprobs is not None,
-        HAS_BY_REF=by_ref.numel() > 0, BLOCK=BLOCK,
+        HAS_BY_LOGPROB=by_logprob.numel() > 0, HAS_BY_REF=by_ref.numel() > 0, BLOCK=BLOCK,
     )  # fmt: skip

@@ -159,17 +159,21 @@ def masked_loss(
     parameters: list[float],
     outputs: list[Tensor],
 ) -> None:
-    """Fills outputs = [loss (), means (5,), a coefficient (rows, columns) per differentiable input, or none at all]."""
+    """Fills outputs = [loss (), means (5,), a coefficient of their shape per differentiable input, or none].
+
+    inputs: (rows, columns), or (N,) for one row.
+    """
     function, count = VARIANTS[variant]
     loss, means, *coefficients = outputs
-    n, columns = inputs[0].numel(), inputs[0].shape[1]
+    n, columns = inputs[0].numel(), inputs[0].shape[-1]
     first, last = (coefficients[0], coefficients[-1]) if coefficients else (loss, loss)
     block = BLOCK if count <= 5 else BLOCK // 4
     programs = max(1, min(PARTS, triton.cdiv(n, block)))
     partials = means.new_empty(6, programs)
     inputs = inputs[:count]
+    strides = tuple(x.stride() if x.dim() == 2 else (0, x.stride(0)) for x in inputs)
     _elements_kernel[(programs,)](
-        tuple(inputs), tuple(x.stride() for x in inputs), mask, first, last, partials,
+        tuple(inputs), strides, mask, first, last, partials,
         *parameters, *[0.0] * (PARAMETERS - len(parameters)), n, columns,
         FUNCTION=function, COEFFICIENTS=len(coefficients), HAS_MASK=mask is not None, BLOCK=block,
     )  # fmt: skip

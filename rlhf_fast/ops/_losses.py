@@ -28,6 +28,11 @@ def plane(tensor: Tensor) -> Tensor:
     return tensor[None] if tensor.dim() == 1 else tensor
 
 
+def row_and_column(sizes: tuple[int, ...], of_one_row: int) -> tuple[int, int]:
+    """The shape or the strides of a tensor of one or two dimensions as those of its plane."""
+    return sizes if len(sizes) == 2 else (of_one_row, *sizes)  # type: ignore[return-value]
+
+
 def per_token_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
     """The shape of `tensor`, which must be padded (B, T) or packed (N,)."""
     if tensor.dim() not in (1, 2):
@@ -77,10 +82,10 @@ def mean(x: Tensor, mask: Tensor | None, denominator: Tensor | None) -> Tensor:
 
 def cpu(variant: str, inputs: list[Tensor], mask: Tensor | None, denominator: Tensor | None, parameters: list[float],
         outputs: list[Tensor]) -> None:  # fmt: skip
-    """Fills outputs = [loss (), means (5,), a coefficient (rows, columns) per differentiable input, or none at all]."""
-    planes = [(address(x), DTYPE_CODES[x.dtype], *x.stride()) for x in inputs]
+    """Fills outputs = [loss (), means (5,), a coefficient of their shape per differentiable input, or none]."""
+    planes = [(address(x), DTYPE_CODES[x.dtype], *row_and_column(x.stride(), 0)) for x in inputs]
     native().masked_loss(
-        variant, planes, address(mask), address(denominator), parameters, *inputs[0].shape,
+        variant, planes, address(mask), address(denominator), parameters, *row_and_column(inputs[0].shape, 1),
         outputs[0].dtype == torch.float64, [address(x) for x in outputs], threads(),
     )  # fmt: skip
 
@@ -96,7 +101,7 @@ def triton(*args: Any) -> None:
 
 
 def empty_outputs(inputs: Sequence[Tensor], gradients: int) -> list[Tensor]:
-    """What an implementation fills: [loss (), means (5,), a coefficient (rows, columns) per gradient]."""
+    """What an implementation fills: [loss (), means (5,), a coefficient of the inputs' shape per gradient]."""
     new, dtype = inputs[0].new_empty, _check.compute_dtype(inputs[0].dtype)
     coefficients = [new(inputs[0].shape, dtype=dtype) for _ in range(gradients)]
     return [new((), dtype=dtype), new((5,), dtype=dtype), *coefficients]
@@ -105,8 +110,8 @@ def empty_outputs(inputs: Sequence[Tensor], gradients: int) -> list[Tensor]:
 def register(op: str, impls: dict[str, Implementation], *, inputs: int, gradients: int) -> Callable[..., list[Tensor]]:
     """Registers ``rlhf_fast::<op>``, which differentiates the first `gradients` of its inputs, and returns its call.
 
-    (`inputs` tensors (rows, columns) or None, mask, denominator, variant, parameters, backend)
-        -> [loss (), means (5,): four metrics and the denominator, a coefficient (rows, columns) per gradient]
+    (`inputs` tensors (B, T) or (N,), or None, mask, denominator, variant, parameters, backend)
+        -> [loss (), means (5,): four metrics and the denominator, a coefficient of that shape per gradient]
     """
 
     def compute(*arguments: Any, gradients: int = gradients) -> list[Tensor]:
@@ -156,9 +161,7 @@ def call(
     metrics: Sequence[str],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Calls what `register` returned: the loss, and its metrics by name (0-d, detached)."""
-    mask = None if mask is None else plane(mask)
-    planes = [None if x is None else plane(x) for x in inputs]
-    loss, means, *_ = run(*planes, mask, denominator, variant, list(parameters), backend)
+    loss, means, *_ = run(*inputs, mask, denominator, variant, list(parameters), backend)
     return loss, dict(zip(metrics, means.detach().unbind(0), strict=False))
 
 

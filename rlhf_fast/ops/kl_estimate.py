@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
-from rlhf_fast.ops import _check, _losses
+from rlhf_fast.ops import _check, _losses, _registered
 
 
 def kl_estimate(
@@ -76,10 +76,10 @@ def kl_estimate(
         return reference(
             logprobs, ref_logprobs, estimator=estimator, gradient=gradient, old_logprobs=old_logprobs, **clips
         )
-    return torch.ops.rlhf_fast.kl_estimate(
+    return _run(
         _losses.plane(logprobs), _losses.plane(ref_logprobs),
         None if old_logprobs is None else _losses.plane(old_logprobs), estimator, gradient or "own",
-        list(clips.values()), ref_logprobs.requires_grad, name,
+        list(clips.values()), torch.is_grad_enabled() and ref_logprobs.requires_grad, name,
     )[0].view(shape)  # fmt: skip
 
 
@@ -136,27 +136,27 @@ def _triton(*args: Any) -> None:
 
 
 # (logprobs, ref_logprobs, old_logprobs | None, estimator, gradient, clips of log r, estimate and weight,
-#  value, by_logprob, by_ref or empty), all tensors (rows, columns)
+#  value, by_logprob or empty, by_ref or empty), all tensors (rows, columns)
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"kl_estimate": tuple(IMPLS)}
 
 
-def _empty(logprobs: Tensor, by_ref: bool) -> list[Tensor]:
+def _empty(logprobs: Tensor, by_logprob: bool, by_ref: bool) -> list[Tensor]:
+    """[estimates, their derivatives by logprobs and by ref_logprobs, empty where not wanted]"""
     dtype = _check.compute_dtype(logprobs.dtype)
-    return [logprobs.new_empty(logprobs.shape if wanted else (0,), dtype=dtype) for wanted in (True, True, by_ref)]
+    shapes = [logprobs.shape if wanted else (0,) for wanted in (True, by_logprob, by_ref)]
+    return [logprobs.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-@torch.library.custom_op("rlhf_fast::kl_estimate", mutates_args=())
 def _forward(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None, estimator: str, gradient: str,
-             clips: list[float], by_ref: bool, backend: str) -> list[Tensor]:  # fmt: skip
-    results = _empty(logprobs, by_ref)
+             clips: list[float], by_ref: bool, backend: str, *, by_logprob: bool = True) -> list[Tensor]:  # fmt: skip
+    results = _empty(logprobs, by_logprob, by_ref)
     IMPLS[backend](logprobs, ref_logprobs, old_logprobs, estimator, gradient, clips, *results)
     return results
 
 
-@_forward.register_fake
-def _(logprobs, ref_logprobs, old_logprobs, estimator, gradient, clips, by_ref, backend):
-    return _empty(logprobs, by_ref)
+def _without_gradient(*arguments: Any) -> list[Tensor]:
+    return _forward(*arguments, by_logprob=False)  # without by_ref either: ref_logprobs requires no gradient
 
 
 def _setup_context(ctx, inputs, output):
@@ -165,7 +165,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
-def _autograd(ctx, grads):
+def _backward(ctx, grads):
     if grads[0] is None:
         return (None,) * 8
     wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
@@ -173,4 +173,13 @@ def _autograd(ctx, grads):
     return *results, *(None,) * 6
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_run = _registered.op(
+    "kl_estimate",
+    "(Tensor logprobs, Tensor ref_logprobs, Tensor? old_logprobs, str estimator, str gradient, float[] clips, "
+    "bool by_ref, str backend) -> Tensor[]",
+    _forward,
+    fake=lambda logprobs, *others: _empty(logprobs, True, others[-2]),
+    setup_context=_setup_context,
+    backward=_backward,
+    without_gradient=_without_gradient,
+)

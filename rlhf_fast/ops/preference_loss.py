@@ -211,12 +211,12 @@ def coefficients(
     """
     found = []
     for name, _ in objective.terms:
-        inputs = [_losses.plane(x.detach()) for x in planes(pairs, objective, name)]
+        inputs = [x.detach() for x in planes(pairs, objective, name)]
         outputs = _losses.empty_outputs(inputs, 2)
         kernel = VARIANTS[name].kernel
         IMPLS[backend](kernel, inputs, None, denominator, objective.parameters(name), outputs)
         loss, means, by_chosen, by_rejected = outputs
-        found.append((loss, means, by_chosen[0] / means[4], by_rejected[0] / means[4]))
+        found.append((loss, means, by_chosen / means[4], by_rejected / means[4]))
     losses, all_means, chosen, rejected = zip(*found, strict=True)
     metrics = {name: all_means[0][k] for k, name in enumerate(METRICS)}
     return _weighted(losses, objective), metrics, _weighted(chosen, objective), _weighted(rejected, objective)
