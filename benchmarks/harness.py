@@ -112,12 +112,12 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
 def enough(done: int, repeats: int, seconds: float, budget: float) -> bool:
     """Whether `done` of `repeats` runs are enough after so many seconds.
 
-    Short cases are repeated for two seconds: a few runs of less than a millisecond are noise. Long ones stop at FEWEST
-    runs when the budget is used up.
+    Short cases are repeated for a fifth of the budget: a few runs of less than a millisecond are noise. Long ones stop
+    at FEWEST runs when the budget is used up.
     """
     if done < repeats:
         return done >= FEWEST and seconds > budget
-    return repeats < LONG or done >= 198 or seconds > 2
+    return repeats < LONG or done >= 198 or seconds > budget / 5
 
 
 def spread(milliseconds: list[float]) -> dict[str, float]:
