@@ -67,11 +67,11 @@ test-peers: peers
 	OMP_NUM_THREADS=1 .venv-peers_torchtune/bin/python -m pytest tests/integrations/test_torchtune.py
 
 # CPU kernels beside eager PyTorch, bare products and, after `make peers`, other libraries: the cases with bars.
-# `make bench BENCH=` measures every op.
+# `make bench BENCH=` measures every op. Threads wait as they do by default: what others run is fair only so.
 BENCH ?= --group bars
 bench: $(VENV)
-	$(if $(wildcard .venv-peers/.installed),.venv-peers,.venv)/bin/python -m benchmarks --device cpu $(BENCH) \
-	  --out $(OUT)/cpu.json
+	env -u OMP_WAIT_POLICY $(if $(wildcard .venv-peers/.installed),.venv-peers,.venv)/bin/python \
+	  -m benchmarks --device cpu $(BENCH) --out $(OUT)/cpu.json
 
 # For a machine that has PyTorch with CUDA, a compiler, pybind11, cmake and ninja, and no network: nothing is fetched.
 # Correctness first: the suite, then every kernel under the sanitizer's tools; only then the clock.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
+THREADING = ("OMP_", "KMP_", "GOMP_", "MKL_")  # a waiting thread that sleeps makes other libraries four times as slow
 CODE = ("csrc", "kernels", "rlhf_fast", "benchmarks", ":!benchmarks/results")  # what a time can depend on
 
 
@@ -27,6 +29,7 @@ def machine(device: str) -> dict[str, Any]:
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(THREADING)},
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
