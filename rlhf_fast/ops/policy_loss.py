@@ -194,8 +194,8 @@ def named_metrics(objective: PolicyObjective, inputs: Inputs, values: Tensor) ->
     names += ["correction_mean", "correction_fraction", "sampler_kl"] if inputs.sampler_logprobs is not None else []
     if objective.entropy_fraction < 1 or objective.off_policy_max_kl is not None:
         names.append("dropped_fraction")
-    values = values.detach()
-    return {name: values[METRICS.index(name)] for name in names}
+    by_name = dict(zip(METRICS, values.detach().unbind(0), strict=True))  # one call; an index each takes as long
+    return {name: by_name[name] for name in names}
 
 
 def numbers(objective: PolicyObjective) -> tuple[str, list[float], list[int], list[float]]:
