@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/mask.h"
 #include "cpu/simd.h"
 
 namespace rlhf::cpu {
@@ -108,7 +109,7 @@ template <typename T> void run(const DistributionalValueLoss& op, int threads) {
   using C = typename Compute<T>::type;
   double denominator = double(op.rows);
   if (op.denominator) denominator = double(*static_cast<const C*>(op.denominator));
-  else if (op.mask) denominator = double(op.rows - std::count(op.mask, op.mask + op.rows, 0));
+  else if (op.mask) denominator = double(counted(op.mask, op.rows));
   if (denominator == 0) denominator = 1;  // nothing counts: every sum is 0
   Sums parts[kParts], total;
 #pragma omp parallel for num_threads(threads) schedule(static) if (op.rows > kParts)

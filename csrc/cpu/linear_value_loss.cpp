@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/mask.h"
 #include "cpu/simd.h"
 #include "math/losses.h"
 
@@ -91,7 +92,7 @@ template <typename T> void run(const LinearValueLoss& op, int threads) {
   using C = typename Compute<T>::type;
   double denominator = double(op.rows);
   if (op.denominator) denominator = double(*static_cast<const C*>(op.denominator));
-  else if (op.mask) denominator = double(op.rows - std::count(op.mask, op.mask + op.rows, 0));
+  else if (op.mask) denominator = double(counted(op.mask, op.rows));
   if (denominator == 0) denominator = 1;  // nothing counts: every sum is 0
   Sums parts[kParts], total;
   std::vector<C> weight_sums(op.weight_sums ? kParts * op.width : 0);

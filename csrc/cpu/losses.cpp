@@ -4,6 +4,7 @@
 #include <map>
 #include <stdexcept>
 
+#include "cpu/mask.h"
 #include "math/preference_losses.h"
 #include "math/unpaired_preference_losses.h"
 
@@ -14,7 +15,7 @@ constexpr int64_t kBlock = 256;
 constexpr int64_t kParts = 64;  // partial sums at most, however many threads there are: the same inputs, the same bits
 
 struct Sums {
-  double loss = 0, metrics[4] = {}, count = 0;
+  double loss = 0, metrics[4] = {};
 };
 
 // Some elements in a row; an input is 0 where it does not count.
@@ -70,29 +71,28 @@ template <typename F, typename C> RLHF_INLINE Terms<C> terms_of(const Elements<C
 }
 
 template <typename F, typename C>
-RLHF_INLINE void add(const Elements<C>& e, int64_t n, const C* p, C* first, C* second, Sums& sums) {
-  C loss = 0, count = 0, m0 = 0, m1 = 0, m2 = 0, m3 = 0;
-#pragma omp simd reduction(+ : loss, count, m0, m1, m2, m3)
+RLHF_INLINE void add(const Elements<C>& e, int64_t n, const C* p, C scale, C* first, C* second, Sums& sums) {
+  C loss = 0, m0 = 0, m1 = 0, m2 = 0, m3 = 0;
+#pragma omp simd reduction(+ : loss, m0, m1, m2, m3)
   for (int64_t i = 0; i < n; ++i) {
     const Terms<C> terms = terms_of<F>(e, i, p);
     const bool counts = e.counts[i] != 0;
-    count += e.counts[i];
     loss += counts ? terms.loss : C(0);
     m0 += counts ? terms.metrics[0] : C(0);
     m1 += counts ? terms.metrics[1] : C(0);
     m2 += counts ? terms.metrics[2] : C(0);
     m3 += counts ? terms.metrics[3] : C(0);
-    first[i] = counts ? terms.coefficients[0] : C(0);
-    if constexpr (F::coefficients == 2) second[i] = counts ? terms.coefficients[1] : C(0);
+    first[i] = counts ? scale * terms.coefficients[0] : C(0);
+    if constexpr (F::coefficients == 2) second[i] = counts ? scale * terms.coefficients[1] : C(0);
   }
-  sums.loss += loss, sums.count += count;
+  sums.loss += loss;
   sums.metrics[0] += m0, sums.metrics[1] += m1, sums.metrics[2] += m2, sums.metrics[3] += m3;
 }
 
-template <typename C> using Add = void (*)(const Elements<C>&, int64_t, const C*, C*, C*, Sums&);
+template <typename C> using Add = void (*)(const Elements<C>&, int64_t, const C*, C, C*, C*, Sums&);
 
 // Elements [begin, end).
-template <typename C> Sums part(const Loss& op, int inputs, Add<C> add, int64_t begin, int64_t end) {
+template <typename C> Sums part(const Loss& op, int inputs, Add<C> add, C scale, int64_t begin, int64_t end) {
   C p[kParameters] = {};
   std::copy(op.parameters.begin(), op.parameters.end(), p);
   C unwanted[kBlock];
@@ -104,28 +104,29 @@ template <typename C> Sums part(const Loss& op, int inputs, Add<C> add, int64_t 
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t n = std::min(kBlock, end - start);
     fill(op, inputs, p, start, n, e);
-    add(e, n, p, coefficient(0, start), coefficient(1, start), sums);
+    add(e, n, p, scale, coefficient(0, start), coefficient(1, start), sums);
   }
   return sums;
 }
 
 template <typename C> void run(const Loss& op, int inputs, Add<C> add, int threads) {
   const int64_t n = op.rows * op.columns;
+  double denominator = op.denominator ? double(*static_cast<const C*>(op.denominator))
+                                      : double(op.mask ? counted(op.mask, n) : n);
+  if (denominator == 0) denominator = 1;  // nothing counts: every sum is 0
+  const C scale = C(1 / denominator);
   const int64_t count = std::min(kParts, (n + kBlock - 1) / kBlock);
   Sums parts[kParts], total;
 #pragma omp parallel for num_threads(threads) schedule(static) if (n > 16 * kBlock)
-  for (int64_t p = 0; p < count; ++p) parts[p] = part(op, inputs, add, n * p / count, n * (p + 1) / count);
+  for (int64_t p = 0; p < count; ++p) parts[p] = part(op, inputs, add, scale, n * p / count, n * (p + 1) / count);
   for (int64_t p = 0; p < count; ++p) {
     total.loss += parts[p].loss;
-    total.count += parts[p].count;
     for (int m = 0; m < 4; ++m) total.metrics[m] += parts[p].metrics[m];
   }
-  double denominator = op.denominator ? double(*static_cast<const C*>(op.denominator)) : total.count;
-  if (denominator == 0) denominator = 1;  // nothing counts: every sum is 0
   *static_cast<C*>(op.loss) = C(total.loss / denominator);
   C* means = static_cast<C*>(op.means);
   for (int m = 0; m < 4; ++m) means[m] = C(total.metrics[m] / denominator);
-  means[4] = C(denominator);
+  means[4] = 1;
 }
 
 // Name and functor of every variant.
@@ -155,9 +156,9 @@ template <typename C> void run(const Loss& op, int inputs, Add<C> add, int threa
   X(bradley_terry, Pair<BradleyTerryLoss>)
 
 #define RLHF_LOSS(NAME, F)                                                                                           \
-  RLHF_CLONES void add_##NAME(const Elements<float>& e, int64_t n, const float* p, float* first, float* second,      \
-                              Sums& sums) {                                                                          \
-    add<F>(e, n, p, first, second, sums);                                                                            \
+  RLHF_CLONES void add_##NAME(const Elements<float>& e, int64_t n, const float* p, float scale, float* first,        \
+                              float* second, Sums& sums) {                                                           \
+    add<F>(e, n, p, scale, first, second, sums);                                                                     \
   }                                                                                                                  \
   void run_##NAME(const Loss& op, int threads) {                                                                     \
     const bool wanted = op.coefficients.size() > 0;                                                                  \

@@ -17,8 +17,8 @@ struct Loss {
   std::vector<double> parameters;
   int64_t rows, columns;
   bool is_double;      // whether everything below (and `denominator`) is double or float
-  void *loss, *means;  // one number; four metrics and the denominator
-  std::vector<void*> coefficients;  // (rows, columns) each: d (loss * denominator) / d input k; or none at all
+  void *loss, *means;  // one number; four metrics and 1, what the coefficients have yet to be divided by
+  std::vector<void*> coefficients;  // (rows, columns) each: d loss / d input k; or none at all
 };
 
 // Throws std::invalid_argument for an unknown variant.

@@ -6,12 +6,14 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cpu/mask.h"
 #include "math/policy_losses.h"
 
 namespace rlhf::cpu {
 namespace {
 
 constexpr int64_t kBlock = 512;
+template <typename C> constexpr DType kDType = sizeof(C) == 8 ? DType::f64 : DType::f32;
 constexpr int kParts = 64;  // partial sums, however many threads there are: the same inputs give the same bits
 
 enum Metric { kLow, kHigh, kApproxKl, kRatio, kKl, kEntropy, kCorrection, kOutside, kSamplerKl, kDropped, kSums };
@@ -29,50 +31,66 @@ template <typename C> struct Sequence {
   bool far = false;  // from the sampler: negative advantages are dropped
 };
 
-// Some tokens in a row of one sequence, 0 where a token does not count.
+// A block: some tokens in a row of one sequence, 0 where a token does not count. The blocks of a part go through the same
+// one: what most of them have in common is written once.
 template <typename C> struct Tokens {
-  C logprobs[kBlock], old_logprobs[kBlock], advantages[kBlock], optional[kBlock];
-  C log_ratio[kBlock], ratio[kBlock];  // ratio = exp(log_ratio), the latter within +-20
-  C weights[kBlock];                   // in the loss
-  C correction[kBlock];                // weight of the policy term
-  C counts[kBlock];                    // 1 or 0
-  int32_t flags[kBlock];               // as wide as C, for the vectoriser
-  bool all;                            // whether every token counts
-  int bits;                            // of any flag
+  const C *logprobs, *old_logprobs, *advantages;  // the input itself where it can be read as it is
+  C copies[3][kBlock], optional[kBlock];          // where not
+  C log_ratio[kBlock], ratio[kBlock];             // ratio = exp(log_ratio), the latter within +-20
+  C weights[kBlock];                              // in the loss
+  C correction[kBlock];                           // weight of the policy term
+  C counts[kBlock];                               // 1 or 0
+  int32_t flags[kBlock];                          // as wide as C, for the vectoriser
+  bool all;                                       // whether every token counts
+  int bits;                                       // of any flag
+  int64_t plain = 0;        // so many flags and counts are 1 and weights those of the mean over all tokens
+  int64_t uncorrected = 0;  // so many corrections are 1
 };
 
 template <typename C>
-RLHF_INLINE void read_counted(const PolicyLoss& op, const Plane& plane, const Tokens<C>& t, int64_t start, int64_t n,
-                              C* x) {
-  read(plane, op.columns, start, n, x);
-  if (t.all) return;
+RLHF_INLINE const C* read_counted(const PolicyLoss& op, const Plane& plane, const Tokens<C>& t, int64_t start,
+                                  int64_t n, C* copy) {
+  const int64_t column = start % op.columns;
+  if (t.all && plane.dtype == kDType<C> && plane.column_stride == 1 && column + n <= op.columns)
+    return static_cast<const C*>(plane.data) + start / op.columns * plane.row_stride + column;
+  read(plane, op.columns, start, n, copy);
+  if (t.all) return copy;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) x[i] = t.flags[i] ? x[i] : C(0);
+  for (int64_t i = 0; i < n; ++i) copy[i] = t.flags[i] ? copy[i] : C(0);
+  return copy;
 }
 
 // False where no token counts, then nothing is read: much of a ragged batch is padding.
 template <typename C> RLHF_INLINE bool read_tokens(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t) {
   t.all = true, t.bits = 1;
   if (op.flags) {
-    std::copy(op.flags + start, op.flags + start + n, t.flags);
-    int any = 0, every = 1;
-#pragma omp simd reduction(| : any) reduction(& : every)
-    for (int64_t i = 0; i < n; ++i) any |= t.flags[i], every &= t.flags[i];
-    t.all = every != 0, t.bits = any;
+    const uint8_t* flags = op.flags + start;
+    uint8_t any = 0, zero = 0;
+#pragma omp simd reduction(| : any, zero)
+    for (int64_t i = 0; i < n; ++i) any |= flags[i], zero |= flags[i] == 0;
     if (any == 0) return false;
-  } else {
-    std::fill(t.flags, t.flags + n, 1);
+    t.all = zero == 0, t.bits = op.marks ? any : 1;
   }
-  const C weight = 1 / C(op.tokens);
+  const bool plain = t.all && t.bits == 1 && !op.weights.data;
+  if (!plain || t.plain < n) {
+    const C weight = 1 / C(op.tokens);
+    const int bits = op.marks ? 7 : 0;
+    for (int64_t i = 0; i < n; ++i) t.flags[i] = op.flags ? op.flags[start + i] : 1;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    t.counts[i] = t.flags[i] ? C(1) : C(0);
-    t.weights[i] = t.flags[i] ? weight : C(0);
+    for (int64_t i = 0; i < n; ++i) {
+      t.counts[i] = t.flags[i] ? C(1) : C(0);
+      t.weights[i] = t.flags[i] ? weight : C(0);
+      t.flags[i] = (t.flags[i] & bits) | (t.flags[i] ? 1 : 0);
+    }
+    t.plain = plain ? n : 0;
   }
-  if (op.weights.data) read_counted(op, op.weights, t, start, n, t.weights);
-  read_counted(op, op.logprobs, t, start, n, t.logprobs);
-  read_counted(op, op.old_logprobs, t, start, n, t.old_logprobs);
-  read_counted(op, op.advantages, t, start, n, t.advantages);
+  if (op.weights.data) {
+    const C* weights = read_counted(op, op.weights, t, start, n, t.weights);
+    if (weights != t.weights) std::copy(weights, weights + n, t.weights);
+  }
+  t.logprobs = read_counted(op, op.logprobs, t, start, n, t.copies[0]);
+  t.old_logprobs = read_counted(op, op.old_logprobs, t, start, n, t.copies[1]);
+  t.advantages = read_counted(op, op.advantages, t, start, n, t.copies[2]);
   return true;
 }
 
@@ -88,10 +106,11 @@ template <typename C> struct Bounds {
 // The ratio of every token, and its statistics.
 template <typename C> RLHF_INLINE void find_ratios(int64_t n, Tokens<C>& t, Sums& sums) {
   const C floor = exp_any(C(-20)), ceiling = exp_any(C(20));
+  const C *logprobs = t.logprobs, *old_logprobs = t.old_logprobs;
   C approx_kl = 0, total = 0, highest = -infinity<C>(), lowest = infinity<C>();
 #pragma omp simd reduction(+ : approx_kl, total) reduction(max : highest) reduction(min : lowest)
   for (int64_t i = 0; i < n; ++i) {
-    const C log_ratio = t.logprobs[i] - t.old_logprobs[i];
+    const C log_ratio = logprobs[i] - old_logprobs[i];
     const ExpParts<C> e = exp_parts(log_ratio);
     const C ratio = bounded(e.exp, floor, ceiling);
     t.log_ratio[i] = log_ratio, t.ratio[i] = ratio;
@@ -109,14 +128,15 @@ template <typename C> RLHF_INLINE void find_ratios(int64_t n, Tokens<C>& t, Sums
 template <typename C>
 RLHF_INLINE void correct(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
                          Sums& sums) {
-  read_counted(op, op.sampler_logprobs, t, start, n, t.optional);
+  const C *sampler = read_counted(op, op.sampler_logprobs, t, start, n, t.optional), *old_logprobs = t.old_logprobs;
+  t.uncorrected = 0;
   const Bounds<C> bounds(op);
   const bool of_token = op.level == 0;
   const C of_sequence = sequence.correction;
   C applied = 0, outside = 0, kl = 0;
 #pragma omp simd reduction(+ : applied, outside, kl)
   for (int64_t i = 0; i < n; ++i) {
-    const C apart = t.old_logprobs[i] - t.optional[i];
+    const C apart = old_logprobs[i] - sampler[i];
     const C ratio = of_token ? exp_any(bounded(apart, C(-20), C(20))) : of_sequence;
     t.correction[i] = bounds.weight(ratio);
     applied += t.counts[i] * t.correction[i];
@@ -129,11 +149,12 @@ RLHF_INLINE void correct(const PolicyLoss& op, int64_t start, int64_t n, const S
 // Takes dropped tokens out of the policy term.
 template <typename C>
 RLHF_INLINE void drop(int64_t n, const Sequence<C>& sequence, Tokens<C>& t, Sums& sums) {
-  const C far = sequence.far ? C(1) : C(0);
+  const C far = sequence.far ? C(1) : C(0), *advantages = t.advantages;
+  t.uncorrected = 0;
   C dropped = 0;
 #pragma omp simd reduction(+ : dropped)
   for (int64_t i = 0; i < n; ++i) {
-    const bool out = ((t.flags[i] & 2) != 0) | (far * t.advantages[i] < 0);
+    const bool out = ((t.flags[i] & 2) != 0) | (far * advantages[i] < 0);
     dropped += out ? C(1) : C(0);
     t.correction[i] = out ? C(0) : t.correction[i];
   }
@@ -142,9 +163,9 @@ RLHF_INLINE void drop(int64_t n, const Sequence<C>& sequence, Tokens<C>& t, Sums
 
 // A function of its own: whose address is taken within a simd loop, is no register and stops the vectoriser.
 template <typename F, typename C>
-RLHF_INLINE Outcome<C> outcome(const Tokens<C>& t, int64_t i, const Shared<C>& shared, const C* p) {
-  const Token<C> token{t.logprobs[i],  t.old_logprobs[i], t.advantages[i],
-                       t.log_ratio[i], t.ratio[i],        t.flags[i] & 4 ? C(1) : C(0)};
+RLHF_INLINE Outcome<C> outcome(const Tokens<C>& t, C logprob, C old_logprob, C advantage, int64_t i,
+                               const Shared<C>& shared, const C* p) {
+  const Token<C> token{logprob, old_logprob, advantage, t.log_ratio[i], t.ratio[i], t.flags[i] & 4 ? C(1) : C(0)};
   return F::at(token, shared, p, [](C x) { return exp_any(x); });
 }
 
@@ -155,10 +176,11 @@ RLHF_INLINE void policy_term(const PolicyLoss& op, int64_t n, const Sequence<C>&
   for (int k = 0; k < 5; ++k) p[k] = C(op.parameters[k]);
   const Shared<C> shared = sequence.shared;
   const C sequence_weight = sequence.weight;
+  const C *logprobs = t.logprobs, *old_logprobs = t.old_logprobs, *advantages = t.advantages;
   C loss = 0, low = 0, high = 0;
 #pragma omp simd reduction(+ : loss, low, high)
   for (int64_t i = 0; i < n; ++i) {
-    const Outcome<C> out = outcome<F>(t, i, shared, p);
+    const Outcome<C> out = outcome<F>(t, logprobs[i], old_logprobs[i], advantages[i], i, shared, p);
     const C weight = t.weights[i] * t.correction[i];
     loss += weight * out.loss;
     coefficient[i] = (F::of_sequence ? t.counts[i] * sequence_weight : weight) * out.slope;
@@ -172,13 +194,13 @@ RLHF_INLINE void policy_term(const PolicyLoss& op, int64_t n, const Sequence<C>&
 template <int kEstimator, typename C>
 RLHF_INLINE void reference_term(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t, C* coefficient,
                                 Sums& sums) {
-  read_counted(op, op.ref_logprobs, t, start, n, t.optional);
+  const C *ref_logprobs = read_counted(op, op.ref_logprobs, t, start, n, t.optional), *logprobs = t.logprobs;
   const C kl_coef = C(op.kl_coef);
   const bool unbiased = op.unbiased;
   C loss = 0, kl = 0;
 #pragma omp simd reduction(+ : loss, kl)
   for (int64_t i = 0; i < n; ++i) {
-    const C x = t.optional[i] - t.logprobs[i];
+    const C x = ref_logprobs[i] - logprobs[i];
     const C k3 = exp_parts(x).minus_1_minus;
     const C value = kEstimator == 1 ? -x : (kEstimator == 2 ? C(0.5) * x * x : k3);
     const C slope = kEstimator == 1 ? C(-1) : (kEstimator == 2 ? x : k3 + x);  // d value / d x
@@ -192,12 +214,12 @@ RLHF_INLINE void reference_term(const PolicyLoss& op, int64_t start, int64_t n, 
 
 template <typename C>
 RLHF_INLINE void entropy_term(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t, Sums& sums) {
-  read_counted(op, op.entropy, t, start, n, t.optional);
+  const C* entropies = read_counted(op, op.entropy, t, start, n, t.optional);
   C loss = 0, entropy = 0;
 #pragma omp simd reduction(+ : loss, entropy)
   for (int64_t i = 0; i < n; ++i) {
-    entropy += t.optional[i];
-    loss += t.weights[i] * t.optional[i];
+    entropy += entropies[i];
+    loss += t.weights[i] * entropies[i];
   }
   sums.of[kEntropy] += entropy;
   if (!op.entropy_coefficient) return;
@@ -212,7 +234,7 @@ RLHF_INLINE bool before(const PolicyLoss& op, int64_t start, int64_t n, const Se
                         Sums& sums) {
   if (!read_tokens(op, start, n, t)) return false;
   find_ratios(n, t, sums);
-  std::fill(t.correction, t.correction + n, C(1));
+  if (t.uncorrected < n) std::fill(t.correction, t.correction + n, C(1)), t.uncorrected = n;
   if (op.sampler_logprobs.data) correct(op, start, n, sequence, t, sums);
   if (t.bits & 2 || sequence.far) drop(n, sequence, t, sums);
   return true;
@@ -254,8 +276,8 @@ inline void prefetch(const PolicyLoss& op, const Plane& plane, int64_t start) {
 
 // Tokens [start, start + n) of one sequence, n <= kBlock.
 template <typename F, typename C>
-RLHF_INLINE void tokens(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Sums& sums) {
-  Tokens<C> t;
+RLHF_INLINE void tokens(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
+                        Sums& sums) {
   C* coefficient = static_cast<C*>(op.coefficient) + start;
   prefetch(op, op.logprobs, start + n);
   if (!begin(op, start, n, sequence, t, sums)) {
@@ -280,29 +302,29 @@ RLHF_INLINE void add(const PolicyLoss& op, int64_t start, int64_t n, SequenceSum
   Tokens<C> t;
   if (!read_tokens(op, start, n, t)) return;
   const bool has_sampler = op.sampler_logprobs.data;
-  if (has_sampler) read_counted(op, op.sampler_logprobs, t, start, n, t.optional);
-  const C* sampler = has_sampler ? t.optional : t.old_logprobs;
+  const C *logprobs = t.logprobs, *old_logprobs = t.old_logprobs, *advantages = t.advantages, *sampler = old_logprobs;
+  if (has_sampler) sampler = read_counted(op, op.sampler_logprobs, t, start, n, t.optional);
   if (has_sampler && op.level == 0) {
     const Bounds<C> bounds(op);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i)
-      t.weights[i] *= bounds.weight(exp_any(bounded(t.old_logprobs[i] - sampler[i], C(-20), C(20))));
+      t.weights[i] *= bounds.weight(exp_any(bounded(old_logprobs[i] - sampler[i], C(-20), C(20))));
   }
   C p[5];
   for (int k = 0; k < 5; ++k) p[k] = C(op.parameters[k]);
-  C count = 0, statistic = 0, advantages = 0, correction = 0, kl = 0, weights = 0, weights_negative = 0;
-#pragma omp simd reduction(+ : count, statistic, advantages, correction, kl, weights, weights_negative)
+  C count = 0, statistic = 0, advantage_sum = 0, correction = 0, kl = 0, weights = 0, weights_negative = 0;
+#pragma omp simd reduction(+ : count, statistic, advantage_sum, correction, kl, weights, weights_negative)
   for (int64_t i = 0; i < n; ++i) {
-    const C advantage = t.advantages[i], weight = t.flags[i] & 2 ? C(0) : t.weights[i];
+    const C advantage = advantages[i], weight = t.flags[i] & 2 ? C(0) : t.weights[i];
     count += t.counts[i];
-    statistic += Statistic::at(t.logprobs[i] - t.old_logprobs[i], advantage, p);
-    advantages += advantage;
-    correction += t.old_logprobs[i] - sampler[i];
-    kl += sampler[i] - t.logprobs[i];
+    statistic += Statistic::at(logprobs[i] - old_logprobs[i], advantage, p);
+    advantage_sum += advantage;
+    correction += old_logprobs[i] - sampler[i];
+    kl += sampler[i] - logprobs[i];
     weights += weight;
     weights_negative += advantage < 0 ? weight : C(0);
   }
-  sums.count += count, sums.statistic += statistic, sums.advantage += advantages, sums.correction += correction;
+  sums.count += count, sums.statistic += statistic, sums.advantage += advantage_sum, sums.correction += correction;
   sums.kl += kl, sums.weight += weights, sums.weight_negative += weights_negative;
 }
 
@@ -341,7 +363,7 @@ Span sequence_span(const PolicyLoss& op, int64_t sequence) {
 }
 
 template <typename C> struct Kernels {
-  void (*tokens)(const PolicyLoss&, int64_t start, int64_t n, const Sequence<C>&, Sums&);
+  void (*tokens)(const PolicyLoss&, int64_t start, int64_t n, const Sequence<C>&, Tokens<C>&, Sums&);
   void (*add)(const PolicyLoss&, int64_t start, int64_t n, SequenceSums&);
   Sequence<C> (*finish)(const PolicyLoss&, const SequenceSums&);
 };
@@ -366,6 +388,7 @@ template <typename C>
 Sums part(const PolicyLoss& op, const Kernels<C>& kernels, const std::vector<Sequence<C>>& sequences, int64_t begin,
           int64_t end) {
   Sums sums;
+  Tokens<C> t;
   for (int64_t start = begin, stop; start < end; start = stop) {
     stop = std::min(end, start + kBlock);
     const Sequence<C>* sequence = &sequences[0];
@@ -376,25 +399,9 @@ Sums part(const PolicyLoss& op, const Kernels<C>& kernels, const std::vector<Seq
       if (s < count) stop = std::min(stop, sequence_span(op, s).end);
       sequence += std::min(s, count - 1);  // tokens after the last sequence do not count
     }
-    kernels.tokens(op, start, stop - start, *sequence, sums);
+    kernels.tokens(op, start, stop - start, *sequence, t, sums);
   }
   return sums;
-}
-
-// Bytes that are not 0, in runs whose count fits a byte.
-RLHF_CLONES int64_t counted(const uint8_t* flags, int64_t n) {
-  constexpr int64_t kLanes = 64, kRun = 255 * kLanes;
-  int64_t count = 0;
-  for (int64_t start = 0; start < n; start += kRun) {
-    const int64_t stop = std::min(start + kRun, n);
-    uint8_t lanes[kLanes] = {};
-    int64_t i = start;
-    for (; i + kLanes <= stop; i += kLanes)
-      for (int64_t k = 0; k < kLanes; ++k) lanes[k] += flags[i + k] != 0;
-    for (; i < stop; ++i) count += flags[i] != 0;
-    for (const uint8_t lane : lanes) count += lane;
-  }
-  return count;
 }
 
 template <typename C> void run(PolicyLoss op, const Kernels<C>& kernels, int threads) {
@@ -426,8 +433,9 @@ template <typename C> void run(PolicyLoss op, const Kernels<C>& kernels, int thr
 }
 
 #define RLHF_POLICY_LOSS(NAME, F)                                                                                     \
-  RLHF_CLONES void tokens_##NAME(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<float>& s, Sums& sums) { \
-    tokens<F, float>(op, start, n, s, sums);                                                                          \
+  RLHF_CLONES void tokens_##NAME(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<float>& s,            \
+                                 Tokens<float>& t, Sums& sums) {                                                      \
+    tokens<F, float>(op, start, n, s, t, sums);                                                                       \
   }                                                                                                                   \
   void run_##NAME(const PolicyLoss& op, int threads) {                                                                \
     if (op.is_double) run<double>(op, {tokens<F, double>, add<F::Statistic, double>, finish<F, double>}, threads);    \

@@ -10,7 +10,8 @@ namespace rlhf::cpu {
 struct PolicyLoss {
   // (rows, columns); data is null for the optional ones that are not there
   Plane logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, weights;
-  const uint8_t* flags;       // (rows, columns), bits 1 counts, 2 dropped, 4 selected; null: every token counts
+  const uint8_t* flags;       // (rows, columns), 0 where a token does not count; null: every token counts
+  bool marks;                 // whether the flags have bits: 2 dropped, 4 selected
   const int64_t* cu_seqlens;  // (sequences + 1,) of one row; null: the rows are the sequences
   const void* denominator;    // one number, or null for the tokens that count (at least 1)
   int64_t rows, columns, sequences;

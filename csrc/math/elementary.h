@@ -11,21 +11,25 @@ namespace rlhf {
 RLHF_HD float bits_to_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
 RLHF_HD uint32_t float_to_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
 
-// exp(x) for x <= 0 to about 1 unit in the last place; below -87.33 it is 0, NaN stays NaN.
-// exp(x) = 2^n exp(r), r = x - n ln 2 in [-ln 2 / 2, ln 2 / 2], degree-7 minimax polynomial (Cephes expf).
-RLHF_HD float exp_neg(float x) {
-  const float c = x < -87.33f ? -87.33f : x;
-  const float n = (c * 1.44269504f + 12582912.0f) - 12582912.0f;  // nearest integer: 1.5 * 2^23 leaves no fraction
-  const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;    // ln 2 in two parts, the first product is exact
+// exp(r) - 1 - r for r in [-ln 2 / 2, ln 2 / 2], degree-7 minimax polynomial (Cephes expf).
+RLHF_HD float exp_rest(float r) {
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  return p * (r * r);
+}
+
+// exp(x) for x <= 0 to about 1 unit in the last place; below -87.33 it is 0, NaN stays NaN.
+// exp(x) = 2^n exp(r), r = x - n ln 2.
+RLHF_HD float exp_neg(float x) {
+  const float c = x < -87.33f ? -87.33f : x;
+  const float n = (c * 1.44269504f + 12582912.0f) - 12582912.0f;  // nearest integer: 1.5 * 2^23 leaves no fraction
+  const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;    // ln 2 in two parts, the first product is exact
   const float scale = bits_to_float(uint32_t(int32_t(n) + 127) << 23);
-  return x < -87.33f ? 0.0f : p * scale;
+  return x < -87.33f ? 0.0f : (exp_rest(r) + r + 1.0f) * scale;
 }
 RLHF_HD double exp_neg(double x) { return std::exp(x); }
 
@@ -71,13 +75,7 @@ RLHF_HD ExpParts<float> exp_parts(float x) {
   const float c = raised > high ? high : raised;
   const float shifted = c * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // as in exp2_parts
   const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;                     // as in exp_neg
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float rest = p * (r * r);
+  const float rest = exp_rest(r);
   const float half_scale = bits_to_float((float_to_bits(shifted) + 126u) << 23);  // 2^128 is no float
   const float inside = (rest + r + 1.0f) * half_scale * 2.0f;
   const float exp = raised <= low ? 0.0f : inside;

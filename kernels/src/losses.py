@@ -136,7 +136,7 @@ def _means_kernel(
     partials,  # (6, programs)
     denominator,  # () or None
     loss,  # ()
-    means,  # (5,): four metrics, then the denominator
+    means,  # (5,): four metrics, then what the coefficients have yet to be divided by
     programs,
     HAS_DENOMINATOR: tl.constexpr,
     PARTS: tl.constexpr,

@@ -228,7 +228,7 @@ def _corrected(ratio, low, high, REJECT: tl.constexpr):
 def _sequences_kernel(
     logprobs, old_logprobs, advantages, sampler, weights,  # (rows, columns) each, any strides
     lp_r, lp_c, old_r, old_c, a_r, a_c, sampler_r, sampler_c, w_r, w_c,  # their strides
-    flags,  # (rows * columns,) uint8
+    flags,  # (rows * columns,) uint8, not 0 where a token counts; with MARKS bits: 2 dropped, 4 selected
     cu_seqlens,  # (S + 1,) int64
     denominator,  # ()
     shared,  # (SHARED, S)
@@ -236,8 +236,8 @@ def _sequences_kernel(
     p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64,
     low: tl.float64, high: tl.float64, furthest: tl.float64,
     STATISTIC: tl.constexpr, SHARED_OF: tl.constexpr, LEVEL: tl.constexpr, REJECT: tl.constexpr,
-    HAS_SAMPLER: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_FLAGS: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_SAMPLER: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_FLAGS: tl.constexpr, MARKS: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = shared.dtype.element_ty
     p0, p1, p2, p3 = tl.full([], p0, acc), tl.full([], p1, acc), tl.full([], p2, acc), tl.full([], p3, acc)
@@ -260,7 +260,9 @@ def _sequences_kernel(
         if HAS_FLAGS:
             flag = tl.load(flags + i, mask=counts, other=0)
             counts = flag != 0
-            kept = counts & ((flag & 2) == 0)
+            kept = counts
+            if MARKS:
+                kept = counts & ((flag & 2) == 0)
         row, column = i // columns, i % columns
         lp = _load(logprobs, lp_r, lp_c, row, column, counts, acc)
         old = _load(old_logprobs, old_r, old_c, row, column, counts, acc)
@@ -318,7 +320,7 @@ def _add(partials, k, value):
 def _tokens_kernel(
     logprobs, old_logprobs, advantages, ref, sampler, entropy, weights,  # (rows, columns) each, any strides
     lp_r, lp_c, old_r, old_c, a_r, a_c, ref_r, ref_c, sampler_r, sampler_c, entropy_r, entropy_c, w_r, w_c,
-    flags,  # (rows * columns,) uint8
+    flags,  # (rows * columns,) uint8, not 0 where a token counts; with MARKS bits: 2 dropped, 4 selected
     sequence_ids,  # (columns,) int64, of packed tokens
     denominator,  # ()
     shared,  # (SHARED, S)
@@ -331,7 +333,7 @@ def _tokens_kernel(
     TOKEN: tl.constexpr, OF_SEQUENCE: tl.constexpr, ESTIMATOR: tl.constexpr, UNBIASED: tl.constexpr,
     LEVEL: tl.constexpr, REJECT: tl.constexpr, HAS_REF: tl.constexpr, HAS_SAMPLER: tl.constexpr,
     HAS_ENTROPY: tl.constexpr, BONUS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_FLAGS: tl.constexpr,
-    HAS_SHARED: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    MARKS: tl.constexpr, HAS_SHARED: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = partials.dtype.element_ty
     p0, p1, p2, p3 = tl.full([], p0, acc), tl.full([], p1, acc), tl.full([], p2, acc), tl.full([], p3, acc)
@@ -359,8 +361,9 @@ def _tokens_kernel(
         if HAS_FLAGS:
             flag = tl.load(flags + i, mask=inside, other=0)
             counts = flag != 0
-            dropped = (flag & 2) != 0
-            selected = (flag & 4) != 0
+            if MARKS:
+                dropped = (flag & 2) != 0
+                selected = (flag & 4) != 0
         row, column = i // columns, i % columns
         lp = _load(logprobs, lp_r, lp_c, row, column, counts, acc)
         old = _load(old_logprobs, old_r, old_c, row, column, counts, acc)
@@ -494,7 +497,7 @@ def policy_loss(
     logprobs, old_logprobs, advantages, ref, sampler, entropy = inputs
     flags, weights, denominator, cu_seqlens = plan
     loss, metrics, *coefficients = outputs
-    estimator, unbiased, level, reject, needs_sequences = choices
+    estimator, unbiased, level, reject, needs_sequences, marks = choices
     assert logprobs is not None
     rows, columns = logprobs.shape
     sequences = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -505,7 +508,7 @@ def policy_loss(
         ids = torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True).clamp(max=sequences - 1)
     flagged = {
         "LEVEL": level, "REJECT": bool(reject), "HAS_SAMPLER": sampler is not None, "PACKED": ids is not None,
-        "HAS_WEIGHTS": weights is not None, "HAS_FLAGS": flags is not None, "BLOCK": BLOCK,
+        "HAS_WEIGHTS": weights is not None, "HAS_FLAGS": flags is not None, "MARKS": bool(marks), "BLOCK": BLOCK,
     }  # fmt: skip
     if needs_sequences and logprobs.numel():
         read = [logprobs, old_logprobs, advantages, sampler, weights]

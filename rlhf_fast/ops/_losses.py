@@ -1,8 +1,9 @@
 """What the elementwise losses share: masked means over a (possibly global) denominator, one kernel, one backward.
 
-The kernel makes the loss, the metrics and d (loss * denominator) / d input of every element in one pass over the
-inputs; backward is one scale. It takes a loss variant as a function: math/losses.h in C++, kernels/losses.py in
-Triton. The sums are made in two stages over partial sums whose number depends on the input's size alone.
+The kernel makes the loss, the metrics and d loss / d input of every element in one pass over the inputs (in Triton
+times the denominator, which is known only then); backward is one scale. It takes a loss variant as a function:
+math/losses.h in C++, kernels/losses.py in Triton. The sums are made in two stages over partial sums whose number
+depends on the input's size alone.
 """
 
 from __future__ import annotations
@@ -40,12 +41,18 @@ def per_token_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def floats(shape: tuple[int, ...], meaning: str, **tensors: Tensor) -> None:
-    """Every tensor must be floating, of exactly `shape` and on one device."""
-    first = next(iter(tensors.items()))
+def constant(tensor: Tensor) -> Tensor:
+    """The tensor without its graph."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def floats(shape: tuple[int, ...], meaning: str, **tensors: Tensor | None) -> None:
+    """Every tensor that is there must be floating, of exactly `shape` and on the device of the first."""
+    first = next(iter(tensors))
     for name, tensor in tensors.items():
-        _check.shaped(name, _check.floating(name, tensor), shape, meaning)
-    _check.same_device(first, *tensors.items())
+        if tensor is not None:
+            _check.shaped(name, _check.floating(name, tensor), shape, meaning)
+            _check.same_device((first, tensors[first]), (name, tensor))  # type: ignore[arg-type]
 
 
 def denominator_tensor(denominator: Tensor | float | None, like: Tensor) -> Tensor | None:
@@ -111,7 +118,8 @@ def register(op: str, impls: dict[str, Implementation], *, inputs: int, gradient
     """Registers ``rlhf_fast::<op>``, which differentiates the first `gradients` of its inputs, and returns its call.
 
     (`inputs` tensors (B, T) or (N,), or None, mask, denominator, variant, parameters, backend)
-        -> [loss (), means (5,): four metrics and the denominator, a coefficient of that shape per gradient]
+        -> [loss (), means (5,), a coefficient of that shape per gradient]
+    means: four metrics, and what the coefficients have yet to be divided by.
     """
 
     def compute(*arguments: Any, gradients: int = gradients) -> list[Tensor]:
@@ -129,14 +137,12 @@ def register(op: str, impls: dict[str, Implementation], *, inputs: int, gradient
         ctx.save_for_backward(means, *coefficients)
 
     def backward(ctx, grads):
-        results: list[Tensor | None] = [None] * (inputs + 5)
-        if grads[0] is not None:
-            means, *coefficients = ctx.saved_tensors
-            scale = grads[0] / means[4]
-            for k, coefficient in enumerate(coefficients):
-                if ctx.needs_input_grad[k]:
-                    results[k] = scaled_gradient(coefficient, scale, ctx.dtypes[k])
-        return tuple(results)
+        if grads[0] is None:
+            return [None] * gradients
+        means, *coefficients = ctx.saved_tensors
+        scale = grads[0] / means[4]
+        wanted = zip(coefficients, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        return [scaled_gradient(coefficient, scale, dtype) if needs else None for coefficient, dtype, needs in wanted]
 
     tensors = ", ".join(f"Tensor{'?' * (k > 0)} x{k}" for k in range(inputs))
     return _registered.op(
@@ -144,6 +150,7 @@ def register(op: str, impls: dict[str, Implementation], *, inputs: int, gradient
         f"({tensors}, Tensor? mask, Tensor? denominator, str variant, float[] parameters, str backend) -> Tensor[]",
         compute,
         fake=lambda *arguments: empty_outputs(arguments[:1], gradients),
+        differentiable=range(gradients),
         setup_context=setup_context,
         backward=backward,
         without_gradient=partial(compute, gradients=0),

@@ -113,9 +113,14 @@ class PolicyObjective:
         )
 
     @property
+    def marks_tokens(self) -> bool:
+        """Whether tokens are dropped or selected by what they are among those of the whole call."""
+        return self.function in ("clip_cov", "kl_cov") or self.entropy_fraction < 1
+
+    @property
     def couples_tokens(self) -> bool:
         """Whether d loss / d logprob of one token depends on other tokens: no tile of tokens can go ahead alone."""
-        return self.needs_sequences or self.function in ("clip_cov", "kl_cov") or self.entropy_fraction < 1
+        return self.needs_sequences or self.marks_tokens
 
     @property
     def parameters(self) -> list[float]:

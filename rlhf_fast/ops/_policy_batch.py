@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast.ops import _check, _losses
 from rlhf_fast.ops._policy import PolicyObjective, given
 
-COUNTS, DROPPED, SELECTED = 1, 2, 4  # bits of Plan.flags
+COUNTS, DROPPED, SELECTED = 1, 2, 4  # bits of Plan.flags after `select`
 
 
 class Inputs(NamedTuple):
@@ -26,8 +26,7 @@ class Inputs(NamedTuple):
 
     def check(self, objective: PolicyObjective) -> None:
         """Raises where a tensor does not fit, or one that the objective needs is missing."""
-        given = {name: x for name, x in self._asdict().items() if x is not None}
-        _losses.floats(tuple(self.logprobs.shape), "the shape of logprobs", **given)
+        _losses.floats(self.logprobs.shape, "the shape of logprobs", **self._asdict())
         if objective.kl_coef > 0 and self.ref_logprobs is None:
             raise ValueError(f"ref_logprobs must be given for kl_coef {objective.kl_coef}")
         if (objective.entropy_coef > 0 or objective.entropy_fraction < 1) and self.entropy is None:
@@ -38,8 +37,8 @@ class Inputs(NamedTuple):
 
     def planes(self) -> Inputs:
         """(rows, columns) views; only logprobs and entropy keep their graph."""
-        planes = self.map(_losses.plane)
-        constants = planes.map(Tensor.detach)
+        planes = self if self.logprobs.dim() == 2 else self.map(_losses.plane)
+        constants = planes.map(_losses.constant)
         return constants._replace(logprobs=planes.logprobs, entropy=planes.entropy)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
@@ -55,7 +54,7 @@ class Plan(NamedTuple):
     ratio_max and ratio_min, then add up to those of the batch.
     """
 
-    flags: Tensor | None  # (rows, columns) uint8, bits COUNTS, DROPPED, SELECTED; None: every token counts
+    flags: Tensor | None  # (rows, columns) uint8, not 0 where a token counts; None: every token does
     weights: Tensor | None  # (rows, columns), any strides: of a token in the loss; None: 1 / denominator
     denominator: Tensor | None  # (): tokens, at least 1; None: those that count here
     cu_seqlens: Tensor | None  # (S + 1,) int64, the packed sequences; None: the rows are
@@ -95,11 +94,12 @@ def plan(
     sequences: Tensor | float | None = None,
 ) -> Plan:
     """The plan of a batch of the shape, dtype and device of `logprobs`; arguments as those of policy_loss."""
-    shape, dtype = tuple(logprobs.shape), _check.compute_dtype(logprobs.dtype)
-    _check.same_device(
-        ("logprobs", logprobs), ("mask", mask), ("overlong", overlong), ("cu_seqlens", cu_seqlens)
-    )  # fmt: skip
-    flags = _check.mask_bytes(mask, shape, "the shape of logprobs")
+    shape = tuple(logprobs.shape)
+    _check.same_device(("logprobs", logprobs), ("mask", mask), ("overlong", overlong), ("cu_seqlens", cu_seqlens))
+    if mask is not None and mask.dtype == torch.uint8:
+        flags: Tensor | None = _check.shaped("mask", mask, shape, "the shape of logprobs").contiguous()
+    else:
+        flags = _check.mask_bytes(mask, shape, "the shape of logprobs")
     per_sequence = objective.aggregation.startswith("seq") or objective.needs_sequences  # type: ignore[union-attr]
     if cu_seqlens is not None:
         cu_seqlens = _checked_cu_seqlens(cu_seqlens, shape)
@@ -115,7 +115,9 @@ def plan(
         tokens = torch.where(tokens == 0, 1, tokens)
     made = Plan(flags, None, tokens, cu_seqlens)
     total = _losses.denominator_tensor(sequences, logprobs)
-    return made._replace(weights=_weights(objective, made, _losses.plane(logprobs), total, dtype))
+    if objective.aggregation == "token_mean":
+        return made
+    return made._replace(weights=_weights(objective, made, _losses.plane(logprobs), total))
 
 
 def _checked_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -160,12 +162,9 @@ def sequence_counts(made: Plan, like: Tensor) -> Tensor:
     return before[made.cu_seqlens].diff()
 
 
-def _weights(
-    objective: PolicyObjective, made: Plan, like: Tensor, sequences: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
-    """Plan.weights of the objective's aggregation."""
-    if objective.aggregation == "token_mean":
-        return None
+def _weights(objective: PolicyObjective, made: Plan, like: Tensor, sequences: Tensor | None) -> Tensor:
+    """Plan.weights of the objective's aggregation, which is not token_mean."""
+    dtype = _check.compute_dtype(like.dtype)
     if objective.aggregation == "token_sum":
         return torch.ones((), dtype=dtype, device=like.device).expand(like.shape)
     lengths = sequence_counts(made, like)
@@ -184,7 +183,14 @@ def _weights(
 
 
 def select(objective: PolicyObjective, inputs: Inputs, made: Plan) -> Plan:
-    """`made` with the tokens flagged that the objective drops by entropy or selects by covariance."""
+    """`made` with the tokens flagged that the objective drops by entropy or selects by covariance.
+
+    Where objective.marks_tokens, the flags are then bits, COUNTS among them.
+    """
+    if not objective.marks_tokens:
+        return made
+    if made.flags is not None:
+        made = made._replace(flags=(made.flags != 0).to(torch.uint8))
     if objective.entropy_fraction < 1 and inputs.entropy is not None:
         counts = made.counts(inputs.entropy)
         kept = _largest(inputs.entropy.detach(), counts, torch.ceil(objective.entropy_fraction * counts.sum()))

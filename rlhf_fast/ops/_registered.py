@@ -1,13 +1,14 @@
-"""An op with a gradient: registered for compilers and modes, called past the dispatcher where only autograd looks.
+"""Ops: registered for compilers and modes, called past the dispatcher where nothing but autograd looks.
 
 A torch.library.custom_op walks its arguments in Python in forward and in backward, for longer than a small kernel runs.
-So an op is defined by its schema, with an autograd.Function of its own, which an eager call applies to the computation
-itself.
+So an op with a gradient is defined by its schema, with an autograd.Function of its own, which an eager call applies to
+the computation itself; and an eager call of one without a gradient is the computation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,9 +18,30 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def only_autograd_looks(tensors: Iterable[Any]) -> bool:
-    """Whether no compiler, mode or tensor subclass is there, which must see the registered op."""
-    plain = all(type(x) is Tensor or type(x) is Parameter for x in tensors if isinstance(x, Tensor))
-    return plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+    """Whether no compiler, mode, transform or tensor subclass is there, which must see the registered op."""
+    plain = all([type(x) is Tensor or type(x) is Parameter for x in tensors if isinstance(x, Tensor)])
+    looking = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return plain and not looking and not torch._C._are_functorch_transforms_active()
+
+
+def op_without_gradient(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Registers the decorated computation as ``rlhf_fast::<name>`` and gives how to call it, with its register_fake.
+
+    Nothing is differentiated by its arguments, tensors and lists of them among others.
+    """
+
+    def define(compute: Callable[..., Any]) -> Any:
+        registered = torch.library.custom_op(f"rlhf_fast::{name}", compute, mutates_args=())
+
+        @wraps(compute)
+        def call(*arguments: Any) -> Any:
+            each = [y for x in arguments for y in (x if isinstance(x, list) else (x,))]
+            return (compute if only_autograd_looks(each) else registered)(*arguments)
+
+        call.register_fake = registered.register_fake  # type: ignore[attr-defined]
+        return call
+
+    return define
 
 
 def op(
@@ -28,28 +50,30 @@ def op(
     compute: Callable[..., list[Tensor]],
     *,
     fake: Callable[..., list[Tensor]],
+    differentiable: Sequence[int],
     setup_context: Callable[[Any, tuple[Any, ...], list[Tensor]], None],
-    backward: Callable[[Any, tuple[Tensor | None, ...]], tuple[Tensor | None, ...]],
+    backward: Callable[[Any, tuple[Tensor | None, ...]], Sequence[Tensor | None]],
     without_gradient: Callable[..., list[Tensor]] | None = None,
 ) -> Callable[..., list[Tensor]]:
     """Registers ``rlhf_fast::<name>`` of `schema` ("(arguments) -> Tensor[]") and returns how to call it.
 
-    compute, fake: the arguments -> the results, and empty ones of their shapes. setup_context(ctx, arguments, results)
-    and backward(ctx, gradients of the results) -> those of the arguments: as torch.library.register_autograd has them.
-    without_gradient: the computation of an eager call where no argument requires a gradient; `compute` by default.
+    compute, fake: the arguments -> the results, and empty ones of their shapes. differentiable: the places of the
+    arguments that may have a gradient. setup_context(ctx, arguments, results) saves what backward(ctx, gradients of the
+    results) makes theirs from, in that order, which is also that of ctx.needs_input_grad.
+    without_gradient: the computation of an eager call where none of them requires a gradient; `compute` by default.
     """
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
-            arguments, run = given[:-1], given[-1]  # run is last: ctx.needs_input_grad begins with the arguments
+            arguments, run = given[-2:]  # the others are what autograd looks at; it takes its time for each
             results = run(*arguments)
             setup_context(ctx, arguments, results)
             return tuple(results)
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-            return *backward(ctx, gradients), None
+            return *backward(ctx, gradients), None, None
 
     qualified = f"rlhf_fast::{name}"
     torch.library.define(qualified, schema)
@@ -60,15 +84,20 @@ def op(
             return registered(*arguments)
 
     torch.library.impl(qualified, "CompositeExplicitAutograd")(compute)
-    torch.library.impl(qualified, "Autograd")(lambda *arguments: list(Differentiable.apply(*arguments, below_autograd)))
+
+    def differentiated(*arguments: Any) -> list[Tensor]:
+        return list(Differentiable.apply(*[arguments[place] for place in differentiable], arguments, below_autograd))
+
+    torch.library.impl(qualified, "Autograd")(differentiated)
     torch.library.register_fake(qualified)(fake)
 
     def call(*arguments: Any) -> list[Tensor]:
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        if not only_autograd_looks(tensors):
+        if not only_autograd_looks(arguments):
             return registered(*arguments)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return Differentiable.apply(*arguments, compute)
+        if torch.is_grad_enabled():
+            looked_at = [arguments[place] for place in differentiable]
+            if any([x is not None and x.requires_grad for x in looked_at]):
+                return Differentiable.apply(*looked_at, arguments, compute)
         return (without_gradient or compute)(*arguments)
 
     return call

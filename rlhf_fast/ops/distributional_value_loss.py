@@ -148,7 +148,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grads):
     means, coefficients = ctx.saved_tensors
     gradient = None if grads[0] is None else _losses.scaled_gradient(coefficients, grads[0] / means[1], ctx.dtype)
-    return gradient, *(None,) * 7
+    return (gradient,)
 
 
 _run = _registered.op(
@@ -157,6 +157,7 @@ _run = _registered.op(
     "str backend) -> Tensor[]",
     _forward,
     fake=lambda logits, *_: _empty_outputs(logits),
+    differentiable=(0,),
     setup_context=_setup_context,
     backward=_autograd,
 )

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, stream, threads
 from rlhf_fast.ops import _check, _sequences
+from rlhf_fast.ops._registered import op_without_gradient
 
 
 def gae(
@@ -173,7 +174,7 @@ def empty_outputs(rewards: Tensor, values: Tensor | None, cu_seqlens: Tensor | N
     return _sequences.empty_outputs(rewards, cu_seqlens, 1 if values is None else 2)
 
 
-@torch.library.custom_op("rlhf_fast::gae", mutates_args=())
+@op_without_gradient("gae")
 def _op(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
         bootstrap: Tensor | None, gamma: float, lam: float, value_lam: float | None, lams: Tensor | None,
         backend: str) -> list[Tensor]:  # fmt: skip
@@ -210,7 +211,7 @@ def _run(op: str, inputs: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Te
             rewards, values, mask=mask, cu_seqlens=cu_seqlens, bootstrap=bootstrap, gamma=gamma, lam=lam,
             value_lam=value_lam,
         )  # fmt: skip
-    return torch.ops.rlhf_fast.gae(rewards, values, mask, cu_seqlens, bootstrap, *rates, name)
+    return _op(rewards, values, mask, cu_seqlens, bootstrap, *rates, name)
 
 
 def _rates(

@@ -46,6 +46,7 @@ from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
 from rlhf_fast.ops import _check
+from rlhf_fast.ops._registered import op_without_gradient
 from rlhf_fast.ops.whiten import whiten
 
 
@@ -106,9 +107,7 @@ def group_advantages(
     if kind == "pass_at_k":
         rewards = (rewards > 0).to(rewards.dtype)
     parameter = float(eps if k is None else k)
-    advantages = torch.ops.rlhf_fast.group_advantages(
-        rewards.contiguous(), weights, order, offsets, group_size or 0, kept.divisor, parameter, name
-    )
+    advantages = _op(rewards.contiguous(), weights, order, offsets, group_size or 0, kept.divisor, parameter, name)
     if columns:
         advantages = advantages.view(columns, -1).sum(0)
     return _over_batch(advantages, eps, process_group) if kept.whitened else advantages
@@ -301,7 +300,7 @@ IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"group_advantages": tuple(IMPLS)}
 
 
-@torch.library.custom_op("rlhf_fast::group_advantages", mutates_args=())
+@op_without_gradient("group_advantages")
 def _op(rewards: Tensor, weights: Tensor | None, order: Tensor | None, offsets: Tensor | None, group_size: int,
         divisor: str, parameter: float, backend: str) -> Tensor:  # fmt: skip
     _check_lengths(weights)

@@ -167,10 +167,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grads):
     if grads[0] is None:
-        return (None,) * 8
+        return None, None
     wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-    results = [_losses.scaled_gradient(slope, grads[0], dtype) if needs else None for slope, dtype, needs in wanted]
-    return *results, *(None,) * 6
+    return [_losses.scaled_gradient(slope, grads[0], dtype) if needs else None for slope, dtype, needs in wanted]
 
 
 _run = _registered.op(
@@ -179,6 +178,7 @@ _run = _registered.op(
     "bool by_ref, str backend) -> Tensor[]",
     _forward,
     fake=lambda logprobs, *others: _empty(logprobs, True, others[-2]),
+    differentiable=(0, 1),
     setup_context=_setup_context,
     backward=_backward,
     without_gradient=_without_gradient,

@@ -127,7 +127,7 @@ def _inputs(constants: list[Any], logprobs: Tensor, entropy: Tensor | None) -> I
 
 def coupling(objective: PolicyObjective) -> str:
     """Which rows the coefficient of a token depends on, see _linear_plan."""
-    if objective.entropy_fraction < 1 or objective.function in ("clip_cov", "kl_cov"):
+    if objective.marks_tokens:
         return "batch"
     return "sequence" if objective.needs_sequences else "token"
 

@@ -175,7 +175,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grads):
     means, weight, coefficients, weight_sums, bias_sum = ctx.saved_tensors
     if grads[0] is None:
-        return (None,) * 10
+        return None, None, None
     scale, (wants_hidden, wants_weight, wants_bias) = grads[0] / means[1], ctx.needs_input_grad[:3]
     return (
         _losses.scaled_gradient(weight.expand(coefficients.shape[0], -1), (coefficients * scale)[:, None], ctx.dtype)
@@ -183,7 +183,6 @@ def _autograd(ctx, grads):
         else None,
         _losses.scaled_gradient(weight_sums, scale, weight_sums.dtype) if wants_weight else None,
         _losses.scaled_gradient(bias_sum, scale, bias_sum.dtype) if wants_bias else None,
-        *(None,) * 7,
     )
 
 
@@ -193,6 +192,7 @@ _run = _registered.op(
     "Tensor? denominator, float clip_eps, bool wants_weight, str backend) -> Tensor[]",
     _forward,
     fake=lambda hidden, *others: _empty_outputs(hidden, others[-2]),
+    differentiable=(0, 1, 2),
     setup_context=_setup_context,
     backward=_autograd,
 )

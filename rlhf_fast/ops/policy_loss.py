@@ -188,14 +188,13 @@ def evaluate(
 
 def named_metrics(objective: PolicyObjective, inputs: Inputs, values: Tensor) -> dict[str, Tensor]:
     """Those of the op's (13,) metrics whose inputs are there, by name."""
-    names = list(ALWAYS)
-    names += ["kl_to_ref"] if inputs.ref_logprobs is not None else []
-    names += ["entropy"] if inputs.entropy is not None else []
-    names += ["correction_mean", "correction_fraction", "sampler_kl"] if inputs.sampler_logprobs is not None else []
-    if objective.entropy_fraction < 1 or objective.off_policy_max_kl is not None:
-        names.append("dropped_fraction")
-    by_name = dict(zip(METRICS, values.detach().unbind(0), strict=True))  # one call; an index each takes as long
-    return {name: by_name[name] for name in names}
+    drops = objective.entropy_fraction < 1 or objective.off_policy_max_kl is not None
+    there = (
+        *[True] * len(ALWAYS), inputs.ref_logprobs is not None, inputs.entropy is not None,
+        *[inputs.sampler_logprobs is not None] * 3, drops,
+    )  # fmt: skip
+    each = zip(METRICS, values.detach().unbind(0), there, strict=True)  # one call; an index each takes as long
+    return {name: value for name, value, is_there in each if is_there}
 
 
 def numbers(objective: PolicyObjective) -> tuple[str, list[float], list[int], list[float]]:
@@ -203,7 +202,7 @@ def numbers(objective: PolicyObjective) -> tuple[str, list[float], list[int], li
     o = objective
     choices = [
         KL_ESTIMATORS.index(o.kl_estimator), int(o.kl_unbiased), CORRECTION_LEVELS.index(o.correction_level),
-        CORRECTION_MODES.index(o.correction_mode), int(o.needs_sequences),
+        CORRECTION_MODES.index(o.correction_mode), int(o.needs_sequences), int(o.marks_tokens),
     ]  # fmt: skip
     furthest = math.inf if o.off_policy_max_kl is None else o.off_policy_max_kl
     return (
@@ -218,7 +217,7 @@ def reference(objective: PolicyObjective, inputs: Inputs, made: Plan) -> tuple[T
     counts = made.counts(inputs.logprobs)
     x = inputs.map(lambda y: torch.where(counts, y.to(dtype), 0))
     total, length = _sequence_sums(made, x.logprobs)
-    flags = counts.to(torch.uint8) if made.flags is None else made.flags
+    flags = made.flags if objective.marks_tokens and made.flags is not None else counts.to(torch.uint8)
     tokens = Tokens(
         x.logprobs, x.old_logprobs, x.advantages, x.logprobs - x.old_logprobs, (flags & SELECTED) != 0, total, length
     )
@@ -350,11 +349,11 @@ def _setup_context(ctx, arguments, results):
 
 
 def _backward(ctx, grads):
-    results: list[Tensor | None] = [None] * 15
+    results: list[Tensor | None] = [None, None]
     if grads[0] is not None:
-        for place, coefficient, dtype in zip(_DIFFERENTIABLE, ctx.saved_tensors, ctx.dtypes, strict=False):
-            results[place] = _losses.scaled_gradient(coefficient, grads[0], dtype)
-    return tuple(results)
+        for k, (coefficient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+            results[k] = _losses.scaled_gradient(coefficient, grads[0], dtype)
+    return results
 
 
 _run = _registered.op(
@@ -364,6 +363,7 @@ _run = _registered.op(
     "float[] parameters, int[] choices, float[] terms, str backend) -> Tensor[]",
     _forward,
     fake=_fake,
+    differentiable=_DIFFERENTIABLE,
     setup_context=_setup_context,
     backward=_backward,
 )

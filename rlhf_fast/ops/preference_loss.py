@@ -148,16 +148,16 @@ def checked(pairs: Pairs, objective: PreferenceObjective) -> Pairs:
         "chosen_lengths": objective.looks_at("averaged"),
         "chosen_advantages": objective.looks_at("advantages"),
     }
-    names = " + ".join(name for name, _ in objective.terms)
     given = pairs._asdict()
     for first, needed in wanted.items():
         for name in (first, first.replace("chosen", "rejected")):
             if needed and given[name] is None:
-                raise ValueError(f"{name} must be given for {names}")
+                raise ValueError(f"{name} must be given for {' + '.join(name for name, _ in objective.terms)}")
             given[name] = given[name] if needed else None
-    ranked = [name for name, _ in objective.terms if VARIANTS[name].kernel == "aot"]
-    if pairs.weights is not None and ranked:
-        raise ValueError(f"weights are not of {ranked[0]}, which takes its pairs apart")
+    if pairs.weights is not None:
+        for name, _ in objective.terms:
+            if VARIANTS[name].kernel == "aot":
+                raise ValueError(f"weights are not of {name}, which takes its pairs apart")
     shape, first_pair = tuple(pairs.chosen.shape), ("chosen", pairs.chosen)
     for name, tensor in given.items():
         if tensor is None:
@@ -167,8 +167,8 @@ def checked(pairs: Pairs, objective: PreferenceObjective) -> Pairs:
         if not name.endswith("lengths"):
             _check.floating(name, tensor)
         _check.same_device(first_pair, (name, tensor))
-    for name in given.keys() - {"chosen", "rejected"}:
-        given[name] = None if given[name] is None else given[name].detach()
+        if name not in ("chosen", "rejected"):
+            given[name] = _losses.constant(tensor)
     return Pairs(**given)
 
 

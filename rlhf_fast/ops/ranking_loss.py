@@ -192,8 +192,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grads):
     (gradient,) = ctx.saved_tensors
-    result = None if grads[0] is None else _losses.scaled_gradient(gradient, grads[0], ctx.dtype)
-    return result, *(None,) * 7
+    return (None if grads[0] is None else _losses.scaled_gradient(gradient, grads[0], ctx.dtype),)
 
 
 _run = _registered.op(
@@ -202,6 +201,7 @@ _run = _registered.op(
     "str variant, str backend) -> Tensor[]",
     _forward,
     fake=lambda rewards, *_: _empty_outputs(rewards),
+    differentiable=(0,),
     setup_context=_setup_context,
     backward=_backward,
 )

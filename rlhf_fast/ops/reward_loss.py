@@ -63,8 +63,9 @@ def reward_loss(
     if not 0 <= centring < math.inf:
         raise ValueError(f"centring must be >= 0 and finite, got {centring}")
     shape, dtype = tuple(chosen_rewards.shape), _check.compute_dtype(chosen_rewards.dtype)
+    zero, one = (chosen_rewards.new_full((), value, dtype=dtype).expand(shape) for value in (0.0, 1.0))
     if not isinstance(margin, Tensor):
-        margin = chosen_rewards.new_full((), margin or 0.0, dtype=dtype).expand(shape)
+        margin = chosen_rewards.new_full((), margin, dtype=dtype).expand(shape) if margin else zero
     tensors = {"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards, "margin": margin.detach()}
     _losses.floats(shape, "(B,)", **tensors)
     total = _losses.denominator_tensor(denominator, chosen_rewards)
@@ -74,7 +75,6 @@ def reward_loss(
         return reference(
             chosen, rejected, margin, label_smoothing=label_smoothing, centring=centring, denominator=total
         )
-    zero, one = (chosen_rewards.new_full((), value, dtype=dtype).expand(shape) for value in (0.0, 1.0))
     inputs = [chosen_rewards, rejected_rewards, zero, zero, one, one, one, tensors["margin"], zero]
     parameters = (1.0, label_smoothing, centring)
     return _losses.call(_run, inputs, None, total, "bradley_terry", parameters, name, METRICS)

@@ -40,6 +40,7 @@ from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
 from rlhf_fast.ops import _check
 from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops._philox import philox
+from rlhf_fast.ops._registered import op_without_gradient
 
 
 class Samples(NamedTuple):
@@ -97,9 +98,7 @@ def sample_tokens(
         logits = logits.contiguous()
     k = vocabulary if top_k is None else min(top_k, vocabulary)
     return Samples(
-        *torch.ops.rlhf_fast.sample_tokens(
-            logits, *transform, _check.ids("row_ids", row_ids), *counters, k, float(top_p), float(min_p), name
-        )
+        *_forward(logits, *transform, _check.ids("row_ids", row_ids), *counters, k, float(top_p), float(min_p), name)
     )
 
 
@@ -177,7 +176,7 @@ def _empty(logits: Tensor) -> list[Tensor]:
     return [new(shape, dtype=torch.int64), new(shape, dtype=dtype), new(shape, dtype=dtype)]
 
 
-@torch.library.custom_op("rlhf_fast::sample_tokens", mutates_args=())
+@op_without_gradient("sample_tokens")
 def _forward(logits: Tensor, temperature: float, temperatures: Tensor | None, logit_scale: float, softcap: float,
              row_ids: Tensor, seed: Tensor, step: Tensor, top_k: int, top_p: float, min_p: float,
              backend: str) -> list[Tensor]:  # fmt: skip

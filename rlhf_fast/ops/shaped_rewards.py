@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
 from rlhf_fast.ops import _check
+from rlhf_fast.ops._registered import op_without_gradient
 
 
 def shaped_rewards(
@@ -58,7 +59,7 @@ def shaped_rewards(
     if name == "reference":
         return reference(scores, kl, mask=counts, kl_coef=kl_coef, clip=clip)
     kl = kl if kl.stride(-1) == 1 else kl.contiguous()
-    return torch.ops.rlhf_fast.shaped_rewards(scores, kl, counts, kl_coef, clip, name)
+    return _op(scores, kl, counts, kl_coef, clip, name)
 
 
 def reference(scores: Tensor, kl: Tensor, *, mask: Tensor, kl_coef: float, clip: float = math.inf) -> Tensor:
@@ -89,7 +90,7 @@ IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"shaped_rewards": tuple(IMPLS)}
 
 
-@torch.library.custom_op("rlhf_fast::shaped_rewards", mutates_args=())
+@op_without_gradient("shaped_rewards")
 def _op(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, clip: float, backend: str) -> Tensor:
     rewards = kl.new_empty(kl.shape, dtype=_check.compute_dtype(kl.dtype))
     IMPLS[backend](scores, kl, mask, kl_coef, clip, rewards)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
 from rlhf_fast.ops import _check, _sequences
+from rlhf_fast.ops._registered import op_without_gradient
 
 
 def vtrace(
@@ -80,7 +81,7 @@ def vtrace(
         )  # fmt: skip
     else:
         rates = [float(gamma), float(lam), rho_clip, c_clip]
-        advantages, targets = torch.ops.rlhf_fast.vtrace(tensors, mask, cu_seqlens, bootstrap, rates, name)
+        advantages, targets = _op(tensors, mask, cu_seqlens, bootstrap, rates, name)
     return advantages, targets
 
 
@@ -139,7 +140,7 @@ IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"vtrace": tuple(IMPLS)}
 
 
-@torch.library.custom_op("rlhf_fast::vtrace", mutates_args=())
+@op_without_gradient("vtrace")
 def _op(inputs: list[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None, bootstrap: Tensor | None,
         rates: list[float], backend: str) -> list[Tensor]:  # fmt: skip
     _sequences.check_cu_seqlens(cu_seqlens, inputs[0].shape[-1])

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
 from rlhf_fast.ops import _check
+from rlhf_fast.ops._registered import op_without_gradient
 
 _SPAN, _PARTS = 4096, 512  # the statistics are of at most _PARTS spans, of at least _SPAN numbers where there are more
 
@@ -57,12 +58,12 @@ def whiten(
     mask = _check.mask_bytes(mask, x.shape, "x.shape")
     name = resolve("whiten", IMPLS, x.device, backend)
     x = x.detach().contiguous()
-    moments = reference_moments(x, mask) if name == "reference" else torch.ops.rlhf_fast.whiten_moments(x, mask, name)
+    moments = reference_moments(x, mask) if name == "reference" else _moments_op(x, mask, name)
     if process_group is not None:
         moments = _of_all_ranks(moments, process_group)
     if name == "reference":
         return reference(x, mask, shift_mean=shift_mean, eps=eps, moments=moments)
-    return torch.ops.rlhf_fast.whiten(x, mask, moments, shift_mean, eps, name)
+    return _op(x, mask, moments, shift_mean, eps, name)
 
 
 def reference(
@@ -143,7 +144,7 @@ def empty_moments(x: Tensor) -> Tensor:
     return x.new_empty((parts, 3), dtype=torch.float64)
 
 
-@torch.library.custom_op("rlhf_fast::whiten_moments", mutates_args=())
+@op_without_gradient("whiten_moments")
 def _moments_op(x: Tensor, mask: Tensor | None, backend: str) -> Tensor:
     moments = empty_moments(x)
     IMPLS[backend][0](x, mask, moments)
@@ -155,7 +156,7 @@ def _(x, mask, backend):
     return empty_moments(x)
 
 
-@torch.library.custom_op("rlhf_fast::whiten", mutates_args=())
+@op_without_gradient("whiten")
 def _op(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float, backend: str) -> Tensor:
     out = torch.empty_like(x, dtype=_check.compute_dtype(x.dtype))
     IMPLS[backend][1](x, mask, moments, shift_mean, eps, out)

@@ -159,6 +159,40 @@ def test_every_variant_with_every_term_keeps_the_contract(backend, dtype, shape,
     assert_keeps_contract(with_everything(mask, variant, backend), plain, everything(shape, variant, dtype), 2)
 
 
+@pytest.mark.parametrize("variant", ["ppo_clip", "dr_grpo", "gspo"])
+def test_blocks_of_tokens_inherit_nothing_from_the_one_before(variant):
+    # A thread of the C++ kernel takes four of its blocks one after the other: whole, partly masked, partly dropped.
+    blocks, length = 256, 512
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randint(4, (blocks, 1), generator=generator)
+    draws = torch.rand(blocks, length, generator=generator)
+    mask = ((kinds == 0) | (kinds == 1) | ((kinds == 2) & (draws < 0.5))).view(2, -1)
+    logprobs, old, advantages = inputs_of(mask.shape)
+    entropy = torch.where((kinds == 1) & (draws < 0.5), 0.0, 1 + draws).view(2, -1)
+
+    def loss(backend, **options):
+        return lambda *x: policy_loss(
+            *x, mask=mask, variant=variant, entropy=entropy, fixed_length=9, backend=backend, **options
+        )
+
+    for options in ({}, {"entropy_fraction": 0.7}):
+        inputs = [logprobs, old, advantages]
+        assert_keeps_contract(loss("cpu", **options), loss("reference", **options), inputs, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_any_byte_of_a_mask_but_zero_counts(backend, variant):
+    # Those that select tokens keep bits beside it, which a mask may have set.
+    mask, inputs = ragged((4, 5)), everything((4, 5), variant)
+    number = torch.arange(20).view(4, 5)
+    for options in ({}, {"entropy_fraction": 1.0}):
+        wanted = evaluate(with_everything(mask, variant, backend, **options), inputs, 2)
+        for values in (number % 7 + 1, 254 + number % 2):
+            numbers = torch.where(mask, values, 0).to(torch.uint8)
+            assert_same(evaluate(with_everything(numbers, variant, backend, **options), inputs, 2), wanted)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 128])
 def test_a_program_may_sum_several_blocks(parts, monkeypatch):
     from rlhf_fast.kernels import policy_loss as kernels
