@@ -128,8 +128,17 @@ def better_elsewhere(name: str) -> str:
     return f"{NOT_YET.capitalize()}.\n" if results is None else "\n".join(tables.better_elsewhere(results)) + "\n"
 
 
+def steps_summary() -> str:
+    found = step_results()
+    return steps.summary(found) if found else f"{NOT_YET.capitalize()}.\n"
+
+
+def step_results() -> list[dict[str, Any]]:
+    return [result for result in map(read, STEPS) if result is not None]
+
+
 def whole_steps() -> str:
-    found = [read(name) for name in STEPS if read(name) is not None]
+    found = step_results()
     if not found:
         return f"{NOT_YET.capitalize()}.\n"
     sections = [steps.section(result).replace("## ", "### ", 1) for result in found]
@@ -145,10 +154,9 @@ def pictures() -> dict[Path, tuple[str, Callable[[], Any]]]:
             figures = plots.pictures(results)
             there = {short: figures[plot] for plot, short in chosen.items() if plot in figures}
             found |= {PLOTS / f"{short}.png": (source(RESULTS / name), figure) for short, figure in there.items()}
-    runs = [name for name in STEPS if read(name) is not None]
-    if runs:
-        made_of = source(*(RESULTS / name for name in runs))
-        found[PLOTS / "steps.png"] = made_of, lambda: steps.curves([read(name) for name in runs])
+    if step_results():
+        made_of = source(*(RESULTS / name for name in STEPS if (RESULTS / name).exists()))
+        found[PLOTS / "steps.png"] = made_of, lambda: steps.curves(step_results())
     return found
 
 
@@ -167,7 +175,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "the CPU timings": lambda: timings("cpu.json"),
         "the GPU timings": lambda: timings("gpu.json"),
     },
-    ROOT / "README.md": {"the CPU summary": lambda: summary("cpu.json")},
+    ROOT / "README.md": {"the CPU summary": lambda: summary("cpu.json"), "the steps' summary": steps_summary},
     ROOT / "docs" / "benchmarks.md": {
         "the CPU run": lambda: run("cpu.json"),
         "what others do better on the CPU": lambda: better_elsewhere("cpu.json"),

@@ -86,14 +86,23 @@ def with_command(results):
 
 
 def timed(generation, update, held):
-    """Two contenders' worth of a row: constant times in milliseconds."""
+    """A contender: constant times in milliseconds."""
     step = {"generation": generation / 1e3, "scoring": 0.0, "update": update / 1e3}
     repeat = {"seconds": [step] * 3, "held_bytes": held, "resident_bytes": 1, "peak_bytes": 1}
-    return report.row_of({"repeats": [repeat], "tensor_peak_bytes": 1})
+    return {"version": "1.2", "repeats": [repeat], "tensor_peak_bytes": 1}
+
+
+def test_the_summary_has_a_line_per_algorithm_and_marks_where_we_take_more():
+    both = {"rlhf_fast": timed(20, 5, 10), "trl": timed(10, 20, 10)}
+    alone = {"setting": {"algorithm": "ppo"}, "contenders": {"rlhf_fast": both["rlhf_fast"]}}
+    head, _, line = report.summary([{"setting": {"algorithm": "dpo"}, "contenders": both}, alone]).splitlines()
+    row = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert row["| rlhf_fast / TRL"] == "| DPO, TRL 1.2"
+    assert (row["whole step"], row["generation"], row["scoring"], row["held"]) == ("0.83", "**2.00**", "", "1.00")
 
 
 def test_where_rlhf_fast_is_worse_is_said_first():
-    worse, better = report.verdict(timed(20, 5, 10), timed(10, 20, 10)).splitlines()
+    worse, better = report.verdict(*map(report.row_of, (timed(20, 5, 10), timed(10, 20, 10)))).splitlines()
     assert worse == "- **rlhf_fast takes more**: generation 2.00 x."
     assert "whole step 0.83 x, update 0.25 x, held 1.00 x" in better
 

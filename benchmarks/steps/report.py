@@ -97,16 +97,36 @@ def line_of(name: str, version: str, row: dict[str, Any]) -> str:
     return f"| {name} {version} | {' | '.join(cells)} | {' | '.join(f'{row[c] / MIB:,.1f}' for c in BYTES)} |"
 
 
-def verdict(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """Our figure over theirs in every column, the worse ones first."""
+def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """Our figure over theirs in every column where they have one."""
 
     def ratio(column: str) -> float | None:
         a, b = (row[column]["median_ms"] if isinstance(row[column], dict) else row[column] for row in (ours, theirs))
         return a / b if b else None
 
-    ratios = {column: r for column in ours if (r := ratio(column)) is not None}
-    worse = [f"{column} {r:.2f} x" for column, r in ratios.items() if r > 1]
-    better = [f"{column} {r:.2f} x" for column, r in ratios.items() if r <= 1]
+    return {column: r for column in ours if (r := ratio(column)) is not None}
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """One line per algorithm: our figures over theirs; those above 1 stand out."""
+    columns = ("whole step", *STAGES, *BYTES)
+    lines = [f"| rlhf_fast / TRL | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for result in results:
+        contenders = result["contenders"]
+        if THEIRS not in contenders:
+            continue
+        found = ratios(row_of(contenders[OURS]), row_of(contenders[THEIRS]))
+        cells = {column: f"**{r:.2f}**" if r > 1 else f"{r:.2f}" for column, r in found.items()}
+        title = f"{result['setting']['algorithm'].upper()}, TRL {contenders[THEIRS]['version']}"
+        lines.append(f"| {title} | {' | '.join(cells.get(column, '') for column in columns)} |")
+    return "\n".join(lines) + "\n"
+
+
+def verdict(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Our figure over theirs in every column, the worse ones first."""
+    found = ratios(ours, theirs)
+    worse = [f"{column} {r:.2f} x" for column, r in found.items() if r > 1]
+    better = [f"{column} {r:.2f} x" for column, r in found.items() if r <= 1]
     return "\n".join(
         f"- {what}: {', '.join(columns)}."
         for what, columns in (("**rlhf_fast takes more**", worse), ("rlhf_fast takes as much or less", better))
