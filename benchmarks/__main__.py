@@ -6,7 +6,8 @@
     python -m benchmarks --out out/new.json --compare out/old.json
     python -m benchmarks report out/cpu.json --out out/report    tables and plots; also with --compare
 
-Every contender is checked against float64 before it is timed. Exit status 1: slower than OLD, beyond the spread.
+Every contender is checked against float64 before it is timed. Exit status 1: slower than OLD, beyond the spread; 2: it
+cannot run, one line says why.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def main() -> None:
     try:
         sys.exit(arguments.run(arguments))
     except ResultsError as error:
-        sys.exit(f"benchmarks: {error}")
+        print(f"benchmarks: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -164,4 +164,4 @@ def test_the_dry_run_lists_the_cases_of_a_gpu_without_one_and_writes_nothing(tmp
 @pytest.mark.parametrize("rest", [["--out", "out.json"], ["--group", "scaling", "--dry-run"]], ids=["run", "scaling"])
 def test_without_a_gpu_one_line_says_so(rest):
     run = benchmark("--device", "cuda", *rest)
-    assert (run.returncode, run.stderr) == (1, "benchmarks: PyTorch finds no GPU here\n")
+    assert (run.returncode, run.stderr) == (2, "benchmarks: PyTorch finds no GPU here\n")
