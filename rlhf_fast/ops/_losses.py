@@ -169,7 +169,7 @@ def call(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Calls what `register` returned: the loss, and its metrics by name (0-d, detached)."""
     loss, means, *_ = run(*inputs, mask, denominator, variant, list(parameters), backend)
-    return loss, dict(zip(metrics, means.detach().unbind(0), strict=False))
+    return loss, dict(zip(metrics, means.detach().unbind(0)[: len(metrics)], strict=True))
 
 
 class _Scaled(torch.autograd.Function):
