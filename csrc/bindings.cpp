@@ -203,10 +203,10 @@ PYBIND11_MODULE(_native, m) {
         cpu::policy_loss(function,
                          {plane(planes[0]), plane(planes[1]), plane(planes[2]), plane(planes[3]), plane(planes[4]),
                           plane(planes[5]), plane(planes[6]), at<uint8_t>(flags), choices[5] != 0,
-                          at<int64_t>(cu_seqlens), at<>(denominator), sizes[0], sizes[1], sizes[2], parameters, choices[0] + 1,
-                          choices[1] != 0, choices[2], choices[3] != 0, choices[4] != 0, terms[0], terms[1], terms[2],
-                          terms[3], terms[4], is_double, at<>(outputs[0]), at<>(outputs[1]), at<>(outputs[2]),
-                          at<>(entropy_coefficient)},
+                          at<int64_t>(cu_seqlens), at<>(denominator), sizes[0], sizes[1], sizes[2], parameters,
+                          choices[0] + 1, choices[1] != 0, choices[2], choices[3] != 0, choices[4] != 0, terms[0],
+                          terms[1], terms[2], terms[3], terms[4], is_double, at<>(outputs[0]), at<>(outputs[1]),
+                          at<>(outputs[2]), at<>(entropy_coefficient)},
                          threads);
       },
       Release());
