@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.linear_value_loss import PARTS, sum_parts
 from torch import Tensor
 
@@ -93,7 +94,8 @@ def distributional_value_loss(
     block_rows = max(1, BLOCK_ELEMENTS // block_k)
     programs = max(1, min(PARTS, triton.cdiv(rows, block_rows)))
     partials = loss.new_empty(3, programs)
-    _distributional_value_loss_kernel[(programs,)](
+    launch(
+        _distributional_value_loss_kernel, (programs,),
         logits, returns, mask, values, coefficients, partials, v_min, v_max, (v_max - v_min) / bins, 2**0.5 * sigma,
         rows, bins, logits.stride(0), BLOCK_ROWS=block_rows, BLOCK_K=block_k,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.scan import backward
 from torch import Tensor
 
@@ -111,7 +112,8 @@ def gae(
     time = rewards.shape[-1]
     if sequences * time == 0:
         return
-    _gae_kernel[(sequences,)](
+    launch(
+        _gae_kernel, (sequences,),
         rewards, values, mask, cu_seqlens, bootstrap, lams, None if values is None else outputs[0], outputs[-1],
         sequences, time, rewards.stride(0), 0 if values is None else values.stride(0), gamma, lam,
         lam if value_lam is None else value_lam, HAS_VALUES=values is not None, HAS_MASK=mask is not None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from torch import Tensor
 
 BLOCK = 1024
@@ -125,7 +126,8 @@ def group_advantages(
     if groups == 0:
         return
     block = 128 if offsets is not None else min(BLOCK, triton.next_power_of_2(group_size))
-    _group_advantages_kernel[(groups,)](
+    launch(
+        _group_advantages_kernel, (groups,),
         rewards, weights, order, offsets, advantages, group_size, parameter, DIVISOR=DIVISORS[divisor],
         WEIGHTED=weights is not None, ORDERED=offsets is not None, BLOCK=block, num_warps=4 if block > 64 else 1,
     )  # fmt: skip

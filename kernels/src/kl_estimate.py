@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.scalar import exp_minus_1_minus, expm1
 from torch import Tensor
 
@@ -104,7 +105,8 @@ def forward(
     """Fills the estimates and their derivatives, (rows, columns) like the inputs; empty ones are left out."""
     if value.numel() == 0:
         return
-    _kernel[(triton.cdiv(value.numel(), BLOCK),)](
+    launch(
+        _kernel, (triton.cdiv(value.numel(), BLOCK),),
         logprobs, ref_logprobs, old_logprobs, value, by_logprob, by_ref, *clips, value.numel(), value.shape[1],
         *logprobs.stride(), *ref_logprobs.stride(), *((0, 0) if old_logprobs is None else old_logprobs.stride()),
         ESTIMATOR=ESTIMATORS[estimator], GRADIENT=ESTIMATORS.get(gradient), HAS_OLD=old_logprobs is not None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.losses import value, value_clip
 from rlhf_fast.kernels.scalar import divide
 from torch import Tensor
@@ -118,7 +119,8 @@ def sum_parts(partials: Tensor, denominator: Tensor | None, loss: Tensor, means:
               weight_partials: Tensor | None = None, weight_sums: Tensor | None = None) -> None:  # fmt: skip
     """Fills loss (), means (2,) and, where they are given, extra () and weight_sums (D,) from the partial sums."""
     width, block = (0 if weight_sums is None else weight_sums.shape[0]), 32
-    _sum_parts_kernel[(max(1, triton.cdiv(width, block)),)](
+    launch(
+        _sum_parts_kernel, (max(1, triton.cdiv(width, block)),),
         partials, weight_partials, denominator, loss, means, extra, weight_sums, partials.shape[1], width,
         PARTS=PARTS, BLOCK=block,
     )  # fmt: skip
@@ -144,7 +146,8 @@ def linear_value_loss(
     partials = loss.new_empty(4, programs)
     wanted = weight_sums.numel() > 0
     weight_partials = loss.new_empty(programs, width) if wanted else None
-    _linear_value_loss_kernel[(programs,)](
+    launch(
+        _linear_value_loss_kernel, (programs,),
         hidden, weight, bias, old_values, returns, mask, values, coefficients, partials, weight_partials, clip_eps,
         rows, width, hidden.stride(0), BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=8,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.lora_layout import BLOCK_COLUMNS, Spans, accumulate, bank, layout, precision, ranks_of
 from rlhf_fast.kernels.lora_magnitude import magnitude_backward, norms
 from torch import Tensor
@@ -210,8 +211,9 @@ def shrink(x: Tensor, downs: list[Tensor], spans: Spans, dropout: Dropout, h: Te
     table = layout(tuple(spans), ranks_of(downs), (1.0,) * len(downs), x.device)
     down = bank(downs, 0)
     threshold, seed = dropout or (0, None)
-    block_k = (256 if table.block_rows == 16 else 64) // x.element_size()
-    _shrink_kernel[(len(table.tiles), table.rank_blocks)](
+    block_k = max(16, (256 if table.block_rows == 16 else 64) // x.element_size())  # a tile product needs 16
+    launch(
+        _shrink_kernel, (len(table.tiles), table.rank_blocks),
         x, down, h, table.tiles, table.adapters, seed, threshold, x.shape[1], *x.stride(), *down.stride(),
         h.stride(0), BLOCK_ROWS=table.block_rows, BLOCK_K=block_k, BLOCK_RANK=table.block_rank,
         PRECISION=precision(x), num_warps=table.warps,
@@ -228,7 +230,8 @@ def expand(h: Tensor, ups: list[Tensor], scales: list[float], spans: Spans, drop
     table = layout(tuple(spans), tuple(up.shape[1] for up in ups), tuple(scales), y.device)
     up = bank(ups, 1)
     threshold, seed = dropout or (0, None)
-    _expand_kernel[(len(table.tiles), triton.cdiv(y.shape[1], BLOCK_COLUMNS))](
+    launch(
+        _expand_kernel, (len(table.tiles), triton.cdiv(y.shape[1], BLOCK_COLUMNS)),
         h, up, y, table.tiles, table.adapters, table.scales, seed, threshold, factors,
         None if factors is None else bias, unscaled, y.shape[1], h.stride(0), *up.stride(),
         BLOCK_ROWS=table.block_rows, BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_RANK=16, PRECISION=precision(y),
@@ -243,7 +246,8 @@ def gradients(narrow: Tensor, wide: Tensor, ranks: list[int], scales: list[float
     threshold, seed = dropout or (0, None)
     width, splits = wide.shape[1], table.splits
     partials = out if splits == 1 else out.new_empty(splits, out.numel())
-    _gradient_kernel[(triton.cdiv(width, BLOCK_COLUMNS), len(ranks), splits * table.rank_blocks)](
+    launch(
+        _gradient_kernel, (triton.cdiv(width, BLOCK_COLUMNS), len(ranks), splits * table.rank_blocks),
         narrow, wide, partials, table.tiles, table.adapters, table.scales, seed, threshold, width, out.numel(),
         narrow.stride(0), *wide.stride(), splits, RANK_FIRST=rank_first, BLOCK_ROWS=table.block_rows,
         BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_RANK=table.block_rank, PRECISION=precision(wide), num_warps=table.warps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.lora_layout import BLOCK_COLUMNS, Spans, accumulate, bank, layout, precision, ranks_of
 from torch import Tensor
 
@@ -93,7 +94,8 @@ def norms(weight: Tensor, downs: list[Tensor], ups: list[Tensor], scales: list[f
     """out[i] = row norms of weight + scale * up @ down, for every adapter i."""
     table = layout((), ranks_of(downs), tuple(scales), weight.device)
     down, up = bank(downs, 0), bank(ups, 1)
-    _norms_kernel[(triton.cdiv(weight.shape[0], BLOCK_COLUMNS), len(downs))](
+    launch(
+        _norms_kernel, (triton.cdiv(weight.shape[0], BLOCK_COLUMNS), len(downs)),
         weight, down, up, out, table.adapters, table.scales, *weight.shape, *weight.stride(), *down.stride(),
         *up.stride(), BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_K=32, BLOCK_RANK=16, PRECISION=precision(weight),
     )  # fmt: skip
@@ -105,7 +107,8 @@ def magnitude_backward(
     """grad *= factors of its adapter, in place; returns the sums of grad * unscaled before that, (adapters, OUT)."""
     table = layout(tuple(spans), tuple(ranks), (1.0,) * len(ranks), grad.device)
     partials = factors.new_empty(table.splits, *factors.shape)
-    _magnitude_kernel[(triton.cdiv(grad.shape[1], BLOCK_COLUMNS), len(ranks), table.splits)](
+    launch(
+        _magnitude_kernel, (triton.cdiv(grad.shape[1], BLOCK_COLUMNS), len(ranks), table.splits),
         grad, unscaled, factors, partials, table.tiles, table.adapters, grad.shape[1],
         BLOCK_ROWS=table.block_rows, BLOCK_COLUMNS=BLOCK_COLUMNS,
     )  # fmt: skip

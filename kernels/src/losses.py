@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.preference_losses import PAIRED, UNPAIRED
 from rlhf_fast.kernels.scalar import divide, sigmoid, softplus, sum_parts
 from torch import Tensor
@@ -172,11 +173,13 @@ def masked_loss(
     partials = means.new_empty(6, programs)
     inputs = inputs[:count]
     strides = tuple(x.stride() if x.dim() == 2 else (0, x.stride(0)) for x in inputs)
-    _elements_kernel[(programs,)](
+    launch(
+        _elements_kernel, (programs,),
         tuple(inputs), strides, mask, first, last, partials,
         *parameters, *[0.0] * (PARAMETERS - len(parameters)), n, columns,
         FUNCTION=function, COEFFICIENTS=len(coefficients), HAS_MASK=mask is not None, BLOCK=block,
     )  # fmt: skip
-    _means_kernel[(1,)](
+    launch(
+        _means_kernel, (1,),
         partials, denominator, loss, means, programs, HAS_DENOMINATOR=denominator is not None, PARTS=PARTS,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.scalar import divide, exp_minus_1_minus, expm1, sum_parts
 from torch import Tensor
 
@@ -512,21 +513,23 @@ def policy_loss(
     }  # fmt: skip
     if needs_sequences and logprobs.numel():
         read = [logprobs, old_logprobs, advantages, sampler, weights]
-        _sequences_kernel[(sequences,)](
+        launch(
+            _sequences_kernel, (sequences,),
             *read, *_strides(read), flags, cu_seqlens, denominator, shared, columns, *parameters[:4], *terms[2:],
             STATISTIC=statistic, SHARED_OF=shared_of, **flagged,
         )  # fmt: skip
     programs = max(1, min(PARTS, triton.cdiv(logprobs.numel(), BLOCK)))
     partials = metrics.new_empty(SUMS, programs)
     read = [logprobs, old_logprobs, advantages, ref, sampler, entropy, weights]
-    _tokens_kernel[(programs,)](
+    launch(
+        _tokens_kernel, (programs,),
         *read, *_strides(read), flags, ids, denominator, shared, coefficients[0], coefficients[-1], partials,
         logprobs.numel(), columns, sequences, *parameters, *terms[:4],
         TOKEN=token, OF_SEQUENCE=of_sequence, ESTIMATOR=estimator, UNBIASED=bool(unbiased), HAS_REF=ref is not None,
         HAS_ENTROPY=entropy is not None, BONUS=len(coefficients) > 1, HAS_SHARED=bool(needs_sequences), num_warps=8,
         **flagged,
     )  # fmt: skip
-    _metrics_kernel[(1,)](partials, denominator, loss, metrics, programs, PARTS=PARTS)
+    launch(_metrics_kernel, (1,), partials, denominator, loss, metrics, programs, PARTS=PARTS)
 
 
 def _strides(tensors: list[Tensor | None]) -> list[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.scalar import log1p, sigmoid, softplus
 from torch import Tensor
 
@@ -186,7 +187,8 @@ def ranking_loss(
     scratch = gradient.new_empty(3, n)
     block = BLOCK if offsets is not None else min(BLOCK, triton.next_power_of_2(group_size))
     options = {"TIES": TIES[variant], "ORDERED": offsets is not None, "BLOCK": block}
-    _ranking_kernel[(groups,)](
-        rewards, ranks, order, offsets, losses, accuracies, gradient, scratch, n, group_size, **options
-    )
-    _pull_kernel[(groups,)](rewards, ranks, order, offsets, gradient, scratch, n, group_size, **options)
+    launch(
+        _ranking_kernel, (groups,), rewards, ranks, order, offsets, losses, accuracies, gradient, scratch, n,
+        group_size, **options,
+    )  # fmt: skip
+    launch(_pull_kernel, (groups,), rewards, ranks, order, offsets, gradient, scratch, n, group_size, **options)

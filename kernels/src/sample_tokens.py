@@ -12,6 +12,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.scalar import log1p
 from rlhf_fast.kernels.transform import capped, row_factor
 from torch import Tensor
@@ -180,7 +181,8 @@ def sample(
     if rows == 0:
         return
     temperature, temperatures, logit_scale, softcap = transform
-    _sample_kernel[(rows,)](
+    launch(
+        _sample_kernel, (rows,),
         logits, temperatures, row_ids, seed, step, *outputs, temperature, logit_scale, softcap, top_p,
         math.log(min_p) if min_p > 0 else 0.0, top_k, vocabulary, logits.stride(0),
         HAS_TEMPERATURES=temperatures is not None, SOFTCAP=softcap > 0, TOP_K=top_k < vocabulary, TOP_P=top_p < 1,

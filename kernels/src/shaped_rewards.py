@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from torch import Tensor
 
 BLOCK = 1024
@@ -47,7 +48,8 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, cli
     batch, time = kl.shape
     if batch * time == 0:
         return
-    _shaped_rewards_kernel[(batch,)](
+    launch(
+        _shaped_rewards_kernel, (batch,),
         scores, kl, mask, rewards, time, kl.stride(0), kl_coef, clip,
         BLOCK=min(BLOCK, triton.next_power_of_2(time)), num_warps=4,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.scalar import exp_minus_1_minus, expm1, log1p
 from torch import Tensor
 
@@ -254,7 +255,8 @@ def forward(
     if kl.numel() == 0:
         return
     scalars, options = _shared(logits, transform, divergence, mask)
-    _forward_kernel[(kl.numel(),)](
+    launch(
+        _forward_kernel, (kl.numel(),),
         logits, ref_logits, mask, logsum, ref_logsum, kl, mean, *scalars, js_weight, logits.shape[-1], logits.shape[1],
         *logits.stride()[:2], *ref_logits.stride()[:2], **options, num_warps=8,
     )  # fmt: skip
@@ -276,7 +278,8 @@ def backward(
     if mean.numel() == 0:
         return
     scalars, options = _shared(logits, transform, divergence, mask)
-    _backward_kernel[(mean.numel(),)](
+    launch(
+        _backward_kernel, (mean.numel(),),
         logits, ref_logits, mask, logsum, ref_logsum, mean, grad_kl, gradient, *scalars, js_weight, logits.shape[-1],
         logits.shape[1], *logits.stride()[:2], *ref_logits.stride()[:2], *gradient.stride()[:2], **options, num_warps=8,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.scalar import expm1, log1p
 from rlhf_fast.kernels.transform import capped, row_factor
 from torch import Tensor
@@ -298,7 +299,8 @@ def forward(
     if targets.numel() == 0:
         return
     temperature, temperatures, logit_scale, softcap = transform
-    _forward_kernel[(outer * inner,)](
+    launch(
+        _forward_kernel, (outer * inner,),
         logits, targets, mask, temperatures, *stats, gradient, temperature, logit_scale, softcap, vocabulary,
         targets.numel() // (outer * inner), inner, logits.stride(0), logits.stride(1),
         HAS_ENTROPY=want_entropy, HAS_SQUARES=stats[4].numel() > 0, HAS_GRADIENT=gradient is not None,
@@ -322,7 +324,8 @@ def backward(
         return
     temperature, temperatures, logit_scale, softcap = transform
     upstream = stats[0] if grad_logprobs is None else grad_logprobs  # a pointer to add to, not read without HAS_LOGPROB
-    _backward_kernel[(outer * inner,)](
+    launch(
+        _backward_kernel, (outer * inner,),
         logits, targets, mask, temperatures, *stats[:4], upstream, grad_entropy, gradient, temperature,
         logit_scale, softcap, vocabulary, targets.numel() // (outer * inner), inner,
         logits.stride(0), logits.stride(1), gradient.stride(0), gradient.stride(1),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.scan import backward
 from torch import Tensor
 
@@ -104,7 +105,8 @@ def vtrace(
     time = inputs[0].shape[-1]
     if sequences * time == 0:
         return
-    _vtrace_kernel[(sequences,)](
+    launch(
+        _vtrace_kernel, (sequences,),
         *inputs, mask, cu_seqlens, bootstrap, *outputs, time, *(x.stride(0) for x in inputs), *rates,
         HAS_MASK=mask is not None, PACKED=packed, HAS_BOOTSTRAP=bootstrap is not None,
         BLOCK=min(BLOCK, triton.next_power_of_2(time)), num_warps=4,

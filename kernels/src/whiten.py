@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from rlhf_fast.kernels.launch import launch
 from torch import Tensor
 
 BLOCK = 2048
@@ -105,7 +106,8 @@ def whiten_moments(x: Tensor, mask: Tensor | None, moments: Tensor) -> None:
     """Fills moments (parts, 3) with count, mean and sum of squared deviations of equal spans of x (count,)."""
     count, parts = x.numel(), moments.shape[0]
     span = triton.cdiv(count, parts)
-    _moments_kernel[(parts,)](
+    launch(
+        _moments_kernel, (parts,),
         x, mask, moments, count, span, HAS_MASK=mask is not None,
         ACC=tl.float64 if x.element_size() == 8 else tl.float32, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
@@ -116,7 +118,8 @@ def whiten(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, ep
     count, parts = x.numel(), moments.shape[0]
     if count == 0:
         return
-    _whiten_kernel[(triton.cdiv(count, BLOCK),)](
+    launch(
+        _whiten_kernel, (triton.cdiv(count, BLOCK),),
         x, mask, moments, out, count, parts, eps, HAS_MASK=mask is not None, SHIFT_MEAN=shift_mean,
         PARTS=min(PARTS, triton.next_power_of_2(parts)), BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
