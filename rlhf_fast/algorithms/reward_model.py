@@ -46,7 +46,7 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     for step in run.steps():
         rate = learning_rate(config, step)
         set_learning_rates(job, {"reward": rate})
-        indices = shuffled_indices(len(job.train), config.seed, step * config.batch_size, config.batch_size)
+        indices = shuffled_indices(len(job.train), config.order_seed, step * config.batch_size, config.batch_size)
         pairs = [job.train[i] for i in indices]
         losses = accumulate(job, config, pairs)
         norms = update(job, config, {"loss": losses["loss"]})

@@ -60,7 +60,7 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     for step in run.steps():
         rate = learning_rate(config, step)
         set_learning_rates(job, {role: rate})
-        indices = shuffled_indices(len(job.train), config.seed, step * config.batch_size, config.batch_size)
+        indices = shuffled_indices(len(job.train), config.order_seed, step * config.batch_size, config.batch_size)
         batch = pad_batch([job.train[i] for i in indices], pad_id(job.encoder.tokenizer)).to(job.device)
         loss = accumulate(job, config, batch)
         norms = update(job, config, {"loss": loss})

@@ -59,7 +59,7 @@ class Experience:
 def prompts_of_step(job: Job, config: RolloutConfig, step: int) -> list[Prompt]:
     """The step's prompts in the shuffled order, each num_generations times in a row."""
     count = config.batch_size // config.num_generations
-    indices = shuffled_indices(len(job.train), config.seed, step * count, count)
+    indices = shuffled_indices(len(job.train), config.order_seed, step * count, count)
     return [job.train[i] for i in indices for _ in range(config.num_generations)]
 
 

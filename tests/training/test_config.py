@@ -76,3 +76,8 @@ def test_a_config_survives_its_own_file(name):
     values = {**LEAST, "algorithm": name, "model": {"from": "sft"}}
     config = parse(config_class, {k: v for k, v in values.items() if k in config_class.model_fields})
     assert parse(config_class, config.model_dump(mode="json", by_alias=True)) == config
+
+
+def test_data_seed_orders_the_examples_and_is_the_seed_where_it_is_left_out():
+    assert parse(PPO, {**LEAST, "seed": 5}).order_seed == 5
+    assert parse(PPO, {**LEAST, "seed": 5, "data_seed": 0}).order_seed == 0
