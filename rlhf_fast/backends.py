@@ -137,7 +137,7 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     return define
 
 
-# --- How a tensor is handed to the native module: address, type code, row addressing ---------------------------------
+# --- How a tensor is handed to the native module: never an address without what says where its elements are -----------
 
 DTYPE_CODES = {
     torch.float32: 0,
@@ -147,14 +147,45 @@ DTYPE_CODES = {
 }  # DType in csrc/native.h
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """The tensor's address, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+def packed(tensor: torch.Tensor | None) -> int:
+    """The address of a contiguous tensor, 0 for None and for no element. Raises ValueError for any other layout."""
+    if tensor is None:
+        return 0
+    if not tensor.is_contiguous():
+        raise ValueError(f"a kernel takes a contiguous tensor here, got {_layout(tensor)}")
+    return _address(tensor)
 
 
-def row_sizes(tensor: torch.Tensor) -> tuple[int, int, int, int]:
-    """(outer, inner, outer_stride, inner_stride) in elements, of a (outer, inner, V) tensor with unit last stride."""
-    return (tensor.shape[0], tensor.shape[1], tensor.stride(0), tensor.stride(1))
+def plane(tensor: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """(address, type code, row stride, column stride) of (rows, columns), or of (columns,) as one row; 0s for None."""
+    if tensor is None:
+        return 0, 0, 0, 0
+    row, column = tensor.stride() if tensor.dim() == 2 else (0, *tensor.stride())
+    return _address(tensor), DTYPE_CODES[tensor.dtype], row, column
+
+
+def strided(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """(address, type code, the sizes and then the strides of all dimensions but the last one, whose stride must be 1).
+
+    Strides are in elements. Raises ValueError for another last stride.
+    """
+    *strides, last = tensor.stride()
+    if last != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"a kernel takes a tensor with the last stride 1 here, got {_layout(tensor)}")
+    return _address(tensor), DTYPE_CODES[tensor.dtype], (*tensor.shape[:-1], *strides)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Raises ValueError where memory holds no elements, or not these but their negatives."""
+    address = tensor.data_ptr()
+    if tensor.is_neg() or (address == 0 and tensor.numel()):
+        raise ValueError(f"a kernel takes a tensor whose elements are in memory, got {_layout(tensor)}")
+    return address
+
+
+def _layout(tensor: torch.Tensor) -> str:
+    kind = "a negated view" if tensor.is_neg() else "a tensor"
+    return f"{kind} {tuple(tensor.shape)} with the strides {tensor.stride()}"
 
 
 def threads() -> int:
@@ -171,5 +202,5 @@ def prefer_huge_pages(fresh: torch.Tensor) -> torch.Tensor:
     """`fresh`, unwritten. On the CPU, where the system has huge pages, the first touch then costs a quarter."""
     real = type(fresh) is torch.Tensor and fresh.device.type == "cpu"  # not what torch.compile traces with
     if real and fresh.nbytes >= _HUGE and _native_error() is None:
-        native().prefer_huge_pages(address(fresh), fresh.nbytes)
+        native().prefer_huge_pages(packed(fresh), fresh.nbytes)
     return fresh

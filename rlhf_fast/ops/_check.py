@@ -35,6 +35,16 @@ def positive(name: str, value: float) -> float:
     return float(value)
 
 
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor, copied where its last stride is not 1: kernels on rows take any other one."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """(N,): all elements in order, contiguous."""
+    return tensor.contiguous().view(-1)
+
+
 def ids(name: str, tensor: Tensor) -> Tensor:
     """Token ids as contiguous int64."""
     if tensor.dtype not in (torch.int64, torch.int32):

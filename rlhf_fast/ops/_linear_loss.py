@@ -128,6 +128,8 @@ class Call:
         one_slope: whether d loss / d logprob is the same for all rows of a sequence, and nothing else has a derivative.
         """
         summed_rows = self._summed_rows({"sequence": 1, "pair": 2}[coupling]) if one_slope else 0
+        # In a list with a None among them, the dispatcher leaves a negated view as it is.
+        tensors = [None if x is None else x.resolve_neg() for x in tensors]
         return getattr(torch.ops.rlhf_fast, op)(
             self.hidden, *self.head, self.targets, mask, *self.transform, tensors, objective, coupling, list(shape),
             cu_seqlens, self.tile_rows, self.held_rows, summed_rows, want_entropy, self.needs, backend,

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, threads
+from rlhf_fast.backends import DTYPE_CODES, native, packed, plane, strided, threads
+from rlhf_fast.ops import _check
 
 Spans = list[tuple[int, int, int]]
 Dropout = tuple[int, Tensor] | None  # (threshold, seed)
@@ -35,7 +36,7 @@ def shrink(x: Tensor, downs: list[Tensor], spans: Spans, dropout: Dropout, h: Te
     """h[rows] = x[rows] @ down^T for every span; downs (R, in)."""
     x = _dropped(x, dropout)
     if _is_native(h):
-        x = x if x.stride(1) == 1 else x.contiguous()
+        x = _check.unit_stride(x)
         native().lora_shrink(*_native_arguments(x, h), _native_downs(downs), spans, threads())
         return
     for i, start, stop in spans:  # not `out=`: torch 2.9 takes the stride of a bfloat16 column (rank 1) for 1
@@ -84,8 +85,8 @@ def prepare(
 
     def add(x: Tensor, y: Tensor) -> None:
         h = x.new_empty(rows, rank)
-        lora_shrink(x.data_ptr(), h.data_ptr(), code, down_sizes, down_bank, spans, threads())
-        lora_expand(y.data_ptr(), h.data_ptr(), code, up_sizes, up_bank, spans, threads())
+        lora_shrink(packed(x), packed(h), code, down_sizes, down_bank, spans, threads())
+        lora_expand(packed(y), packed(h), code, up_sizes, up_bank, spans, threads())
 
     return add
 
@@ -130,18 +131,16 @@ def _is_native(h: Tensor) -> bool:
 
 
 def _native_downs(downs: list[Tensor]) -> NativeBank:
-    return [((address(a), DTYPE_CODES[a.dtype], a.stride(0), a.stride(1)), a.shape[0], 1.0) for a in downs]
+    return [(plane(a), a.shape[0], 1.0) for a in downs]
 
 
 def _native_ups(ups: list[Tensor], scales: list[float]) -> NativeBank:
-    return [
-        ((address(b), DTYPE_CODES[b.dtype], b.stride(1), b.stride(0)), b.shape[1], scale)  # B^T
-        for b, scale in zip(ups, scales, strict=True)
-    ]
+    return [(plane(b.t()), b.shape[1], scale) for b, scale in zip(ups, scales, strict=True)]
 
 
 def _native_arguments(wide: Tensor, h: Tensor) -> tuple[int, int, int, tuple[int, int, int]]:
-    return address(wide), address(h), DTYPE_CODES[wide.dtype], (wide.shape[1], wide.stride(0), h.stride(0))
+    (wide_at, code, (_, wide_stride)), (h_at, _, (_, h_stride)) = strided(wide), strided(h)
+    return wide_at, h_at, code, (wide.shape[1], wide_stride, h_stride)
 
 
 def _dropped(x: Tensor, dropout: Dropout) -> Tensor:
@@ -149,8 +148,9 @@ def _dropped(x: Tensor, dropout: Dropout) -> Tensor:
     if dropout is None:
         return x
     threshold, seed = dropout
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = _check.unit_stride(x)
+    at, code, (count, stride) = strided(x)
     out = x.new_empty(x.shape)
-    sizes = (*x.shape, x.stride(0), out.stride(0))
-    native().lora_dropout(address(x), address(out), DTYPE_CODES[x.dtype], sizes, address(seed), threshold, threads())
+    sizes = (count, x.shape[1], stride, x.shape[1])
+    native().lora_dropout(at, packed(out), code, sizes, packed(seed), threshold, threads())
     return out

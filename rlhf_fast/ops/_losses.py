@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, prefer_huge_pages, threads
+from rlhf_fast.backends import native, packed, prefer_huge_pages, threads
+from rlhf_fast.backends import plane as native_plane
 from rlhf_fast.ops import _check, _registered
 
 Implementation = Callable[[str, list[Tensor], Tensor | None, Tensor | None, list[float], list[Tensor]], None]
@@ -27,11 +28,6 @@ Implementation = Callable[[str, list[Tensor], Tensor | None, Tensor | None, list
 def plane(tensor: Tensor) -> Tensor:
     """The (rows, columns) view of a tensor of one or two dimensions."""
     return tensor[None] if tensor.dim() == 1 else tensor
-
-
-def row_and_column(sizes: tuple[int, ...], of_one_row: int) -> tuple[int, int]:
-    """The shape or the strides of a tensor of one or two dimensions as those of its plane."""
-    return sizes if len(sizes) == 2 else (of_one_row, *sizes)  # type: ignore[return-value]
 
 
 def per_token_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
@@ -90,10 +86,11 @@ def mean(x: Tensor, mask: Tensor | None, denominator: Tensor | None) -> Tensor:
 def cpu(variant: str, inputs: list[Tensor], mask: Tensor | None, denominator: Tensor | None, parameters: list[float],
         outputs: list[Tensor]) -> None:  # fmt: skip
     """Fills outputs = [loss (), means (5,), a coefficient of their shape per differentiable input, or none]."""
-    planes = [(address(x), DTYPE_CODES[x.dtype], *row_and_column(x.stride(), 0)) for x in inputs]
+    shape = inputs[0].shape
     native().masked_loss(
-        variant, planes, address(mask), address(denominator), parameters, *row_and_column(inputs[0].shape, 1),
-        outputs[0].dtype == torch.float64, [address(x) for x in outputs], threads(),
+        variant, [native_plane(x) for x in inputs], packed(mask), packed(denominator), parameters,
+        *(shape if len(shape) == 2 else (1, *shape)), outputs[0].dtype == torch.float64,
+        [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 

@@ -18,8 +18,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def only_autograd_looks(tensors: Iterable[Any]) -> bool:
-    """Whether no compiler, mode, transform or tensor subclass is there, which must see the registered op."""
-    plain = all([type(x) is Tensor or type(x) is Parameter for x in tensors if isinstance(x, Tensor)])
+    """Whether no compiler, mode, transform or tensor subclass is there, which must see the registered op.
+
+    Nor a negated view (of the imaginary part of a conjugate): the dispatcher makes a tensor of it.
+    """
+    plain = all(
+        [(type(x) is Tensor or type(x) is Parameter) and not x.is_neg() for x in tensors if isinstance(x, Tensor)]
+    )
     looking = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
     return plain and not looking and not torch._C._are_functorch_transforms_active()
 

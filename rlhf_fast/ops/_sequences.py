@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import address
+from rlhf_fast.backends import packed, strided
 from rlhf_fast.ops import _check
 
 
@@ -38,8 +38,7 @@ def prepared(
     _check.same_device((first, steps), *others.items())
     mask = _check.mask_bytes(mask, steps.shape, f"{first}.shape")
     dtype = _common_dtype(list(inputs.values()))
-    tensors = [x.detach().to(dtype) for x in inputs.values()]
-    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    tensors = [_check.unit_stride(x.detach().to(dtype)) for x in inputs.values()]
     if bootstrap is not None:
         bootstrap = bootstrap.detach().to(_check.compute_dtype(dtype)).contiguous()
     return tensors, mask, cu_seqlens, bootstrap
@@ -76,7 +75,15 @@ def empty_outputs(steps: Tensor, cu_seqlens: Tensor | None, number: int) -> list
 def native_arguments(
     steps: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, bootstrap: Tensor | None
 ) -> tuple[int, int, int, int, int]:  # fmt: skip
-    return count(steps, cu_seqlens), steps.shape[-1], address(mask), address(cu_seqlens), address(bootstrap)
+    return count(steps, cu_seqlens), steps.shape[-1], packed(mask), packed(cu_seqlens), packed(bootstrap)
+
+
+def native_steps(steps: Tensor | None) -> tuple[int, int]:
+    """(address, row stride) of padded or packed steps, zeros for None; packed, nobody looks at the stride."""
+    if steps is None:
+        return 0, 0
+    at, _, sizes = strided(steps)
+    return at, sizes[-1] if sizes else 0
 
 
 class Walk(NamedTuple):

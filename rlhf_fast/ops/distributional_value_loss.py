@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
+from rlhf_fast.backends import native, packed, resolve, strided, threads
 from rlhf_fast.ops import _check, _losses, _registered
 
 
@@ -57,7 +57,7 @@ def distributional_value_loss(
     if not v_min < v_max:
         raise ValueError(f"v_min must be below v_max, got {v_min} and {v_max}")
     sigma = 0.75 * (v_max - v_min) / logits.shape[-1] if sigma is None else _check.positive("sigma", sigma)
-    shape = tuple(logits.shape[:-1])
+    shape = logits.shape[:-1]
     _losses.floats(shape, "logits.shape[:-1]", returns=returns)
     _check.same_device(("logits", logits), ("returns", returns), ("mask", mask))
     mask = _check.mask_bytes(mask, shape, "logits.shape[:-1]")
@@ -65,10 +65,9 @@ def distributional_value_loss(
     name = resolve("distributional_value_loss", IMPLS, logits.device, backend)
     if name == "reference":
         return reference(logits, returns, v_min=v_min, v_max=v_max, sigma=sigma, mask=mask, denominator=total)
-    rows = logits.reshape(-1, logits.shape[-1])
+    flat = logits.reshape(shape.numel(), logits.shape[-1])
     loss, means, values, _ = _run(
-        rows if rows.stride(1) == 1 else rows.contiguous(),
-        returns.detach().reshape(-1).to(_check.compute_dtype(logits.dtype)),
+        _check.unit_stride(flat), _check.flat(returns.detach().to(_check.compute_dtype(logits.dtype))),
         None if mask is None else mask.view(-1), total, float(v_min), float(v_max), sigma, name,
     )  # fmt: skip
     return loss, values.detach().view(shape), {"outside_fraction": means.detach()[0]}
@@ -102,9 +101,10 @@ def reference(
 
 def _cpu(logits: Tensor, returns: Tensor, mask: Tensor | None, denominator: Tensor | None, v_min: float, v_max: float,
          sigma: float, outputs: list[Tensor]) -> None:  # fmt: skip
+    at, code, (count, stride) = strided(logits)
     native().distributional_value_loss(
-        address(logits), DTYPE_CODES[logits.dtype], (*logits.shape, logits.stride(0)),
-        [address(x) for x in (returns, mask, denominator)], [v_min, v_max, sigma], [address(x) for x in outputs],
+        at, code, (count, logits.shape[1], stride),
+        [packed(x) for x in (returns, mask, denominator)], [v_min, v_max, sigma], [packed(x) for x in outputs],
         threads(),
     )  # fmt: skip
 

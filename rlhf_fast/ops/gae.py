@@ -40,7 +40,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, stream, threads
+from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, stream, threads
 from rlhf_fast.ops import _check, _sequences
 from rlhf_fast.ops._registered import op_without_gradient
 
@@ -238,10 +238,10 @@ def _check_entries(rewards: Tensor, cu_seqlens: Tensor | None, lams: Tensor | No
 def _native_arguments(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
                       bootstrap: Tensor | None, rates: Rates, outputs: list[Tensor]) -> tuple:  # fmt: skip
     gamma, lam, value_lam, lams = rates
+    (rewards_at, reward_stride), (values_at, value_stride) = map(_sequences.native_steps, (rewards, values))
     return (
-        address(rewards), address(values), DTYPE_CODES[rewards.dtype],
-        [rewards.stride(0), 0 if values is None else values.stride(0)],
+        rewards_at, values_at, DTYPE_CODES[rewards.dtype], [reward_stride, value_stride],
         _sequences.native_arguments(rewards, mask, cu_seqlens, bootstrap),
-        [gamma, lam, lam if value_lam is None else value_lam], address(lams), value_lam is not None,
-        [0 if values is None else address(outputs[0]), address(outputs[-1])],
+        [gamma, lam, lam if value_lam is None else value_lam], packed(lams), value_lam is not None,
+        [0 if values is None else packed(outputs[0]), packed(outputs[-1])],
     )  # fmt: skip

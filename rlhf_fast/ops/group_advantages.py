@@ -44,7 +44,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
+from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
 from rlhf_fast.ops import _check
 from rlhf_fast.ops._registered import op_without_gradient
 from rlhf_fast.ops.whiten import whiten
@@ -282,8 +282,8 @@ def _cpu(rewards: Tensor, weights: Tensor | None, order: Tensor | None, offsets:
          divisor: str, parameter: float, advantages: Tensor) -> None:  # fmt: skip
     groups = rewards.shape[0] // group_size if offsets is None else offsets.shape[0] - 1
     native().group_advantages(
-        address(rewards), DTYPE_CODES[rewards.dtype], address(weights), groups, group_size, address(order),
-        address(offsets), list(DIVISORS).index(divisor), parameter, address(advantages), threads(),
+        packed(rewards), DTYPE_CODES[rewards.dtype], packed(weights), groups, group_size, packed(order),
+        packed(offsets), list(DIVISORS).index(divisor), parameter, packed(advantages), threads(),
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
+from rlhf_fast.backends import native, packed, plane, resolve, threads
 from rlhf_fast.ops import _check, _losses, _registered
 
 
@@ -120,12 +120,9 @@ def reference(
 
 def _cpu(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None, estimator: str, gradient: str,
          clips: list[float], value: Tensor, by_logprob: Tensor, by_ref: Tensor) -> None:  # fmt: skip
-    given = [(address(x), DTYPE_CODES[x.dtype], *x.stride()) for x in (logprobs, ref_logprobs)]
-    old = (0, 0, 0, 0) if old_logprobs is None else (
-        address(old_logprobs), DTYPE_CODES[old_logprobs.dtype], *old_logprobs.stride())  # fmt: skip
     native().kl_estimate(
-        estimator, gradient, [*given, old], *value.shape, clips, value.dtype == torch.float64,
-        [address(x) if x.numel() else 0 for x in (value, by_logprob, by_ref)], threads(),
+        estimator, gradient, [plane(x) for x in (logprobs, ref_logprobs, old_logprobs)], *value.shape, clips,
+        value.dtype == torch.float64, [packed(x) for x in (value, by_logprob, by_ref)], threads(),
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads, without_autocast
+from rlhf_fast.backends import native, packed, resolve, strided, threads, without_autocast
 from rlhf_fast.ops import _check, _losses, _registered
 from rlhf_fast.ops import value_loss as values_of
 
@@ -65,11 +65,11 @@ def linear_value_loss(
         return reference(hidden, weight, old_values, returns, bias=bias, mask=mask, clip_eps=clip_eps,
                          denominator=total)  # fmt: skip
     dtype = _check.compute_dtype(hidden.dtype)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    old, target = (None if x is None else x.detach().reshape(-1).to(dtype) for x in (old_values, returns))
+    flat = hidden.reshape(shape.numel(), hidden.shape[-1])
+    old, target = (None if x is None else _check.flat(x.detach().to(dtype)) for x in (old_values, returns))
     loss, means, values, *_ = _run(
-        rows if rows.stride(1) == 1 else rows.contiguous(), weight.reshape(-1).to(dtype),
-        None if bias is None else bias.reshape(()).to(dtype), old, target, None if mask is None else mask.view(-1),
+        _check.unit_stride(flat), _check.flat(weight.to(dtype)), None if bias is None else bias.reshape(()).to(dtype),
+        old, target, None if mask is None else mask.view(-1),
         total, clip_eps or 0.0, weight.requires_grad and torch.is_grad_enabled(), name,
     )  # fmt: skip
     return loss, values.detach().view(shape), {"clip_fraction": means.detach()[0]}
@@ -100,7 +100,7 @@ def reference(
 
 
 def _checked(hidden: Tensor, weight: Tensor, bias: Tensor | None, old_values: Tensor | None, returns: Tensor,
-             clip_eps: float | None) -> tuple[int, ...]:  # fmt: skip
+             clip_eps: float | None) -> torch.Size:  # fmt: skip
     """hidden.shape[:-1], once everything fits."""
     _check.floating("hidden", hidden)
     _check.floating("weight", weight)
@@ -111,7 +111,7 @@ def _checked(hidden: Tensor, weight: Tensor, bias: Tensor | None, old_values: Te
         )
     if bias is not None and (_check.floating("bias", bias).shape not in ((), (1,))):
         raise ValueError(f"bias must be () or (1,), got {tuple(bias.shape)}")
-    shape = tuple(hidden.shape[:-1])
+    shape = hidden.shape[:-1]
     tensors = {"returns": returns}
     if clip_eps is not None:
         _check.positive("clip_eps", clip_eps)
@@ -124,11 +124,11 @@ def _checked(hidden: Tensor, weight: Tensor, bias: Tensor | None, old_values: Te
 
 def _cpu(hidden: Tensor, weight: Tensor, bias: Tensor | None, old_values: Tensor | None, returns: Tensor,
          mask: Tensor | None, denominator: Tensor | None, clip_eps: float, outputs: list[Tensor]) -> None:  # fmt: skip
-    loss, means, values, coefficients, weight_sums, bias_sum = (address(x) for x in outputs)
+    at, code, (count, stride) = strided(hidden)
     native().linear_value_loss(
-        address(hidden), DTYPE_CODES[hidden.dtype], (*hidden.shape, hidden.stride(0)),
-        [address(x) for x in (weight, bias, old_values, returns, mask, denominator)], clip_eps,
-        [loss, means, values, coefficients, weight_sums if outputs[4].numel() else 0, bias_sum], threads(),
+        at, code, (count, hidden.shape[1], stride),
+        [packed(x) for x in (weight, bias, old_values, returns, mask, denominator)], clip_eps,
+        [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
+from rlhf_fast.backends import native, packed, plane, resolve, threads
 from rlhf_fast.ops import _check, _losses, _registered
 from rlhf_fast.ops._policy import (
     CORRECTION_LEVELS,
@@ -290,13 +290,12 @@ def _correction(o: PolicyObjective, tokens: Tokens, sampler_logprobs: Tensor | N
 
 def _cpu(inputs: Inputs, made: Plan, function: str, parameters: list[float], choices: list[int],
          terms: list[float], outputs: list[Tensor]) -> None:  # fmt: skip
-    planes = [(0, 0, 0, 0) if x is None else (address(x), DTYPE_CODES[x.dtype], *x.stride())
-              for x in (*inputs, made.weights)]  # fmt: skip
     sequences = 0 if made.cu_seqlens is None else made.cu_seqlens.shape[0] - 1
     native().policy_loss(
-        function, planes, address(made.flags), address(made.cu_seqlens), address(made.denominator),
+        function, [plane(x) for x in (*inputs, made.weights)], packed(made.flags), packed(made.cu_seqlens),
+        packed(made.denominator),
         [*inputs.logprobs.shape, sequences], parameters, choices, terms, outputs[0].dtype == torch.float64,
-        [address(x) for x in outputs], threads(),
+        [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 

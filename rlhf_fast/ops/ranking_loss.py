@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
+from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
 from rlhf_fast.ops import _check, _losses, _registered
 
 METRICS = ("accuracy",)
@@ -146,8 +146,8 @@ def _group_count(rewards: Tensor, group_size: int) -> int:
 def _cpu(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int,
          denominator: Tensor | None, variant: str, outputs: list[Tensor]) -> None:  # fmt: skip
     native().ranking_loss(
-        variant, address(rewards), DTYPE_CODES[rewards.dtype], address(ranks), address(order), address(offsets),
-        group_size, _group_count(rewards, group_size), address(denominator), [address(x) for x in outputs], threads(),
+        variant, packed(rewards), DTYPE_CODES[rewards.dtype], packed(ranks), packed(order), packed(offsets),
+        group_size, _group_count(rewards, group_size), packed(denominator), [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
+from rlhf_fast.backends import native, packed, resolve, strided, threads
 from rlhf_fast.ops import _check
 from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops._philox import philox
@@ -94,11 +94,18 @@ def sample_tokens(
     counters = [_number(name, value, logits) for name, value in (("seed", seed), ("step", step))]
     name = resolve("sample_tokens", IMPLS, logits.device, backend)
     logits = logits.detach()
-    if logits.stride(1) != 1 and vocabulary > 1:
-        logits = logits.contiguous()
     k = vocabulary if top_k is None else min(top_k, vocabulary)
     return Samples(
-        *_forward(logits, *transform, _check.ids("row_ids", row_ids), *counters, k, float(top_p), float(min_p), name)
+        *_forward(
+            _check.unit_stride(logits),
+            *transform,
+            _check.ids("row_ids", row_ids),
+            *counters,
+            k,
+            float(top_p),
+            float(min_p),
+            name,
+        )
     )
 
 
@@ -150,10 +157,11 @@ def _cpu(
     min_p: float, outputs: list[Tensor],
 ) -> None:  # fmt: skip
     temperature, temperatures, logit_scale, softcap = transform
+    at, code, (count, stride) = strided(logits)
     native().sample_tokens(
-        address(logits), DTYPE_CODES[logits.dtype], (*logits.shape, logits.stride(0)),
-        (temperature, address(temperatures), logit_scale, softcap), address(row_ids), address(seed), address(step),
-        top_k, top_p, min_p, [address(x) for x in outputs], threads(),
+        at, code, (count, logits.shape[1], stride),
+        (temperature, packed(temperatures), logit_scale, softcap), packed(row_ids), packed(seed), packed(step),
+        top_k, top_p, min_p, [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
+from rlhf_fast.backends import native, packed, resolve, strided, threads
 from rlhf_fast.ops import _check
 from rlhf_fast.ops._registered import op_without_gradient
 
@@ -58,8 +58,7 @@ def shaped_rewards(
     name = resolve("shaped_rewards", IMPLS, kl.device, backend)
     if name == "reference":
         return reference(scores, kl, mask=counts, kl_coef=kl_coef, clip=clip)
-    kl = kl if kl.stride(-1) == 1 else kl.contiguous()
-    return _op(scores, kl, counts, kl_coef, clip, name)
+    return _op(scores, _check.unit_stride(kl), counts, kl_coef, clip, name)
 
 
 def reference(scores: Tensor, kl: Tensor, *, mask: Tensor, kl_coef: float, clip: float = math.inf) -> Tensor:
@@ -73,10 +72,10 @@ def reference(scores: Tensor, kl: Tensor, *, mask: Tensor, kl_coef: float, clip:
 
 
 def _cpu(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, clip: float, rewards: Tensor) -> None:
+    at, code, (batch, stride) = strided(kl)
     native().shaped_rewards(
-        address(scores), address(kl), DTYPE_CODES[kl.dtype], [*kl.shape, kl.stride(0)], address(mask), kl_coef, clip,
-        address(rewards), threads(),
-    )  # fmt: skip
+        packed(scores), at, code, [batch, kl.shape[1], stride], packed(mask), kl_coef, clip, packed(rewards), threads()
+    )
 
 
 def _triton(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, clip: float, rewards: Tensor) -> None:

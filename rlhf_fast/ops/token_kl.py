@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, row_sizes, threads
+from rlhf_fast.backends import native, packed, resolve, strided, threads
 from rlhf_fast.ops import _check
 from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops.token_logprobs import Transform
@@ -161,10 +161,10 @@ def reference(
 def _native_arguments(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, transform: Transform, js_weight: float,
                       stats: list[Tensor]) -> tuple[Any, ...]:  # fmt: skip
     temperature, temperatures, logit_scale, softcap = transform
+    (at, code, sizes), (ref_at, _, ref_sizes) = strided(logits), strided(ref_logits)
     return (
-        address(logits), address(ref_logits), DTYPE_CODES[logits.dtype], row_sizes(logits), row_sizes(ref_logits),
-        logits.shape[-1], address(mask), (temperature, address(temperatures), logit_scale, softcap), js_weight,
-        [address(s) for s in stats],
+        at, ref_at, code, sizes, ref_sizes, logits.shape[-1], packed(mask),
+        (temperature, packed(temperatures), logit_scale, softcap), js_weight, [packed(s) for s in stats],
     )  # fmt: skip
 
 
@@ -177,9 +177,8 @@ def _cpu_forward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, transf
 def _cpu_backward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, transform: Transform, divergence: str,
                   js_weight: float, stats: list[Tensor], grad_kl: Tensor, gradient: Tensor) -> None:  # fmt: skip
     arguments = _native_arguments(logits, ref_logits, mask, transform, js_weight, stats)
-    native().token_kl_backward(
-        divergence, *arguments, address(grad_kl), address(gradient), row_sizes(gradient), threads()
-    )
+    at, _, sizes = strided(gradient)
+    native().token_kl_backward(divergence, *arguments, packed(grad_kl), at, sizes, threads())
 
 
 def _triton_forward(*args: Any) -> None:

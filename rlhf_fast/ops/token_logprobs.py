@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, row_sizes, stream, threads
+from rlhf_fast.backends import native, packed, resolve, stream, strided, threads
 from rlhf_fast.ops import _check
 
 
@@ -204,10 +204,14 @@ def _native_arguments(logits: Tensor, targets: Tensor, mask: Tensor | None, tran
                       stats: list[Tensor]) -> tuple[Any, ...]:  # fmt: skip
     temperature, temperatures, logit_scale, softcap = transform
     return (
-        address(logits), DTYPE_CODES[logits.dtype], row_sizes(logits), logits.shape[-1], address(targets),
-        _per_row(targets), address(mask), (temperature, address(temperatures), logit_scale, softcap),
-        [address(s) if s.numel() else 0 for s in stats],
+        *strided(logits), logits.shape[-1], packed(targets), _per_row(targets), packed(mask),
+        (temperature, packed(temperatures), logit_scale, softcap), [packed(s) for s in stats],
     )  # fmt: skip
+
+
+def _place(gradient: Tensor) -> tuple[int, tuple[int, ...]]:
+    at, _, sizes = strided(gradient)
+    return at, sizes
 
 
 def _per_row(targets: Tensor) -> int:
@@ -217,14 +221,14 @@ def _per_row(targets: Tensor) -> int:
 def _cpu_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, want_entropy: bool,
                  stats: list[Tensor], gradient: Tensor | None) -> None:  # fmt: skip
     arguments = _native_arguments(logits, targets, mask, transform, stats)
-    native().token_logprobs_forward(*arguments, address(gradient), threads())
+    native().token_logprobs_forward(*arguments, packed(gradient), threads())
 
 
 def _cpu_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, stats: list[Tensor],
                   grad_logprobs: Tensor | None, grad_entropy: Tensor | None, gradient: Tensor) -> None:  # fmt: skip
     native().token_logprobs_backward(
-        *_native_arguments(logits, targets, mask, transform, stats), address(grad_logprobs), address(grad_entropy),
-        address(gradient), row_sizes(gradient), threads(),
+        *_native_arguments(logits, targets, mask, transform, stats), packed(grad_logprobs), packed(grad_entropy),
+        *_place(gradient), threads(),
     )  # fmt: skip
 
 
@@ -243,14 +247,14 @@ def _triton_backward(*args: Any) -> None:
 def _cuda_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, want_entropy: bool,
                   stats: list[Tensor], gradient: Tensor | None) -> None:  # fmt: skip
     arguments = _native_arguments(logits, targets, mask, transform, stats)
-    native().token_logprobs_forward_cuda(*arguments, address(gradient), logits.get_device(), stream(logits.device))
+    native().token_logprobs_forward_cuda(*arguments, packed(gradient), logits.get_device(), stream(logits.device))
 
 
 def _cuda_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, stats: list[Tensor],
                    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, gradient: Tensor) -> None:  # fmt: skip
     native().token_logprobs_backward_cuda(
-        *_native_arguments(logits, targets, mask, transform, stats), address(grad_logprobs), address(grad_entropy),
-        address(gradient), row_sizes(gradient), logits.get_device(), stream(logits.device),
+        *_native_arguments(logits, targets, mask, transform, stats), packed(grad_logprobs), packed(grad_entropy),
+        *_place(gradient), logits.get_device(), stream(logits.device),
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
+from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
 from rlhf_fast.ops import _check, _sequences
 from rlhf_fast.ops._registered import op_without_gradient
 
@@ -119,9 +119,10 @@ def reference(
 
 def _cpu(inputs: list[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None, bootstrap: Tensor | None,
          rates: list[float], outputs: list[Tensor]) -> None:  # fmt: skip
+    addresses, strides = zip(*map(_sequences.native_steps, inputs), strict=True)
     native().vtrace(
-        [address(x) for x in inputs], DTYPE_CODES[inputs[0].dtype], [x.stride(0) for x in inputs],
-        _sequences.native_arguments(inputs[0], mask, cu_seqlens, bootstrap), rates, [address(x) for x in outputs],
+        addresses, DTYPE_CODES[inputs[0].dtype], strides,
+        _sequences.native_arguments(inputs[0], mask, cu_seqlens, bootstrap), rates, [packed(x) for x in outputs],
         threads(),
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, address, native, resolve, threads
+from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
 from rlhf_fast.ops import _check
 from rlhf_fast.ops._registered import op_without_gradient
 
@@ -110,14 +110,14 @@ def _of_all_ranks(moments: Tensor, group: torch.distributed.ProcessGroup) -> Ten
 
 def _cpu_moments(x: Tensor, mask: Tensor | None, moments: Tensor) -> None:
     native().whiten_moments(
-        address(x), DTYPE_CODES[x.dtype], x.numel(), address(mask), address(moments), moments.shape[0], threads()
+        packed(x), DTYPE_CODES[x.dtype], x.numel(), packed(mask), packed(moments), moments.shape[0], threads()
     )
 
 
 def _cpu_whiten(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float, out: Tensor) -> None:
     native().whiten(
-        address(x), DTYPE_CODES[x.dtype], x.numel(), address(mask), address(moments), moments.shape[0], shift_mean,
-        eps, address(out), threads(),
+        packed(x), DTYPE_CODES[x.dtype], x.numel(), packed(mask), packed(moments), moments.shape[0], shift_mean,
+        eps, packed(out), threads(),
     )  # fmt: skip
 
 

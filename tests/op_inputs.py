@@ -1,0 +1,361 @@
+"""A small call of every op with every tensor that it takes, and what can be done to one of them.
+
+For tests that try something on every argument of every op: layouts, sizes, NaN, derivatives of every kind.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlhf_fast
+from benchmarks.op_cases.case import Case
+from rlhf_fast import Adapter, PolicyObjective, PreferenceObjective
+from rlhf_fast.ops import table
+
+OPS = table()
+B, T, V, D, R = 4, 6, 21, 5, 2
+TRANSFORM: dict[str, Any] = {"logit_scale": 1.5, "softcap": 4.0}
+
+
+def plane(*shape: int) -> Tensor:
+    return torch.randn(shape or (B, T))
+
+
+def logprobs(*shape: int) -> Tensor:
+    return -torch.rand(shape or (B, T)) - 0.1
+
+
+def some(*shape: int) -> Tensor:
+    """A mask that counts the first place, and not the last one."""
+    mask = torch.rand(shape or (B, T)) < 0.7
+    mask.view(-1)[0], mask.view(-1)[-1] = True, False
+    return mask
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(V, shape or (B, T))
+
+
+def sequences() -> Tensor:
+    return torch.tensor([0, 2, 2, T + 3, B * T - 1])
+
+
+def one(value: float) -> Tensor:
+    return torch.tensor(value)
+
+
+def flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tokens as one packed row."""
+    return {name: x.flatten(0, 1) if x.shape[:2] == (B, T) else x for name, x in tensors.items()}
+
+
+def steps(*names: str) -> dict[str, Tensor]:
+    return {name: plane() for name in names} | {"mask": some(), "bootstrap": plane(B)}
+
+
+def off_policy() -> dict[str, Tensor]:
+    return {"logprobs": logprobs(), "behaviour_logprobs": logprobs()}
+
+
+def policy_constants() -> dict[str, Tensor]:
+    tensors = {name: logprobs() for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs")}
+    tensors |= {"advantages": plane(), "mask": some(), "overlong": torch.arange(B) == 1}
+    return tensors | {"denominator": one(17.0), "sequences": one(5.0)}
+
+
+POLICY: dict[str, Any] = {"aggregation": "seq_mean_token_mean", "kl_coef": 0.1, "entropy_coef": 0.1}
+
+
+def head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {"weight": plane(V, D), "bias": plane(V), "lora_a": plane(R, D), "lora_b": plane(V, R)}
+
+
+def with_lora(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    given: dict[str, Any] = dict(tensors)
+    given["head_lora"] = (given.pop("lora_a"), given.pop("lora_b"), 0.5)
+    return given
+
+
+def scored() -> dict[str, Tensor]:
+    """What is made from hidden states to log-probabilities."""
+    return head({"hidden": plane(B, T, D), "targets": ids(), "temperature": 0.5 + torch.rand(B, T)})
+
+
+def pair_constants(pairs: int) -> dict[str, Tensor]:
+    tensors = {"weights": torch.rand(pairs), "reward_shift": one(0.2), "denominator": one(3.0)}
+    return tensors | {name: plane(pairs) for name in ("chosen_advantages", "rejected_advantages")}
+
+
+PAIRED = {"bco_pair": 0.5, "hpo": 0.3, "ipo": 0.2}
+TRAINED = ("hidden", "weight", "bias", "lora_a", "lora_b")
+CRITIC = {"old_values": plane, "returns": plane, "mask": some, "denominator": lambda: one(9.0)}
+
+
+def drawn(makers: dict[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+    return {name: make() for name, make in makers.items()}
+
+
+def adapters() -> dict[str, Tensor]:
+    tensors = {"x": plane(B, T, D), "weight": plane(V, D), "bias": plane(V), "seed": torch.tensor(5)}
+    return tensors | {"a": plane(R, D), "b": plane(V, R), "a2": plane(3, D), "b2": plane(V, 3), "m": torch.rand(V) + 1}
+
+
+def bank(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    entries = [Adapter(tensors["a"], tensors["b"], 0.5), Adapter(tensors["a2"], tensors["b2"], 2.0, tensors["m"])]
+    rows = tensors["x"].shape[:-1].numel()
+    parts = [(0, rows // 3), (-1, rows // 4), (1, rows - rows // 3 - rows // 4)]
+    return {n: tensors[n] for n in ("x", "weight", "bias", "seed")} | {"bank": entries, "segments": parts}
+
+
+CASES = [
+    Case("gae", lambda: steps("rewards", "values") | {"lam": torch.rand(B), "value_lam": torch.rand(B)}, label="rows"),
+    Case("gae", lambda: flat(steps("rewards", "values")) | {"cu_seqlens": sequences()}, label="packed"),
+    Case("discounted_returns", lambda: steps("rewards"), {"gamma": 0.9}, label="rows"),
+    Case("discounted_returns", lambda: flat(steps("rewards")) | {"cu_seqlens": sequences()}, label="packed"),
+    Case("vtrace", lambda: steps("rewards", "values") | off_policy(), {"lam": 0.9}, label="rows"),
+    Case(
+        "vtrace",
+        lambda: flat(steps("rewards", "values") | off_policy()) | {"cu_seqlens": sequences()},
+        label="packed",
+    ),
+    Case(
+        "shaped_rewards",
+        lambda: {"scores": plane(B), "kl": plane(), "mask": some()},
+        {"kl_coef": 0.1, "clip": 2.0},
+        label="rows",
+    ),
+    Case("whiten", lambda: {"x": plane(), "mask": some()}, label="masked"),
+    Case(
+        "group_advantages",
+        lambda: {"rewards": plane(12), "group_ids": torch.arange(12) % 5, "lengths": torch.rand(12) + 1},
+        {"kind": "opo"},
+    ),
+    *(
+        Case("group_advantages", lambda: {"rewards": plane(12)}, {"kind": kind, "group_size": 4, **options})
+        for kind, options in {"grpo": {}, "rloo": {}, "pass_at_k": {"k": 2}, "reinforce_baseline": {}}.items()
+    ),
+    Case("group_advantages", lambda: {"rewards": plane(12, 3)}, {"kind": "gdpo", "group_size": 4}),
+    Case("group_advantages", lambda: {"rewards": plane(12)}, {"kind": "reinforce_pp"}),
+    Case("group_advantages", lambda: {"rewards": plane(12), "baseline_rewards": plane(12)}, {"kind": "remax"}),
+    Case(
+        "kl_estimate",
+        lambda: {name: logprobs() for name in ("logprobs", "ref_logprobs", "old_logprobs")},
+        {"estimator": "k3"},
+        ("logprobs", "ref_logprobs"),
+    ),
+    Case(
+        "token_kl",
+        lambda: {
+            "logits": plane(B, T, V), "ref_logits": plane(B, T, V), "mask": some(),
+            "temperature": 0.5 + torch.rand(B, T),
+        },
+        TRANSFORM,
+        ("logits",),
+        label="rows",
+    ),
+    Case("token_kl", lambda: {"logits": plane(B, V), "ref_logits": plane(B, V)}, {"divergence": "js"}, ("logits",)),
+    Case("token_kl", lambda: {"logits": plane(B, V), "ref_logits": plane(B, V)}, {"top_k": 4}, ("logits",)),
+    Case(
+        "token_logprobs",
+        lambda: {
+            "logits": plane(B, T, V), "targets": ids(), "mask": some(), "temperature": 0.5 + torch.rand(B, T)
+        },
+        {**TRANSFORM, "return_entropy": True, "return_stats": True},
+        ("logits",),
+        label="rows",
+    ),
+    Case("token_logprobs", lambda: {"logits": plane(B, V), "targets": ids(B, 3)}, {}, ("logits",), label="targets"),
+    Case(
+        "linear_logprobs",
+        lambda: scored() | {"mask": some()},
+        {**TRANSFORM, "return_entropy": True, "return_stats": True, "chunk_tokens": 16},
+        TRAINED,
+        with_lora,
+        "trained",
+    ),
+    Case("linear_logprobs", lambda: scored() | {"mask": some()}, {}, ("hidden",), with_lora, "frozen"),
+    Case(
+        "linear_kl",
+        lambda: {
+            "hidden": plane(B, T, D), "ref_hidden": plane(B, T, 3), "weight": plane(V, D), "ref_weight": plane(V, 3),
+            "bias": plane(V), "ref_bias": plane(V), "targets": ids(), "mask": some(),
+            "temperature": 0.5 + torch.rand(B, T),
+        },
+        {"return_entropy": True, "chunk_tokens": 16},
+        ("hidden", "weight", "bias"),
+        label="trained",
+    ),
+    Case(
+        "linear_kl",
+        lambda: {"hidden": plane(B, T, D), "ref_hidden": plane(B, T, D), "weight": plane(V, D), "targets": ids()},
+        {},
+        ("hidden",),
+        label="frozen",
+    ),
+    Case(
+        "policy_loss",
+        lambda: policy_constants() | {"logprobs": logprobs(), "entropy": torch.rand(B, T)},
+        POLICY,
+        ("logprobs", "entropy"),
+        label="rows",
+    ),
+    Case(
+        "policy_loss",
+        lambda: flat(policy_constants() | {"logprobs": logprobs(), "entropy": torch.rand(B, T)})
+        | {"cu_seqlens": sequences()},
+        {**POLICY, "variant": "gspo", "correction_level": "geometric"},
+        ("logprobs", "entropy"),
+        label="packed",
+    ),
+    Case(
+        "linear_policy_loss",
+        lambda: scored() | policy_constants(),
+        {"objective": PolicyObjective(**POLICY), **TRANSFORM, "chunk_tokens": 16},
+        TRAINED,
+        with_lora,
+        "rows",
+    ),
+    Case(
+        "linear_policy_loss",
+        lambda: flat(scored() | policy_constants()) | {"cu_seqlens": sequences()},
+        {"objective": PolicyObjective("gspo")},
+        ("hidden",),
+        with_lora,
+        "packed and frozen",
+    ),
+    Case(
+        "preference_loss",
+        lambda: {name: -5 * torch.rand(6) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
+        | {name: torch.randint(1, 9, (6,)) for name in ("chosen_lengths", "rejected_lengths")}
+        | pair_constants(6),
+        {"variant": PAIRED},
+        ("chosen", "rejected"),
+        label="three losses",
+    ),
+    Case(
+        "preference_loss",
+        lambda: {name: -5 * torch.rand(6) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")},
+        {"variant": "aot"},
+        ("chosen", "rejected"),
+    ),
+    Case(
+        "linear_preference_loss",
+        lambda: scored()
+        | {name: -9 * torch.rand(B // 2) for name in ("ref_chosen", "ref_rejected")}
+        | pair_constants(B // 2)
+        | {"mask": some()},
+        {"objective": PreferenceObjective(PAIRED), "return_logprobs": True, **TRANSFORM},
+        TRAINED,
+        with_lora,
+        "rows",
+    ),
+    Case(
+        "linear_preference_loss",
+        lambda: flat(
+            scored() | {"ref_hidden": plane(B, T, D), "ref_weight": plane(V, D), "ref_bias": plane(V), "mask": some()}
+        )
+        | {"cu_seqlens": torch.tensor([0, 2, 2, T + 3, B * T])},
+        {},
+        ("hidden",),
+        with_lora,
+        "packed and frozen",
+    ),
+    Case(
+        "unpaired_preference_loss",
+        lambda: {
+            "logprobs": -5 * torch.rand(6), "ref_logprobs": -5 * torch.rand(6), "desirable": torch.arange(6) % 3 > 0,
+            "weights": torch.rand(6), "kl": one(0.3), "reward_shift": one(0.1), "denominator": one(5.0),
+        },
+        {"variant": "kto"},
+        ("logprobs",),
+    ),
+    Case(
+        "reward_loss",
+        lambda: {name: plane(6) for name in ("chosen_rewards", "rejected_rewards", "margin")}
+        | {"denominator": one(5.0)},
+        {"label_smoothing": 0.1, "centring": 0.1},
+        ("chosen_rewards", "rejected_rewards"),
+        label="pairs",
+    ),
+    Case(
+        "step_reward_loss",
+        lambda: {"scores": plane(), "labels": torch.rand(B, T), "mask": some(), "denominator": one(9.0)},
+        {},
+        ("scores",),
+        label="rows",
+    ),
+    Case(
+        "ranking_loss",
+        lambda: {
+            "rewards": plane(12), "ranks": torch.randint(0, 3, (12,)), "group_ids": torch.arange(12) % 5,
+            "denominator": one(5.0),
+        },
+        {},
+        ("rewards",),
+        label="ids",
+    ),
+    *(
+        Case(
+            "ranking_loss",
+            lambda: {"rewards": plane(12), "ranks": torch.randint(0, 3, (12,))},
+            {"variant": variant, "group_size": 4},
+            ("rewards",),
+        )
+        for variant in ("breslow", "pairwise")
+    ),
+    Case("value_loss", lambda: drawn(CRITIC) | {"values": plane()}, {"clip_eps": 0.2}, ("values",), label="clipped"),
+    Case(
+        "linear_value_loss",
+        lambda: drawn(CRITIC) | {"hidden": plane(B, T, D), "weight": plane(D), "bias": plane(1)},
+        {"clip_eps": 0.2},
+        ("hidden", "weight", "bias"),
+        label="clipped",
+    ),
+    Case(
+        "distributional_value_loss",
+        lambda: {"logits": plane(B, T, 7), "returns": plane(), "mask": some(), "denominator": one(9.0)},
+        {"v_min": -1.0, "v_max": 2.0},
+        ("logits",),
+        label="bins",
+    ),
+    Case("lora_linear", adapters, {"dropout": 0.2}, ("x", "weight", "bias", "a", "b", "a2", "b2", "m"), bank, "trained"),
+    Case("lora_linear", adapters, {}, (), lambda tensors: bank(tensors | {"seed": None}), "scored"),
+    Case(
+        "sample_tokens",
+        lambda: {
+            "logits": plane(B, V), "row_ids": torch.arange(B), "seed": torch.tensor(3), "step": torch.tensor(2),
+            "temperature": 0.5 + torch.rand(B),
+        },
+        {"top_k": 9, "top_p": 0.9, "min_p": 0.01, **TRANSFORM},
+        label="truncated",
+    ),
+]  # fmt: skip
+
+
+def missing() -> dict[str, list[str]]:
+    """op -> those of its arguments that can be a tensor and that no case gives."""
+    found = {}
+    for op in OPS:
+        parameters = inspect.signature(getattr(rlhf_fast, op)).parameters.values()
+        given = {name for case in CASES if case.op == op for name in case.arguments(case.tensors())}
+        lacking = [p.name for p in parameters if "Tensor" in str(p.annotation) and p.name not in given]
+        if lacking:
+            found[op] = lacking
+    return found
+
+
+def each(*backends: str, of: Callable[[Case], bool] = lambda case: True) -> list[Any]:
+    """Every case of `of` with "reference", and with those of `backends` that its op has."""
+    return [
+        pytest.param(case, backend, id=f"{case.name}-{backend}")
+        for case in CASES
+        if of(case)
+        for backend in backends
+        if backend == "reference" or backend in OPS[case.op]
+    ]
