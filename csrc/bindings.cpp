@@ -116,10 +116,10 @@ PYBIND11_MODULE(_native, m) {
       "token_logprobs_backward",
       [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, int64_t targets_per_row,
          Address mask, TransformArguments transform, StatsArguments stats, Address grad_logprobs, Address grad_entropy,
-         Address gradient, RowSizes gradient_sizes, int threads) {
+         Address grad_lse, Address gradient, RowSizes gradient_sizes, int threads) {
         cpu::token_logprobs_backward(
             token_logprobs(logits, dtype, sizes, vocabulary, targets, targets_per_row, mask, transform, stats),
-            at<>(grad_logprobs), at<>(grad_entropy), at<>(gradient), rows(gradient_sizes), threads);
+            at<>(grad_logprobs), at<>(grad_entropy), at<>(grad_lse), at<>(gradient), rows(gradient_sizes), threads);
       },
       Release());
 #if defined(RLHF_FAST_WITH_CUDA)
@@ -137,10 +137,10 @@ PYBIND11_MODULE(_native, m) {
       "token_logprobs_backward_cuda",
       [](Address logits, int dtype, RowSizes sizes, int64_t vocabulary, Address targets, int64_t targets_per_row,
          Address mask, TransformArguments transform, StatsArguments stats, Address grad_logprobs, Address grad_entropy,
-         Address gradient, RowSizes gradient_sizes, int device, Address stream) {
+         Address grad_lse, Address gradient, RowSizes gradient_sizes, int device, Address stream) {
         cuda::token_logprobs_backward(
             token_logprobs(logits, dtype, sizes, vocabulary, targets, targets_per_row, mask, transform, stats),
-            at<>(grad_logprobs), at<>(grad_entropy), at<>(gradient), rows(gradient_sizes), device, stream);
+            at<>(grad_logprobs), at<>(grad_entropy), at<>(grad_lse), at<>(gradient), rows(gradient_sizes), device, stream);
       },
       Release());
 #endif

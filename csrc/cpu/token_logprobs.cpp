@@ -98,12 +98,12 @@ template <typename X, typename Y, typename C>
 RLHF_INLINE void block_gradient(const X* s, Y* out, int64_t n, C factor, const RowGradient<C>& of) {
   const C shift = of.max / factor, factor2 = C(factor * kLog2E), logsum2 = C(of.logsum * kLog2E);
   if (of.g_entropy == 0) {
-    const C g = -factor * of.g_sum;
+    const C g = factor * (of.g_lse - of.g_sum);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) store(out[i], g * exp2_neg((load(s[i]) - shift) * factor2 - logsum2));
     return;
   }
-  const C constant = -factor * (of.g_sum + of.g_entropy * of.entropy), linear = -factor * of.g_entropy * C(kLn2);
+  const C constant = -factor * (of.g_sum - of.g_lse + of.g_entropy * of.entropy), linear = -factor * of.g_entropy * C(kLn2);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const C t = (load(s[i]) - shift) * factor2 - logsum2, p = exp2_neg(t);
@@ -150,7 +150,7 @@ template <typename T> RLHF_INLINE void forward_row(const TokenLogprobs& op, void
       const bool inside = targets[k] >= 0 && targets[k] < op.vocabulary;
       logprobs[k] = inside ? logprob_of(C(load(logits[targets[k]])), all, transform) : C(NAN);
     }
-    const RowGradient<C> up{targets, count, logprobs, nullptr, result.max, result.logsum, C(0), C(0), C(count)};
+    const RowGradient<C> up{targets, count, logprobs, nullptr, result.max, result.logsum, C(0), C(0), C(0), C(count)};
     if (out) row_gradient(logits, out, op.vocabulary, transform, up);
   }
   *part<C>(op.row_max, row) = result.max;
@@ -160,15 +160,15 @@ template <typename T> RLHF_INLINE void forward_row(const TokenLogprobs& op, void
 }
 
 template <typename T>
-RLHF_INLINE void backward_row(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy, void* gradient,
-                              const Rows& gradient_rows, int64_t row) {
+RLHF_INLINE void backward_row(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy,
+                              const void* grad_lse, void* gradient, const Rows& gradient_rows, int64_t row) {
   using C = typename Compute<T>::type;
   const int64_t count = grad_logprobs ? op.targets_per_row : 0, at = row * op.targets_per_row;
   T* out = part<T>(gradient, gradient_rows.offset(row));
-  const C g_entropy = grad_entropy ? *part<C>(grad_entropy, row) : C(0);
+  const C g_entropy = grad_entropy ? *part<C>(grad_entropy, row) : C(0), g_lse = grad_lse ? *part<C>(grad_lse, row) : C(0);
   RowGradient<C> up{op.targets + at, count, part<C>(op.logprobs, at), part<C>(grad_logprobs, at), *part<C>(op.row_max, row),
-                 *part<C>(op.row_logsum, row), op.entropy ? *part<C>(op.entropy, row) : C(0), g_entropy, C(0)};
-  bool silent = g_entropy == 0;
+                 *part<C>(op.row_logsum, row), op.entropy ? *part<C>(op.entropy, row) : C(0), g_entropy, g_lse, C(0)};
+  bool silent = g_entropy == 0 && g_lse == 0;
   for (int64_t k = 0; k < count; ++k) {
     up.g_sum += up.g(k);
     silent = silent && up.g(k) == 0;
@@ -185,8 +185,9 @@ RLHF_INLINE void backward_row(const TokenLogprobs& op, const void* grad_logprobs
     forward_row<T>(op, gradient, row);                                                                           \
   }                                                                                                              \
   RLHF_CLONES void backward_##NAME(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy, \
-                                   void* gradient, const Rows& gradient_rows, int64_t row) {                     \
-    backward_row<T>(op, grad_logprobs, grad_entropy, gradient, gradient_rows, row);                              \
+                                   const void* grad_lse, void* gradient, const Rows& gradient_rows,              \
+                                   int64_t row) {                                                                \
+    backward_row<T>(op, grad_logprobs, grad_entropy, grad_lse, gradient, gradient_rows, row);                    \
   }
 RLHF_FOR_DTYPE(f32, float)
 RLHF_FOR_DTYPE(f64, double)
@@ -205,10 +206,10 @@ void token_logprobs_forward(const TokenLogprobs& op, void* gradient, int threads
 }
 
 void token_logprobs_backward(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy,
-                             void* gradient, Rows gradient_rows, int threads) {
+                             const void* grad_lse, void* gradient, Rows gradient_rows, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < op.rows.count(); ++row)
-    kBackward[int(op.dtype)](op, grad_logprobs, grad_entropy, gradient, gradient_rows, row);
+    kBackward[int(op.dtype)](op, grad_logprobs, grad_entropy, grad_lse, gradient, gradient_rows, row);
 }
 
 }  // namespace rlhf::cpu

@@ -23,8 +23,9 @@ struct TokenLogprobs {
 // is NaN, the other statistics are complete, and the gradient is that of the log-sum-exp alone.
 void token_logprobs_forward(const TokenLogprobs& op, void* gradient, int threads);
 
-// gradient = grad_logprobs * d logprob / d logits + grad_entropy * d entropy / d logits; each upstream may be null.
+// gradient = grad_logprobs * d logprob / d logits + grad_entropy * d entropy / d logits + grad_lse * d lse / d logits;
+// each upstream may be null.
 void token_logprobs_backward(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy,
-                             void* gradient, Rows gradient_rows, int threads);
+                             const void* grad_lse, void* gradient, Rows gradient_rows, int threads);
 
 }  // namespace rlhf::cpu

@@ -49,18 +49,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(TokenLogp
 
 template <typename T, bool kEntropy, bool kCap>
 __global__ void __launch_bounds__(kThreads, 2)
-    backward_kernel(TokenLogprobs op, const compute_t<T>* grad_logprobs, const compute_t<T>* grad_entropy, T* gradient,
-                    Rows gradient_rows) {
+    backward_kernel(TokenLogprobs op, const compute_t<T>* grad_logprobs, const compute_t<T>* grad_entropy,
+                    const compute_t<T>* grad_lse, T* gradient, Rows gradient_rows) {
   using C = compute_t<T>;
   const int64_t row = blockIdx.x, count = grad_logprobs ? op.targets_per_row : 0, at = row * op.targets_per_row;
   const T* logits = static_cast<const T*>(op.logits) + op.rows.offset(row);
   T* out = gradient + gradient_rows.offset(row);
-  const C g_entropy = kEntropy ? grad_entropy[row] : C(0);
+  const C g_entropy = kEntropy ? grad_entropy[row] : C(0), g_lse = grad_lse ? grad_lse[row] : C(0);
   RowGradient<C> of{op.targets + at, count, static_cast<const C*>(op.logprobs) + at,
                     grad_logprobs ? grad_logprobs + at : nullptr, static_cast<const C*>(op.row_max)[row],
                     static_cast<const C*>(op.row_logsum)[row],
-                    kEntropy ? static_cast<const C*>(op.entropy)[row] : C(0), g_entropy, C(0)};
-  bool silent = g_entropy == 0;
+                    kEntropy ? static_cast<const C*>(op.entropy)[row] : C(0), g_entropy, g_lse, C(0)};
+  bool silent = g_entropy == 0 && g_lse == 0;
   for (int64_t k = 0; k < count; ++k) {
     of.g_sum += of.g(k);
     silent = silent && of.g(k) == 0;
@@ -82,14 +82,14 @@ template <typename T> void forward(const TokenLogprobs& op, void* gradient, cons
 }
 
 template <typename T>
-void backward(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy, void* gradient,
-              Rows gradient_rows, Queue queue) {
+void backward(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy, const void* grad_lse,
+              void* gradient, Rows gradient_rows, Queue queue) {
   using C = compute_t<T>;
   const bool cap = op.transform.softcap > 0;
   const auto kernel = grad_entropy ? (cap ? backward_kernel<T, true, true> : backward_kernel<T, true, false>)
                                    : (cap ? backward_kernel<T, false, true> : backward_kernel<T, false, false>);
   launch("token_logprobs", kernel, op.rows.count(), kThreads, queue, op, static_cast<const C*>(grad_logprobs),
-         static_cast<const C*>(grad_entropy), static_cast<T*>(gradient), gradient_rows);
+         static_cast<const C*>(grad_entropy), static_cast<const C*>(grad_lse), static_cast<T*>(gradient), gradient_rows);
 }
 
 // In the order of DType.
@@ -107,8 +107,8 @@ void token_logprobs_forward(const TokenLogprobs& op, void* gradient, int device,
 }
 
 void token_logprobs_backward(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy,
-                             void* gradient, Rows gradient_rows, int device, uintptr_t stream) {
-  kBackward[int(op.dtype)](op, grad_logprobs, grad_entropy, gradient, gradient_rows,
+                             const void* grad_lse, void* gradient, Rows gradient_rows, int device, uintptr_t stream) {
+  kBackward[int(op.dtype)](op, grad_logprobs, grad_entropy, grad_lse, gradient, gradient_rows,
                            {device, reinterpret_cast<cudaStream_t>(stream)});
 }
 

@@ -10,6 +10,6 @@ using cpu::TokenLogprobs;
 void token_logprobs_forward(const TokenLogprobs& op, void* gradient, int device, uintptr_t stream);
 
 void token_logprobs_backward(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy,
-                             void* gradient, Rows gradient_rows, int device, uintptr_t stream);
+                             const void* grad_lse, void* gradient, Rows gradient_rows, int device, uintptr_t stream);
 
 }  // namespace rlhf::cuda

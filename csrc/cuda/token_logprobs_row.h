@@ -280,7 +280,7 @@ template <typename C>
 __device__ RowGradient<C> gradient_of_sum(const TokenLogprobs& op, int64_t row, const RowResult<C>& result) {
   const int64_t count = op.targets_per_row, at = row * count;
   return {op.targets + at, count, static_cast<const C*>(op.logprobs) + at, nullptr, result.max, result.logsum,
-          C(0), C(0), C(count)};
+          C(0), C(0), C(0), C(count)};
 }
 
 // out = d L / d logits, see RowGradient, for the logits [first, first + size) of a row; out may be the logits.
@@ -289,7 +289,7 @@ __device__ void write_gradient(const T* logits, T* out, int64_t first, int64_t s
                                const RowTransform<compute_t<T>>& row, const RowGradient<compute_t<T>>& of) {
   using C = compute_t<T>;
   const C shift = of.max / row.factor, factor2 = row.factor * C(kLog2E), logsum2 = of.logsum * C(kLog2E);
-  const C constant = -row.factor * (of.g_sum + of.g_entropy * of.entropy);
+  const C constant = -row.factor * (of.g_sum - of.g_lse + of.g_entropy * of.entropy);
   const C linear = -row.factor * of.g_entropy * C(kLn2);
   for_each_pack(logits, size, head_of(logits, out, size), [&](auto pack, int64_t start) {
 #pragma unroll

@@ -71,12 +71,12 @@ template <typename T> RLHF_HD T logprob_of(T target, const Stats<T>& all, const 
   return below - std::log1p(all.rest);
 }
 
-// What the gradient of a row is made of: L = sum_k g_k logprob_k + g_entropy entropy.
+// What the gradient of a row is made of: L = sum_k g_k logprob_k + g_entropy entropy + g_lse lse.
 template <typename T> struct RowGradient {
   const int64_t* targets;
   int64_t count;
   const T *logprobs, *g_logprobs;  // (count); g_logprobs null for 1 each
-  T max, logsum, entropy, g_entropy, g_sum;
+  T max, logsum, entropy, g_entropy, g_lse, g_sum;
   RLHF_HD T g(int64_t k) const { return g_logprobs ? g_logprobs[k] : T(1); }
   // d L / d logit of target k, with 1 - p from expm1, which keeps a confident token's gradient.
   RLHF_HD T at_target(int64_t k, const RowTransform<T>& row) const {
@@ -84,7 +84,7 @@ template <typename T> struct RowGradient {
     T elsewhere = 0;
     for (int64_t i = 0; i < count; ++i) elsewhere += targets[i] == targets[k] ? T(0) : g(i);
     const T through_entropy = p == 0 ? T(0) : g_entropy * p * (log_p + entropy);
-    return row.factor * row.slope(s) * (g_sum * -std::expm1(log_p) - elsewhere - through_entropy);
+    return row.factor * row.slope(s) * (g_sum * -std::expm1(log_p) - elsewhere + g_lse * p - through_entropy);
   }
 };
 

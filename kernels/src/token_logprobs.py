@@ -38,6 +38,7 @@ def _write_gradient(
     row_max,
     row_logsum,
     grad_entropy,
+    grad_lse,
     factor,
     logit_scale,
     cap,
@@ -67,7 +68,7 @@ def _write_gradient(
         x = tl.load(logits + columns, mask=inside, other=0.0).to(acc)
         s = capped(x, logit_scale, cap, HAS_CAP)
         log_p = (s - shift) * factor - row_logsum
-        value = sum_g
+        value = sum_g - grad_lse
         if HAS_ENTROPY:
             value += grad_entropy * (log_p + entropy)
         p = tl.exp(log_p)
@@ -88,9 +89,9 @@ def _write_gradient(
                 if HAS_UPSTREAM:
                     g_i = tl.load(grad_logprobs + i)
                 elsewhere += tl.where(ids == tl.load(targets + i), 0.0, g_i)
-        value = sum_g * -expm1(log_p) - elsewhere
+        p = tl.exp(log_p)
+        value = sum_g * -expm1(log_p) - elsewhere + grad_lse * p
         if HAS_ENTROPY:
-            p = tl.exp(log_p)
             value -= tl.where(p > 0, grad_entropy * p * (log_p + entropy), 0.0)
         value *= factor
         if HAS_CAP:
@@ -209,7 +210,7 @@ def _forward_kernel(
         tl.debug_barrier()  # the targets' logits have been read, their log-probabilities are there to be read
         _write_gradient(
             logits + base, gradient + base, targets + row * K, logprobs + row * K, logprobs, 0.0, row_max, row_logsum,
-            0.0, factor, scale, cap, V, K, True, False, False, HAS_CAP, K_BLOCK, BLOCK,
+            0.0, 0.0, factor, scale, cap, V, K, True, False, False, HAS_CAP, K_BLOCK, BLOCK,
         )  # fmt: skip
 
 
@@ -225,6 +226,7 @@ def _backward_kernel(
     row_logsums,  # (outer * inner,)
     grad_logprobs,  # (outer * inner, K)
     grad_entropies,  # (outer * inner,)
+    grad_lses,  # (outer * inner,)
     gradient,  # (outer, inner, V), last stride 1, may be the logits
     temperature: tl.float64,
     logit_scale: tl.float64,
@@ -241,6 +243,7 @@ def _backward_kernel(
     HAS_CAP: tl.constexpr,
     HAS_LOGPROB: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     K_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -253,7 +256,10 @@ def _backward_kernel(
     if HAS_ENTROPY:
         grad_entropy = tl.load(grad_entropies + row)
         entropy = tl.load(entropies + row)
-    counts = grad_entropy != 0
+    grad_lse = tl.full([], 0.0, acc)
+    if HAS_LSE:
+        grad_lse = tl.load(grad_lses + row)
+    counts = (grad_entropy != 0) | (grad_lse != 0)
     if HAS_LOGPROB:
         k = tl.arange(0, K_BLOCK)
         g = tl.load(grad_logprobs + row * K + k, mask=k < K, other=0.0)
@@ -268,7 +274,7 @@ def _backward_kernel(
     cap = tl.full([], softcap, tl.float64).to(acc)
     _write_gradient(
         logits + base, gradient + out, targets + row * K, logprobs + row * K, grad_logprobs + row * K, entropy,
-        tl.load(row_maxes + row), tl.load(row_logsums + row), grad_entropy, factor, scale, cap, V, K,
+        tl.load(row_maxes + row), tl.load(row_logsums + row), grad_entropy, grad_lse, factor, scale, cap, V, K,
         HAS_LOGPROB, True, HAS_ENTROPY, HAS_CAP, K_BLOCK, BLOCK,
     )  # fmt: skip
 
@@ -316,6 +322,7 @@ def backward(
     stats: list[Tensor],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
     gradient: Tensor,
 ) -> None:
     """As IMPLS in rlhf_fast/ops/token_logprobs.py says."""
@@ -326,9 +333,9 @@ def backward(
     upstream = stats[0] if grad_logprobs is None else grad_logprobs  # a pointer to add to, not read without HAS_LOGPROB
     launch(
         _backward_kernel, (outer * inner,),
-        logits, targets, mask, temperatures, *stats[:4], upstream, grad_entropy, gradient, temperature,
+        logits, targets, mask, temperatures, *stats[:4], upstream, grad_entropy, grad_lse, gradient, temperature,
         logit_scale, softcap, vocabulary, targets.numel() // (outer * inner), inner,
         logits.stride(0), logits.stride(1), gradient.stride(0), gradient.stride(1),
         HAS_LOGPROB=grad_logprobs is not None, HAS_ENTROPY=grad_entropy is not None,
-        **_options(logits, targets, mask, transform),
+        HAS_LSE=grad_lse is not None, **_options(logits, targets, mask, transform),
     )  # fmt: skip

@@ -69,10 +69,10 @@ _CALL = (
 _FIELDS, _TENSORS = len(Call._fields), 8
 
 
-def to_save(call: Call) -> str:
-    """What the forward pass makes for the backward pass: "U", "G" or nothing."""
+def to_save(call: Call, want_lse: bool) -> str:
+    """What the forward pass makes for the backward pass: "U", "G" or nothing. Neither gives the gradient of lse."""
     trained = any(p is not None and p.requires_grad for p in call.head()[:4])
-    if not torch.is_grad_enabled() or not (trained or call.hidden.requires_grad) or call.targets.dim() > 1:
+    if not torch.is_grad_enabled() or not (trained or call.hidden.requires_grad) or call.targets.dim() > 1 or want_lse:
         return ""
     if not trained:
         return "U"
@@ -99,7 +99,7 @@ def _empty_results(call: Call, want_entropy: bool, want_squares: bool, save: str
 
 @without_autocast
 def _forward(*arguments: Any) -> list[Tensor]:
-    call, (want_entropy, want_squares, save) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    call, (want_entropy, want_squares, want_lse, save) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
     head, shards = call.head(), call.shards()
     ids = _local_ids(call)
     *results, saved = _empty_results(call, want_entropy, want_squares, save)
@@ -115,13 +115,13 @@ def _forward(*arguments: Any) -> list[Tensor]:
         if shards.group:
             stats = shards.merged(stats, mask)
             if save:
-                backward(logits, tile_ids, mask, transform, stats, torch.ones_like(stats[0]), None, gradient)
+                backward(logits, tile_ids, mask, transform, stats, torch.ones_like(stats[0]), None, None, gradient)
         for whole, part in zip(results, stats, strict=True):
             if part.numel():
                 tiles.put(whole, chunk, part[0])
         if save == "U":
             tiles.put(saved, chunk, _summed_through(head, shards, gradient[0]).to(saved.dtype))
-    return [*results, saved]
+    return [*rows.with_lse(results, want_lse), saved]
 
 
 def _local_ids(call: Call) -> Tensor:
@@ -143,14 +143,11 @@ def _summed_through(head: _head.Head, shards: Shards, gradient: Tensor) -> Tenso
 @without_autocast
 def _backward(*arguments: Any) -> list[Tensor]:
     """Gradients of (hidden, weight, bias, lora_a, lora_b), empty where not needed."""
-    call, (stats, kept, grad_logprobs, grad_entropy, needs) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    call, (stats, kept, *upstream, needs) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
     head, shards = call.head(), call.shards()
     grad_hidden = torch.zeros_like(call.hidden) if needs[0] else call.hidden.new_empty(0)
     totals = _head.HeadGradients(head, needs[1:])
-    if kept is None:
-        tiles = _remade(call, stats, grad_logprobs, grad_entropy)
-    else:
-        tiles = _remembered(call, kept, grad_logprobs)
+    tiles = _remade(call, stats, upstream) if kept is None else _remembered(call, kept, upstream[0])
     for where, hidden, gradient, scale in tiles:
         if needs[0]:
             through = _summed_through(head, shards, gradient)
@@ -166,18 +163,16 @@ def _backward(*arguments: Any) -> list[Tensor]:
 _RowGradients = Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor | None]]
 
 
-def _remade(
-    call: Call, stats: list[Tensor], grad_logprobs: Tensor | None, grad_entropy: Tensor | None
-) -> _RowGradients:
+def _remade(call: Call, stats: list[Tensor], upstream: list[Tensor | None]) -> _RowGradients:
     """Makes the tiles of logits again, of the rows that count and have an upstream gradient."""
-    ids, alive = _local_ids(call), _alive(call.mask, grad_logprobs, grad_entropy)
+    ids, alive = _local_ids(call), _alive(call.mask, *upstream)
     tiles = call.tiles(alive)
     backward = rows.IMPLS[call.backend][1]
     for chunk, hidden, logits, gradient, mask in tiles:
         tile_stats = [tiles.take(s, chunk)[None] if s.numel() else s for s in stats]
-        upstream = [None if g is None else tiles.take(g, chunk)[None] for g in (grad_logprobs, grad_entropy)]
+        of_tile = [None if g is None else tiles.take(g, chunk)[None] for g in upstream]
         transform = call.transform(tiles, chunk)
-        backward(logits, tiles.take(ids, chunk)[None], mask, transform, tile_stats, *upstream, gradient)
+        backward(logits, tiles.take(ids, chunk)[None], mask, transform, tile_stats, *of_tile, gradient)
         yield chunk if tiles.index is None else tiles.index[chunk], hidden, gradient[0], None
 
 
@@ -198,12 +193,14 @@ def _remembered(call: Call, kept: Tensor, grad_logprobs: Tensor) -> _RowGradient
 def _alive(mask: Tensor | None, *upstream: Tensor | None) -> Tensor:
     """(N,) uint8: the rows that count and have an upstream gradient other than 0."""
     given = [(g != 0) if g.dim() == 1 else (g != 0).any(1) for g in upstream if g is not None]
-    alive = given[0] if len(given) == 1 else given[0] | given[1]
+    alive = torch.stack(given).any(0)
     return (alive if mask is None else alive & (mask != 0)).to(torch.uint8)
 
 
 def _forward_fake(*arguments: Any) -> list[Tensor]:
-    return _empty_results(Call(*arguments[:_FIELDS]), *arguments[_FIELDS:])
+    call, (want_entropy, want_squares, want_lse, save) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    *results, saved = _empty_results(call, want_entropy, want_squares, save)
+    return [*rows.with_lse(results, want_lse), saved]
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
@@ -217,20 +214,19 @@ def _backward_fake(*arguments: Any) -> list[Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     call = Call(*inputs[:_FIELDS])
-    ctx.want_entropy, _, ctx.save = inputs[_FIELDS:]
+    ctx.want_entropy, _, ctx.want_lse, ctx.save = inputs[_FIELDS:]
     ctx.settings = call[_TENSORS:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*call[:_TENSORS], *output)
 
 
 def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    *tensors, logprobs, entropy, row_max, row_logsum, squares, saved = ctx.saved_tensors
+    *tensors, logprobs, entropy, row_max, row_logsum, squares, _, saved = ctx.saved_tensors
     call = Call(*tensors, *ctx.settings)
-    nothing = (None,) * (_FIELDS + 3)
-    grad_logprobs, grad_entropy = (None if g is None else g.contiguous() for g in grads[:2])
-    if not ctx.want_entropy:  # an empty output, not a result
-        grad_entropy = None
-    if grad_logprobs is None and grad_entropy is None:
+    nothing = (None,) * (_FIELDS + 4)
+    upstream = rows.upstream(grads[:6], ctx.want_entropy, ctx.want_lse)
+    grad_logprobs, grad_entropy, _ = upstream
+    if all(g is None for g in upstream):
         return nothing
     if grad_logprobs is not None and grad_entropy is None and ctx.save == "U":
         if call.mask is not None:
@@ -239,19 +235,19 @@ def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     kept = saved if ctx.save == "G" and grad_entropy is None else None
     stats = [logprobs, entropy, row_max, row_logsum, squares]
     needs = list(ctx.needs_input_grad[:5])
-    gradients = torch.ops.rlhf_fast.linear_logprobs_backward(*call, stats, kept, grad_logprobs, grad_entropy, needs)
+    gradients = torch.ops.rlhf_fast.linear_logprobs_backward(*call, stats, kept, *upstream, needs)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing[5:]
 
 
 linear_logprobs = torch.library.custom_op(
     "rlhf_fast::linear_logprobs", _forward, mutates_args=(),
-    schema=f"({_CALL}, bool want_entropy, bool want_squares, str save) -> Tensor[]",
+    schema=f"({_CALL}, bool want_entropy, bool want_squares, bool want_lse, str save) -> Tensor[]",
 )  # fmt: skip
 linear_logprobs.register_fake(_forward_fake)
 linear_logprobs.register_autograd(_autograd, setup_context=_setup_context)
 linear_logprobs_backward = torch.library.custom_op(
     "rlhf_fast::linear_logprobs_backward", _backward, mutates_args=(),
-    schema=f"({_CALL}, Tensor[] stats, Tensor? kept, Tensor? grad_logprobs, Tensor? grad_entropy, bool[] needs) "
-    "-> Tensor[]",
+    schema=f"({_CALL}, Tensor[] stats, Tensor? kept, Tensor? grad_logprobs, Tensor? grad_entropy, "
+    "Tensor? grad_lse, bool[] needs) -> Tensor[]",
 )  # fmt: skip
 linear_logprobs_backward.register_fake(_backward_fake)

@@ -184,7 +184,7 @@ def _forward(*arguments: Any) -> list[Tensor]:
             divergence.backward(kl_stats, ones)
             n = tile.hidden.shape[0]
             if call.targets is not None:
-                backward(tile.logits, *shared, stats, ones, None, tile.gradient(0))
+                backward(tile.logits, *shared, stats, ones, None, None, tile.gradient(0))
                 u_logprob, u_kl = call.head().through(tile.gradients).view(2, n, -1)
                 parts += [u_kl[None], u_logprob[None]]
             else:
@@ -212,7 +212,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
             row_stats = [part[1], *part[3:6], part[1].new_empty(0)]
             alone = tile.gradient(0)
             rows.IMPLS[call.backend][1](
-                tile.logits, tile.targets, tile.mask, tile.transform, row_stats, *upstream[1:], alone
+                tile.logits, tile.targets, tile.mask, tile.transform, row_stats, *upstream[1:], None, alone
             )
             gradient = alone[0] if upstream[0] is None else alone[0].add_(gradient)
         if needs[0]:

@@ -77,7 +77,7 @@ class Sweep:
         self.held = None
         gradient = self.gradients[None, : logits.shape[1]]
         by_logprob, by_entropy, *_ = [*(u[picked][None] for u in upstream), None]
-        self.backward(logits, *self._of_rows(picked), stats, by_logprob, by_entropy, gradient)
+        self.backward(logits, *self._of_rows(picked), stats, by_logprob, by_entropy, None, gradient)
         return picked, gradient[0]
 
     def hidden_rows(self, picked: slice | Tensor) -> Tensor:

@@ -17,6 +17,7 @@ Cost, with P = one N x D x V product (2 N D V FLOPs; a LoRA of rank R adds R / D
     G fits KEPT_BYTES                             2P              3P                    2P
     G does not fit, or K targets per row          2P, K: 3P       4P                    3P
     also a gradient through the entropy           4P, K: 3P       4P                    3P
+    with lse                                      3P              4P                    3P
 
 Bytes: the head is read once per tile and product. Scratch is one tile of `chunk_tokens` x V float32 (plus its bfloat16
 gradient on a GPU), U (N x D, in hidden's type), and G (N x V, in the head's type on a GPU, in float32 on the CPU, where
@@ -69,6 +70,7 @@ def linear_logprobs(
     softcap: float | None = None,
     head_lora: HeadLora | None = None,
     return_entropy: bool = False,
+    return_lse: bool = False,
     return_stats: bool = False,
     process_group: torch.distributed.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
@@ -83,15 +85,16 @@ def linear_logprobs(
     temperature: > 0, one number or a tensor (...) of one per row. logit_scale: > 0. softcap: the bound c of
     c tanh(u / c), > 0, or None. None of the three gets a gradient.
     head_lora: (A (R, D), B (V, R), scale): a LoRA on the head, whose A and B may be trained on a frozen weight.
-    return_entropy: also the entropy in nats, differentiable. return_stats: also a RowStats.
+    return_entropy: also the entropy in nats, differentiable. return_lse: also log sum_j exp(z_j), differentiable.
+    return_stats: also a RowStats, without gradient, which costs nothing.
     process_group: weight, bias and B are this rank's rows of the head, in rank order, of at least one row each; targets
     are ids of the whole vocabulary. Every rank makes the same call on the same rows, and the same backward pass.
     chunk_tokens: rows of logits held at a time (default: from a byte budget, TILE_BYTES in _head.py; with a
     process_group 1024).
     Whether the head is frozen is read from requires_grad of weight, bias, A and B.
 
-    Returns logprobs in the shape of `targets`, float32 (float64 for float64). With return_entropy or return_stats a
-    tuple: (logprobs, entropy), (logprobs, stats) or (logprobs, entropy, stats), entropy (...).
+    Returns logprobs in the shape of `targets`, float32 (float64 for float64); with return_entropy, return_lse or
+    return_stats a tuple of those asked for, in the order (logprobs, entropy, lse, stats), entropy and lse (...).
     Raises ValueError or TypeError for what does not fit, IndexError on the CPU for a counted target outside [0, V).
     A GPU would have to wait for that: there such a target's result is NaN, unless RLHF_FAST_DEBUG=1 makes it raise.
     """
@@ -106,7 +109,8 @@ def linear_logprobs(
             raise ValueError("linear_logprobs: the reference needs the whole head, it takes no process_group")
         return reference(
             hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, logit_scale=logit_scale,
-            softcap=softcap, head_lora=head_lora, return_entropy=return_entropy, return_stats=return_stats,
+            softcap=softcap, head_lora=head_lora, return_entropy=return_entropy, return_lse=return_lse,
+            return_stats=return_stats,
         )  # fmt: skip
     shards = Shards()
     if process_group is not None:
@@ -118,11 +122,13 @@ def linear_logprobs(
         transform.logit_scale, transform.softcap, mask_count,
         chunk_tokens or (_SHARD_CHUNK if shards.group else _head.chunk_tokens(weight)), *shards, name,
     )  # fmt: skip
-    save = _linear_call.to_save(call)
-    logprobs, entropy, *stats, _ = torch.ops.rlhf_fast.linear_logprobs(*call, return_entropy, return_stats, save)
+    wanted = (return_entropy, return_stats, return_lse, _linear_call.to_save(call, return_lse))
+    logprobs, entropy, *stats, lse, _ = torch.ops.rlhf_fast.linear_logprobs(*call, *wanted)
     results: list[Any] = [logprobs.view(targets.shape)]
     if return_entropy:
         results.append(entropy.view(shape))
+    if return_lse:
+        results.append(lse.view(shape))
     if return_stats:
         row_max, row_logsum, squares = (s.detach().view(shape) for s in stats)
         results.append(rows.row_stats(row_max, row_logsum, squares, mask))
@@ -142,6 +148,7 @@ def reference(
     softcap: float | None = None,
     head_lora: HeadLora | None = None,
     return_entropy: bool = False,
+    return_lse: bool = False,
     return_stats: bool = False,
 ) -> Any:
     """The same by definition, through all the logits, differentiable any number of times."""
@@ -155,7 +162,7 @@ def reference(
         logits = logits + scale * (hidden @ lora_a.to(dtype).t()) @ lora_b.to(dtype).t()
     return rows.token_logprobs(
         logits, targets, temperature=temperature, logit_scale=logit_scale, softcap=softcap, mask=mask,
-        return_entropy=return_entropy, return_stats=return_stats, backend="reference",
+        return_entropy=return_entropy, return_lse=return_lse, return_stats=return_stats, backend="reference",
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ softcap(u) = c tanh(u / c) (none: u):
 
     d logprob / d logits_j = (1[j = y] - p_j) d z_j / d logits_j           with 1 - p_y = -expm1(logprob)
     d entropy / d logits_j = -p_j (log p_j + entropy) d z_j / d logits_j
+    d lse / d logits_j = p_j d z_j / d logits_j
     d z / d logits = logit_scale (1 - (s / c)^2) / temperature              (no softcap: logit_scale / temperature)
 
 Numerics. With m the maximal z and rest = the sum of exp(z - m) over all but ONE maximal element, logprob is
@@ -26,6 +27,7 @@ PPO, Schulman et al. 2017 (arXiv 1707.06347); softcap as in Gemma 2, 2024 (arXiv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +64,7 @@ def token_logprobs(
     softcap: float | None = None,
     mask: Tensor | None = None,
     return_entropy: bool = False,
+    return_lse: bool = False,
     return_stats: bool = False,
     inplace_backward: bool = False,
     backend: str | None = None,
@@ -74,11 +77,12 @@ def token_logprobs(
     temperature: > 0, one number or a tensor (...) of one per row, used in float32. logit_scale: > 0. softcap: the bound
     c of c tanh(u / c), > 0, or None. None of the three gets a gradient.
     mask: (...) any dtype, nonzero counts; elsewhere the results and the gradient are 0 and the logits are not read.
-    return_entropy: also the entropy of the distribution, differentiable. return_stats: also a RowStats.
+    return_entropy: also the entropy of the distribution, differentiable. return_lse: also log sum_j exp(z_j) in nats,
+    differentiable (a z-loss is c * lse.square()). return_stats: also a RowStats, without gradient.
     inplace_backward: write the gradient over the logits, which must not be used after the backward pass.
 
-    Returns logprobs in the shape of `targets`, float32 (float64 for float64 logits). With return_entropy or
-    return_stats a tuple: (logprobs, entropy), (logprobs, stats) or (logprobs, entropy, stats), entropy (...).
+    Returns logprobs in the shape of `targets`, float32 (float64 for float64 logits); with return_entropy, return_lse
+    or return_stats a tuple of those asked for, in the order (logprobs, entropy, lse, stats), entropy and lse (...).
     Raises ValueError or TypeError for shapes, types and values that do not fit, IndexError on the CPU for a target
     outside [0, V) that counts. A GPU would have to wait for that: there such a target's result is NaN, and with
     RLHF_FAST_DEBUG=1 it raises as well.
@@ -99,6 +103,7 @@ def token_logprobs(
             _checked_values(logits, ids, transform, mask)
         given: dict[str, Any] = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
         results = list(reference(logits, ids, **given, mask=mask))
+        lse = reference_lse(transformed(logits, **given, mask=mask), mask) if return_lse else results[1]
         if return_stats:
             results += _reference_stats(transformed(logits.detach(), **given, mask=mask), mask)
     else:
@@ -107,14 +112,16 @@ def token_logprobs(
         if rows.stride(-1) != 1 and rows.shape[-1] > 1:
             rows = rows.contiguous()
         flat = rows.shape[:-1]
-        results = torch.ops.rlhf_fast.token_logprobs(
+        *results, lse = torch.ops.rlhf_fast.token_logprobs(
             rows, ids.view(*flat, *targets.shape[len(shape) :]), None if mask is None else mask.view(flat), *transform,
-            return_entropy, return_stats, inplace_backward, name,
+            return_entropy, return_stats, return_lse, inplace_backward, name,
         )  # fmt: skip
     logprobs, entropy, *stats = results
     wanted: list[Any] = [logprobs.view(targets.shape)]
     if return_entropy:
         wanted.append(entropy.view(shape))
+    if return_lse:
+        wanted.append(lse.view(shape))
     if return_stats:
         row_max, row_logsum, sum_p_squared = (s.detach().view(shape) for s in stats)
         wanted.append(row_stats(row_max, row_logsum, sum_p_squared, mask))
@@ -193,6 +200,15 @@ def transformed(
     return z / temperature
 
 
+def reference_lse(z: Tensor, mask: Tensor | None) -> Tensor:
+    """log sum_j exp(z_j) of rows z (..., V), 0 behind the mask; tokens of -inf get gradient 0, not NaN."""
+    top = z.amax(-1, keepdim=True).detach()
+    shift = torch.where(top.isinf(), 0, top)
+    finite = (z - shift).clamp_min(torch.finfo(z.dtype).min / 2)
+    lse = torch.where(top == -torch.inf, -torch.inf, torch.logsumexp(finite, -1, keepdim=True) + shift)[..., 0]
+    return lse if mask is None else torch.where(mask != 0, lse, torch.zeros_like(lse))
+
+
 def _reference_stats(z: Tensor, mask: Tensor | None) -> list[Tensor]:
     """The greatest z, lse - that, and the sum of p^2."""
     top = z.amax(-1)
@@ -225,10 +241,11 @@ def _cpu_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform
 
 
 def _cpu_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, stats: list[Tensor],
-                  grad_logprobs: Tensor | None, grad_entropy: Tensor | None, gradient: Tensor) -> None:  # fmt: skip
+                  grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None,
+                  gradient: Tensor) -> None:  # fmt: skip
     native().token_logprobs_backward(
         *_native_arguments(logits, targets, mask, transform, stats), packed(grad_logprobs), packed(grad_entropy),
-        *_place(gradient), threads(),
+        packed(grad_lse), *_place(gradient), threads(),
     )  # fmt: skip
 
 
@@ -251,17 +268,19 @@ def _cuda_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, transfor
 
 
 def _cuda_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, stats: list[Tensor],
-                   grad_logprobs: Tensor | None, grad_entropy: Tensor | None, gradient: Tensor) -> None:  # fmt: skip
+                   grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None,
+                   gradient: Tensor) -> None:  # fmt: skip
     native().token_logprobs_backward_cuda(
         *_native_arguments(logits, targets, mask, transform, stats), packed(grad_logprobs), packed(grad_entropy),
-        *_place(gradient), logits.get_device(), stream(logits.device),
+        packed(grad_lse), *_place(gradient), logits.get_device(), stream(logits.device),
     )  # fmt: skip
 
 
 # The row kernels, which every op on logits shares.
 # forward(logits, targets, mask, transform, want_entropy, stats, gradient | None): fills `stats`; `gradient`, with the
 #   strides of the logits and possibly the logits themselves, receives d (sum of a row's logprobs) / d logits.
-# backward(logits, targets, mask, transform, stats, grad_logprobs | None, grad_entropy | None, gradient)
+# backward(logits, targets, mask, transform, stats, grad_logprobs | None, grad_entropy | None, grad_lse | None,
+#   gradient)
 # logits (outer, inner, V) with unit last stride; targets (outer, inner) or (outer, inner, K), contiguous int64;
 # mask (outer, inner) contiguous uint8 or None; stats from empty_stats. A target outside [0, V) is none in this row:
 # the statistics are complete, its logprob is NaN, and the backward pass is the softmax's term alone.
@@ -285,6 +304,17 @@ def empty_stats(
     return [new(shape, dtype=_check.compute_dtype(logits.dtype)) for shape in shapes]
 
 
+def with_lse(stats: list[Tensor], want_lse: bool) -> list[Tensor]:
+    """`stats` and the rows' lse, empty where it is not wanted."""
+    return [*stats, stats[2] + stats[3] if want_lse else stats[2].new_empty(0)]
+
+
+def upstream(grads: Sequence[Tensor | None], want_entropy: bool, want_lse: bool) -> list[Tensor | None]:
+    """Gradients of (logprobs, entropy, lse), out of those of what `with_lse` gives; None of what is empty there."""
+    chosen = grads[0], grads[1] if want_entropy else None, grads[5] if want_lse else None
+    return [None if g is None else g.contiguous() for g in chosen]
+
+
 def _checked_values(logits: Tensor, targets: Tensor, transform: Transform, mask: Tensor | None) -> None:
     per_row = targets.shape[-1] if targets.dim() == logits.dim() else 1
     _check.targets_inside(targets, mask, logits.shape[-1], per_row)
@@ -293,63 +323,62 @@ def _checked_values(logits: Tensor, targets: Tensor, transform: Transform, mask:
 
 @torch.library.custom_op("rlhf_fast::token_logprobs", mutates_args=())
 def _forward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
-             logit_scale: float, softcap: float, want_entropy: bool, want_squares: bool, inplace_backward: bool,
-             backend: str) -> list[Tensor]:  # fmt: skip
+             logit_scale: float, softcap: float, want_entropy: bool, want_squares: bool, want_lse: bool,
+             inplace_backward: bool, backend: str) -> list[Tensor]:  # fmt: skip
     transform = Transform(temperature, temperatures, logit_scale, softcap)
     _checked_values(logits, targets, transform, mask)
     stats = empty_stats(logits, want_entropy, want_squares, targets.shape[2:])
     IMPLS[backend][0](logits, targets, mask, transform, want_entropy, stats, None)
-    return stats
+    return with_lse(stats, want_lse)
 
 
 @_forward.register_fake
-def _(logits, targets, mask, temperature, temperatures, logit_scale, softcap, want_entropy, want_squares,
+def _(logits, targets, mask, temperature, temperatures, logit_scale, softcap, want_entropy, want_squares, want_lse,
       inplace_backward, backend):  # fmt: skip
-    return empty_stats(logits, want_entropy, want_squares, targets.shape[2:])
+    return with_lse(empty_stats(logits, want_entropy, want_squares, targets.shape[2:]), want_lse)
 
 
 @torch.library.custom_op("rlhf_fast::token_logprobs_backward", mutates_args=())
 def _backward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
               logit_scale: float, softcap: float, stats: list[Tensor], grad_logprobs: Tensor | None,
-              grad_entropy: Tensor | None, backend: str) -> Tensor:  # fmt: skip
+              grad_entropy: Tensor | None, grad_lse: Tensor | None, backend: str) -> Tensor:  # fmt: skip
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     transform = Transform(temperature, temperatures, logit_scale, softcap)
-    IMPLS[backend][1](logits, targets, mask, transform, stats, grad_logprobs, grad_entropy, gradient)
+    IMPLS[backend][1](logits, targets, mask, transform, stats, grad_logprobs, grad_entropy, grad_lse, gradient)
     return gradient
 
 
 @_backward.register_fake
 def _(logits, targets, mask, temperature, temperatures, logit_scale, softcap, stats, grad_logprobs, grad_entropy,
-      backend):  # fmt: skip
+      grad_lse, backend):  # fmt: skip
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("rlhf_fast::token_logprobs_backward_", mutates_args={"logits"})
 def _backward_inplace(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float,
                       temperatures: Tensor | None, logit_scale: float, softcap: float, stats: list[Tensor],
-                      grad_logprobs: Tensor | None, grad_entropy: Tensor | None, backend: str) -> None:  # fmt: skip
+                      grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None,
+                      backend: str) -> None:  # fmt: skip
     transform = Transform(temperature, temperatures, logit_scale, softcap)
-    IMPLS[backend][1](logits, targets, mask, transform, stats, grad_logprobs, grad_entropy, logits)
+    IMPLS[backend][1](logits, targets, mask, transform, stats, grad_logprobs, grad_entropy, grad_lse, logits)
 
 
 def _setup_context(ctx, inputs, output):
     logits, targets, mask, ctx.temperature, temperatures, ctx.logit_scale, ctx.softcap, *rest = inputs
-    ctx.want_entropy, _, ctx.inplace, ctx.backend = rest
+    ctx.want_entropy, _, ctx.want_lse, ctx.inplace, ctx.backend = rest
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, mask, temperatures, *output)
+    ctx.save_for_backward(logits, targets, mask, temperatures, *output[:-1])
 
 
 def _autograd(ctx, grads):
     logits, targets, mask, temperatures, *stats = ctx.saved_tensors
-    grad_logprobs, grad_entropy = (None if g is None else g.contiguous() for g in grads[:2])
-    if not ctx.want_entropy:  # an empty output, not a result
-        grad_entropy = None
+    gradients = upstream(grads, ctx.want_entropy, ctx.want_lse)
     run = _backward_inplace if ctx.inplace else _backward
     gradient = run(
-        logits, targets, mask, ctx.temperature, temperatures, ctx.logit_scale, ctx.softcap, stats, grad_logprobs,
-        grad_entropy, ctx.backend,
+        logits, targets, mask, ctx.temperature, temperatures, ctx.logit_scale, ctx.softcap, stats, *gradients,
+        ctx.backend,
     )  # fmt: skip
-    return logits if ctx.inplace else gradient, *(None,) * 10
+    return logits if ctx.inplace else gradient, *(None,) * 11
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -59,8 +59,8 @@ def test_values_and_gradient_keep_the_numerics_contract(host, dtype, vocabulary,
     torch.manual_seed(vocabulary)
     logits, targets = (4 * torch.randn(1, 1, vocabulary)).to(dtype), torch.randint(vocabulary, (1, 1, per_row))
     ones, none = torch.ones(targets.shape), torch.zeros(1, 1)
-    oracle = with_gradients(logits.double(), targets, transform, ones, none)
-    eager = with_gradients(logits, targets, transform, ones, none)
+    oracle = with_gradients(logits.double(), targets, transform, ones, none, none)
+    eager = with_gradients(logits, targets, transform, ones, none, none)
     logprobs, entropy, *_, gradient = run(host, aligned(logits), targets, slices=slices, **transform)
     for name, *values in zip(
         ("logprobs", "entropy", "gradient"), (logprobs, entropy, gradient), eager, oracle, strict=True
@@ -124,7 +124,7 @@ def test_large_logits_keep_the_numerics_contract(host):
     logits = 1e4 + 4 * torch.randn(1, 1, 3000)
     logits[..., ::7] *= -1
     targets, ones, none = torch.tensor([[[1, 7]]]), torch.ones(1, 1, 2), torch.zeros(1, 1)
-    oracle, eager = (with_gradients(x, targets, {}, ones, none) for x in (logits.double(), logits))
+    oracle, eager = (with_gradients(x, targets, {}, ones, none, none) for x in (logits.double(), logits))
     logprobs, entropy, *_, gradient = run(host, aligned(logits), targets, slices=4)
     found = (logprobs, entropy, gradient)
     for name, *values in zip(("logprobs", "entropy", "gradient"), found, eager, oracle, strict=True):

@@ -24,8 +24,8 @@ def _forward(host, logits, targets, mask=None, gradient=None, **transform):
     return stats
 
 
-def _backward(host, logits, targets, stats, grad_logprobs, grad_entropy, gradient, **transform):
-    upstream = [ctypes.c_void_p(address(x)) for x in (grad_logprobs, grad_entropy, gradient)]
+def _backward(host, logits, targets, stats, grad_logprobs, grad_entropy, grad_lse, gradient, **transform):
+    upstream = [ctypes.c_void_p(address(x)) for x in (grad_logprobs, grad_entropy, grad_lse, gradient)]
     rows = (ctypes.c_int64 * 4)(*row_sizes(gradient))
     host.backward(*arguments(logits, targets, None, transform, stats), *upstream, rows)
 
@@ -45,7 +45,7 @@ def test_forward_and_backward_keep_the_numerics_contract(host, dtype, vocabulary
     torch.manual_seed(vocabulary)
     logits = (4 * torch.randn(2, 3, vocabulary)).to(dtype)[:, 1:]  # strided rows, aligned nowhere in particular
     targets = torch.randint(vocabulary, (2, 2, per_row))
-    g = [torch.randn(targets.shape, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)]
+    g = [torch.randn(targets.shape, dtype=torch.float64), *torch.randn(2, 2, 2, dtype=torch.float64)]
     oracle = with_gradients(logits.double(), targets, transform, *g)
     eager = with_gradients(logits, targets, transform, *g)
 
@@ -71,7 +71,8 @@ def test_the_statistics_of_two_logits_are_those_of_a_coin(host):
 def test_forward_writes_the_gradient_over_the_logits(host):
     torch.manual_seed(0)
     logits, targets = torch.randn(1, 3, 4101), torch.randint(4101, (1, 3))
-    expected = with_gradients(logits.double(), targets[..., None], {}, torch.ones(1, 3, 1), torch.zeros(1, 3))[2]
+    none = torch.zeros(1, 3)
+    expected = with_gradients(logits.double(), targets[..., None], {}, torch.ones(1, 3, 1), none, none)[2]
     _forward(host, logits, targets, gradient=logits)
     torch.testing.assert_close(logits, expected.float(), rtol=0, atol=1e-7)
 

@@ -43,8 +43,9 @@ extern "C" int slices(int dtype, int64_t vocabulary, int64_t* slice_size) {
 
 extern "C" void backward(void* logits, int dtype, const int64_t* rows, int64_t vocabulary, int64_t* targets,
                          int64_t targets_per_row, uint8_t* mask, const double* transform, void** stats,
-                         void* grad_logprobs, void* grad_entropy, void* gradient, const int64_t* gradient_rows) {
+                         void* grad_logprobs, void* grad_entropy, void* grad_lse, void* gradient,
+                         const int64_t* gradient_rows) {
   cuda::token_logprobs_backward(
       op(logits, dtype, rows, vocabulary, targets, targets_per_row, mask, transform, stats), grad_logprobs,
-      grad_entropy, gradient, {gradient_rows[0], gradient_rows[1], gradient_rows[2], gradient_rows[3]}, 0, 0);
+      grad_entropy, grad_lse, gradient, {gradient_rows[0], gradient_rows[1], gradient_rows[2], gradient_rows[3]}, 0, 0);
 }

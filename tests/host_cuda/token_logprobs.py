@@ -28,12 +28,12 @@ def eager(logits, targets, temperature=1.0, logit_scale=1.0, softcap=0.0):
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     log_p = torch.log_softmax(logits / temperature, -1)
-    return log_p.gather(-1, targets), -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, targets), -(log_p.exp() * log_p).sum(-1), torch.logsumexp(logits / temperature, -1)
 
 
-def with_gradients(logits, targets, transform, grad_logprobs, grad_entropy):
+def with_gradients(logits, targets, transform, grad_logprobs, grad_entropy, grad_lse):
     leaf = logits.clone().requires_grad_()
-    logprobs, entropy = eager(leaf, targets, **transform)
-    upstream = [grad_logprobs.to(logprobs.dtype), grad_entropy.to(entropy.dtype)]
-    (gradient,) = torch.autograd.grad([logprobs, entropy], [leaf], upstream)
+    logprobs, entropy, _ = results = eager(leaf, targets, **transform)
+    upstream = [g.to(logprobs.dtype) for g in (grad_logprobs, grad_entropy, grad_lse)]
+    (gradient,) = torch.autograd.grad(results, [leaf], upstream)
     return logprobs.detach(), entropy.detach(), gradient

@@ -128,6 +128,31 @@ def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, frozen,
         assert_contract(name, kernel[name], own[name], oracle[name])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_a_z_loss_keeps_the_numerics_contract(backend, dtype, frozen):
+    hidden, weight, bias, targets, upstream = draw(dtype=dtype)
+    mask = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 1, 0, 1]])
+
+    def op(*args, **options):
+        given = {"return_lse": True, "mask": mask, "chunk_tokens": 3, "backend": backend}
+        return linear_logprobs(*args, **given, **options)
+
+    def by_definition(hidden, weight, targets, bias):
+        z = torch.nn.functional.linear(hidden, weight, bias)
+        results = torch.log_softmax(z, -1).gather(-1, targets[..., None])[..., 0], z.logsumexp(-1)
+        return [torch.where(mask != 0, result, 0) for result in results]
+
+    inputs = (hidden, weight, bias, targets, upstream)
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    kernel, own, oracle = (
+        run(fn, *x, frozen=frozen) for fn, x in ((op, inputs), (by_definition, inputs), (by_definition, wide))
+    )
+    for name in oracle:
+        assert_contract(name, kernel[name], own[name], oracle[name])
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_a_half_precision_head_wider_than_one_block_is_exact(backend, monkeypatch):
     monkeypatch.setattr(_head, "VOCABULARY_BLOCK", 20)
@@ -241,17 +266,17 @@ def products(monkeypatch):
     return counted
 
 
-KINDS = {  # what is trained -> products of a pass without gradients, with G kept, with G too large, with entropy
-    "hidden": (1, 2, 2, 4),
-    "hidden weight": (1, 3, 4, 4),
-    "weight": (1, 2, 3, 3),
-    "hidden bias": (1, 2, 3, 3),
-    "hidden lora": (1, 2, 3, 3),
-    "hidden weight lora": (1, 3, 4, 4),
+KINDS = {  # what is trained -> products of a pass without gradients, with G kept, with G too large, with entropy, lse
+    "hidden": (1, 2, 2, 4, 3),
+    "hidden weight": (1, 3, 4, 4, 4),
+    "weight": (1, 2, 3, 3, 3),
+    "hidden bias": (1, 2, 3, 3, 3),
+    "hidden lora": (1, 2, 3, 3, 3),
+    "hidden weight lora": (1, 3, 4, 4, 4),
 }
 
 
-@pytest.mark.parametrize("column", range(4), ids=["no gradients", "kept", "remade", "entropy"])
+@pytest.mark.parametrize("column", range(5), ids=["no gradients", "kept", "remade", "entropy", "lse"])
 @pytest.mark.parametrize("trained", KINDS)
 def test_the_products_are_those_of_the_cost_model(trained, column, products, monkeypatch):
     hidden, weight, bias, targets, _ = draw((8,))
@@ -261,12 +286,12 @@ def test_the_products_are_those_of_the_cost_model(trained, column, products, mon
             parameter.requires_grad_(name in trained and column > 0)
     if column == 2:
         monkeypatch.setitem(_linear_call.KEPT_BYTES, "cpu", 8 * 97 * 4 - 1)
-    logprobs, entropy = linear_logprobs(
+    logprobs, other = linear_logprobs(
         hidden, weight, targets, bias=bias, head_lora=(*lora, 2.0) if "lora" in trained else None,
-        chunk_tokens=3, return_entropy=True, backend="cpu",
+        chunk_tokens=3, return_entropy=column < 4, return_lse=column == 4, backend="cpu",
     )  # fmt: skip
     if column > 0:
-        (logprobs + entropy if column == 3 else logprobs).sum().backward()
+        (logprobs + other if column >= 3 else logprobs).sum().backward()
     assert sum(products) == 8 * KINDS[trained][column]
 
 
@@ -359,7 +384,7 @@ def test_the_registered_op_passes_opcheck(backend, save):
     call = _linear_call.Call(
         hidden, weight, bias, lora_a, lora_b, targets, mask, temperatures, 0.5, 1.0, 1.1, 3.0, 2, 2, "", 1, 0, backend
     )
-    torch.library.opcheck(torch.ops.rlhf_fast.linear_logprobs.default, (*call, True, True, save))
+    torch.library.opcheck(torch.ops.rlhf_fast.linear_logprobs.default, (*call, True, True, True, save))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

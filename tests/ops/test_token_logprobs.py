@@ -25,12 +25,15 @@ TRANSFORMS = {
 }
 
 
-def eager(logits, targets, temperature=1.0, logit_scale=1.0, softcap=None):
+def scaled(logits, temperature=1.0, logit_scale=1.0, softcap=None):
     logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    temperature = temperature[..., None].to(logits.dtype) if isinstance(temperature, torch.Tensor) else temperature
-    log_p = torch.log_softmax(logits / temperature, -1)
+    return logits / (temperature[..., None].to(logits.dtype) if isinstance(temperature, torch.Tensor) else temperature)
+
+
+def eager(logits, targets, **options):
+    log_p = torch.log_softmax(scaled(logits, **options), -1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     return log_p.gather(-1, targets[..., None])[..., 0], entropy
 
@@ -91,6 +94,72 @@ def test_the_statistics_of_two_logits_are_those_of_a_coin(backend):
     assert logprobs.item() == pytest.approx(math.log(0.75), rel=1e-6)
     assert [x.item() for x in stats] == pytest.approx([math.log(4), math.log(3), 0.75, 0.625], rel=1e-6)
     assert not any(x.requires_grad for x in stats)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_z_loss_pulls_every_logit_by_its_probability(backend):
+    # d lse^2 / d z_j = 2 lse p_j with p = (1/4, 3/4), lse = log 4
+    logits = torch.tensor([[0.0, math.log(3.0)], [1.0, -torch.inf]], requires_grad=True)
+    _, lse = token_logprobs(logits, torch.tensor([1, 0]), return_lse=True, backend=backend)
+    lse.square().sum().backward()
+    assert lse.tolist() == pytest.approx([math.log(4.0), 1.0], rel=1e-6)
+    slope = 2 * math.log(4.0)
+    torch.testing.assert_close(logits.grad, torch.tensor([[slope / 4, slope * 3 / 4], [2.0, 0.0]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("per_row", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.3, "logit_scale": 0.5, "softcap": 2.0}], ids=str)
+def test_lse_keeps_the_numerics_contract_beside_logprobs_and_entropy(backend, dtype, per_row, options):
+    logits, targets, weights = draw((2, 3), 1027, dtype)
+    targets = torch.stack([(targets + 7 * k) % 1027 for k in range(per_row)], -1)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
+
+    def by_definition(x, targets, **options):
+        z = scaled(x, **options)
+        log_p = torch.log_softmax(z, -1)
+        keep = mask[..., None] != 0
+        results = log_p.gather(-1, targets), -(log_p.exp() * log_p).sum(-1, keepdim=True), z.logsumexp(-1, True)
+        return [torch.where(keep, result, 0) for result in results]
+
+    def op(x, targets, **options):
+        given = {"mask": mask, "return_entropy": True, "return_lse": True, "backend": backend}
+        logprobs, entropy, lse = token_logprobs(x, targets, **given, **options)
+        return [logprobs, entropy[..., None], lse[..., None]]
+
+    def run(fn, logits):
+        x = logits.clone().requires_grad_()
+        results = fn(x, targets, **options)
+        upstream = [weights[0, ..., None], weights[1, ..., None], weights[1, ..., None].cos()]
+        sum((r * u).sum() for r, u in zip(results, upstream, strict=True)).backward()
+        return [*(r.detach() for r in results), x.grad]
+
+    results = [run(op, logits), run(by_definition, logits), run(by_definition, logits.double())]
+    for name, *triple in zip(("logprobs", "entropy", "lse", "gradient"), *results, strict=True):
+        assert_contract(name, *triple)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_the_gradient_of_lse_can_be_written_over_the_logits(backend):
+    logits, targets, weights = draw((2, 3), 129, torch.float32)
+    leaf = logits.clone().requires_grad_()
+    x = leaf * 1
+    _, lse = token_logprobs(x, targets, return_lse=True, inplace_backward=True, backend=backend)
+    (lse * weights[0]).sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.softmax(logits, -1) * weights[0][..., None], rtol=1e-5, atol=1e-7)
+    assert torch.equal(x.detach(), leaf.grad)
+
+
+def test_the_results_come_in_one_order():
+    logits, targets, _ = draw((2,), 9, torch.float32)
+    given = {"return_entropy": True, "return_lse": True, "return_stats": True}
+    logprobs, entropy, lse, stats = token_logprobs(logits, targets, **given)
+    assert torch.equal(lse, stats.lse)
+    for k, (name, expected) in enumerate(zip(given, (entropy, lse, stats.lse), strict=True)):
+        first, other = token_logprobs(logits, targets, **{name: True})
+        assert torch.equal(first, logprobs)
+        assert torch.equal(other.lse if k == 2 else other, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -162,7 +231,7 @@ def test_a_target_outside_the_vocabulary_is_none_in_the_row_kernels(backend, sof
     lse = torch.logsumexp(z, -1)
     torch.testing.assert_close((stats[2] + stats[3]).double(), lse.detach(), rtol=0, atol=2e-6)
     gradient = torch.empty_like(logits)
-    backward(logits, targets, None, transform, stats, torch.tensor([[2.0, -1.0]]), None, gradient)
+    backward(logits, targets, None, transform, stats, torch.tensor([[2.0, -1.0]]), None, None, gradient)
     lse.backward(torch.tensor([[-2.0, 1.0]], dtype=torch.float64))
     torch.testing.assert_close(gradient.double(), x.grad, rtol=0, atol=1e-6)
 
@@ -379,7 +448,7 @@ def test_the_registered_op_passes_opcheck(backend, several):
     mask = torch.tensor([[1, 0], [1, 1]], dtype=torch.uint8)
     transform = (1.0, torch.full((2, 2), 0.7), 2.0, 3.0) if several else (0.7, None, 1.0, 0.0)
     ids = targets[..., None].expand(2, 2, 3).contiguous() if several else targets
-    args = (logits.requires_grad_(), ids, mask, *transform, several, several, False, backend)
+    args = (logits.requires_grad_(), ids, mask, *transform, several, several, several, False, backend)
     torch.library.opcheck(torch.ops.rlhf_fast.token_logprobs.default, args)
 
 
@@ -391,8 +460,9 @@ def test_it_compiles_without_graph_breaks(backend):
 
     def loss(x):
         options = {"temperature": temperature, "softcap": 4.0, "return_stats": True, "backend": backend}
-        logprobs, entropy, stats = token_logprobs(x, targets, return_entropy=True, **options)
-        return (logprobs * weights[0] + entropy * weights[1] + stats.lse).sum()
+        results = token_logprobs(x, targets, return_entropy=True, return_lse=True, **options)
+        logprobs, entropy, lse, stats = results
+        return (logprobs * weights[0] + entropy * weights[1] + lse.square() + stats.lse).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
