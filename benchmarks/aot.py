@@ -1,10 +1,11 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and reports registers, spills and shared memory.
 
-    python -m benchmarks.aot --out benchmarks/results/aot.json
+    python -m benchmarks.aot --out benchmarks/results/aot_triton3.9.json      with the Triton that is on the path
 
 Runs every case of benchmarks/op_cases, forward and backward, through the real launchers; a launch compiles the
 specialisation that it would have run, and runs nothing. The first case that launches a kernel compiles it for every
-target and dtype; the later ones, which differ in a variant or an option, for one of each.
+target and dtype; the later ones, which differ in a variant or an option, for one of each. Then the calls of
+benchmarks/production.py, at the shapes of training, for sm_90, with the blocks of a kernel that fit a multiprocessor.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Collection
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -30,6 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks import production
+from benchmarks.occupancy import blocks_per_sm
 from benchmarks.op_cases import CASES, Case
 from rlhf_fast import backends, kernels
 from rlhf_fast.ops import table
@@ -40,8 +44,10 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
-LATER = ("sm_90", "bf16")  # what the later cases of a kernel are compiled for
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16, "f64": torch.float64}
+COMMON = ("bf16", "f32")  # what the first case of a kernel is compiled for on every target, the other types on MAIN
+MAIN = "sm_90"
+LATER = (MAIN, "bf16")  # what the later cases of a kernel are compiled for
 
 
 class Targets:
@@ -99,30 +105,58 @@ def cuobjdump(option: str, cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def compile_all(cases: list[Case]) -> list[dict[str, Any]]:
-    """One row per kernel x case x dtype x target, the worst of its specialisations."""
-    targets, rows = Targets(), {}
-    first: dict[str, str] = {}  # the first case of each kernel
-    driver.set_active(targets)
-    run = JITFunction.run
+class Compiler:
+    """While it is entered, a launch compiles its kernel for the targets that `wanted` names, and runs nothing.
 
-    def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        name = f"{self.fn.__module__.rsplit('.', 1)[1]}.{self.fn.__name__}"
-        everything = first.setdefault(name, case.name) == case.name
-        for targets.device, target in enumerate(TARGETS):
-            if not everything and (target, dtype_name) != LATER:
-                continue
-            row = resources(run(self, *args, grid=grid, warmup=True, **kwargs))
-            key = (name, f"{case.name}-{dtype_name}", target)
-            worst = rows.get(key, row)
-            rows[key] = {what: max(row[what], worst[what]) for what in row}
+    rows: (kernel, case, target) -> the worst of its specialisations.
+    """
 
-    JITFunction.run = compile_instead
-    backends.why_not = lambda *_: None  # the tensors are on the CPU, which Triton would refuse
-    for case in cases:
-        for dtype_name in DTYPES:
-            case.run(case.inputs("cpu", DTYPES[dtype_name]), "triton")
-    return [{"kernel": k, "case": c, "target": t, **row} for (k, c, t), row in sorted(rows.items())]
+    def __init__(self) -> None:
+        self.targets = Targets()
+        self.rows: dict[tuple[str, str, str], dict[str, int]] = {}
+        self.case = ""
+        self.wanted: Callable[[str], Collection[str]] = lambda kernel: ()
+        driver.set_active(self.targets)
+        compiler, run = self, JITFunction.run
+
+        def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            name = f"{self.fn.__module__.rsplit('.', 1)[1]}.{self.fn.__name__}"
+            for compiler.targets.device, target in enumerate(TARGETS):
+                if target in compiler.wanted(name):
+                    compiler.add(name, target, resources(run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+        JITFunction.run = compile_instead
+        backends.why_not = lambda *_: None  # the tensors are on the CPU, which Triton would refuse
+
+    def add(self, kernel: str, target: str, row: dict[str, int]) -> None:
+        key = (kernel, self.case, target)
+        worst = self.rows.get(key, row)
+        self.rows[key] = {what: max(row[what], worst[what]) for what in row}
+
+    def compile_small(self, cases: list[Case]) -> None:
+        first: dict[str, str] = {}  # the first case of each kernel
+        for case in cases:
+            for dtype_name, dtype in DTYPES.items():
+
+                def wanted(kernel: str, case: Case = case, dtype_name: str = dtype_name) -> Collection[str]:
+                    if first.setdefault(kernel, case.name) != case.name:
+                        return [MAIN] if (MAIN, dtype_name) == LATER else []
+                    return TARGETS if dtype_name in COMMON else [MAIN]
+
+                self.case, self.wanted = f"{case.name}-{dtype_name}", wanted
+                case.run(case.inputs("cpu", dtype), "triton")
+
+    def compile_production(self) -> None:
+        for name, call in production.calls().items():
+            self.case, self.wanted = f"{production.LABEL}{name}", lambda kernel: [MAIN]
+            call("triton")
+
+    def report(self) -> list[dict[str, Any]]:
+        found = []
+        for (kernel, case, target), row in sorted(self.rows.items()):
+            blocks = {"blocks": blocks_per_sm(row["registers"], row["warps"], row["shared"])} if target == MAIN else {}
+            found.append({"kernel": kernel, "case": case, "target": target, **row, **blocks})
+        return found
 
 
 def main() -> None:
@@ -132,7 +166,10 @@ def main() -> None:
     # Nothing is computed here, and what a call does next may depend on results: they are NaN instead of anything.
     torch.use_deterministic_algorithms(True, warn_only=True)
     with_triton = {op for op, impls in table().items() if "triton" in impls}
-    rows = compile_all([case for case in CASES if case.op in with_triton])
+    compiler = Compiler()
+    compiler.compile_small([case for case in CASES if case.op in with_triton])
+    compiler.compile_production()
+    rows = compiler.report()
     head = json.dumps({"triton": triton.__version__, "kernels": kernel_names()})
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     out.write_text(f'{head[:-1]},\n "rows": [\n  {lines}\n]}}\n')

@@ -10,12 +10,14 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 CSRC = Path(__file__).parents[1] / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}"]  # as csrc/CMakeLists.txt compiles
+FMAD = {"gae": "true", "token_logprobs": "false", "token_logprobs_cluster": "false"}  # likewise, by source
 
 
 def sources() -> list[Path]:
@@ -24,10 +26,18 @@ def sources() -> list[Path]:
 
 def compile_report(source: Path, architecture: str) -> list[dict[str, Any]]:
     """One row per kernel of `source`, from what ptxas says."""
+    return compiled(source, architecture)[0]
+
+
+def compiled(source: Path, architecture: str) -> tuple[list[dict[str, Any]], str]:
+    """(a row per kernel of `source`, from what ptxas says; the PTX of them all)"""
     nvcc = shutil.which("nvcc")
     assert nvcc is not None, "needs nvcc"
-    command = [nvcc, *FLAGS, f"-arch={architecture}", "-Xptxas=-v", "-cubin", "-o", "/dev/null", str(source)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, *FLAGS, f"-fmad={FMAD[source.stem]}", f"-arch={architecture}", "-Xptxas=-v", "-cubin"]
+        command += ["--keep", f"--keep-dir={folder}", "-o", "/dev/null", str(source)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        ptx = (Path(folder) / f"{source.stem}.ptx").read_text()
     pattern = re.compile(
         r"Compiling entry function '(?P<name>\w+)'.*?"
         r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -49,7 +59,7 @@ def compile_report(source: Path, architecture: str) -> list[dict[str, Any]]:
                 "shared": int(shared[1]) if shared else 0,
             }
         )
-    return sorted(rows, key=lambda row: row["kernel"])
+    return sorted(rows, key=lambda row: row["kernel"]), ptx
 
 
 def demangled(symbols: list[str]) -> list[str]:

@@ -1,5 +1,7 @@
 // What the row and the cluster kernel of token_logprobs share: how a row is divided, visited, summed, differentiated.
-// Slices, threads and warps are combined in a fixed order, the same in both: the same inputs give the same bits.
+// Slices, threads and warps are combined in a fixed order, the same in both: the same inputs give the same bits. So that
+// the compiler chooses no rounding, which it could do differently in each, it may not contract a product and a sum
+// (-fmad=false, in CMakeLists.txt); where one rounding is wanted, std::fma says so.
 #pragma once
 #include <cstring>
 
@@ -183,8 +185,8 @@ __device__ void add_packs(Sums<compute_t<T>>& sums, const Pack<T, N> (&packs)[M]
       const C t = (s[k] - shift) * factor2, e = exp2_flushed(t);
       sums.rest += e;
       if (kMore) {
-        sums.spread -= e * std::fmax(t, C(kNoPower));
-        sums.squares += e * e;
+        sums.spread = std::fma(-e, std::fmax(t, C(kNoPower)), sums.spread);
+        sums.squares = std::fma(e, e, sums.squares);
       }
     }
   }
@@ -294,8 +296,8 @@ __device__ void write_gradient(const T* logits, T* out, int64_t first, int64_t s
   for_each_pack(logits, size, head_of(logits, out, size), [&](auto pack, int64_t start) {
 #pragma unroll
     for (int i = 0; i < pack.size; ++i) {
-      const C s = row.capped(load(pack.x[i])), t = (s - shift) * factor2 - logsum2, p = exp2_flushed(t);
-      const C at_one = kEntropy ? constant + linear * std::fmax(t, C(kNoPower)) : constant;
+      const C s = row.capped(load(pack.x[i])), t = std::fma(s - shift, factor2, -logsum2), p = exp2_flushed(t);
+      const C at_one = kEntropy ? std::fma(linear, std::fmax(t, C(kNoPower)), constant) : constant;
       store(pack.x[i], p * at_one * row.slope(s));
     }
     *reinterpret_cast<decltype(pack)*>(out + start) = pack;

@@ -98,5 +98,6 @@ def distributional_value_loss(
         _distributional_value_loss_kernel, (programs,),
         logits, returns, mask, values, coefficients, partials, v_min, v_max, (v_max - v_min) / bins, 2**0.5 * sigma,
         rows, bins, logits.stride(0), BLOCK_ROWS=block_rows, BLOCK_K=block_k,
+        num_warps=loss.element_size(),  # float64 takes twice the registers
     )  # fmt: skip
     sum_parts(partials, denominator, loss, means)

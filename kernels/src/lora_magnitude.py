@@ -97,7 +97,7 @@ def norms(weight: Tensor, downs: list[Tensor], ups: list[Tensor], scales: list[f
     launch(
         _norms_kernel, (triton.cdiv(weight.shape[0], BLOCK_COLUMNS), len(downs)),
         weight, down, up, out, table.adapters, table.scales, *weight.shape, *weight.stride(), *down.stride(),
-        *up.stride(), BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_K=32, BLOCK_RANK=16, PRECISION=precision(weight),
+        *up.stride(), BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_K=32, BLOCK_RANK=16, PRECISION=precision(weight), num_warps=8,
     )  # fmt: skip
 
 
@@ -110,6 +110,6 @@ def magnitude_backward(
     launch(
         _magnitude_kernel, (triton.cdiv(grad.shape[1], BLOCK_COLUMNS), len(ranks), table.splits),
         grad, unscaled, factors, partials, table.tiles, table.adapters, grad.shape[1],
-        BLOCK_ROWS=table.block_rows, BLOCK_COLUMNS=BLOCK_COLUMNS,
+        BLOCK_ROWS=table.block_rows, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=8,
     )  # fmt: skip
     return partials.sum(0)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import prefer_huge_pages
-from rlhf_fast.ops import _check
+from rlhf_fast.ops import _check, _products
 
 # Scratch for one tile of float32 logits: enough rows for a matrix product at full speed, which reads (on the CPU also
 # packs) all of the head's weight once per tile.
@@ -74,7 +74,7 @@ class Head(NamedTuple):
         if weight.dtype == out.dtype:
             torch.mm(hidden, weight.t(), out=out)
         elif weight.is_cuda:
-            torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
+            _products.multiply(hidden, weight.t(), out.dtype, out)
         else:
             wide = hidden.to(out.dtype)
             for block in _vocabulary_blocks(weight):
@@ -97,7 +97,7 @@ class Head(NamedTuple):
         if gradient.dtype == weight.dtype == dtype:
             result = gradient @ weight
         elif weight.is_cuda:
-            result = torch.mm(gradient, weight, out_dtype=dtype)
+            result = _products.multiply(gradient, weight, dtype)
         else:
             result = gradient.new_zeros(gradient.shape[0], weight.shape[1])
             for block in _vocabulary_blocks(weight):
@@ -262,6 +262,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, old: float = 1.0) -> None:
     """total = old * total + scale * a @ b, accumulated in the total's type; with old = 0 it may be unwritten."""
     if a.is_cuda and a.dtype != total.dtype:
-        torch.ops.aten.addmm.dtype_out(total, a, b.to(a.dtype), total.dtype, beta=old, alpha=scale, out=total)
+        _products.add(total, a, b.to(a.dtype), scale, old)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=old, alpha=scale)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import custom_op
-from rlhf_fast.ops import _check, _losses
+from rlhf_fast.ops import _check, _losses, _products
 from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops._head import VOCABULARY_BLOCK, Head
 from rlhf_fast.ops._head import chunk_tokens as default_chunk_tokens
@@ -209,6 +209,7 @@ def _scratch(head: Head, count: int) -> tuple[int, int]:
     if head.lora_a is not None:
         row += (2 * head.lora_a.shape[0] + width) * wide
     if size < wide and head.weight.is_cuda:
+        fixed += _products.scratch_bytes()
         row += vocabulary * size  # the gradient
     elif size < wide:
         block = min(vocabulary, VOCABULARY_BLOCK)

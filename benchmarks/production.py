@@ -1,0 +1,108 @@
+"""Calls of every Triton kernel at the shapes of training: vocabulary 151,936, hidden size 4096, 8192 tokens, bfloat16.
+
+A kernel is specialised by strides, types and the divisibility of sizes, not by the number of its programs: where rows
+are programs, ROWS of them stand for all. benchmarks/aot.py compiles these calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from rlhf_fast.kernels import lora_linear
+from torch import Tensor
+
+import rlhf_fast
+from benchmarks.cases import op_advantages, op_linear, op_losses
+from benchmarks.cases.build import Job
+from benchmarks.cases.sizes import GPU, normal, ragged_mask, results, with_gradient
+from rlhf_fast.ops.token_logprobs import IMPLS, Transform, empty_stats
+
+LABEL = "production: "
+ROWS = 16
+FEW = replace(GPU, N=ROWS)
+WIDE = replace(FEW, dtype=torch.float32)  # the logits that a linear head makes
+RANK = op_linear.RANK
+
+Call = Callable[[str], object]
+
+
+def of_job(job: Job) -> Call:
+    """The op with the gradients that its job asks for."""
+
+    def run(backend: str) -> object:
+        ours = partial(job.ours, backend=backend)
+        return (with_gradient(ours, *job.leaves) if job.leaves else results(ours))(job.draw())
+
+    return run
+
+
+def logits() -> tuple[Tensor, Tensor]:
+    drawn = normal("cpu", FEW.N, FEW.V, seed=0, dtype=FEW.dtype)
+    return drawn, torch.randint(FEW.V, (FEW.N,))
+
+
+def token_logprobs(backend: str, **options: bool) -> None:
+    given, targets = logits()
+    rlhf_fast.token_logprobs(given, targets, backend=backend, **options)
+
+
+def with_backward(backend: str) -> None:
+    given, targets = logits()
+    rlhf_fast.token_logprobs(given.requires_grad_(), targets, inplace_backward=True, backend=backend).sum().backward()
+
+
+def row_kernel(backend: str) -> None:
+    """As ops with a linear head call it: float32 logits, their gradient in bfloat16 in the same call."""
+    wide = torch.empty(1, WIDE.N, WIDE.V)
+    stats = empty_stats(wide, want_entropy=False)
+    gradient = torch.empty_like(wide, dtype=FEW.dtype)
+    IMPLS[backend][0](wide, torch.zeros(1, WIDE.N, dtype=torch.int64), None, Transform(), False, stats, gradient)
+
+
+def masked_gae(backend: str) -> None:
+    planes = {name: torch.zeros(GPU.B, GPU.T) for name in ("rewards", "values")}
+    rlhf_fast.gae(**planes, mask=ragged_mask(GPU.B, GPU.T, "cpu"), gamma=1.0, lam=0.95, backend=backend)
+
+
+def adapters(backend: str) -> None:
+    """Two roles with half of the tokens each; the base product is none of our kernels."""
+    half, outputs = GPU.N // 2, 4 * GPU.D
+    spans, dtype = [(0, 0, half), (1, half, GPU.N)], GPU.dtype
+    x, y = torch.zeros(GPU.N, GPU.D, dtype=dtype), torch.zeros(GPU.N, outputs, dtype=dtype)
+    downs = [torch.zeros(RANK, GPU.D, dtype=dtype)] * 2
+    ups = [torch.zeros(outputs, RANK, dtype=dtype)] * 2
+    h = torch.zeros(GPU.N, RANK)
+    lora_linear.shrink(x, downs, spans, None, h)
+    lora_linear.expand(h, ups, [2.0, 2.0], spans, None, y)
+    for wide, rank_first in ((x, True), (y, False)):
+        total = torch.zeros(2 * RANK * wide.shape[1])
+        lora_linear.gradients(h, wide, [RANK] * 2, [2.0, 2.0], spans, None, rank_first, total)
+
+
+def named(job: Job) -> str:
+    return f"{job.op}, {job.label}" if job.label else job.op
+
+
+def calls() -> dict[str, Call]:
+    """Name -> the call, by backend."""
+    jobs = [
+        *op_linear.logits_jobs(FEW, "cpu"),
+        op_linear.values(GPU, "cpu"),
+        *op_losses.of_tokens(GPU, "cpu"),
+        *op_losses.of_answers(GPU, "cpu"),
+        *(job for family in (op_advantages.scans, op_advantages.others) for job in family(GPU, "cpu")),
+    ]
+    of_a_head = op_linear.logits_jobs(WIDE, "cpu")[0]
+    return {
+        "token_logprobs": token_logprobs,
+        "token_logprobs, entropy": partial(token_logprobs, return_entropy=True),
+        "token_logprobs, backward in place": with_backward,
+        "token_logprobs of a head, gradient in forward": row_kernel,
+        "gae, ragged mask": masked_gae,
+        "lora_linear": adapters,
+        "token_kl of a head": of_job(of_a_head),
+        **{named(job): of_job(job) for job in jobs},
+    }
