@@ -1,11 +1,23 @@
-"""Sampling completions with transformers' own generation, from the weights that train."""
+"""Sampling completions with transformers' own generation, from the weights that train.
 
-from collections.abc import Sequence
+Of the checkpoint's generation_config only the stop ids are used: whatever else it says would sample from another
+distribution than the one whose log-probabilities are trained on. `check_sampler` compares the two.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_fast.data.batches import Batch, pad_batch
 from rlhf_fast.data.encoding import Example, Prompt, pad_id
@@ -14,17 +26,29 @@ from rlhf_fast.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
+class SamplerView:
+    """logprobs: (B, T) fp32, the sampler's own of the sampled tokens, nats, at the temperature and before top_k and
+    top_p, 0 behind the mask. spread: mean standard deviation of its logits over the vocabulary, at the temperature.
+    """
+
+    logprobs: Tensor
+    spread: float
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Prompts with sampled completions.
 
     batch: right-padded (B, T); its mask marks the completion tokens, EOS included.
     completions: text without special tokens. finished: (B,) bool, True where EOS was sampled.
+    sampler: what the sampler drew from; None where it was not asked for.
     """
 
     prompts: list[Prompt]
     batch: Batch
     completions: list[str]
     finished: Tensor
+    sampler: SamplerView | None = None
 
     def columns(self) -> dict[str, list[object]]:
         """The data's columns other than `prompt`, one list per column."""
@@ -51,11 +75,13 @@ def roll_out(
     top_k: int = 0,
     top_p: float = 1.0,
     rows_per_pass: int | None = None,
+    keep_logprobs: bool = False,
 ) -> Rollout:
     """One completion of at most max_new_tokens tokens (at least one) for each prompt, by the role 'policy'.
 
     Uses torch's global random state. rows_per_pass bounds the memory of the key-value cache. The prompts are padded
     on the left for generation and the result on the right, so nothing downstream needs to know about the left.
+    keep_logprobs: also the sampler's log-probabilities.
     """
     stops = stop_ids(backbone, tokenizer)
     settings = GenerationConfig(
@@ -64,16 +90,159 @@ def roll_out(
     )  # fmt: skip
     size = rows_per_pass or len(prompts)
     completions: list[list[int]] = []
+    recorder = Recorder(temperature) if keep_logprobs else None
     for i in range(0, len(prompts), size):
-        completions += _generate(backbone, prompts[i : i + size], settings, stops)
+        ids = [p.ids for p in prompts[i : i + size]]
+        tokens = _generate(backbone, ids, settings, recorder)[:, max(map(len, ids)) :]
+        completions += [_cut(row, stops) for row in tokens.tolist()]
+        if recorder is not None:
+            recorder.finish(tokens)
     examples = [Example(p.ids + c, len(p.ids)) for p, c in zip(prompts, completions, strict=True)]
-    device = next(backbone.model.parameters()).device
+    batch = pad_batch(examples, pad_id(tokenizer)).to(_device(backbone))
     return Rollout(
         prompts=list(prompts),
-        batch=pad_batch(examples, pad_id(tokenizer)).to(device),
+        batch=batch,
         completions=tokenizer.batch_decode(completions, skip_special_tokens=True),
         finished=torch.tensor([c[-1] in stops for c in completions]),
+        sampler=recorder and SamplerView(_placed(recorder.rows, batch), recorder.spread),
     )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the sampler's log-probabilities of its own tokens compare with the scored ones.
+
+    sampled, scored: their means, nats per token. gap: the mean absolute difference, of the worst row. bar: what
+    rounding may make of it.
+    """
+
+    sampled: float
+    scored: float
+    gap: float
+    bar: float
+
+    @property
+    def holds(self) -> bool:
+        return self.gap <= self.bar  # False for NaN
+
+    def __str__(self) -> str:
+        return (
+            f"mean log-probability of the sampled tokens: {self.sampled:.4f} nats by the sampler, {self.scored:.4f} "
+            f"scored; they differ by {self.gap:.2g} in the worst row, rounding explains {self.bar:.2g}"
+        )
+
+
+@torch.no_grad()
+def check_sampler(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], *, pad: int, temperature: float = 1.0, new_tokens: int = 8
+) -> Agreement:
+    """Samples `new_tokens` from prompts of different lengths, padded on the left and with a cache, as rollouts do, and
+    scores them padded on the right and without one.
+
+    prompts: token ids; the first half of each is a row as well, so that there is padding. The role is 'policy'.
+    Uses torch's global random state. The sampler's side is what it drew from, after every processor.
+    """
+    rows = [list(ids) for prompt in prompts for ids in (prompt, prompt[: (len(prompt) + 1) // 2])]
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, pad_token_id=pad,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    output = _generate(backbone, rows, settings)
+    scores = torch.stack(output.scores, dim=1)  # (B, N, V)
+    tokens = output.sequences[:, -scores.shape[1] :]
+    sampled = scores.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    batch = pad_batch([Example(ids + t, len(ids)) for ids, t in zip(rows, tokens.tolist(), strict=True)], pad)
+    batch = batch.to(_device(backbone))
+    return agreement(
+        backbone, batch, SamplerView(_placed(list(sampled), batch), float(scores.std(-1).mean())), temperature
+    )
+
+
+# Honest models were measured at up to 1.1 of what `_rounding` says (fp32 and bfloat16, 2 to 30 layers).
+MARGIN = 3.0
+
+
+def _rounding(backbone: Backbone, hidden: Tensor) -> float:
+    """Relative error of the logits, to a factor: each layer rounds its sum once more, at random. fp32 sums of D
+    products round at each of them; half precision sums in fp32 and rounds the result."""
+    eps, width = torch.finfo(hidden.dtype).eps, hidden.shape[-1]
+    return eps * len(backbone.layer_names) ** 0.5 * (width**0.5 if hidden.dtype == torch.float32 else 1.0)
+
+
+@torch.no_grad()
+def agreement(backbone: Backbone, batch: Batch, sampler: SamplerView, temperature: float) -> Agreement:
+    """The sampler's log-probabilities beside those of a scoring pass over `batch`, by the role 'policy'."""
+    role = _role(backbone)
+    hidden = backbone.hidden(batch.input_ids, batch.attention_mask, [role])[role]
+    scored = backbone.logprobs(hidden, batch.input_ids, batch.mask, temperature=temperature)
+    assert isinstance(scored, Tensor)
+    count = batch.mask.sum(1)
+    gaps = (sampler.logprobs - scored).abs().sum(1) / count
+    mean = float(sampler.logprobs.sum() / count.sum())
+    return Agreement(
+        sampled=mean,
+        scored=float(scored.sum() / count.sum()),
+        gap=float(gaps.max()),
+        bar=MARGIN * _rounding(backbone, hidden) * max(sampler.spread, -mean),
+    )
+
+
+class Recorder(LogitsProcessor):
+    """Log-probabilities of the tokens that `generate` samples, kept without keeping the logits of every step.
+
+    `generate` calls it with the tokens so far and the next logits, before temperature, top_k and top_p; the token that
+    was drawn from those is the last one of the next call.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.rows: list[Tensor] = []  # (N,) of each row of the passes that are finished
+        self._steps: list[Tensor] = []  # (B, 1) each
+        self._last: Tensor | None = None  # (B, V), of the step whose token is not known yet
+        self._spreads: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._last is not None:
+            self._steps.append(self._last.gather(1, input_ids[:, -1:]))
+        logits = scores.float() / self.temperature
+        self._spreads.append(logits.std(1).mean())
+        self._last = logits.log_softmax(1)
+        return scores
+
+    def finish(self, tokens: Tensor) -> None:
+        """The pass is over; it gave the tokens (B, N)."""
+        assert self._last is not None, "generate has called this"
+        self._steps.append(self._last.gather(1, tokens[:, -1:]))
+        # Where generation looks a step ahead before it stops, there is one step more than it returns.
+        self.rows += torch.cat(self._steps[: tokens.shape[1]], dim=1)
+        self._steps, self._last = [], None
+
+    @property
+    def spread(self) -> float:
+        return float(torch.stack(self._spreads).mean())
+
+
+def _placed(rows: Sequence[Tensor], batch: Batch) -> Tensor:
+    """(B, T): each row's values at the places that the batch's mask marks."""
+    placed = torch.zeros(batch.mask.shape, device=batch.mask.device)
+    for row, values, mask in zip(placed, rows, batch.mask.bool(), strict=True):
+        row[mask] = values[: int(mask.sum())]
+    return placed
+
+
+def _cut(tokens: list[int], stops: Sequence[int]) -> list[int]:
+    """The tokens up to the first stop token, which belongs to them."""
+    end = next((t + 1 for t, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[:end]
+
+
+def _role(backbone: Backbone) -> str | None:
+    """Who samples: the policy, or the base model where there is no policy yet."""
+    return "policy" if "policy" in backbone.adapters else None
+
+
+def _device(backbone: Backbone) -> torch.device:
+    return next(backbone.model.parameters()).device
 
 
 def _before_head(head: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -86,21 +255,32 @@ def _before_head(head: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return (inputs[0].contiguous(),)
 
 
-def _generate(
-    backbone: Backbone, prompts: Sequence[Prompt], settings: GenerationConfig, stops: Sequence[int]
-) -> list[list[int]]:
-    """Completion ids, cut after the first stop token."""
-    device = next(backbone.model.parameters()).device
-    width = max(len(p.ids) for p in prompts)
-    pad = settings.pad_token_id
-    input_ids = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
-    hook = backbone.model.get_output_embeddings().register_forward_pre_hook(_before_head)
+@contextmanager
+def _without_settings_of_the_checkpoint(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` takes every field that its caller leaves open from the model's generation_config: here an empty one."""
+    kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        with backbone.using("policy"):
-            tokens = backbone.model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
+        yield
+    finally:
+        model.generation_config = kept
+
+
+def _generate(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    record: LogitsProcessor | None = None,
+) -> Any:
+    """What `generate` returns: the ids (B, W + N), prompts padded on the left to W, or with the settings' outputs."""
+    model, device = backbone.model, _device(backbone)
+    width = max(len(ids) for ids in prompts)
+    pad = settings.pad_token_id
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + [*ids] for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    processors = {} if record is None else {"logits_processor": LogitsProcessorList([record])}
+    hook = model.get_output_embeddings().register_forward_pre_hook(_before_head)
+    try:
+        with backbone.using(_role(backbone)), _without_settings_of_the_checkpoint(model):
+            return model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings, **processors)
     finally:
         hook.remove()
-    completions = tokens[:, width:].tolist()
-    ends = [next((t + 1 for t, token in enumerate(c) if token in stops), len(c)) for c in completions]
-    return [c[:end] for c, end in zip(completions, ends, strict=True)]

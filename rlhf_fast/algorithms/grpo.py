@@ -52,7 +52,9 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
         set_learning_rates(job, {"policy": rate})
         # One minibatch has all rows before any step: its log-probabilities are the old ones.
         prompts = prompts_of_step(job, config, step)
-        experience = collect(job, config, prompts, score_policy=config.num_minibatches > 1)
+        experience = collect(
+            job, config, prompts, score_policy=config.num_minibatches > 1, compare_sampler=step == run.start
+        )
         advantages = group_advantages(experience.rewards, group_size=config.num_generations, kind=config.advantage)
         metrics = improve(job, config, experience, advantages)
         move_reference(job, config, step)

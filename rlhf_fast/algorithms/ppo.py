@@ -84,7 +84,8 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
         set_learning_rates(job, rates)
         # One minibatch has all rows before any step: its log-probabilities are the old ones. A penalty needs them now.
         score_policy = config.num_minibatches > 1 or config.kl_coef > 0
-        experience = collect(job, config, prompts_of_step(job, config, step), score_policy=score_policy)
+        prompts = prompts_of_step(job, config, step)
+        experience = collect(job, config, prompts, score_policy=score_policy, compare_sampler=step == run.start)
         advantages, returns, old_values = estimate(job, config, experience)
         metrics = improve(job, config, experience, advantages, returns, old_values)
         adapt_kl(job, config, float(experience.kl.sum(1).mean()))

@@ -30,7 +30,9 @@ class Config(BaseModel):
     eval_size: int | None = Field(None, ge=1, description="rows held out; default: a tenth, at most 64")
     output_dir: str = Field("run", description="run folder: adapters, metrics, samples, curves, checkpoints")
     seed: int = Field(0, ge=0, lt=1 << 63)
-    data_seed: int | None = Field(None, ge=0, lt=1 << 63, description="of the held-out draw and the order; default: seed")
+    data_seed: int | None = Field(
+        None, ge=0, lt=1 << 63, description="of the held-out draw and the order; default: seed"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
     quantization: Literal["nf4", "int8"] | None = Field(None, description="of the frozen model, by bitsandbytes")

@@ -1,5 +1,6 @@
 """Sampled completions with everything the update needs: log-probabilities, values, rewards; and their evaluation."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from rlhf_fast.data.batches import shuffled_indices
 from rlhf_fast.data.encoding import Prompt
 from rlhf_fast.models.backbone import Scores
 from rlhf_fast.ops.kl_estimate import kl_estimate
-from rlhf_fast.rollout import Rollout, roll_out
+from rlhf_fast.rollout import Rollout, SamplerView, agreement, roll_out
 from rlhf_fast.training.config import RolloutConfig, SamplingConfig
 from rlhf_fast.training.job import Job, random_state, seed_everything, set_random_state
 
@@ -63,16 +64,25 @@ def prompts_of_step(job: Job, config: RolloutConfig, step: int) -> list[Prompt]:
     return [job.train[i] for i in indices for _ in range(config.num_generations)]
 
 
-def collect(job: Job, config: SamplingConfig, prompts: Sequence[Prompt], *, score_policy: bool = True) -> Experience:
+def collect(
+    job: Job,
+    config: SamplingConfig,
+    prompts: Sequence[Prompt],
+    *,
+    score_policy: bool = True,
+    compare_sampler: bool = False,
+) -> Experience:
     """Sample a completion for each prompt and score all roles in one traversal (micro_batch_size rows at a time).
 
     score_policy: False leaves the policy's log-probabilities to the first minibatch, which must have all rows: its
-    weights are still those that sampled.
+    weights are still those that sampled. compare_sampler: warn where the sampler's log-probabilities are others.
     """
     rollout = roll_out(
         job.backbone, job.encoder.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, keep_logprobs=compare_sampler,
     )  # fmt: skip
+    if compare_sampler:
+        warn_of_another_policy(job, config, rollout)
     lower, scores = score(job, config, rollout, policy=score_policy)
     assert job.rewards is not None
     total, parts = job.rewards(
@@ -80,6 +90,18 @@ def collect(job: Job, config: SamplingConfig, prompts: Sequence[Prompt], *, scor
     )
     rewards = total - config.missing_eos_penalty * (~rollout.finished).float()
     return Experience(rollout, lower, scores, rewards.to(job.device), parts)
+
+
+def warn_of_another_policy(job: Job, config: SamplingConfig, rollout: Rollout) -> None:
+    """The start of a run compares whole completions, of those rows that have the most padding on the left."""
+    assert rollout.sampler is not None
+    shortest = torch.tensor([len(p.ids) for p in rollout.prompts]).argsort(stable=True)
+    rows = shortest[: config.micro_batch_size or len(shortest)].to(job.device)
+    sampler = SamplerView(rollout.sampler.logprobs[rows], rollout.sampler.spread)
+    found = agreement(job.backbone, rollout.batch.rows(rows), sampler, config.temperature)
+    if not found.holds:
+        print(f"warning: completions are drawn from another distribution than they are scored by; {found}",
+              file=sys.stderr)  # fmt: skip
 
 
 def score(job: Job, config: SamplingConfig, rollout: Rollout, *, policy: bool = True) -> tuple[Tensor | None, Scores]:

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.data.encoding import Encoder, Prompt, load_tokenizer
+from rlhf_fast.data.encoding import Encoder, Prompt, load_tokenizer, pad_id
 from rlhf_fast.data.reading import Row, read_rows, require_columns
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter
 from rlhf_fast.rewards import AdapterSource, Rewards, load_rewards
+from rlhf_fast.rollout import check_sampler
 from rlhf_fast.training.config import Config, FromStage, RolloutConfig, SamplingConfig
 from rlhf_fast.training.experience import collect, separate_randomness
 from rlhf_fast.training.job import Job
@@ -132,9 +133,20 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
 
 
 def try_rewards(job: Job, config: SamplingConfig, prompts: list[Prompt]) -> None:
-    """Score two short completions: a reward that cannot work fails here, before any folder is touched."""
+    """Sample and score two short completions: a reward that cannot work, or a model that does not sample from the
+    distribution that it is scored by, fails here, before any folder is touched."""
+    tokens = min(8, config.max_new_tokens)
     with separate_randomness(config.seed):
-        collect(job, config.model_copy(update={"max_new_tokens": min(8, config.max_new_tokens)}), prompts[:2])
+        found = check_sampler(
+            job.backbone, [prompt.ids for prompt in prompts[:2]], pad=pad_id(job.encoder.tokenizer),
+            temperature=config.temperature, new_tokens=tokens,
+        )  # fmt: skip
+        if not found.holds:
+            raise UserError(
+                f"the model does not sample from the distribution that it is scored by; {found} (an architecture that "
+                "is not safe under left padding, or one that changes its logits while generating)"
+            )
+        collect(job, config.model_copy(update={"max_new_tokens": tokens}), prompts[:2])
 
 
 def _device(config: Config) -> torch.device:

@@ -15,7 +15,7 @@ class Log:
     """A run that keeps the metrics of every step."""
 
     def __init__(self, steps):
-        self.count, self.metrics = steps, []
+        self.count, self.start, self.metrics = steps, 0, []
 
     def steps(self):
         return range(self.count)
@@ -50,8 +50,10 @@ def test_the_policy_is_scored_only_where_its_first_minibatch_comes_too_late(algo
         traversals.append(" ".join(roles))
         return hidden(self, input_ids, attention_mask, roles, **options)
 
+    log = Log(1)
+    log.start = -1  # not the start of a run, which compares the sampler's log-probabilities with the scored ones
     monkeypatch.setattr(Backbone, "hidden", counted)
-    load_algorithm(algorithm).train(job, config, Log(1))
+    load_algorithm(algorithm).train(job, config, log)
     assert traversals == passes
 
 
@@ -61,7 +63,7 @@ def test_the_policy_is_scored_only_where_its_first_minibatch_comes_too_late(algo
 ], ids=str)  # fmt: skip
 def test_a_run_without_scoring_the_policy_is_the_run_with_it(algorithm, changes, monkeypatch):
     job, metrics = trained(algorithm, 4, **ONE_MINIBATCH, **changes)
-    monkeypatch.setattr(load_algorithm(algorithm), "collect", lambda *arguments, score_policy: collect(*arguments))
+    monkeypatch.setattr(load_algorithm(algorithm), "collect", lambda *arguments, **options: collect(*arguments))
     scored_job, scored_metrics = trained(algorithm, 4, **ONE_MINIBATCH, **changes)
     for found, expected in zip(metrics, scored_metrics, strict=True):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
