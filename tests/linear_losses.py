@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops import _linear_loss, _linear_plan
+
 D, V, R = 16, 97, 3
 PARAMETERS = ("hidden", "weight", "bias", "lora_a", "lora_b")
 TRANSFORM: dict[str, Any] = {"temperature": 0.9, "logit_scale": 1.3, "softcap": 5.0}
@@ -47,3 +49,16 @@ def products(function: Callable[[], Any]) -> int:
     factors = {"aten::mm": slice(0, 2), "aten::addmm_": slice(1, 3)}
     pairs = [e.input_shapes[factors[e.name]] for e in profile.events() if e.name in factors]
     return sum(a[0] * a[1] * b[1] for a, b in pairs)
+
+
+def plan_as_on_a_gpu(monkeypatch: Any) -> None:
+    """The losses from hidden states plan their rows as on a GPU, where the mask cannot be read."""
+
+    def counted(mask: Tensor | None, count: int | None) -> Tensor | None:
+        return None if mask is None or count is None else mask.argsort(descending=True, stable=True)[:count]
+
+    def make(coupling: str, shape: Any, cu_seqlens: Any, mask: Any, device: Any, *rest: Any) -> _linear_plan.Plan:
+        return _linear_plan.make(coupling, shape, cu_seqlens, mask, torch.device("meta"), *rest)
+
+    monkeypatch.setattr(_linear_plan, "counted_rows", counted)
+    monkeypatch.setattr(_linear_loss, "make", make)

@@ -65,6 +65,23 @@ def looks_at_values(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("RLHF_FAST_DEBUG") == "1"
 
 
+def mask_count(mask: Tensor | None, count: int | None) -> None:
+    """ValueError for a bound of the rows that a mask counts where it can be none."""
+    if count is not None and count < 0:
+        raise ValueError(f"mask_count must be >= 0, got {count}")
+    if count is not None and mask is None:
+        raise ValueError(f"mask_count = {count} counts the rows of a mask, but none is given")
+
+
+def counted_within(mask: Tensor | None, count: int | None) -> None:
+    """ValueError for a mask that counts more than `count` rows, where values are looked at."""
+    if mask is None or count is None or not looks_at_values(mask.device):
+        return
+    counted = int((mask != 0).sum())
+    if counted > count:
+        raise ValueError(f"mask counts {counted} rows, more than mask_count = {count}")
+
+
 def targets_inside(targets: Tensor, mask: Tensor | None, vocabulary: int, per_row: int = 1) -> None:
     """IndexError that names the row of a counted target outside [0, vocabulary), where values are looked at.
 

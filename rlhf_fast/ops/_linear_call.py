@@ -126,11 +126,9 @@ def _forward(*arguments: Any) -> list[Tensor]:
 
 def _local_ids(call: Call) -> Tensor:
     """The targets counted from this rank's first id, after the checks of values."""
-    mask, count = call.mask, call.mask_count
-    if _check.looks_at_values(call.hidden.device) and mask is not None and count is not None and mask.sum() > count:
-        raise ValueError(f"mask counts {int(mask.sum())} rows, more than mask_count = {count}")
-    _check.positive_rows("temperature", call.temperatures, mask)
-    return call.shards().local_ids(call.targets, mask, call.weight.shape[0])
+    _check.counted_within(call.mask, call.mask_count)
+    _check.positive_rows("temperature", call.temperatures, call.mask)
+    return call.shards().local_ids(call.targets, call.mask, call.weight.shape[0])
 
 
 def _summed_through(head: _head.Head, shards: Shards, gradient: Tensor) -> Tensor:

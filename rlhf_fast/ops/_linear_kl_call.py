@@ -37,6 +37,7 @@ class Call(NamedTuple):
     divergence: str
     js_weight: float
     top_k: int | None
+    mask_count: int | None
     chunk_tokens: int
     backend: str
 
@@ -47,7 +48,8 @@ class Call(NamedTuple):
 _CALL = (
     "Tensor hidden, Tensor ref_hidden, Tensor weight, Tensor? bias, Tensor? ref_weight, Tensor? ref_bias, "
     "Tensor? targets, Tensor? mask, Tensor? temperatures, float temperature, float logit_scale, float softcap, "
-    "str divergence, float js_weight, SymInt? top_k, SymInt chunk_tokens, str backend"
+    "str divergence, float js_weight, SymInt? top_k, SymInt? mask_count, SymInt chunk_tokens, "
+    "str backend"
 )
 _FIELDS, _TENSORS = len(Call._fields), 9
 
@@ -83,7 +85,7 @@ class _Tile(NamedTuple):
 
 def _tiles(call: Call, kept: Tensor | None = None, made: bool = False) -> Iterator[_Tile]:
     """The rows that count. kept: (2 N, V), a place for the logits of all of them; made: they are there."""
-    vocabulary, index = call.weight.shape[0], _head.counted_rows(call.mask, None)
+    vocabulary, index = call.weight.shape[0], _head.counted_rows(call.mask, call.mask_count)
     count = call.hidden.shape[0] if index is None else index.shape[0]
     chunks = _head.chunks(count, call.chunk_tokens)
     dtype, height = _check.compute_dtype(call.weight.dtype), chunks[0].stop if chunks else 0
@@ -168,6 +170,7 @@ def _forward(*arguments: Any) -> list[Tensor]:
     call, (want_entropy, save) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
     if call.targets is not None:
         _check.targets_inside(call.targets, call.mask, call.weight.shape[0])
+    _check.counted_within(call.mask, call.mask_count)
     _check.positive_rows("temperature", call.temperatures, call.mask)
     *results, kept = _zero_results(call, want_entropy, save)
     forward, backward = rows.IMPLS[call.backend]

@@ -34,8 +34,8 @@ Evaluate = Callable[[str, list[Any], str, Tensor, Tensor | None], list[Tensor]]
 def register(op: str, evaluate: Evaluate, metrics: int) -> None:
     """Registers ``rlhf_fast::<op>``, whose loss has gradients to hidden, weight, bias, lora_a, lora_b, as `needs` says.
 
-    coupling, shape, cu_seqlens, tile_rows, held_rows, summed_rows: see _linear_plan.make. tensors, objective: what
-    `evaluate` takes. Returns what `differentiate` does.
+    coupling, shape, cu_seqlens, mask_count, tile_rows, held_rows, summed_rows: see _linear_plan.make. tensors,
+    objective: what `evaluate` takes. Returns what `differentiate` does.
     """
 
     @custom_op(f"rlhf_fast::{op}")
@@ -43,22 +43,24 @@ def register(op: str, evaluate: Evaluate, metrics: int) -> None:
         hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
         lora_scale: float, targets: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
         logit_scale: float, softcap: float, tensors: list[Tensor | None], objective: str, coupling: str,
-        shape: list[int], cu_seqlens: Tensor | None, tile_rows: int, held_rows: int, summed_rows: int,
-        want_entropy: bool, needs: list[bool], backend: str,
+        shape: list[int], cu_seqlens: Tensor | None, mask_count: int | None, tile_rows: int, held_rows: int,
+        summed_rows: int, want_entropy: bool, needs: list[bool], backend: str,
     ) -> list[Tensor]:  # fmt: skip
         _check.targets_inside(targets, mask, weight.shape[0])
+        _check.counted_within(mask, mask_count)
         _check.positive_rows("temperature", temperatures, mask)
         head = Head(weight, bias, lora_a, lora_b, lora_scale)
         transform = rows.Transform(temperature, temperatures, logit_scale, softcap)
-        plan = make(coupling, shape, cu_seqlens, mask, hidden.device, tile_rows, held_rows, summed_rows)
-        compacted = None if hidden.device.type == "cpu" else mask
-        sweep = Sweep(head, hidden, targets, compacted, transform, plan, want_entropy, backend)
+        heights = (tile_rows, held_rows, summed_rows)
+        plan = make(coupling, shape, cu_seqlens, mask, hidden.device, *heights, mask_count)
+        behind = mask if plan.masked else None
+        sweep = Sweep(head, hidden, targets, behind, transform, plan, want_entropy, backend)
         return differentiate(sweep, partial(evaluate, objective, tensors, backend), needs)
 
     @forward.register_fake
     def _(hidden, weight, bias, lora_a, lora_b, lora_scale, targets, mask, temperature, temperatures, logit_scale,
-          softcap, tensors, objective, coupling, shape, cu_seqlens, tile_rows, held_rows, summed_rows, want_entropy,
-          needs, backend):  # fmt: skip
+          softcap, tensors, objective, coupling, shape, cu_seqlens, mask_count, tile_rows, held_rows, summed_rows,
+          want_entropy, needs, backend):  # fmt: skip
         return empty_results(Head(weight, bias, lora_a, lora_b, lora_scale), hidden, want_entropy, needs, metrics)
 
     def setup_context(ctx, inputs, output):
@@ -69,7 +71,7 @@ def register(op: str, evaluate: Evaluate, metrics: int) -> None:
         ctx.save_for_backward(*output[4:])
 
     def autograd(ctx, grads):
-        results: list[Any] = [None] * 23
+        results: list[Any] = [None] * 24
         results[_TENSORS] = ctx.no_gradients
         if grads[0] is not None:
             for k, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
@@ -107,6 +109,7 @@ class Call:
     tile_rows: int
     held_rows: int
     scratch_bytes: int
+    mask_count: int | None
 
     @property
     def needs(self) -> list[bool]:
@@ -132,7 +135,7 @@ class Call:
         tensors = [None if x is None else x.resolve_neg() for x in tensors]
         return getattr(torch.ops.rlhf_fast, op)(
             self.hidden, *self.head, self.targets, mask, *self.transform, tensors, objective, coupling, list(shape),
-            cu_seqlens, self.tile_rows, self.held_rows, summed_rows, want_entropy, self.needs, backend,
+            cu_seqlens, self.mask_count, self.tile_rows, self.held_rows, summed_rows, want_entropy, self.needs, backend,
         )  # fmt: skip
 
     def _summed_rows(self, sequences: int) -> int:
@@ -147,9 +150,11 @@ class Call:
 def checked(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
     head_lora: tuple[Tensor, Tensor, float] | None, temperature: float | Tensor, logit_scale: float,
-    softcap: float | None, chunk_tokens: int | None, scratch_bytes: int | None,
+    softcap: float | None, mask: Tensor | None, mask_count: int | None, chunk_tokens: int | None,
+    scratch_bytes: int | None,
 ) -> Call:  # fmt: skip
     """Raises ValueError or TypeError for what does not fit."""
+    _check.mask_count(mask, mask_count)
     head = _checked_head(hidden, weight, bias, head_lora)
     shape = hidden.shape[:-1]
     _check.shaped("targets", targets, shape, "hidden.shape[:-1]")
@@ -163,7 +168,7 @@ def checked(
     held = rows_that_fit(head, shape.numel(), scratch_bytes)
     tile = min(held, chunk_tokens or default_chunk_tokens(weight))
     ids = _check.ids("targets", targets).view(-1)
-    return Call(hidden.reshape(-1, hidden.shape[-1]), head, ids, transform, tile, held, scratch_bytes)
+    return Call(hidden.reshape(-1, hidden.shape[-1]), head, ids, transform, tile, held, scratch_bytes, mask_count)
 
 
 def _checked_head(

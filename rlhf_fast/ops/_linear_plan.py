@@ -16,18 +16,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops._head import chunks
+from rlhf_fast.ops._head import chunks, counted_rows
 
 
 class Plan(NamedTuple):
     """order: indices of the rows to take, unit by unit (None: all rows as they stand); groups: tiles of that order.
 
-    summed: the units to sum, as the tiles of each of their sequences.
+    summed: the units to sum, as the tiles of each of their sequences. masked: whether rows behind the mask may be among
+    those that are taken.
     """
 
     order: Tensor | None
     groups: list[list[slice]]
     summed: list[list[list[slice]]]
+    masked: bool
 
     def rows(self, tile: slice) -> slice | Tensor:
         """What picks the rows of `tile` out of a tensor over all rows."""
@@ -41,19 +43,24 @@ class Plan(NamedTuple):
 
 
 def make(coupling: str, shape: Sequence[int], cu_seqlens: Tensor | None, mask: Tensor | None, device: torch.device,
-         tile_rows: int, held_rows: int, summed_rows: int = 0) -> Plan:  # fmt: skip
+         tile_rows: int, held_rows: int, summed_rows: int = 0, mask_count: int | None = None) -> Plan:  # fmt: skip
     """The plan for rows of `shape` (B, T) or (N,): tiles of `tile_rows`, of up to `held_rows` where a unit needs it.
 
     summed_rows: the rows in a tile of units of sequences or pairs that are too long; 0: they are not summed.
     A pair is sequences b and b + B / 2. On the CPU rows behind the mask are left out. On another device neither mask
-    nor cu_seqlens can be read without waiting: all rows are taken, and packed sequences are one unit.
+    nor cu_seqlens can be read without waiting: packed sequences are one unit, and all rows are taken, or with
+    `mask_count`, an upper bound of those that count, so many of them with these first.
     """
     count = int(torch.Size(shape).numel())
-    units = _units_by_value if device.type == "cpu" else _units_by_shape
-    order, ends, cuts = units(coupling, shape, cu_seqlens, mask, device)
+    if device.type == "cpu":
+        order, ends, cuts = _units_by_value(coupling, shape, cu_seqlens, mask)
+    else:
+        counted = counted_rows(None if mask is None else mask.view(-1), mask_count)
+        order, ends, cuts = _units_by_shape(coupling, shape, cu_seqlens, counted, device)
     count = count if order is None else order.shape[0]
+    masked = device.type != "cpu" and mask is not None
     if coupling == "token":
-        return Plan(order, [[tile] for tile in chunks(count, tile_rows)], [])
+        return Plan(order, [[tile] for tile in chunks(count, tile_rows)], [], masked)
     groups, summed = [], []
     for start, stop in _joined([count] if ends is None else ends, tile_rows):
         if stop - start <= held_rows or not summed_rows or cuts is None:
@@ -61,16 +68,14 @@ def make(coupling: str, shape: Sequence[int], cu_seqlens: Tensor | None, mask: T
         else:
             bounds = [start, *(cut for cut in cuts if start < cut < stop), stop]
             summed.append([_tiles(a, b, summed_rows) for a, b in pairwise(bounds)])
-    return Plan(order, groups, summed)
+    return Plan(order, groups, summed, masked)
 
 
 # Order, where each unit ends in it (None: all rows are one), where each sequence ends in it (None: not known).
 _Units = tuple[Tensor | None, Sequence[int] | None, Sequence[int] | None]
 
 
-def _units_by_value(
-    coupling: str, shape: Sequence[int], cu_seqlens: Tensor | None, mask: Tensor | None, device: torch.device
-) -> _Units:
+def _units_by_value(coupling: str, shape: Sequence[int], cu_seqlens: Tensor | None, mask: Tensor | None) -> _Units:
     """Of the rows that count."""
     if coupling in ("token", "batch"):
         return None if mask is None else mask.view(-1).nonzero()[:, 0], None, None
@@ -85,12 +90,18 @@ def _units_by_value(
 
 
 def _units_by_shape(
-    coupling: str, shape: Sequence[int], cu_seqlens: Tensor | None, mask: Tensor | None, device: torch.device
+    coupling: str, shape: Sequence[int], cu_seqlens: Tensor | None, counted: Tensor | None, device: torch.device
 ) -> _Units:
-    """Of all rows."""
+    """Of the rows `counted` as one unit, or of all rows (None).
+
+    Where sequences end among the counted rows is not known, and one unit that is too long costs up to 4P, sequences 3P:
+    with known sequences all rows are taken unless fewer than three quarters count.
+    """
     count = int(torch.Size(shape).numel())
     if coupling in ("token", "batch") or cu_seqlens is not None:
-        return None, None, None
+        return counted, None, None
+    if counted is not None and 4 * counted.shape[0] < 3 * count:
+        return counted, None, None
     cuts = range(shape[1], count + 1, shape[1])
     if coupling == "sequence":
         return None, cuts, cuts

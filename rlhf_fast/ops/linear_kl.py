@@ -60,6 +60,7 @@ def linear_kl(
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    mask_count: int | None = None,
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -75,7 +76,8 @@ def linear_kl(
     hidden, ref_hidden: (..., D); weight: (V, D); bias: (V,) or None; all of one type, float32, bfloat16, float16 or
     float64. ref_weight: (V, E) for ref_hidden (..., E), and ref_bias (V,) or None; without both the policy's are used.
     targets: (...) int64 or int32 ids in [0, V), or None for the divergence (and entropy) alone.
-    mask: (...) any dtype, nonzero counts; elsewhere results and gradients are 0 and nothing is read.
+    mask: (...) any dtype, nonzero counts; elsewhere results and gradients are 0 and nothing is read. mask_count: as in
+    linear_logprobs, how many rows count, or an upper bound, with which a GPU leaves the others out.
     temperature (one number or (...) one per row), logit_scale, softcap: as in token_logprobs, for both.
     divergence, js_weight, top_k: as in token_kl. return_entropy: also the policy's entropy, differentiable.
     chunk_tokens: rows of both logits held at a time (default: from the byte budget TILE_BYTES in _head.py).
@@ -87,6 +89,7 @@ def linear_kl(
     """
     name = resolve("linear_kl", divergences.IMPLS, hidden.device, backend)
     shape = _checked(hidden, ref_hidden, weight, ref_weight, bias, ref_bias, targets, mask, chunk_tokens)
+    _check.mask_count(mask, mask_count)
     divergences.checked_divergence(divergence, js_weight, top_k, weight.shape[0])
     transform = rows.checked_transform(temperature, logit_scale, softcap, shape, ("hidden", hidden))
     ids = None if targets is None else _check.ids("targets", targets)
@@ -105,7 +108,7 @@ def linear_kl(
         hidden.reshape(-1, hidden.shape[-1]), ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), weight, bias,
         constants[0], constants[1], None if ids is None else ids.view(-1), None if mask is None else mask.view(-1),
         None if transform.temperatures is None else transform.temperatures.view(-1), transform.temperature,
-        transform.logit_scale, transform.softcap, divergence, js_weight, top_k,
+        transform.logit_scale, transform.softcap, divergence, js_weight, top_k, mask_count,
         chunk_tokens or max(8, _head.chunk_tokens(weight) // 2), name,
     )  # fmt: skip
     found = torch.ops.rlhf_fast.linear_kl(*call, return_entropy, _linear_kl_call.to_save(call))

@@ -186,12 +186,9 @@ def _checked(
         rank = lora_a.shape[0] if lora_a.dim() else 0
         _check.shaped("head_lora A", lora_a, (rank, weight.shape[1]), "(R, D)")
         _check.shaped("head_lora B", lora_b, (weight.shape[0], rank), "(V, R)")
-    for name, value in (("chunk_tokens", chunk), ("mask_count", mask_count)):
-        least = 1 if name == "chunk_tokens" else 0
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
-    if mask_count is not None and mask is None:
-        raise ValueError(f"mask_count = {mask_count} counts the rows of a mask, but none is given")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk_tokens must be >= 1, got {chunk}")
+    _check.mask_count(mask, mask_count)
     shape = hidden.shape[:-1]
     if targets.dim() != hidden.dim() or targets.shape[:-1] != shape:
         _check.shaped("targets", targets, shape, "hidden.shape[:-1] (or that and K)")

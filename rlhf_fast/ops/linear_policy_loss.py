@@ -48,6 +48,7 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     head_lora: tuple[Tensor, Tensor, float] | None = None,
     mask: Tensor | None = None,
+    mask_count: int | None = None,
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
     overlong: Tensor | None = None,
@@ -69,7 +70,8 @@ def linear_policy_loss(
     for each of them that requires one. targets: (B, T) or (N,) int64 or int32 ids in [0, V).
     temperature, logit_scale, softcap: as in linear_logprobs. All else: as in policy_loss, whose `logprobs` and, where
     the objective looks at it, `entropy` are made here. old_logprobs: None on policy, as there.
-    return_logprobs: also the log-probabilities, without gradient.
+    mask_count: how many rows the mask counts, or an upper bound: lets a GPU leave the others out (the CPU does so in
+    any case). return_logprobs: also the log-probabilities, without gradient.
     chunk_tokens: rows of logits in one product (default: from TILE_BYTES in _head.py). scratch_bytes: the most that is
     allocated at a time beside results and gradients, 1 GiB by default; losses that take whole sequences hold as many
     rows of logits as fit.
@@ -78,8 +80,9 @@ def linear_policy_loss(
     not fit, IndexError on the CPU for a counted target outside [0, V).
     """
     call = _linear_loss.checked(
-        hidden, weight, targets, bias, head_lora, temperature, logit_scale, softcap, chunk_tokens, scratch_bytes
-    )
+        hidden, weight, targets, bias, head_lora, temperature, logit_scale, softcap, mask, mask_count,
+        chunk_tokens, scratch_bytes,
+    )  # fmt: skip
     shape, like = targets.shape, hidden.detach()[..., 0]
     reads_entropy = objective.entropy_coef > 0 or objective.entropy_fraction < 1
     inputs = Inputs(like, like if old_logprobs is None else old_logprobs, policy.per_token(advantages, shape),
@@ -93,8 +96,8 @@ def linear_policy_loss(
     if name == "reference" or (call.frozen and objective.entropy_coef == 0):
         found = linear_logprobs(
             hidden, weight, targets, bias=bias, mask=None if plan.flags is None else plan.flags.view(shape),
-            temperature=temperature, logit_scale=logit_scale, softcap=softcap, head_lora=head_lora,
-            return_entropy=reads_entropy, chunk_tokens=call.tile_rows, backend=name,
+            mask_count=mask_count, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+            head_lora=head_lora, return_entropy=reads_entropy, chunk_tokens=call.tile_rows, backend=name,
         )  # fmt: skip
         logprobs, entropy = found if reads_entropy else (found, None)
         loss, metrics = reference(objective, constants, plan, logprobs, entropy, backend=name)

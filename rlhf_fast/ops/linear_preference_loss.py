@@ -47,6 +47,7 @@ def linear_preference_loss(
     bias: Tensor | None = None,
     head_lora: tuple[Tensor, Tensor, float] | None = None,
     mask: Tensor | None = None,
+    mask_count: int | None = None,
     cu_seqlens: Tensor | None = None,
     ref_chosen: Tensor | None = None,
     ref_rejected: Tensor | None = None,
@@ -72,7 +73,8 @@ def linear_preference_loss(
     cu_seqlens (2 B + 1,) int64 or int32; weight: (V, D); bias: (V,) or None; head_lora: (A (R, D), B (V, R), scale) or
     None, added to the weight as scale B A. All of one type, float32, bfloat16, float16 or float64; a gradient is made
     for each of them that requires one. targets: (2 B, T) or (N,) int64 or int32 ids in [0, V). mask: the shape of
-    targets, nonzero counts: the tokens of the answers. temperature, logit_scale, softcap: as in linear_logprobs.
+    targets, nonzero counts: the tokens of the answers. mask_count: how many, or an upper bound: lets a GPU leave the
+    others out. temperature, logit_scale, softcap: as in linear_logprobs.
     ref_chosen, ref_rejected: (B,) sums of the reference's log-probabilities, in nats; or ref_hidden, of the shape of
     hidden, to make them here with ref_weight and ref_bias (weight and bias where ref_weight is not given). Variants
     without a reference need none. weights, reward_shift, chosen_advantages, rejected_advantages, denominator: as in
@@ -85,8 +87,9 @@ def linear_preference_loss(
     does not fit, IndexError on the CPU for a counted target outside [0, V).
     """
     call = _linear_loss.checked(
-        hidden, weight, targets, bias, head_lora, temperature, logit_scale, softcap, chunk_tokens, scratch_bytes
-    )
+        hidden, weight, targets, bias, head_lora, temperature, logit_scale, softcap, mask, mask_count,
+        chunk_tokens, scratch_bytes,
+    )  # fmt: skip
     shape, name = targets.shape, resolve("linear_preference_loss", preference.IMPLS, hidden.device, backend)
     _check.same_device(("hidden", hidden), ("mask", mask), ("cu_seqlens", cu_seqlens))
     cu_seqlens = _checked_sequences(shape, cu_seqlens)
@@ -94,8 +97,8 @@ def linear_preference_loss(
 
     def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, head_lora: HeadLora | None) -> Tensor:
         return linear_logprobs(
-            hidden, weight, targets, bias=bias, mask=mask, temperature=temperature, logit_scale=logit_scale,
-            softcap=softcap, head_lora=head_lora, chunk_tokens=call.tile_rows, backend=name,
+            hidden, weight, targets, bias=bias, mask=mask, mask_count=mask_count, temperature=temperature,
+            logit_scale=logit_scale, softcap=softcap, head_lora=head_lora, chunk_tokens=call.tile_rows, backend=name,
         )  # fmt: skip
 
     if ref_hidden is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_fast import linear_kl, linear_logprobs, token_kl
-from rlhf_fast.ops import _linear_kl_call
+from rlhf_fast.ops import _head, _linear_kl_call
 from rlhf_fast.ops.linear_kl import LinearKl
 from rlhf_fast.ops.token_kl import DIVERGENCES
 from tests.losses import BACKENDS, DTYPES, KERNELS, compiled
@@ -254,6 +254,29 @@ def test_policy_and_reference_share_one_product_and_masked_rows_cost_none(monkey
     assert heights == [6]
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("mask_count", [3, 5], ids=["exact", "upper bound"])
+def test_with_mask_count_a_gpu_takes_so_many_rows(mask_count, trained, monkeypatch):
+    mask = torch.tensor([0, 1, 0, 0, 1, 1, 0, 0])
+
+    def gradients(**options):
+        given = draw((8,), dtype=torch.float64)
+        given["hidden"][mask == 0] = torch.nan
+        leaves = [given["hidden"].requires_grad_(), given["weight"].requires_grad_(trained)]
+        found = linear_kl(**given, mask=mask, backend="cpu", **options)
+        grads = torch.autograd.grad(found.kl.sum() + found.logprobs.sum(), leaves[: 1 + trained])
+        return [found.kl.detach(), found.logprobs.detach(), *grads]
+
+    expected = gradients()
+    monkeypatch.setattr(_head, "counted_rows", lambda m, n: m.argsort(descending=True, stable=True)[:n])
+    heights, real_mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **o: (heights.append(a.shape[0]), real_mm(a, b, **o))[1])
+    found = gradients(mask_count=mask_count)
+    assert heights[0] == 2 * mask_count
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(("trained", "top_k"), [(False, None), (True, 5)], ids=["frozen", "trained, top-k"])
 def test_the_registered_op_passes_opcheck(backend, trained, top_k):
@@ -261,7 +284,7 @@ def test_the_registered_op_passes_opcheck(backend, trained, top_k):
     mask = torch.tensor([1, 0, 1], dtype=torch.uint8)
     call = (
         t["hidden"].requires_grad_(), t["ref_hidden"], t["weight"].requires_grad_(trained), t["bias"], None, None,
-        t["targets"], mask, None, 0.7, 1.5, 6.0, "reverse", 0.5, top_k, 2, backend, True,
+        t["targets"], mask, None, 0.7, 1.5, 6.0, "reverse", 0.5, top_k, 2, 2, backend, True,
         "logits" if trained else "U",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.rlhf_fast.linear_kl.default, call)

@@ -71,6 +71,27 @@ def test_on_a_device_units_are_known_by_shape_alone():
     assert make("pair", (7,), torch.zeros(5, device=GPU), None, GPU, 6, 100).groups == [[slice(0, 7)]]
 
 
+def test_on_a_device_a_count_of_the_mask_leaves_the_other_rows_out():
+    mask = torch.ones(4, 10, device=GPU)
+    assert make("token", (4, 10), None, mask, GPU, 8, 100, mask_count=12).groups == [[slice(0, 6)], [slice(6, 12)]]
+    packed = torch.zeros(5, device=GPU)
+    assert make("sequence", (40,), packed, mask.view(-1), GPU, 8, 100, mask_count=39).groups == [[slice(0, 39)]]
+
+
+@pytest.mark.parametrize("coupling", ["sequence", "pair"])
+@pytest.mark.parametrize(("mask_count", "rows"), [(29, [29]), (30, [10, 10, 10, 10]), (None, [10, 10, 10, 10])])
+def test_on_a_device_known_sequences_are_given_up_where_few_rows_count(coupling, mask_count, rows):
+    rows = [20, 20] if coupling == "pair" and len(rows) > 1 else rows
+    plan = make(coupling, (4, 10), None, torch.ones(4, 10, device=GPU), GPU, 8, 100, mask_count=mask_count)
+    assert [tile.stop - tile.start for group in plan.groups for tile in group] == rows
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_rows_behind_the_mask_are_taken_on_a_device_alone(device):
+    assert make("token", (2, 3), None, torch.ones(2, 3, device=device), device, 4, 100).masked is (device == GPU)
+    assert not make("token", (2, 3), None, None, device, 4, 100).masked
+
+
 @pytest.mark.parametrize("coupling", ["token", "sequence", "pair", "batch"])
 def test_no_rows_give_no_group(coupling):
     assert make(coupling, (0, 4), None, None, CPU, 2, 2).groups == []

@@ -7,7 +7,18 @@ from benchmarks.harness import peak_bytes
 from rlhf_fast import PolicyObjective, linear_logprobs, linear_policy_loss, policy_loss
 from rlhf_fast.ops.linear_policy_loss import OPS, coupling
 from rlhf_fast.ops.policy_loss import VARIANTS
-from tests.linear_losses import PARAMETERS, TRANSFORM, D, R, V, assert_close, head, products, run
+from tests.linear_losses import (
+    PARAMETERS,
+    TRANSFORM,
+    D,
+    R,
+    V,
+    assert_close,
+    head,
+    plan_as_on_a_gpu,
+    products,
+    run,
+)
 
 KERNELS = OPS["linear_policy_loss"]
 BACKENDS = ("reference", *KERNELS)
@@ -78,6 +89,37 @@ def test_every_variant_is_linear_logprobs_and_policy_loss_within_any_budget(vari
     expected = run(composed(chosen), TENSORS)
     for options in ({}, {"scratch_bytes": FIXED + 4 * ROW}):
         assert_close(run(fused(chosen, **options), TENSORS), expected)
+
+
+FEW = torch.zeros(SHAPE, dtype=torch.bool)
+FEW[0, 2:5] = FEW[2, 1:] = True  # 9 of 28
+
+
+@pytest.mark.parametrize("mask_count", [None, 9, 12], ids=["all rows", "exact", "upper bound"])
+@pytest.mark.parametrize("variant", ["ppo_clip", "gspo", "clip_cov"])
+def test_a_gpu_that_is_told_how_many_rows_count_multiplies_no_others(variant, mask_count, monkeypatch):
+    chosen = objective(variant)
+    tensors = TENSORS | {"hidden": torch.where(FEW[..., None], TENSORS["hidden"], torch.nan)}
+    expected = run(composed(chosen, mask=FEW), TENSORS)
+    plan_as_on_a_gpu(monkeypatch)
+    options = {"mask": FEW, "mask_count": mask_count}
+    assert_close(run(fused(chosen, **options), tensors), expected)
+    small = {name: x for name, x in tensors.items() if name in ("hidden", "weight")}
+
+    def call():
+        leaves = [x.clone().requires_grad_() for x in small.values()]
+        options = {"objective": chosen, "mask": FEW, "mask_count": mask_count, "backend": "cpu"}
+        linear_policy_loss(*leaves, TARGETS, OLD, ADVANTAGES, ref_logprobs=REF, **options)[0].backward()
+
+    # The logits of all rows that are taken; rows without a coefficient are left out of the gradients on the CPU alone.
+    assert products(call) == ((mask_count or 28) + 2 * 9) * D * V
+
+
+@pytest.mark.parametrize("mask", [None, FEW], ids=["no mask", "too few"])
+def test_a_count_that_does_not_fit_the_mask_is_an_error(mask):
+    message = "none is given" if mask is None else "mask counts 9 rows, more than mask_count = 8"
+    with pytest.raises(ValueError, match=message):
+        run(fused(objective(), mask=mask, mask_count=8), TENSORS)
 
 
 @pytest.mark.parametrize("variant", ["ppo_clip", "gspo"])

@@ -7,7 +7,18 @@ from benchmarks.harness import peak_bytes
 from rlhf_fast import PreferenceObjective, linear_logprobs, linear_preference_loss, preference_loss
 from rlhf_fast.ops._preference import VARIANTS, Pairs
 from rlhf_fast.ops.linear_preference_loss import OPS, coupling
-from tests.linear_losses import PARAMETERS, TRANSFORM, D, R, V, assert_close, head, products, run
+from tests.linear_losses import (
+    PARAMETERS,
+    TRANSFORM,
+    D,
+    R,
+    V,
+    assert_close,
+    head,
+    plan_as_on_a_gpu,
+    products,
+    run,
+)
 
 KERNELS = OPS["linear_preference_loss"]
 BACKENDS = ("reference", *KERNELS)
@@ -130,6 +141,17 @@ def test_hidden_states_of_the_reference_stand_for_its_sums(backend):
     )
     made = linear_preference_loss(TENSORS["hidden"], weight, TARGETS, ref_hidden=hidden, **options)
     torch.testing.assert_close(made[0], given[0], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["sigmoid", "aot"])
+def test_a_gpu_that_is_told_how_many_rows_count_has_the_same_result(variant, monkeypatch):
+    few = torch.zeros(SHAPE, dtype=torch.bool)
+    few[:, 1:3] = True
+    tensors = TENSORS | {"hidden": torch.where(few[..., None], TENSORS["hidden"], torch.nan)}
+    expected = run(composed(objective(variant), few), TENSORS)
+    plan_as_on_a_gpu(monkeypatch)
+    found = run(fused(objective(variant), mask=few, mask_count=2 * SHAPE[0]), tensors)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("trained", "rows", "expected"), [
