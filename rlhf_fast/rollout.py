@@ -23,6 +23,7 @@ from rlhf_fast.data.batches import Batch, pad_batch
 from rlhf_fast.data.encoding import Example, Prompt, pad_id
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.models.loading import embedding_rows
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class SamplerView:
 class Rollout:
     """Prompts with sampled completions.
 
-    batch: right-padded (B, T); its mask marks the completion tokens, EOS included.
-    completions: text without special tokens. finished: (B,) bool, True where EOS was sampled.
+    batch: right-padded (B, T); its mask marks the sampled tokens, the one that stopped them included. Behind them, and
+    not marked, is what a closed turn has besides: that is where a reward model reads its score.
+    completions: text without special tokens. finished: (B,) bool, True where a stop token was sampled.
     sampler: what the sampler drew from; None where it was not asked for.
     """
 
@@ -56,12 +58,14 @@ class Rollout:
         return {name: [p.columns.get(name) for p in self.prompts] for name in names}
 
 
-def stop_ids(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's EOS and whatever else the model's generation config stops at."""
+def stop_ids(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt] = ()) -> list[int]:
+    """The token that ends a turn of the prompts' chat template, the tokenizer's EOS, and whatever else the model's
+    generation config stops at."""
     config = backbone.model.generation_config
     declared = config.eos_token_id if config is not None and config.eos_token_id is not None else []
     declared = declared if isinstance(declared, list) else [declared]
-    return sorted({tokenizer.eos_token_id, *declared})
+    turns = {prompt.turn_end.stop for prompt in prompts if prompt.turn_end is not None}
+    return sorted({tokenizer.eos_token_id, *declared, *turns})
 
 
 @torch.no_grad()
@@ -83,10 +87,11 @@ def roll_out(
     on the left for generation and the result on the right, so nothing downstream needs to know about the left.
     keep_logprobs: also the sampler's log-probabilities.
     """
-    stops = stop_ids(backbone, tokenizer)
+    stops = stop_ids(backbone, tokenizer, prompts)
+    pad = pad_id(tokenizer, embedding_rows(backbone.model))
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p,
-        pad_token_id=pad_id(tokenizer), eos_token_id=stops,
+        pad_token_id=pad, eos_token_id=stops,
     )  # fmt: skip
     size = rows_per_pass or len(prompts)
     completions: list[list[int]] = []
@@ -97,12 +102,12 @@ def roll_out(
         completions += [_cut(row, stops) for row in tokens.tolist()]
         if recorder is not None:
             recorder.finish(tokens)
-    examples = [Example(p.ids + c, len(p.ids)) for p, c in zip(prompts, completions, strict=True)]
-    batch = pad_batch(examples, pad_id(tokenizer)).to(_device(backbone))
+    examples = [_closed(p, c) for p, c in zip(prompts, completions, strict=True)]
+    batch = pad_batch(examples, pad).to(_device(backbone))
     return Rollout(
         prompts=list(prompts),
         batch=batch,
-        completions=tokenizer.batch_decode(completions, skip_special_tokens=True),
+        completions=[_text(tokenizer, p, c, stops) for p, c in zip(prompts, completions, strict=True)],
         finished=torch.tensor([c[-1] in stops for c in completions]),
         sampler=recorder and SamplerView(_placed(recorder.rows, batch), recorder.spread),
     )
@@ -243,6 +248,25 @@ def _role(backbone: Backbone) -> str | None:
 
 def _device(backbone: Backbone) -> torch.device:
     return next(backbone.model.parameters()).device
+
+
+def _closed(prompt: Prompt, completion: list[int]) -> Example:
+    """The sampled tokens are learnt; a turn that they leave open is closed behind them."""
+    missing = prompt.turn_end.missing(completion) if prompt.turn_end is not None else []
+    mask = [0] * len(prompt.ids) + [1] * len(completion) + [0] * len(missing)
+    return Example([*prompt.ids, *completion, *missing], len(prompt.ids), mask)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: list[int], stops: Sequence[int]) -> str:
+    """The completion as text that continues the prompt: a SentencePiece tokenizer drops the first space of a text."""
+    written = completion[:-1] if completion[-1] in stops else completion
+    before, whole = (
+        str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for ids in (prompt.ids, prompt.ids + written)
+    )
+    return (
+        whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(written, skip_special_tokens=True))
+    )
 
 
 def _before_head(head: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -15,15 +15,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
-from rlhf_fast.data.encoding import Prompt, pad_id
-from rlhf_fast.errors import UserError
+from rlhf_fast.data.encoding import Prompt, encode_rows
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.ops.preference_loss import VARIANTS, PreferenceObjective, preference_loss
 from rlhf_fast.training.config import SamplingConfig
 from rlhf_fast.training.experience import evaluate_policy
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.optim import adamw, learning_rate, set_learning_rates, update
-from rlhf_fast.training.pairs import Pair, encode_pair, load_pair_rows
+from rlhf_fast.training.pairs import Pair, encode_pairs, load_pair_rows
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import add_policy, add_rewards, build_encoder, build_model, try_rewards
 
@@ -58,14 +57,12 @@ def prepare(config: AlgorithmConfig) -> PreferenceJob:
     backbone.enable_checkpointing(config.gradient_checkpointing)
     rewards = add_rewards(backbone, config, columns=list(train_rows[0].values))
     encoder = build_encoder(config, backbone, tokenizer)
-    train, held_out = ([encode_pair(encoder, row) for row in rows] for rows in (train_rows, held_out_rows))
+    train, held_out = encode_pairs(encoder, train_rows, held_out_rows)
     optimizers = {"policy": adamw(backbone.parameters_of("policy"), config)}
     job = PreferenceJob(backbone, encoder, train, held_out, optimizers, rewards)
     if rewards is not None:
-        if "prompt" not in train_rows[0].values:
-            raise UserError(f"{config.data}: a reward samples held-out prompts, so it needs a prompt column")
         prompts = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
-        job.held_out_prompts = [prompts.prompt(row) for row in held_out_rows]
+        job.held_out_prompts = encode_rows(prompts, held_out_rows, prompts.pair_prompt, "held-out prompts")
         try_rewards(job, config, job.held_out_prompts)
     return job
 
@@ -134,7 +131,7 @@ def reference_logprobs(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> 
 
 def _batch(job: Job, pairs: list[Pair]) -> Batch:
     examples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    return pad_batch(examples, pad_id(job.encoder.tokenizer)).to(job.device)
+    return pad_batch(examples, job.encoder.pad_id).to(job.device)
 
 
 @torch.no_grad()

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
-from rlhf_fast.data.encoding import pad_id
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.ops.reward_loss import reward_loss
 from rlhf_fast.rewards import write_stats
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.optim import adamw, learning_rate, set_learning_rates, update
-from rlhf_fast.training.pairs import Pair, encode_pair, load_pair_rows
+from rlhf_fast.training.pairs import Pair, encode_pairs, load_pair_rows
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import add_trained_adapter, build_encoder, build_model
 
@@ -37,7 +36,7 @@ def prepare(config: AlgorithmConfig) -> Job:
         backbone.add_head("reward")
     backbone.enable_checkpointing(config.gradient_checkpointing)
     optimizers = {"reward": adamw(backbone.parameters_of("reward"), config)}
-    train, held_out = ([encode_pair(encoder, row) for row in rows] for rows in (train_rows, held_out_rows))
+    train, held_out = encode_pairs(encoder, train_rows, held_out_rows)
     return Job(backbone, encoder, train, held_out, optimizers)
 
 
@@ -79,7 +78,7 @@ def pair_scores(job: Job, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
 
 def _batch(job: Job, pairs: list[Pair]) -> Batch:
     examples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    return pad_batch(examples, pad_id(job.encoder.tokenizer)).to(job.device)
+    return pad_batch(examples, job.encoder.pad_id).to(job.device)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 With `lora_rank: 0` every weight trains and the run folder holds a whole model; otherwise it holds an adapter.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
-from rlhf_fast.data.encoding import Encoder, Example, pad_id
+from rlhf_fast.data.encoding import Encoder, Example, encode_rows
 from rlhf_fast.data.reading import Row
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.training.config import Config
@@ -40,13 +41,15 @@ def prepare(config: AlgorithmConfig) -> Job:
         add_trained_adapter(backbone, "policy", config, saved)
         optimizers = {"policy": adamw(backbone.parameters_of("policy"), config)}
     backbone.enable_checkpointing(config.gradient_checkpointing)
-    train, held_out = ([_encode(config, encoder, row) for row in rows] for rows in (train_rows, held_out_rows))
+    encode = partial(_encode, config, encoder)
+    train = encode_rows(encoder, train_rows, encode, "data")
+    held_out = encode_rows(encoder, held_out_rows, encode, "held-out data")
     return Job(backbone, encoder, train, held_out, optimizers)
 
 
 def _encode(config: AlgorithmConfig, encoder: Encoder, row: Row) -> Example:
     if {"prompt", "completion"} <= row.values.keys():
-        example = encoder.pair(row, "completion")
+        example = encoder.completion(row)
     elif "messages" in row.values:
         example = encoder.conversation(row)
     else:
@@ -61,7 +64,7 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
         rate = learning_rate(config, step)
         set_learning_rates(job, {role: rate})
         indices = shuffled_indices(len(job.train), config.order_seed, step * config.batch_size, config.batch_size)
-        batch = pad_batch([job.train[i] for i in indices], pad_id(job.encoder.tokenizer)).to(job.device)
+        batch = pad_batch([job.train[i] for i in indices], job.encoder.pad_id).to(job.device)
         loss = accumulate(job, config, batch)
         norms = update(job, config, {"loss": loss})
         metrics = {"loss": float(loss), **norms, "learning_rate": rate}
@@ -95,7 +98,7 @@ def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
     total, count = 0.0, 0
     for start in range(0, len(job.held_out), config.batch_size):
         examples = job.held_out[start : start + config.batch_size]
-        batch = pad_batch(examples, pad_id(job.encoder.tokenizer)).to(job.device)
+        batch = pad_batch(examples, job.encoder.pad_id).to(job.device)
         total -= float(token_logprobs_of(job, batch).sum())
         count += int(batch.mask.sum())
     return {"metrics": {"loss": total / max(1, count)}, "samples": []}

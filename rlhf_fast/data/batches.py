@@ -29,7 +29,7 @@ class Batch:
 
 
 def pad_batch(sequences: Sequence[Example], pad: int) -> Batch:
-    """(B, T) rectangle of `sequences`, T the longest. The mask marks the completion; t = 0 has no
+    """(B, T) rectangle of `sequences`, T the longest. The mask marks what is learnt; t = 0 has no
     prediction and never counts."""
     shape = (len(sequences), max(len(s.ids) for s in sequences))
     input_ids = torch.full(shape, pad)
@@ -37,7 +37,8 @@ def pad_batch(sequences: Sequence[Example], pad: int) -> Batch:
     for i, sequence in enumerate(sequences):
         input_ids[i, : len(sequence.ids)] = torch.tensor(sequence.ids)
         attention_mask[i, : len(sequence.ids)] = 1
-        mask[i, max(1, sequence.start) : len(sequence.ids)] = 1
+        mask[i, : len(sequence.ids)] = torch.tensor(sequence.learnt)
+    mask[:, 0] = 0
     return Batch(input_ids, attention_mask, mask)
 
 

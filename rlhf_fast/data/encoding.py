@@ -1,33 +1,67 @@
-"""Text and conversations to token ids: prompts, completions, chat templates, length budgets."""
+"""Rows to token ids. This is the one place that decides which ids are trained on, scored and sampled from.
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+A conversation is rendered by the chat template and tokenised once, as a whole; plain text likewise, prompt and
+completion together. The completion begins where the rendering of its prompt ends, and ends as the template ends a turn
+(plain text: in EOS). The token that stops generation is the last one that is learnt; what the template renders behind
+it (the line break of `<|im_end|>\\n`) is read but not learnt, because the model has stopped by then.
+"""
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from rlhf_fast.data.conversations import ANSWERING, LEADING, Source, Sources, Text, plain
 from rlhf_fast.data.reading import Row
+from rlhf_fast.data.templates import ChatTemplate, Message, TurnEnd
+from rlhf_fast.data.tokens import Tokens, common_prefix, load_tokenizer, pad_id
 from rlhf_fast.errors import UserError
 
-Text = str | list[dict[str, str]]
+__all__ = ["Encoder", "Example", "Prompt", "TooLong", "encode_rows", "load_tokenizer", "pad_id", "quiet_libraries"]
+
+T = TypeVar("T")
+SPANNING = "a token spans the end of the prompt: it counts as the completion's, and the prompt is cut before it"
+
+
+class TooLong(UserError):
+    """A row that its budget does not hold."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to complete: its token ids, its text as the model reads it, and the row's other columns."""
+    """A prompt to complete: its token ids, its text as the model reads it, and the row's other columns.
+
+    turn_end: what closes an answer to it; None: EOS.
+    """
 
     where: str
     ids: list[int]
     text: str
     columns: dict[str, Any] = field(default_factory=dict)
+    turn_end: TurnEnd | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its completion: `ids[start:]` are the completion's tokens, EOS included."""
+    """A prompt with its completion, `ids[start:]`. mask: 1 for each token that is learnt; None: all from `start`."""
 
     ids: list[int]
     start: int
+    mask: list[int] | None = None
+
+    @property
+    def learnt(self) -> list[int]:
+        """One number for each token: 1 where it counts."""
+        return [int(i >= self.start) for i in range(len(self.ids))] if self.mask is None else self.mask
+
+    def without(self, first: int, count: int) -> "Example":
+        """Less `count` of the prompt's tokens, from `first` on."""
+        kept = [*range(first), *range(first + count, len(self.ids))]
+        return Example([self.ids[i] for i in kept], self.start - count, [self.learnt[i] for i in kept])
 
 
 def quiet_libraries() -> None:
@@ -36,125 +70,369 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local model folder; UserError when there is none or it has no EOS token."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no tokenizer in {folder}: {str(error).splitlines()[0]}") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer in {folder} has no EOS token, so completions could never end")
-    return tokenizer
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token id to pad with that is not EOS (masks come from lengths, so any other id will do)."""
-    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, 0, 1)
-    return next(i for i in candidates if i is not None and i != tokenizer.eos_token_id)
-
-
 @dataclass(frozen=True)
 class Encoder:
     """Encodes rows for one tokenizer.
 
     chat: 'auto' applies the chat template to lists of messages and leaves plain text alone; True also
         wraps plain prompts as one user message; False rejects lists of messages.
-    max_prompt_tokens, max_tokens: budgets for the prompt and for prompt + completion. A longer prompt raises
-        UserError, or with truncate_prompts loses its first tokens.
+    max_prompt_tokens, max_tokens: budgets for the prompt and for prompt + completion.
+    too_long: a row over budget raises TooLong ('error'; 'skip', where `encode_rows` leaves it out), or is cut
+        ('truncate'): of its prompt first whole early turns, then the first tokens behind the template's beginning (BOS,
+        system message). Where that would leave the prompt less than half of max_tokens, completions lose their end.
+    train_on: in a conversation, the last answer or every one. A template's own `{% generation %}` marks come first.
+    vocab_size: rows of the model's embeddings; an id beyond them raises UserError. None: not checked.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_prompt_tokens: int
     max_tokens: int
     chat: Literal["auto"] | bool = "auto"
-    truncate_prompts: bool = False
+    too_long: Literal["error", "skip", "truncate"] = "error"
+    train_on: Literal["last", "all_assistant"] = "last"
+    vocab_size: int | None = None
+    notes: dict[str, list[str]] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        return Tokens(self.tokenizer, self.vocab_size)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokens)
+
+    @cached_property
+    def sources(self) -> Sources:
+        return Sources(self.template, self.chat)
+
+    @cached_property
+    def text_end(self) -> TurnEnd:
+        """What closes a plain text: what the tokenizer puts behind one, else EOS."""
+        behind = self.tokens.around[1] or [self.tokenizer.eos_token_id]
+        if behind[0] is None:
+            raise UserError("the tokenizer has no EOS token, so completions could never end")
+        self.tokens.check("the end of a text", behind)
+        return TurnEnd("", "", tuple(behind), behind[0])
+
+    @property
+    def longest_end(self) -> int:
+        """Tokens that close the longest turn."""
+        turn = self.template.turn_end.ids if self.template.exists and self.chat is not False else ()
+        return max(len(self.text_end.ids), len(turn))
+
+    @property
+    def pad_id(self) -> int:
+        return pad_id(self.tokenizer, self.vocab_size)
 
     def prompt(self, row: Row) -> Prompt:
         """The row's `prompt` column, ready for generation; all columns are kept for reward functions."""
-        text, special = self._prompt_text(row, row.values["prompt"])
-        ids = self._fit(row, self._ids(text, special), self.max_prompt_tokens)
-        if not ids:
-            raise UserError(f"{row.where}: the prompt is empty")
-        return Prompt(row.where, ids, text, row.values)
+        return self._prompt(self.sources.prompt(row), row.values)
 
-    def pair(self, row: Row, column: str) -> Example:
-        """The row's prompt (when it has one) followed by the completion in `column` and EOS."""
-        prompt, completion = row.values.get("prompt", ""), row.values[column]
-        if isinstance(completion, list):
-            before, completion = self._answered(row, completion)
-            if before:
-                # Many data sets have whole conversations and, once more, the prompt that they begin with.
-                if prompt not in ("", before, before[0]["content"], before[-1]["content"]):
-                    raise UserError(f"{row.where}: {column} is a conversation that the prompt is no part of")
-                prompt = before
-        return self._example(row, column, prompt, completion)
+    def pair_prompt(self, row: Row) -> Prompt:
+        """The prompt that `pair` gives the row's completions, ready for generation."""
+        pair = self.sources.pair(row)
+        if not pair.prompt:
+            raise UserError(f"{row.where}: the pair has no prompt, so there is nothing to sample completions for")
+        prompt = row.values["prompt"] if isinstance(pair.prompt, str) and "prompt" in row.values else pair.prompt
+        return self._prompt(replace(pair, completions=[]), {**row.values, "prompt": prompt})
+
+    def pair(self, row: Row) -> tuple[Example, Example]:
+        """The row's `chosen` and `rejected` behind the same prompt (when there is one), token for token."""
+        chosen, rejected = self._examples(self.sources.pair(row), "the longer of chosen and rejected")
+        return chosen, rejected
+
+    def completion(self, row: Row) -> Example:
+        """The row's prompt followed by its `completion`."""
+        return self._examples(self.sources.completion(row), "completion")[0]
 
     def conversation(self, row: Row) -> Example:
         """The row's `messages`: the last one is the completion, those before it are its prompt."""
-        prompt, completion = self._answered(row, row.values["messages"])
-        return self._example(row, "messages", prompt, completion)
-
-    def _answered(self, row: Row, messages: Any) -> tuple[list[dict[str, str]], str]:
-        """The messages before the last, and the text of the last, which must be an answer."""
-        self._check_messages(row, messages)
-        *before, last = messages
-        if last["role"] in ("system", "user"):
-            raise UserError(f"{row.where}: the last message must be an answer, but its role is {last['role']!r}")
-        return before, last["content"]
-
-    def _example(self, row: Row, column: str, prompt: Text, completion: str) -> Example:
-        text, special = self._prompt_text(row, prompt) if prompt else ("", True)
-        prompt_ids = self._ids(text, special)
-        completion_ids = [*self._ids(completion, False), self.tokenizer.eos_token_id]
-        room = min(self.max_prompt_tokens, self.max_tokens - len(completion_ids))
-        if room < 0:
-            raise UserError(
-                f"{row.where}: {column} has {len(completion_ids)} tokens, the budget (max_tokens) is {self.max_tokens}"
-            )
-        prompt_ids = self._fit(row, prompt_ids, room)
-        return Example(prompt_ids + completion_ids, len(prompt_ids))
+        return self._examples(self.sources.conversation(row), "messages")[0]
 
     def text(self, row: Row) -> Example:
         """The row's `text` column and EOS; every token counts."""
-        if not isinstance(row.values["text"], str):
-            raise UserError(f"{row.where}: column 'text' must be text; put conversations in 'messages'")
-        ids = [*self._ids(row.values["text"], True), self.tokenizer.eos_token_id]
-        if len(ids) > self.max_tokens:
-            raise UserError(f"{row.where}: text has {len(ids)} tokens, the budget (max_tokens) is {self.max_tokens}")
-        return Example(ids, 0)
+        (example,) = self._examples(self.sources.text(row), "text")
+        return Example(example.ids, 0)
 
-    def _prompt_text(self, row: Row, prompt: Text) -> tuple[str, bool]:
-        """The prompt as one string, and whether the tokenizer should add its own special tokens to it."""
-        if isinstance(prompt, str):
-            if self.chat is not True:
-                return prompt, True
-            prompt = [{"role": "user", "content": prompt}]
-        self._check_messages(row, prompt)
-        if self.tokenizer.chat_template is None:
-            raise UserError(f"{row.where}: a conversation needs a chat template, and this tokenizer has none")
-        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return str(text), False
+    def scored(self, prompt: Text, completion: str, tools: Any = None) -> list[int]:
+        """The ids of a prompt, as the data has it, with a sampled completion and the end of the turn."""
+        row = Row("a completion", {"prompt": prompt, "completion": completion, "tools": tools})
+        return self.completion(row).ids
 
-    def _check_messages(self, row: Row, messages: Any) -> None:
-        if self.chat is False:
-            raise UserError(f"{row.where}: found a list of messages, but chat is false")
-        fine = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
+    def note(self, what: str, where: str) -> None:
+        """Remember what was done to a row without asking, for `report`."""
+        rows = self.notes.setdefault(what, [])
+        if where not in rows[-1:]:
+            rows.append(where)
+
+    def report(self, total: int) -> list[str]:
+        """One line for each kind of note about `total` rows; the notes are then forgotten."""
+        lines = [f"{len(rows)} of {total} rows: {what} (first: {rows[0]})" for what, rows in self.notes.items()]
+        self.notes.clear()
+        return lines
+
+    # Budgets
+
+    def _prompt(self, source: Source, columns: dict[str, Any]) -> Prompt:
+        source, (example,) = self._fitted(source, "prompt")
+        if not example.ids:
+            raise UserError(f"{source.row.where}: the prompt is empty")
+        text = self._opened(source)
+        if self.too_long == "truncate" and len(example.ids) < len(self.tokens.ids(source.row.where, text)):
+            text = str(self.tokenizer.decode(example.ids))
+        rendered = isinstance(source.prompt, list) or self.template.has_rendered(text)
+        return Prompt(
+            source.row.where, example.ids, text, columns, self.template.turn_end if rendered else self.text_end
         )
-        if not fine or not messages:
-            raise UserError(f"{row.where}: a conversation must be a list of {{role, content}} messages")
 
-    def _ids(self, text: str, special: bool) -> list[int]:
-        # The limits are ours to report: verbose=False keeps the tokenizer from warning about its own.
-        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    def _examples(self, source: Source, name: str) -> list[Example]:
+        return self._fitted(source, name)[1]
 
-    def _fit(self, row: Row, ids: list[int], budget: int) -> list[int]:
-        if len(ids) <= budget:
-            return ids
-        if not self.truncate_prompts:
-            raise UserError(
-                f"{row.where}: the prompt has {len(ids)} tokens, the budget is {budget}; "
-                "shorten it, raise max_prompt_tokens, or set truncate_prompts: true"
+    def _fitted(self, source: Source, name: str) -> tuple[Source, list[Example]]:
+        """The encoded source within the budgets, and what is left of its prompt."""
+        where, examples = source.row.where, self._encoded(source)
+        answer = max(len(e.ids) - e.start for e in examples)
+        prompt, budget = examples[0].start, min(self.max_prompt_tokens, self.max_tokens - answer)
+        if prompt <= budget:
+            return source, examples
+        if self.too_long != "truncate":
+            tokens = answer if source.prompt else answer + prompt
+            if tokens > self.max_tokens:
+                raise TooLong(f"{where}: {name} has {tokens} tokens, the budget (max_tokens) is {self.max_tokens}")
+            raise TooLong(
+                f"{where}: the prompt has {prompt} tokens, the budget is {budget}; "
+                "shorten it, raise max_prompt_tokens, or set too_long: skip or truncate"
             )
-        return ids[len(ids) - budget :]
+        budget = max(budget, min(self.max_prompt_tokens, self.max_tokens // 2))
+        while examples[0].start > budget and (shorter := source.shorter()) is not None:
+            source, examples = shorter, self._encoded(shorter)
+        over = examples[0].start - budget
+        if over > 0:
+            head, tail = self._fixed(source, examples[0])
+            if budget < head + tail:
+                raise TooLong(f"{where}: the prompt cannot be cut to {budget} tokens: its template alone takes them")
+            examples = [example.without(head, over) for example in examples]
+        self.note("longer than the budget, and cut to it", where)
+        learnt = [e.learnt[: self.max_tokens] for e in examples]
+        return source, [Example(e.ids[: self.max_tokens], e.start, m) for e, m in zip(examples, learnt, strict=True)]
+
+    def _fixed(self, source: Source, example: Example) -> tuple[int, int]:
+        """How many tokens at the beginning and at the end of the prompt stay: the template's own, and a prefill."""
+        where, prompt = source.row.where, self._opened(source)
+        if isinstance(source.prompt, str):
+            rendered = self.template.has_rendered(prompt)
+            place, before = self.template.rendered_head(prompt) if rendered else 0, self._before_text(rendered)
+            end = self.template.user_opening[1] if rendered else ""
+        else:
+            first = next((i for i, m in enumerate(source.prompt) if m["role"] not in LEADING), 0)
+            opening = self.template.before(where, source.prompt, first, source.tools) or ""
+            place, before = common_prefix(opening, prompt), []
+            end = self.template.user_opening[1] + (plain(source.prompt[-1].get("content")) if source.prefilled else "")
+        beginning, _ = _with(before, self.tokens.ids(where, prompt[:place]))
+        return common_prefix(beginning, example.ids), len(self.tokens.ids(where, end)) + 1
+
+    # Encoding
+
+    def _encoded(self, source: Source) -> list[Example]:
+        """Every completion of the source behind the same prompt ids, whatever their length."""
+        one = self._encoded_text if isinstance(source.prompt, str) else self._encoded_conversation
+        examples = [one(source, completion) for completion in source.completions or [None]]
+        shared = min(e.start for e in examples)
+        if len(examples) > 1:
+            # A token that spans the boundary in one completion need not in the other.
+            shared = min(shared, common_prefix(examples[0].ids, examples[1].ids))
+        return [
+            replace(e, start=shared, mask=[*[0] * shared, *[1] * (e.start - shared), *e.learnt[e.start :]])
+            if shared < e.start else e for e in examples
+        ]  # fmt: skip
+
+    def _opened(self, source: Source) -> str:
+        """The text of the prompt up to where a completion begins."""
+        if isinstance(source.prompt, str):
+            return source.prompt
+        if not source.prompt:
+            return self.template.before(source.row.where, source.messages(source.completions[0]), 0, source.tools) or ""
+        opening = not source.prefilled
+        return self.template.render(source.row.where, source.prompt, source.tools, opening=opening, more=not opening)
+
+    def _encoded_text(self, source: Source, completion: str | None) -> Example:
+        where, prompt = source.row.where, str(source.prompt)
+        text = prompt + (completion or "")
+        rendered = self.template.has_rendered(text)
+        end = self.template.turn_end if rendered else self.text_end
+        if rendered:
+            self.note("already rendered by the chat template, and taken as it is", where)
+            if completion is not None and not self._closed(text, end):
+                text += end.text
+        ids = self.tokens.ids(where, text)
+        start, cut = (
+            self.tokens.boundary(where, text, ids, len(prompt)) if completion is not None else (len(ids), False)
+        )
+        if cut:
+            self.note(SPANNING, where)
+        before = self._before_text(rendered)
+        ids, added = _with(before, ids)
+        start += added
+        if before and not added:
+            self.note("begins with special tokens of the tokenizer, which are not added again", where)
+        if completion is not None:
+            closing = [end.stop] if rendered and end.eos_added else [] if rendered else list(end.ids)
+            if closing and ids[max(start, len(ids) - len(closing)) :] == closing:
+                self.note("ends in the token that ends a text, which is not added again", where)
+            else:
+                ids = [*ids, *closing]
+        return Example(ids, start, _until_stop([int(i >= start) for i in range(len(ids))], ids, start, end))
+
+    def _before_text(self, rendered: bool) -> list[int]:
+        """The special tokens in front of a text; of one that is rendered already, what the template has there."""
+        before = self.tokens.around[0]
+        if rendered:
+            before = [self.tokenizer.bos_token_id] if self.template.starts_with_bos else []
+        self.tokens.check("the beginning of a text", before)
+        return before
+
+    def _closed(self, text: str, end: TurnEnd) -> bool:
+        stop = str(self.tokenizer.convert_ids_to_tokens(end.stop))
+        return text.rstrip().endswith((stop, end.text.rstrip() or stop))
+
+    def _encoded_conversation(self, source: Source, completion: list[Message] | None) -> Example:
+        where, opened = source.row.where, self._opened(source)
+        if completion is None:
+            ids = self.tokens.ids(where, opened)
+            return Example(ids, len(ids))
+        end = self.template.turn_end
+        messages = self._closed_once(source, completion, end)
+        whole = self.template.render(where, messages, source.tools)
+        ids = self.tokens.ids(where, whole)
+        written = self.template.written(where, messages, source.tools)
+        if whole.startswith(opened):
+            start, cut = self.tokens.boundary(where, whole, ids, len(opened))
+            if cut:
+                self.note(SPANNING, where)
+        elif written is None:
+            here = common_prefix(opened, whole)
+            raise UserError(
+                f"{where}: the chat template opens an answer with {opened[here:][-60:]!r}, but renders this one as "
+                f"{whole[here:][:60]!r}: the model would never read these tokens in use"
+            )
+        else:
+            # The last run of tokens that the template marks as written.
+            start = max((i for i, m in enumerate(written) if m and not (i and written[i - 1])), default=0)
+        if written is not None:
+            mask = written if source.earlier else [m if i >= start else 0 for i, m in enumerate(written)]
+        else:
+            turns = _Turns(self.template, where, messages, source.tools, whole, ids)
+            everything = source.earlier and self.train_on == "all_assistant"
+            mask = turns.mask(len(messages) - len(completion), start, everything)
+        if end.eos_added:
+            self.note("the chat template ends answers in no special token: EOS is added behind it", where)
+            ids, mask = [*ids, end.stop], [*mask, 1]
+        if not any(mask):
+            raise UserError(f"{where}: the chat template marks no token of the answer as the assistant's")
+        return Example(ids, start, mask)
+
+    def _closed_once(self, source: Source, completion: list[Message], end: TurnEnd) -> list[Message]:
+        """The whole conversation; an answer that brings the end of its turn along does not get it twice."""
+        messages = source.messages(completion)
+        content = messages[-1].get("content")
+        if not isinstance(content, str) or not self._closed(content, end):
+            return messages
+        self.note("the answer has the token that ends its turn, which is not added again", source.row.where)
+        content = content.rstrip().removesuffix(end.text.rstrip())
+        content = content.removesuffix(str(self.tokenizer.convert_ids_to_tokens(end.stop)))
+        return [*messages[:-1], {**messages[-1], "content": content}]
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """The answers in a rendered conversation: `whole` is its text, `ids` its tokens."""
+
+    template: ChatTemplate
+    where: str
+    messages: list[Message]
+    tools: Any
+    whole: str
+    ids: list[int]
+
+    def mask(self, first: int, start: int, earlier: bool) -> list[int]:
+        """1 on each token of the answers from message `first` on, which begins at token `start`; with `earlier` on
+        those before it too. The token that stops a turn is its last one."""
+        mask = [0] * len(self.ids)
+        for index, message in enumerate(self.messages):
+            if message["role"] not in ANSWERING or (index < first and not earlier):
+                continue
+            begin = start if index == first else self._start(index)
+            stop = self._end(index, begin)
+            if any(mask[begin:]) or stop < begin:
+                raise self._unclear(index)
+            mask[begin:stop] = [1] * (stop - begin)
+        return mask
+
+    def _start(self, index: int) -> int:
+        """The first token of an answer: where the rendering of what precedes it ends."""
+        if index == 0:
+            opened = self.template.before(self.where, self.messages, 0, self.tools)
+        else:
+            opened = self.template.render(self.where, self.messages[:index], self.tools, opening=True)
+        if opened is None or not self.whole.startswith(opened):
+            raise self._unclear(index)
+        return self.template.tokens.boundary(self.where, self.whole, self.ids, len(opened))[0]
+
+    def _end(self, index: int, begin: int) -> int:
+        """The token behind an answer's last one."""
+        end = self.template.turn_end
+        if index == len(self.messages) - 1:
+            mask = _until_stop([1] * len(self.ids), self.ids, begin, end)
+            return sum(mask)
+        behind = self.template.behind(self.where, self.messages, index, self.tools)
+        place = begin
+        if behind is not None and self.whole.endswith(behind) and self.messages[index].get("content"):
+            if not behind.startswith(end.until_stop) and not self.messages[index].get("tool_calls"):
+                raise self._unclear(index)
+            length = len(self.whole) - len(behind)
+            place, _ = self.template.tokens.boundary(self.where, self.whole, self.ids, length)
+            if end.eos_added:
+                return self.template.tokens.boundary(self.where, self.whole, self.ids, length + len(end.text))[0]
+        elif not self.messages[index].get("tool_calls"):
+            raise self._unclear(index)
+        if end.stop not in self.ids[place:]:
+            raise self._unclear(index)
+        return self.ids.index(end.stop, place) + 1
+
+    def _unclear(self, index: int) -> UserError:
+        return UserError(
+            f"{self.where}: cannot tell which tokens of the chat template's rendering are message {index}, an earlier "
+            "answer, as the model would have written them: use train_on: last, or a template with {% generation %}"
+        )
+
+
+def _with(before: list[int], ids: list[int]) -> tuple[list[int], int]:
+    """`ids` behind `before`, which they may begin with already; and how many were added."""
+    return (ids, 0) if ids[: len(before)] == before else ([*before, *ids], len(before))
+
+
+def _until_stop(mask: list[int], ids: list[int], start: int, end: TurnEnd) -> list[int]:
+    """`mask` without what is behind the last stop token of ids[start:]."""
+    last = next((i for i in range(len(ids) - 1, start - 1, -1) if ids[i] == end.stop), len(ids) - 1)
+    return [m if i <= last else 0 for i, m in enumerate(mask)]
+
+
+def encode_rows(encoder: Encoder, rows: Sequence[Row], encode: Callable[[Row], T], what: str) -> list[T]:
+    """`encode` of every row. With too_long: skip or truncate, a row that no budget holds is left out.
+
+    What was left out or changed is said on standard error, one line for each kind. UserError when no row is left.
+    """
+    encoded = []
+    for row in rows:
+        try:
+            encoded.append(encode(row))
+        except TooLong as error:
+            if encoder.too_long == "error":
+                raise
+            encoder.note("too long, and left out", row.where)
+            last = str(error)
+    for line in encoder.report(len(rows)):
+        print(f"{what}: {line}", file=sys.stderr)
+    if not encoded:
+        raise UserError(f"all {len(rows)} rows of {what} are too long; the last one: {last}")
+    return encoded

@@ -29,8 +29,14 @@ def load_classifier(folder: str, *, device: torch.device) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def classify(model: PreTrainedModel, ids: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """The score of each token sequence, (B,) fp32 on the CPU. Sequences are padded on the right."""
+def classify(model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> Tensor:
+    """The score of each token sequence, (B,) fp32 on the CPU. Sequences are padded on the right.
+
+    The classifiers of transformers read the score at the last token that is not the padding, so that no sequence may
+    end in the id that pads.
+    """
+    last = {row[-1] for row in ids}
+    pad = next(i for i in range(len(last) + 1) if i not in last)
     model.config.pad_token_id = pad
     length = max(len(row) for row in ids)
     input_ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in ids], device=model.device)

@@ -90,3 +90,10 @@ def _attention(name: str, device: torch.device) -> str | None:
         return name
     has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     return "flash_attention_2" if has_flash else None
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids the model has an embedding for; its tokenizer may have more, or fewer."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return int(weight.shape[0])

@@ -41,7 +41,10 @@ class Config(BaseModel):
     chat: Literal["auto"] | bool = Field("auto", description="chat template for plain prompts too (true), or never")
     max_prompt_tokens: int | None = Field(None, ge=1, description="default: what the model's context leaves")
     max_tokens: int | None = Field(None, ge=2, description="prompt + completion; default: the model's context")
-    truncate_prompts: bool = Field(False, description="cut long prompts at the front instead of stopping")
+    too_long: Literal["error", "skip", "truncate"] = Field(
+        "error", description="what becomes of a row over budget; truncate cuts prompts first, behind the system message"
+    )
+    train_on: Literal["last", "all_assistant"] = Field("last", description="answers of a conversation that sft learns")
 
     batch_size: int = Field(32, ge=1, description="sequences per step")
     micro_batch_size: int | None = Field(None, ge=1, description="rows per pass; default: all of a minibatch")
@@ -73,6 +76,15 @@ class Config(BaseModel):
     def order_seed(self) -> int:
         """The seed of everything that chooses among examples: which are held out, and the order of the others."""
         return self.seed if self.data_seed is None else self.data_seed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truncate_prompts(cls, values: Any) -> Any:
+        """`truncate_prompts: true`, the key before `too_long`."""
+        if not isinstance(values, dict) or "truncate_prompts" not in values:
+            return values
+        kept = {key: value for key, value in values.items() if key != "truncate_prompts"}
+        return {"too_long": "truncate", **kept} if values["truncate_prompts"] is True else kept
 
 
 class SamplingConfig(Config):

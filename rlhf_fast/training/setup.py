@@ -1,16 +1,17 @@
 """From a config to a model with roles and encoded examples: everything that can fail on bad input."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf_fast.data.encoding import Encoder, Prompt, load_tokenizer, pad_id
+from rlhf_fast.data.encoding import Encoder, Prompt, encode_rows, load_tokenizer
 from rlhf_fast.data.reading import Row, read_rows, require_columns
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
-from rlhf_fast.models.loading import load_model
+from rlhf_fast.models.loading import embedding_rows, load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter
 from rlhf_fast.rewards import AdapterSource, Rewards, load_rewards
 from rlhf_fast.rollout import check_sampler
@@ -89,13 +90,19 @@ def add_rewards(backbone: Backbone, config: SamplingConfig, columns: Sequence[st
 
 
 def build_encoder(config: Config, backbone: Backbone, tokenizer: Any, *, new_tokens: int = 0) -> Encoder:
-    """The encoder with its budgets: the model's context, less what will be generated."""
+    """The encoder with its budgets: the model's context, less what will be generated and the end of its turn."""
     context = getattr(backbone.model.config, "max_position_embeddings", None) or 1 << 20
     max_tokens = min(config.max_tokens or context, context)
     if new_tokens >= max_tokens:
         raise UserError(f"max_new_tokens {new_tokens} leaves no room for a prompt in {max_tokens} tokens")
-    prompt_budget = min(config.max_prompt_tokens or max_tokens, max_tokens - new_tokens)
-    return Encoder(tokenizer, prompt_budget, max_tokens, config.chat, config.truncate_prompts)
+    encoder = Encoder(
+        tokenizer, min(config.max_prompt_tokens or max_tokens, max_tokens - new_tokens), max_tokens, config.chat,
+        config.too_long, config.train_on, vocab_size=embedding_rows(backbone.model),
+    )  # fmt: skip
+    if not new_tokens:
+        return encoder
+    room = context - new_tokens - encoder.longest_end
+    return replace(encoder, max_prompt_tokens=min(encoder.max_prompt_tokens, room))
 
 
 def load_rows(config: Config, layouts: Sequence[Sequence[str]]) -> tuple[list[Row], list[Row]]:
@@ -123,8 +130,8 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
     job = Job(
         backbone,
         encoder,
-        train=[encoder.prompt(row) for row in train],
-        held_out=[encoder.prompt(row) for row in held_out],
+        train=encode_rows(encoder, train, encoder.prompt, "data"),
+        held_out=encode_rows(encoder, held_out, encoder.prompt, "held-out data"),
         optimizers={"policy": adamw(backbone.parameters_of("policy"), config)},
         rewards=add_rewards(backbone, config, columns=list(train[0].values)),
     )
@@ -138,7 +145,7 @@ def try_rewards(job: Job, config: SamplingConfig, prompts: list[Prompt]) -> None
     tokens = min(8, config.max_new_tokens)
     with separate_randomness(config.seed):
         found = check_sampler(
-            job.backbone, [prompt.ids for prompt in prompts[:2]], pad=pad_id(job.encoder.tokenizer),
+            job.backbone, [prompt.ids for prompt in prompts[:2]], pad=job.encoder.pad_id,
             temperature=config.temperature, new_tokens=tokens,
         )  # fmt: skip
         if not found.holds:

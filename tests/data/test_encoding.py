@@ -1,6 +1,6 @@
 import pytest
 
-from rlhf_fast.data.encoding import Encoder, load_tokenizer, pad_id
+from rlhf_fast.data.encoding import Encoder, TooLong, encode_rows, load_tokenizer, pad_id
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.tiny import byte_tokenizer
@@ -20,7 +20,7 @@ def row(**values) -> Row:
 
 def test_a_completion_ends_with_eos_and_a_prompt_does_not():
     assert encoder().prompt(row(prompt="ab")).ids == [BOS, 97, 98]
-    example = encoder().pair(row(prompt="ab", completion="c"), "completion")
+    example = encoder().completion(row(prompt="ab", completion="c"))
     assert example.ids == [BOS, 97, 98, 99, EOS]
     assert example.ids[example.start :] == [99, EOS]
 
@@ -38,19 +38,19 @@ def test_a_conversation_goes_through_the_chat_template_without_a_second_bos():
 
 
 def test_the_last_message_is_the_completion():
-    apart = encoder().pair(row(prompt=[USER], chosen=[ANSWER]), "chosen")
-    joined = encoder().pair(row(chosen=[USER, ANSWER]), "chosen")
+    apart = encoder().completion(row(prompt=[USER], completion=[ANSWER]))
+    joined = encoder().completion(row(completion=[USER, ANSWER]))
     assert apart == joined
     assert bytes(apart.ids[apart.start : -1]) == b"yo"
 
 
 def test_a_whole_conversation_wins_over_the_prompt_that_it_begins_with():
-    expected = encoder().pair(row(chosen=[USER, ANSWER]), "chosen")
-    for prompt in ("hi", [USER]):
-        assert encoder().pair(row(prompt=prompt, chosen=[USER, ANSWER]), "chosen") == expected
+    expected = encoder().completion(row(completion=[USER, ANSWER]))
+    for prompt in ("hi", " hi\n", [USER]):
+        assert encoder().completion(row(prompt=prompt, completion=[USER, ANSWER])) == expected
         assert encoder().conversation(row(prompt=prompt, messages=[USER, ANSWER])) == expected
     with pytest.raises(UserError, match=r"a\.jsonl:7: chosen is a conversation that the prompt is no part of"):
-        encoder().pair(row(prompt="bye", chosen=[USER, ANSWER]), "chosen")
+        encoder().pair(row(prompt="bye", chosen=[USER, ANSWER], rejected="no"))
 
 
 def test_messages_must_be_a_list_that_ends_with_an_answer():
@@ -78,21 +78,22 @@ def test_messages_without_role_or_template_are_refused():
 
 def test_a_long_prompt_is_refused_with_its_length_or_loses_its_start():
     long = row(prompt="x" * 40 + "end")
-    with pytest.raises(UserError, match=r"a\.jsonl:7: the prompt has 44 tokens, the budget is 40.*truncate_prompts"):
+    with pytest.raises(UserError, match=r"a\.jsonl:7: the prompt has 44 tokens, the budget is 40.*too_long"):
         encoder().prompt(long)
-    kept = encoder(truncate_prompts=True).prompt(long).ids
+    kept = encoder(too_long="truncate").prompt(long).ids
     assert len(kept) == 40
-    assert bytes(kept).endswith(b"xend")
+    assert kept[0] == BOS
+    assert bytes(kept[1:]) == b"x" * 36 + b"end"
 
 
 def test_prompt_and_completion_share_the_budget():
     with pytest.raises(UserError, match="the prompt has 31 tokens, the budget is 29"):
-        encoder().pair(row(prompt="x" * 30, completion="y" * 20), "completion")
+        encoder().completion(row(prompt="x" * 30, completion="y" * 20))
     with pytest.raises(UserError, match="completion has 61 tokens, the budget"):
-        encoder().pair(row(prompt="x", completion="y" * 60), "completion")
+        encoder().completion(row(prompt="x", completion="y" * 60))
     with pytest.raises(UserError, match="text has 62 tokens"):
         encoder().text(row(text="y" * 60))
-    short = encoder(truncate_prompts=True).pair(row(prompt="x" * 30, completion="y" * 20), "completion")
+    short = encoder(too_long="truncate").completion(row(prompt="x" * 30, completion="y" * 20))
     assert len(short.ids) == 50
     assert short.start == 29
 
@@ -115,3 +116,102 @@ def test_a_folder_without_tokenizer_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no tokenizer in") as error:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def turns(*contents: str):
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def test_chosen_and_rejected_keep_the_same_prompt_when_it_is_cut():
+    chosen, rejected = encoder(too_long="truncate").pair(row(prompt="abc" * 13, chosen="y" * 20, rejected="n"))
+    assert chosen.ids[: chosen.start] == rejected.ids[: rejected.start]
+    assert bytes(chosen.ids[1 : chosen.start]) == (b"abc" * 13)[-28:]
+    assert (chosen.ids[0], len(chosen.ids)) == (BOS, 50)
+    assert rejected.ids[rejected.start :] == [ord("n"), EOS]
+
+
+def test_whole_early_turns_go_first_and_the_system_message_stays():
+    system = {"role": "system", "content": "Be brief."}
+    messages = [system, *turns("one", "two", "three", "four", "five")]
+    whole = encoder(max_prompt_tokens=500, max_tokens=500)
+    for left in ([system, *messages[3:]], [system, messages[5]]):
+        oracle = whole.prompt(row(prompt=left))
+        small = encoder(max_prompt_tokens=len(oracle.ids), max_tokens=500, too_long="truncate")
+        cut = small.prompt(row(prompt=messages))
+        assert (cut.ids, cut.text) == (oracle.ids, oracle.text)
+        assert small.report(3) == ["1 of 3 rows: longer than the budget, and cut to it (first: a.jsonl:7)"]
+
+
+def test_the_last_question_is_cut_behind_the_beginning_of_the_template():
+    messages = [{"role": "system", "content": "Be brief."}, *turns("x" * 30 + "end?")]
+    cut = encoder(too_long="truncate", max_prompt_tokens=50, max_tokens=90).prompt(row(prompt=messages))
+    assert cut.ids[0] == BOS
+    assert bytes(cut.ids[1:]) == b"system: Be brief.\nuser: " + b"x" * 9 + b"end?\nassistant: "
+    assert cut.text == "<bos>system: Be brief.\nuser: xxxxxxxxxend?\nassistant: "
+    with pytest.raises(TooLong, match=r"cannot be cut to 30 tokens: its template alone takes them"):
+        encoder(too_long="truncate", max_prompt_tokens=30, max_tokens=90).prompt(row(prompt=messages))
+
+
+def test_an_answer_that_is_too_long_loses_its_end_once_the_prompt_has_half_of_the_budget():
+    example = encoder(too_long="truncate").completion(row(prompt="p" * 39, completion="c" * 80))
+    assert (example.ids[0], example.start, len(example.ids)) == (BOS, 25, 50)
+    assert bytes(example.ids[25:]) == b"c" * 25
+    short = encoder(too_long="truncate").completion(row(prompt="p", completion="c" * 80))
+    assert (short.start, bytes(short.ids[2:])) == (2, b"c" * 48)
+
+
+def test_rows_over_budget_are_left_out_and_counted_on_request(capsys):
+    rows = [Row(f"a.jsonl:{i}", {"prompt": "x" * n}) for i, n in enumerate((5, 60, 7, 70))]
+    one = encoder(too_long="skip")
+    assert [len(p.ids) for p in encode_rows(one, rows, one.prompt, "data")] == [6, 8]
+    assert capsys.readouterr().err == "data: 2 of 4 rows: too long, and left out (first: a.jsonl:1)\n"
+    with pytest.raises(UserError, match=r"all 2 rows of data are too long; the last .*: a\.jsonl:3: the prompt"):
+        encode_rows(one, rows[1::2], one.prompt, "data")
+    with pytest.raises(TooLong, match=r"a\.jsonl:1: the prompt has 61 tokens"):
+        encode_rows(encoder(), rows, encoder().prompt, "data")
+
+
+def test_special_tokens_that_the_text_has_are_not_added_again():
+    one = encoder()
+    assert one.prompt(row(prompt="<bos>ab")).ids == [BOS, 97, 98]
+    assert one.completion(row(prompt="<bos>ab", completion="c<eos>")).ids == [BOS, 97, 98, 99, EOS]
+    assert one.text(row(text="<bos>ab<eos>")).ids == [BOS, 97, 98, EOS]
+    assert len(one.report(3)) == 2
+
+
+def test_half_a_surrogate_pair_is_one_line_with_its_place():
+    with pytest.raises(UserError, match=r"a\.jsonl:7: character 1 of the text is half of a pair \(U\+D83D\)"):
+        encoder().prompt(row(prompt="a\ud83d"))
+    with pytest.raises(UserError, match=r"a\.jsonl:7: .*U\+DC00"):
+        encoder().conversation(row(messages=[USER, {"role": "assistant", "content": "\udc00"}]))
+
+
+def test_ids_beyond_the_embeddings_are_refused_and_never_pad():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    with pytest.raises(UserError, match=r"a\.jsonl:7: the tokenizer has '<tool>' as id 259, .* for 259 ids only"):
+        encoder(tokenizer=tokenizer, vocab_size=259).prompt(row(prompt="a<tool>"))
+    assert pad_id(tokenizer, 256) == 0
+    assert encoder(vocab_size=257).pad_id == 256
+    with pytest.raises(UserError, match="'<eos>' as id 258"):
+        encoder(vocab_size=258).completion(row(prompt="a", completion="b"))
+
+
+def test_answers_in_different_conversations_are_no_pair():
+    with pytest.raises(UserError, match=r"a\.jsonl:7: chosen and rejected are answers in different conversations"):
+        encoder().pair(row(chosen=turns("a", "b", "c", "d"), rejected=turns("a", "x", "c", "d")))
+    trimmed = row(chosen=turns(" hi ", "yo"), rejected=turns("hi", "no"))
+    chosen, rejected = encoder().pair(trimmed)
+    assert chosen.ids[: chosen.start] == rejected.ids[: rejected.start]
+
+
+def test_the_prompt_of_a_pair_is_sampled_as_it_is_trained_on():
+    whole = row(prompt="hi", chosen=[USER, ANSWER], rejected=[USER, {**ANSWER, "content": "no"}])
+    chosen, _ = encoder().pair(whole)
+    prompt = encoder().pair_prompt(whole)
+    assert prompt.ids == chosen.ids[: chosen.start]
+    assert prompt.columns["prompt"] == [USER]
+    assert encoder().pair_prompt(row(prompt="hi", chosen="a", rejected="b")).columns["prompt"] == "hi"
+    with pytest.raises(UserError, match="the pair has no prompt"):
+        encoder().pair_prompt(row(chosen="a", rejected="b"))

@@ -1,0 +1,188 @@
+"""What a row says: a prompt and completions of it, as plain text or as a conversation."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf_fast.data.reading import Row
+from rlhf_fast.data.templates import ChatTemplate, Message
+from rlhf_fast.errors import UserError
+
+ANSWERING = ("assistant", "model")
+LEADING = ("system", "developer")
+Text = str | list[Message]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A prompt, and the completions of it that belong together (none: the prompt alone).
+
+    prompt: text, and each completion too; or messages, and each completion a list of messages.
+    prefilled: a completion goes on with the prompt's last message. earlier: the prompt's own answers may be learnt too.
+    """
+
+    row: Row
+    prompt: Text
+    completions: list[Any]
+    prefilled: bool = False
+    earlier: bool = False
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        return checked_tools(self.row.where, self.row.values.get("tools"))
+
+    def messages(self, completion: list[Message]) -> list[Message]:
+        """The whole conversation."""
+        assert isinstance(self.prompt, list)
+        if self.prefilled:
+            return [*self.prompt[:-1], joined(self.prompt[-1], completion[0]), *completion[1:]]
+        return [*self.prompt, *completion]
+
+    def shorter(self) -> "Source | None":
+        """Without the first turn behind the system message; None where the prompt has but one turn."""
+        if isinstance(self.prompt, str):
+            return None
+        start = next((i for i, m in enumerate(self.prompt) if m["role"] not in LEADING), 0)
+        turns = [i for i, m in enumerate(self.prompt) if i > start and m["role"] == "user"]
+        if not turns:
+            return None
+        prompt = [*self.prompt[:start], *self.prompt[turns[0] :]]
+        return Source(self.row, prompt, self.completions, self.prefilled, self.earlier)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Reads rows with the columns prompt, completion, chosen, rejected, messages, text.
+
+    chat: 'auto': what is a list is a conversation. True: plain prompts are user messages. False: lists are refused.
+    """
+
+    template: ChatTemplate
+    chat: Literal["auto"] | bool
+
+    def prompt(self, row: Row) -> Source:
+        return self._source(row, row.values["prompt"], [])
+
+    def completion(self, row: Row) -> Source:
+        prompt, completion = self._parts(row, "completion")
+        return self._source(row, prompt, [completion], earlier=True)
+
+    def pair(self, row: Row) -> Source:
+        prompts, completions = zip(*(self._parts(row, column) for column in ("chosen", "rejected")), strict=True)
+        if _trimmed(prompts[0]) != _trimmed(prompts[1]):
+            raise UserError(f"{row.where}: chosen and rejected are answers in different conversations")
+        return self._source(row, prompts[0], list(completions))
+
+    def conversation(self, row: Row) -> Source:
+        before, answer = self._answered(row, row.values["messages"])
+        return Source(row, before, [answer], earlier=True)
+
+    def text(self, row: Row) -> Source:
+        if not isinstance(row.values["text"], str):
+            raise UserError(f"{row.where}: column 'text' must be text; put conversations in 'messages'")
+        return Source(row, "", [row.values["text"]])
+
+    def _parts(self, row: Row, column: str) -> tuple[Text, Any]:
+        """(prompt, completion). A whole conversation in `column` brings its own prompt."""
+        prompt, completion = row.values.get("prompt") or "", row.values[column]
+        if isinstance(completion, str):
+            return prompt, completion
+        self._check(row, completion)
+        if completion[0]["role"] in ANSWERING:
+            return prompt, completion
+        before, answer = self._answered(row, completion)
+        if not _begins(prompt, before):
+            raise UserError(f"{row.where}: {column} is a conversation that the prompt is no part of")
+        return before, answer
+
+    def _source(self, row: Row, prompt: Text, completions: list[Any], *, earlier: bool = False) -> Source:
+        """Text stays text, unless the prompt, a completion or `chat` makes it a conversation."""
+        listed = isinstance(prompt, list) or any(isinstance(c, list) for c in completions)
+        wrapped = self.chat is True and isinstance(prompt, str) and bool(prompt)
+        if not listed and not (wrapped and not self.template.has_rendered(str(prompt))):
+            return Source(row, prompt, completions)
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}] if prompt else []
+        elif prompt:
+            self._check(row, prompt)
+        answers = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
+        for completion in answers:
+            self._answered(row, completion)
+        return Source(row, prompt, answers, bool(prompt) and prompt[-1]["role"] in ANSWERING, earlier)
+
+    def _answered(self, row: Row, messages: Any) -> tuple[list[Message], list[Message]]:
+        """The messages before the last, and the last, which must be an answer."""
+        self._check(row, messages)
+        *before, last = messages
+        if last["role"] not in ANSWERING:
+            raise UserError(f"{row.where}: the last message must be an answer, but its role is {last['role']!r}")
+        return before, [last]
+
+    def _check(self, row: Row, messages: Any) -> None:
+        if self.chat is False:
+            raise UserError(f"{row.where}: found a list of messages, but chat is false")
+        checked_messages(row.where, messages)
+
+
+def _begins(prompt: Text, before: list[Message]) -> bool:
+    """Whether the column `prompt` says no more than the conversation `before` an answer does. Many data sets have
+    whole conversations and, once more, the prompt that they begin with, or their last question."""
+    if isinstance(prompt, list):
+        return _trimmed(prompt) == _trimmed(before)[: len(prompt)]
+    contents = [content for _, content in _trimmed(before)]
+    return prompt.strip() in ("", *contents[:1], *contents[-1:])
+
+
+def _trimmed(prompt: Text) -> Any:
+    """What two prompts are compared by: roles and contents without the spaces around them."""
+    if isinstance(prompt, str):
+        return prompt
+    return [(m["role"], plain(m.get("content"))) for m in prompt]
+
+
+def checked_messages(where: str, messages: Any) -> list[Message]:
+    """`messages` when it is a conversation: roles, and contents of text, of text parts, or none beside tool calls."""
+    fine = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
+    if not fine or not all(isinstance(m.get("role"), str) and _readable(m) for m in messages):
+        raise UserError(f"{where}: a conversation must be a list of {{role, content}} messages")
+    return messages
+
+
+def _readable(message: Message) -> bool:
+    content = message.get("content")
+    if isinstance(content, list):
+        return all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content)
+    other = any(message.get(key) for key in ("tool_calls", "reasoning_content", "reasoning", "thinking"))
+    return isinstance(content, str) or (content is None and other)
+
+
+def checked_tools(where: str, tools: Any) -> list[dict[str, Any]] | None:
+    """The `tools` of a row: a list of JSON schemas, or that as a JSON string; none for an empty one."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: column 'tools' is not JSON: {error.msg} (column {error.colno})") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{where}: column 'tools' must be a list of JSON schemas, got {type(tools).__name__}")
+    return tools
+
+
+def joined(message: Message, more: Message) -> Message:
+    """One assistant message from its beginning and the rest, which may bring further fields."""
+    start, rest = message.get("content") or "", more.get("content") or ""
+    if isinstance(start, list) or isinstance(rest, list):
+        start, rest = (c if isinstance(c, list) else [{"type": "text", "text": c}] for c in (start, rest))
+        content: Any = [*start[:-1], {**start[-1], "text": start[-1]["text"] + rest[0]["text"]}, *rest[1:]]
+    else:
+        content = start + rest
+    return {**message, **more, "role": message["role"], "content": content}
+
+
+def plain(content: Any) -> str:
+    """A message's content as text, without the spaces around it."""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    return (content or "").strip()
