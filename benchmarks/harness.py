@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.clock import clock_for
 from benchmarks.costs import Work, work
 from benchmarks.machine import machine
 from rlhf_fast.ops._head import free_tile_buffer
@@ -50,6 +51,8 @@ class Case:
     op, passes and sizes: what benchmarks.costs counts FLOPs and bytes from; without an op nothing is counted.
     yardstick: "eager" for the first rows alone, where the whole of it does not fit and is no contender.
     compared: what of the inputs and results is compared, where results as they are cannot be (random draws).
+    timed_share: contender -> the share of the inputs that it works on, for one that would take minutes; its times are
+    divided by that, and the result says so.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Case:
     group: str = "bars"
     yardstick: Contender | None = None
     compared: Callable[[Inputs, list[Tensor]], list[Tensor]] = lambda inputs, results: results
+    timed_share: Mapping[str, Callable[[Inputs], float]] = field(default_factory=dict)
 
     @property
     def everyone(self) -> dict[str, Contender]:
@@ -87,20 +91,23 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
     errors, failed = check(case)
     runs = {name: (contender, case.draw()) for name, contender in case.everyone.items() if name not in failed}
     times: dict[str, list[float]] = {name: [] for name in runs}
+    clocks = {name: clock_for(device) for name in runs}
+    shares = {name: share(drawn) for name, share in case.timed_share.items()}
     gc.collect()
     gc.disable()  # as timeit does
     started, turn = time.perf_counter(), 0
     budget = BAR_BUDGET if case.bars else BUDGET
     while not enough(turn - 1, repeats, time.perf_counter() - started, budget):
         for name, (contender, inputs) in runs.items():
-            milliseconds = timed(lambda run=contender, given=inputs: run(given), device)
+            milliseconds = clocks[name].time(lambda run=contender, given=inputs: run(given))
             if turn >= 1:
-                times[name].append(milliseconds)
+                times[name].append(milliseconds / shares.get(name, 1))
         turn += 1
     gc.enable()
     summary = {name: spread(t) | {"max_error": errors.get(name)} for name, t in times.items()}
     for name, (contender, inputs) in runs.items():
-        summary[name]["scratch_bytes"] = scratch_bytes(contender, inputs, device)
+        summary[name] |= {"scratch_bytes": scratch_bytes(contender, inputs, device), **clocks[name].remarks()}
+        summary[name] |= {"timed_share": shares[name]} if name in shares else {}
     return {
         "case": case.name, "shape": case.shape, "group": case.group, "op": case.op, "passes": case.passes,
         "sizes": dict(case.sizes), "repeats": turn - 1, "bytes": case.cost.bytes, "flops": case.cost.flops,
@@ -165,20 +172,6 @@ def first_rows(case: Case, contender: Contender) -> list[Tensor]:
     return [x[:CHECKED_ROWS] if x.dim() else x for x in case.compared(inputs, contender(inputs))]
 
 
-def timed(run: Callable[[], Any], device: str) -> float:
-    """Milliseconds of one run: CUDA events on a GPU, the wall clock elsewhere."""
-    if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def scratch_bytes(contender: Contender, inputs: Inputs, device: str) -> int:
     """The most bytes that a run holds at a time beside its inputs and what it returns."""
     gc.collect()
@@ -213,10 +206,11 @@ def free_bytes(device: str) -> int:
 def limits(device: str, size: int = 1 << 28, side: int = 2048) -> dict[str, float]:
     """What the machine can do at best: bytes copied (read and written) and FLOPs of a square product, per second."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    source, target = (torch.randint(255, (size,), dtype=torch.uint8, device=device) for _ in range(2))
     a, b, c = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(3))
-    copy = min(timed(lambda: target.copy_(source), device) for _ in range(20))
-    product = min(timed(lambda: torch.mm(a, b, out=c), device) for _ in range(20))
+    clock = clock_for(device)
+    copy = min(clock.time(lambda: target.copy_(source)) for _ in range(20))
+    product = min(clock.time(lambda: torch.mm(a, b, out=c)) for _ in range(20))
     name = f"{str(dtype).removeprefix('torch.')}_flops_per_second"
     return {"copy_bytes_per_second": 2e3 * size / copy, name: 2e3 * side**3 / product}
 
@@ -243,7 +237,9 @@ def print_result(result: dict[str, Any], case: Case) -> None:
     for name, row in times.items():
         ratio = f"  {times['eager']['min_ms'] / row['min_ms']:7.2f} x eager" if "eager" in times else ""
         error = "" if row["max_error"] is None else f"  error {row['max_error']:.1e}"
-        print(f"  {name:24} {row['min_ms']:10.3f} ms{ratio}{error}", flush=True)
+        share = f"  {row['timed_share']:.2%} of it timed" if "timed_share" in row else ""
+        host = "  with the host's time" if row.get("host_bound") else ""
+        print(f"  {name:24} {row['min_ms']:10.3f} ms{ratio}{error}{share}{host}", flush=True)
     for name, reason in result["failed"].items():
         print(f"  {name:24} could not run: {reason}", flush=True)
     for line in [*map(described, result["bars"]), *described_scratch(result, case.contenders)]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +15,16 @@ import torch
 ROOT = Path(__file__).parents[1]
 THREADING = ("OMP_", "KMP_", "GOMP_", "MKL_")  # a waiting thread that sleeps makes other libraries four times as slow
 CODE = ("csrc", "kernels", "rlhf_fast", "benchmarks", ":!benchmarks/results")  # what a time can depend on
+CHANGES = ("--porcelain", "--untracked-files=no", "--", *CODE)
 
 
 def machine(device: str) -> dict[str, Any]:
     """Where and with what this ran."""
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
     module = "benchmarks" if Path(sys.argv[0]).stem == "__main__" else f"benchmarks.{Path(sys.argv[0]).stem}"
     info = {
         "commit": git("rev-parse", "HEAD") or None,
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
+        "uncommitted_changes": changed if (changed := git("status", *CHANGES)) is None else bool(changed),
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -38,6 +37,14 @@ def machine(device: str) -> dict[str, Any]:
 
         info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
     return info
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of this checkout; None where there is no git, or no checkout."""
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def cpu_name() -> str:

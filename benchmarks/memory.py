@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.machine import git
+
 CONTENDERS = {
     "ours": "rlhf_fast: adapters and heads on one frozen backbone",
     "ours-checkpointed": "rlhf_fast, with activation checkpointing",
@@ -235,9 +237,7 @@ def main() -> None:
         "rows": rows,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": git("rev-parse", "--short", "HEAD"),
     }
     Path(options.results).write_text(json.dumps(report, indent=1) + "\n")
     Path(options.page).write_text(page(report))

@@ -69,7 +69,7 @@ def rows(results: dict[str, Any], case: dict[str, Any]) -> list[str]:
     for name, row in case["contenders"].items():
         cells = [
             title(case),
-            f"**{name}**" if name in OURS else name,
+            (f"**{name}**" if name in OURS else name) + sampled(row),
             f"{row['median_ms']:.4g}",
             f"{row['p10_ms']:.4g} to {row['p90_ms']:.4g}",
             f"{eager['median_ms'] / row['median_ms']:.2f}" if eager else "does not fit",
@@ -81,6 +81,13 @@ def rows(results: dict[str, Any], case: dict[str, Any]) -> list[str]:
     for name, reason in case["failed"].items():
         made.append(f"| {title(case)} | {name} | {reason} | | | | | |")
     return made
+
+
+def sampled(row: dict[str, Any]) -> str:
+    """What is said of a contender of which a part was timed, and of one that kept the GPU waiting."""
+    said = [f"{row['timed_share']:.2%} of it timed"] if row.get("timed_share", 1) < 1 else []
+    said += ["with the host's time"] if row.get("host_bound") else []
+    return f" ({', '.join(said)})" if said else ""
 
 
 def title(case: dict[str, Any]) -> str:

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -6,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import machine
+from benchmarks import clock, machine
+from benchmarks.cases import advantages, linear, op_linear, sizes
+from benchmarks.cases.sizes import Sizes, with_gradient
 from benchmarks.costs import PASSES, Work, evaluated, floor_seconds, work
-from benchmarks.harness import Bar, Case, check, described, enough, judged, measure, spread
+from benchmarks.harness import Bar, Case, check, described, enough, judged, measure, peak_bytes, print_result, spread
 
 ROOT = Path(__file__).parents[1]
 TIMED = {"token_logprobs", "linear_logprobs", "linear_policy_loss", "policy_loss", "gae"}
@@ -165,3 +168,124 @@ def test_the_dry_run_lists_the_cases_of_a_gpu_without_one_and_writes_nothing(tmp
 def test_without_a_gpu_one_line_says_so(rest):
     run = benchmark("--device", "cuda", *rest)
     assert (run.returncode, run.stderr) == (2, "benchmarks: PyTorch finds no GPU here\n")
+
+
+def test_without_git_results_have_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    found = machine.machine("cpu")
+    assert found["commit"] is None
+    assert found["uncommitted_changes"] is None
+
+
+def test_outside_a_checkout_results_have_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.machine("cpu")["commit"] is None
+
+
+# --- The clock of a GPU ----------------------------------------------------------------------------------------------
+
+
+class Gpu:
+    """A stream that works off what is queued: `now` is the host's time in ms, `busy` when the stream is through."""
+
+    def __init__(self, monkeypatch):
+        self.now = self.busy = 0.0
+        self.runs = 0
+        for name in ("synchronize", "_sleep", "Event"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def synchronize(self):
+        self.now = max(self.now, self.busy)
+
+    def _sleep(self, cycles):
+        self.work(cycles / clock.CYCLES_PER_MS)
+
+    def work(self, milliseconds, launch=0.0):
+        """A launch that the host takes `launch` ms to make."""
+        self.now += launch
+        self.busy = max(self.now, self.busy) + milliseconds
+
+    def Event(self, enable_timing):
+        gpu = self
+
+        class Event:
+            def record(self):
+                self.at = max(gpu.now, gpu.busy)
+
+            def query(self):
+                return self.at <= gpu.now
+
+            def synchronize(self):
+                gpu.now = max(gpu.now, self.at)
+
+            def elapsed_time(self, other):
+                return other.at - self.at
+
+        return Event()
+
+
+def test_a_gpu_is_timed_without_the_time_of_the_launches(monkeypatch):
+    gpu, watch = Gpu(monkeypatch), clock.GpuClock()
+
+    def run():  # 200 kernels of 1 us, each of which the host takes 20 us to launch
+        for _ in range(200):
+            gpu.work(0.001, launch=0.02)
+
+    assert [watch.time(run) for _ in range(3)] == pytest.approx([0.2] * 3)
+    assert watch.remarks() == {}
+
+
+def test_a_run_that_waits_for_the_gpu_says_that_its_times_hold_the_host_s(monkeypatch):
+    gpu, watch = Gpu(monkeypatch), clock.GpuClock()
+
+    def run():
+        gpu.work(0.1, launch=0.02)
+        gpu.synchronize()
+        gpu.work(0.1, launch=0.3)
+
+    assert watch.time(run) == pytest.approx(0.52)
+    assert watch.remarks() == {"host_bound": True}
+
+
+# --- Float64 in parts, and loops of which a part is timed ------------------------------------------------------------
+
+SMALL = Sizes(N=64, V=101, D=16, B=8, T=8, packed=256, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["linear_logprobs", "linear_policy_loss", "linear_kl", "linear_preference_loss"])
+def test_oracles_in_row_chunks_are_those_of_all_rows(name, monkeypatch):
+    jobs = [job for job in op_linear.hidden_jobs(SMALL, "cpu") if job.op == name]
+    for job in jobs:
+        found = []
+        for rows in (10, 1000):
+            monkeypatch.setattr(sizes, "ORACLE_ROWS", rows)
+            found.append(with_gradient(job.exact, "hidden", "weight")(job.draw()))
+        for chunked, whole in zip(*found, strict=True):
+            torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_an_oracle_never_holds_all_logits(monkeypatch):
+    monkeypatch.setattr(sizes, "ORACLE_ROWS", 32)
+    drawn = linear.draw_samples(Sizes(N=1024, V=2048, D=8, B=8, T=8, packed=0, dtype=torch.float64), "cpu")
+    run = with_gradient(linear.exact_policy_loss, "hidden", "weight")
+    assert peak_bytes(lambda: run(drawn)) < 1024 * 2048 * 8 / 2
+
+
+def test_a_long_loop_is_timed_in_part_and_the_result_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(advantages, "LOOPED", 20)
+    case = advantages.packed(SMALL, "cpu")
+    result = measure(case, "cpu", repeats=1)
+    share = result["contenders"]["eager"]["timed_share"]
+    done = case.contenders["eager"](case.draw())[0].shape[0]
+    assert share == done / SMALL.packed
+    assert 20 <= done < SMALL.packed
+    assert "timed_share" not in result["contenders"]["cpu"]
+    print_result(result, case)
+    assert f"{share:.2%} of it timed" in capsys.readouterr().out
+
+
+def test_the_time_of_a_part_is_scaled_to_the_whole():
+    case = replace(doubling(2.0), timed_share={"eager": lambda drawn: 1e-6})
+    times = measure(case, "cpu", repeats=3)["contenders"]
+    assert times["eager"]["min_ms"] > 1000 * times["ours"]["min_ms"]
+    assert not math.isnan(times["eager"]["median_ms"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rlhf_fast
 from benchmarks import peers
-from benchmarks.cases.sizes import Sizes, backends_of, generator, published, short, with_gradient
+from benchmarks.cases.sizes import Sizes, backends_of, by_rows, generator, published, short, with_gradient
 from benchmarks.harness import Bar, Case, Contender, Inputs
 from benchmarks.peers import CLIP
 from rlhf_fast.ops._head import TILE_BYTES
@@ -33,7 +33,7 @@ def eager_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def exact_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return reference(hidden @ weight.T, targets)[0]
+    return by_rows(lambda rows, ids: reference(rows @ weight.T, ids)[0], hidden, targets)
 
 
 def products(sizes: Sizes, device: str, trained: bool) -> Contender:

@@ -20,12 +20,17 @@ from benchmarks.cases.linear import (
     exact_policy_loss,
     shape,
 )
-from benchmarks.cases.sizes import Sizes, normal, short
+from benchmarks.cases.sizes import Sizes, by_rows, normal, short
 from benchmarks.harness import Case, Inputs
 from benchmarks.peers import BETA, CLIP
 
 RANK, TOP_P = 16, 0.95
 DPO = rlhf_fast.PreferenceObjective("sigmoid", beta=BETA, reference_free=True)
+
+
+def first_rows(inputs: Inputs, rows: int) -> Inputs:
+    """Of logits, whose rows have nothing to do with each other."""
+    return {name: x[:rows] for name, x in inputs.items()}
 
 
 def wide(x: Tensor) -> Tensor:
@@ -50,6 +55,9 @@ def hidden_jobs(sizes: Sizes, device: str) -> list[Job]:
         given = draw_tokens(sizes, device)
         return {n: x if n == "weight" else x.view(8, sizes.N // 8, *x.shape[1:]) for n, x in given.items()}
 
+    def exact_mean_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -exact_logprobs(hidden, weight, targets).mean()
+
     def mean_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(wide(linear(hidden, weight)), targets)
 
@@ -57,10 +65,19 @@ def hidden_jobs(sizes: Sizes, device: str) -> list[Job]:
         p, q = (wide(linear(x, head)).log_softmax(-1) for x, head in ((hidden, weight), (ref_hidden, weight.detach())))
         return (p.exp() * (p - q)).sum(-1)
 
-    def dpo(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        logprobs = wide(linear(hidden, weight)).log_softmax(-1).gather(-1, targets[..., None])[..., 0].sum(-1)
-        chosen, rejected = logprobs.chunk(2)
+    def exact_reverse_kl(hidden: Tensor, ref_hidden: Tensor, weight: Tensor) -> Tensor:
+        return by_rows(lambda rows, ref_rows: reverse_kl(rows, ref_rows, weight), hidden, ref_hidden)
+
+    def sigmoid_loss(logprobs: Tensor) -> Tensor:
+        chosen, rejected = logprobs.sum(-1).chunk(2)
         return -logsigmoid(BETA * (chosen - rejected)).mean()
+
+    def dpo(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return sigmoid_loss(wide(linear(hidden, weight)).log_softmax(-1).gather(-1, targets[..., None])[..., 0])
+
+    def exact_dpo(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logprobs = exact_logprobs(hidden.flatten(0, 1), weight, targets.flatten())
+        return sigmoid_loss(logprobs.view(targets.shape))
 
     return [
         Job(
@@ -76,17 +93,17 @@ def hidden_jobs(sizes: Sizes, device: str) -> list[Job]:
         Job(
             "linear_logprobs", shape(sizes), costed(sizes), lambda: draw_tokens(sizes, device), mean_nll,
             lambda backend, **x: -rlhf_fast.linear_logprobs(**x, backend=backend).mean(), ("hidden",),
-            label="mean cross-entropy", peers="mean negative log-likelihood",
+            label="mean cross-entropy", peers="mean negative log-likelihood", exact=exact_mean_nll,
         ),
         Job(
             "linear_kl", shape(sizes), costed(sizes), lambda: drawn("hidden", "ref_hidden"), reverse_kl,
             lambda backend, **x: rlhf_fast.linear_kl(**x, targets=None, backend=backend).kl, ("hidden",),
-            peers="linear_kl",
+            exact=exact_reverse_kl, peers="linear_kl",
         ),
         Job(
             "linear_preference_loss", shape(sizes), costed(sizes), pairs, dpo,
             lambda backend, **x: rlhf_fast.linear_preference_loss(**x, objective=DPO, backend=backend)[0], ("hidden",),
-            peers="linear_preference_loss",
+            exact=exact_dpo, peers="linear_preference_loss",
         ),
     ]  # fmt: skip
 
@@ -165,13 +182,15 @@ def logits_jobs(sizes: Sizes, device: str) -> list[Job]:
 
     def error_of_logprobs(inputs: Inputs, found: list[Tensor]) -> list[Tensor]:
         """Everybody draws other tokens; what they say of theirs can be checked."""
-        exact = inputs["logits"].double().log_softmax(-1).gather(-1, found[1][:, None])[:, 0]
+        exact = by_rows(
+            lambda x, ids: x.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0], inputs["logits"], found[1]
+        )
         return [(found[0].double() - exact).to(found[0].dtype)]
 
     return [
         Job(
             "token_kl", shape, costed, lambda: drawn("logits", "ref_logits"), kl,
-            lambda backend, **x: rlhf_fast.token_kl(**x, backend=backend), ("logits",),
+            lambda backend, **x: rlhf_fast.token_kl(**x, backend=backend), ("logits",), head=first_rows,
         ),
         Job(
             "sample_tokens", shape, costed, lambda: drawn("logits"), nucleus, ours, label=f"top_p {TOP_P}",

@@ -82,6 +82,7 @@ def tokens(sizes: Sizes, device: str, valid: float) -> list[Case]:
         "token_logprobs", f"N={sizes.N} V={sizes.V} {short(sizes.dtype)}, {valid:.0%} valid",
         {"N": int(counted.sum()), "V": sizes.V, "s": sizes.dtype.itemsize}, draw, eager,
         lambda backend, **x: rlhf_fast.token_logprobs(**x, backend=backend), ("logits",), group="ragged",
+        head=lambda inputs, rows: {name: x[:rows] for name, x in inputs.items()},
     )  # fmt: skip
     return cases(job, device)
 

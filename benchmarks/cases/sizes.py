@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.harness import Contender, Inputs
 from rlhf_fast.ops import table
@@ -48,6 +49,19 @@ def short(dtype: torch.dtype) -> str:
 
 def backends_of(op: str, device: str) -> list[str]:
     return [name for name in table()[op] if name in {"cpu": ("cpu",), "cuda": ("triton", "cuda")}[device]]
+
+
+ORACLE_ROWS = 256  # whose float64 logits are there at a time
+
+
+def by_rows(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs) of (N, ...) inputs and an (N,) result, ORACLE_ROWS at a time, also in the backward pass.
+
+    What a chunk makes on the way is made again for its gradient: the float64 logits of a training batch and what
+    autograd keeps of them would take more than a GPU has.
+    """
+    chunks = zip(*(x.split(ORACLE_ROWS) for x in inputs), strict=True)
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def tensors(result: Any) -> list[Tensor]:
