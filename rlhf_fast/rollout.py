@@ -109,7 +109,7 @@ def roll_out(
         batch=batch,
         completions=[_text(tokenizer, p, c, stops) for p, c in zip(prompts, completions, strict=True)],
         finished=torch.tensor([c[-1] in stops for c in completions]),
-        sampler=recorder and SamplerView(_placed(recorder.rows, batch), recorder.spread),
+        sampler=None if recorder is None else SamplerView(_placed(recorder.rows, batch), recorder.spread),
     )
 
 

@@ -11,10 +11,12 @@ from transformers import (
 )
 
 from rlhf_fast.data.encoding import Prompt
+from rlhf_fast.data.templates import TurnEnd
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.tiny import tiny
 from rlhf_fast.rollout import agreement, check_sampler, roll_out, stop_ids
+from tests.data.chat import tokenizer_of
 from tests.models.tiny_models import CONFIGS, make_model
 
 EOS, PAD = 258, 256
@@ -245,3 +247,35 @@ def test_a_model_that_samples_from_another_distribution_is_found(fault, dtype):
     found = check_sampler(Backbone(model), [[5, 6, 7], [*range(3, 20)]], pad=0, temperature=0.8, new_tokens=8)
     assert not found.holds, found
     assert str(found).startswith("mean log-probability of the sampled tokens: -")
+
+
+def test_what_a_closed_turn_has_besides_is_read_and_never_learnt(backbone, tokenizer):
+    """<|im_end|>\\n: a model stops at the token, and a reward model reads its score at the line break."""
+    end = TurnEnd("*\n", "*", (42, 10), 42)
+    asked = [Prompt("", [257, 97], "a", {"prompt": "a"}, end)] * 3
+    scripted(backbone, [98, 42, 99], [98, 99, 100], [98, EOS, 99])
+    rollout = roll_out(backbone, tokenizer, asked, max_new_tokens=3)
+    assert rollout.finished.tolist() == [True, False, True]
+    assert rollout.completions == ["b", "bcd", "b"]
+    rows = [[257, 97, 98, 42, 10], [257, 97, 98, 99, 100, 42, 10], [257, 97, 98, EOS, 42, 10]]
+    assert [r[: len(row)] for r, row in zip(rollout.batch.input_ids.tolist(), rows, strict=True)] == rows
+    assert rollout.batch.attention_mask.sum(1).tolist() == [5, 7, 6]
+    assert rollout.batch.mask.sum(1).tolist() == [2, 3, 2]
+    assert rollout.batch.mask[:, :2].sum() == 0
+    assert stop_ids(backbone, tokenizer, asked) == [42, EOS]
+
+
+def test_a_completion_keeps_the_space_that_it_begins_with(backbone):
+    """A SentencePiece tokenizer drops the first space of a text, which this one is not the start of."""
+    tokenizer = tokenizer_of("llama")
+    ids = tokenizer("hello world")["input_ids"]
+    start = len(tokenizer("hello")["input_ids"])
+    scripted(backbone, ids[start:])
+    rollout = roll_out(backbone, tokenizer, [Prompt("", ids[:start], "hello", {})], max_new_tokens=3)
+    assert rollout.completions == [" world"]
+
+
+def test_padding_is_an_id_of_the_model(backbone, tokenizer):
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    assert tokenizer.pad_token_id >= backbone.model.get_input_embeddings().num_embeddings
+    roll_out(backbone, tokenizer, prompts("a", "bcd"), max_new_tokens=2)

@@ -1,0 +1,90 @@
+"""The same reward model, as an adapter of the backbone and as a folder, must read the same ids at the same place."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from rlhf_fast.data.batches import Batch
+from rlhf_fast.data.encoding import Encoder, Prompt
+from rlhf_fast.data.reading import Row
+from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.models.classifier import classify
+from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.rollout import roll_out
+from tests.data.chat import TEMPLATES, tokenizer_of
+
+USER = {"role": "user", "content": "What is the weather?"}
+PREFILL = {"role": "assistant", "content": "It is"}
+
+
+def models(vocab: int) -> tuple[Backbone, LlamaForSequenceClassification]:
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_labels=1
+    )
+    torch.manual_seed(0)
+    backbone, classifier = Backbone(LlamaForCausalLM(config).eval()), LlamaForSequenceClassification(config).eval()
+    classifier.model.load_state_dict(backbone.model.model.state_dict())
+    backbone.add_adapter("policy", rank=2, seed=0)
+    backbone.add_adapter("reward", rank=2, seed=1)  # its delta is zero
+    backbone.add_head("reward")
+    with torch.no_grad():
+        backbone.head("reward").weight.copy_(classifier.score.weight)
+    return backbone, classifier
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama 2", "llama 3", "phi", "zephyr"])
+def test_a_reward_adapter_and_a_reward_model_folder_give_the_same_score(name, tmp_path):
+    tokenizer = tokenizer_of("byte level", TEMPLATES[name])
+    backbone, classifier = models(len(tokenizer))
+    classifier.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = Encoder(tokenizer, 200, 200)
+    folder = RewardModel(str(tmp_path), device=torch.device("cpu"))
+    cases = [
+        ([USER], " sunny", True),
+        ([USER, PREFILL], " warm", True),
+        ("It is", " no", False),
+        ([USER], "yes", False),
+    ]
+    for given, answer, closed in cases:
+        prompt = encoder.prompt(Row("", {"prompt": given}))
+        batch, completion = answered(backbone, tokenizer, prompt, answer, closed=closed)
+        assert completion.strip() == answer.strip()
+        assert folder.encoder.scored(given, completion) == batch.input_ids[0].tolist()
+        scores = backbone.score(batch.input_ids, batch.attention_mask, batch.mask).scores
+        torch.testing.assert_close(folder([given], [completion]), scores, rtol=0, atol=1e-5)
+    # And a reward model is trained on those: the oracle is the template's rendering of the whole conversation.
+    conversation = [USER, {"role": "assistant", "content": " sunny"}]
+    oracle = tokenizer.apply_chat_template(conversation, return_dict=False)
+    assert encoder.pair(Row("", {"chosen": conversation, "rejected": conversation}))[0].ids == oracle
+    batch, _ = answered(backbone, tokenizer, encoder.prompt(Row("", {"prompt": [USER]})), " sunny", closed=True)
+    assert batch.input_ids[0].tolist() == oracle
+
+
+def answered(backbone: Backbone, tokenizer, prompt: Prompt, answer: str, *, closed: bool) -> tuple[Batch, str]:
+    """A rollout in which the policy has written this answer as the template has it, with or without its end."""
+    given = Row("", {"prompt": prompt.columns["prompt"], "completion": answer})
+    example = Encoder(tokenizer, 200, 200).completion(given)
+    written = [i for i, m in zip(example.ids, example.learnt, strict=True) if m]
+    if not closed:
+        written = written[: -1 - prompt.turn_end.ids.index(prompt.turn_end.stop)]
+
+    def generate(input_ids, attention_mask, generation_config, **others):
+        return torch.cat([input_ids, torch.tensor([written])], dim=1)
+
+    backbone.model.generate = generate
+    rollout = roll_out(backbone, tokenizer, [prompt], max_new_tokens=len(written))
+    assert rollout.finished.item() == closed
+    return rollout.batch, rollout.completions[0]
+
+
+def test_a_text_that_ends_in_any_id_is_scored_at_its_end():
+    """transformers' classifiers look for the last token that is not the padding."""
+    _, classifier = models(40)
+    rows = [[5, 6, 0], [5, 1], [7, 2, 3, 4]]
+    alone = torch.cat([classify(classifier, [row]) for row in rows])
+    classifier.config.pad_token_id = 39
+    with torch.no_grad():
+        oracle = torch.stack([classifier(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
+    torch.testing.assert_close(classify(classifier, rows), oracle)
+    torch.testing.assert_close(alone, oracle)
