@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in one line: its first, or its type where it says nothing."""
+    return next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rlhf_fast.data.batches import shuffled_indices
+from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.peft_io import save_adapter
@@ -76,7 +77,7 @@ class Workspace:
 
     def rows_in_order(self) -> list[dict[str, Any]]:
         """The examples in the order in which rlhf_fast's steps take them."""
-        rows = [json.loads(line) for line in self.examples.read_text().splitlines()]
+        rows = read_jsonl(self.examples)
         return [rows[i] for i in shuffled_indices(len(rows), self.setting.seed, 0, len(rows))]
 
 

@@ -4,7 +4,6 @@ python examples/smollm2/make_docs.py runs/smollm2-ppo runs/smollm2-grpo runs/smo
 """
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -14,6 +13,8 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+
+from rlhf_fast.data.reading import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 TITLES = {"ppo": "PPO", "grpo": "GRPO", "dpo": "DPO"}
@@ -54,7 +55,7 @@ def main() -> None:
     rows, sections = [], []
     for folder in parser.parse_args().runs:
         config = yaml.safe_load((folder / "config.yaml").read_text())
-        evaluations = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+        evaluations = read_jsonl(folder / "eval.jsonl")
         before, after = evaluations[0], evaluations[-1]
         title = TITLES[config["algorithm"]]
         old, new = before["metrics"], after["metrics"]

@@ -14,6 +14,8 @@ from prepare_model import DEFAULT_FOLDER
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from vader_reward import compound
 
+from rlhf_fast.data.reading import read_jsonl
+
 FOLDER = Path(__file__).parent
 # Prompts, where their pairs go, pairs per prompt at most.
 SPLITS = (
@@ -80,8 +82,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     for prompt_file, pair_file, limit in SPLITS:
         set_seed(arguments.seed)
-        lines = (FOLDER / prompt_file).read_text(encoding="utf-8").splitlines()
-        prompts = [json.loads(line)["prompt"] for line in lines]
+        prompts = [row["prompt"] for row in read_jsonl(FOLDER / prompt_file)]
         rows = []
         for start in range(0, len(prompts), arguments.batch_size):
             batch = prompts[start : start + arguments.batch_size]

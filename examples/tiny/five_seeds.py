@@ -3,7 +3,6 @@
 python examples/tiny/five_seeds.py
 """
 
-import json
 import os
 import platform
 import subprocess
@@ -12,6 +11,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from rlhf_fast.data.reading import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 SEEDS = range(5)
@@ -23,7 +24,7 @@ def run(seed: int) -> dict:
     command = [sys.executable, "-m", "rlhf_fast", "train", "examples/tiny_rlhf.yaml", f"seed={seed}"]
     start = time.perf_counter()
     subprocess.run([*command, f"output_dir={folder}", "--overwrite"], cwd=ROOT, check=True)
-    evaluations = [json.loads(line) for line in (folder / "ppo" / "eval.jsonl").read_text().splitlines()]
+    evaluations = read_jsonl(folder / "ppo" / "eval.jsonl")
     minutes = (time.perf_counter() - start) / 60
     return {"seed": seed, "before": evaluations[0], "after": evaluations[-1], "minutes": minutes}
 

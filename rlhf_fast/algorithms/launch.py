@@ -11,14 +11,17 @@ from types import ModuleType
 from typing import Any
 
 import yaml
+from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from rich.table import Table
 
 from rlhf_fast.algorithms import load_algorithm
 from rlhf_fast.data.encoding import quiet_libraries
-from rlhf_fast.data.reading import infer_algorithm, read_rows
+from rlhf_fast.data.layouts import infer_algorithm, rename_columns
+from rlhf_fast.data.notes import forget
+from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError
-from rlhf_fast.training.config import Config, FromStage, parse, read_yaml, unknown_key
+from rlhf_fast.training.config import Config, FromStage, field_of, fold_columns, parse, read_yaml, unknown_key
 from rlhf_fast.training.job import Job, seed_everything
 from rlhf_fast.training.report import print_report
 from rlhf_fast.training.run import Run, check_folder, claim_folder, write_summary
@@ -38,6 +41,8 @@ class Stage:
 def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume: str | None, overwrite: bool) -> None:
     """Run what the file `path` and the flags `overrides` describe. Every mistake of the user is a UserError."""
     quiet_libraries()
+    hub_logging.set_verbosity_error()  # it tells of every retry; what fails in the end is one line of ours
+    forget()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training runs in one process so far; start it without torchrun or accelerate launch")
     values = read_yaml(path) if path else {}
@@ -70,13 +75,15 @@ def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume
 
 def single_stage(values: dict[str, Any]) -> Stage:
     """The stage of a run without `stages`; the algorithm is inferred from the data where that is unambiguous."""
+    values = fold_columns(values)
     if "algorithm" not in values:
         if not isinstance(values.get("data"), str):
             raise UserError("missing key 'algorithm' (or 'data', from whose columns it could be inferred)")
-        found = infer_algorithm(read_rows(values["data"]))
-        if found is None:
-            raise UserError(f"{values['data']} has only prompts: choose algorithm ppo or grpo")
-        values = {**values, "algorithm": found}
+        columns = values.get("columns") or {}
+        if not isinstance(columns, dict) or not all(isinstance(name, str) for name in columns.values()):
+            raise UserError(f"columns must map our names to those of the data, {{prompt: question}}, got {columns!r}")
+        rows = rename_columns(read_rows(values["data"]), columns)
+        values = {**values, "algorithm": infer_algorithm(rows, values["data"])}
     module = load_algorithm(values["algorithm"])
     return Stage("", module, parse(module.AlgorithmConfig, values))
 
@@ -96,14 +103,15 @@ def all_stages(values: dict[str, Any], overrides: dict[str, Any]) -> list[Stage]
     known = {key for module in modules for key in module.AlgorithmConfig.model_fields}
     known |= {f"{name}.{key}" for name, m in zip(names, modules, strict=True) for key in m.AlgorithmConfig.model_fields}
     for key in [*shared, *flags]:
-        if key not in known:
+        place, dot, own_key = key.partition(".")
+        if key not in known and field_of(key) not in known and f"{place}{dot}{field_of(own_key)}" not in known:
             raise UserError(unknown_key(key, known))
     stages = []
     for name, module, own in zip(names, modules, listed, strict=True):
         fields = module.AlgorithmConfig.model_fields
-        merged = {key: value for key, value in shared.items() if key in fields}
+        merged = {key: value for key, value in shared.items() if field_of(key) in fields}
         merged |= {key: value for key, value in own.items() if key != "name"}
-        merged |= {key: value for key, value in flags.items() if key in fields}
+        merged |= {key: value for key, value in flags.items() if field_of(key) in fields}
         prefix = f"{name}."
         merged |= {key.removeprefix(prefix): value for key, value in flags.items() if key.startswith(prefix)}
         merged["output_dir"] = str(Path(folder) / name)

@@ -42,6 +42,24 @@ def pad_batch(sequences: Sequence[Example], pad: int) -> Batch:
     return Batch(input_ids, attention_mask, mask)
 
 
+def held_out_indices(keys: Sequence[str], size: int, seed: int) -> list[int]:
+    """At most `size` of the indices of `keys`, in order, drawn by `seed`; equal keys are drawn together or not at all.
+
+    Where every group of equal keys is larger than `size`, it is the smallest group. A pure function of its arguments.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    values = list(groups.values())
+    shuffled = [values[i] for i in order]
+    drawn: list[int] = []
+    for group in shuffled:
+        if len(drawn) + len(group) <= size:
+            drawn += group
+    return sorted(drawn or min(shuffled, key=len))
+
+
 def shuffled_indices(size: int, seed: int, start: int, count: int) -> list[int]:
     """Entries `start` to `start + count` of an endless order in which every epoch is a fresh permutation.
 

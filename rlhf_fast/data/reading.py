@@ -1,12 +1,27 @@
-"""Rows of a local JSONL, CSV or parquet file, each with the place it came from for error messages."""
+"""Rows of JSON, CSV and parquet files, each with the place it came from for error messages.
+
+A line ends in a line feed and in nothing else: U+2028, U+2029 and U+0085 are text.
+"""
 
 import csv
+import gzip
+import io
 import json
-from collections.abc import Iterator, Sequence
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, first_line
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_DELIMITERS = ",;\t"
+_BLANK = " \t\r\n"  # JSON's own idea of it
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Row(NamedTuple):
@@ -16,79 +31,157 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a .jsonl, .json (lines), .csv or .parquet file.
+def data_suffix(path: Path) -> str:
+    """The format of a data file by its name, in lower case and without `.gz`; "" where it is none of SUFFIXES."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
-    Raises UserError for a missing or empty file, an unknown suffix, a line that is not a JSON object.
+
+def read_file(path: Path) -> list[Row]:
+    """All rows of one file: JSON lines or a JSON array, CSV (with `,`, `;` or tab), parquet; text also in gzip.
+
+    Text is UTF-8, or UTF-16 or UTF-32 as json.detect_encoding finds it. Raises UserError, which names the line, for
+    what is none of these; also for a column that is there twice, a NUL byte, and half a surrogate pair.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"data file {path} does not exist" if not path.exists() else f"{path} is not a file")
-    readers = {".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: unknown data format {path.suffix!r}; use one of {', '.join(readers)}")
-    rows = list(readers[path.suffix](path))
-    if not rows:
-        raise UserError(f"{path} has no examples")
-    return rows
-
-
-def require_columns(rows: Sequence[Row], layouts: Sequence[Sequence[str]], algorithm: str) -> Sequence[str]:
-    """The first of `layouts` (sets of columns) that the first row has; every row must then have it too."""
-    first = rows[0]
-    layout = next((names for names in layouts if set(names) <= set(first.values)), None)
-    if layout is None:
-        wanted = " or ".join("/".join(names) for names in layouts)
-        have = ", ".join(first.values) or "none"
-        raise UserError(f"{first.where}: {algorithm} needs the columns {wanted}; found: {have}")
-    for row in rows:
-        for name in layout:
-            value = row.values.get(name)
-            if not isinstance(value, (str, list)):
-                raise UserError(f"{row.where}: column {name!r} must be text or a list of messages, got {_shown(value)}")
-    return layout
-
-
-def infer_algorithm(rows: Sequence[Row]) -> str | None:
-    """The algorithm that the columns allow without doubt, else None."""
-    columns = set(rows[0].values)
-    if {"chosen", "rejected"} <= columns:
-        return "dpo"
-    if "messages" in columns or "text" in columns or {"prompt", "completion"} <= columns:
-        return "sft"
-    return None
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield Row(f"{path.name}:{number}", _json_object(f"{path.name}:{number}", line))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def _json_object(where: str, line: str) -> dict[str, Any]:
+    readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON, one object per line: {error.msg} (column {error.colno})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: each line must be one JSON object with named columns, got {_shown(value)}")
+        return list(readers.get(data_suffix(path), _json)(path))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is a damaged or cut-off gzip file: {first_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or first_line(error)}") from None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file that this package wrote; none where there is no file."""
+    return [json.loads(line) for line in split_lines(path)] if path.exists() else []
+
+
+def split_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, each with its line feed, which only the last may lack."""
+    with path.open("rb") as file:
+        return [line.decode() for line in file]
+
+
+def table_rows(table: Any, name: str) -> Iterator[Row]:
+    """The rows of a pyarrow table, called `name:row N`. Fields of structs that are null are left out: a row has them
+    only because another row does."""
+    _once(table.column_names, name)
+    number = 0
+    for batch in table.to_batches():
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(f"{name}:row {number}", {column: _without_nulls(value) for column, value in values.items()})
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        # A message without text, such as a call of a tool, says so.
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None or k in ("role", "content")}
     return value
 
 
+def _once(names: Iterable[str], where: str) -> None:
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"{where}: column {twice!r} is there twice")
+
+
+def _json(path: Path) -> Iterator[Row]:
+    lines = enumerate(_lines(path), start=1)
+    first = True
+    for number, line in lines:
+        if not line.strip(_BLANK):
+            continue
+        if first and line.lstrip(_BLANK).startswith("["):
+            # The blank lines before it are put back for the sake of the line number in an error.
+            yield from _array(path, "\n" * (number - 1) + line + "".join(rest for _, rest in lines))
+            return
+        first = False
+        where = f"{path.name}:{number}"
+        yield _json_row(where, _parsed(where, line, "not JSON, one object per line"), _SURROGATE.search(line))
+
+
+def _array(path: Path, text: str) -> Iterator[Row]:
+    suspect = _SURROGATE.search(text)
+    for number, value in enumerate(_parsed(path.name, text, "not a JSON array"), start=1):
+        yield _json_row(f"{path.name}:row {number}", value, suspect)
+
+
+def _parsed(where: str, text: str, otherwise: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise UserError(f"{where}: {otherwise}: {error.msg} ({place})") from None
+    except RecursionError:
+        raise UserError(f"{where}: {otherwise}: nested too deeply") from None
+    except ValueError as error:  # a key that is there twice, an integer of thousands of digits
+        raise UserError(f"{where}: {otherwise}: {first_line(error)}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} is there twice")
+    return values
+
+
+def _json_row(where: str, value: Any, suspect: object) -> Row:
+    """The row of a parsed object, whose strings are looked through for half of a surrogate pair where `suspect`."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: must be a JSON object with named columns, got {shown(value)}")
+    if suspect:
+        for column, content in value.items():
+            try:
+                json.dumps([column, content], ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(error.object[error.start]):x}"
+                raise UserError(f"{where}: column {column!r} has {half}, half of a surrogate pair: no text") from None
+    return Row(where, value)
+
+
 def _csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+    start = 1
+    with _long_fields():
         try:
-            for values in reader:
-                if None in values or None in values.values():
-                    raise UserError(f"{path.name}:{reader.line_num}: must have {len(reader.fieldnames or [])} fields")
-                yield Row(f"{path.name}:{reader.line_num}", dict(values))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} is not a UTF-8 CSV file: {error}") from None
+            for start, fields, names in _csv_records(path):
+                where = f"{path.name}:{start}"
+                if len(fields) != len(names):
+                    raise UserError(f"{where}: must have {len(names)} fields, as the header has, got {len(fields)}")
+                # A column without a name, such as the index that pandas writes, can be asked for by nobody.
+                yield Row(where, {name: field for name, field in zip(names, fields, strict=True) if name})
+        except csv.Error as error:
+            message = first_line(error).partition(" - ")[0]
+            raise UserError(f"{path.name}: not CSV after line {start}: {message}") from None
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
+    """(line that it begins in, fields, names of the header) of every record that is not empty."""
+    lines = _lines(path)
+    header = next((line for line in lines if line.strip()), "")
+    delimiter = max(_DELIMITERS, key=lambda d: len(next(csv.reader([header], delimiter=d), [])))
+    reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
+    names = [name.strip() for name in next(reader, [])]
+    _once(filter(None, names), f"{path.name}:1")
+    end = reader.line_num
+    for fields in reader:
+        if fields:
+            yield end + 1, fields, names
+        end = reader.line_num
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Fields of a CSV file may be longer than 131,072 characters; the limit belongs to the whole process."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -96,13 +189,49 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
-    for number, values in enumerate(table.to_pylist(), start=1):
-        yield Row(f"{path.name}:row {number}", values)
+        table = pyarrow.parquet.ParquetFile(path).read()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a parquet file: {first_line(error)}") from None
+    try:
+        yield from table_rows(table, path.name)
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise UserError(f"{path} holds a value that Python has no type for: {first_line(error)}") from None
 
 
-def _shown(value: object) -> str:
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, each with its line feed."""
+    with _opened(path) as file:
+        head = file.read(4)
+        file.seek(0)
+        encoding = json.detect_encoding(head)
+        for number, line in enumerate(_decoded(path, file, encoding), start=1):
+            if "\0" in line:
+                raise UserError(f"{path.name}:{number}: a NUL byte, so this is no text")
+            yield line
+
+
+def _decoded(path: Path, file: IO[bytes], encoding: str) -> Iterator[str]:
+    if not encoding.startswith("utf-8"):
+        try:
+            yield from io.StringIO(file.read().decode(encoding), newline="\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path.name}: not {encoding.upper()} text: {error.reason}") from None
+        return
+    for number, line in enumerate(file, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{line[error.start]:02x} at {error.start + 1}"
+            raise UserError(f"{path.name}:{number}: not UTF-8 text: {error.reason} ({byte})") from None
+
+
+def _opened(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if compressed else path.open("rb")  # type: ignore[return-value]
+
+
+def shown(value: object) -> str:
+    """A value in an error message: its type and the start of it."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -7,15 +7,17 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, first_line
+from rlhf_fast.models.loading import hub_id
 
 
 def load_tokenizer(folder: str, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local model folder; UserError when there is none or, with needs_eos, it has no EOS token."""
+    """The tokenizer of a model folder or hub id; UserError when there is none or, with needs_eos, it has no EOS token."""
+    place, revision = hub_id(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(place, **revision)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no tokenizer in {folder}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"no tokenizer in {folder}: {first_line(error)}") from None
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no EOS token, so completions could never end")
     return tokenizer

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, first_line
 
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2")
 # Arguments of BitsAndBytesConfig. "nf4" is what QLoRA (arXiv 2305.14314) uses: the scales are quantised as well.
@@ -28,7 +28,8 @@ def load_model(
     device: torch.device | str = "cpu",
     quantization: str | None = None,
 ) -> PreTrainedModel:
-    """The causal language model in the folder `path` (or of that hub id), in `dtype` on `device`, in eval mode.
+    """The causal language model in the folder `path`, or of the hub id `org/name@revision`, in `dtype` on `device`, in
+    eval mode.
 
     attn_implementation: "auto" is flash_attention_2 on a GPU where flash-attn is installed, else sdpa where the
     architecture has it.
@@ -38,23 +39,33 @@ def load_model(
     quantization that cannot be made.
     """
     attention = _attention(attn_implementation, torch.device(device))
-    _check_folder(path)
-    options = _quantized(quantization, device)
+    place, revision = hub_id(path)
+    _check_folder(place)
+    options = _quantized(quantization, device) | revision
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(place, **revision)
         if quantization is not None and hasattr(config, "quantization_config"):
             raise UserError(f"model {path} was saved quantised: leave out quantization {quantization}")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+            place, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        place = "" if Path(path).exists() else "there is no such folder, and as a hub id: "
-        raise UserError(f"model {path} cannot be loaded: {place}{str(error).strip().splitlines()[0]}") from error
+        prefix = "" if Path(place).exists() else "there is no such folder, and as a hub id: "
+        raise UserError(f"model {path} cannot be loaded: {prefix}{first_line(error)}") from error
     model, report = loaded
     absent = [*report["missing_keys"], *report["mismatched_keys"]]
     if absent:
         raise UserError(f"model {path} lacks {len(absent)} of its weights, such as {absent[0]}")
     return model.to(device).eval()
+
+
+def hub_id(path: str | Path) -> tuple[str, dict[str, str]]:
+    """`org/name@revision` as org/name and the argument of `from_pretrained` for the revision. A folder is itself,
+    whatever its name."""
+    place, _, revision = str(path).rpartition("@")
+    if Path(path).exists() or not place or not revision:
+        return str(path), {}
+    return place, {"revision": revision}
 
 
 def _check_folder(path: str | Path) -> None:

@@ -25,8 +25,9 @@ class Config(BaseModel):
 
     algorithm: str = Field(description="sft, reward_model, ppo, grpo or dpo")
     model: str | FromStage = Field(description="model folder, adapter folder of a run, or tiny (built by code)")
-    data: str = Field(description="examples: .jsonl, .csv or .parquet")
-    eval_data: str | None = Field(None, description="held-out examples; default: the last rows of data")
+    data: str = Field(description="examples: .jsonl, .json, .csv, .parquet, a folder of them, or a hub id")
+    eval_data: str | None = Field(None, description="held-out examples; default: rows of data, drawn by seed")
+    columns: dict[str, str] | None = Field(None, description="{prompt: question}: our name, and the data's own")
     eval_size: int | None = Field(None, ge=1, description="rows held out; default: a tenth, at most 64")
     output_dir: str = Field("run", description="run folder: adapters, metrics, samples, curves, checkpoints")
     seed: int = Field(0, ge=0, lt=1 << 63)
@@ -132,9 +133,23 @@ C = TypeVar("C", bound=Config)
 def parse(config_class: type[C], values: dict[str, Any], where: str = "") -> C:
     """`values` checked against `config_class`; UserError names the first bad key, with the nearest good one."""
     try:
-        return config_class.model_validate(values)
+        return config_class.model_validate(fold_columns(values))
     except ValidationError as errors:
         raise UserError(where + _one_line(config_class, errors)) from None
+
+
+def field_of(key: str) -> str:
+    """The key that a flag belongs to: `columns` for `columns.prompt`."""
+    return "columns" if key.startswith("columns.") else key
+
+
+def fold_columns(values: dict[str, Any]) -> dict[str, Any]:
+    """`columns.prompt: question`, which a flag can say, as an entry of `columns`."""
+    folded = {key: value for key, value in values.items() if field_of(key) == key}
+    entries = {key.removeprefix("columns."): value for key, value in values.items() if field_of(key) != key}
+    if entries and isinstance(folded.get("columns") or {}, dict):
+        folded["columns"] = {**(folded.get("columns") or {}), **entries}
+    return folded
 
 
 def _one_line(config_class: type[Config], errors: ValidationError) -> str:

@@ -1,9 +1,12 @@
-"""Preference pairs: a prompt with a chosen and a rejected completion."""
+"""Preference pairs: a prompt with a chosen and a rejected completion, or two conversations that differ in the last."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_fast.data.encoding import Encoder, Example, encode_rows
+from rlhf_fast.data.messages import split_pair, trimmed
+from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.setup import load_rows
@@ -18,7 +21,20 @@ class Pair:
 
 
 def load_pair_rows(config: Config) -> tuple[list[Row], list[Row]]:
-    return load_rows(config, LAYOUTS)
+    """(training, held-out) rows whose conversations are taken apart into the prompt and two answers."""
+    return load_rows(config, LAYOUTS, _pairs)
+
+
+def _pairs(rows: list[Row]) -> list[Row]:
+    pairs = [Row(row.where, split_pair(row)) for row in rows]
+    same = [row for row in pairs if _plain(row.values["chosen"]) == _plain(row.values["rejected"])]
+    if same:
+        say(f"chosen and rejected are the same in {len(same)} of {len(pairs)} pairs, first in {same[0].where}")
+    return pairs
+
+
+def _plain(answer: Any) -> Any:
+    return answer.strip() if isinstance(answer, str) else trimmed(answer)
 
 
 def encode_pairs(encoder: Encoder, train: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[Pair], list[Pair]]:

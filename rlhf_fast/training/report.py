@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_fast.training.run import read_jsonl
+from rlhf_fast.data.reading import read_jsonl
 
 PANELS = {
     "reward": ("reward",),

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from rlhf_fast.data.reading import read_jsonl, split_lines
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
 from rlhf_fast.training.config import Config, read_yaml
@@ -163,10 +164,6 @@ class Run:
                 self.writer.add_scalar(f"eval/{name}", value, done)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
 def _find_checkpoint(folder: Path, resume: str | None) -> tuple[int, dict[str, Any]] | None:
     if resume is None:
         return None
@@ -186,7 +183,7 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in split_lines(path):
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
@@ -196,12 +193,12 @@ def _forget_after(path: Path, step: int) -> None:
 def _replace(path: Path, text: str) -> None:
     """Give the file another content; a kill leaves the old one or the new one, never a part."""
     staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text, encoding="utf-8")
+    staging.write_text(text, encoding="utf-8", newline="\n")
     os.replace(staging, path)
 
 
 def _append(path: Path, values: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 

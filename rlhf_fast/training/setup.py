@@ -1,14 +1,18 @@
 """From a config to a model with roles and encoded examples: everything that can fail on bad input."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlhf_fast.data.batches import held_out_indices
 from rlhf_fast.data.encoding import Encoder, Prompt, encode_rows, load_tokenizer
-from rlhf_fast.data.reading import Row, read_rows, require_columns
+from rlhf_fast.data.layouts import prompt_key, rename_columns, require_columns, with_known_columns
+from rlhf_fast.data.notes import say
+from rlhf_fast.data.reading import Row
+from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import embedding_rows, load_model
@@ -105,18 +109,60 @@ def build_encoder(config: Config, backbone: Backbone, tokenizer: Any, *, new_tok
     return replace(encoder, max_prompt_tokens=min(encoder.max_prompt_tokens, room))
 
 
-def load_rows(config: Config, layouts: Sequence[Sequence[str]]) -> tuple[list[Row], list[Row]]:
-    """(training, held-out) rows of config.data and config.eval_data, which must have one of the column layouts."""
-    rows = read_rows(config.data)
-    require_columns(rows, layouts, config.algorithm)
+def load_rows(
+    config: Config, layouts: Sequence[Sequence[str]], prepare: Callable[[list[Row]], list[Row]] = list
+) -> tuple[list[Row], list[Row]]:
+    """(training, held-out) rows of config.data and config.eval_data, which must have one of the column layouts;
+    `prepare` brings the rows of one source into their last form.
+
+    Held-out rows are drawn by the seed, those that ask the same together, and keep the order that they have in the
+    data.
+    """
+    rows = prepare(_rows_of(config, config.data, layouts))
     if config.eval_data is not None:
-        held_out = read_rows(config.eval_data)
-        require_columns(held_out, layouts, config.algorithm)
-        return rows, held_out[: config.eval_size]
+        held_out = prepare(_rows_of(config, config.eval_data, layouts))
+        if config.eval_size is not None and config.eval_size < len(held_out):
+            held_out = [held_out[i] for i in _draw(config, held_out, config.eval_size)]
+        trained = {prompt_key(row) for row in rows}
+        shared = sum(prompt_key(row) in trained for row in held_out)
+        if shared:
+            say(f"{shared} of the {len(held_out)} rows of {config.eval_data} ask what {config.data} asks too")
+        return rows, held_out
     size = max(1, min(64, len(rows) // 10)) if config.eval_size is None else config.eval_size
     if size >= len(rows):
         raise UserError(f"{config.data} has {len(rows)} rows; holding out {size} (eval_size) leaves none to train on")
-    return rows[:-size], rows[-size:]
+    drawn = _draw(config, rows, size)
+    chosen = set(drawn)
+    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in drawn]
+
+
+def _rows_of(config: Config, data: str, layouts: Sequence[Sequence[str]]) -> list[Row]:
+    rows = rename_columns(read_rows(data), config.columns)
+    rows = with_known_columns(rows, config.algorithm, data)
+    used = require_columns(rows, layouts, config.algorithm)
+    others = [names for names in layouts if set(names) <= rows[0].values.keys() and not set(names) <= set(used)]
+    if others:
+        say(f"{data}: {config.algorithm} reads {', '.join(used)}, not {', '.join(others[0])}")
+    for name in ("completion", "chosen", "rejected"):
+        empty = [row for row in rows if name in used and not _spoken(row.values[name])]
+        if empty:
+            say(f"{data}: {name} is empty in {len(empty)} of {len(rows)} rows, first in {empty[0].where}")
+    return rows
+
+
+def _spoken(answer: Any) -> bool:
+    """Whether an answer says anything: text, or a message with more than an empty text."""
+    messages = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    last = {key: value for key, value in messages[-1].items() if key != "role"}
+    return any(value.strip() if isinstance(value, str) else value for value in last.values())
+
+
+def _draw(config: Config, rows: list[Row], size: int) -> list[int]:
+    keys = [prompt_key(row) for row in rows]
+    if len(set(keys)) == 1:
+        say(f"all {len(rows)} rows ask the same, the held-out ones too")
+        keys = [row.where for row in rows]
+    return held_out_indices(keys, size, config.order_seed)
 
 
 def prepare_rollouts(config: RolloutConfig) -> Job:

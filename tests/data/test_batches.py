@@ -1,4 +1,4 @@
-from rlhf_fast.data.batches import pad_batch, shuffled_indices
+from rlhf_fast.data.batches import held_out_indices, pad_batch, shuffled_indices
 from rlhf_fast.data.encoding import Example
 
 
@@ -26,3 +26,25 @@ def test_the_order_continues_from_any_place():
     order = shuffled_indices(7, seed=1, start=0, count=30)
     for start in (0, 3, 7, 12):
         assert shuffled_indices(7, seed=1, start=start, count=11) == order[start : start + 11]
+
+
+def test_held_out_indices_are_drawn_by_the_seed_and_not_from_the_end():
+    keys = [str(i) for i in range(100)]
+    drawn = held_out_indices(keys, 10, seed=1)
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == 10
+    assert drawn == held_out_indices(keys, 10, seed=1)
+    draws = [held_out_indices(keys, 10, seed=seed) for seed in range(200)]
+    # Every index is drawn with probability 1/10: 20 of 200 times, with a standard deviation of 4.2.
+    counts = [sum(i in draw for draw in draws) for i in range(100)]
+    assert 3 <= min(counts) <= max(counts) <= 40
+
+
+def test_equal_keys_are_held_out_together_or_not_at_all():
+    keys = [str(i // 4) for i in range(40)]
+    for seed in range(5):
+        drawn = held_out_indices(keys, 10, seed)
+        held, kept = ({keys[i] for i in range(40) if (i in drawn) is side} for side in (True, False))
+        assert len(drawn) == 8
+        assert not held & kept
+    assert held_out_indices(["a", "a", "a", "b", "b"], 1, seed=0) == [3, 4]

@@ -1,12 +1,12 @@
 """Runs on a backbone that bitsandbytes holds in 4 bits or int8 (its CPU build is enough)."""
 
-import json
 import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.quantized import quantization_state
 from rlhf_fast.training.run import Stopped
@@ -26,7 +26,7 @@ def packed(job) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("algorithm", "kind"), [("sft", "nf4"), ("dpo", "int8"), ("grpo", "nf4"), ("ppo", "int8")])
 def test_a_run_trains_its_adapters_and_stores_them_like_any_other(algorithm, kind, tmp_path):
     run(values_of(algorithm, quantization=kind, output_dir=str(tmp_path)))
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert len(rows) == 5
     assert all(torch.isfinite(torch.tensor(value)) for row in rows for value in row.values())
     tensors = load_file(tmp_path / "adapter_model.safetensors")

@@ -1,6 +1,5 @@
 """A run that was stopped or killed inside an epoch and resumed is the uninterrupted run, bit for bit."""
 
-import json
 import signal
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from rlhf_fast.algorithms.launch import run_stage, single_stage
+from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.training.run import Run, Stopped
 from tests.training.tiny_runs import ALGORITHMS, values_of
 
@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict:
              for p in folder.rglob("*.safetensors")}  # fmt: skip
     for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
         path = folder / name
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = read_jsonl(path)
         found[name] = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
     return found
 

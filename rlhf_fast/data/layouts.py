@@ -1,0 +1,316 @@
+"""What the columns of a data set mean: names that the user maps, layouts that people know, and what may be learnt.
+
+A layout is one entry of LAYOUTS: the columns that tell it, a function that adds the columns which the algorithms read,
+and the algorithms that may use them. Nothing is inferred that the columns do not say: a set with labels, ratings,
+steps or a message tree is named and refused where an algorithm would look past them.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_fast.data.messages import check_text_or_messages, spelled_out, split_pair
+from rlhf_fast.data.notes import say
+from rlhf_fast.data.reading import Row, shown
+from rlhf_fast.errors import UserError
+
+Values = dict[str, Any]
+PAIRS = ("dpo", "reward_model")
+PROMPTS = ("ppo", "grpo")
+# Columns that the algorithms read; the others are kept for reward functions.
+READ = ("prompt", "completion", "chosen", "rejected", "messages", "text")
+# Columns that say whether an answer is a good one. Those of the first line must not be looked past.
+_LABELS = ("label", "labels", "kto_tag")
+_SCORES = ("score", "scores", "rating", "ratings", "rank", "ranks", "reward", "rewards", "quality", "helpfulness")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A known set of columns.
+
+    name: as people call it. columns: what the first row must have, `fits` what their values must look like.
+    algorithms: those that may use it; `needs` says which method the others would have to be.
+    gives: the columns of READ that `convert` makes of a row. inferred: the algorithm where none is named.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    algorithms: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
+    convert: Callable[[Row], Values] = lambda row: row.values
+    fits: Callable[[Values], bool] = lambda values: True
+    inferred: str | None = None
+    needs: str = ""
+
+
+def _user(text: str) -> Values:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> Values:
+    return {"role": "assistant", "content": text}
+
+
+def _text(row: Row, column: str) -> str:
+    check_text_or_messages(row, column, messages=False)
+    return str(row.values[column])
+
+
+def _hh(row: Row) -> Values:
+    """Anthropic HH: `chosen` and `rejected` are transcripts of turns that begin with "\\n\\nHuman:" or
+    "\\n\\nAssistant:". https://huggingface.co/datasets/Anthropic/hh-rlhf"""
+    pair = {column: _transcript(row, column) for column in ("chosen", "rejected")}
+    return split_pair(Row(row.where, {**row.values, **pair}))
+
+
+def _transcript(row: Row, column: str) -> list[Values]:
+    before, *turns = re.split(r"\n\n(Human|Assistant):", _text(row, column))
+    if before.strip() or not turns:
+        raise UserError(
+            f"{row.where}: {column} must begin with '\\n\\nHuman:', as the first row's does: {shown(before)}"
+        )
+    makers = {"Human": _user, "Assistant": _assistant}
+    return [makers[who](said.strip()) for who, said in zip(turns[::2], turns[1::2], strict=True)]
+
+
+def _ultrafeedback(row: Row) -> Values:
+    """UltraFeedback: whole conversations, and once more as text the `prompt` that they begin with.
+    https://huggingface.co/datasets/HuggingFaceH4/ultrafeedback_binarized"""
+    return split_pair(row)
+
+
+def _shp(row: Row) -> Values:
+    """Stanford Human Preferences: `labels` is 1 where human_ref_A is preferred, 0 where human_ref_B is.
+    https://huggingface.co/datasets/stanfordnlp/SHP"""
+    label = str(row.values["labels"])
+    if label not in ("0", "1"):
+        raise UserError(f"{row.where}: labels must be 0 or 1, got {shown(row.values['labels'])}")
+    first, second = (_text(row, f"human_ref_{name}") for name in ("AB" if label == "1" else "BA"))
+    return {"prompt": [_user(_text(row, "history"))], "chosen": [_assistant(first)], "rejected": [_assistant(second)]}
+
+
+def _summaries(row: Row) -> Values:
+    """OpenAI's comparisons of summaries: `choice` is the index of the better of two `summaries`; the query is that of
+    Stiennon et al. 2020 (2009.01325), a Reddit post with its subreddit and title, or the news article alone.
+    https://huggingface.co/datasets/openai/summarize_from_feedback"""
+    info, summaries, choice = (row.values[column] for column in ("info", "summaries", "choice"))
+    texts = [s.get("text") for s in summaries if isinstance(s, dict)] if isinstance(summaries, list) else []
+    post = next((info[key] for key in ("post", "article") if info.get(key)), None) if isinstance(info, dict) else None
+    if len(texts) != 2 or not all(isinstance(text, str) for text in texts) or choice not in (0, 1) or post is None:
+        raise UserError(f"{row.where}: must have two summaries with a text, a choice of 0 or 1, and a post or article")
+    head = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: " if info.get("post") else ""
+    better, worse = (f" {text.strip()}" for text in (texts[choice], texts[1 - choice]))
+    return {"prompt": f"{head}{post}\n\nTL;DR:", "chosen": better, "rejected": worse}
+
+
+def _sharegpt(row: Row) -> Values:
+    """ShareGPT: `conversations` of {from, value}; a `system` text beside them comes first, and `chosen` and `rejected`
+    beside them are the two answers that follow. https://huggingface.co/datasets/llamafactory/DPO-En-Zh-20k"""
+    column = "conversations" if "conversations" in row.values else "conversation"
+    messages = spelled_out(row.values[column], row.where)
+    check_text_or_messages(Row(row.where, {column: messages}), column, text=False)
+    if row.values.get("system") and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": _text(row, "system")}, *messages]
+    return {"prompt" if "chosen" in row.values else "messages": messages}
+
+
+def _alpaca(row: Row) -> Values:
+    """Alpaca: an `instruction`, perhaps an `input`, and the `output`, here as a conversation.
+    https://huggingface.co/datasets/tatsu-lab/alpaca; `system` and `history` are LlamaFactory's additions."""
+    earlier = row.values.get("history") or []
+    system = [{"role": "system", "content": _text(row, "system")}] if row.values.get("system") else []
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in earlier):
+        raise UserError(f"{row.where}: history must be a list of [instruction, output], got {shown(earlier)}")
+    turns = [make(text) for turn in earlier for make, text in zip((_user, _assistant), turn, strict=True)]
+    question = _text(row, "instruction")
+    if row.values.get("input"):
+        question += "\n\n" + _text(row, "input")
+    return {"prompt": [*system, *turns, _user(question)], "completion": [_assistant(_text(row, "output"))]}
+
+
+def _gsm8k(row: Row) -> Values:
+    """GSM8K: the `answer` is a derivation that ends in "#### " and a number.
+    https://huggingface.co/datasets/openai/gsm8k"""
+    return {"prompt": [_user(_text(row, "question"))], "completion": [_assistant(_text(row, "answer"))]}
+
+
+def _is_hh(values: Values) -> bool:
+    pair = (values["chosen"], values["rejected"])
+    return all(isinstance(text, str) and text.startswith(("\n\nHuman:", "\n\nAssistant:")) for text in pair)
+
+
+# The first that fits is it.
+LAYOUTS = (
+    # https://huggingface.co/datasets/OpenAssistant/oasst1
+    Layout("a message tree, one message a row (OpenAssistant)", ("message_id", "parent_id", "role"),
+           needs="join each path from a root to an answer into one row of `messages`"),
+    Layout("a message tree (OpenAssistant)", ("message_tree_id",),
+           needs="join each path from a root to an answer into one row of `messages`"),
+    # https://github.com/openai/prm800k
+    Layout("PRM800K step ratings", ("question", "label"), needs="they need a process reward model",
+           fits=lambda values: isinstance(values["label"], dict) and "steps" in values["label"]),
+    # https://huggingface.co/datasets/peiyi9979/Math-Shepherd
+    Layout("Math-Shepherd step labels", ("input", "label"), needs="they need a process reward model",
+           fits=lambda values: "ки" in str(values["input"])),
+    # https://huggingface.co/docs/trl/dataset_formats
+    Layout("stepwise supervision", ("prompt", "completions", "labels"), PROMPTS, ("prompt",),
+           needs="it needs a process reward model"),
+    # https://huggingface.co/datasets/trl-lib/kto-mix-14k
+    Layout("unpaired labels (KTO)", ("prompt", "completion", "label"), PROMPTS, ("prompt",),
+           needs="they need KTO or BCO; keep the good rows and drop `label` to imitate them"),
+    # https://huggingface.co/datasets/nvidia/HelpSteer2
+    Layout("HelpSteer ratings", ("prompt", "response", "helpfulness"), PROMPTS, ("prompt",),
+           needs="they need a reward model of ratings; `columns: {completion: response}` imitates every response"),
+    Layout("SHP pairs", ("history", "human_ref_A", "human_ref_B", "labels"), (*PAIRS, *PROMPTS),
+           ("prompt", "chosen", "rejected"), _shp, inferred="dpo"),
+    Layout("OpenAI's comparisons of summaries", ("info", "summaries", "choice"), (*PAIRS, *PROMPTS),
+           ("prompt", "chosen", "rejected"), _summaries, inferred="dpo"),
+    Layout("Anthropic HH pairs", ("chosen", "rejected"), (*PAIRS, *PROMPTS), ("prompt", "chosen", "rejected"), _hh,
+           _is_hh, inferred="dpo"),
+    Layout("UltraFeedback pairs", ("prompt", "chosen", "rejected", "score_chosen", "score_rejected"),
+           (*PAIRS, *PROMPTS, "sft"), ("prompt", "chosen", "rejected"), _ultrafeedback, inferred="dpo"),
+    Layout("ShareGPT pairs", ("conversations", "chosen", "rejected"), (*PAIRS, *PROMPTS),
+           ("prompt", "chosen", "rejected"), _sharegpt, inferred="dpo"),
+    Layout("ShareGPT conversations", ("conversations",), ("sft",), ("messages",), _sharegpt, inferred="sft"),
+    # https://huggingface.co/datasets/lmsys/lmsys-chat-1m
+    Layout("conversations", ("conversation",), ("sft",), ("messages",), _sharegpt, inferred="sft"),
+    Layout("Alpaca instructions", ("instruction", "output"), ("sft", *PROMPTS), ("prompt", "completion"), _alpaca,
+           inferred="sft"),
+    Layout("GSM8K questions", ("question", "answer"), ("sft", *PROMPTS), ("prompt", "completion"), _gsm8k,
+           fits=lambda values: "####" in str(values["answer"])),
+    Layout("texts with a class", ("text", "label"), needs="they need a classifier"),
+)  # fmt: skip
+
+
+def rename_columns(rows: Sequence[Row], columns: dict[str, str] | None) -> list[Row]:
+    """The rows with the columns that `columns` (our name -> theirs) maps under our names.
+
+    UserError for a name that is no column, one that is mapped twice, and one of ours that is there already.
+    """
+    if not columns:
+        return list(rows)
+    ours = {theirs: name for name, theirs in columns.items()}
+    present = rows[0].values
+    for name, theirs in columns.items():
+        if theirs not in present:
+            near = difflib.get_close_matches(theirs, list(present), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(present)}"
+            if name in present:
+                hint = f"; the other way round, {{{theirs}: {name}}}, {name} becomes {theirs}"
+            raise UserError(f"columns: there is no column {theirs!r} to become {name!r}{hint}")
+        if ours[theirs] != name:
+            raise UserError(f"columns: {theirs!r} cannot become both {name!r} and {ours[theirs]!r}")
+        if name in present and name not in ours:
+            raise UserError(f"columns: {theirs!r} cannot become {name!r}, which is a column already; "
+                            f"map that one to another name, such as old_{name}: {name}")  # fmt: skip
+    for row in rows:
+        missing = next((theirs for theirs in ours if theirs not in row.values), None)
+        if missing is not None:
+            raise UserError(f"{row.where}: has no column {missing!r}, which columns maps to {ours[missing]!r}")
+        taken = next((name for name in columns if name in row.values and name not in ours), None)
+        if taken is not None:
+            raise UserError(f"{row.where}: has a column {taken!r} already, which columns maps {columns[taken]!r} to")
+    return [Row(row.where, {ours.get(name, name): value for name, value in row.values.items()}) for row in rows]
+
+
+def recognise(rows: Sequence[Row]) -> Layout | None:
+    """The known layout of the first row, whose columns every other row must have."""
+    first = rows[0].values
+    return next((lay for lay in LAYOUTS if set(lay.columns) <= first.keys() and lay.fits(first)), None)
+
+
+def infer_algorithm(rows: Sequence[Row], data: str) -> str:
+    """The algorithm that the columns allow without doubt. UserError says what to choose from where there is doubt."""
+    layout, columns = recognise(rows), rows[0].values.keys()
+    if layout is not None:
+        if layout.inferred is not None:
+            return layout.inferred
+        if layout.algorithms:
+            raise UserError(f"{data} has {layout.name}: choose algorithm {' or '.join(layout.algorithms)}"
+                            + f" (for all else {layout.needs})" * bool(layout.needs))  # fmt: skip
+        raise UserError(f"{data} has {layout.name}, which no algorithm here learns from: {layout.needs}")
+    judged = [name for name in (*_LABELS, *_SCORES) if name in columns]
+    if {"chosen", "rejected"} <= columns:
+        found = "dpo"
+    elif "messages" in columns or "text" in columns or {"prompt", "completion"} <= columns:
+        found = "sft"
+    elif "prompt" in columns:
+        raise UserError(f"{data} has only prompts: choose algorithm ppo or grpo")
+    else:
+        raise UserError(f"{data}: the columns {', '.join(columns) or 'none'} name no algorithm; choose one and map "
+                        "its columns to them with `columns`")  # fmt: skip
+    if judged:
+        raise UserError(f"{data} has a column {judged[0]!r} that {found} would not look at: choose the algorithm")
+    return found
+
+
+def with_known_columns(rows: Sequence[Row], algorithm: str, data: str) -> list[Row]:
+    """The rows with what `algorithm` reads under its own names, where they have a known layout, which is said.
+
+    Raises UserError for a layout that the algorithm cannot use, and for labels that it would look past.
+    """
+    layout, columns = recognise(rows), rows[0].values.keys()
+    if layout is not None and algorithm not in layout.algorithms:
+        raise UserError(f"{rows[0].where}: {layout.name}; {algorithm} cannot learn from them: {layout.needs}"
+                        if layout.needs else f"{rows[0].where}: {layout.name}; they are for "
+                        f"{', '.join(layout.algorithms)}, not {algorithm}")  # fmt: skip
+    used = layout.columns if layout is not None else ()
+    _check_uniform(rows, {*READ, *_LABELS, *used})
+    if algorithm not in PROMPTS:
+        _check_judgements([name for name in columns if name not in used], algorithm, rows[0].where)
+    rows = [Row(row.where, {name: spelled_out(value, row.where) if name in READ else value
+                            for name, value in row.values.items()}) for row in rows]  # fmt: skip
+    if layout is None:
+        return rows
+    say(f"{data}: {layout.name} -> {', '.join(layout.gives)}")
+    return [Row(row.where, {**row.values, **layout.convert(row)}) for row in rows]
+
+
+def _check_uniform(rows: Sequence[Row], names: set[str]) -> None:
+    """What the first row is taken for holds for all: each has the same ones of `names`."""
+    expected = names & rows[0].values.keys()
+    for row in rows:
+        found = names & row.values.keys()
+        if found != expected:
+            name = min(found ^ expected)
+            has, lacks = ("lacks", "has") if name in expected else ("has", "lacks")
+            raise UserError(f"{row.where} {has} the column {name!r}, which {rows[0].where} {lacks}")
+
+
+def _check_judgements(columns: Sequence[str], algorithm: str, where: str) -> None:
+    label = next((name for name in columns if name in _LABELS), None)
+    if label is not None:
+        raise UserError(f"{where}: {algorithm} would not look at the column {label!r}; where it says nothing about the "
+                        f"answers, give it another name: columns: {{kind: {label}}}")  # fmt: skip
+    score = next((name for name in columns if name in _SCORES), None)
+    if score is not None:
+        say(f"{algorithm} does not look at the column {score!r}")
+
+
+def require_columns(rows: Sequence[Row], layouts: Sequence[Sequence[str]], algorithm: str) -> Sequence[str]:
+    """The first of `layouts` (sets of columns) that the first row has; every row must then have it, with values of
+    the right types."""
+    first = rows[0]
+    layout = next((names for names in layouts if set(names) <= set(first.values)), None)
+    if layout is None:
+        wanted = " or ".join("/".join(names) for names in layouts)
+        have = ", ".join(first.values) or "none"
+        raise UserError(f"{first.where}: {algorithm} needs the columns {wanted}; found: {have}")
+    for row in rows:
+        for name in layout:
+            check_text_or_messages(row, name, text=name != "messages", messages=name != "text")
+    return layout
+
+
+def prompt_key(row: Row) -> str:
+    """What two rows have in common that ask the same: their prompt, or all before the last message, or their text."""
+    values = row.values
+    asked = next((values[name] for name in ("prompt", "messages", "text", "chosen") if values.get(name)), "")
+    if "prompt" not in values and isinstance(asked, list):
+        asked = asked[:-1] or asked
+    if isinstance(asked, str):
+        return asked.strip()
+    return json.dumps(asked, sort_keys=True, default=str)
