@@ -208,6 +208,29 @@ def test_the_algorithm_follows_from_the_columns(data, found, tmp_path):
     assert f"algorithm: {found}" in result.stdout
 
 
+def test_mapped_columns_name_the_algorithm_too(tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", [{"question": f"q{i}", "answer": "a"} for i in range(4)])
+    words = ("--model", str(folder() / "model"), "--data", str(tmp_path / "d.jsonl"), "--dry-run", "--output_dir",
+             str(tmp_path / "run"))  # fmt: skip
+    result = invoke("train", *words, "columns.prompt=question", "--columns.completion", "answer")
+    assert result.exit_code == 0, result.output
+    assert "algorithm: sft" in result.stdout
+    for wrong in ("columns.prompt=qestion", "columns=question", "columns={prompt: [question]}"):
+        result = invoke("train", *words, wrong)
+        assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+        assert "columns" in result.stderr
+
+
+def test_a_known_data_set_is_named(tmp_path):
+    pair = {"chosen": "\n\nHuman: {}\n\nAssistant: Yes.", "rejected": "\n\nHuman: {}\n\nAssistant: No."}
+    write_jsonl(tmp_path / "d.jsonl", [{k: v.format(i) for k, v in pair.items()} for i in range(4)])
+    result = invoke("train", "--model", str(folder() / "model"), "--data", str(tmp_path / "d.jsonl"), "--dry-run",
+                    "--output_dir", str(tmp_path / "run"))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path}/d.jsonl: Anthropic HH pairs -> prompt, chosen, rejected\n" in result.stdout
+    assert "algorithm: dpo" in result.stdout
+
+
 def test_prompts_alone_do_not_decide_the_algorithm(tmp_path):
     result = invoke("train", "--model", "m", "--data", str(folder() / "prompts.jsonl"))
     assert result.exit_code == 2

@@ -29,6 +29,9 @@ def test_yaml_and_flags_give_the_same_values():
         ({"model": {"fro": "sft"}}, "model: Input should be a valid string, got {'fro': 'sft'}"),
         ({"seed": 1 << 64}, "seed: Input should be less than"),
         ({"learning_rate": float("inf")}, "learning_rate: Input should be a finite number, got inf"),
+        ({"columns": ["a"]}, "columns: Input should be a valid dictionary, got .'a'"),
+        ({"columns": {"prompt": 1}}, "columns: Input should be a valid string, got 1"),
+        ({"columns.prompt": [1]}, "columns: Input should be a valid string"),
         ({"reward_weights": [float("nan")]}, "reward_weights: Input should be a finite number"),
         ({"batch_size": 10, "num_minibatches": 4}, "batch_size 10 must be a multiple of num_minibatches 4"),
     ],
@@ -46,6 +49,21 @@ def test_a_missing_key_says_what_it_is():
 
 def test_a_gradient_may_be_left_unclipped():
     assert parse(PPO, {**LEAST, **parse_overrides(["max_grad_norm=.inf"])}).max_grad_norm == float("inf")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["columns.prompt=question", "--columns.completion", "answer"],
+        ["columns={prompt: question}", "columns.completion=answer"],
+        ['columns={"prompt": "question", "completion": "answer"}'],
+    ],
+)
+def test_columns_can_be_mapped_by_flags(words):
+    given = {**LEAST, **parse_overrides(words)}
+    assert parse(PPO, given).columns == {"prompt": "question", "completion": "answer"}
+    given = {**LEAST, "columns": {"prompt": "q", "tag": "t"}, **parse_overrides(["columns.prompt=question"])}
+    assert parse(PPO, given).columns == {"prompt": "question", "tag": "t"}
 
 
 @pytest.mark.parametrize("words", [["--key"], ["--key", "--other", "1"], ["loose"], ["a={"]])

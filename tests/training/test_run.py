@@ -10,7 +10,7 @@ from rlhf_fast.algorithms.launch import all_stages, launch, run_stage, single_st
 from rlhf_fast.errors import UserError
 from rlhf_fast.training import report
 from rlhf_fast.training.config import read_yaml
-from rlhf_fast.training.run import Run, Stopped, read_jsonl
+from rlhf_fast.training.run import Run, Stopped, read_jsonl, write_summary
 from tests.training.test_resume import interrupt
 from tests.training.tiny_runs import config_of, folder, job_of, values_of
 
@@ -28,6 +28,22 @@ def test_metrics_of_an_interrupted_run_are_cut_at_its_checkpoint(tmp_path):
     resumed = Run(longer, job_of(longer), resume="auto", overwrite=False)
     assert resumed.start == 3
     assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3]
+
+
+def test_records_with_separators_that_are_no_line_feed_are_kept_across_a_resume(tmp_path):
+    config = config_of("sft", output_dir=str(tmp_path / "run"), steps=2)
+    text = "a\u2028b\u2029c\u0085d\x0be\x1cf"
+    with Run(config, job_of(config), resume=None, overwrite=False) as run:
+        for step in run.steps():
+            run.log(step, {"loss": 1.0}, tokens=1)
+            run.samples(step, [{"prompt": text}])
+        run.evaluation(0, {"metrics": {}, "samples": [{"prompt": text}]})
+    longer = config.model_copy(update={"steps": 3})
+    Run(longer, job_of(longer), resume="auto", overwrite=False)
+    lines = (tmp_path / "run" / "samples.jsonl").read_bytes().split(b"\n")
+    assert [json.loads(line)["prompt"] for line in lines[:-1]] == [text, text]
+    write_summary(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["samples"] == [{"prompt": text}]
 
 
 def test_a_kill_while_a_run_is_resumed_loses_neither_its_config_nor_its_metrics(tmp_path, monkeypatch):
@@ -167,6 +183,9 @@ def test_a_dry_run_of_stages_writes_nothing(tmp_path, capsys):
         ({"ppo.lam": 7}, "stage ppo: lam: Input should be less than or equal to 1, got 7"),
         ({"reward_model.model": {"from": "ppo"}}, "stage reward_model: from: ppo is no earlier stage"),
         ({"ppo.data": "none.jsonl"}, "none.jsonl does not exist"),
+        ({"sft.columns.prompt": "qromt"}, "there is no column 'qromt' to become 'prompt'"),
+        ({"columns.prompt": "qromt"}, "there is no column 'qromt' to become 'prompt'"),
+        ({"sft.column.prompt": "x"}, "unknown key 'sft.column.prompt'"),
     ],
 )
 def test_a_mistake_in_a_late_stage_is_found_before_the_first_one_runs(tmp_path, overrides, message):
