@@ -3,8 +3,10 @@ import json
 import pytest
 import torch
 
+from rlhf_fast.data.encoding import load_tokenizer
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.loading import load_model
+from rlhf_fast.models.tiny import byte_tokenizer
 from tests.models.tiny_models import make_model
 
 
@@ -56,6 +58,31 @@ def test_hub_id_that_cannot_be_reached_says_that_there_is_no_folder_either(tmp_p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="models/absent cannot be loaded: there is no such folder, and as a hub id"):
         load_model("models/absent", dtype=torch.float32)
+
+
+def test_a_hub_id_is_read_at_its_revision_and_a_folder_of_that_name_wins(tmp_path, monkeypatch):
+    """The layout of huggingface_hub's own cache stands for the hub."""
+    repo = tmp_path / "hub" / "models--org--name"
+    for number, (revision, commit) in enumerate({"main": "a" * 40, "v1.0": "b" * 40}.items()):
+        model = make_model("llama")
+        with torch.no_grad():
+            model.model.embed_tokens.weight.fill_(number)
+        model.save_pretrained(repo / "snapshots" / commit)
+        byte_tokenizer().save_pretrained(repo / "snapshots" / commit)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / revision).write_text(commit)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, number in (("org/name", 0), ("org/name@v1.0", 1), (f"org/name@{'a' * 40}", 0)):
+        assert load_model(name, dtype=torch.float32).model.embed_tokens.weight[1, 0] == number
+        assert load_tokenizer(name).eos_token_id == byte_tokenizer().eos_token_id
+    for load in (lambda name: load_model(name, dtype=torch.float32), load_tokenizer):
+        with pytest.raises(UserError, match=r"org/name@v2\.0") as error:
+            load("org/name@v2.0")
+        assert "\n" not in str(error.value)
+    make_model("llama").save_pretrained("org/name@v1.0")
+    assert load_model("org/name@v1.0", dtype=torch.float32).model.embed_tokens.weight[1, 0] not in (0, 1)
 
 
 def test_unknown_architecture_is_named(folder):
