@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_fast.data.messages import check_text_or_messages, spelled_out, split_pair
+from rlhf_fast.data.messages import check_text_or_messages, spelled_out, split_pair, trimmed
 from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row, shown
 from rlhf_fast.errors import UserError
@@ -25,6 +25,10 @@ READ = ("prompt", "completion", "chosen", "rejected", "messages", "text")
 # Columns that say whether an answer is a good one. Those of the first line must not be looked past.
 _LABELS = ("label", "labels", "kto_tag")
 _SCORES = ("score", "scores", "rating", "ratings", "rank", "ranks", "reward", "rewards", "quality", "helpfulness")
+
+
+# Columns that are asked something where there is no `prompt` before answers of plain text.
+_ASKING = ("question", "instruction", "query", "input", "problem", "context", "history", "system")
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,8 @@ LAYOUTS = (
            inferred="sft"),
     Layout("GSM8K questions", ("question", "answer"), ("sft", *PROMPTS), ("prompt", "completion"), _gsm8k,
            fits=lambda values: "####" in str(values["answer"])),
-    Layout("texts with a class", ("text", "label"), needs="they need a classifier"),
+    Layout("texts with a class", ("text", "label"),
+           needs="they need a classifier; `columns: {kind: label}` imitates every text"),
 )  # fmt: skip
 
 
@@ -302,6 +307,10 @@ def require_columns(rows: Sequence[Row], layouts: Sequence[Sequence[str]], algor
     for row in rows:
         for name in layout:
             check_text_or_messages(row, name, text=name != "messages", messages=name != "text")
+    asking = next((name for name in _ASKING if name in first.values), None)
+    if layout[0] == "chosen" and isinstance(first.values["chosen"], str) and asking is not None:
+        raise UserError(f"{first.where}: {algorithm} would not look at the column {asking!r}; where it is what was "
+                        f"asked, say columns.prompt={asking}, else give it another name")  # fmt: skip
     return layout
 
 
@@ -313,4 +322,4 @@ def prompt_key(row: Row) -> str:
         asked = asked[:-1] or asked
     if isinstance(asked, str):
         return asked.strip()
-    return json.dumps(asked, sort_keys=True, default=str)
+    return json.dumps(trimmed(asked), sort_keys=True, default=str)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Sequence
 from glob import glob
@@ -29,7 +30,7 @@ class Source(NamedTuple):
 
 def parse_source(text: str) -> Source:
     """`text` as it is where it names a file or folder, else without its `:config` and `@split`."""
-    if Path(text).exists():
+    if os.path.exists(text):
         return Source(text, None, None)
     match = re.fullmatch(r"(.+?)(?::([^:@/\\]+))?(?:@([^@/\\]+))?", text, re.DOTALL)
     return Source(*match.groups()) if match else Source(text, None, None)  # type: ignore[arg-type]
@@ -47,25 +48,31 @@ def read_rows(data: str) -> list[Row]:
     The split is `train` where none is said. A file or folder wins over a hub id of the same name. Raises UserError for
     what is none of these, and where there is no row.
     """
-    source = parse_source(data)
-    path = Path(source.place)
-    if path.is_file():
-        rows = read_shards([path])
-    elif path.is_dir():
-        rows = _read_folder(path, source)
-    elif path.exists():
-        raise UserError(f"data {data} is neither a file nor a folder")
-    elif any(sign in source.place for sign in "*?["):
-        rows = read_shards(sorted(Path(found) for found in glob(source.place, recursive=True)))
-        if not rows:
-            raise UserError(f"data {data}: no file has such a name")
-    elif _may_be_on_the_hub(source.place):
-        rows = _load_dataset(source)
-    else:
-        raise UserError(f"data file {source.place} does not exist")
+    try:
+        rows = _read(data, parse_source(data))
+    except OSError as error:
+        raise UserError(f"data {data} cannot be read: {error.strerror or first_line(error)}") from None
     if not rows:
         raise UserError(f"{data} has no examples")
     return rows
+
+
+def _read(data: str, source: Source) -> list[Row]:
+    path = Path(source.place)
+    if os.path.isfile(source.place):
+        return read_shards([path])
+    if os.path.isdir(source.place):
+        return _read_folder(path, source)
+    if os.path.exists(source.place):
+        raise UserError(f"data {data} is neither a file nor a folder")
+    if any(sign in source.place for sign in "*?["):
+        found = sorted(Path(name) for name in glob(source.place, recursive=True))
+        if not found:
+            raise UserError(f"data {data}: no file has such a name")
+        return read_shards(found)
+    if _may_be_on_the_hub(source.place):
+        return _load_dataset(source)
+    raise UserError(f"data file {source.place} does not exist")
 
 
 def read_shards(paths: Sequence[Path]) -> list[Row]:
@@ -80,7 +87,7 @@ def _read_folder(folder: Path, source: Source) -> list[Row]:
     if any((folder / name).is_file() for name in _SAVED):
         return _load_saved(folder, source)
     shards = sorted(path for path in folder.iterdir() if path.is_file() and data_suffix(path))
-    if source.config is not None or not shards or (folder / "README.md").is_file():
+    if source.config is not None or not shards or _has_card(folder):
         if not any(path.is_file() and data_suffix(path) for path in folder.rglob("*")):
             raise UserError(f"data folder {folder} holds no file of {', '.join(SUFFIXES)}")
         return _load_dataset(source)
@@ -96,6 +103,12 @@ def _read_folder(folder: Path, source: Source) -> list[Row]:
         found = ", ".join(sorted({split or "no split" for split in splits.values()}))
         raise UserError(f"data folder {folder} has no split {wanted!r}; it has: {found}; write {folder}@split")
     return read_shards(chosen)
+
+
+def _has_card(folder: Path) -> bool:
+    """Whether the folder is a repository of the hub: its README.md begins with metadata in YAML."""
+    card = folder / "README.md"
+    return card.is_file() and card.read_bytes().startswith(b"---")
 
 
 def split_of(path: Path) -> str | None:

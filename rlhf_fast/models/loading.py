@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def hub_id(path: str | Path) -> tuple[str, dict[str, str]]:
     """`org/name@revision` as org/name and the argument of `from_pretrained` for the revision. A folder is itself,
     whatever its name."""
     place, _, revision = str(path).rpartition("@")
-    if Path(path).exists() or not place or not revision:
+    if os.path.exists(path) or not place or not revision:
         return str(path), {}
     return place, {"revision": revision}
 

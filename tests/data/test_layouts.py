@@ -302,6 +302,15 @@ def test_missing_columns_are_named_with_those_that_are_there():
         require_columns(rows({"text": [user("a")]}), [("text",)], "sft")
 
 
+@pytest.mark.parametrize("name", ["question", "instruction", "system"])
+def test_answers_without_a_prompt_are_not_learnt_past_what_was_asked(name):
+    pair = {"chosen": "a", "rejected": "b"}
+    with pytest.raises(UserError, match=f"would not look at the column '{name}'; .*columns.prompt={name}"):
+        require_columns(rows({name: "q", **pair}), [("prompt", "chosen", "rejected"), ("chosen", "rejected")], "dpo")
+    require_columns(rows({"tag": "q", **pair}), [("chosen", "rejected")], "dpo")
+    require_columns(rows({name: "q", "text": "a"}), [("text",)], "sft")
+
+
 def test_messages_in_the_spellings_of_others_are_brought_to_one():
     columnar = {"role": ["user", "assistant"], "content": ["a", "b"]}
     (row,) = with_known_columns(rows({"messages": columnar}), "sft", "d")
@@ -315,7 +324,7 @@ def test_two_rows_ask_the_same_where_their_prompts_are():
     key = prompt_key
     (a, b, c) = rows({"prompt": "x "}, {"prompt": "x", "n": 2}, {"prompt": "y"})
     assert key(a) == key(b) != key(c)
-    (a, b, c) = rows(*({"messages": [user(q), assistant(text)]} for q, text in (("x", "1"), ("x", "2"), ("y", "1"))))
+    (a, b, c) = rows(*({"messages": [user(q), assistant(text)]} for q, text in (("x", "1"), ("x ", "2"), ("y", "1"))))
     assert key(a) == key(b) != key(c)
 
 

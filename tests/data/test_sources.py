@@ -2,6 +2,8 @@ import json
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf_fast.data.sources import parse_source, read_rows, split_of
 from rlhf_fast.errors import UserError
@@ -98,6 +100,18 @@ def test_a_source_that_is_none_is_one_line(tmp_path, data, message):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=message):
         read_rows(str(tmp_path / data))
+
+
+@given(st.text(max_size=12) | st.text("/.@:*?[]a~\0", max_size=8))
+def test_any_name_is_rows_or_one_line(tmp_path_factory, name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        patch.setattr("rlhf_fast.data.sources._load_dataset", lambda source: [])
+        with pytest.raises(UserError):
+            read_rows(f"x{name}")
+        for odd in ("", "x" * 300, "\0", "x\0*"):
+            with pytest.raises(UserError):
+                read_rows(odd)
 
 
 def test_a_device_is_no_data():
