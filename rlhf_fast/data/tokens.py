@@ -12,7 +12,7 @@ from rlhf_fast.models.loading import hub_id
 
 
 def load_tokenizer(folder: str, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id; UserError when there is none or, with needs_eos, it has no EOS token."""
+    """The tokenizer of a model folder or hub id; UserError when there is none, or needs_eos and it has no EOS token."""
     place, revision = hub_id(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **revision)
