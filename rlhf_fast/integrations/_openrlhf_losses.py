@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import policy_loss, value_loss
+from rlhf_fast import policy_loss, token_logprobs, value_loss
 
 # --- Reductions ------------------------------------------------------------------------------------------------------
 
@@ -47,6 +47,36 @@ def aggregate_loss(
         denominator=of_rank(batch_num_tokens, dp_size), sequences=of_rank(global_batch_size, dp_size),
     )  # fmt: skip
     return total.to(result_type(token_level_loss, loss, loss_mask))
+
+
+class GPTLMLoss(nn.Module):
+    """The mean of -log softmax(logits)[next label]; labels of -100 do not count, and 0 is the mean of none.
+
+    ring_attn_group: the sequence is spread over its ranks, labels are the whole sequence's. As in OpenRLHF the loss is
+    then the mean of the ranks' means, its gradient this rank's, and a rank's last token predicts nothing.
+    """
+
+    IGNORE_INDEX = -100
+
+    def __init__(self, ring_attn_group: torch.distributed.ProcessGroup | None = None):
+        super().__init__()
+        self.ring_attn_group = ring_attn_group
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """0-d, in the type of the logits (..., T, V). labels: (..., T), with a group (..., ranks * T)."""
+        group = self.ring_attn_group
+        if group is not None:
+            each = labels.shape[-1] // group.size()
+            labels = labels[..., group.rank() * each : (group.rank() + 1) * each]
+        targets = labels[..., 1:]
+        counts = targets != self.IGNORE_INDEX
+        losses = -token_logprobs(logits[..., :-1, :], targets, mask=counts)
+        loss = losses.sum() / counts.sum().clamp(min=1)
+        if group is not None:
+            total = loss.detach().clone()
+            torch.distributed.all_reduce(total, group=group)
+            loss = (loss + (total - loss.detach())) / group.size()
+        return loss.to(logits.dtype)
 
 
 class SFTLoss(nn.Module):
@@ -151,7 +181,8 @@ class PolicyLoss(nn.Module):
             )
         if level != "off" and gating != "ratio" and self.is_correction_threshold[0] > 0:
             raise ValueError(
-                f"is_correction_threshold must be (0, bound) for gating {gating!r}, got {self.is_correction_threshold}"
+                f"is_correction_gating={gating} takes an upper bound only, (0, bound) as is_correction_threshold, "
+                f"got {self.is_correction_threshold}"
             )
 
     def forward(

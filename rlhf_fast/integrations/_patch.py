@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -60,7 +61,8 @@ def patch(peer: str) -> list[str]:
     name = _name(module)
     if name not in _active:
         _check_version(module)
-        swaps = [_found(dotted, ours) for dotted, ours in module.replacements().items()]
+        with _told_what_is_missing(module):
+            swaps = [_found(dotted, ours) for dotted, ours in module.replacements().items()]
         pairs = {(id(s.ours), id(s.theirs)) for s in swaps if s.theirs is not _ABSENT}
         if len({ours for ours, _ in pairs}) < len(pairs):
             raise ValueError(f"{module.__name__}: one object replaces two, unpatch could not tell them apart")
@@ -126,6 +128,20 @@ def _check_version(module: ModuleType) -> None:
     if version != module.TESTED:
         message = f"{module.PEER} {version} is installed; rlhf_fast is tested with {module.PEER} {module.TESTED}"
         warnings.warn(message, UserWarning, stacklevel=3)
+
+
+@contextmanager
+def _told_what_is_missing(module: ModuleType) -> Iterator[None]:
+    """Says which package the peer itself imports and does not find, and what to do."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing in ("", module.PEER.replace("-", "_"), _name(module)) or find_spec(missing) is not None:
+            raise
+        message = f"{module.PEER} imports {error.name}, which is not installed: pip install {missing.replace('_', '-')}"
+        hint = getattr(module, "WITHOUT", {}).get(missing, "")
+        raise ModuleNotFoundError(message + hint, name=error.name) from error
 
 
 def _found(dotted: str, ours: Any) -> _Swap:

@@ -74,7 +74,7 @@ def _mean_logits(
         mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
         return (mean if bias is None else mean + bias.float().mean()) * (logit_scale / temperature)
     result = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    for rows, logits in _tiles(hidden, weight, bias):
+    for rows, logits in logit_tiles(hidden, weight, bias):
         result[rows] = _transformed(logits, logit_scale, softcap).mean(-1) / temperature
     return result
 
@@ -98,7 +98,7 @@ def _is_top1(
     """
     is_top1 = logprobs > -0.693  # just above log(1 / 2)
     open_rows = (~is_top1 & (logprobs > p_max.log() - 1e-4)).nonzero()[:, 0]
-    for rows, logits in _tiles(hidden[open_rows], weight, bias):
+    for rows, logits in logit_tiles(hidden[open_rows], weight, bias):
         best = _transformed(logits, logit_scale, softcap).argmax(-1)
         is_top1[open_rows[rows]] = best == targets[open_rows[rows]]
     return is_top1
@@ -164,7 +164,7 @@ def _transformed(logits: Tensor, logit_scale: float, softcap: float | None) -> T
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def logit_tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their logits (n, V) in float32 or float64), a tile of the byte budget at a time."""
     for rows in _head.chunks(hidden.shape[0], _head.chunk_tokens(weight)):
         shape = (rows.stop - rows.start, weight.shape[0])

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import token_logprobs
+from rlhf_fast.integrations._cross_entropy import Options, cross_entropy, reduced
 
 PEER = "flash-attn"
 TESTED = "2.8.3"
@@ -31,8 +31,11 @@ MODULE = "flash_attn.ops.triton.cross_entropy"
 
 
 def replacements() -> dict[str, Any]:
-    """The peer's defining module and name -> our function."""
-    return {f"{MODULE}.cross_entropy_loss": cross_entropy_loss}
+    """The peer's defining modules and names -> our objects."""
+    return {
+        f"{MODULE}.cross_entropy_loss": cross_entropy_loss,
+        "flash_attn.losses.cross_entropy.CrossEntropyLoss": CrossEntropyLoss,
+    }
 
 
 def install() -> None:
@@ -64,55 +67,65 @@ def cross_entropy_loss(
     ignore_index: int = -100,
     inplace_backward: bool = False,
     process_group: torch.distributed.ProcessGroup | None = None,
+    *,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(losses, z_losses), (N,) each, float32 (float64 for float64 logits); z_losses are in losses and have no gradient.
 
     logits: (N, V); with a process_group this rank's V / ranks columns, in rank order. labels: (N,), ids of the whole
     vocabulary or ignore_index. logit_scale > 0. inplace_backward: the gradient is written over the logits.
     precomputed_lse: not looked at; the lse is made in the same read of the logits as the rest.
-    label_smoothing, lse_square_scale and process_group cost passes of plain PyTorch over the logits' gradient.
+    label_smoothing and process_group cost a pass of plain PyTorch over tiles of the gradient, made in float32 and
+    rounded once. weight: (V,) of a floating type, or None: class weights as in torch's cross_entropy, which flash-attn
+    lacks; not with a process_group.
     Raises ValueError for shapes and values that do not fit, IndexError on the CPU for a label outside the vocabulary,
     where the peer's loss is 0 and its gradient is not; on a GPU the loss is NaN.
     """
-    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(f"logits must be (N, V) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}")
-    counts = labels != ignore_index
-    ranks = 1 if process_group is None else process_group.size()
-    options: dict[str, Any] = {"logit_scale": logit_scale, "mask": counts, "inplace_backward": inplace_backward}
-    if ranks == 1 and label_smoothing == 0 and lse_square_scale == 0:
-        losses = -token_logprobs(logits, labels, **options)
-        return losses, torch.zeros_like(losses)
-    owned, ids = counts, labels
-    if process_group is not None:
-        ids = labels - process_group.rank() * logits.shape[1]
-        owned = counts & (ids >= 0) & (ids < logits.shape[1])
-    ids = torch.where(owned, ids, 0)
-    nll = -token_logprobs(logits, ids, **options)
-    scaled = logit_scale * logits.gather(1, ids.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].to(nll.dtype)
-    target = torch.where(counts, scaled, 0.0)
-    lse, smoothed = target + nll, logit_scale * logits.sum(1, dtype=nll.dtype) / (ranks * logits.shape[1])
-    if process_group is not None and ranks > 1:
-        others = _lse_of_others(lse.detach(), process_group)
-        whole = torch.logaddexp(lse, others)
-        nll = _summed(torch.where(owned, nll + torch.nn.functional.softplus(others - lse), 0.0), process_group)
-        nll = nll + torch.where(owned, 0.0, whole - whole.detach())  # the label's rank has this in its own term
-        target, smoothed = (_summed(x, process_group) for x in (torch.where(owned, target, 0.0), smoothed))
-        lse = whole
-    z_losses = torch.where(counts, lse_square_scale * lse.square(), 0.0)
-    losses = torch.where(counts, nll + label_smoothing * (target - smoothed), 0.0) + z_losses
-    return losses, z_losses.detach()
+    options = Options(
+        weight, label_smoothing, lse_square_scale, logit_scale, ignore_index, inplace_backward, process_group
+    )
+    losses, z_losses = cross_entropy(logits, labels, options)
+    return losses + z_losses, z_losses.detach()
 
 
-def _lse_of_others(lse: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """(N,): the log-sum-exp of the other ranks' columns."""
-    gathered = [torch.empty_like(lse) for _ in range(group.size())]
-    torch.distributed.all_gather(gathered, lse.contiguous(), group=group)
-    del gathered[group.rank()]
-    return torch.logsumexp(torch.stack(gathered), 0)
+class CrossEntropyLoss(torch.nn.Module):
+    """flash_attn.losses.cross_entropy.CrossEntropyLoss, on the CPU as well; weight as in `cross_entropy_loss`."""
 
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        lse_square_scale: float = 0.0,
+        inplace_backward: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        return_z_loss: bool = False,
+        *,
+        weight: Tensor | None = None,
+    ):
+        super().__init__()
+        if reduction not in ("mean", "none", "sum"):
+            raise NotImplementedError(f"reduction must be mean, none or sum, got {reduction!r}")
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.logit_scale = logit_scale
+        self.lse_square_scale = lse_square_scale
+        self.inplace_backward = inplace_backward
+        self.process_group = process_group
+        self.return_z_loss = return_z_loss
+        self.register_buffer("weight", weight, persistent=False)
 
-def _summed(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """The sum over the ranks, whose gradient is this rank's own."""
-    total = x.detach().clone()
-    torch.distributed.all_reduce(total, group=group)
-    return total + (x - x.detach())
+    def forward(self, input: Tensor, target: Tensor, precomputed_lse: Tensor | None = None) -> Any:
+        """The loss of logits (N, V) and labels (N,), () or (N,) by reduction; with return_z_loss (loss, z_loss).
+
+        A mean is over the labels that count, by their class weights, and 0 where none does; that of z_loss is over
+        their number.
+        """
+        options = Options(
+            self.weight, self.label_smoothing, self.lse_square_scale, self.logit_scale, self.ignore_index,
+            self.inplace_backward, self.process_group,
+        )  # fmt: skip
+        loss, z_loss = reduced(*cross_entropy(input, target, options), target, options, self.reduction)
+        return (loss, z_loss) if self.return_z_loss else loss

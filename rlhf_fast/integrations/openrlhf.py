@@ -25,6 +25,7 @@ from rlhf_fast import (
     token_logprobs,
 )
 from rlhf_fast.integrations._openrlhf_losses import (
+    GPTLMLoss,
     PolicyLoss,
     SFTLoss,
     ValueLoss,
@@ -38,6 +39,11 @@ from rlhf_fast.integrations._openrlhf_losses import (
 PEER = "openrlhf"
 TESTED = "0.11.2"
 
+# What `patch` adds where OpenRLHF does not find a package that its models import.
+WITHOUT = {
+    "flash_attn": " --no-build-isolation, which needs CUDA; without it call rlhf_fast.integrations.openrlhf's functions"
+}
+
 IGNORED_LABEL = -100
 KL_BOUND = 10.0  # of an estimate, in nats
 KL_WEIGHT_BOUND = 10.0  # of the importance weight in the gradient of an estimate
@@ -45,7 +51,7 @@ KL_WEIGHT_BOUND = 10.0  # of the importance weight in the gradient of an estimat
 
 def replacements() -> dict[str, Any]:
     """What `rlhf_fast.patch("openrlhf")` replaces. Its experience maker needs vLLM, and is left alone without it."""
-    losses = (aggregate_loss, SFTLoss, PolicyLoss, ValueLoss, PairWiseLoss, LogExpLoss, DPOLoss)
+    losses = (aggregate_loss, GPTLMLoss, SFTLoss, PolicyLoss, ValueLoss, PairWiseLoss, LogExpLoss, DPOLoss)
     utils = (compute_approx_kl, compute_reward, log_probs_from_logits, compute_entropy, masked_mean, masked_normalize)
     methods = (get_advantages_and_returns, get_cumulative_returns) if find_spec("vllm") else ()
     places = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast import PreferenceObjective, gae, policy_loss, token_logprobs, value_loss
-from rlhf_fast import whiten as whitened
+from rlhf_fast.integrations._moments import moments
 from rlhf_fast.ops._preference import VARIANTS, Pairs, scored
 
 PEER = "torchtune"
@@ -140,9 +140,10 @@ def estimate_advantages(
 
     As in torchtune whitening keeps the mean. Advantages are 0 behind the mask, returns are not.
     """
-    advantages, returns = gae(rewards, values, gamma=gamma, lam=lmbda)
-    dtype = torch.promote_types(values.dtype, rewards.dtype)
-    return whiten(advantages, masks).to(dtype), returns.to(dtype)
+    dtype = _floating(torch.promote_types(values.dtype, rewards.dtype))
+    advantages, returns = gae(rewards.to(dtype), values.to(dtype), gamma=gamma, lam=lmbda)
+    whitened = whiten(advantages, masks)
+    return (whitened if masks is None else torch.where(masks, whitened, 0)).to(dtype), returns.to(dtype)
 
 
 def get_rewards_ppo(
@@ -158,11 +159,15 @@ def get_rewards_ppo(
 
 
 def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:
-    """x with variance 1 over what counts, and with shift_mean its own mean, else 0; 0 behind the mask.
+    """(x - mean) / sqrt(variance + 1e-8), plus the mean with shift_mean, by the moments of what the mask counts.
 
-    torchtune's shift_mean adds the mean again: the opposite of ours. Behind the mask it moves and scales as well.
+    What it does not count is mapped alike. torchtune's shift_mean adds the mean again: the opposite of our `whiten`'s.
+    Without a gradient. One counted number has variance 0, where torchtune's is NaN.
     """
-    return whitened(x, mask, shift_mean=not shift_mean, eps=EPS).to(x.dtype)
+    x = x.detach()
+    mean, variance = moments(x, mask)
+    whitened = (x - mean) * torch.rsqrt(variance + EPS)
+    return (whitened + mean if shift_mean else whitened).to(_floating(x.dtype))
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -203,6 +208,11 @@ def get_batch_log_probs(
     if return_average_logprobs:
         return (sums / (counts.sum(-1) + EPS)).to(torch.promote_types(logits.dtype, torch.float32))
     return sums.to(logits.dtype)
+
+
+def _floating(dtype: torch.dtype) -> torch.dtype:
+    """The type of what PyTorch computes from `dtype` and a float."""
+    return dtype if dtype.is_floating_point else torch.get_default_dtype()
 
 
 def _reduced(mask: Tensor | None, *inputs: Tensor) -> torch.dtype:

@@ -15,8 +15,15 @@ from rlhf_fast.integrations.liger.cross_entropy import (
     LigerFusedLinearScaledCrossEntropyTPFunction,
 )
 from rlhf_fast.integrations.liger.distillation import LigerFusedLinearJSDLoss
+from rlhf_fast.integrations.liger.functions import FUNCTIONAL, FUNCTIONS
 from rlhf_fast.integrations.liger.grpo import LigerFusedLinearGRPOLoss
-from rlhf_fast.integrations.liger.logits import fused_selective_log_softmax, triton_grpo_loss
+from rlhf_fast.integrations.liger.label_losses import (
+    LigerCrossEntropyFunction,
+    LigerCrossEntropyLoss,
+    LigerFusedLinearCrossEntropyFunction,
+    LigerFusedLinearCrossEntropyLoss,
+)
+from rlhf_fast.integrations.liger.logits import GrpoLossFunction, fused_selective_log_softmax, triton_grpo_loss
 from rlhf_fast.integrations.liger.preference import (
     LigerFusedLinearCPOLoss,
     LigerFusedLinearDPOLoss,
@@ -28,7 +35,12 @@ from rlhf_fast.integrations.liger.preference import (
 __all__ = [
     "PEER",
     "TESTED",
+    "GrpoLossFunction",
+    "LigerCrossEntropyFunction",
+    "LigerCrossEntropyLoss",
     "LigerFusedLinearCPOLoss",
+    "LigerFusedLinearCrossEntropyFunction",
+    "LigerFusedLinearCrossEntropyLoss",
     "LigerFusedLinearDPOLoss",
     "LigerFusedLinearGRPOLoss",
     "LigerFusedLinearJSDLoss",
@@ -49,18 +61,28 @@ TESTED = "0.8.5"
 def replacements() -> dict[str, Any]:
     """The peer's defining modules and names -> our objects."""
     chunked = {
-        "cpo_loss": LigerFusedLinearCPOLoss,
-        "dpo_loss": LigerFusedLinearDPOLoss,
-        "grpo_loss": LigerFusedLinearGRPOLoss,
-        "jsd_loss": LigerFusedLinearJSDLoss,
-        "kto_loss": LigerFusedLinearKTOLoss,
-        "orpo_loss": LigerFusedLinearORPOLoss,
-        "simpo_loss": LigerFusedLinearSimPOLoss,
+        "CPO": LigerFusedLinearCPOLoss,
+        "DPO": LigerFusedLinearDPOLoss,
+        "GRPO": LigerFusedLinearGRPOLoss,
+        "JSD": LigerFusedLinearJSDLoss,
+        "KTO": LigerFusedLinearKTOLoss,
+        "ORPO": LigerFusedLinearORPOLoss,
+        "SimPO": LigerFusedLinearSimPOLoss,
     }
-    scaled = (LigerFusedLinearScaledCrossEntropyFunction, LigerFusedLinearScaledCrossEntropyTPFunction)
-    return {
-        **{f"liger_kernel.chunked_loss.{module}.{ours.__name__}": ours for module, ours in chunked.items()},
-        **{f"liger_kernel.ops.fused_linear_scaled_cross_entropy.{ours.__name__}": ours for ours in scaled},
-        "liger_kernel.ops.grpo_loss.fused_selective_log_softmax": fused_selective_log_softmax,
-        "liger_kernel.transformers.grpo_loss.triton_grpo_loss": triton_grpo_loss,
+    places: dict[str, Any] = {
+        "ops.cross_entropy": LigerCrossEntropyFunction,
+        "ops.fused_linear_cross_entropy": LigerFusedLinearCrossEntropyFunction,
+        "transformers.cross_entropy": LigerCrossEntropyLoss,
+        "transformers.fused_linear_cross_entropy": LigerFusedLinearCrossEntropyLoss,
+        "ops.grpo_loss": GrpoLossFunction,
+        "transformers.grpo_loss": triton_grpo_loss,
     }
+    names = {f"{place}.{ours.__name__}": ours for place, ours in places.items()}
+    names["ops.grpo_loss.fused_selective_log_softmax"] = fused_selective_log_softmax
+    for ours in (LigerFusedLinearScaledCrossEntropyFunction, LigerFusedLinearScaledCrossEntropyTPFunction):
+        names[f"ops.fused_linear_scaled_cross_entropy.{ours.__name__}"] = ours
+    for name, loss in chunked.items():
+        for ours in (loss, FUNCTIONS[name]):
+            names[f"chunked_loss.{name.lower()}_loss.{ours.__name__}"] = ours
+    names |= {f"chunked_loss.functional.{name}": apply for name, apply in FUNCTIONAL.items()}
+    return {f"liger_kernel.{name}": ours for name, ours in names.items()}

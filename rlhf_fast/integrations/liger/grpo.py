@@ -119,7 +119,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             return None
         if logprobs is not None:
             if hidden is not None:
-                warnings.warn("ref_input is not used: ref_per_token_logps is given", stacklevel=3)
+                message = "Both ref_per_token_logps and ref_input are given. Using ref_per_token_logps."
+                warnings.warn(message, stacklevel=3)
             return wide(logprobs)
         if hidden is None or weight is None:
             raise ValueError("use_ref_model needs ref_per_token_logps, or ref_input and ref_weight")
@@ -130,7 +131,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
     def check(self) -> None:
         if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
+            raise ValueError(f"Unsupported loss_type {self.loss_type!r}: must be one of {', '.join(LOSS_TYPES)}")
         if self.importance_sampling_level not in ("token", "sequence"):
             level = self.importance_sampling_level
             raise ValueError(f"importance_sampling_level must be token or sequence, got {level!r}")

@@ -1,13 +1,17 @@
-"""Liger's functions of logits: triton_grpo_loss and fused_selective_log_softmax, which run on the CPU as well."""
+"""Liger's functions of logits: triton_grpo_loss, the autograd function that it calls, and fused_selective_log_softmax;
+they run on the CPU as well."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from rlhf_fast import token_logprobs
-from rlhf_fast.integrations.liger.grpo import TOKEN_ONLY, Batch, LigerFusedLinearGRPOLoss, correction, wide
+from rlhf_fast.integrations.liger.grpo import TOKEN_ONLY, Batch, LigerFusedLinearGRPOLoss, Terms, correction, wide
 
 
 def triton_grpo_loss(
@@ -44,32 +48,113 @@ def triton_grpo_loss(
     Returns (losses, KL or None, clipped), (B, L) float32 and 0 behind the mask; with reduce (loss, [kl?, clip ratio]).
     Raises ValueError for values and combinations that do not fit.
     """
-    if delta is not None and loss_type in TOKEN_ONLY:
-        raise ValueError(f"delta must be None for loss_type {loss_type}, got {delta}")
-    if beta != 0 and ref_logp is None:
-        raise ValueError(f"ref_logp must be given for beta {beta}, got None")
-    rows, columns = completion_ids.shape
+    columns = completion_ids.shape[1]
     loss = LigerFusedLinearGRPOLoss(
         beta=beta, epsilon_low=eps_low, epsilon_high=eps_high, loss_type=loss_type,
         max_completion_length=columns if max_completion_length is None else max_completion_length,
         importance_sampling_level=importance_sampling_level, sapo_temperature_pos=sapo_temperature_pos,
         sapo_temperature_neg=sapo_temperature_neg, delta=delta, use_bias_correction_kl=use_bias_correction_kl,
         vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos, vespo_k_neg=vespo_k_neg,
-        vespo_lambda_neg=vespo_lambda_neg,
+        vespo_lambda_neg=vespo_lambda_neg, temperature=temperature,
     )  # fmt: skip
+    given = logits, old_logp, ref_logp, completion_ids, advantages, completion_mask, vllm_is_ratio
+    if not reduce:
+        return _tokens(loss, *given, inplace=inplace)
+    value, kl, clipped = _reduced(loss, *given, inplace=inplace, num_items_in_batch=num_items_in_batch)
+    return value, [clipped] if kl is None else [kl, clipped]
+
+
+class GrpoLossFunction:
+    """What triton_grpo_loss calls, under the name of the peer's autograd function: `apply` alone."""
+
+    @staticmethod
+    def apply(
+        logits: Tensor,
+        old_logp: Tensor | None,
+        ref_logp: Tensor | None,
+        completion_ids: Tensor,
+        advantages: Tensor,
+        completion_mask: Tensor | None,
+        temperature: float,
+        beta: float,
+        eps_low: float,
+        eps_high: float,
+        inplace: bool,
+        loss_type: str = "grpo",
+        max_completion_length: int | None = None,
+        reduce: bool = True,
+        importance_sampling_level: str = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        vllm_is_ratio: Tensor | None = None,
+        delta: float | None = None,
+        use_bias_correction_kl: bool = False,
+        num_items_in_batch: Tensor | float | None = None,
+        phi_seq: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As triton_grpo_loss; with reduce (loss, KL or None, clip ratio). phi_seq: (B,) or (B, 1), vespo's weights."""
+        if loss_type == "vespo" and phi_seq is None:
+            raise ValueError("phi_seq must be given for loss_type vespo, got None: triton_grpo_loss makes it")
+        columns = completion_ids.shape[1]
+        loss = _WeighedSequences(
+            beta=beta, epsilon_low=eps_low, epsilon_high=eps_high, loss_type=loss_type,
+            max_completion_length=columns if max_completion_length is None else max_completion_length,
+            importance_sampling_level=importance_sampling_level, sapo_temperature_pos=sapo_temperature_pos,
+            sapo_temperature_neg=sapo_temperature_neg, delta=delta, use_bias_correction_kl=use_bias_correction_kl,
+            temperature=temperature, phi=None if phi_seq is None else phi_seq.detach().reshape(-1, 1),
+        )  # fmt: skip
+        given = logits, old_logp, ref_logp, completion_ids, advantages, completion_mask, vllm_is_ratio
+        if not reduce:
+            return _tokens(loss, *given, inplace=inplace)
+        return _reduced(loss, *given, inplace=inplace, num_items_in_batch=num_items_in_batch)
+
+
+@dataclass(eq=False, repr=False)
+class _WeighedSequences(LigerFusedLinearGRPOLoss):
+    """The loss whose weights of vespo the caller has made."""
+
+    phi: Tensor | None = None  # (B, 1)
+
+    def _vespo_weight(self, log_ratio: Tensor, batch: Batch) -> Tensor:
+        assert self.phi is not None
+        return self.phi
+
+
+def _terms(
+    loss: LigerFusedLinearGRPOLoss, logits: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None,
+    completion_ids: Tensor, advantages: Tensor, completion_mask: Tensor | None, vllm_is_ratio: Tensor | None, *,
+    inplace: bool,
+) -> tuple[Terms, Tensor]:  # fmt: skip
+    """The loss of every token, and the mask (B, L) float32."""
+    if loss.delta is not None and loss.loss_type in TOKEN_ONLY:
+        raise ValueError(f"delta must be None for loss_type {loss.loss_type}, got {loss.delta}")
+    if loss.beta != 0 and ref_logp is None:
+        raise ValueError(f"ref_logp must be given for beta {loss.beta}, got None")
     loss.check()
-    mask = logits.new_ones(rows, columns, dtype=torch.float32) if completion_mask is None else completion_mask.float()
+    mask = logits.new_ones(completion_ids.shape, dtype=torch.float32)
+    if completion_mask is not None:
+        mask = completion_mask.float()
     # The last row goes with the others, masked: a slice of the logits would cost a copy in the backward pass.
     ids, counted = (pad(x, (0, 1)) for x in (completion_ids, mask))
-    logprobs = token_logprobs(logits, ids, temperature=temperature, mask=counted, inplace_backward=inplace)[:, :-1]
-    ratio = correction(vllm_is_ratio, mask)
+    scored = token_logprobs(logits, ids, temperature=loss.temperature, mask=counted, inplace_backward=inplace)
     old, reference = (None if x is None else wide(x) for x in (old_logp, ref_logp))
-    terms = loss.terms(logprobs, Batch(mask, wide(advantages), old, reference, ratio))
-    losses, clipped = torch.where(mask != 0, terms.losses, 0.0), terms.clipped * mask
-    if reduce:
-        value = loss.reduced(losses, mask, loss.denominator(mask, num_items_in_batch))
-        return value, list(loss.metrics(terms, mask))
-    return losses, None if terms.kl is None else terms.kl.detach() * mask, clipped
+    batch = Batch(mask, wide(advantages), old, reference, correction(vllm_is_ratio, mask))
+    return loss.terms(scored[:, :-1], batch), mask
+
+
+def _tokens(loss: LigerFusedLinearGRPOLoss, *given: Any, inplace: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    terms, mask = _terms(loss, *given, inplace=inplace)
+    losses = torch.where(mask != 0, terms.losses, 0.0)
+    return losses, None if terms.kl is None else terms.kl.detach() * mask, terms.clipped * mask
+
+
+def _reduced(
+    loss: LigerFusedLinearGRPOLoss, *given: Any, inplace: bool, num_items_in_batch: Tensor | float | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    terms, mask = _terms(loss, *given, inplace=inplace)
+    value = loss.reduced(terms.losses, mask, loss.denominator(mask, num_items_in_batch))
+    *kl, clipped = loss.metrics(terms, mask)
+    return value, kl[0] if kl else None, clipped
 
 
 @torch.no_grad()

@@ -147,7 +147,9 @@ class LigerFusedLinearDPOLoss(_PairLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss_type not in DPO_TYPES:
-            raise ValueError(f"loss_type must be one of {', '.join(DPO_TYPES)}, got {self.loss_type!r}")
+            raise ValueError(f"Unsupported loss_type: {self.loss_type}. It must be one of {', '.join(DPO_TYPES)}")
+        if self.loss_type == "exo_pair" and self.label_smoothing <= 0:
+            raise ValueError(f"label_smoothing must be > 0 for loss_type='exo_pair', got {self.label_smoothing}")
         PreferenceObjective(**self._options())
 
     def forward(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from rlhf_fast.integrations.verl import advantages, logprobs, losses, policy
+from rlhf_fast.integrations.verl import advantages, logprobs, losses, masked, policy
 
 PEER = "verl"
 TESTED = "0.9.1"
@@ -20,7 +20,7 @@ TESTED = "0.9.1"
 _CORE = "verl.trainer.ppo.core_algos"
 _HOMES = {
     _CORE: (advantages.FUNCTIONS, losses.FUNCTIONS, policy.FUNCTIONS),
-    "verl.utils.torch_functional": (logprobs.FROM_LOGITS, advantages.WHITENING),
+    "verl.utils.torch_functional": (logprobs.FROM_LOGITS, masked.FUNCTIONS),
     "verl.utils.experimental.torch_functional": (logprobs.FUSED_LINEAR,),
     "verl.utils.kernel.linear_cross_entropy": (logprobs.LINEAR_CROSS_ENTROPY,),
 }

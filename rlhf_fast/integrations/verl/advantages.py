@@ -15,29 +15,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import discounted_returns, gae, group_advantages, whiten
+from rlhf_fast.integrations.verl.masked import check_two_counted, masked_whiten
 
 Pair = tuple[Tensor, Tensor]
-
-
-def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """(values - mean) / sqrt(variance + 1e-8) (+ mean without shift_mean), by the moments of what the mask counts.
-
-    What it does not count is mapped alike, as verl does and `whiten`, which gives 0 there, does not. The type of the
-    values; the moments are float64. Raises ValueError on the CPU for a mask that counts fewer than two; a GPU would
-    have to wait for that, and gives NaN.
-    """
-    _check_two_counted(mask)
-    counts = mask.bool()
-    number, exact = counts.sum(), torch.where(counts, values, 0).double()
-    mean = exact.sum() / number
-    variance = torch.where(counts, exact - mean, 0).square().sum() / (number - 1)
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean).to(values.dtype)
-
-
-def _check_two_counted(mask: Tensor) -> None:
-    if mask.device.type == "cpu" and mask.sum() < 2:
-        raise ValueError(f"a variance needs a mask that counts two at least, got {int(mask.sum())} of {mask.numel()}")
 
 
 def compute_gae_advantage_return(
@@ -180,7 +160,7 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
     **kwargs: Any,
 ) -> Pair:
     """score - mean of the group, whitened over the batch's tokens."""
-    _check_two_counted(response_mask)
+    check_two_counted(response_mask)
     tokens, _ = _spread(_in_groups("dr_grpo", token_level_rewards, index), response_mask)
     whitened = whiten(tokens, response_mask).to(tokens.dtype)
     return whitened, whitened
@@ -195,7 +175,7 @@ def compute_reinforce_plus_plus_outcome_advantage(
     """Discounted returns by config.gamma, whitened over the batch's tokens, and the returns; 0 behind the mask."""
     if config is None:
         raise ValueError("config must be given, for its gamma")
-    _check_two_counted(response_mask)
+    check_two_counted(response_mask)
     returns = discounted_returns(token_level_rewards, mask=response_mask, gamma=config.gamma)
     dtype = token_level_rewards.dtype
     return whiten(returns, response_mask).to(dtype), returns.to(dtype)
@@ -208,6 +188,96 @@ def compute_remax_outcome_advantage(
     dtype = _dtype(token_level_rewards, response_mask)
     returns = discounted_returns(token_level_rewards * response_mask).to(dtype)
     return returns - reward_baselines.unsqueeze(-1) * response_mask, returns
+
+
+# --- Optimal token baselines ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compute_optimal_token_baseline_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    old_log_probs: Tensor,
+    sum_pi_squared: Tensor,
+    rollout_is_weights: Tensor | None = None,
+    handle_zero_tail: bool = True,
+    epsilon: float = 1e-8,
+    **kwargs: Any,
+) -> Pair:
+    """Rewards to go minus a baseline per step and prompt, their mean weighted by the energy W of the steps so far.
+
+    W_t = sum over s <= t of w_s, w = 1 - 2 p + sum of the squared probabilities, times rollout_is_weights squared; all
+    (B, T), p = exp(old_log_probs). handle_zero_tail: no baseline where only the longest answer has steps. A prompt's
+    only answer has none. Returns (advantages, rewards to go).
+    """
+    returns, energy = _returns_and_energy(
+        token_level_rewards, response_mask, old_log_probs, sum_pi_squared, rollout_is_weights
+    )
+    groups, sizes = _groups(index, returns.device)
+    lengths = response_mask.sum(-1)
+    weights = energy * response_mask
+    baselines = _baselines(returns, weights, groups, sizes, lengths if handle_zero_tail else None, epsilon)
+    return (returns - baselines) * response_mask, returns
+
+
+@torch.no_grad()
+def compute_multi_turn_optimal_token_baseline_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    old_log_probs: Tensor,
+    sum_pi_squared: Tensor,
+    rollout_is_weights: Tensor | None = None,
+    handle_zero_tail: bool = True,
+    epsilon: float = 1e-8,
+    **kwargs: Any,
+) -> Pair:
+    """The same with the steps of an answer counted by its own tokens: what the mask leaves out takes no step."""
+    returns, energy = _returns_and_energy(
+        token_level_rewards, response_mask, old_log_probs, sum_pi_squared, rollout_is_weights
+    )
+    counts = response_mask.bool()
+    order = counts.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)  # an answer's own tokens first
+    own = counts.gather(1, order)
+    packed_returns, weights = (torch.where(own, x.gather(1, order), 0) for x in (returns, energy))
+    groups, _ = _groups(index, returns.device)
+    lengths = counts.sum(-1)
+    sizes = torch.zeros_like(lengths).index_add_(0, groups, (lengths > 0).to(lengths.dtype))[groups]
+    baselines = _baselines(packed_returns, weights, groups, sizes, lengths if handle_zero_tail else None, epsilon)
+    advantages = torch.zeros_like(returns).scatter(1, order, torch.where(own, packed_returns - baselines, 0))
+    return advantages * response_mask, returns
+
+
+def _returns_and_energy(
+    rewards: Tensor, mask: Tensor, logprobs: Tensor, sum_pi_squared: Tensor, sample_weights: Tensor | None
+) -> Pair:
+    """(B, T) each: rewards to go, and the sum of a step's and all earlier steps' squared score norms."""
+    returns = discounted_returns(rewards * mask).to(_dtype(rewards, mask))
+    norms = 1 - 2 * logprobs.exp() + sum_pi_squared
+    if sample_weights is not None:
+        norms = norms * sample_weights.square()
+    return returns, torch.where(mask.bool(), norms * mask, 0).cumsum(-1)
+
+
+def _baselines(
+    returns: Tensor, weights: Tensor, groups: Tensor, sizes: Tensor, lengths: Tensor | None, epsilon: float
+) -> Tensor:
+    """(B, T): the group's mean of the returns by the weights, step by step; with lengths (B,) 0 in the longest tail."""
+    rows, steps = returns.shape
+    totals = [
+        torch.zeros_like(weights).index_add_(0, groups, x.to(weights.dtype)) for x in (returns * weights, weights)
+    ]
+    means = (totals[0] / (totals[1] + epsilon))[groups]
+    none = (sizes < 2)[:, None].expand(rows, steps)
+    if lengths is not None and rows > 0:
+        longest = torch.zeros_like(lengths).scatter_reduce(0, groups, lengths, "amax")[groups]
+        at_longest = lengths == longest
+        number = torch.zeros_like(groups).index_add_(0, groups, at_longest.to(groups.dtype))[groups]
+        second = torch.zeros_like(lengths).scatter_reduce(0, groups, torch.where(at_longest, 0, lengths), "amax")
+        alone = at_longest & (number == 1)
+        none = none | (alone[:, None] & (torch.arange(steps, device=returns.device) >= second[groups][:, None]))
+    return torch.where(none, 0, means).to(returns.dtype)
 
 
 # --- What they share --------------------------------------------------------------------------------------------------
@@ -262,6 +332,7 @@ ESTIMATORS: dict[str, Callable[..., Pair]] = {
     "reinforce_plus_plus": compute_reinforce_plus_plus_outcome_advantage,
     "reinforce_plus_plus_baseline": compute_reinforce_plus_plus_baseline_outcome_advantage,
     "remax": compute_remax_outcome_advantage,
+    "optimal_token_baseline": compute_optimal_token_baseline_advantage,
+    "tir_optimal_token_baseline": compute_multi_turn_optimal_token_baseline_advantage,
 }
 FUNCTIONS = tuple(ESTIMATORS.values())
-WHITENING = (masked_whiten,)

@@ -29,6 +29,32 @@ def logprobs_from_logits_v2(logits: Tensor, labels: Tensor) -> Tensor:
     return token_logprobs(logits, labels).to(logits.dtype)
 
 
+def logprobs_from_logits_naive(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same under verl's name for its log_softmax."""
+    return token_logprobs(logits, labels).to(logits.dtype)
+
+
+def logprobs_from_logits_flash_attn(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """log softmax(logits)[label], (N,) float32, of logits (N, V); 0 for the label -100; runs on the CPU as well.
+
+    inplace_backward: the gradient is written over the logits.
+    """
+    return token_logprobs(logits, labels, mask=labels != IGNORED, inplace_backward=inplace_backward)
+
+
+def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
+    """The sum of the squared probabilities, (...), in the type of the logits (..., V).
+
+    One read of the logits where no gradient is asked for; with one, by its definition in plain PyTorch, in float32 at
+    least.
+    """
+    if torch.is_grad_enabled() and logits.requires_grad:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return logits.softmax(-1, dtype=wide).square().sum(-1).to(logits.dtype)
+    any_id = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return token_logprobs(logits, any_id, return_stats=True)[1].sum_p_squared.to(logits.dtype)
+
+
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits) in nats, (...), in the type of the logits (..., V)."""
     return _entropy(logits).to(logits.dtype)
@@ -74,6 +100,12 @@ def linear_cross_entropy(
             process_group=dist_process_group,
         )  # fmt: skip
     return reduce(logprobs), entropy
+
+
+class LinearCrossEntropy:
+    """linear_cross_entropy under the name of verl's autograd function: `apply` alone."""
+
+    apply = staticmethod(linear_cross_entropy)
 
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "sum": torch.sum, "mean": torch.mean}
@@ -143,6 +175,14 @@ class FusedLinearForPPOFunction:
         return logprobs.float(), entropy.to(entropy_dtype)
 
 
-FROM_LOGITS = (logprobs_from_logits, logprobs_from_logits_v2, entropy_from_logits, entropy_from_logits_with_chunking)
+FROM_LOGITS = (
+    logprobs_from_logits,
+    logprobs_from_logits_v2,
+    logprobs_from_logits_naive,
+    logprobs_from_logits_flash_attn,
+    calculate_sum_pi_squared_from_logits,
+    entropy_from_logits,
+    entropy_from_logits_with_chunking,
+)
 FUSED_LINEAR = (FusedLinearForPPO, FusedLinearForPPOFunction)
-LINEAR_CROSS_ENTROPY = (linear_cross_entropy,)
+LINEAR_CROSS_ENTROPY = (linear_cross_entropy, LinearCrossEntropy)

@@ -1,0 +1,98 @@
+"""Liger's `...Function` classes and its `liger_fused_linear_*`, which are their `apply`: the losses by positions.
+
+The peer's are autograd functions whose options stand behind the tensors; each of ours makes the loss and calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from rlhf_fast.integrations.liger.distillation import LigerFusedLinearJSDLoss
+from rlhf_fast.integrations.liger.grpo import LigerFusedLinearGRPOLoss
+from rlhf_fast.integrations.liger.preference import (
+    LigerFusedLinearCPOLoss,
+    LigerFusedLinearDPOLoss,
+    LigerFusedLinearKTOLoss,
+    LigerFusedLinearORPOLoss,
+    LigerFusedLinearSimPOLoss,
+)
+
+# name -> (loss, the names of apply's arguments, how many must be given, options whose default is not the loss's)
+_SIGNATURES: dict[str, tuple[type, str, int, dict[str, Any]]] = {
+    "CPO": (
+        LigerFusedLinearCPOLoss,
+        "_input lin_weight target bias ignore_index beta alpha label_smoothing compute_nll_loss compiled"
+        " average_log_prob chunk_size",
+        3,
+        {},
+    ),
+    "DPO": (
+        LigerFusedLinearDPOLoss,
+        "_input lin_weight target bias ref_input ref_weight ref_bias ignore_index beta compute_nll_loss compiled"
+        " use_ref_model average_log_prob chunk_size loss_type label_smoothing discopop_tau alpha",
+        3,
+        {},
+    ),
+    "SimPO": (
+        LigerFusedLinearSimPOLoss,
+        "_input lin_weight target bias ignore_index beta alpha label_smoothing compute_nll_loss compiled gamma"
+        " chunk_size",
+        3,
+        {"compute_nll_loss": False},
+    ),
+    "ORPO": (
+        LigerFusedLinearORPOLoss,
+        "_input lin_weight target bias ignore_index beta compute_nll_loss nll_target compiled chunk_size",
+        3,
+        {},
+    ),
+    "KTO": (
+        LigerFusedLinearKTOLoss,
+        "_input lin_weight target preference_labels bias ref_input ref_weight ref_bias kl ignore_index beta compiled"
+        " use_ref_model average_log_prob chunk_size",
+        4,
+        {"use_ref_model": True},
+    ),
+    "JSD": (
+        LigerFusedLinearJSDLoss,
+        "student_input student_weight teacher_input teacher_weight true_labels student_bias teacher_bias"
+        " weight_hard_loss weight_soft_loss beta ignore_index temperature compiled chunk_size return_soft_hard_loss",
+        7,
+        {},
+    ),
+    "GRPO": (
+        LigerFusedLinearGRPOLoss,
+        "_input lin_weight selected_token_ids attention_mask advantages bias ref_per_token_logps old_per_token_logps"
+        " ref_input ref_weight ref_bias beta epsilon_low epsilon_high loss_type max_completion_length"
+        " importance_sampling_level sapo_temperature_pos sapo_temperature_neg temperature compiled use_ref_model"
+        " chunk_size vllm_is_ratio delta use_bias_correction_kl vespo_k_pos vespo_lambda_pos vespo_k_neg"
+        " vespo_lambda_neg num_items_in_batch",
+        5,
+        {},
+    ),
+}
+
+
+def _function(name: str) -> type:
+    loss, arguments, needed, defaults = _SIGNATURES[name]
+    names, options = arguments.split(), {field.name for field in fields(loss)}
+    title = f"LigerFusedLinear{name}Function"
+
+    def apply(*given: Any) -> Any:
+        if not needed <= len(given) <= len(names):
+            raise TypeError(f"{title}.apply takes {needed} to {len(names)} arguments, got {len(given)}")
+        bound = {**defaults, **dict(zip(names, given, strict=False))}
+        module = loss(**{key: value for key, value in bound.items() if key in options})
+        return module(**{key: value for key, value in bound.items() if key not in options})
+
+    return type(title, (), {"__doc__": f"`apply` alone: {loss.__name__} by positions.", "apply": staticmethod(apply)})
+
+
+FUNCTIONS: dict[str, type] = {name: _function(name) for name in _SIGNATURES}
+# Of their own: the peer has these beside its classes.
+FUNCTIONAL: dict[str, Callable[..., Any]] = {
+    f"liger_fused_linear_{name.lower()}": function.apply  # type: ignore[attr-defined]
+    for name, function in FUNCTIONS.items()
+}
