@@ -75,9 +75,9 @@ def reduced(
     loss, z_loss = losses.sum(), z_losses.sum()
     if reduction == "mean":
         counts = labels != options.ignore_index
-        number = counts.sum()
-        total = number if options.weight is None else of_labels(options.weight, labels, counts).sum()
-        loss, z_loss = loss / torch.where(total == 0, 1, total).to(loss.dtype), z_loss / number.clamp(min=1)
+        weights = counts if options.weight is None else of_labels(options.weight, labels, counts).to(loss.dtype)
+        total = weights.sum()
+        loss, z_loss = loss / torch.where(total == 0, 1, total), z_loss / counts.sum().clamp(min=1)
     return loss + z_loss, z_loss.detach()
 
 
@@ -126,7 +126,7 @@ class _Smoothed(torch.autograd.Function):
             lse = torch.logaddexp(lse, others)
         each = options.label_smoothing / (options.ranks * columns)
         if weight is None:
-            total, at_label = float(options.ranks * columns), torch.ones_like(lse)
+            total, at_label = lse.new_tensor(options.ranks * columns), torch.ones_like(lse)
             sums = logits.sum(1, dtype=lse.dtype)
         else:
             total, at_label = weight.sum(), of_labels(weight, ids, owned)

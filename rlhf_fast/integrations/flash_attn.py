@@ -115,6 +115,7 @@ class CrossEntropyLoss(torch.nn.Module):
         self.inplace_backward = inplace_backward
         self.process_group = process_group
         self.return_z_loss = return_z_loss
+        self.weight: Tensor | None
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, input: Tensor, target: Tensor, precomputed_lse: Tensor | None = None) -> Any:

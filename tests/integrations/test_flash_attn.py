@@ -69,6 +69,60 @@ def test_losses_and_gradient_are_the_formula_s(options, dtype):
         assert_contract(name, found, eager[name], oracle[name])
 
 
+@pytest.mark.parametrize("options", [{}, {"lse_square_scale": 1e-2, "logit_scale": 0.7}], ids=["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_with_label_smoothing_is_one_sum_that_is_rounded_once(dtype, options):
+    logits, labels = data(dtype)
+    found = outcome(cross_entropy_loss, logits, labels, label_smoothing=0.9, **options)["d logits"]
+    exact = outcome(formula, logits.double(), labels, label_smoothing=0.9, **options)["d logits"]
+    rounding = exact.abs() * torch.finfo(dtype).eps / 2 + torch.finfo(dtype).smallest_normal
+    assert ((found.double() - exact).abs() <= 1.01 * rounding).all()
+
+
+def class_weights(dtype=torch.float32):
+    return (0.2 + torch.rand(V, generator=torch.Generator().manual_seed(4))).to(dtype)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_class_weights_are_those_of_torchs_cross_entropy(dtype, smoothing):
+    logits, labels = data(dtype)
+    weight = class_weights()
+
+    def torchs(logits, labels):
+        weights = weight.to(logits.dtype)
+        losses = torch.nn.functional.cross_entropy(logits, labels, weights, reduction="none", label_smoothing=smoothing)
+        return losses, torch.zeros_like(losses)
+
+    ours = outcome(cross_entropy_loss, logits, labels, weight=weight, label_smoothing=smoothing)
+    eager, oracle = outcome(torchs, logits, labels), outcome(torchs, logits.double(), labels)
+    for name, found in ours.items():
+        assert_contract(name, found, eager[name], oracle[name])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighed", [True, False], ids=["class weights", "plain"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_module_is_torchs_with_a_z_loss(reduction, weighed, smoothing):
+    logits, labels = data(ignored=3)
+    weight = class_weights(torch.float64) if weighed else None
+    module = flash_attn.CrossEntropyLoss(3, reduction, smoothing, 0.7, 1e-2, return_z_loss=True, weight=weight)
+    loss, z_loss = module(logits, labels)
+    plain = torch.nn.CrossEntropyLoss(weight, ignore_index=3, reduction=reduction, label_smoothing=smoothing)
+    z_losses = 1e-2 * torch.logsumexp(0.7 * logits, 1) ** 2 * (labels != 3)
+    expected = {"none": z_losses, "sum": z_losses.sum(), "mean": z_losses.sum() / (labels != 3).sum()}[reduction]
+    torch.testing.assert_close(z_loss, expected)
+    torch.testing.assert_close(loss, plain(0.7 * logits, labels) + expected)
+
+
+def test_the_module_refuses_what_is_no_reduction_and_class_weights_that_do_not_fit():
+    with pytest.raises(NotImplementedError, match="reduction must be mean, none or sum, got 'median'"):
+        flash_attn.CrossEntropyLoss(reduction="median")
+    logits, labels = data()
+    with pytest.raises(ValueError, match=rf"weight must be \({V},\) of a floating type, got \(3,\)"):
+        flash_attn.CrossEntropyLoss(weight=torch.ones(3))(logits, labels)
+
+
 def test_a_given_lse_changes_nothing():
     logits, labels = data(torch.float32)
     given = outcome(cross_entropy_loss, logits, labels, precomputed_lse=torch.logsumexp(logits, 1))
@@ -226,6 +280,10 @@ def made_up(tmp_path, monkeypatch):
     for package in (folder, *folder.parents[:2]):
         (package / "__init__.py").write_text("")
     (folder / "cross_entropy.py").write_text("def cross_entropy_loss(logits, labels):\n    return 'theirs'\n")
+    losses = tmp_path / "flash_attn" / "losses"
+    losses.mkdir()
+    (losses / "__init__.py").write_text("")
+    (losses / "cross_entropy.py").write_text(f"from {MODULE} import cross_entropy_loss\nclass CrossEntropyLoss: pass\n")
     (tmp_path / "flash_attn" / "user.py").write_text(f"from {MODULE} import cross_entropy_loss as loss\n")
     information = tmp_path / "flash_attn-2.8.3.dist-info"
     information.mkdir()
@@ -241,7 +299,10 @@ def made_up(tmp_path, monkeypatch):
 def test_patch_replaces_an_installed_flash_attn_s_and_unpatch_restores_it(made_up):
     user = importlib.import_module("flash_attn.user")
     with integrations.patched("flash_attn") as names:
-        assert names == [f"{MODULE}.cross_entropy_loss", "flash_attn.user.loss"]
+        module = "flash_attn.losses.cross_entropy"
+        expected = [f"{module}.CrossEntropyLoss", f"{module}.cross_entropy_loss", f"{MODULE}.cross_entropy_loss"]
+        assert names == [*expected, "flash_attn.user.loss"]
+        assert sys.modules[module].CrossEntropyLoss is flash_attn.CrossEntropyLoss
         assert sys.modules[MODULE].cross_entropy_loss is user.loss is cross_entropy_loss
     assert sys.modules[MODULE].cross_entropy_loss is user.loss is made_up
 

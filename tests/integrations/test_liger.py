@@ -87,13 +87,17 @@ def assert_parity(name: str, options: dict[str, Any], inputs: dict[str, Any], dt
     assert_beside(ours, theirs, outcome(getattr(liger, name)(compiled=False, **options), exact, frozen))
 
 
+def peers(dotted: str) -> Any:
+    module, _, name = dotted.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+PLACES = {x.__name__: dotted for dotted, x in liger.replacements().items()}
+
+
 @pytest.mark.parametrize("name", [n for n in liger.__all__ if n.startswith("Liger") or n[0] in "ft"])
 def test_signatures_are_the_peer_s(name):
-    ours = getattr(liger, name)
-    theirs = {"triton_grpo_loss": triton_grpo_loss, "fused_selective_log_softmax": fused_selective_log_softmax}.get(
-        name
-    )
-    theirs = theirs or getattr(chunked_loss, name, None) or getattr(scaled, name)
+    ours, theirs = getattr(liger, name), peers(PLACES[name])
     parts = [p for p in ("forward", "apply") if hasattr(ours, p)]
     pairs = [(ours, theirs)] if not name.endswith("Function") else []
     for one, other in pairs + [(getattr(ours, p), getattr(theirs, p)) for p in parts]:
@@ -103,7 +107,7 @@ def test_signatures_are_the_peer_s(name):
 
 @pytest.mark.parametrize("name", [n for n in liger.__all__ if n.endswith("Loss")])
 def test_options_are_attributes_as_in_the_peer(name):
-    ours, theirs = getattr(liger, name)(), getattr(chunked_loss, name)()
+    ours, theirs = getattr(liger, name)(), peers(PLACES[name])()
     assert {k: v for k, v in vars(theirs).items() if k[0] != "_"} == {
         k: v for k, v in vars(ours).items() if k[0] != "_"
     }
@@ -239,7 +243,7 @@ def test_grpo_takes_a_head_of_another_type():
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        ({"loss_type": "ppo"}, {}, "loss_type must be one of"),
+        ({"loss_type": "ppo"}, {}, "Unsupported loss_type 'ppo'"),
         ({"importance_sampling_level": "word"}, {}, "importance_sampling_level must be"),
         ({"importance_sampling_level": "sequence", "loss_type": "sapo"}, {}, "must be token for loss_type sapo"),
         ({"loss_type": "dr_grpo"}, {}, "max_completion_length must be given"),
@@ -355,9 +359,9 @@ def test_pairs_of_an_odd_number_of_sequences_raise():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "ipo"}, "loss_type must be one of"),
-        ({"loss_type": "exo_pair"}, "label_smoothing must be > 0"),
-        ({"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing must be in"),
+        ({"loss_type": "ipo"}, "Unsupported loss_type: ipo"),
+        ({"loss_type": "exo_pair"}, "label_smoothing must be > 0 for loss_type='exo_pair', got 0.0"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, r"label_smoothing must lie in .* got 0.5"),
     ],
 )
 def test_dpo_says_what_does_not_fit(options, message):
@@ -489,11 +493,37 @@ def test_scaled_cross_entropy_of_one_result_is_a_tensor_and_of_more_a_tuple():
     assert type(apply(*arguments, return_entropy=True)) is tuple
 
 
-def test_scaled_cross_entropy_says_which_ids_do_not_fit():
-    inputs = scaled_inputs(torch.float32)
-    arguments = inputs["_input"], inputs["lin_weight"], inputs["target"]
-    with pytest.raises(ValueError, match=r"selected_token_ids must be \(K,\)"):
-        liger.LigerFusedLinearScaledCrossEntropyFunction.apply(*arguments, selected_token_ids=torch.zeros(2, 2))
+def on(device: str) -> Any:
+    return lambda x: torch.empty_like(x, device=device)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"selected_token_ids": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, r"must be \(K,\), got \(2, 2\)"),
+        ({"selected_token_ids": [1, 2]}, TypeError, "selected_token_ids must be an int64 tensor, got list"),
+        ({"selected_token_ids": torch.zeros(2)}, TypeError, "must be an int64 tensor, got torch.float32"),
+        ({"selected_token_ids": torch.tensor([0, V])}, ValueError, rf"must be in \[0, {V}\), got {V}"),
+        ({"selected_token_ids": torch.tensor([-1])}, ValueError, rf"must be in \[0, {V}\), got -1"),
+        ({"selected_token_ids": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "the same device"),
+        ({"target": on("meta")}, ValueError, "must be on the same device, got cpu, cpu and meta"),
+        ({"target": lambda x: x[:3]}, ValueError, r"target \(M,\), got \(9, 8\)"),
+        ({"target": lambda x: x + V}, ValueError, rf"target must be in \[0, {V}\), got"),
+        ({"target": lambda x: x.int()}, TypeError, "target must be an int64 tensor, got torch.int32"),
+        ({"_input": lambda x: x.bfloat16()}, TypeError, "the same floating type, got torch.bfloat16"),
+        ({"temperature": "1"}, TypeError, "temperature must be a real number, got '1'"),
+        ({"temperature": 0.0}, ValueError, "temperature must be finite and > 0, got 0.0"),
+        ({"m_tiles_per_cluster": 1.0}, TypeError, "m_tiles_per_cluster must be an int, got 1.0"),
+        ({"m_tiles_per_cluster": 0}, ValueError, "m_tiles_per_cluster must be >= 1, got 0"),
+        ({"return_entropy": 1}, TypeError, "return_entropy must be a bool, got 1"),
+    ],
+)
+def test_scaled_cross_entropy_says_what_does_not_fit(changes, error, message):
+    inputs = {k: x.float() if x.is_floating_point() else x for k, x in scaled_inputs(torch.float32).items()}
+    inputs["weight"] = inputs.pop("lin_weight")
+    given = inputs | {k: x(inputs[k]) if callable(x) else x for k, x in changes.items()}
+    with pytest.raises(error, match=message):
+        liger.LigerFusedLinearScaledCrossEntropyFunction.apply(**given)
 
 
 # --- From logits: the peer's are Triton kernels -----------------------------------------------------------------------
@@ -596,15 +626,15 @@ def test_fused_selective_log_softmax(masked, dtype):
 
 
 def test_patch_replaces_every_name_and_unpatch_restores_it():
-    places = [dotted.rpartition(".")[::2] for dotted in liger.replacements()]
-    places += [("liger_kernel.chunked_loss", name) for name in liger.__all__ if hasattr(chunked_loss, name)]
-    modules = [(importlib.import_module(module), name) for module, name in places]
-    before = [getattr(module, name) for module, name in modules]
+    ours = {dotted.rpartition(".")[::2]: x for dotted, x in liger.replacements().items()}
+    ours |= {("liger_kernel.chunked_loss", name): getattr(liger, name) for name in liger.__all__
+             if hasattr(chunked_loss, name)}  # fmt: skip
+    modules = {place: importlib.import_module(place[0]) for place in ours}
+    before = {place: getattr(module, place[1]) for place, module in modules.items()}
     with integrations.patched("liger") as names:
-        assert {f"{module.__name__}.{name}" for module, name in modules} <= set(names)
-        for module, name in modules:
-            assert getattr(module, name) is getattr(liger, name)
-    assert all(getattr(module, name) is old for (module, name), old in zip(modules, before, strict=True))
+        assert {".".join(place) for place in ours} <= set(names)
+        assert all(getattr(modules[place], place[1]) is x for place, x in ours.items())
+    assert all(getattr(modules[place], place[1]) is old for place, old in before.items())
 
 
 def test_the_example_runs(capsys):

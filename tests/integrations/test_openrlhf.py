@@ -132,7 +132,10 @@ def test_no_lower_clip_is_a_clip_eps_low_above_one():
         ({"is_correction_level": "row"}, "is_correction_level must be one of off, token, seq, got 'row'"),
         ({"dual_clip": 0.5}, "dual_clip must be > 1 or None, got 0.5"),
         ({"is_correction_level": "seq", "is_correction_mode": "clip"}, "'clip' is of level 'token'.* got 'seq'"),
-        ({"is_correction_level": "token", "is_correction_gating": "tv"}, r"must be \(0, bound\) .* got \(0.5, 5.0\)"),
+        (
+            {"is_correction_level": "token", "is_correction_gating": "tv"},
+            r"upper bound only, \(0, bound\) .* got \(0.5, 5.0\)",
+        ),
     ],
 )
 def test_options_that_openrlhf_does_not_have_raise(options, message):

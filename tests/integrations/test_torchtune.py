@@ -105,11 +105,26 @@ def test_get_rewards_ppo_is_that_of_torchtune(dtype, places):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["no mask", "mask"])
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whiten_is_that_of_torchtune_where_it_counts(dtype, mask, shift_mean):
-    counts = torch.ones(B, T, dtype=torch.bool) if mask is None else mask
-    calls = [lambda x, module=module: module.whiten(x, mask, shift_mean)[counts] for module in (ours, rlhf)]
+def test_whiten_is_that_of_torchtune_also_behind_the_mask(dtype, mask, shift_mean):
+    calls = [lambda x, module=module: module.whiten(x, mask, shift_mean) for module in (ours, rlhf)]
     assert_parity(*calls, [3 + x for x in tokens(1, dtype)])
-    assert ours.whiten(tokens(1, dtype)[0], mask, shift_mean)[~counts].eq(0).all()
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["no mask", "mask"])
+def test_integers_have_the_advantages_that_torchtune_gives_them(mask):
+    generator = torch.Generator().manual_seed(3)
+    values, rewards = (torch.randint(-4, 5, (B, T), generator=generator) for _ in range(2))
+    for given in ((values, rewards), (values.float(), rewards), (values, rewards.float())):
+        found, expected = (module.estimate_advantages(*given, 0.9, 0.8, mask) for module in (ours, rlhf))
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine.dtype == theirs.dtype
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_behind_the_mask_changes_no_advantage_that_counts():
+    x = tokens(1, torch.float32)[0]
+    poisoned = torch.where(MASK, x, torch.nan)
+    assert torch.equal(ours.whiten(poisoned, MASK)[MASK], ours.whiten(x, MASK)[MASK])
 
 
 def test_one_number_is_whitened_to_its_mean_where_torchtune_gives_nan():

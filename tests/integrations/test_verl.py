@@ -334,8 +334,7 @@ def test_ours_are_registered_without_a_patch_and_outlive_one(registries_as_befor
 
 def test_every_loss_and_estimator_of_verl_has_ours_but_those_that_call_others():
     assert set(core.POLICY_LOSS_REGISTRY) - set(ours.policy.LOSSES) == {"bypass_mode"}
-    left = set(core.ADV_ESTIMATOR_REGISTRY) - set(ours.advantages.ESTIMATORS)
-    assert left == {"gdpo", "optimal_token_baseline", "tir_optimal_token_baseline"}
+    assert set(core.ADV_ESTIMATOR_REGISTRY) - set(ours.advantages.ESTIMATORS) == {"gdpo"}
 
 
 def parameters(function):
@@ -362,3 +361,36 @@ def test_the_example_prints_the_same_numbers_twice(capsys, registries_as_before)
     assert len(compared) == 5
     for name, (theirs, mine) in compared.items():
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_sum_of_squared_probabilities_and_its_gradient_are_verls(dtype):
+    logits = 3 * torch.randn(4, 5, 31, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = {}
+    for key, function, values in (
+        ("ours", ours.logprobs.calculate_sum_pi_squared_from_logits, logits),
+        ("verl's", verl_functional.calculate_sum_pi_squared_from_logits, logits),
+        ("exact", verl_functional.calculate_sum_pi_squared_from_logits, logits.double()),
+    ):
+        leaf = values.clone().requires_grad_()
+        with torch.no_grad():
+            plain = function(leaf)
+        result = function(leaf)
+        result.square().sum().backward()
+        found[key] = plain, result.detach(), leaf.grad
+        assert plain.dtype == values.dtype
+    for what, mine, theirs, exact in zip(("value", "with gradient", "gradient"), *found.values(), strict=True):
+        assert_contract(what, mine, theirs, exact)
+
+
+def test_the_log_probabilities_of_flash_attns_name_are_float32_and_0_for_an_ignored_label():
+    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(2)).bfloat16()
+    labels = torch.tensor([3, 0, -100, 10, 7])
+    found = ours.logprobs.logprobs_from_logits_flash_attn(logits, labels)
+    expected = logits.double().log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), torch.where(labels == -100, 0.0, expected), rtol=1e-6, atol=1e-6)
+
+
+def test_linear_cross_entropy_is_the_apply_of_verls_class():
+    assert ours.logprobs.LinearCrossEntropy.apply is ours.logprobs.linear_cross_entropy

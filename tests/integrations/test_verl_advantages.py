@@ -35,6 +35,9 @@ def arguments(name, rewards, values, mask, index=INDEX):
         given["reward_baselines"] = values[:, 0]
     elif name != "reinforce_plus_plus":
         given["index"] = index
+    if name.endswith("optimal_token_baseline"):
+        given["old_log_probs"] = -values.abs()
+        given["sum_pi_squared"] = (-values.abs()).exp().square() + 0.1
     return given
 
 
@@ -89,6 +92,31 @@ def test_pass_at_k_rewards_the_lead_of_the_best_by_hand():
     config = AlgoConfig(norm_adv_by_std_in_grpo=False)
     advantages, _ = ESTIMATORS["grpo_passk"](rewards, mask, np.array([0, 1, 0, 1]), config=config)
     assert advantages.flatten().tolist() == [0, 0, 2, 0]
+
+
+@pytest.mark.parametrize("name", [n for n in ESTIMATORS if n.endswith("optimal_token_baseline")])
+@pytest.mark.parametrize("handle_zero_tail", [True, False])
+@pytest.mark.parametrize("weighed", [True, False])
+def test_optimal_token_baselines_are_verls_also_of_empty_answers_and_with_sample_weights(
+    name, handle_zero_tail, weighed
+):
+    rewards, values, mask = batch()
+    mask[4] = 0
+    weights = {"rollout_is_weights": 0.5 + values.abs()} if weighed else {}
+    assert_same(name, rewards, values, mask, handle_zero_tail=handle_zero_tail, **weights)
+    even = torch.ones_like(mask)
+    even[5, 4:] = 0  # two of the three answers are the longest: no tail
+    assert_same(name, rewards, values, even, handle_zero_tail=handle_zero_tail, **weights)
+
+
+def test_an_optimal_token_baseline_by_hand():
+    # energies 1, 2 and 3, 6; returns 1, 1 and 3, 0: baselines (1 + 9) / 4 and 2 / 8
+    rewards, mask = torch.tensor([[0.0, 1.0], [3.0, 0.0]]), torch.ones(2, 2)
+    logprobs = torch.full((2, 2), 0.5).log()
+    squares = torch.tensor([[1.0, 1.0], [3.0, 3.0]])
+    advantages, returns = ESTIMATORS["optimal_token_baseline"](rewards, mask, [0, 0], logprobs, squares, epsilon=0.0)
+    assert returns.tolist() == [[1, 1], [3, 0]]
+    torch.testing.assert_close(advantages, torch.tensor([[-1.5, 0.75], [0.5, -0.25]]))
 
 
 @pytest.mark.parametrize("index", [[3, 9, 3, 1, 9, 3, 9], np.array([3, 9, 3, 1, 9, 3, 9])])
@@ -166,7 +194,7 @@ def test_whitening_and_its_gradient_are_verls_also_behind_the_mask(dtype, shift_
 @pytest.mark.parametrize("counted", [0, 1])
 def test_a_mask_that_leaves_no_variance_raises(counted):
     mask = (torch.arange(6) < counted).long().view(2, 3)
-    with pytest.raises(ValueError, match=f"counts two at least, got {counted} of 6"):
+    with pytest.raises(ValueError, match=f"counts two at least, got {counted}$"):
         ours.advantages.masked_whiten(torch.ones(2, 3), mask)
 
 
@@ -176,3 +204,42 @@ def test_arguments_that_do_not_fit_raise():
         ESTIMATORS["grpo_passk"](rewards, mask, INDEX, config=CONFIG)
     with pytest.raises(ValueError, match="config must be given, for its gamma"):
         ESTIMATORS["reinforce_plus_plus"](rewards, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("axis", [None, -1, (0, 1)], ids=str)
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32], ids=str)
+def test_masked_sums_and_means_and_their_gradients_are_verls(dtype, axis, kind):
+    x, upstream, mask = batch(dtype)
+    mask[3] = 0
+    for name in ("masked_sum", "masked_mean"):
+        found = {}
+        cases = (
+            (ours.masked, x, mask.to(kind)),
+            (verl_functional, x, mask.to(kind)),
+            (verl_functional, x.double(), mask),
+        )
+        for key, (module, values, counts) in zip(("ours", "verl's", "exact"), cases, strict=True):
+            leaf = values.clone().requires_grad_()
+            result = getattr(module, name)(leaf, counts, axis)
+            result.sum().backward()
+            found[key] = result.detach(), leaf.grad
+        assert found["ours"][0].dtype == found["verl's"][0].dtype
+        for what, *each in zip(("value", "gradient"), *found.values(), strict=True):
+            assert_contract(f"{name} {what}", each[0], each[1], each[2].double())
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masked_variance_is_verls(dtype, unbiased):
+    x, _, mask = batch(dtype)
+    mine, theirs = (module.masked_var(x, mask, unbiased) for module in (ours.masked, verl_functional))
+    assert mine.dtype == theirs.dtype
+    assert_contract("variance", mine, theirs, verl_functional.masked_var(x.double(), mask, unbiased))
+
+
+@pytest.mark.parametrize("name", ["masked_sum", "masked_mean", "masked_var"])
+def test_nan_behind_the_mask_changes_no_sum_mean_or_variance(name):
+    x, _, mask = batch()
+    poisoned = torch.where(mask.bool(), x, torch.nan)
+    assert torch.equal(getattr(ours.masked, name)(poisoned, mask), getattr(ours.masked, name)(x, mask))

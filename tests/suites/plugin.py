@@ -83,7 +83,9 @@ def _reason(report: Any) -> str:
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
-    return getattr(report, "wasxfail", "") or (crash.message.split("\n")[0] if crash else str(report.longrepr))
+    if crash is None:  # a module that cannot be imported: the last line of what is shown
+        return str(report.longrepr).strip().split("\n")[-1].removeprefix("E").strip()
+    return getattr(report, "wasxfail", "") or crash.message.split("\n")[0]
 
 
 def pytest_sessionfinish() -> None:

@@ -18,6 +18,7 @@ from rlhf_fast.integrations.liger.distillation import LigerFusedLinearJSDLoss
 from rlhf_fast.integrations.liger.functions import FUNCTIONAL, FUNCTIONS
 from rlhf_fast.integrations.liger.grpo import LigerFusedLinearGRPOLoss
 from rlhf_fast.integrations.liger.label_losses import (
+    CrossEntropyOutput,
     LigerCrossEntropyFunction,
     LigerCrossEntropyLoss,
     LigerFusedLinearCrossEntropyFunction,
@@ -35,6 +36,7 @@ from rlhf_fast.integrations.liger.preference import (
 __all__ = [
     "PEER",
     "TESTED",
+    "CrossEntropyOutput",
     "GrpoLossFunction",
     "LigerCrossEntropyFunction",
     "LigerCrossEntropyLoss",
@@ -79,10 +81,12 @@ def replacements() -> dict[str, Any]:
     }
     names = {f"{place}.{ours.__name__}": ours for place, ours in places.items()}
     names["ops.grpo_loss.fused_selective_log_softmax"] = fused_selective_log_softmax
+    ours: type
     for ours in (LigerFusedLinearScaledCrossEntropyFunction, LigerFusedLinearScaledCrossEntropyTPFunction):
         names[f"ops.fused_linear_scaled_cross_entropy.{ours.__name__}"] = ours
     for name, loss in chunked.items():
         for ours in (loss, FUNCTIONS[name]):
             names[f"chunked_loss.{name.lower()}_loss.{ours.__name__}"] = ours
+    names["transformers.functional.CrossEntropyOutput"] = CrossEntropyOutput
     names |= {f"chunked_loss.functional.{name}": apply for name, apply in FUNCTIONAL.items()}
     return {f"liger_kernel.{name}": ours for name, ours in names.items()}

@@ -95,7 +95,7 @@ def _check_rows(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
 def _check_options(temperature: Any, tiles_name: str, tiles: Any, return_entropy: Any) -> None:
     if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
         raise TypeError(f"temperature must be a real number, got {temperature!r}")
-    if not 0 < temperature < math.inf:
+    if not 0 < float(temperature) < math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {temperature}")
     if isinstance(tiles, bool) or not isinstance(tiles, int):
         raise TypeError(f"{tiles_name} must be an int, got {tiles!r}")

@@ -136,7 +136,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             level = self.importance_sampling_level
             raise ValueError(f"importance_sampling_level must be token or sequence, got {level!r}")
         if self._per_sequence and self.loss_type in TOKEN_ONLY:
-            raise ValueError(f"importance_sampling_level must be token for loss_type {self.loss_type}, got sequence")
+            message = "Sequence-level importance sampling is not supported: importance_sampling_level must be token"
+            raise ValueError(f"{message} for loss_type {self.loss_type}, got sequence")
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError("max_completion_length must be given for loss_type dr_grpo, got None")
 

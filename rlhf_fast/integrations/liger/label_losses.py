@@ -96,10 +96,10 @@ class LigerFusedLinearCrossEntropyFunction:
         _check(reduction, softcap)
         head = Head.of(_input, weight, bias)
         options = Options(ce_weight, label_smoothing, lse_square_scale, ignore_index=ignore_index)
-        terms = _from_head(head, target, options, softcap)
+        losses, z_losses, logprobs = _from_head(head, target, options, softcap)
         if use_token_scaling:
-            terms = tuple(x * terms[2].exp() for x in terms)
-        loss, z_loss = reduced(*terms[:2], target, options, reduction)
+            losses, z_losses = losses * logprobs.exp(), z_losses * logprobs.exp()
+        loss, z_loss = reduced(losses, z_losses, target, options, reduction)
         predicted = None
         if return_token_accuracy or return_predicted_tokens:
             predicted = _greatest(head)

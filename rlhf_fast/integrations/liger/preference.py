@@ -150,6 +150,9 @@ class LigerFusedLinearDPOLoss(_PairLoss):
             raise ValueError(f"Unsupported loss_type: {self.loss_type}. It must be one of {', '.join(DPO_TYPES)}")
         if self.loss_type == "exo_pair" and self.label_smoothing <= 0:
             raise ValueError(f"label_smoothing must be > 0 for loss_type='exo_pair', got {self.label_smoothing}")
+        if self.loss_type == "robust" and not 0 <= self.label_smoothing < 0.5:
+            message = f"label_smoothing must lie in [0.0, 0.5) for loss_type='robust', got {self.label_smoothing}"
+            raise ValueError(message)
         PreferenceObjective(**self._options())
 
     def forward(

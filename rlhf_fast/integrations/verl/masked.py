@@ -23,9 +23,8 @@ def masked_sum(values: Tensor, mask: Tensor, axis: Axis = None) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor, axis: Axis = None) -> Tensor:
     """That sum over the mask's own; 0 where it counts nothing."""
     total = mask.sum() if axis is None else mask.sum(dim=axis)
-    dtype = torch.promote_types(_product_type(values, mask), total.dtype)
     mean = _weighed_sum(values, mask, axis) / torch.where(total == 0, 1, total)
-    return mean.to(dtype if dtype.is_floating_point else torch.get_default_dtype())
+    return mean.to(_quotient_type(values, mask))
 
 
 def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
@@ -36,8 +35,7 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
         check_two_counted(mask)
         total = mask.sum()
         variance = variance * (total / (total - 1))
-    dtype = _product_type(values, mask)
-    return variance.to(dtype if dtype.is_floating_point else torch.get_default_dtype())
+    return variance.to(_quotient_type(values, mask))
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
@@ -69,6 +67,12 @@ def _weighed_sum(values: Tensor, mask: Tensor, axis: Axis) -> Tensor:
 
 def _product_type(values: Tensor, mask: Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, mask.dtype)
+
+
+def _quotient_type(values: Tensor, mask: Tensor) -> torch.dtype:
+    """That of a sum over a count, in which a count of integers is a float of the default type."""
+    count = mask.dtype if mask.is_floating_point() else torch.get_default_dtype()
+    return torch.promote_types(_product_type(values, mask), count)
 
 
 FUNCTIONS = (masked_sum, masked_mean, masked_var, masked_whiten)
