@@ -8,7 +8,8 @@ GPU_PYTHON ?= python3
 # Two cores that are shared with anything else lose far more by spinning than they gain.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test test-all test-peers check lint types smollm2 bench peers gpu sanitize native clean
+.PHONY: train test test-all test-peers check lint types smollm2 bench peers gpu gpu-first gpu-second sanitize aot native \
+  clean
 
 VENV := .venv/.installed
 
@@ -74,12 +75,10 @@ bench: $(VENV)
 	  -m benchmarks --device cpu $(BENCH) --out $(OUT)/cpu.json
 
 # For a machine that has PyTorch with CUDA, a compiler, pybind11, cmake and ninja, and no network: nothing is fetched.
-# Correctness first: the suite, then every kernel under the sanitizer's tools; only then the clock.
-gpu:
-	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
-	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
-	$(MAKE) sanitize
-	$(GPU_PYTHON) -m benchmarks --device cuda $(BENCH) --out $(OUT)/gpu.json
+# Two commands of at most seven minutes, the most valuable facts first, every one of them written to OUT as it comes.
+gpu: gpu-first gpu-second
+gpu-first gpu-second:
+	$(GPU_PYTHON) -m benchmarks.gpu_session $(@:gpu-%=%) --out $(OUT) $(GPU_OPTIONS)
 
 # Out-of-bounds accesses, races in shared memory, reads of what was never written. PyTorch's own allocator would hide them.
 SANITIZER ?= compute-sanitizer
@@ -89,6 +88,13 @@ sanitize:
 	    --kernel-name-exclude regex:at::native --kernel-name-exclude regex:cutlass \
 	    $(GPU_PYTHON) -m pytest -q -m gpu tests/gpu -k "(keep_the_contract_on_the_gpu or gradient_in_forward) and bfloat16" || exit 1; \
 	done
+
+# Registers, spills and shared memory of every Triton kernel, with the oldest Triton that was tried and a newer one.
+aot: benchmarks/results/aot_triton3.6.json benchmarks/results/aot_triton3.9.json
+benchmarks/results/aot_triton%.json: .cache/triton-% $(VENV)
+	PYTHONPATH=$< .venv/bin/python -m benchmarks.aot --out $@
+.cache/triton-%: | $(VENV)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ "triton==$*.*"
 
 # Rebuild the native module in place after editing csrc/.
 native:

@@ -48,4 +48,7 @@ if {"bdist_wheel", "editable_wheel", "build", "build_ext", "install"} & set(sys.
         "or set CXX to one."
     )
 
-setup(ext_modules=[Extension("rlhf_fast._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# Without it everything but the C++ and CUDA kernels is there at once, and build_ext --inplace adds it later.
+wanted = os.environ.get("RLHF_FAST_NATIVE", "1") != "0"
+modules = [Extension("rlhf_fast._native", sources=[])] if wanted else []
+setup(ext_modules=modules, cmdclass={"build_ext": CMakeBuild})

@@ -40,9 +40,11 @@ def sizes_of(group: str, device: str, quick: bool) -> Sizes:
 
 
 def selected(
-    groups: list[str], device: str, quick: bool = False, name: str = "", compiled: bool = False, peer: str = ""
-) -> list[Case]:
-    """The cases whose names hold `name`, once where groups share them; with `peer`, those in which it takes part.
+    groups: list[str], device: str, quick: bool = False, name: str = "", compiled: bool = False, peer: str = "",
+    shape: str = "",
+) -> list[Case]:  # fmt: skip
+    """The cases whose names hold `name` and whose shapes hold `shape`, once where groups share them; with `peer`, those
+    in which it takes part.
 
     torch.compile takes part where it is asked for, or where a bar names it.
     """
@@ -51,7 +53,7 @@ def selected(
         for case in GROUPS[group](sizes_of(group, device, quick), device):
             keep = compiled or (not quick and any(bar.against == "torch.compile" for bar in case.bars))
             others = {who: run for who, run in case.peers.items() if keep or who != "torch.compile"}
-            if name in case.name and (not peer or peer in others):
+            if name in case.name and shape in case.shape and (not peer or peer in others):
                 found.setdefault((case.name, case.shape), replace(case, peers=others, bars=() if quick else case.bars))
     return list(found.values())
 
@@ -63,14 +65,15 @@ def bench(arguments: argparse.Namespace) -> int:
         raise ResultsError("PyTorch finds no GPU here")
     old = load(arguments.compare) if arguments.compare else None
     found = (arguments.group, device, arguments.quick, arguments.case, arguments.compile, arguments.peer)
-    cases = selected(*found)
+    cases = selected(*found, shape=arguments.shape)
     if not cases:
         reason = peers.absent().get(arguments.peer)
+        shaped = f" and {arguments.shape!r} in its shape" if arguments.shape else ""
         beside = f" and {arguments.peer} beside it" if arguments.peer else ""
         raise ResultsError(
             f"{arguments.peer}: {reason}"
             if reason
-            else f"no case of {', '.join(arguments.group)} has {arguments.case!r} in its name{beside}"
+            else f"no case of {', '.join(arguments.group)} has {arguments.case!r} in its name{beside}{shaped}"
         )
     if arguments.dry_run:
         for case in cases:
@@ -118,6 +121,7 @@ def parsed(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--group", choices=GROUPS, action="append", help="default: bars, ops and ragged")
     parser.add_argument("--case", default="", help="only cases whose name holds this")
+    parser.add_argument("--shape", default="", help="only cases whose shape holds this, such as V=151936")
     parser.add_argument("--peer", default="", help="only cases in which this other implementation takes part")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes, three repeats: a trial, no measurement")

@@ -38,8 +38,8 @@ class GpuClock:
     """A kernel that only waits holds the stream until the run is queued behind it, between two events.
 
     Where the GPU was through with the wait, `lead`, before all of the run was queued, the run is repeated with twice
-    the wait. One that waits for the GPU itself, or launches more than a GPU queues (about a thousand kernels), can never
-    be ahead of it: beyond the longest lead its times hold what the host took, and the remarks say so.
+    the wait. One that waits for the GPU itself, or launches more than a GPU queues (about a thousand kernels), never is
+    ahead of it: beyond the longest lead its times hold what the host took, and the remarks say so.
     """
 
     def __init__(self) -> None:
