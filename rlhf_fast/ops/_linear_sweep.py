@@ -13,10 +13,10 @@ scale. With P = one N x D x V product (2 N D V FLOPs):
 Summed is a unit of sequences in each of which all rows have one derivative c, where the scratch budget also holds a
 gradient of the head per sequence: the products are made of d logprob / d logits, and multiplied by c once it is known.
 
-On the CPU rows behind the mask cost nothing, on a GPU those beyond `mask_count`; on the CPU rows whose coefficients are 0 (clipped tokens, advantages of 0) cost
-P. The loss is asked about all rows for every group: what it says of rows that are not known yet is not used, and some
-100 FLOPs per row are nothing beside 6 D V. So loss, metrics and derivatives are those of the loss's own op on these
-log-probabilities, whatever the tiles.
+On the CPU rows behind the mask cost nothing, on a GPU those beyond `mask_count`; on the CPU rows whose coefficients are
+0 (clipped tokens, advantages of 0) cost P. The loss is asked about all rows for every group: what it says of rows that
+are not known yet is not used, and some 100 FLOPs per row are nothing beside 6 D V. So loss, metrics and derivatives are
+those of the loss's own op on these log-probabilities, whatever the tiles.
 
 Scratch is the logits of one tile (on a GPU also their gradient in the head's type, on the CPU a widened block of a
 half-precision head) and some numbers per row. The gradients are outputs, those of the head in float32 (float64):
