@@ -1,7 +1,7 @@
 """What a row says: a prompt and completions of it, as plain text or as a conversation."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf_fast.data.reading import Row
@@ -19,6 +19,7 @@ class Source:
 
     prompt: text, and each completion too; or messages, and each completion a list of messages.
     prefilled: a completion goes on with the prompt's last message. earlier: the prompt's own answers may be learnt too.
+    learnt: False where the ids are only to be scored, however the template opens an answer.
     """
 
     row: Row
@@ -26,6 +27,7 @@ class Source:
     completions: list[Any]
     prefilled: bool = False
     earlier: bool = False
+    learnt: bool = True
 
     @property
     def tools(self) -> list[dict[str, Any]] | None:
@@ -47,7 +49,7 @@ class Source:
         if not turns:
             return None
         prompt = [*self.prompt[:start], *self.prompt[turns[0] :]]
-        return Source(self.row, prompt, self.completions, self.prefilled, self.earlier)
+        return replace(self, prompt=prompt)
 
 
 @dataclass(frozen=True)

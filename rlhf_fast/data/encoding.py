@@ -157,7 +157,8 @@ class Encoder:
     def scored(self, prompt: Text, completion: str, tools: Any = None) -> list[int]:
         """The ids of a prompt, as the data has it, with a sampled completion and the end of the turn."""
         row = Row("a completion", {"prompt": prompt, "completion": completion, "tools": tools})
-        return self.completion(row).ids
+        source = replace(self.sources.completion(row), learnt=False)
+        return self._examples(source, "completion")[0].ids
 
     def note(self, what: str, where: str) -> None:
         """Remember what was done to a row without asking, for `report`."""
@@ -304,11 +305,13 @@ class Encoder:
         messages = self._closed_once(source, completion, end)
         whole = self.template.render(where, messages, source.tools)
         ids = self.tokens.ids(where, whole)
-        written = self.template.written(where, messages, source.tools)
+        written = self.template.written(where, messages, source.tools) if source.learnt else None
         if whole.startswith(opened):
             start, cut = self.tokens.boundary(where, whole, ids, len(opened))
             if cut:
                 self.note(SPANNING, where)
+        elif not source.learnt:
+            start = common_prefix(ids, self.tokens.ids(where, opened))
         elif written is None:
             here = common_prefix(opened, whole)
             raise UserError(
@@ -318,7 +321,9 @@ class Encoder:
         else:
             # The last run of tokens that the template marks as written.
             start = max((i for i, m in enumerate(written) if m and not (i and written[i - 1])), default=0)
-        if written is not None:
+        if not source.learnt:
+            mask = [1] * len(ids)
+        elif written is not None:
             mask = written if source.earlier else [m if i >= start else 0 for i, m in enumerate(written)]
         else:
             turns = _Turns(self.template, where, messages, source.tools, whole, ids)

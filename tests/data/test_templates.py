@@ -103,6 +103,8 @@ def test_an_answer_that_is_opened_otherwise_than_it_is_rendered_is_refused():
     tokenizer = tokenizer_of("byte level", THINKING)
     with pytest.raises(UserError, match=r"a\.jsonl:7: the chat template opens an answer with '<think>\\n', but"):
         encoder(tokenizer).conversation(row(messages=[USER, ANSWER]))
+    # To be scored, it is what the template renders.
+    assert encoder(tokenizer).scored([USER], ANSWER["content"]) == rendered(tokenizer, [USER, ANSWER])
 
 
 def test_a_template_without_a_token_that_ends_a_turn_gets_eos():
