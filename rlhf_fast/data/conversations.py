@@ -4,12 +4,12 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rlhf_fast.data.reading import Row
-from rlhf_fast.data.templates import ChatTemplate, Message
+from rlhf_fast.data.messages import LEADING, Message, begins, split_pair
+from rlhf_fast.data.reading import Row, shown
+from rlhf_fast.data.templates import ChatTemplate
 from rlhf_fast.errors import UserError
 
 ANSWERING = ("assistant", "model")
-LEADING = ("system", "developer")
 Text = str | list[Message]
 
 
@@ -66,14 +66,12 @@ class Sources:
         return self._source(row, row.values["prompt"], [])
 
     def completion(self, row: Row) -> Source:
-        prompt, completion = self._parts(row, "completion")
+        prompt, completion = self._parts(row)
         return self._source(row, prompt, [completion], earlier=True)
 
     def pair(self, row: Row) -> Source:
-        prompts, completions = zip(*(self._parts(row, column) for column in ("chosen", "rejected")), strict=True)
-        if _trimmed(prompts[0]) != _trimmed(prompts[1]):
-            raise UserError(f"{row.where}: chosen and rejected are answers in different conversations")
-        return self._source(row, prompts[0], list(completions))
+        values = split_pair(row)
+        return self._source(row, values.get("prompt") or "", [values["chosen"], values["rejected"]])
 
     def conversation(self, row: Row) -> Source:
         before, answer = self._answered(row, row.values["messages"])
@@ -84,17 +82,17 @@ class Sources:
             raise UserError(f"{row.where}: column 'text' must be text; put conversations in 'messages'")
         return Source(row, "", [row.values["text"]])
 
-    def _parts(self, row: Row, column: str) -> tuple[Text, Any]:
-        """(prompt, completion). A whole conversation in `column` brings its own prompt."""
-        prompt, completion = row.values.get("prompt") or "", row.values[column]
+    def _parts(self, row: Row) -> tuple[Text, Any]:
+        """(prompt, completion). A whole conversation in `completion` brings its own prompt."""
+        prompt, completion = row.values.get("prompt") or "", row.values["completion"]
         if isinstance(completion, str):
             return prompt, completion
         self._check(row, completion)
         if completion[0]["role"] in ANSWERING:
             return prompt, completion
         before, answer = self._answered(row, completion)
-        if not _begins(prompt, before):
-            raise UserError(f"{row.where}: {column} is a conversation that the prompt is no part of")
+        if prompt and not begins(prompt, before):
+            raise UserError(f"{row.where}: completion is a conversation that the prompt is no part of: {shown(prompt)}")
         return before, answer
 
     def _source(self, row: Row, prompt: Text, completions: list[Any], *, earlier: bool = False) -> Source:
@@ -110,7 +108,8 @@ class Sources:
         answers = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
         for completion in answers:
             self._answered(row, completion)
-        return Source(row, prompt, answers, bool(prompt) and prompt[-1]["role"] in ANSWERING, earlier)
+        prefilled = bool(prompt) and prompt[-1]["role"] in ANSWERING and not prompt[-1].get("tool_calls")
+        return Source(row, prompt, answers, prefilled, earlier)
 
     def _answered(self, row: Row, messages: Any) -> tuple[list[Message], list[Message]]:
         """The messages before the last, and the last, which must be an answer."""
@@ -124,22 +123,6 @@ class Sources:
         if self.chat is False:
             raise UserError(f"{row.where}: found a list of messages, but chat is false")
         checked_messages(row.where, messages)
-
-
-def _begins(prompt: Text, before: list[Message]) -> bool:
-    """Whether the column `prompt` says no more than the conversation `before` an answer does. Many data sets have
-    whole conversations and, once more, the prompt that they begin with, or their last question."""
-    if isinstance(prompt, list):
-        return _trimmed(prompt) == _trimmed(before)[: len(prompt)]
-    contents = [content for _, content in _trimmed(before)]
-    return prompt.strip() in ("", *contents[:1], *contents[-1:])
-
-
-def _trimmed(prompt: Text) -> Any:
-    """What two prompts are compared by: roles and contents without the spaces around them."""
-    if isinstance(prompt, str):
-        return prompt
-    return [(m["role"], plain(m.get("content"))) for m in prompt]
 
 
 def checked_messages(where: str, messages: Any) -> list[Message]:

@@ -6,7 +6,6 @@ completion together. The completion begins where the rendering of its prompt end
 it (the line break of `<|im_end|>\\n`) is read but not learnt, because the model has stopped by then.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,9 +14,11 @@ from typing import Any, Literal, TypeVar
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from rlhf_fast.data.conversations import ANSWERING, LEADING, Source, Sources, Text, plain
+from rlhf_fast.data.conversations import ANSWERING, Source, Sources, Text, plain
+from rlhf_fast.data.messages import LEADING, Message
+from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row
-from rlhf_fast.data.templates import ChatTemplate, Message, TurnEnd
+from rlhf_fast.data.templates import ChatTemplate, TurnEnd
 from rlhf_fast.data.tokens import Tokens, common_prefix, load_tokenizer, pad_id
 from rlhf_fast.errors import UserError
 
@@ -259,7 +260,7 @@ class Encoder:
     def _encoded_text(self, source: Source, completion: str | None) -> Example:
         where, prompt = source.row.where, str(source.prompt)
         text = prompt + (completion or "")
-        rendered = self.template.has_rendered(text)
+        rendered = self.template.has_rendered(prompt or text)
         end = self.template.turn_end if rendered else self.text_end
         if rendered:
             self.note("already rendered by the chat template, and taken as it is", where)
@@ -294,7 +295,7 @@ class Encoder:
 
     def _closed(self, text: str, end: TurnEnd) -> bool:
         stop = str(self.tokenizer.convert_ids_to_tokens(end.stop))
-        return text.rstrip().endswith((stop, end.text.rstrip() or stop))
+        return text.rstrip().endswith((stop, stop if end.eos_added else end.text.rstrip()))
 
     def _encoded_conversation(self, source: Source, completion: list[Message] | None) -> Example:
         where, opened = source.row.where, self._opened(source)
@@ -343,7 +344,9 @@ class Encoder:
         if not isinstance(content, str) or not self._closed(content, end):
             return messages
         self.note("the answer has the token that ends its turn, which is not added again", source.row.where)
-        content = content.rstrip().removesuffix(end.text.rstrip())
+        content = content.rstrip()
+        if not end.eos_added:
+            content = content.removesuffix(end.text.rstrip())
         content = content.removesuffix(str(self.tokenizer.convert_ids_to_tokens(end.stop)))
         return [*messages[:-1], {**messages[-1], "content": content}]
 
@@ -425,7 +428,7 @@ def _until_stop(mask: list[int], ids: list[int], start: int, end: TurnEnd) -> li
 def encode_rows(encoder: Encoder, rows: Sequence[Row], encode: Callable[[Row], T], what: str) -> list[T]:
     """`encode` of every row. With too_long: skip or truncate, a row that no budget holds is left out.
 
-    What was left out or changed is said on standard error, one line for each kind. UserError when no row is left.
+    What was left out or changed is said, one line for each kind. UserError when no row is left.
     """
     encoded = []
     for row in rows:
@@ -437,7 +440,7 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], encode: Callable[[Row], T
             encoder.note("too long, and left out", row.where)
             last = str(error)
     for line in encoder.report(len(rows)):
-        print(f"{what}: {line}", file=sys.stderr)
+        say(f"{what}: {line}")
     if not encoded:
         raise UserError(f"all {len(rows)} rows of {what} are too long; the last one: {last}")
     return encoded

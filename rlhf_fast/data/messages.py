@@ -88,7 +88,7 @@ def split_pair(row: Row) -> dict[str, Any]:
         return row.values
     start = _fork(row, chosen, rejected)
     prompt = row.values.get("prompt", "")
-    if prompt and not _begins(prompt, chosen[:start]):
+    if prompt and not begins(prompt, chosen[:start]):
         raise UserError(f"{row.where}: chosen is a conversation that the prompt is no part of: {shown(prompt)}")
     return {**row.values, "prompt": chosen[:start], "chosen": chosen[start:], "rejected": rejected[start:]}
 
@@ -107,7 +107,7 @@ def _fork(row: Row, chosen: list[Message], rejected: list[Message]) -> int:
     return start
 
 
-def _begins(prompt: Any, messages: list[Message]) -> bool:
+def begins(prompt: Any, messages: list[Message]) -> bool:
     """Whether `prompt` is what the conversation begins with: its messages, its first ones, or a user's text in it."""
     messages = trimmed(messages)
     if isinstance(prompt, str):

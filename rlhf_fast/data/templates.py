@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rlhf_fast.data.messages import Message
 from rlhf_fast.data.tokens import Tokens
 from rlhf_fast.errors import UserError
 
-Message = dict[str, Any]
 # Stands for a message's content where the text around it is asked for: plain letters, which no template changes.
 _MARK = "xMARKx"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -49,8 +49,8 @@ def test_a_whole_conversation_wins_over_the_prompt_that_it_begins_with():
     for prompt in ("hi", " hi\n", [USER]):
         assert encoder().completion(row(prompt=prompt, completion=[USER, ANSWER])) == expected
         assert encoder().conversation(row(prompt=prompt, messages=[USER, ANSWER])) == expected
-    with pytest.raises(UserError, match=r"a\.jsonl:7: chosen is a conversation that the prompt is no part of"):
-        encoder().pair(row(prompt="bye", chosen=[USER, ANSWER], rejected="no"))
+    with pytest.raises(UserError, match=r"a\.jsonl:7: completion is a conversation that the prompt is no part of"):
+        encoder().completion(row(prompt="bye", completion=[USER, ANSWER]))
 
 
 def test_messages_must_be_a_list_that_ends_with_an_answer():
@@ -165,7 +165,7 @@ def test_rows_over_budget_are_left_out_and_counted_on_request(capsys):
     rows = [Row(f"a.jsonl:{i}", {"prompt": "x" * n}) for i, n in enumerate((5, 60, 7, 70))]
     one = encoder(too_long="skip")
     assert [len(p.ids) for p in encode_rows(one, rows, one.prompt, "data")] == [6, 8]
-    assert capsys.readouterr().err == "data: 2 of 4 rows: too long, and left out (first: a.jsonl:1)\n"
+    assert capsys.readouterr().out == "data: 2 of 4 rows: too long, and left out (first: a.jsonl:1)\n"
     with pytest.raises(UserError, match=r"all 2 rows of data are too long; the last .*: a\.jsonl:3: the prompt"):
         encode_rows(one, rows[1::2], one.prompt, "data")
     with pytest.raises(TooLong, match=r"a\.jsonl:1: the prompt has 61 tokens"):
@@ -199,7 +199,7 @@ def test_ids_beyond_the_embeddings_are_refused_and_never_pad():
 
 
 def test_answers_in_different_conversations_are_no_pair():
-    with pytest.raises(UserError, match=r"a\.jsonl:7: chosen and rejected are answers in different conversations"):
+    with pytest.raises(UserError, match=r"a\.jsonl:7: chosen and rejected must differ in their last answer alone"):
         encoder().pair(row(chosen=turns("a", "b", "c", "d"), rejected=turns("a", "x", "c", "d")))
     trimmed = row(chosen=turns(" hi ", "yo"), rejected=turns("hi", "no"))
     chosen, rejected = encoder().pair(trimmed)

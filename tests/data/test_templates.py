@@ -60,7 +60,7 @@ def test_a_conversation_has_the_ids_of_its_rendering_and_learns_the_answer_up_to
     assert all(example.learnt[len(prompt) : len(prompt) + len(learnt)])
     assert encoder(tokenizer).prompt(row(prompt=messages[:-1])).ids == prompt
     assert encoder(tokenizer).completion(row(prompt=messages[:-1], completion=[messages[-1]])) == example
-    pair = row(prompt=messages[:-1], chosen=messages, rejected=[messages[-1]])
+    pair = row(prompt=messages[:-1], chosen=messages, rejected=messages)
     assert encoder(tokenizer).pair(pair) == (example, example)
 
 
