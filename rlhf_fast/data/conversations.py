@@ -108,6 +108,8 @@ class Sources:
         answers = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
         for completion in answers:
             self._answered(row, completion)
+        if not prompt and not answers:
+            raise UserError(f"{row.where}: the prompt is empty")
         prefilled = bool(prompt) and prompt[-1]["role"] in ANSWERING and not prompt[-1].get("tool_calls")
         return Source(row, prompt, answers, prefilled, earlier)
 
@@ -127,9 +129,13 @@ class Sources:
 
 def checked_messages(where: str, messages: Any) -> list[Message]:
     """`messages` when it is a conversation: roles, and contents of text, of text parts, or none beside tool calls."""
-    fine = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
-    if not fine or not all(isinstance(m.get("role"), str) and _readable(m) for m in messages):
-        raise UserError(f"{where}: a conversation must be a list of {{role, content}} messages")
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: a conversation must be a list of {{role, content}} messages, got {shown(messages)}")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not _readable(message):
+            raise UserError(
+                f"{where}: a conversation must be a list of {{role, content}} messages with text, got {shown(message)}"
+            )
     return messages
 
 

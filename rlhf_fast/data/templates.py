@@ -132,16 +132,21 @@ class ChatTemplate:
             header, opening = self.user_opening
         except UserError:  # what this template cannot render, it has not rendered
             return False
-        special = [self._token(i) for i in self._specials if self._token(i) in header]
-        if special:
-            return header[max(header.rindex(token) for token in special) :].strip() in text
+        marker = self._from_special(header)
+        if marker:
+            return marker.strip() in text
         start, end = header.strip(), opening.strip()
         return bool(start and end) and self._without_ends(text).lstrip().startswith(start) and end in text
 
     def rendered_head(self, text: str) -> int:
         """How many characters of a rendered text are the template's beginning, up to the first user message."""
-        header = self.user_opening[0].strip().rsplit("\n", 1)[-1]
-        return text.find(header) + len(header) if header in text else 0
+        header = self._from_special(self.user_opening[0]) or self.user_opening[0]
+        return text.index(header) + len(header) if header in text else 0
+
+    def _from_special(self, text: str) -> str:
+        """The text from its last special token on; empty where it has none."""
+        places = [text.rindex(token) for token in map(self._token, self._specials) if token in text]
+        return text[max(places) :] if places else ""
 
     @cached_property
     def _takes(self) -> tuple[bool, bool]:
