@@ -6,11 +6,13 @@ completion together. The completion begins where the rendering of its prompt end
 it (the line break of `<|im_end|>\\n`) is read but not learnt, because the model has stopped by then.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
+from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -431,7 +433,7 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], encode: Callable[[Row], T
     What was left out or changed is said, one line for each kind. UserError when no row is left.
     """
     encoded = []
-    for row in rows:
+    for row in track(rows, f"reading {what}", transient=True, disable=not sys.stdout.isatty()):
         try:
             encoded.append(encode(row))
         except TooLong as error:

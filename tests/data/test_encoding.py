@@ -215,3 +215,12 @@ def test_the_prompt_of_a_pair_is_sampled_as_it_is_trained_on():
     assert encoder().pair_prompt(row(prompt="hi", chosen="a", rejected="b")).columns["prompt"] == "hi"
     with pytest.raises(UserError, match="the pair has no prompt"):
         encoder().pair_prompt(row(chosen="a", rejected="b"))
+
+
+@pytest.mark.parametrize(("prompt", "match"), [("", "the prompt is empty"), ([], "the prompt is empty"),
+                                               ([{"role": "user", "content": 3}], "with text, got dict")])  # fmt: skip
+def test_a_prompt_without_text_is_refused(prompt, match):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    with pytest.raises(UserError, match=rf"a\.jsonl:7: .*{match}"):
+        encoder(tokenizer=tokenizer).prompt(row(prompt=prompt))

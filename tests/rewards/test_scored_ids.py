@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from rlhf_fast.data.batches import Batch
 from rlhf_fast.data.encoding import Encoder, Prompt
@@ -88,3 +94,24 @@ def test_a_text_that_ends_in_any_id_is_scored_at_its_end():
         oracle = torch.stack([classifier(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
     torch.testing.assert_close(classify(classifier, rows), oracle)
     torch.testing.assert_close(alone, oracle)
+
+
+def test_a_reward_model_of_berts_kind_reads_what_its_tokenizer_makes_of_the_text(tmp_path):
+    tokenizer = tokenizer_of("word piece", None)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=24, num_labels=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    folder = RewardModel(str(tmp_path), device=torch.device("cpu"))
+    given, answer = "What is the weather?", " It is sunny and warm"
+    inputs = tokenizer(given + answer, return_tensors="pt")
+    with torch.no_grad():
+        oracle = model(**inputs).logits[:, 0]
+    torch.testing.assert_close(folder([given, given], [answer, " no"])[:1], oracle, rtol=0, atol=1e-6)
+    # One that is longer than its context loses the prompt's first words, and neither [CLS] nor [SEP].
+    ids = folder.encoder.scored(given * 20, answer)
+    assert (len(ids), ids[0], ids[-1]) == (24, inputs["input_ids"][0, 0], inputs["input_ids"][0, -1])
