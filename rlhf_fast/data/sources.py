@@ -58,6 +58,8 @@ def read_rows(data: str) -> list[Row]:
 
 
 def _read(data: str, source: Source) -> list[Row]:
+    if not data or "\0" in data:
+        raise UserError(f"data {data!r} is no name of a file, a folder or a data set")
     path = Path(source.place)
     if os.path.isfile(source.place):
         return read_shards([path])
