@@ -252,10 +252,29 @@ def infer_algorithm(rows: Sequence[Row], data: str) -> str:
     return found
 
 
-def with_known_columns(rows: Sequence[Row], algorithm: str, data: str) -> list[Row]:
+def changed_rows(rows: Sequence[Row], change: Callable[[Row], Values], *, skip: bool) -> list[Row]:
+    """Every row with the values that `change` makes of it. Where it raises UserError, so does this, or with `skip` the
+    row is left out; how many were is said."""
+    changed, errors = [], []
+    for row in rows:
+        try:
+            changed.append(Row(row.where, change(row)))
+        except UserError as error:
+            errors.append(error)
+            if not skip:
+                raise
+    if errors and not changed:
+        raise UserError(f"all {len(rows)} rows are bad, the first: {errors[0]}")
+    if errors:
+        say(f"{len(errors)} of {len(rows)} rows are left out, the first: {errors[0]}")
+    return changed
+
+
+def with_known_columns(rows: Sequence[Row], algorithm: str, data: str, *, skip: bool = False) -> list[Row]:
     """The rows with what `algorithm` reads under its own names, where they have a known layout, which is said.
 
-    Raises UserError for a layout that the algorithm cannot use, and for labels that it would look past.
+    Raises UserError for a layout that the algorithm cannot use, for labels that it would look past, and, unless `skip`
+    leaves it out, for a row that is not as the layout has it.
     """
     layout, columns = recognise(rows), rows[0].values.keys()
     if layout is not None and algorithm not in layout.algorithms:
@@ -266,12 +285,15 @@ def with_known_columns(rows: Sequence[Row], algorithm: str, data: str) -> list[R
     _check_uniform(rows, {*READ, *_LABELS, *used})
     if algorithm not in PROMPTS:
         _check_judgements([name for name in columns if name not in used], algorithm, rows[0].where)
-    rows = [Row(row.where, {name: spelled_out(value, row.where) if name in READ else value
-                            for name, value in row.values.items()}) for row in rows]  # fmt: skip
-    if layout is None:
-        return rows
-    say(f"{data}: {layout.name} -> {', '.join(layout.gives)}")
-    return [Row(row.where, {**row.values, **layout.convert(row)}) for row in rows]
+    if layout is not None:
+        say(f"{data}: {layout.name} -> {', '.join(layout.gives)}")
+    convert = layout.convert if layout is not None else lambda row: row.values
+
+    def change(row: Row) -> Values:
+        spelled = {name: spelled_out(v, row.where) if name in READ else v for name, v in row.values.items()}
+        return {**spelled, **convert(Row(row.where, spelled))}
+
+    return changed_rows(rows, change, skip=skip)
 
 
 def _check_uniform(rows: Sequence[Row], names: set[str]) -> None:
@@ -295,23 +317,28 @@ def _check_judgements(columns: Sequence[str], algorithm: str, where: str) -> Non
         say(f"{algorithm} does not look at the column {score!r}")
 
 
-def require_columns(rows: Sequence[Row], layouts: Sequence[Sequence[str]], algorithm: str) -> Sequence[str]:
-    """The first of `layouts` (sets of columns) that the first row has; every row must then have it, with values of
-    the right types."""
+def require_columns(
+    rows: Sequence[Row], layouts: Sequence[Sequence[str]], algorithm: str, *, skip: bool = False
+) -> tuple[Sequence[str], list[Row]]:
+    """The first of `layouts` (sets of columns) that the first row has, and the rows, all of which must have it with
+    values of the right types, unless `skip` leaves the others out."""
     first = rows[0]
     layout = next((names for names in layouts if set(names) <= set(first.values)), None)
     if layout is None:
         wanted = " or ".join("/".join(names) for names in layouts)
         have = ", ".join(first.values) or "none"
         raise UserError(f"{first.where}: {algorithm} needs the columns {wanted}; found: {have}")
-    for row in rows:
-        for name in layout:
-            check_text_or_messages(row, name, text=name != "messages", messages=name != "text")
-    asking = next((name for name in _ASKING if name in first.values), None)
+    asking = next((name for name in _ASKING if first.values.get(name)), None)
     if layout[0] == "chosen" and isinstance(first.values["chosen"], str) and asking is not None:
         raise UserError(f"{first.where}: {algorithm} would not look at the column {asking!r}; where it is what was "
                         f"asked, say columns.prompt={asking}, else give it another name")  # fmt: skip
-    return layout
+
+    def checked(row: Row) -> Values:
+        for name in layout:
+            check_text_or_messages(row, name, text=name != "messages", messages=name != "text")
+        return row.values
+
+    return layout, changed_rows(rows, checked, skip=skip)
 
 
 def prompt_key(row: Row) -> str:

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rlhf_fast.data.encoding import Encoder, Example, encode_rows
+from rlhf_fast.data.layouts import changed_rows
 from rlhf_fast.data.messages import split_pair, trimmed
 from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row
@@ -22,11 +24,11 @@ class Pair:
 
 def load_pair_rows(config: Config) -> tuple[list[Row], list[Row]]:
     """(training, held-out) rows whose conversations are taken apart into the prompt and two answers."""
-    return load_rows(config, LAYOUTS, _pairs)
+    return load_rows(config, LAYOUTS, partial(_pairs, skip=config.bad_rows == "skip"))
 
 
-def _pairs(rows: list[Row]) -> list[Row]:
-    pairs = [Row(row.where, split_pair(row)) for row in rows]
+def _pairs(rows: list[Row], *, skip: bool) -> list[Row]:
+    pairs = changed_rows(rows, split_pair, skip=skip)
     same = [row for row in pairs if _plain(row.values["chosen"]) == _plain(row.values["rejected"])]
     if same:
         say(f"chosen and rejected are the same in {len(same)} of {len(pairs)} pairs, first in {same[0].where}")

@@ -138,8 +138,9 @@ def load_rows(
 
 def _rows_of(config: Config, data: str, layouts: Sequence[Sequence[str]]) -> list[Row]:
     rows = rename_columns(read_rows(data), config.columns)
-    rows = with_known_columns(rows, config.algorithm, data)
-    used = require_columns(rows, layouts, config.algorithm)
+    skip = config.bad_rows == "skip"
+    rows = with_known_columns(rows, config.algorithm, data, skip=skip)
+    used, rows = require_columns(rows, layouts, config.algorithm, skip=skip)
     others = [names for names in layouts if set(names) <= rows[0].values.keys() and not set(names) <= set(used)]
     if others:
         say(f"{data}: {config.algorithm} reads {', '.join(used)}, not {', '.join(others[0])}")

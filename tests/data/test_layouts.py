@@ -289,8 +289,10 @@ def test_a_mapping_must_hold_for_every_row():
     ],
 )
 def test_every_value_of_a_needed_column_is_checked(value, message):
+    given = rows({"prompt": "a"}, {"prompt": value}, {"prompt": [user("b")]})
     with pytest.raises(UserError, match=rf"d\.jsonl:2: .*{message}"):
-        require_columns(rows({"prompt": "a"}, {"prompt": value}), [("prompt",)], "ppo")
+        require_columns(given, [("prompt",)], "ppo")
+    assert require_columns(given, [("prompt",)], "ppo", skip=True) == (("prompt",), [given[0], given[2]])
 
 
 def test_missing_columns_are_named_with_those_that_are_there():
@@ -318,6 +320,15 @@ def test_messages_in_the_spellings_of_others_are_brought_to_one():
     given = {"prompt": [{"from": "human", "value": "a"}], "completion": assistant("b")}
     (row,) = with_known_columns(rows(given), "sft", "d")
     assert (row.values["prompt"], row.values["completion"]) == ([user("a")], [assistant("b")])
+
+
+def test_rows_that_are_bad_can_be_left_out_and_are_counted(capsys):
+    bad = {**HH, "rejected": "\n\nHuman: Bye\n\nAssistant: No."}
+    found = with_known_columns(rows(HH, bad, HH, bad), "dpo", "d", skip=True)
+    assert [row.where for row in found] == ["d.jsonl:1", "d.jsonl:3"]
+    assert "2 of 4 rows are left out, the first: d.jsonl:2: chosen and rejected must differ" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"all 2 rows are bad, the first: d\.jsonl:1"):
+        with_known_columns(rows(bad, bad), "dpo", "d", skip=True)
 
 
 def test_two_rows_ask_the_same_where_their_prompts_are():

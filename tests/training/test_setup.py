@@ -85,6 +85,19 @@ def test_what_is_read_and_what_is_not_is_said_where_rows_have_both(tmp_path, cap
     assert capsys.readouterr().out == f"{tmp_path}/d.jsonl: sft reads prompt, completion, not text\n"
 
 
+def test_pairs_that_differ_too_early_are_an_error_or_left_out(tmp_path, capsys):
+    def said(*texts):
+        return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
+
+    rows = [{"chosen": said(f"q{i}", "a"), "rejected": said(f"q{i}", "b"), "n": i} for i in range(6)]
+    rows[3]["rejected"] = said("q", "b")
+    with pytest.raises(UserError, match=r"d\.jsonl:4: .* differ in message 1 already; bad_rows: skip"):
+        load_pair_rows(config(tmp_path, rows, "dpo"))
+    train, held_out = load_pair_rows(config(tmp_path, rows, "dpo", bad_rows="skip"))
+    assert sorted(numbers(train) + numbers(held_out)) == [0, 1, 2, 4, 5]
+    assert "1 of 6 rows are left out, the first: d.jsonl:4: " in capsys.readouterr().out
+
+
 def test_empty_answers_and_equal_pairs_are_counted_once(tmp_path, capsys):
     rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(6)]
     rows[2]["rejected"] = " a\n"
