@@ -23,7 +23,7 @@ PYTHON = sys.executable
 def test_the_gpu_tests_and_benchmarks_import_with_torch_and_pytest_alone():
     hide = f"import sys\nfor name in {ABSENT}: sys.modules[name] = None\n"
     imports = "import benchmarks.__main__, benchmarks.roofline, benchmarks.gpu_session, tests.conftest\n"
-    imports += "import tests.gpu.test_ops, tests.gpu.test_gradient_in_forward"
+    imports += "import tests.gpu.test_devices, tests.gpu.test_gradient_in_forward, tests.gpu.test_ops"
     subprocess.run([PYTHON, "-c", hide + imports], cwd=ROOT, check=True)
 
 
