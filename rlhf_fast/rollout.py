@@ -158,9 +158,7 @@ def check_sampler(
     sampled = scores.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
     batch = pad_batch([Example(ids + t, len(ids)) for ids, t in zip(rows, tokens.tolist(), strict=True)], pad)
     batch = batch.to(_device(backbone))
-    return agreement(
-        backbone, batch, SamplerView(_placed(list(sampled), batch), float(scores.std(-1).mean())), temperature
-    )
+    return agreement(backbone, batch, SamplerView(_placed(list(sampled), batch), float(_spread(scores))), temperature)
 
 
 # Honest models were measured at up to 1.1 of what `_rounding` says (fp32 and bfloat16, 2 to 30 layers).
@@ -210,7 +208,7 @@ class Recorder(LogitsProcessor):
         if self._last is not None:
             self._steps.append(self._last.gather(1, input_ids[:, -1:]))
         logits = scores.float() / self.temperature
-        self._spreads.append(logits.std(1).mean())
+        self._spreads.append(_spread(logits))
         self._last = logits.log_softmax(1)
         return scores
 
@@ -225,6 +223,12 @@ class Recorder(LogitsProcessor):
     @property
     def spread(self) -> float:
         return float(torch.stack(self._spreads).mean())
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """(..., V) -> (): mean standard deviation over the vocabulary, less the entries that a model masks out."""
+    kept = logits.where(logits > torch.finfo(torch.float16).min, torch.nan)
+    return (kept - kept.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().mean()
 
 
 def _placed(rows: Sequence[Tensor], batch: Batch) -> Tensor:
@@ -281,7 +285,7 @@ def _before_head(head: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 
 @contextmanager
 def _without_settings_of_the_checkpoint(model: PreTrainedModel) -> Iterator[None]:
-    """`generate` takes every field that its caller leaves open from the model's generation_config: here an empty one."""
+    """`generate` takes each field that its caller leaves open from the model's generation_config: here an empty one."""
     kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield

@@ -2,19 +2,22 @@
 
 import hashlib
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from rlhf_fast import __main__, __version__
 from rlhf_fast.cli import app
 from tests.house.test_packaging import PROJECT
-from tests.training.tiny_runs import folder, values_of, write_jsonl
+from tests.training.tiny_runs import ALGORITHMS, folder, values_of, write_jsonl
 
 
 def invoke(*words: str):
@@ -136,9 +139,110 @@ def test_overwrite_replaces_a_run_but_no_other_folder(tmp_path):
     assert fingerprint(tmp_path / "photos").keys() == {"cat.png"}
     words = words_of("sft", steps=1, output_dir=str(tmp_path / "run"))
     assert invoke("train", *words).exit_code == 0
-    (tmp_path / "run" / "left-over").write_text("old")
+    (tmp_path / "run" / "left-over").write_text("mine")
+    (tmp_path / "run" / "metrics.jsonl").write_text("old\n")
     assert invoke("train", *words, "--overwrite").exit_code == 0
-    assert "left-over" not in fingerprint(tmp_path / "run")
+    assert "left-over" in fingerprint(tmp_path / "run")
+    assert "old" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("place", ["model", "data", "config", "reward", "cwd", "stages"])
+def test_overwrite_never_touches_what_the_run_reads_or_where_it_is_called(place, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    shutil.copytree(folder(), work)
+    for name in ("config.yaml", "model/config.yaml"):
+        (work / name).write_text(json.dumps(values_of("grpo")))
+    for path in (work, work / "model"):
+        (path / ".rlhf_fast_run").write_text('{"stages": [], "saved": ["model.safetensors", "prompts.jsonl"]}')
+    changes = {"model": str(work / "model")} if place == "model" else {}
+    changes |= {"data": str(work / "prompts.jsonl")} if place == "data" else {}
+    changes |= {"reward": f"{work}/reward.py:score"} if place == "reward" else {}
+    words = words_of("grpo", output_dir=str(work / "model" if place == "model" else work), **changes)
+    if place == "config":
+        words = [str(work / "config.yaml"), f"output_dir={work}"]
+    if place == "cwd":
+        monkeypatch.chdir(work)
+        words = ["config.yaml", "output_dir=."]
+    if place == "stages":
+        keys = {key: value for key, value in values_of("sft").items() if key not in ("model", "algorithm")}
+        values = {"output_dir": str(work), "stages": [{"algorithm": "sft", **keys, "model": str(work / "model")}]}
+        (tmp_path / "stages.yaml").write_text(json.dumps(values))
+        words = [str(tmp_path / "stages.yaml")]
+    before = fingerprint(work)
+    result = invoke("train", *words, "--overwrite")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert "--overwrite does not replace that" in result.stderr or "which this run reads" in result.stderr
+    assert fingerprint(work) == before
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_end_every_algorithm_with_the_name_of_the_first(algorithm, bad, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folder() / "model", model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    result = invoke("train", *words_of(algorithm, model=str(model), output_dir=str(tmp_path / "run"), steps=2))
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert "not finite numbers, the first in model.layers.1.mlp.up_proj.weight" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_model_whose_passes_overflow_ends_every_algorithm_with_an_error(algorithm, tmp_path):
+    """Every weight is finite, the products are not; and there are fewer steps than max_bad_steps."""
+    model = tmp_path / "model"
+    shutil.copytree(folder() / "model", model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= 3e38
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    result = invoke("train", *words_of(algorithm, model=str(model), output_dir=str(tmp_path / "run"), steps=2))
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert "finite" in result.stderr or " is nan" in result.stderr
+
+
+@pytest.mark.parametrize("what", ["config", "tokenizer", "classifier"])
+def test_code_in_a_model_folder_is_never_run_nor_asked_for(what, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(folder() / "model", model)
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    name = "tokenizer_config.json" if what == "tokenizer" else "config.json"
+    classes = {
+        "tokenizer": {"AutoTokenizer": ["evil.Evil", None]},
+        "config": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"},
+        "classifier": {"AutoModelForSequenceClassification": "evil.Evil"},
+    }
+    values = json.loads((model / name).read_text()) | {"auto_map": classes[what]}
+    values |= {"model_type": "unheard_of"} if what == "config" else {}
+    values |= {"tokenizer_class": "Evil"} if what == "tokenizer" else {}
+    (model / name).write_text(json.dumps(values))
+
+    def asked(*_):
+        raise AssertionError("input() was called")
+
+    monkeypatch.setattr("builtins.input", asked)
+    keys = {"reward": str(model)} if what == "classifier" else {"model": str(model)}
+    result = CliRunner().invoke(
+        app, ["train", *words_of("grpo", output_dir=str(tmp_path / "run"), steps=1, **keys)], input="y\ny\ny\n"
+    )
+    assert not isinstance(result.exception, AssertionError)
+    assert not (tmp_path / "ran").exists()
+    assert result.exit_code in (0, 2)
+    assert len(result.stderr.splitlines()) == (1 if result.exit_code else 0)
+
+
+def test_names_of_other_trainers_are_said_in_one_line(tmp_path):
+    result = invoke("train", *words_of("sft", output_dir=str(tmp_path / "run")), "--dry-run", "--num_train_epochs", "2")
+    assert result.exit_code == 2
+    assert "epochs and steps exclude each other" in result.stderr
+    words = [
+        word for word in words_of("sft", output_dir=str(tmp_path / "run")) if not word.startswith(("steps", "learn"))
+    ]
+    result = invoke("train", *words, "--dry-run", "--num_train_epochs", "2", "lr=0.5")
+    assert result.exit_code == 0, result.output
+    assert "sft: num_train_epochs -> epochs, lr -> learning_rate\n" in result.stdout
+    assert "steps: 4" in result.stdout
 
 
 @pytest.mark.parametrize(("place", "message"), [("file/run", "file is a file"), ("/dev/null/run", "is a file")])

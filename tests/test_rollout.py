@@ -117,9 +117,11 @@ def test_passes_of_few_rows_keep_the_order(backbone, tokenizer):
 
 # A value of every field of transformers' GenerationConfig that changes what `generate` samples, or fails.
 NASTY = {
-    "max_length": 3, "max_new_tokens": 1, "min_length": 40, "min_new_tokens": 6, "early_stopping": True, "max_time": 0.0,
+    "max_length": 3, "max_new_tokens": 1, "min_length": 40, "min_new_tokens": 6, "early_stopping": True,
+    "max_time": 0.0,
     "stop_strings": ["a", "e"], "do_sample": False, "num_beams": 3, "use_mtp": True, "use_cache": False,
-    "cache_implementation": "static", "max_cache_len": 1, "cache_config": {"backend": "none"}, "temperature": 0.2, "top_k": 1,
+    "cache_implementation": "static", "max_cache_len": 1, "cache_config": {"backend": "none"},
+    "temperature": 0.2, "top_k": 1,
     "top_p": 0.1, "min_p": 0.9, "top_h": 0.1, "typical_p": 0.1, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5,
     "repetition_penalty": 5.0, "encoder_repetition_penalty": 5.0, "length_penalty": -3.0, "no_repeat_ngram_size": 1,
     "bad_words_ids": [[i] for i in range(200)], "renormalize_logits": True, "forced_bos_token_id": 5,
@@ -133,7 +135,8 @@ NASTY = {
     "assistant_confidence_threshold": 0.9, "prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1,
     "assistant_early_exit": 1, "assistant_lookbehind": 3, "target_lookbehind": 3, "assistant_ensemble_weight": 0.5,
     "speculation_type": "dflash", "compile_config": CompileConfig(backend="nonesuch"), "disable_compile": False,
-    "continuous_batching_config": {"max_batch_tokens": 1}, "low_memory": True, "penalty_alpha": 0.9, "dola_layers": "low",
+    "continuous_batching_config": {"max_batch_tokens": 1}, "low_memory": True, "penalty_alpha": 0.9,
+    "dola_layers": "low",
     "diversity_penalty": 3.0, "num_beam_groups": 3, "constraints": ["x"], "force_words_ids": [[7]],
     "prefill_chunk_size": 1, "trust_remote_code": True, "custom_generate": "somebody/code",
 }  # fmt: skip

@@ -27,7 +27,7 @@ from rlhf_fast.training.experience import (
     samples_of,
     sum_metrics,
 )
-from rlhf_fast.training.job import Job
+from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.optim import learning_rate, set_learning_rates, update
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import prepare_rollouts
@@ -50,11 +50,10 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     for step in run.steps():
         rate = learning_rate(config, step)
         set_learning_rates(job, {"policy": rate})
-        # One minibatch has all rows before any step: its log-probabilities are the old ones.
+        # One minibatch has all rows before any step: its log-probabilities are the old ones, unless it has dropout.
         prompts = prompts_of_step(job, config, step)
-        experience = collect(
-            job, config, prompts, score_policy=config.num_minibatches > 1, compare_sampler=step == run.start
-        )
+        score_policy = config.num_minibatches > 1 or config.lora_dropout > 0
+        experience = collect(job, config, prompts, score_policy=score_policy, compare_sampler=step == run.start)
         advantages = group_advantages(experience.rewards, group_size=config.num_generations, kind=config.advantage)
         metrics = improve(job, config, experience, advantages)
         move_reference(job, config, step)
@@ -90,7 +89,9 @@ def accumulate(
     for rows in parts:
         part = batch.rows(rows)
         lower = None if experience.lower is None else experience.lower[rows]
-        hidden = backbone.hidden(part.input_ids, part.attention_mask, ["policy"], lower=lower)["policy"]
+        hidden = backbone.hidden(
+            part.input_ids, part.attention_mask, ["policy"], lower=lower, dropout_seed=dropout_seed(job, config)
+        )["policy"]
         logprobs, entropy = backbone.logprobs(
             hidden, part.input_ids, part.mask, temperature=config.temperature, return_entropy=True
         )

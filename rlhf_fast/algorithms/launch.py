@@ -5,7 +5,7 @@ All of it is checked before anything is written.
 
 import os
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rlhf_fast.algorithms import load_algorithm
 from rlhf_fast.data.encoding import quiet_libraries
@@ -21,10 +22,22 @@ from rlhf_fast.data.layouts import infer_algorithm, rename_columns
 from rlhf_fast.data.notes import forget
 from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError
-from rlhf_fast.training.config import Config, FromStage, field_of, fold_columns, parse, read_yaml, unknown_key
+from rlhf_fast.training.config import (
+    Config,
+    FromStage,
+    field_of,
+    fold_columns,
+    merged,
+    parse,
+    read_yaml,
+    unknown_key,
+)
+from rlhf_fast.training.folder import check_folder, claim_folder, inputs_of, saving
+from rlhf_fast.training.foreign_keys import means_something
 from rlhf_fast.training.job import Job, seed_everything
+from rlhf_fast.training.optim import check_progress
 from rlhf_fast.training.report import print_report
-from rlhf_fast.training.run import Run, check_folder, claim_folder, write_summary
+from rlhf_fast.training.run import Run, write_summary
 
 REFERRING_KEYS = ("model", "reward")
 
@@ -36,6 +49,12 @@ class Stage:
     name: str
     module: ModuleType
     config: Any
+    aliases: list[str] = field(default_factory=list)
+
+    def say_aliases(self, console: Console) -> None:
+        """One line for the names of other trainers, and the keys that they were taken for."""
+        if self.aliases:
+            console.print(Text(f"{self.name or self.config.algorithm}: {', '.join(self.aliases)}"), soft_wrap=True)
 
 
 def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume: str | None, overwrite: bool) -> None:
@@ -47,17 +66,23 @@ def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume
         raise UserError("training runs in one process so far; start it without torchrun or accelerate launch")
     values = read_yaml(path) if path else {}
     console = Console()
+    read = [Path(path)] if path else []
     if "stages" not in values:
-        stage = single_stage({**values, **overrides})
-        check_folder(Path(stage.config.output_dir), resume=resume is not None, overwrite=overwrite)
+        stage = single_stage(values, overrides)
+        stage.say_aliases(console)
+        inputs = [*read, *inputs_of(stage.config)]
+        check_folder(Path(stage.config.output_dir), resume=resume is not None, overwrite=overwrite, inputs=inputs)
         if dry_run:
             print_plan(console, stage, prepare(stage))
         else:
             run_stage(console, stage, resume=resume, overwrite=overwrite)
         return
     stages = all_stages(values, overrides)
-    folder = Path(overrides.get("output_dir", values.get("output_dir", "run")))
-    check_folder(folder, resume=resume is not None, overwrite=overwrite)
+    for stage in stages:
+        stage.say_aliases(console)
+    folder = Path(stages[0].config.output_dir).parent
+    read += [place for stage in stages for place in inputs_of(stage.config)]
+    check_folder(folder, resume=resume is not None, overwrite=overwrite, inputs=read)
     # Every stage is prepared once before the first one runs: a typing error in the last must not cost the others.
     for stage in stages:
         job = prepare(before_its_time(stage, stages))
@@ -65,7 +90,7 @@ def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume
             print_plan(console, stage, job)
     if dry_run:
         return
-    claim_folder(folder, {**values, **overrides}, resume=resume is not None, overwrite=overwrite)
+    claim_folder(folder, {**values, **overrides}, resume=resume is not None, overwrite=overwrite, inputs=read)
     for stage in stages:
         if resume is not None and (Path(stage.config.output_dir) / "summary.json").is_file():
             console.print(f"{stage.name}: finished before")
@@ -73,9 +98,10 @@ def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume
         run_stage(console, resolved(stage, stages), resume=resume and "auto", overwrite=False)
 
 
-def single_stage(values: dict[str, Any]) -> Stage:
-    """The stage of a run without `stages`; the algorithm is inferred from the data where that is unambiguous."""
-    values = fold_columns(values)
+def single_stage(*layers: dict[str, Any]) -> Stage:
+    """The stage of a run without `stages`, later layers above; the algorithm is inferred from the data where that is
+    unambiguous."""
+    values = fold_columns(merged(None, Config.model_fields, *layers)[0])
     if "algorithm" not in values:
         if not isinstance(values.get("data"), str):
             raise UserError("missing key 'algorithm' (or 'data', from whose columns it could be inferred)")
@@ -83,9 +109,11 @@ def single_stage(values: dict[str, Any]) -> Stage:
         if not isinstance(columns, dict) or not all(isinstance(name, str) for name in columns.values()):
             raise UserError(f"columns must map our names to those of the data, {{prompt: question}}, got {columns!r}")
         rows = rename_columns(read_rows(values["data"]), columns)
-        values = {**values, "algorithm": infer_algorithm(rows, values["data"])}
-    module = load_algorithm(values["algorithm"])
-    return Stage("", module, parse(module.AlgorithmConfig, values))
+        values["algorithm"] = infer_algorithm(rows, values["data"])
+    algorithm = values["algorithm"]
+    module = load_algorithm(algorithm)
+    values, aliases = merged(algorithm, module.AlgorithmConfig.model_fields, *layers)
+    return Stage("", module, parse(module.AlgorithmConfig, {**values, "algorithm": algorithm}), aliases)
 
 
 def all_stages(values: dict[str, Any], overrides: dict[str, Any]) -> list[Stage]:
@@ -96,30 +124,43 @@ def all_stages(values: dict[str, Any], overrides: dict[str, Any]) -> list[Stage]
     names = [str(s.get("name", s["algorithm"])) for s in listed]
     if len(set(names)) < len(names):
         raise UserError(f"stages need different names, got {', '.join(names)}; give them a `name`")
-    shared = {key: value for key, value in values.items() if key not in ("stages", "output_dir")}
-    flags = {key: value for key, value in overrides.items() if key != "output_dir"}
-    folder = overrides.get("output_dir", values.get("output_dir", "run"))
+    top, _ = merged(None, Config.model_fields, values, overrides)
+    folder = top.get("output_dir", "run")
+    shared, flags = ({k: v for k, v in layer.items() if k not in ("stages", "output_dir", "save_path")}
+                     for layer in (values, overrides))  # fmt: skip
     modules = [load_algorithm(s["algorithm"]) for s in listed]
-    known = {key for module in modules for key in module.AlgorithmConfig.model_fields}
-    known |= {f"{name}.{key}" for name, m in zip(names, modules, strict=True) for key in m.AlgorithmConfig.model_fields}
-    for key in [*shared, *flags]:
-        place, dot, own_key = key.partition(".")
-        if key not in known and field_of(key) not in known and f"{place}{dot}{field_of(own_key)}" not in known:
-            raise UserError(unknown_key(key, known))
+    _check_keys(names, listed, modules, [*shared, *flags])
     stages = []
     for name, module, own in zip(names, modules, listed, strict=True):
-        fields = module.AlgorithmConfig.model_fields
-        merged = {key: value for key, value in shared.items() if field_of(key) in fields}
-        merged |= {key: value for key, value in own.items() if key != "name"}
-        merged |= {key: value for key, value in flags.items() if field_of(key) in fields}
+        fields, algorithm = module.AlgorithmConfig.model_fields, own["algorithm"]
         prefix = f"{name}."
-        merged |= {key.removeprefix(prefix): value for key, value in flags.items() if key.startswith(prefix)}
-        merged["output_dir"] = str(Path(folder) / name)
-        stages.append(Stage(name, module, parse(module.AlgorithmConfig, merged, where=f"stage {name}: ")))
+        layers = [
+            {key: value for key, value in shared.items() if means_something(field_of(key), algorithm, fields)},
+            {key: value for key, value in own.items() if key != "name"},
+            {key: value for key, value in flags.items() if means_something(field_of(key), algorithm, fields)},
+            {key.removeprefix(prefix): value for key, value in flags.items() if key.startswith(prefix)},
+        ]
+        found, aliases = merged(algorithm, fields, *layers)
+        found["output_dir"] = str(Path(folder) / name)
+        config = parse(module.AlgorithmConfig, found, where=f"stage {name}: ")
+        stages.append(Stage(name, module, config, aliases))
         for reference in _references(stages[-1].config):
             if reference not in names[: len(stages) - 1]:
                 raise UserError(f"stage {name}: from: {reference} is no earlier stage")
     return stages
+
+
+def _check_keys(names: list[str], listed: list[dict[str, Any]], modules: list[ModuleType], given: list[str]) -> None:
+    """UserError for a shared key or a flag that means nothing to any stage."""
+    known: set[str] = set()
+    for name, stage, module in zip(names, listed, modules, strict=True):
+        fields = module.AlgorithmConfig.model_fields
+        known |= {*fields, *(f"{name}.{key}" for key in fields)}
+        own = {key: field_of(key.removeprefix(f"{name}.")) for key in given}
+        known |= {key for key in given if means_something(own[key], stage["algorithm"], fields)}
+    for key in given:
+        if key not in known:
+            raise UserError(unknown_key(key, known))
 
 
 def resolved(stage: Stage, stages: list[Stage]) -> Stage:
@@ -132,7 +173,7 @@ def resolved(stage: Stage, stages: list[Stage]) -> Stage:
         return folders[value.stage] if isinstance(value, FromStage) else value
 
     changes = {key: resolve(getattr(stage.config, key, None)) for key in REFERRING_KEYS if hasattr(stage.config, key)}
-    return Stage(stage.name, stage.module, stage.config.model_copy(update=changes))
+    return replace(stage, config=stage.config.model_copy(update=changes))
 
 
 def before_its_time(stage: Stage, stages: list[Stage]) -> Stage:
@@ -141,7 +182,7 @@ def before_its_time(stage: Stage, stages: list[Stage]) -> Stage:
     model = stage.config.model
     while isinstance(model, FromStage):
         model = configs[model.stage].model
-    return Stage(stage.name, stage.module, stage.config.model_copy(update={"model": model}))
+    return replace(stage, config=stage.config.model_copy(update={"model": model}))
 
 
 def _references(config: Config) -> list[str]:
@@ -157,15 +198,19 @@ def prepare(stage: Stage) -> Job:
 
 def run_stage(console: Console, stage: Stage, *, resume: str | None, overwrite: bool) -> None:
     """Prepare, evaluate, train, evaluate, save, report."""
-    module, config, folder = stage.module, stage.config, Path(stage.config.output_dir)
     job = prepare(stage)
-    with Run(config, job, resume=resume, overwrite=overwrite) as run:
+    module, config, folder = stage.module, stage.config.for_data(len(job.train)), Path(stage.config.output_dir)
+    with Run(config, job, resume=resume, overwrite=overwrite, evaluate=module.evaluate) as run:
         try:
             if run.start == 0:
-                run.evaluation(0, module.evaluate(job, config))
+                run.evaluate(0)
             module.train(job, config, run)
-            run.evaluation(config.steps, module.evaluate(job, config))
-            module.save(job, config, folder)
+            check_progress(job)
+            run.evaluate(config.steps)
+            with saving(folder):
+                module.save(job, config, folder)
+                # Beside the adapter too, so that the folder is enough to use it, wherever it is.
+                job.encoder.tokenizer.save_pretrained(folder)
             write_summary(folder)
         except UserError as error:
             if error.__cause__ is not None:
@@ -178,7 +223,7 @@ def run_stage(console: Console, stage: Stage, *, resume: str | None, overwrite: 
 
 def print_plan(console: Console, stage: Stage, job: Job) -> None:
     """What would run, and the bytes that stay resident while it does."""
-    config = stage.config
+    config = stage.config.for_data(len(job.train))
     console.print(f"{stage.name or config.algorithm}: {len(job.train)} examples, {len(job.held_out)} held out, "
                   f"{config.steps} steps of {config.batch_size}, into {config.output_dir}")  # fmt: skip
     sizes = job.backbone.bytes()

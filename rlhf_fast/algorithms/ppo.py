@@ -34,7 +34,7 @@ from rlhf_fast.training.experience import (
     samples_of,
     sum_metrics,
 )
-from rlhf_fast.training.job import Job
+from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.optim import adamw, learning_rate, set_learning_rates, update
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import prepare_rollouts
@@ -69,6 +69,7 @@ def prepare(config: AlgorithmConfig) -> Job:
             top_layers=config.top_layers, copy_of=start, seed=config.seed + 1, use_rslora=config.use_rslora,
             use_dora=config.use_dora,
         )  # fmt: skip
+        backbone.set_dropout("critic", config.lora_dropout)
         backbone.add_head("critic", copy_of=start)
         job.optimizers["critic"] = adamw(backbone.parameters_of("critic"), config)
     job.counters["kl_coef"] = config.kl_coef
@@ -83,7 +84,8 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
             rates["critic"] = learning_rate(config, step, peak=config.critic_learning_rate)
         set_learning_rates(job, rates)
         # One minibatch has all rows before any step: its log-probabilities are the old ones. A penalty needs them now.
-        score_policy = config.num_minibatches > 1 or config.kl_coef > 0
+        # With dropout, a minibatch's are not those of the policy that sampled.
+        score_policy = config.num_minibatches > 1 or config.kl_coef > 0 or config.lora_dropout > 0
         prompts = prompts_of_step(job, config, step)
         experience = collect(job, config, prompts, score_policy=score_policy, compare_sampler=step == run.start)
         advantages, returns, old_values = estimate(job, config, experience)
@@ -158,7 +160,9 @@ def accumulate(
     for rows in parts:
         part = batch.rows(rows)
         lower = None if experience.lower is None else experience.lower[rows]
-        hidden = backbone.hidden(part.input_ids, part.attention_mask, roles, lower=lower)
+        hidden = backbone.hidden(
+            part.input_ids, part.attention_mask, roles, lower=lower, dropout_seed=dropout_seed(job, config)
+        )
         logprobs, entropy = backbone.logprobs(
             hidden["policy"], part.input_ids, part.mask, temperature=config.temperature, return_entropy=True
         )

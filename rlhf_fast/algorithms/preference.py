@@ -1,13 +1,16 @@
 """DPO and its family: raise the chosen completion's log-probability over the rejected one's, relative to the reference.
 
-The reference's log-probabilities never change, so they are computed once, before the first step. `loss_type` is any
+The reference's log-probabilities never change, so they are computed once, for the pairs that the run uses, before the
+first step, and kept in the run folder. `loss_type` is any
 loss of ops/preference_loss that needs no data besides the pairs. aot, aot_unpaired and bco_pair compare the pairs of a
 micro-batch.
 Sources: Rafailov et al. 2023 (2305.18290); the others in ops/preference_loss.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -20,7 +23,8 @@ from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.ops.preference_loss import VARIANTS, PreferenceObjective, preference_loss
 from rlhf_fast.training.config import SamplingConfig
 from rlhf_fast.training.experience import evaluate_policy
-from rlhf_fast.training.job import Job
+from rlhf_fast.training.folder import REFERENCE_FILE
+from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.optim import adamw, learning_rate, set_learning_rates, update
 from rlhf_fast.training.pairs import Pair, encode_pairs, load_pair_rows
 from rlhf_fast.training.run import Run
@@ -45,9 +49,12 @@ class AlgorithmConfig(SamplingConfig):
 
 @dataclass
 class PreferenceJob(Job):
-    """held_out_prompts: prompts to sample for the reward, when there is one."""
+    """held_out_prompts: prompts to sample for the reward, when there is one. held_out_references: (pairs, 2), the
+    reference's log-probabilities, once they were needed.
+    """
 
     held_out_prompts: list[Prompt] = field(default_factory=list)
+    held_out_references: Tensor | None = None
 
 
 def prepare(config: AlgorithmConfig) -> PreferenceJob:
@@ -69,7 +76,7 @@ def prepare(config: AlgorithmConfig) -> PreferenceJob:
 
 def train(job: PreferenceJob, config: AlgorithmConfig, run: Run) -> None:
     """Reference log-probabilities once; then batches of pairs in shuffled order, one update per step."""
-    references = reference_logprobs(job, config, job.train)
+    references = references_of_run(job, config, run)
     for step in run.steps():
         rate = learning_rate(config, step)
         set_learning_rates(job, {"policy": rate})
@@ -100,7 +107,7 @@ def pair_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss over the pairs. references: (B, 2), chosen and rejected."""
     batch = _batch(job, pairs)
-    chosen, rejected = completion_logprobs(job, "policy", batch).split(len(pairs))
+    chosen, rejected = completion_logprobs(job, config, "policy", batch).split(len(pairs))
     lengths = batch.mask.sum(1).split(len(pairs))
     return preference_loss(
         chosen, rejected, references[:, 0], references[:, 1], variant=config.loss_type, beta=config.beta,
@@ -109,12 +116,61 @@ def pair_loss(
     )  # fmt: skip
 
 
-def completion_logprobs(job: Job, role: str, batch: Batch) -> Tensor:
+def completion_logprobs(job: Job, config: AlgorithmConfig, role: str, batch: Batch) -> Tensor:
     """(B,): the sum over each completion's tokens."""
-    hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, [role])[role]
+    seed = dropout_seed(job, config)
+    hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, [role], dropout_seed=seed)[role]
     logprobs = job.backbone.logprobs(hidden, batch.input_ids, batch.mask)
     assert isinstance(logprobs, Tensor)
     return logprobs.sum(1)
+
+
+def references_of_run(job: Job, config: AlgorithmConfig, run: Run) -> Tensor:
+    """(pairs, 2): the reference's log-probabilities of the pairs that the run uses, NaN for the others.
+
+    The run folder keeps them for a resume. The first pass over the data takes the pairs in the order of its shuffle;
+    they are scored in that order, in whole parts, so that a run that is continued has the bits of a longer one.
+    """
+    path, key = run.folder / REFERENCE_FILE, fingerprint(job)
+    references = read_references(path, key)
+    if references is None:
+        references = torch.full((len(job.train), 2), torch.nan)
+    size = config.micro_batch_size or config.batch_size
+    order = shuffled_indices(len(job.train), config.order_seed, 0, len(job.train))
+    parts = [order[i : i + size] for i in range(0, min(len(order), config.steps * config.batch_size), size)]
+    parts = [part for part in parts if references[part].isnan().any()]
+    for part in run.track("reference", parts):
+        references[part] = reference_logprobs(job, config, [job.train[i] for i in part]).cpu()
+    if parts:
+        staging = path.with_name(f".{path.name}.tmp")
+        torch.save({"key": key, "references": references}, staging)
+        staging.replace(path)
+    return references.to(job.device)
+
+
+def read_references(path: Path, key: str) -> Tensor | None:
+    """What `references_of_run` kept; None where that is absent, cut off, or of another model or other data."""
+    try:
+        kept = torch.load(path, weights_only=True)
+        return kept["references"] if kept["key"] == key else None
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, UnpicklingError):
+        return None
+
+
+def fingerprint(job: Job) -> str:
+    """A hash of what the reference's log-probabilities depend on: the pairs, the adapter, the model and its types."""
+    digest = hashlib.sha256()
+    for pair in job.train:
+        digest.update(repr((pair.chosen, pair.rejected)).encode())
+    tensors = dict(job.backbone.model.named_parameters())
+    if "reference" in job.backbone.adapters:
+        tensors |= job.backbone.named_parameters_of("reference")
+    for name, tensor in tensors.items():
+        every = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)]  # enough to tell models apart
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
+        digest.update(every.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    digest.update(str(job.backbone.model.config._attn_implementation).encode())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -124,7 +180,7 @@ def reference_logprobs(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> 
     parts = []
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
-        sums = completion_logprobs(job, "reference", _batch(job, part))
+        sums = completion_logprobs(job, config, "reference", _batch(job, part))
         parts.append(torch.stack(sums.split(len(part)), dim=1))
     return torch.cat(parts)
 
@@ -137,7 +193,9 @@ def _batch(job: Job, pairs: list[Pair]) -> Batch:
 @torch.no_grad()
 def evaluate(job: PreferenceJob, config: AlgorithmConfig) -> dict[str, Any]:
     """Loss, accuracy and margin on the held-out pairs; with a reward, also samples for the held-out prompts."""
-    references = reference_logprobs(job, config, job.held_out)
+    if job.held_out_references is None:
+        job.held_out_references = reference_logprobs(job, config, job.held_out)
+    references = job.held_out_references
     size = config.micro_batch_size or config.batch_size
     totals: dict[str, float] = {}
     for start in range(0, len(job.held_out), size):

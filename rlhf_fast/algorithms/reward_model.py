@@ -15,7 +15,7 @@ from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.ops.reward_loss import reward_loss
 from rlhf_fast.rewards import write_stats
 from rlhf_fast.training.config import Config
-from rlhf_fast.training.job import Job
+from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.optim import adamw, learning_rate, set_learning_rates, update
 from rlhf_fast.training.pairs import Pair, encode_pairs, load_pair_rows
 from rlhf_fast.training.run import Run
@@ -59,7 +59,7 @@ def accumulate(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> dict[str
     totals: dict[str, Tensor] = {}
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
-        chosen, rejected = pair_scores(job, part)
+        chosen, rejected = pair_scores(job, config, part)
         loss, metrics = reward_loss(chosen, rejected)
         share = len(part) / len(pairs)
         (loss * share).backward()
@@ -68,10 +68,11 @@ def accumulate(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> dict[str
     return totals
 
 
-def pair_scores(job: Job, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+def pair_scores(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
     """Scores of chosen and rejected, (B,) each, in one traversal."""
     batch = _batch(job, pairs)
-    hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["reward"])["reward"]
+    seed = dropout_seed(job, config)
+    hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["reward"], dropout_seed=seed)["reward"]
     chosen, rejected = job.backbone.scores("reward", hidden, batch.attention_mask).split(len(pairs))
     return chosen, rejected
 
@@ -85,7 +86,7 @@ def _batch(job: Job, pairs: list[Pair]) -> Batch:
 def all_scores(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
     """Scores of every pair, (B,) each."""
     size = config.micro_batch_size or config.batch_size
-    parts = [pair_scores(job, pairs[i : i + size]) for i in range(0, len(pairs), size)]
+    parts = [pair_scores(job, config, pairs[i : i + size]) for i in range(0, len(pairs), size)]
     return torch.cat([c for c, _ in parts]), torch.cat([r for _, r in parts])
 
 

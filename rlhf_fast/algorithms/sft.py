@@ -14,9 +14,10 @@ from torch import Tensor
 from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
 from rlhf_fast.data.encoding import Encoder, Example, encode_rows
 from rlhf_fast.data.reading import Row
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.training.config import Config
-from rlhf_fast.training.job import FULL, Job
+from rlhf_fast.training.job import FULL, Job, dropout_seed
 from rlhf_fast.training.optim import adamw, learning_rate, set_learning_rates, update
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import add_trained_adapter, build_encoder, build_model, load_rows
@@ -35,6 +36,8 @@ def prepare(config: AlgorithmConfig) -> Job:
     backbone, tokenizer, saved = build_model(config)
     encoder = build_encoder(config, backbone, tokenizer)
     if config.lora_rank == 0 and saved is None:
+        if config.lora_dropout:
+            raise UserError(f"lora_dropout {config.lora_dropout} is for adapters: lora_rank 0 trains every weight")
         parameters = list(backbone.model.requires_grad_(True).parameters())
         optimizers = {FULL: adamw(parameters, config)}
     else:
@@ -77,16 +80,17 @@ def accumulate(job: Job, config: AlgorithmConfig, batch: Batch) -> Tensor:
     total = torch.zeros((), device=job.device)
     for rows in torch.arange(len(batch)).split(config.micro_batch_size or len(batch)):
         part = batch.rows(rows)
-        loss = -token_logprobs_of(job, part).sum() / count
+        loss = -token_logprobs_of(job, config, part).sum() / count
         loss.backward()
         total += loss.detach()
     return total
 
 
-def token_logprobs_of(job: Job, batch: Batch) -> Tensor:
+def token_logprobs_of(job: Job, config: AlgorithmConfig, batch: Batch) -> Tensor:
     """(B, T) log-probabilities under the model that trains."""
     role = None if FULL in job.optimizers else "policy"
-    hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, [role])[role]
+    seed = dropout_seed(job, config)
+    hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, [role], dropout_seed=seed)[role]
     logprobs = job.backbone.logprobs(hidden, batch.input_ids, batch.mask)
     assert isinstance(logprobs, Tensor)
     return logprobs
@@ -99,15 +103,14 @@ def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
     for start in range(0, len(job.held_out), config.batch_size):
         examples = job.held_out[start : start + config.batch_size]
         batch = pad_batch(examples, job.encoder.pad_id).to(job.device)
-        total -= float(token_logprobs_of(job, batch).sum())
+        total -= float(token_logprobs_of(job, config, batch).sum())
         count += int(batch.mask.sum())
     return {"metrics": {"loss": total / max(1, count)}, "samples": []}
 
 
 def save(job: Job, config: AlgorithmConfig, folder: Path) -> None:
-    """The whole model with its tokenizer, or the policy adapter, at the top of `folder`."""
+    """The whole model, or the policy adapter, at the top of `folder`."""
     if FULL in job.optimizers:
         job.backbone.model.save_pretrained(folder)
-        job.encoder.tokenizer.save_pretrained(folder)
     else:
         save_adapter(job.backbone, "policy", str(folder))

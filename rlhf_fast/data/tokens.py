@@ -15,7 +15,7 @@ def load_tokenizer(folder: str, *, needs_eos: bool = True) -> PreTrainedTokenize
     """The tokenizer of a model folder or hub id; UserError when there is none, or needs_eos and it has no EOS token."""
     place, revision = hub_id(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **revision)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **revision)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"no tokenizer in {folder}: {first_line(error)}") from None
     if needs_eos and tokenizer.eos_token_id is None:

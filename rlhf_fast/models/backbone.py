@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +148,11 @@ class Backbone:
                 name, shape, trainable=trainable, dtype=dtype, generator=generator
             )
         self.adapters[name] = pairs
+
+    def set_dropout(self, name: str, dropout: float) -> None:
+        """Another dropout for the adapter, from the next pass on that has a dropout seed."""
+        for pair in self._adapter(name).values():
+            pair.shape = replace(pair.shape, dropout=dropout)
 
     def remove_adapter(self, name: str) -> None:
         """Forget the adapter and the head of this role."""

@@ -7,16 +7,17 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.loading import check_finite
 
 
 def load_classifier(folder: str, *, device: torch.device) -> PreTrainedModel:
     """The frozen classifier in `folder`, on `device`, in the dtype it was saved in.
 
-    Raises UserError when it cannot be loaded, lacks its score head, or has more than one output.
+    Raises UserError when it cannot be loaded, lacks its score head, has more than one output, or NaN in its weights.
     """
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype="auto", output_loading_info=True
+            folder, num_labels=1, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"reward model {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
@@ -25,6 +26,7 @@ def load_classifier(folder: str, *, device: torch.device) -> PreTrainedModel:
             f"reward model {folder} has no score head with one output "
             f"(missing: {', '.join(map(str, [*info['missing_keys'], *info['mismatched_keys']]))})"
         )
+    check_finite(model, f"reward model {folder}")
     return model.to(device).eval().requires_grad_(False)
 
 

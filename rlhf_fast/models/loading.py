@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from rlhf_fast.errors import UserError, first_line
+from rlhf_fast.models.quantized import is_quantized, quantization_state
 
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2")
 # Arguments of BitsAndBytesConfig. "nf4" is what QLoRA (arXiv 2305.14314) uses: the scales are quantised as well.
@@ -32,31 +35,36 @@ def load_model(
     """The causal language model in the folder `path`, or of the hub id `org/name@revision`, in `dtype` on `device`, in
     eval mode.
 
+    Code in the folder is never run. The commit of a hub id is the attribute `base_commit` of the model.
+
     attn_implementation: "auto" is flash_attention_2 on a GPU where flash-attn is installed, else sdpa where the
     architecture has it.
     quantization: "nf4" or "int8" makes bitsandbytes quantise the linear layers as they are read; embeddings, norms and
     the head stay in `dtype`. None for a folder that was saved quantised.
-    Raises UserError for a path that is no model, an architecture that is no causal LM, missing weights, or a
-    quantization that cannot be made.
+    Raises UserError for a path that is no model, an architecture that is no causal LM, weights that are missing or not
+    finite, or a quantization that cannot be made.
     """
     attention = _attention(attn_implementation, torch.device(device))
     place, revision = hub_id(path)
     _check_folder(place)
     options = _quantized(quantization, device) | revision
     try:
-        config = AutoConfig.from_pretrained(place, **revision)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **revision)
         if quantization is not None and hasattr(config, "quantization_config"):
             raise UserError(f"model {path} was saved quantised: leave out quantization {quantization}")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
-        )
+            place, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True,
+            trust_remote_code=False, **options,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         prefix = "" if Path(place).exists() else "there is no such folder, and as a hub id: "
         raise UserError(f"model {path} cannot be loaded: {prefix}{first_line(error)}") from error
     model, report = loaded
+    model.base_commit = _commit(place, revision)
     absent = [*report["missing_keys"], *report["mismatched_keys"]]
     if absent:
         raise UserError(f"model {path} lacks {len(absent)} of its weights, such as {absent[0]}")
+    check_finite(model, f"model {path}")
     return model.to(device).eval()
 
 
@@ -67,6 +75,28 @@ def hub_id(path: str | Path) -> tuple[str, dict[str, str]]:
     if os.path.exists(path) or not place or not revision:
         return str(path), {}
     return place, {"revision": revision}
+
+
+def check_finite(model: nn.Module, what: str) -> None:
+    """UserError that names the first weight with NaN or Inf in it."""
+    tensors: dict[str, torch.Tensor] = {
+        name: weight for name, weight in model.named_parameters() if weight.is_floating_point()
+    }
+    for name, module in model.named_modules():
+        if is_quantized(module):
+            tensors |= {f"{name} (its scales)": state for state in quantization_state(module)}
+    for name, tensor in tensors.items():
+        # The largest absolute value needs no copy, and NaN survives it.
+        if tensor.numel() and not torch.linalg.vector_norm(tensor.detach(), ord=torch.inf).isfinite():
+            raise UserError(f"{what} has weights that are not finite numbers, the first in {name}")
+
+
+def _commit(place: str, revision: dict[str, str]) -> str | None:
+    """The commit of a hub id in the local cache; None for a folder."""
+    if Path(place).exists():
+        return None
+    found = try_to_load_from_cache(place, "config.json", **revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _check_folder(path: str | Path) -> None:

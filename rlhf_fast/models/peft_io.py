@@ -67,11 +67,19 @@ def load_adapter(
 
 
 def base_of(folder: str | Path) -> str:
-    """Path or hub id of the model that the adapter in `folder` was trained on."""
-    base = read_config(Path(folder)).get("base_model_name_or_path")
+    """Path, or hub id with its revision (`org/name@revision`), of the model that the adapter was trained on.
+
+    Raises UserError where the file does not say it, or names a folder that is not there.
+    """
+    path = Path(folder) / CONFIG_NAME
+    config = read_config(Path(folder))
+    base = config.get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{Path(folder) / CONFIG_NAME} does not say base_model_name_or_path: give the base model")
-    return base
+        raise UserError(f"{path} does not say base_model_name_or_path: give the base model")
+    if Path(base).is_absolute() and not Path(base).exists():
+        raise UserError(f"{path}: the base model {base} is not there any more; write where it is")
+    revision = config.get("revision")
+    return base if revision is None or Path(base).exists() else f"{base}@{revision}"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -111,7 +119,7 @@ def _config(backbone: Backbone, name: str) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if has_head else "CAUSAL_LM",
-        "base_model_name_or_path": backbone.model.config._name_or_path or None,
+        **_base(backbone),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
@@ -125,6 +133,14 @@ def _config(backbone: Backbone, name: str) -> dict[str, Any]:
         "modules_to_save": [_HEAD] if has_head else None,
         **_targets(backbone, list(pairs)),
     }
+
+
+def _base(backbone: Backbone) -> dict[str, str | None]:
+    """Where the base model is: a folder from wherever it is looked for, a hub id with its revision."""
+    name = backbone.model.config._name_or_path or None
+    if name is not None and Path(name).exists():
+        name = str(Path(name).absolute())
+    return {"base_model_name_or_path": name, "revision": getattr(backbone.model, "base_commit", None)}
 
 
 def _targets(backbone: Backbone, modules: list[str]) -> dict[str, Any]:
@@ -156,6 +172,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     strange = [key for key in tensors if not key.startswith(_PREFIX)]
     if strange:
         raise UserError(f"{path}: {strange[0]!r} is not a key of PEFT's format ({_PREFIX}...)")
+    bad = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(f"{path}: {bad} has numbers that are not finite")
     return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
 
 

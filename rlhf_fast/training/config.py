@@ -1,6 +1,8 @@
 """Configuration: one flat set of keys, the same in YAML files and on the command line."""
 
 import difflib
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -9,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.ops.policy_loss import VARIANTS
+from rlhf_fast.training.foreign_keys import ACCUMULATION, ALIASES, PER_DEVICE, no_equal, renamed, with_batches
+
+# Key -> the key that it takes the place of.
+EXCLUSIVE = {"epochs": "steps", "warmup_ratio": "warmup_steps"}
 
 
 class FromStage(BaseModel):
@@ -32,9 +38,7 @@ class Config(BaseModel):
     eval_size: int | None = Field(None, ge=1, description="rows held out; default: a tenth, at most 64")
     output_dir: str = Field("run", description="run folder: adapters, metrics, samples, curves, checkpoints")
     seed: int = Field(0, ge=0, lt=1 << 63)
-    data_seed: int | None = Field(
-        None, ge=0, lt=1 << 63, description="of the held-out draw and the order; default: seed"
-    )
+    data_seed: int | None = Field(None, ge=0, lt=1 << 63, description="held-out draw and order; default: seed")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
     quantization: Literal["nf4", "int8"] | None = Field(None, description="of the frozen model, by bitsandbytes")
@@ -51,9 +55,11 @@ class Config(BaseModel):
     batch_size: int = Field(32, ge=1, description="sequences per step")
     micro_batch_size: int | None = Field(None, ge=1, description="rows per pass; default: all of a minibatch")
     steps: int = Field(100, ge=1, description="optimizer steps; for ppo and grpo, rollouts")
+    epochs: float | None = Field(None, gt=0, description="in place of steps: passes over the examples or prompts")
     learning_rate: float = Field(1e-4, gt=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float | None = Field(None, ge=0, le=1, description="in place of warmup_steps: share of the steps")
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -64,15 +70,45 @@ class Config(BaseModel):
     lora_rank: int = Field(8, ge=0, description="0 trains every weight (sft only)")
     lora_alpha: float = Field(16, gt=0)
     lora_targets: str | list[str] = "all-linear"
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' input, in passes that train")
     use_rslora: bool = Field(False, description="scale lora_alpha / sqrt(lora_rank), not lora_alpha / lora_rank")
     use_dora: bool = Field(False, description="adapters with a magnitude per output")
     top_layers: int | None = Field(None, ge=1, description="adapters on the top layers only; the rest runs once")
     gradient_checkpointing: bool = False
 
     log_every: int = Field(10, ge=1, description="lines on a terminal that cannot show a progress bar")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: before and after only")
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
     report_to: Literal["none", "tensorboard"] = "tensorboard"
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "Config":
+        for short, other in EXCLUSIVE.items():
+            if getattr(self, short) is not None and other in self.model_fields_set:
+                raise ValueError(f"{short} and {other} exclude each other, got {getattr(self, short)} and "
+                                 f"{getattr(self, other)}")  # fmt: skip
+        return self
+
+    def values(self) -> dict[str, Any]:
+        """The keys as config.yaml has them; reading that gives this config again."""
+        replaced = {other for short, other in EXCLUSIVE.items() if getattr(self, short) is not None}
+        return {k: v for k, v in self.model_dump(mode="json", by_alias=True).items() if k not in replaced}
+
+    @property
+    def examples_per_step(self) -> int:
+        """Of the data: what `epochs` counts."""
+        return self.batch_size
+
+    def for_data(self: "C", size: int) -> "C":
+        """With the steps that `epochs` and `warmup_ratio` mean for `size` examples."""
+        changes = {}
+        if self.epochs is not None:
+            steps = round(self.epochs * size / self.examples_per_step, 6)  # 0.1 x 30 is 3, not a little more
+            changes["steps"] = max(1, math.ceil(steps))
+        if self.warmup_ratio is not None:
+            changes["warmup_steps"] = math.ceil(self.warmup_ratio * changes.get("steps", self.steps))
+        return self.model_copy(update=changes)
 
     @property
     def order_seed(self) -> int:
@@ -120,6 +156,10 @@ class RolloutConfig(SamplingConfig):
     reference_refresh_every: int | None = Field(None, ge=1, description="copy the policy to the reference")
     reference_ema: float | None = Field(None, gt=0, lt=1, description="weight of the old reference at each step")
 
+    @property
+    def examples_per_step(self) -> int:
+        return self.batch_size // self.num_generations
+
     @model_validator(mode="after")
     def _divisible(self) -> "RolloutConfig":
         for name in ("num_generations", "num_minibatches"):
@@ -129,6 +169,27 @@ class RolloutConfig(SamplingConfig):
 
 
 C = TypeVar("C", bound=Config)
+
+
+def merged(
+    algorithm: str | None, fields: Collection[str], *layers: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The layers' values, later ones above, under our names, and a line for each name that was another's.
+
+    A layer that sets one of two keys which exclude each other takes the other one out of the layers below.
+    """
+    values: dict[str, Any] = {}
+    lines: list[str] = []
+    for layer in layers:
+        own, said = renamed(layer, algorithm, fields)
+        rivals = {*EXCLUSIVE.items(), *((b, a) for a, b in EXCLUSIVE.items())}
+        rivals |= {(PER_DEVICE, "batch_size"), (PER_DEVICE, "micro_batch_size"), (ACCUMULATION, "micro_batch_size"),
+                   ("batch_size", PER_DEVICE), ("batch_size", ACCUMULATION)}  # fmt: skip
+        below = {other for key, other in rivals if key in own}
+        values = {key: value for key, value in values.items() if key not in below} | own
+        lines += said
+    values, said = with_batches(values)
+    return values, lines + said
 
 
 def parse(config_class: type[C], values: dict[str, Any], where: str = "") -> C:
@@ -171,7 +232,10 @@ def _one_line(config_class: type[Config], errors: ValidationError) -> str:
 
 def unknown_key(key: str, known: Any) -> str:
     """The sentence for a key that does not exist."""
-    near = difflib.get_close_matches(key, list(known), n=1)
+    reason = no_equal(key)
+    if reason is not None:
+        return f"unknown key {key!r}: {reason}"
+    near = difflib.get_close_matches(key, [*known, *ALIASES, PER_DEVICE, ACCUMULATION], n=1)
     return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 

@@ -1,5 +1,6 @@
 """What an algorithm works on, and the part of it that a resumed run needs."""
 
+import hashlib
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from rlhf_fast.data.encoding import Encoder
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.rewards import Rewards
+from rlhf_fast.training.config import Config
 
 FULL = "model"  # the optimizer key when every weight of the model trains
 
@@ -25,6 +27,7 @@ class Job:
     optimizers: dict[str, torch.optim.Optimizer]
     rewards: Rewards | None = None
     counters: dict[str, float] = field(default_factory=lambda: {"bad_steps": 0})
+    bad_tensor: str | None = None  # of the last update that was skipped
 
     @property
     def device(self) -> torch.device:
@@ -34,6 +37,18 @@ class Job:
         """The adapters that this run trains or moves."""
         names = [*self.optimizers, "reference"]
         return [name for name in names if name in self.backbone.adapters]
+
+
+def dropout_seed(job: Job, config: Config) -> int | None:
+    """The seed of the next pass's dropout; None without a gradient: scoring and evaluation drop nothing.
+
+    The number of passes is among the counters, so a resumed run goes on where it was.
+    """
+    if not config.lora_dropout or not torch.is_grad_enabled():
+        return None
+    job.counters["passes"] = job.counters.get("passes", 0) + 1
+    digest = hashlib.sha256(f"{config.seed} {job.counters['passes']:.0f}".encode()).digest()
+    return int.from_bytes(digest[:5], "big")  # 40 bits: Backbone.hidden takes 47
 
 
 def capture(job: Job) -> dict[str, Any]:

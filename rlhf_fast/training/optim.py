@@ -46,19 +46,29 @@ def update(job: Job, config: Config, losses: dict[str, Tensor]) -> dict[str, flo
     norms = {role: nn.utils.get_total_norm(group) for role, group in gradients.items()}
     checked = torch.stack([*(v.detach().float() for v in losses.values()), *(n.float() for n in norms.values())])
     finite = bool(torch.isfinite(checked).all())
-    if not finite and job.counters["bad_steps"] + 1 >= config.max_bad_steps:
-        raise UserError(
-            f"{_bad_tensor(job, losses)} is not finite, {config.max_bad_steps} updates in a row (max_bad_steps); "
-            "lower learning_rate or look at the data"
-        )
+    if not finite:
+        job.bad_tensor = _bad_tensor(job, losses)
+        if job.counters["bad_steps"] + 1 >= config.max_bad_steps:
+            raise UserError(
+                f"{job.bad_tensor} is not finite, {config.max_bad_steps} updates in a row (max_bad_steps); "
+                "lower learning_rate or look at the data"
+            )
     for role, optimizer in job.optimizers.items():
         if finite:
             nn.utils.clip_grads_with_norm_(parameters[role], config.max_grad_norm, norms[role])
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     job.counters["bad_steps"] = 0 if finite else job.counters["bad_steps"] + 1
+    job.counters["updates"] = job.counters.get("updates", 0) + finite
     report = {f"grad_norm_{role}": float(norm) for role, norm in norms.items()}
     return {**report, "skipped": float(not finite)}
+
+
+def check_progress(job: Job) -> None:
+    """UserError at the end of a run whose every update was skipped: it changed nothing."""
+    if job.counters.get("updates") == 0:
+        raise UserError(f"every update was skipped, the last because {job.bad_tensor or 'a number'} is not finite; "
+                        "look at the data and the model")  # fmt: skip
 
 
 def _bad_tensor(job: Job, losses: dict[str, Tensor]) -> str:

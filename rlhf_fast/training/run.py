@@ -5,28 +5,25 @@ and the adapters in PEFT's format: the policy at the top, critic/ reward/ refere
 """
 
 import json
-import os
-import shutil
+import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from rlhf_fast.data.reading import read_jsonl, split_lines
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
-from rlhf_fast.training.config import Config, read_yaml
+from rlhf_fast.training.config import Config
+from rlhf_fast.training.folder import claim_folder, inputs_of, replace_file
 from rlhf_fast.training.job import Job, capture, restore
 
-CONFIG_FILE = "config.yaml"
-# What may differ between a run and its continuation.
-FREE_KEYS = {"steps", "log_every", "save_every", "keep_checkpoints", "report_to", "output_dir", "micro_batch_size"}
+T = TypeVar("T")
 SHOWN = ("loss", "policy_loss", "accuracy", "reward", "kl", "tokens_per_second")
 
 
@@ -38,63 +35,36 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
-def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """UserError when a run may not use `folder`. Touches nothing."""
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir {folder}: {there} " + ("cannot be written" if there.is_dir() else "is a file"))
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not resume and not overwrite:
-        raise UserError(
-            f"output_dir {folder} is not empty: continue with --resume auto, replace it with --overwrite, "
-            "or choose another output_dir"
-        )
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"output_dir {folder} has no {CONFIG_FILE}, so it is no run folder; it is left as it is")
-
-
-def claim_folder(folder: Path, values: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Make `folder` hold this run: emptied with `overwrite`, compared with its config.yaml with `resume`."""
-    check_folder(folder, resume=resume, overwrite=overwrite)
-    path = folder / CONFIG_FILE
-    if resume and path.is_file():
-        _check_same(read_yaml(path), values, path)
-    try:
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(path, yaml.safe_dump(values, sort_keys=False))
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
-
-
-def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
-    for key in sorted({*old, *new} - FREE_KEYS):
-        if old.get(key) != new.get(key):
-            raise UserError(f"cannot resume: {key} is {new.get(key)!r}, but {path} has {old.get(key)!r}")
-
-
 class Run:
     """An open run folder. As a context manager it also owns the signal handlers and the progress bar."""
 
-    def __init__(self, config: Config, job: Job, *, resume: str | None, overwrite: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        job: Job,
+        *,
+        resume: str | None,
+        overwrite: bool,
+        evaluate: Callable[[Any, Any], dict[str, Any]] | None = None,
+    ) -> None:
+        """evaluate: (job, config) -> the metrics and samples of the held-out data, without a trace in the job."""
+        self._evaluate = evaluate
         self.config, self.job, self.folder = config, job, Path(config.output_dir)
         checkpoint = _find_checkpoint(self.folder, resume)
         if checkpoint is not None and checkpoint[0] > config.steps:
             raise UserError(f"cannot resume: the checkpoint is at step {checkpoint[0]}, steps is {config.steps}")
-        values = config.model_dump(mode="json", by_alias=True)
-        claim_folder(self.folder, values, resume=resume is not None, overwrite=overwrite)
+        claim_folder(
+            self.folder, config.values(), resume=resume is not None, overwrite=overwrite, inputs=inputs_of(config)
+        )
         self.start = 0
         if checkpoint is not None:
             self.start, state = checkpoint
             restore(job, state)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _forget_after(self.folder / name, self.start)
-        # An evaluation at the start itself was the last of a run that is now continued, and will be made again.
-        _forget_after(self.folder / "eval.jsonl", self.start - 1)
+        # An evaluation at the start itself, unless one was due there, was the last of a run that is now continued.
+        due = self._evaluation_is_due(self.start)
+        _forget_after(self.folder / "eval.jsonl", self.start if due else self.start - 1)
         self.writer = _tensorboard(self.folder, self.start) if config.report_to == "tensorboard" else None
         self.signal = 0
         self.progress = Progress(
@@ -128,6 +98,8 @@ class Run:
             self.clock = time.perf_counter()
             yield step
             done = step + 1
+            if self._evaluation_is_due(done):
+                self.evaluate(done)
             if done % self.config.save_every == 0 or done == self.config.steps or self.signal:
                 state = capture(self.job)
                 save_checkpoint(self.folder / "checkpoints", done, state, keep=self.config.keep_checkpoints)
@@ -137,6 +109,14 @@ class Run:
                     "the same command with --resume auto continues",
                     128 + self.signal,
                 )
+
+    def track(self, what: str, parts: Sequence[T]) -> Iterator[T]:
+        """The parts, under a progress bar of their own."""
+        task = self.progress.add_task(what, total=len(parts), shown="")
+        for part in parts:
+            yield part
+            self.progress.advance(task)
+        self.progress.remove_task(task)
 
     def log(self, step: int, metrics: dict[str, float], *, tokens: int) -> None:
         """Record the metrics of a finished step (from 0), which worked on `tokens` tokens."""
@@ -156,8 +136,21 @@ class Run:
         for sample in samples:
             _append(self.folder / "samples.jsonl", {"step": step + 1, **sample})
 
+    def _evaluation_is_due(self, done: int) -> bool:
+        """Between the first and the last step, both of which have one anyway."""
+        every = self.config.eval_every
+        return every is not None and done % every == 0 and 0 < done < self.config.steps
+
+    def evaluate(self, done: int) -> None:
+        """Evaluate after `done` steps and record it."""
+        if self._evaluate is not None:
+            self.evaluation(done, self._evaluate(self.job, self.config))
+
     def evaluation(self, done: int, result: dict[str, Any]) -> None:
-        """Record an evaluation made after `done` steps."""
+        """Record an evaluation made after `done` steps. Raises UserError for a metric that is not finite."""
+        for name, value in result["metrics"].items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} of the held-out data is {value} after {done} steps: look at model and data")
         _append(self.folder / "eval.jsonl", {"step": done, **result})
         if self.writer is not None:
             for name, value in result["metrics"].items():
@@ -187,14 +180,7 @@ def _forget_after(path: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    _replace(path, "".join(kept))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Give the file another content; a kill leaves the old one or the new one, never a part."""
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(staging, path)
+    replace_file(path, "".join(kept))
 
 
 def _append(path: Path, values: dict[str, Any]) -> None:
@@ -210,4 +196,4 @@ def _tensorboard(folder: Path, start: int) -> Any:
 
 def write_summary(folder: Path) -> None:
     """summary.json: the last evaluation. Its presence says that the run finished."""
-    _replace(folder / "summary.json", json.dumps(read_jsonl(folder / "eval.jsonl")[-1], indent=1) + "\n")
+    replace_file(folder / "summary.json", json.dumps(read_jsonl(folder / "eval.jsonl")[-1], indent=1) + "\n")

@@ -48,19 +48,22 @@ def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
     backbone = Backbone(model)
     if backbone.quantized and config.lora_rank == 0 and adapter is None:
         raise UserError(f"lora_rank 0 trains every weight, but those of {base} are quantised")
-    return backbone, load_tokenizer(base), adapter
+    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    return backbone, load_tokenizer(adapter if adapter is not None and own else base), adapter
 
 
 def add_trained_adapter(backbone: Backbone, name: str, config: Config, saved: str | None) -> None:
     """The trainable adapter `name`: fresh, or continued from the folder `saved`."""
     if saved:
         load_adapter(backbone, name, saved, trainable=True)
+        backbone.set_dropout(name, config.lora_dropout)
         return
     if config.lora_rank < 1:
         raise UserError(f"{config.algorithm} trains an adapter: lora_rank must be at least 1 (0 is for sft)")
     backbone.add_adapter(
         name, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets,
         top_layers=config.top_layers, seed=config.seed, use_rslora=config.use_rslora, use_dora=config.use_dora,
+        dropout=config.lora_dropout,
     )  # fmt: skip
 
 

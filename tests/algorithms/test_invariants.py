@@ -1,17 +1,20 @@
 """What must hold for every algorithm, whatever its loss."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from rlhf_fast.algorithms import load_algorithm
+from rlhf_fast.algorithms.launch import run_stage, single_stage
 from rlhf_fast.data.batches import Batch, pad_batch
 from rlhf_fast.models.backbone import Scores
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.training.experience import Experience, collect, prompts_of_step
 from rlhf_fast.training.job import Job
-from tests.training.tiny_runs import ALGORITHMS, assert_close, config_of, folder, gradients, job_of
+from tests.training.tiny_runs import ALGORITHMS, assert_close, config_of, folder, gradients, job_of, values_of
 
 ROLLOUTS = ("ppo", "grpo")
 
@@ -108,6 +111,41 @@ def test_activation_checkpointing_gives_the_same_gradients(algorithm):
     assert_close(gradients(job), expected)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_dropout_is_in_the_passes_that_train_and_in_no_other(algorithm):
+    config, plain = config_of(algorithm, lora_dropout=0.5), config_of(algorithm)
+    job, without = job_of(config), job_of(plain)
+    module = load_algorithm(algorithm)
+    assert module.evaluate(job, config)["metrics"] == module.evaluate(without, plain)["metrics"]
+    if algorithm in ROLLOUTS:
+        ours, theirs = experience_of(job, config).scores, experience_of(without, plain).scores
+        assert torch.equal(ours.logprobs, theirs.logprobs)
+        assert torch.equal(ours.ref_logprobs, theirs.ref_logprobs)
+    assert "passes" not in job.counters
+    one_backward(without, plain)
+    expected, passes = gradients(without), job.counters.get("passes", 0)
+    one_backward(job, config)
+    dropped = gradients(job)
+    assert job.counters["passes"] == passes + 1
+    assert any(not torch.allclose(dropped[name], expected[name], rtol=1e-2) for name in expected)
+    one_backward(job, config)
+    assert any(not torch.equal(value, dropped[name]) for name, value in gradients(job).items()), "a mask for each pass"
+    job.counters["passes"] = passes
+    one_backward(job, config)
+    assert all(torch.equal(value, dropped[name]) for name, value in gradients(job).items())
+
+
+def test_a_critic_that_starts_from_a_reward_adapter_with_dropout_of_its_own_takes_that_of_the_run(tmp_path):
+    values = {"lora_dropout": 0.1, "output_dir": str(tmp_path / "rm"), "steps": 1}
+    run_stage(Console(quiet=True), single_stage(values_of("reward_model", **values)), resume=None, overwrite=False)
+    assert json.loads((tmp_path / "rm" / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+    config = config_of("ppo", reward=str(tmp_path / "rm"), model=str(tmp_path / "rm"), lora_dropout=0.25)
+    job = job_of(config)
+    one_backward(job, config)
+    for role in ("policy", "critic"):
+        assert {pair.shape.dropout for pair in job.backbone.adapters[role].values()} == {0.25}
+
+
 def wider(x: torch.Tensor, fill: float) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 5), value=fill)
 
@@ -145,12 +183,14 @@ def test_a_longer_neighbour_changes_nothing_for_the_others(algorithm):
     assert _length(longest) > _length(short) + 5
     with torch.no_grad():
         if algorithm == "sft":
-            alone = module.token_logprobs_of(job, pad_batch([short], 256)).sum(1)
-            beside = module.token_logprobs_of(job, pad_batch([short, longest], 256)).sum(1)[:1]
+            alone = module.token_logprobs_of(job, config, pad_batch([short], 256)).sum(1)
+            beside = module.token_logprobs_of(job, config, pad_batch([short, longest], 256)).sum(1)[:1]
         elif algorithm == "dpo":
             alone, beside = (module.reference_logprobs(job, config, rows)[0] for rows in ([short], [short, longest]))
         else:
-            alone, beside = (torch.stack(module.pair_scores(job, rows))[:, 0] for rows in ([short], [short, longest]))
+            alone, beside = (
+                torch.stack(module.pair_scores(job, config, rows))[:, 0] for rows in ([short], [short, longest])
+            )
     torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-5)
 
 

@@ -147,7 +147,7 @@ def test_base_model_is_named_in_the_file(tmp_path):
     backbone = four_roles()
     backbone.model.config._name_or_path = "some/model"
     save_adapter(backbone, "policy", tmp_path)
-    assert base_of(tmp_path) == "some/model"
+    assert base_of(tmp_path) == ("some/model", None)
     backbone.model.config._name_or_path = ""
     save_adapter(backbone, "policy", tmp_path)
     with pytest.raises(UserError, match="does not say base_model_name_or_path"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.training.optim import learning_rate, update
+from rlhf_fast.training.optim import check_progress, learning_rate, update
 from tests.training.tiny_runs import config_of, job_of
 
 
@@ -74,6 +74,20 @@ def test_the_run_ends_after_max_bad_steps_and_names_the_tensor():
     parameter.grad[0, 0] = math.nan
     with pytest.raises(UserError, match=f"the gradient of policy {name} is not finite"):
         update(job, config, {"loss": torch.tensor(1.0)})
+
+
+def test_a_run_whose_every_update_was_skipped_is_an_error_however_short_it_was():
+    config = config_of("sft", max_bad_steps=5)
+    job = job_of(config)
+    check_progress(job)  # no update yet: a run that is resumed at its end
+    for value in (math.nan, math.inf):
+        set_gradients(job)
+        update(job, config, {"loss": torch.tensor(value)})
+    with pytest.raises(UserError, match="every update was skipped, the last because loss is not finite"):
+        check_progress(job)
+    set_gradients(job)
+    update(job, config, {"loss": torch.tensor(1.0)})
+    check_progress(job)
 
 
 def test_the_rate_warms_up_and_then_follows_its_schedule():

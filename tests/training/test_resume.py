@@ -65,8 +65,13 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(algorithm, tmp_path, monk
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_killed_run_resumes_from_its_last_checkpoint_bit_for_bit(algorithm, tmp_path, monkeypatch):
-    values = values_of(algorithm, save_every=2)
+    """With everything on that could go its own way: dropout, evaluations between, passes over the data, their seed."""
+    values = values_of(
+        algorithm, save_every=2, eval_every=1, lora_dropout=0.3, data_seed=11, epochs=2.3, warmup_ratio=0.5
+    )
+    del values["steps"]
     run({**values, "output_dir": str(tmp_path / "whole")})
+    assert len(contents(tmp_path / "whole")["eval.jsonl"]) > 4
     killed = {**values, "output_dir": str(tmp_path / "killed")}
     interrupt(monkeypatch, 3, kill)
     with pytest.raises(Killed):
@@ -84,6 +89,17 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeyp
         run(killed)
     run(killed, resume="auto")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_evaluations_between_leave_no_trace_in_the_run(algorithm, tmp_path):
+    plain = values_of(algorithm, steps=3)
+    run({**plain, "output_dir": str(tmp_path / "plain")})
+    run({**plain, "output_dir": str(tmp_path / "often"), "eval_every": 1})
+    often, rarely = contents(tmp_path / "often"), contents(tmp_path / "plain")
+    assert [row["step"] for row in often.pop("eval.jsonl")] == [0, 1, 2, 3]
+    assert [row["step"] for row in rarely.pop("eval.jsonl")] == [0, 3]
+    assert often == rarely
 
 
 def test_a_finished_run_can_be_continued_with_more_steps(tmp_path):

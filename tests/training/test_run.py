@@ -1,10 +1,14 @@
 import io
 import json
+import shutil
 import signal
 from pathlib import Path
 
+import peft
 import pytest
+import torch
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from rlhf_fast.algorithms.launch import all_stages, launch, run_stage, single_stage
 from rlhf_fast.errors import UserError
@@ -149,6 +153,33 @@ def test_stages_run_in_order_each_on_what_the_earlier_ones_made(tmp_path):
     assert json.loads((run / "ppo/adapter_config.json").read_text())["base_model_name_or_path"] == str(run / "sft")
     assert len(read_jsonl(run / "ppo/metrics.jsonl")) == 2
     assert len(read_jsonl(run / "sft/metrics.jsonl")) == 5
+
+
+def test_a_run_folder_loads_from_anywhere_by_itself(tmp_path, monkeypatch):
+    """The base under a relative path, the tokenizer and its chat template beside the adapter; judged by PEFT."""
+    shutil.copytree(folder() / "model", tmp_path / "here" / "model")
+    (tmp_path / "here" / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    values = values_of("sft", model="model", output_dir="run", steps=2)
+    run_stage(Console(quiet=True), single_stage(values), resume=None, overwrite=False)
+    shutil.move("run", tmp_path / "moved")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    model = peft.AutoPeftModelForCausalLM.from_pretrained("../moved").eval()
+    tokenizer = AutoTokenizer.from_pretrained("../moved")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<hi>"
+    ids = tokenizer("hello", return_tensors="pt").input_ids
+    job = job_of(config_of("dpo", model="../moved"), scrambled=False)
+    assert job.encoder.tokenizer.chat_template == tokenizer.chat_template
+    hidden = job.backbone.hidden(ids, torch.ones_like(ids), ["policy"])["policy"]
+    torch.testing.assert_close(hidden @ job.backbone.lm_head_weight.T, model(ids).logits, rtol=1e-4, atol=1e-5)
+    shutil.move(tmp_path / "here" / "model", tmp_path / "here" / "gone")
+    with pytest.raises(
+        UserError, match=r"moved/adapter_config\.json: the base model .*here/model is not there any more"
+    ):
+        job_of(config_of("sft", model="../moved"))
 
 
 def test_interrupted_stages_resume_where_they_were(tmp_path, monkeypatch):

@@ -66,11 +66,12 @@ def config_of(algorithm: str, **changes: Any) -> Any:
     return load_algorithm(algorithm).AlgorithmConfig.model_validate(values_of(algorithm, **changes))
 
 
-def job_of(config: Any) -> Job:
+def job_of(config: Any, *, scrambled: bool = True) -> Job:
     """A prepared job whose adapters and heads are all different from zero."""
     seed_everything(config.seed)
     job = load_algorithm(config.algorithm).prepare(config)
-    scramble(job.backbone)
+    if scrambled:
+        scramble(job.backbone)
     return job
 
 

@@ -1,0 +1,193 @@
+"""The names that other trainers give our keys: TRL, transformers, PEFT, verl, OpenRLHF, axolotl, LLaMA-Factory.
+
+A name is an alias where it means the same, number for number. Where it does not, its error says why.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from rlhf_fast.errors import UserError
+
+OFFLINE, ONLINE = ("sft", "dpo", "reward_model"), ("ppo", "grpo")
+
+
+class Alias(NamedTuple):
+    """The keys that a name sets, and the algorithms that it holds for (empty: all that have the first key)."""
+
+    keys: tuple[str, ...]
+    algorithms: tuple[str, ...] = ()
+
+
+def _aliases() -> dict[str, Alias]:
+    table = {
+        ("model",): "model_name_or_path model_name base_model pretrain",
+        ("data",): "dataset dataset_name dataset_path train_file",
+        ("eval_data",): "eval_dataset eval_file validation_file",
+        ("reward",): "reward_funcs reward_model_path reward_pretrain",
+        ("output_dir",): "save_path",
+        ("dtype",): "torch_dtype model_dtype",
+        ("learning_rate",): "lr actor_learning_rate actor_lr",
+        ("critic_learning_rate",): "critic_lr",
+        ("lr_schedule",): "lr_scheduler_type lr_scheduler",
+        ("warmup_ratio",): "lr_warmup_ratio lr_warmup_steps_ratio",
+        ("warmup_steps",): "lr_warmup_steps num_warmup_steps",
+        ("adam_eps",): "adam_epsilon",
+        ("max_grad_norm",): "gradient_clipping grad_clip clip_grad max_norm",
+        ("micro_batch_size",): "micro_train_batch_size",
+        ("log_every",): "logging_steps",
+        ("save_every",): "save_steps save_freq",
+        ("eval_every",): "eval_steps test_freq",
+        ("keep_checkpoints",): "save_total_limit max_ckpt_num",
+        ("eval_size",): "val_size",
+        ("lora_rank",): "lora_r r",
+        ("lora_targets",): "lora_target_modules target_modules lora_target",
+        ("max_tokens",): "max_length max_seq_length max_seq_len max_len sequence_len cutoff_len",
+        ("max_prompt_tokens",): "max_prompt_length prompt_max_len",
+        ("dual_clip",): "clip_ratio_c",
+        ("clip_eps_low", "clip_eps_high"): "epsilon cliprange clip_range clip_ratio eps_clip",
+        ("clip_eps_low",): "epsilon_low clip_ratio_low",
+        ("clip_eps_high",): "epsilon_high clip_ratio_high",
+        ("value_clip_eps",): "cliprange_value value_clip",
+        ("lam",): "gae_lambda lambd",
+        ("entropy_coef",): "entropy_coeff ent_coef",
+        ("ppo_epochs",): "num_ppo_epochs num_iterations",
+        ("num_minibatches",): "num_mini_batches",
+        ("num_generations",): "n_samples_per_prompt group_size",
+    }
+    aliases = {name: Alias(keys) for keys, names in table.items() for name in names.split()}
+    aliases |= {name: Alias(("epochs",)) for name in ("num_train_epochs", "num_epochs", "total_epochs")}
+    aliases["max_epochs"] = Alias(("epochs",), OFFLINE)  # of OpenRLHF, where ppo's counts something else
+    aliases |= {name: Alias(("steps",), OFFLINE) for name in ("max_steps", "max_train_steps")}
+    aliases["total_training_steps"] = Alias(("steps",))  # of verl, which counts rollouts too
+    aliases |= {name: Alias(("batch_size",), OFFLINE) for name in ("train_batch_size", "global_batch_size")}
+    aliases |= {
+        name: Alias(("max_new_tokens",), ONLINE)
+        for name in ("max_completion_length", "response_length", "max_response_length", "generate_max_len")
+    }
+    aliases |= {"beta": Alias(("kl_coef",), ("grpo",)), "kl_loss_coef": Alias(("kl_coef",), ("grpo",))}
+    aliases |= {"init_kl_coef": Alias(("kl_coef",), ("ppo",)), "delta": Alias(("dual_clip",), ("grpo",))}
+    return aliases
+
+
+ALIASES = _aliases()
+PER_DEVICE, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+
+_ONE_PROCESS = "training runs in one process, on one device"
+_OTHER_POLICY = "it would sample from another distribution than is scored; there are temperature, top_k, top_p"
+_ROLLOUTS = "for ppo and grpo, batch_size counts the completions of a rollout, num_minibatches the updates on it"
+_STEPS = "for ppo and grpo, steps counts rollouts, with ppo_epochs x num_minibatches updates on each"
+NO_EQUAL = {
+    "beta": "it is kl_coef for ppo and grpo, a key of its own for dpo, and nothing else has one",
+    "max_completion_length": "only ppo and grpo sample completions: max_tokens bounds prompt and completion together",
+    "max_epochs": "for ppo and grpo it is ppo_epochs (passes over a rollout) or epochs (passes over the prompts)",
+    "train_batch_size": _ROLLOUTS, "global_batch_size": _ROLLOUTS, "max_steps": _STEPS, "max_train_steps": _STEPS,
+    "rollout_batch_size": "it counts prompts; batch_size counts completions, num_generations of each prompt",
+    "ppo_mini_batch_size": "num_minibatches counts the minibatches of a rollout, not their rows",
+    "steps_per_generation": "batch_size is a rollout, in num_minibatches updates",
+    "generation_batch_size": "batch_size is a rollout, in num_minibatches updates",
+    "total_episodes": "steps x batch_size is what it counts",
+    "per_device_eval_batch_size": "evaluations go in passes of micro_batch_size, or batch_size",
+    "vf_coef": "policy and critic have adapters and optimizers of their own: critic_learning_rate",
+    "loss_type": "the policy loss is `variant`, the comparison within a group `advantage`",
+    "importance_sampling_level": "sequence-level ratios are a `variant`",
+    "scale_rewards": "false is advantage: dr_grpo",
+    "mask_truncated_completions": "missing_eos_penalty takes something off their reward instead",
+    "sync_ref_model": "reference_refresh_every or reference_ema move the reference",
+    "ref_model_mixup_alpha": "reference_ema is the weight of the old reference at each step",
+    "ref_model_sync_steps": "reference_refresh_every copies the policy to the reference",
+    "ref_model": "the reference is the model, or the adapter, that the policy starts from",
+    "reference_free": "a loss_type without a reference does that: simpo, cpo",
+    "precompute_ref_log_probs": "that is always done",
+    "repetition_penalty": _OTHER_POLICY, "min_p": _OTHER_POLICY, "num_beams": _OTHER_POLICY,
+    "generation_kwargs": _OTHER_POLICY,
+    "bf16": "dtype: bfloat16 loads the frozen model so; adapters stay in float32",
+    "fp16": "dtype is float32 or bfloat16",
+    "load_in_4bit": "quantization: nf4", "load_in_8bit": "quantization: int8",
+    "optim": "the optimizer is AdamW", "optimizer": "the optimizer is AdamW",
+    "packing": "sequences are padded, not packed",
+    "push_to_hub": "the run folder is local; huggingface-cli upload sends it", "hub_model_id": "see push_to_hub",
+    "resume_from_checkpoint": "it is the flag --resume", "overwrite_output_dir": "it is the flag --overwrite",
+    "save_strategy": "save_every counts steps", "eval_strategy": "eval_every counts steps",
+    "evaluation_strategy": "eval_every counts steps", "logging_strategy": "every step is in metrics.jsonl",
+    "load_best_model_at_end": "the last weights are saved; checkpoints keep the ones before",
+    "val_set_size": "eval_size counts rows", "logging_dir": "it is output_dir/tensorboard",
+    "train_on_inputs": "completion_only: false counts the prompt's tokens too",
+    "completion_only_loss": "completion_only", "dataset_text_field": "columns maps names",
+    "deepspeed": _ONE_PROCESS, "fsdp": _ONE_PROCESS, "ddp_find_unused_parameters": _ONE_PROCESS,
+    "use_vllm": "rollouts come from the model that trains", "use_liger_kernel": "its kernels are always our own",
+    "use_peft": "lora_rank says so",
+    "dataloader_num_workers": "the examples are in memory", "remove_unused_columns": "rewards may ask for any column",
+    "trust_remote_code": "code in a model folder is never run",
+}  # fmt: skip
+
+
+def means_something(name: str, algorithm: str | None, fields: Collection[str]) -> bool:
+    """Whether `name` is a key of the algorithm, or another's name of one."""
+    if name in fields or name in (PER_DEVICE, ACCUMULATION):
+        return True
+    keys, algorithms = ALIASES.get(name, Alias(("",)))
+    return keys[0] in fields and (not algorithms or algorithm in algorithms)
+
+
+def renamed(
+    values: Mapping[str, Any], algorithm: str | None, fields: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """`values` under our names, and a line for each that was another's. Unknown names stay as they are.
+
+    algorithm: None where it is not known yet; then only what holds for all is renamed. fields: the keys that there are.
+    Raises UserError where two names of `values` mean one key.
+    """
+    # A name may be a key of one algorithm and another's name of a key of the next (beta).
+    foreign = [name for name in values if name in ALIASES and name not in fields]
+    foreign = [name for name in foreign if means_something(name, algorithm, fields)]
+    found = {key: value for key, value in values.items() if key not in foreign}
+    origin = {key: key for key in found}
+    lines = []
+    # Names of several keys last: epsilon is both bounds, unless epsilon_high is there too.
+    for name in sorted(foreign, key=lambda name: len(ALIASES[name].keys)):
+        keys = ALIASES[name].keys
+        free = [key for key in keys if key not in origin]
+        if keys[0] not in free:
+            raise UserError(f"{name} and {origin[keys[0]]} are both {keys[0]}: give one of them")
+        found |= dict.fromkeys(free, values[name])
+        origin |= dict.fromkeys(free, name)
+        lines.append(f"{name} -> {', '.join(free)}")
+    return found, lines
+
+
+def with_batches(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`values` with batch_size and micro_batch_size in place of the two keys that multiply to them.
+
+    per_device_train_batch_size B and gradient_accumulation_steps A are micro_batch_size B and batch_size B x A; A alone
+    divides batch_size. Raises UserError where they do not fit the rest.
+    """
+    given = {key: _whole(key, values[key]) for key in (PER_DEVICE, ACCUMULATION) if key in values}
+    rest = {key: value for key, value in values.items() if key not in given}
+    if not given:
+        return rest, []
+    for key in ("batch_size", "micro_batch_size") if PER_DEVICE in given else ("micro_batch_size",):
+        if key in rest:
+            raise UserError(f"{' and '.join(given)} already say {key}: give one of them")
+    steps = given.get(ACCUMULATION, 1)
+    if PER_DEVICE in given:
+        made = {"batch_size": given[PER_DEVICE] * steps}
+        made |= {"micro_batch_size": given[PER_DEVICE]} if steps > 1 else {}
+    else:
+        size = _whole("batch_size", rest.get("batch_size", 32))
+        if size % steps:
+            raise UserError(f"{ACCUMULATION} {steps} does not divide batch_size {size}")
+        made = {"micro_batch_size": size // steps}
+    return {**rest, **made}, [f"{' x '.join(given)} -> " + ", ".join(f"{key} {value}" for key, value in made.items())]
+
+
+def _whole(key: str, value: Any) -> int:
+    text = str(value)
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"{key}: must be a whole number from 1, got {value!r}")
+    return int(text)
+
+
+def no_equal(key: str) -> str | None:
+    """Why a name of other trainers has no key here; None for a name that is not known."""
+    name = key.rsplit(".", 1)[-1]
+    return NO_EQUAL.get(name)
