@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter, save_adapter
 from tests.models.tiny_models import CONFIGS, four_roles, make_batch, make_model, scramble
 
@@ -147,11 +148,35 @@ def test_base_model_is_named_in_the_file(tmp_path):
     backbone = four_roles()
     backbone.model.config._name_or_path = "some/model"
     save_adapter(backbone, "policy", tmp_path)
-    assert base_of(tmp_path) == ("some/model", None)
+    assert base_of(tmp_path) == "some/model"
     backbone.model.config._name_or_path = ""
     save_adapter(backbone, "policy", tmp_path)
     with pytest.raises(UserError, match="does not say base_model_name_or_path"):
         base_of(tmp_path)
+
+
+def test_a_base_from_the_hub_is_named_with_its_commit_and_loaded_at_it(tmp_path, monkeypatch):
+    """Two commits in the hub's cache: an adapter of the older one gets that one's weights, offline."""
+    cache = tmp_path / "hub"
+    for commit, seed in (("a" * 40, 0), ("b" * 40, 1)):
+        make_model("llama").save_pretrained(cache / "models--me--small" / "snapshots" / commit)
+        if seed:
+            weights = cache / "models--me--small" / "snapshots" / commit / "model.safetensors"
+            save_file({k: v + 1 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    refs = cache / "models--me--small" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = {"dtype": torch.float32}
+    backbone = Backbone(load_model("me/small", **options))
+    backbone.add_adapter("policy", rank=2)
+    save_adapter(backbone, "policy", tmp_path / "run")
+    assert base_of(tmp_path / "run") == f"me/small@{'a' * 40}"
+    (refs / "main").write_text("b" * 40)
+    again = load_model(base_of(tmp_path / "run"), **options)
+    assert torch.equal(again.lm_head.weight, backbone.lm_head_weight)
+    assert not torch.equal(load_model("me/small", **options).lm_head.weight, backbone.lm_head_weight)
 
 
 @pytest.mark.parametrize(
