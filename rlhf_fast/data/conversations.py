@@ -9,12 +9,12 @@ from rlhf_fast.data.reading import Row, shown
 from rlhf_fast.data.templates import ChatTemplate
 from rlhf_fast.errors import UserError
 
-ANSWERING = ("assistant", "model")
+ASSISTANT = ("assistant", "model")
 Text = str | list[Message]
 
 
 @dataclass(frozen=True)
-class Source:
+class Exchange:
     """A prompt, and the completions of it that belong together (none: the prompt alone).
 
     prompt: text, and each completion too; or messages, and each completion a list of messages.
@@ -40,7 +40,7 @@ class Source:
             return [*self.prompt[:-1], joined(self.prompt[-1], completion[0]), *completion[1:]]
         return [*self.prompt, *completion]
 
-    def shorter(self) -> "Source | None":
+    def shorter(self) -> "Exchange | None":
         """Without the first turn behind the system message; None where the prompt has but one turn."""
         if isinstance(self.prompt, str):
             return None
@@ -53,7 +53,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Sources:
+class Exchanges:
     """Reads rows with the columns prompt, completion, chosen, rejected, messages, text.
 
     chat: 'auto': what is a list is a conversation. True: plain prompts are user messages. False: lists are refused.
@@ -62,25 +62,25 @@ class Sources:
     template: ChatTemplate
     chat: Literal["auto"] | bool
 
-    def prompt(self, row: Row) -> Source:
-        return self._source(row, row.values["prompt"], [])
+    def prompt(self, row: Row) -> Exchange:
+        return self._exchange(row, row.values["prompt"], [])
 
-    def completion(self, row: Row) -> Source:
+    def completion(self, row: Row) -> Exchange:
         prompt, completion = self._parts(row)
-        return self._source(row, prompt, [completion], earlier=True)
+        return self._exchange(row, prompt, [completion], earlier=True)
 
-    def pair(self, row: Row) -> Source:
+    def pair(self, row: Row) -> Exchange:
         values = split_pair(row)
-        return self._source(row, values.get("prompt") or "", [values["chosen"], values["rejected"]])
+        return self._exchange(row, values.get("prompt") or "", [values["chosen"], values["rejected"]])
 
-    def conversation(self, row: Row) -> Source:
+    def conversation(self, row: Row) -> Exchange:
         before, answer = self._answered(row, row.values["messages"])
-        return Source(row, before, [answer], earlier=True)
+        return Exchange(row, before, [answer], earlier=True)
 
-    def text(self, row: Row) -> Source:
+    def text(self, row: Row) -> Exchange:
         if not isinstance(row.values["text"], str):
             raise UserError(f"{row.where}: column 'text' must be text; put conversations in 'messages'")
-        return Source(row, "", [row.values["text"]])
+        return Exchange(row, "", [row.values["text"]])
 
     def _parts(self, row: Row) -> tuple[Text, Any]:
         """(prompt, completion). A whole conversation in `completion` brings its own prompt."""
@@ -88,19 +88,19 @@ class Sources:
         if isinstance(completion, str):
             return prompt, completion
         self._check(row, completion)
-        if completion[0]["role"] in ANSWERING:
+        if completion[0]["role"] in ASSISTANT:
             return prompt, completion
         before, answer = self._answered(row, completion)
         if prompt and not begins(prompt, before):
             raise UserError(f"{row.where}: completion is a conversation that the prompt is no part of: {shown(prompt)}")
         return before, answer
 
-    def _source(self, row: Row, prompt: Text, completions: list[Any], *, earlier: bool = False) -> Source:
+    def _exchange(self, row: Row, prompt: Text, completions: list[Any], *, earlier: bool = False) -> Exchange:
         """Text stays text, unless the prompt, a completion or `chat` makes it a conversation."""
         listed = isinstance(prompt, list) or any(isinstance(c, list) for c in completions)
         wrapped = self.chat is True and isinstance(prompt, str) and bool(prompt)
         if not listed and not (wrapped and not self.template.has_rendered(str(prompt))):
-            return Source(row, prompt, completions)
+            return Exchange(row, prompt, completions)
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}] if prompt else []
         elif prompt:
@@ -110,14 +110,14 @@ class Sources:
             self._answered(row, completion)
         if not prompt and not answers:
             raise UserError(f"{row.where}: the prompt is empty")
-        prefilled = bool(prompt) and prompt[-1]["role"] in ANSWERING and not prompt[-1].get("tool_calls")
-        return Source(row, prompt, answers, prefilled, earlier)
+        prefilled = bool(prompt) and prompt[-1]["role"] in ASSISTANT and not prompt[-1].get("tool_calls")
+        return Exchange(row, prompt, answers, prefilled, earlier)
 
     def _answered(self, row: Row, messages: Any) -> tuple[list[Message], list[Message]]:
         """The messages before the last, and the last, which must be an answer."""
         self._check(row, messages)
         *before, last = messages
-        if last["role"] not in ANSWERING:
+        if last["role"] not in ASSISTANT:
             raise UserError(f"{row.where}: the last message must be an answer, but its role is {last['role']!r}")
         return before, [last]
 
@@ -141,7 +141,7 @@ def checked_messages(where: str, messages: Any) -> list[Message]:
 
 def _readable(message: Message) -> bool:
     content = message.get("content")
-    if isinstance(content, list):
+    if isinstance(content, list) and content:
         return all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content)
     other = any(message.get(key) for key in ("tool_calls", "reasoning_content", "reasoning", "thinking"))
     return isinstance(content, str) or (content is None and other)

@@ -16,12 +16,13 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from rlhf_fast.data.conversations import ANSWERING, Source, Sources, Text, plain
+from rlhf_fast.data.conversations import Exchange, Exchanges, Text, plain
 from rlhf_fast.data.messages import LEADING, Message
 from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row
 from rlhf_fast.data.templates import ChatTemplate, TurnEnd
 from rlhf_fast.data.tokens import Tokens, common_prefix, load_tokenizer, pad_id
+from rlhf_fast.data.turns import Turns, until_stop
 from rlhf_fast.errors import UserError
 
 __all__ = ["Encoder", "Example", "Prompt", "TooLong", "encode_rows", "load_tokenizer", "pad_id", "quiet_libraries"]
@@ -105,8 +106,8 @@ class Encoder:
         return ChatTemplate(self.tokens)
 
     @cached_property
-    def sources(self) -> Sources:
-        return Sources(self.template, self.chat)
+    def exchanges(self) -> Exchanges:
+        return Exchanges(self.template, self.chat)
 
     @cached_property
     def text_end(self) -> TurnEnd:
@@ -129,11 +130,11 @@ class Encoder:
 
     def prompt(self, row: Row) -> Prompt:
         """The row's `prompt` column, ready for generation; all columns are kept for reward functions."""
-        return self._prompt(self.sources.prompt(row), row.values)
+        return self._prompt(self.exchanges.prompt(row), row.values)
 
     def pair_prompt(self, row: Row) -> Prompt:
         """The prompt that `pair` gives the row's completions, ready for generation."""
-        pair = self.sources.pair(row)
+        pair = self.exchanges.pair(row)
         if not pair.prompt:
             raise UserError(f"{row.where}: the pair has no prompt, so there is nothing to sample completions for")
         prompt = row.values["prompt"] if isinstance(pair.prompt, str) and "prompt" in row.values else pair.prompt
@@ -141,27 +142,27 @@ class Encoder:
 
     def pair(self, row: Row) -> tuple[Example, Example]:
         """The row's `chosen` and `rejected` behind the same prompt (when there is one), token for token."""
-        chosen, rejected = self._examples(self.sources.pair(row), "the longer of chosen and rejected")
+        chosen, rejected = self._examples(self.exchanges.pair(row), "the longer of chosen and rejected")
         return chosen, rejected
 
     def completion(self, row: Row) -> Example:
         """The row's prompt followed by its `completion`."""
-        return self._examples(self.sources.completion(row), "completion")[0]
+        return self._examples(self.exchanges.completion(row), "completion")[0]
 
     def conversation(self, row: Row) -> Example:
         """The row's `messages`: the last one is the completion, those before it are its prompt."""
-        return self._examples(self.sources.conversation(row), "messages")[0]
+        return self._examples(self.exchanges.conversation(row), "messages")[0]
 
     def text(self, row: Row) -> Example:
         """The row's `text` column and EOS; every token counts."""
-        (example,) = self._examples(self.sources.text(row), "text")
+        (example,) = self._examples(self.exchanges.text(row), "text")
         return Example(example.ids, 0)
 
     def scored(self, prompt: Text, completion: str, tools: Any = None) -> list[int]:
         """The ids of a prompt, as the data has it, with a sampled completion and the end of the turn."""
         row = Row("a completion", {"prompt": prompt, "completion": completion, "tools": tools})
-        source = replace(self.sources.completion(row), learnt=False)
-        return self._examples(source, "completion")[0].ids
+        exchange = replace(self.exchanges.completion(row), learnt=False)
+        return self._examples(exchange, "completion")[0].ids
 
     def note(self, what: str, where: str) -> None:
         """Remember what was done to a row without asking, for `report`."""
@@ -177,30 +178,30 @@ class Encoder:
 
     # Budgets
 
-    def _prompt(self, source: Source, columns: dict[str, Any]) -> Prompt:
-        source, (example,) = self._fitted(source, "prompt")
+    def _prompt(self, exchange: Exchange, columns: dict[str, Any]) -> Prompt:
+        exchange, (example,) = self._fitted(exchange, "prompt")
         if not example.ids:
-            raise UserError(f"{source.row.where}: the prompt is empty")
-        text = self._opened(source)
-        if self.too_long == "truncate" and len(example.ids) < len(self.tokens.ids(source.row.where, text)):
+            raise UserError(f"{exchange.row.where}: the prompt is empty")
+        text = self._opened(exchange)
+        if self.too_long == "truncate" and len(example.ids) < len(self.tokens.ids(exchange.row.where, text)):
             text = str(self.tokenizer.decode(example.ids))
-        rendered = isinstance(source.prompt, list) or self.template.has_rendered(text)
+        rendered = isinstance(exchange.prompt, list) or self.template.has_rendered(text)
         return Prompt(
-            source.row.where, example.ids, text, columns, self.template.turn_end if rendered else self.text_end
+            exchange.row.where, example.ids, text, columns, self.template.turn_end if rendered else self.text_end
         )
 
-    def _examples(self, source: Source, name: str) -> list[Example]:
-        return self._fitted(source, name)[1]
+    def _examples(self, exchange: Exchange, name: str) -> list[Example]:
+        return self._fitted(exchange, name)[1]
 
-    def _fitted(self, source: Source, name: str) -> tuple[Source, list[Example]]:
-        """The encoded source within the budgets, and what is left of its prompt."""
-        where, examples = source.row.where, self._encoded(source)
+    def _fitted(self, exchange: Exchange, name: str) -> tuple[Exchange, list[Example]]:
+        """The encoded exchange within the budgets, and what is left of its prompt."""
+        where, examples = exchange.row.where, self._encoded(exchange)
         answer = max(len(e.ids) - e.start for e in examples)
         prompt, budget = examples[0].start, min(self.max_prompt_tokens, self.max_tokens - answer)
         if prompt <= budget:
-            return source, examples
+            return exchange, examples
         if self.too_long != "truncate":
-            tokens = answer if source.prompt else answer + prompt
+            tokens = answer if exchange.prompt else answer + prompt
             if tokens > self.max_tokens:
                 raise TooLong(f"{where}: {name} has {tokens} tokens, the budget (max_tokens) is {self.max_tokens}")
             raise TooLong(
@@ -208,39 +209,41 @@ class Encoder:
                 "shorten it, raise max_prompt_tokens, or set too_long: skip or truncate"
             )
         budget = max(budget, min(self.max_prompt_tokens, self.max_tokens // 2))
-        while examples[0].start > budget and (shorter := source.shorter()) is not None:
-            source, examples = shorter, self._encoded(shorter)
+        while examples[0].start > budget and (shorter := exchange.shorter()) is not None:
+            exchange, examples = shorter, self._encoded(shorter)
         over = examples[0].start - budget
         if over > 0:
-            head, tail = self._fixed(source, examples[0])
+            head, tail = self._fixed(exchange, examples[0])
             if budget < head + tail:
                 raise TooLong(f"{where}: the prompt cannot be cut to {budget} tokens: its template alone takes them")
             examples = [example.without(head, over) for example in examples]
         self.note("longer than the budget, and cut to it", where)
         learnt = [e.learnt[: self.max_tokens] for e in examples]
-        return source, [Example(e.ids[: self.max_tokens], e.start, m) for e, m in zip(examples, learnt, strict=True)]
+        return exchange, [Example(e.ids[: self.max_tokens], e.start, m) for e, m in zip(examples, learnt, strict=True)]
 
-    def _fixed(self, source: Source, example: Example) -> tuple[int, int]:
+    def _fixed(self, exchange: Exchange, example: Example) -> tuple[int, int]:
         """How many tokens at the beginning and at the end of the prompt stay: the template's own, and a prefill."""
-        where, prompt = source.row.where, self._opened(source)
-        if isinstance(source.prompt, str):
+        where, prompt = exchange.row.where, self._opened(exchange)
+        if isinstance(exchange.prompt, str):
             rendered = self.template.has_rendered(prompt)
             place, before = self.template.rendered_head(prompt) if rendered else 0, self._before_text(rendered)
             end = self.template.user_opening[1] if rendered else ""
         else:
-            first = next((i for i, m in enumerate(source.prompt) if m["role"] not in LEADING), 0)
-            opening = self.template.before(where, source.prompt, first, source.tools) or ""
+            first = next((i for i, m in enumerate(exchange.prompt) if m["role"] not in LEADING), 0)
+            opening = self.template.before(where, exchange.prompt, first, exchange.tools) or ""
             place, before = common_prefix(opening, prompt), []
-            end = self.template.user_opening[1] + (plain(source.prompt[-1].get("content")) if source.prefilled else "")
+            end = self.template.user_opening[1] + (
+                plain(exchange.prompt[-1].get("content")) if exchange.prefilled else ""
+            )
         beginning, _ = _with(before, self.tokens.ids(where, prompt[:place]))
         return common_prefix(beginning, example.ids), len(self.tokens.ids(where, end)) + 1
 
     # Encoding
 
-    def _encoded(self, source: Source) -> list[Example]:
-        """Every completion of the source behind the same prompt ids, whatever their length."""
-        one = self._encoded_text if isinstance(source.prompt, str) else self._encoded_conversation
-        examples = [one(source, completion) for completion in source.completions or [None]]
+    def _encoded(self, exchange: Exchange) -> list[Example]:
+        """Every completion of the exchange behind the same prompt ids, whatever their length."""
+        one = self._encoded_text if isinstance(exchange.prompt, str) else self._encoded_conversation
+        examples = [one(exchange, completion) for completion in exchange.completions or [None]]
         shared = min(e.start for e in examples)
         if len(examples) > 1:
             # A token that spans the boundary in one completion need not in the other.
@@ -250,17 +253,22 @@ class Encoder:
             if shared < e.start else e for e in examples
         ]  # fmt: skip
 
-    def _opened(self, source: Source) -> str:
+    def _opened(self, exchange: Exchange) -> str:
         """The text of the prompt up to where a completion begins."""
-        if isinstance(source.prompt, str):
-            return source.prompt
-        if not source.prompt:
-            return self.template.before(source.row.where, source.messages(source.completions[0]), 0, source.tools) or ""
-        opening = not source.prefilled
-        return self.template.render(source.row.where, source.prompt, source.tools, opening=opening, more=not opening)
+        if isinstance(exchange.prompt, str):
+            return exchange.prompt
+        if not exchange.prompt:
+            return (
+                self.template.before(exchange.row.where, exchange.messages(exchange.completions[0]), 0, exchange.tools)
+                or ""
+            )
+        opening = not exchange.prefilled
+        return self.template.render(
+            exchange.row.where, exchange.prompt, exchange.tools, opening=opening, more=not opening
+        )
 
-    def _encoded_text(self, source: Source, completion: str | None) -> Example:
-        where, prompt = source.row.where, str(source.prompt)
+    def _encoded_text(self, exchange: Exchange, completion: str | None) -> Example:
+        where, prompt = exchange.row.where, str(exchange.prompt)
         text = prompt + (completion or "")
         rendered = self.template.has_rendered(prompt or text)
         end = self.template.turn_end if rendered else self.text_end
@@ -285,7 +293,7 @@ class Encoder:
                 self.note("ends in the token that ends a text, which is not added again", where)
             else:
                 ids = [*ids, *closing]
-        return Example(ids, start, _until_stop([int(i >= start) for i in range(len(ids))], ids, start, end))
+        return Example(ids, start, until_stop([int(i >= start) for i in range(len(ids))], ids, start, end))
 
     def _before_text(self, rendered: bool) -> list[int]:
         """The special tokens in front of a text; of one that is rendered already, what the template has there."""
@@ -299,21 +307,21 @@ class Encoder:
         stop = str(self.tokenizer.convert_ids_to_tokens(end.stop))
         return text.rstrip().endswith((stop, stop if end.eos_added else end.text.rstrip()))
 
-    def _encoded_conversation(self, source: Source, completion: list[Message] | None) -> Example:
-        where, opened = source.row.where, self._opened(source)
+    def _encoded_conversation(self, exchange: Exchange, completion: list[Message] | None) -> Example:
+        where, opened = exchange.row.where, self._opened(exchange)
         if completion is None:
             ids = self.tokens.ids(where, opened)
             return Example(ids, len(ids))
         end = self.template.turn_end
-        messages = self._closed_once(source, completion, end)
-        whole = self.template.render(where, messages, source.tools)
+        messages = self._closed_once(exchange, completion, end)
+        whole = self.template.render(where, messages, exchange.tools)
         ids = self.tokens.ids(where, whole)
-        written = self.template.written(where, messages, source.tools) if source.learnt else None
+        written = self.template.written(where, messages, exchange.tools) if exchange.learnt else None
         if whole.startswith(opened):
             start, cut = self.tokens.boundary(where, whole, ids, len(opened))
             if cut:
                 self.note(SPANNING, where)
-        elif not source.learnt:
+        elif not exchange.learnt:
             start = common_prefix(ids, self.tokens.ids(where, opened))
         elif written is None:
             here = common_prefix(opened, whole)
@@ -324,13 +332,13 @@ class Encoder:
         else:
             # The last run of tokens that the template marks as written.
             start = max((i for i, m in enumerate(written) if m and not (i and written[i - 1])), default=0)
-        if not source.learnt:
+        if not exchange.learnt:
             mask = [1] * len(ids)
         elif written is not None:
-            mask = written if source.earlier else [m if i >= start else 0 for i, m in enumerate(written)]
+            mask = written if exchange.earlier else [m if i >= start else 0 for i, m in enumerate(written)]
         else:
-            turns = _Turns(self.template, where, messages, source.tools, whole, ids)
-            everything = source.earlier and self.train_on == "all_assistant"
+            turns = Turns(self.template, where, messages, exchange.tools, whole, ids)
+            everything = exchange.earlier and self.train_on == "all_assistant"
             mask = turns.mask(len(messages) - len(completion), start, everything)
         if end.eos_added:
             self.note("the chat template ends answers in no special token: EOS is added behind it", where)
@@ -339,13 +347,13 @@ class Encoder:
             raise UserError(f"{where}: the chat template marks no token of the answer as the assistant's")
         return Example(ids, start, mask)
 
-    def _closed_once(self, source: Source, completion: list[Message], end: TurnEnd) -> list[Message]:
+    def _closed_once(self, exchange: Exchange, completion: list[Message], end: TurnEnd) -> list[Message]:
         """The whole conversation; an answer that brings the end of its turn along does not get it twice."""
-        messages = source.messages(completion)
+        messages = exchange.messages(completion)
         content = messages[-1].get("content")
         if not isinstance(content, str) or not self._closed(content, end):
             return messages
-        self.note("the answer has the token that ends its turn, which is not added again", source.row.where)
+        self.note("the answer has the token that ends its turn, which is not added again", exchange.row.where)
         content = content.rstrip()
         if not end.eos_added:
             content = content.removesuffix(end.text.rstrip())
@@ -353,78 +361,9 @@ class Encoder:
         return [*messages[:-1], {**messages[-1], "content": content}]
 
 
-@dataclass(frozen=True)
-class _Turns:
-    """The answers in a rendered conversation: `whole` is its text, `ids` its tokens."""
-
-    template: ChatTemplate
-    where: str
-    messages: list[Message]
-    tools: Any
-    whole: str
-    ids: list[int]
-
-    def mask(self, first: int, start: int, earlier: bool) -> list[int]:
-        """1 on each token of the answers from message `first` on, which begins at token `start`; with `earlier` on
-        those before it too. The token that stops a turn is its last one."""
-        mask = [0] * len(self.ids)
-        for index, message in enumerate(self.messages):
-            if message["role"] not in ANSWERING or (index < first and not earlier):
-                continue
-            begin = start if index == first else self._start(index)
-            stop = self._end(index, begin)
-            if any(mask[begin:]) or stop < begin:
-                raise self._unclear(index)
-            mask[begin:stop] = [1] * (stop - begin)
-        return mask
-
-    def _start(self, index: int) -> int:
-        """The first token of an answer: where the rendering of what precedes it ends."""
-        if index == 0:
-            opened = self.template.before(self.where, self.messages, 0, self.tools)
-        else:
-            opened = self.template.render(self.where, self.messages[:index], self.tools, opening=True)
-        if opened is None or not self.whole.startswith(opened):
-            raise self._unclear(index)
-        return self.template.tokens.boundary(self.where, self.whole, self.ids, len(opened))[0]
-
-    def _end(self, index: int, begin: int) -> int:
-        """The token behind an answer's last one."""
-        end = self.template.turn_end
-        if index == len(self.messages) - 1:
-            mask = _until_stop([1] * len(self.ids), self.ids, begin, end)
-            return sum(mask)
-        behind = self.template.behind(self.where, self.messages, index, self.tools)
-        place = begin
-        if behind is not None and self.whole.endswith(behind) and self.messages[index].get("content"):
-            if not behind.startswith(end.until_stop) and not self.messages[index].get("tool_calls"):
-                raise self._unclear(index)
-            length = len(self.whole) - len(behind)
-            place, _ = self.template.tokens.boundary(self.where, self.whole, self.ids, length)
-            if end.eos_added:
-                return self.template.tokens.boundary(self.where, self.whole, self.ids, length + len(end.text))[0]
-        elif not self.messages[index].get("tool_calls"):
-            raise self._unclear(index)
-        if end.stop not in self.ids[place:]:
-            raise self._unclear(index)
-        return self.ids.index(end.stop, place) + 1
-
-    def _unclear(self, index: int) -> UserError:
-        return UserError(
-            f"{self.where}: cannot tell which tokens of the chat template's rendering are message {index}, an earlier "
-            "answer, as the model would have written them: use train_on: last, or a template with {% generation %}"
-        )
-
-
 def _with(before: list[int], ids: list[int]) -> tuple[list[int], int]:
     """`ids` behind `before`, which they may begin with already; and how many were added."""
     return (ids, 0) if ids[: len(before)] == before else ([*before, *ids], len(before))
-
-
-def _until_stop(mask: list[int], ids: list[int], start: int, end: TurnEnd) -> list[int]:
-    """`mask` without what is behind the last stop token of ids[start:]."""
-    last = next((i for i in range(len(ids) - 1, start - 1, -1) if ids[i] == end.stop), len(ids) - 1)
-    return [m if i <= last else 0 for i, m in enumerate(mask)]
 
 
 def encode_rows(encoder: Encoder, rows: Sequence[Row], encode: Callable[[Row], T], what: str) -> list[T]:

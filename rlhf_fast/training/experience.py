@@ -154,7 +154,7 @@ def move_reference(job: Job, config: RolloutConfig, step: int) -> None:
 
 
 def rollout_metrics(experience: Experience) -> dict[str, float]:
-    """Means over the batch: reward, KL per completion (nats), length (tokens), share that ended with EOS."""
+    """Means over the batch: reward, KL per completion (nats), length (tokens), share that was finished."""
     mask = experience.rollout.batch.mask
     metrics = {
         "reward": experience.rewards.mean(),

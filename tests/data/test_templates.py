@@ -227,3 +227,15 @@ def test_an_answer_that_brings_its_end_along_gets_it_once():
     ended = {**LAST, "content": LAST["content"] + "<|im_end|>\n"}
     assert one.conversation(row(messages=[USER, ended])).ids == rendered(tokenizer, [USER, LAST])
     assert "not added again" in one.report(1)[0]
+
+
+def test_a_call_that_ends_otherwise_than_an_answer_is_not_learnt_into_the_result():
+    ending = TEMPLATES["tools"].replace("{{ '<|im_end|>\\n' }}{% endfor %}", (
+        "{{ '<|end|>' if m['tool_calls'] else '<|im_end|>\\n' }}{% endfor %}"))  # fmt: skip
+    assert ending != TEMPLATES["tools"]
+    calling = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    messages = [USER, calling, {"role": "tool", "content": "sunny"}, LAST]
+    tokenizer = tokenizer_of("byte level", ending)
+    assert learnt_text(tokenizer, encoder(tokenizer).conversation(row(messages=messages))).count("<|im_end|>") == 1
+    with pytest.raises(UserError, match=r"cannot tell which tokens .* are message 1"):
+        encoder(tokenizer, train_on="all_assistant").conversation(row(messages=messages))
