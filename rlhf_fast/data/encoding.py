@@ -86,6 +86,7 @@ class Encoder:
         system message). Where that would leave the prompt less than half of max_tokens, completions lose their end.
     train_on: in a conversation, the last answer or every one. A template's own `{% generation %}` marks come first.
     vocab_size: rows of the model's embeddings; an id beyond them raises UserError. None: not checked.
+    bad_rows: 'skip': `encode_rows` leaves out what the template refuses and what has no answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -95,6 +96,7 @@ class Encoder:
     too_long: Literal["error", "skip", "truncate"] = "error"
     train_on: Literal["last", "all_assistant"] = "last"
     vocab_size: int | None = None
+    bad_rows: Literal["error", "skip"] = "error"
     notes: dict[str, list[str]] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -367,7 +369,7 @@ def _with(before: list[int], ids: list[int]) -> tuple[list[int], int]:
 
 
 def encode_rows(encoder: Encoder, rows: Sequence[Row], encode: Callable[[Row], T], what: str) -> list[T]:
-    """`encode` of every row. With too_long: skip or truncate, a row that no budget holds is left out.
+    """`encode` of every row, less those that too_long and bad_rows leave out.
 
     What was left out or changed is said, one line for each kind. UserError when no row is left.
     """
@@ -375,13 +377,17 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], encode: Callable[[Row], T
     for row in track(rows, f"reading {what}", transient=True, disable=not sys.stdout.isatty()):
         try:
             encoded.append(encode(row))
-        except TooLong as error:
-            if encoder.too_long == "error":
+        except UserError as error:
+            rule = encoder.too_long if isinstance(error, TooLong) else encoder.bad_rows
+            if rule == "error":
                 raise
-            encoder.note("too long, and left out", row.where)
-            last = str(error)
+            reason = str(error)
+            if isinstance(error, TooLong):
+                encoder.note("too long, and left out", row.where)
+            else:
+                encoder.note("left out", reason)
     for line in encoder.report(len(rows)):
         say(f"{what}: {line}")
     if not encoded:
-        raise UserError(f"all {len(rows)} rows of {what} are too long; the last one: {last}")
+        raise UserError(f"no row of {what} is left of {len(rows)}; the last one: {reason}")
     return encoded

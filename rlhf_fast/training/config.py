@@ -34,7 +34,9 @@ class Config(BaseModel):
     data: str = Field(description="examples: .jsonl, .json, .csv, .parquet, a folder of them, or a hub id")
     eval_data: str | None = Field(None, description="held-out examples; default: rows of data, drawn by seed")
     columns: dict[str, str] | None = Field(None, description="{prompt: question}: our name, and the data's own")
-    bad_rows: Literal["error", "skip"] = Field("error", description="nulls, pairs that differ in earlier turns, ...")
+    bad_rows: Literal["error", "skip"] = Field(
+        "error", description="nulls, pairs that differ in earlier turns, what the template refuses"
+    )
     eval_size: int | None = Field(None, ge=1, description="rows held out; default: a tenth, at most 64")
     output_dir: str = Field("run", description="run folder: adapters, metrics, samples, curves, checkpoints")
     seed: int = Field(0, ge=0, lt=1 << 63)

@@ -105,6 +105,7 @@ def build_encoder(config: Config, backbone: Backbone, tokenizer: Any, *, new_tok
     encoder = Encoder(
         tokenizer, min(config.max_prompt_tokens or max_tokens, max_tokens - new_tokens), max_tokens, config.chat,
         config.too_long, config.train_on, vocab_size=embedding_rows(backbone.model),
+        bad_rows=config.bad_rows,
     )  # fmt: skip
     if not new_tokens:
         return encoder

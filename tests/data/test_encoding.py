@@ -166,7 +166,7 @@ def test_rows_over_budget_are_left_out_and_counted_on_request(capsys):
     one = encoder(too_long="skip")
     assert [len(p.ids) for p in encode_rows(one, rows, one.prompt, "data")] == [6, 8]
     assert capsys.readouterr().out == "data: 2 of 4 rows: too long, and left out (first: a.jsonl:1)\n"
-    with pytest.raises(UserError, match=r"all 2 rows of data are too long; the last .*: a\.jsonl:3: the prompt"):
+    with pytest.raises(UserError, match=r"no row of data is left of 2; the last one: a\.jsonl:3: the prompt"):
         encode_rows(one, rows[1::2], one.prompt, "data")
     with pytest.raises(TooLong, match=r"a\.jsonl:1: the prompt has 61 tokens"):
         encode_rows(encoder(), rows, encoder().prompt, "data")
@@ -224,3 +224,16 @@ def test_a_prompt_without_text_is_refused(prompt, match):
     tokenizer.backend_tokenizer.post_processor = None
     with pytest.raises(UserError, match=rf"a\.jsonl:7: .*{match}"):
         encoder(tokenizer=tokenizer).prompt(row(prompt=prompt))
+
+
+def test_rows_that_cannot_be_encoded_are_left_out_and_counted_on_request(capsys):
+    good, bad = [USER, ANSWER], [USER, {"role": "tool", "content": "x"}]
+    rows = [Row(f"a.jsonl:{i}", {"messages": messages}) for i, messages in enumerate((good, bad, good, bad))]
+    one = encoder(bad_rows="skip")
+    assert len(encode_rows(one, rows, one.conversation, "data")) == 2
+    said = (
+        "data: 2 of 4 rows: left out (first: a.jsonl:1: the last message must be an answer, but its role is 'tool')\n"
+    )
+    assert capsys.readouterr().out == said
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the last message must be an answer"):
+        encode_rows(encoder(), rows, encoder().conversation, "data")
