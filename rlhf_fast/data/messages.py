@@ -102,8 +102,8 @@ def _fork(row: Row, chosen: list[Message], rejected: list[Message]) -> int:
             raise UserError(f"{row.where}: the last message of {name} must be an answer, "
                             f"but its role is {messages[-1]['role']!r}")  # fmt: skip
         if messages[start]["role"] == "tool" or any(m["role"] not in ANSWERING for m in messages[start:]):
-            raise UserError(f"{row.where}: chosen and rejected must differ in their last answer alone, but they differ in "
-                            f"message {start + 1} already; bad_rows: skip leaves such rows out")  # fmt: skip
+            raise UserError(f"{row.where}: chosen and rejected must differ in their last answer alone, but they differ "
+                            f"in message {start + 1} already; bad_rows: skip leaves such rows out")  # fmt: skip
     return start
 
 
