@@ -124,6 +124,9 @@ def all_stages(values: dict[str, Any], overrides: dict[str, Any]) -> list[Stage]
     names = [str(s.get("name", s["algorithm"])) for s in listed]
     if len(set(names)) < len(names):
         raise UserError(f"stages need different names, got {', '.join(names)}; give them a `name`")
+    for name in names:
+        if Path(name).name != name or name == "..":
+            raise UserError(f"stage name {name!r}: it is a folder in output_dir, so it must be one word without a path")
     top, _ = merged(None, Config.model_fields, values, overrides)
     folder = top.get("output_dir", "run")
     shared, flags = ({k: v for k, v in layer.items() if k not in ("stages", "output_dir", "save_path")}

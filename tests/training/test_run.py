@@ -155,6 +155,13 @@ def test_stages_run_in_order_each_on_what_the_earlier_ones_made(tmp_path):
     assert len(read_jsonl(run / "sft/metrics.jsonl")) == 5
 
 
+@pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/b", "..", "."])
+def test_a_stage_is_a_folder_in_the_run_folder(name, tmp_path):
+    values = {"output_dir": str(tmp_path / "run"), "stages": [{"algorithm": "sft", "name": name}]}
+    with pytest.raises(UserError, match="must be one word without a path"):
+        all_stages(values, {})
+
+
 def test_a_run_folder_loads_from_anywhere_by_itself(tmp_path, monkeypatch):
     """The base under a relative path, the tokenizer and its chat template beside the adapter; judged by PEFT."""
     shutil.copytree(folder() / "model", tmp_path / "here" / "model")
