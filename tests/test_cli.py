@@ -73,7 +73,7 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
         "not JSON": ([f"data={tmp}/broken.jsonl"], "broken.jsonl:2: not JSON"),
         "wrong columns": ([f"data={tmp}/columns.jsonl"], "columns.jsonl:1: grpo needs the columns prompt; found: text"),
         "wrong type": ([f"data={tmp}/number.jsonl"], "number.jsonl:2: column 'prompt' must be text"),
-        "long prompt": ([f"data={tmp}/long.jsonl"], "long.jsonl:1: the prompt has 201 tokens, the budget is 122"),
+        "long prompt": ([f"data={tmp}/long.jsonl"], "long.jsonl:1: the prompt has 201 tokens, the budget is 121"),
         "no model": ([f"model={tmp}/nothing"], "there is no such folder"),
         "architecture": ([f"model={tmp}/odd"], "odd"),
         "reward raises": ([f"reward={tmp}/bad.py:raises"], "raises raised KeyError: 'label' (example 0"),
