@@ -19,7 +19,9 @@ from rlhf_fast import Adapter, PolicyObjective, PreferenceObjective
 from rlhf_fast.ops import table
 
 OPS = table()
-B, T, V, D, R = 4, 6, 21, 5, 2
+# Sizes are read when tensors are drawn: a test may set one of them to 0.
+B, T, V, D, R = 4, 6, 21, 5, 2  # sequences, time, vocabulary, hidden, rank
+ANSWERS, REWARDS, PAIRS, BINS, TARGETS = 12, 3, 6, 7, 3
 TRANSFORM: dict[str, Any] = {"logit_scale": 1.5, "softcap": 4.0}
 
 
@@ -34,16 +36,16 @@ def logprobs(*shape: int) -> Tensor:
 def some(*shape: int) -> Tensor:
     """A mask that counts the first place, and not the last one."""
     mask = torch.rand(shape or (B, T)) < 0.7
-    mask.view(-1)[0], mask.view(-1)[-1] = True, False
+    mask.view(-1)[:1], mask.view(-1)[-1:] = True, False
     return mask
 
 
 def ids(*shape: int) -> Tensor:
-    return torch.randint(V, shape or (B, T))
+    return torch.randint(max(V, 1), shape or (B, T))
 
 
 def sequences() -> Tensor:
-    return torch.tensor([0, 2, 2, T + 3, B * T - 1])
+    return torch.tensor([0, 2, 2, T + 3, B * T - 1]).clamp(0, B * T)
 
 
 def one(value: float) -> Tensor:
@@ -52,7 +54,7 @@ def one(value: float) -> Tensor:
 
 def flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tokens as one packed row."""
-    return {name: x.flatten(0, 1) if x.shape[:2] == (B, T) else x for name, x in tensors.items()}
+    return {name: x.flatten(0, 1) if x.dim() > 1 and x.shape[:2] == (B, T) else x for name, x in tensors.items()}
 
 
 def steps(*names: str) -> dict[str, Tensor]:
@@ -133,16 +135,16 @@ CASES = [
     Case("whiten", lambda: {"x": plane(), "mask": some()}, label="masked"),
     Case(
         "group_advantages",
-        lambda: {"rewards": plane(12), "group_ids": torch.arange(12) % 5, "lengths": torch.rand(12) + 1},
+        lambda: {"rewards": plane(ANSWERS), "group_ids": torch.arange(ANSWERS) % 5, "lengths": torch.rand(ANSWERS) + 1},
         {"kind": "opo"},
     ),
     *(
-        Case("group_advantages", lambda: {"rewards": plane(12)}, {"kind": kind, "group_size": 4, **options})
+        Case("group_advantages", lambda: {"rewards": plane(ANSWERS)}, {"kind": kind, "group_size": 4, **options})
         for kind, options in {"grpo": {}, "rloo": {}, "pass_at_k": {"k": 2}, "reinforce_baseline": {}}.items()
     ),
-    Case("group_advantages", lambda: {"rewards": plane(12, 3)}, {"kind": "gdpo", "group_size": 4}),
-    Case("group_advantages", lambda: {"rewards": plane(12)}, {"kind": "reinforce_pp"}),
-    Case("group_advantages", lambda: {"rewards": plane(12), "baseline_rewards": plane(12)}, {"kind": "remax"}),
+    Case("group_advantages", lambda: {"rewards": plane(ANSWERS, REWARDS)}, {"kind": "gdpo", "group_size": 4}),
+    Case("group_advantages", lambda: {"rewards": plane(ANSWERS)}, {"kind": "reinforce_pp"}),
+    Case("group_advantages", lambda: {"rewards": plane(ANSWERS), "baseline_rewards": plane(ANSWERS)}, {"kind": "remax"}),
     Case(
         "kl_estimate",
         lambda: {name: logprobs() for name in ("logprobs", "ref_logprobs", "old_logprobs")},
@@ -170,7 +172,7 @@ CASES = [
         ("logits",),
         label="rows",
     ),
-    Case("token_logprobs", lambda: {"logits": plane(B, V), "targets": ids(B, 3)}, {}, ("logits",), label="targets"),
+    Case("token_logprobs", lambda: {"logits": plane(B, V), "targets": ids(B, TARGETS)}, {}, ("logits",), label="targets"),
     Case(
         "linear_logprobs",
         lambda: scored() | {"mask": some()},
@@ -231,16 +233,16 @@ CASES = [
     ),
     Case(
         "preference_loss",
-        lambda: {name: -5 * torch.rand(6) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
-        | {name: torch.randint(1, 9, (6,)) for name in ("chosen_lengths", "rejected_lengths")}
-        | pair_constants(6),
+        lambda: {name: -5 * torch.rand(PAIRS) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
+        | {name: torch.randint(1, 9, (PAIRS,)) for name in ("chosen_lengths", "rejected_lengths")}
+        | pair_constants(PAIRS),
         {"variant": PAIRED},
         ("chosen", "rejected"),
         label="three losses",
     ),
     Case(
         "preference_loss",
-        lambda: {name: -5 * torch.rand(6) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")},
+        lambda: {name: -5 * torch.rand(PAIRS) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")},
         {"variant": "aot"},
         ("chosen", "rejected"),
     ),
@@ -260,7 +262,7 @@ CASES = [
         lambda: flat(
             scored() | {"ref_hidden": plane(B, T, D), "ref_weight": plane(V, D), "ref_bias": plane(V), "mask": some()}
         )
-        | {"cu_seqlens": torch.tensor([0, 2, 2, T + 3, B * T])},
+        | {"cu_seqlens": torch.tensor([0, 2, 2, T + 3, B * T]).clamp(max=B * T)},
         {},
         ("hidden",),
         with_lora,
@@ -269,15 +271,15 @@ CASES = [
     Case(
         "unpaired_preference_loss",
         lambda: {
-            "logprobs": -5 * torch.rand(6), "ref_logprobs": -5 * torch.rand(6), "desirable": torch.arange(6) % 3 > 0,
-            "weights": torch.rand(6), "kl": one(0.3), "reward_shift": one(0.1), "denominator": one(5.0),
+            "logprobs": -5 * torch.rand(PAIRS), "ref_logprobs": -5 * torch.rand(PAIRS), "desirable": torch.arange(PAIRS) % 3 > 0,
+            "weights": torch.rand(PAIRS), "kl": one(0.3), "reward_shift": one(0.1), "denominator": one(5.0),
         },
         {"variant": "kto"},
         ("logprobs",),
     ),
     Case(
         "reward_loss",
-        lambda: {name: plane(6) for name in ("chosen_rewards", "rejected_rewards", "margin")}
+        lambda: {name: plane(PAIRS) for name in ("chosen_rewards", "rejected_rewards", "margin")}
         | {"denominator": one(5.0)},
         {"label_smoothing": 0.1, "centring": 0.1},
         ("chosen_rewards", "rejected_rewards"),
@@ -293,7 +295,7 @@ CASES = [
     Case(
         "ranking_loss",
         lambda: {
-            "rewards": plane(12), "ranks": torch.randint(0, 3, (12,)), "group_ids": torch.arange(12) % 5,
+            "rewards": plane(ANSWERS), "ranks": torch.randint(0, 3, (ANSWERS,)), "group_ids": torch.arange(ANSWERS) % 5,
             "denominator": one(5.0),
         },
         {},
@@ -303,7 +305,7 @@ CASES = [
     *(
         Case(
             "ranking_loss",
-            lambda: {"rewards": plane(12), "ranks": torch.randint(0, 3, (12,))},
+            lambda: {"rewards": plane(ANSWERS), "ranks": torch.randint(0, 3, (ANSWERS,))},
             {"variant": variant, "group_size": 4},
             ("rewards",),
         )
@@ -319,7 +321,7 @@ CASES = [
     ),
     Case(
         "distributional_value_loss",
-        lambda: {"logits": plane(B, T, 7), "returns": plane(), "mask": some(), "denominator": one(9.0)},
+        lambda: {"logits": plane(B, T, BINS), "returns": plane(), "mask": some(), "denominator": one(9.0)},
         {"v_min": -1.0, "v_max": 2.0},
         ("logits",),
         label="bins",
