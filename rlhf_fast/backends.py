@@ -170,7 +170,7 @@ def strided(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
     Strides are in elements. Raises ValueError for another last stride.
     """
     *strides, last = tensor.stride()
-    if last != 1 and tensor.shape[-1] > 1:
+    if last != 1 and tensor.shape[-1] > 1 and tensor.numel():
         raise ValueError(f"a kernel takes a tensor with the last stride 1 here, got {_layout(tensor)}")
     return _address(tensor), DTYPE_CODES[tensor.dtype], (*tensor.shape[:-1], *strides)
 

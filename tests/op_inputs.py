@@ -53,7 +53,8 @@ def one(value: float) -> Tensor:
 
 
 def flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tokens as one packed row."""
+    """The same tokens as one packed row of the four `sequences`."""
+    tensors |= {name: torch.ones(4) for name in ("bootstrap", "overlong") if name in tensors}
     return {name: x.flatten(0, 1) if x.dim() > 1 and x.shape[:2] == (B, T) else x for name, x in tensors.items()}
 
 
@@ -144,7 +145,11 @@ CASES = [
     ),
     Case("group_advantages", lambda: {"rewards": plane(ANSWERS, REWARDS)}, {"kind": "gdpo", "group_size": 4}),
     Case("group_advantages", lambda: {"rewards": plane(ANSWERS)}, {"kind": "reinforce_pp"}),
-    Case("group_advantages", lambda: {"rewards": plane(ANSWERS), "baseline_rewards": plane(ANSWERS)}, {"kind": "remax"}),
+    Case(
+        "group_advantages",
+        lambda: {"rewards": plane(ANSWERS), "baseline_rewards": plane(ANSWERS)},
+        {"kind": "remax"},
+    ),
     Case(
         "kl_estimate",
         lambda: {name: logprobs() for name in ("logprobs", "ref_logprobs", "old_logprobs")},
@@ -172,7 +177,7 @@ CASES = [
         ("logits",),
         label="rows",
     ),
-    Case("token_logprobs", lambda: {"logits": plane(B, V), "targets": ids(B, TARGETS)}, {}, ("logits",), label="targets"),
+    Case("token_logprobs", lambda: {"logits": plane(B, V), "targets": ids(B, TARGETS)}, {}, ("logits",), label="ids"),
     Case(
         "linear_logprobs",
         lambda: scored() | {"mask": some()},
@@ -271,8 +276,9 @@ CASES = [
     Case(
         "unpaired_preference_loss",
         lambda: {
-            "logprobs": -5 * torch.rand(PAIRS), "ref_logprobs": -5 * torch.rand(PAIRS), "desirable": torch.arange(PAIRS) % 3 > 0,
-            "weights": torch.rand(PAIRS), "kl": one(0.3), "reward_shift": one(0.1), "denominator": one(5.0),
+            "logprobs": -5 * torch.rand(PAIRS), "ref_logprobs": -5 * torch.rand(PAIRS),
+            "desirable": torch.arange(PAIRS) % 3 > 0, "weights": torch.rand(PAIRS), "kl": one(0.3),
+            "reward_shift": one(0.1), "denominator": one(5.0),
         },
         {"variant": "kto"},
         ("logprobs",),
@@ -326,7 +332,7 @@ CASES = [
         ("logits",),
         label="bins",
     ),
-    Case("lora_linear", adapters, {"dropout": 0.2}, ("x", "weight", "bias", "a", "b", "a2", "b2", "m"), bank, "trained"),
+    Case("lora_linear", adapters, {"dropout": 0.2}, ("x", "weight", "bias", *"ab", "a2", "b2", "m"), bank, "trained"),
     Case("lora_linear", adapters, {}, (), lambda tensors: bank(tensors | {"seed": None}), "scored"),
     Case(
         "sample_tokens",

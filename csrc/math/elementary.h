@@ -40,7 +40,8 @@ struct Exp2 {
 };
 RLHF_HD Exp2 exp2_parts(float t) {
   const float c = -127.0f > t ? -127.0f : t;  // NaN stays NaN
-  const float shifted = c + 12582912.0f, n = shifted - 12582912.0f, f = c - n;  // 1.5 * 2^23 leaves no fraction
+  const float exponent = c < 0.0f ? c : 0.0f;  // 0 for NaN, whose low bits would be added to the exponent else
+  const float shifted = exponent + 12582912.0f, n = shifted - 12582912.0f, f = c - n;  // 1.5 * 2^23 leaves no fraction
   float q = 1.5353361934e-4f;
   q = q * f + 1.3398874406e-3f;
   q = q * f + 9.6184373575e-3f;

@@ -25,11 +25,11 @@ struct ValueClip {  // x: value, return, old_value; p: clip_eps
   static constexpr int inputs = 3, coefficients = 1;
   template <typename T> static RLHF_HD Terms<T> at(const T* x, const T* p) {
     const T low = x[2] - p[0], high = x[2] + p[0];
-    const T bounded = x[0] < low ? low : (x[0] > high ? high : x[0]);
+    const T inside = x[0] > high ? high : x[0], bounded = !(x[0] >= low) ? low : inside;  // NaN bounds give NaN
     const T error = x[0] - x[1], bounded_error = bounded - x[1];
     const bool clipped = bounded_error * bounded_error > error * error;
-    const T active = clipped ? bounded_error : error;
-    return {T(0.5) * active * active, {clipped ? T(0) : error}, {clipped ? T(1) : T(0)}};
+    const T active = clipped | (bounded_error != bounded_error) ? bounded_error : error;
+    return {T(0.5) * active * active, {clipped ? T(0) : active}, {clipped ? T(1) : T(0)}};
   }
 };
 

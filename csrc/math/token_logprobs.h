@@ -44,7 +44,7 @@ template <typename T> RLHF_HD Stats<T> merge(Stats<T> a, Stats<T> b, const RowTr
   // -inf meets -inf where both are empty
   const T shift = a.max == b.max ? T(0) : row.factor * (row.capped(a.max) - row.capped(b.max));
   const T e = std::exp(-shift);
-  if (!(e == 0)) {  // keeps the shift of an empty set out of 0 * inf, and lets NaN through
+  if (!(e == 0 && b.rest == b.rest)) {  // keeps the shift of an empty set out of 0 * inf, and lets NaN through
     a.spread += e * (b.spread + shift * (1 + b.rest));
     a.rest += e * (1 + b.rest);
     a.squares += e * e * (1 + b.squares);

@@ -32,12 +32,12 @@ def value_clip(x, p):
     value, target, old_value = x
     low = old_value - p[0]
     high = old_value + p[0]
-    bounded = tl.where(value < low, low, tl.where(value > high, high, value))
+    bounded = tl.where(value >= low, tl.where(value > high, high, value), low)  # NaN bounds give NaN
     error = value - target
     bounded_error = bounded - target
     clipped = bounded_error * bounded_error > error * error
-    active = tl.where(clipped, bounded_error, error)
-    return 0.5 * active * active, tl.where(clipped, 0.0, error), 0.0, tl.where(clipped, 1.0, 0.0), 0.0, 0.0, 0.0
+    active = tl.where(clipped | (bounded_error != bounded_error), bounded_error, error)
+    return 0.5 * active * active, tl.where(clipped, 0.0, active), 0.0, tl.where(clipped, 1.0, 0.0), 0.0, 0.0, 0.0
 
 
 @triton.jit

@@ -72,7 +72,7 @@ def _write_gradient(
         if HAS_ENTROPY:
             value += grad_entropy * (log_p + entropy)
         p = tl.exp(log_p)
-        value = tl.where(p > 0, -factor * p * value, 0.0)
+        value = tl.where(p == 0, 0.0, -factor * p * value)
         if HAS_CAP:
             value *= logit_scale * ((1.0 - s / cap) * (1.0 + s / cap))
         tl.store(gradient + columns, value.to(gradient.dtype.element_ty), mask=inside)
@@ -181,7 +181,7 @@ def _forward_kernel(
             if HAS_SQUARES:
                 squares = e * e * (squares + first_lane) + first_lane * ties
             rest = e * rest + first_lane * ties
-            added = added & (x < top)
+            added = added & (x != top)  # NaN counts
             m = top
             shift = new_shift
         t = (s - shift) * factor2

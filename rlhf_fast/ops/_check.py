@@ -40,9 +40,24 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def rows(tensor: Tensor) -> Tensor:
+    """(N, D): the leading dimensions of (..., D) as one; of no element as well, where -1 would be ambiguous."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
 def flat(tensor: Tensor) -> Tensor:
     """(N,): all elements in order, contiguous."""
     return tensor.contiguous().view(-1)
+
+
+def apart(name: str, tensor: Tensor) -> None:
+    """ValueError where two elements of the tensor may be one in memory: what is written into it would be lost."""
+    reach = 0  # of the elements of the dimensions so far, from the first to the last one
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            layout = f"{tuple(tensor.shape)} with the strides {tensor.stride()}"
+            raise ValueError(f"{name} must not share memory among their elements, got {layout}")
+        reach += max(size - 1, 0) * stride
 
 
 def ids(name: str, tensor: Tensor) -> Tensor:

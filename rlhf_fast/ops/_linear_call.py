@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import prefer_huge_pages, without_autocast
-from rlhf_fast.ops import _check, _head
+from rlhf_fast.ops import _check, _head, _registered
 from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops._shards import Shards
 
@@ -221,7 +221,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     *tensors, logprobs, entropy, row_max, row_logsum, squares, _, saved = ctx.saved_tensors
     call = Call(*tensors, *ctx.settings)
-    nothing = (None,) * (_FIELDS + 4)
+    nothing = (None,) * 5
     upstream = rows.upstream(grads[:6], ctx.want_entropy, ctx.want_lse)
     grad_logprobs, grad_entropy, _ = upstream
     if all(g is None for g in upstream):
@@ -234,15 +234,19 @@ def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     stats = [logprobs, entropy, row_max, row_logsum, squares]
     needs = list(ctx.needs_input_grad[:5])
     gradients = torch.ops.rlhf_fast.linear_logprobs_backward(*call, stats, kept, *upstream, needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing[5:]
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)),)
 
 
-linear_logprobs = torch.library.custom_op(
-    "rlhf_fast::linear_logprobs", _forward, mutates_args=(),
-    schema=f"({_CALL}, bool want_entropy, bool want_squares, bool want_lse, str save) -> Tensor[]",
-)  # fmt: skip
-linear_logprobs.register_fake(_forward_fake)
-linear_logprobs.register_autograd(_autograd, setup_context=_setup_context)
+run = _registered.op(
+    "linear_logprobs",
+    f"({_CALL}, bool want_entropy, bool want_squares, bool want_lse, str save) -> Tensor[]",
+    _forward,
+    fake=_forward_fake,
+    differentiable=range(5),
+    setup_context=_setup_context,
+    backward=_autograd,
+    returned=2,
+)
 linear_logprobs_backward = torch.library.custom_op(
     "rlhf_fast::linear_logprobs_backward", _backward, mutates_args=(),
     schema=f"({_CALL}, Tensor[] stats, Tensor? kept, Tensor? grad_logprobs, Tensor? grad_entropy, "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import prefer_huge_pages, without_autocast
-from rlhf_fast.ops import _check, _head
+from rlhf_fast.ops import _check, _head, _registered
 from rlhf_fast.ops import token_kl as divergences
 from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops._linear_call import KEPT_BYTES
@@ -243,7 +243,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     call, stats, (u_kl, u_logprob, kept) = Call(*saved[:_TENSORS], *ctx.settings), saved[_TENSORS:-3], saved[-3:]
-    nothing = (None,) * (_FIELDS + 2)
+    nothing = (None,) * 3
     grad_kl, grad_logprobs, _, grad_entropy = (None if g is None else g.contiguous() for g in grads[:4])
     if call.targets is None:  # empty outputs, not results
         grad_logprobs = None
@@ -257,20 +257,23 @@ def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
             if g is not None:
                 total += (g if call.mask is None else torch.where(call.mask != 0, g, 0))[:, None] * u
         return (total.to(u_kl.dtype), *nothing[1:])
-    needs = [ctx.needs_input_grad[k] for k in (0, 2, 3)]
+    needs = list(ctx.needs_input_grad[:3])
     found = torch.ops.rlhf_fast.linear_kl_backward(
         *call, list(stats), kept if ctx.save == "logits" else None, grad_kl, grad_logprobs, grad_entropy, needs
     )
-    grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(found, needs, strict=True))
-    return (grad_hidden, None, grad_weight, grad_bias, *nothing[4:])
+    return tuple(g if need else None for g, need in zip(found, needs, strict=True))
 
 
-linear_kl = torch.library.custom_op(
-    "rlhf_fast::linear_kl", _forward, mutates_args=(),
-    schema=f"({_CALL}, bool want_entropy, str save) -> Tensor[]",
-)  # fmt: skip
-linear_kl.register_fake(lambda *arguments: _zero_results(Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]))
-linear_kl.register_autograd(_autograd, setup_context=_setup_context)
+run = _registered.op(
+    "linear_kl",
+    f"({_CALL}, bool want_entropy, str save) -> Tensor[]",
+    _forward,
+    fake=lambda *arguments: _zero_results(Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]),
+    differentiable=(0, 2, 3),
+    setup_context=_setup_context,
+    backward=_autograd,
+    returned=4,
+)
 linear_kl_backward = torch.library.custom_op(
     "rlhf_fast::linear_kl_backward", _backward, mutates_args=(),
     schema=f"({_CALL}, Tensor[] stats, Tensor? kept, Tensor? grad_kl, Tensor? grad_logprobs, Tensor? grad_entropy, "

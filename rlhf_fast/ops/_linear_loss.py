@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import custom_op
-from rlhf_fast.ops import _check, _losses, _products
+from rlhf_fast.backends import without_autocast
+from rlhf_fast.ops import _check, _losses, _products, _registered
 from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops._head import VOCABULARY_BLOCK, Head
 from rlhf_fast.ops._head import chunk_tokens as default_chunk_tokens
@@ -23,7 +23,6 @@ from rlhf_fast.ops._linear_plan import make
 from rlhf_fast.ops._linear_sweep import Sweep, differentiate, empty_results
 
 SCRATCH_BYTES = 1 << 30
-_TENSORS = 12  # the place of `tensors` among the arguments of the registered ops
 _ROW_BYTES = 128  # per row of the call: log-probabilities, statistics, and what the loss makes of them
 
 # (objective, tensors, backend, logprobs (N,), entropy (N,) or None)
@@ -31,14 +30,15 @@ _ROW_BYTES = 128  # per row of the call: log-probabilities, statistics, and what
 Evaluate = Callable[[str, list[Any], str, Tensor, Tensor | None], list[Tensor]]
 
 
-def register(op: str, evaluate: Evaluate, metrics: int) -> None:
-    """Registers ``rlhf_fast::<op>``, whose loss has gradients to hidden, weight, bias, lora_a, lora_b, as `needs` says.
+def register(op: str, evaluate: Evaluate, metrics: int) -> Callable[..., list[Tensor]]:
+    """Registers ``rlhf_fast::<op>`` and returns how to call it.
+
+    Its loss has gradients to hidden, weight, bias, lora_a, lora_b, as `needs` says.
 
     coupling, shape, cu_seqlens, mask_count, tile_rows, held_rows, summed_rows: see _linear_plan.make. tensors,
     objective: what `evaluate` takes. Returns what `differentiate` does.
     """
 
-    @custom_op(f"rlhf_fast::{op}")
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
         lora_scale: float, targets: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
@@ -57,29 +57,34 @@ def register(op: str, evaluate: Evaluate, metrics: int) -> None:
         sweep = Sweep(head, hidden, targets, behind, transform, plan, want_entropy, backend)
         return differentiate(sweep, partial(evaluate, objective, tensors, backend), needs)
 
-    @forward.register_fake
-    def _(hidden, weight, bias, lora_a, lora_b, lora_scale, targets, mask, temperature, temperatures, logit_scale,
-          softcap, tensors, objective, coupling, shape, cu_seqlens, mask_count, tile_rows, held_rows, summed_rows,
-          want_entropy, needs, backend):  # fmt: skip
+    def fake(hidden, weight, bias, lora_a, lora_b, lora_scale, targets, mask, temperature, temperatures, logit_scale,
+             softcap, tensors, objective, coupling, shape, cu_seqlens, mask_count, tile_rows, held_rows, summed_rows,
+             want_entropy, needs, backend):  # fmt: skip
         return empty_results(Head(weight, bias, lora_a, lora_b, lora_scale), hidden, want_entropy, needs, metrics)
 
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:5]]
-        tensors = inputs[_TENSORS]  # autograd looks into a list of tensors, but not into one with a None among them
-        ctx.no_gradients = None if any(x is None for x in tensors) else [None] * len(tensors)
         ctx.save_for_backward(*output[4:])
 
     def autograd(ctx, grads):
-        results: list[Any] = [None] * 24
-        results[_TENSORS] = ctx.no_gradients
+        results: list[Any] = [None] * 5
         if grads[0] is not None:
             for k, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
                 if ctx.needs_input_grad[k]:
                     results[k] = _losses.scaled_gradient(gradient, grads[0], dtype)
-        return tuple(results)
+        return results
 
-    forward.register_autograd(autograd, setup_context=setup_context)
+    return _registered.op(
+        op,
+        torch.library.infer_schema(forward, mutates_args=()),
+        without_autocast(forward),
+        fake=fake,
+        differentiable=range(5),
+        setup_context=setup_context,
+        backward=autograd,
+        returned=4,
+    )
 
 
 # --- What the public functions share ----------------------------------------------------------------------------------
@@ -123,17 +128,18 @@ class Call:
         return not any(p is not None and p.requires_grad for p in self.head[:4])
 
     def run(
-        self, op: str, mask: Tensor | None, tensors: list[Tensor | None], objective: str, coupling: str,
-        one_slope: bool, shape: Sequence[int], cu_seqlens: Tensor | None, want_entropy: bool, backend: str,
+        self, op: Callable[..., list[Tensor]], mask: Tensor | None, tensors: list[Tensor | None], objective: str,
+        coupling: str, one_slope: bool, shape: Sequence[int], cu_seqlens: Tensor | None, want_entropy: bool,
+        backend: str,
     ) -> list[Tensor]:  # fmt: skip
-        """The results of a registered op, see `register`.
+        """The results of `op`, see `register`.
 
         one_slope: whether d loss / d logprob is the same for all rows of a sequence, and nothing else has a derivative.
         """
         summed_rows = self._summed_rows({"sequence": 1, "pair": 2}[coupling]) if one_slope else 0
         # In a list with a None among them, the dispatcher leaves a negated view as it is.
         tensors = [None if x is None else x.resolve_neg() for x in tensors]
-        return getattr(torch.ops.rlhf_fast, op)(
+        return op(
             self.hidden, *self.head, self.targets, mask, *self.transform, tensors, objective, coupling, list(shape),
             cu_seqlens, self.mask_count, self.tile_rows, self.held_rows, summed_rows, want_entropy, self.needs, backend,
         )  # fmt: skip
@@ -168,16 +174,17 @@ def checked(
     held = rows_that_fit(head, shape.numel(), scratch_bytes)
     tile = min(held, chunk_tokens or default_chunk_tokens(weight))
     ids = _check.ids("targets", targets).view(-1)
-    return Call(hidden.reshape(-1, hidden.shape[-1]), head, ids, transform, tile, held, scratch_bytes, mask_count)
+    return Call(_check.rows(hidden), head, ids, transform, tile, held, scratch_bytes, mask_count)
 
 
 def _checked_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, head_lora: tuple[Tensor, Tensor, float] | None
 ) -> Head:
     _check.floating("hidden", hidden)
-    if hidden.dim() not in (2, 3) or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+    if hidden.dim() not in (2, 3) or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or not weight.numel():
         raise ValueError(
-            f"hidden must be (B, T, D) or (N, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            "hidden must be (B, T, D) or (N, D) and weight (V, D) with V and D >= 1, "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     lora_a, lora_b, scale = (None, None, 1.0) if head_lora is None else head_lora
     parameters = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}

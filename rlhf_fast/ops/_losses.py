@@ -150,6 +150,7 @@ def register(op: str, impls: dict[str, Implementation], *, inputs: int, gradient
         differentiable=range(gradients),
         setup_context=setup_context,
         backward=backward,
+        returned=2,
         without_gradient=partial(compute, gradients=0),
     )
 
@@ -169,31 +170,13 @@ def call(
     return loss, dict(zip(metrics, means.detach().unbind(0)[: len(metrics)], strict=True))
 
 
-class _Scaled(torch.autograd.Function):
-    """Its own derivative would need that of the coefficient, which no kernel makes."""
-
-    @staticmethod
-    def forward(ctx, coefficient, scale, dtype):
-        return _product(coefficient, scale, dtype)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("a kernel has no second derivative; backend='reference' has")
-
-
-def _product(coefficient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.mul(coefficient, scale, out=prefer_huge_pages(torch.empty_like(coefficient, dtype=dtype)))
-
-
 def scaled_gradient(coefficient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """coefficient * scale in `dtype`: what the backward pass of a loss returns, which cannot be differentiated again.
+    """coefficient * scale in `dtype`: what the backward pass of a loss returns.
 
     On the CPU the coefficient itself for the 1 of loss.backward(): a head's is large. Autograd keeps the version of
     what it saved: who writes into this gradient and goes backward again gets an error.
     """
-    if torch.is_grad_enabled():
-        return _Scaled.apply(coefficient, scale, dtype)
     plain = type(scale) is Tensor and scale.dim() == 0 and scale.device.type == "cpu"
     if plain and coefficient.dtype == dtype and scale.item() == 1:
         return coefficient
-    return _product(coefficient, scale, dtype)
+    return torch.mul(coefficient, scale, out=prefer_huge_pages(torch.empty_like(coefficient, dtype=dtype)))

@@ -65,7 +65,7 @@ def distributional_value_loss(
     name = resolve("distributional_value_loss", IMPLS, logits.device, backend)
     if name == "reference":
         return reference(logits, returns, v_min=v_min, v_max=v_max, sigma=sigma, mask=mask, denominator=total)
-    flat = logits.reshape(shape.numel(), logits.shape[-1])
+    flat = _check.rows(logits)
     loss, means, values, _ = _run(
         _check.unit_stride(flat), _check.flat(returns.detach().to(_check.compute_dtype(logits.dtype))),
         None if mask is None else mask.view(-1), total, float(v_min), float(v_max), sigma, name,
@@ -160,4 +160,5 @@ _run = _registered.op(
     differentiable=(0,),
     setup_context=_setup_context,
     backward=_autograd,
+    returned=3,
 )

@@ -236,8 +236,8 @@ def _check_arguments(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     kept = KINDS[kind]
     _check.floating("rewards", rewards)
-    if rewards.dim() != (2 if kept.columns else 1):
-        raise ValueError(f"rewards of kind {kind} must be {'(B, M)' if kept.columns else '(B,)'}, got "
+    if rewards.dim() != (2 if kept.columns else 1) or (kept.columns and rewards.shape[1] < 1):
+        raise ValueError(f"rewards of kind {kind} must be {'(B, M) with M >= 1' if kept.columns else '(B,)'}, got "
                          f"{tuple(rewards.shape)}")  # fmt: skip
     if not (eps > 0 if kept.whitened else eps >= 0):
         raise ValueError(f"eps must be {'> 0' if kept.whitened else '>= 0'} for kind {kind}, got {eps}")

@@ -178,5 +178,6 @@ _run = _registered.op(
     differentiable=(0, 1),
     setup_context=_setup_context,
     backward=_backward,
+    returned=1,
     without_gradient=_without_gradient,
 )

@@ -105,13 +105,13 @@ def linear_kl(
         )  # fmt: skip
         return LinearKl(kl, logprobs, ref_logprobs, entropy if return_entropy else None)
     call = _linear_kl_call.Call(
-        hidden.reshape(-1, hidden.shape[-1]), ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), weight, bias,
+        _check.rows(hidden), _check.rows(ref_hidden.detach()), weight, bias,
         constants[0], constants[1], None if ids is None else ids.view(-1), None if mask is None else mask.view(-1),
         None if transform.temperatures is None else transform.temperatures.view(-1), transform.temperature,
         transform.logit_scale, transform.softcap, divergence, js_weight, top_k, mask_count,
         chunk_tokens or max(8, _head.chunk_tokens(weight) // 2), name,
     )  # fmt: skip
-    found = torch.ops.rlhf_fast.linear_kl(*call, return_entropy, _linear_kl_call.to_save(call))
+    found = _linear_kl_call.run(*call, return_entropy, _linear_kl_call.to_save(call))
     kl, logprobs, ref_logprobs, entropy = (x.view(shape) if x.numel() == call.hidden.shape[0] else x for x in found[:4])
     return LinearKl(
         kl,
@@ -166,10 +166,11 @@ def _checked(
     _check.floating("hidden", hidden)
     ref_head = weight if ref_weight is None else ref_weight
     for h, w, names in ((hidden, weight, "hidden weight"), (ref_hidden, ref_head, "ref_hidden ref_weight")):
-        if h.dim() < 1 or w.dim() != 2 or h.shape[-1] != w.shape[1] or w.shape[0] < 1:
+        if h.dim() < 1 or w.dim() != 2 or h.shape[-1] != w.shape[1] or not w.numel():
             first, second = names.split()
             raise ValueError(
-                f"{first} must be (..., D) and {second} (V, D) with V >= 1, got {tuple(h.shape)} and {tuple(w.shape)}"
+                f"{first} must be (..., D) and {second} (V, D) with V and D >= 1, "
+                f"got {tuple(h.shape)} and {tuple(w.shape)}"
             )
     shape = hidden.shape[:-1]
     _check.shaped("ref_hidden", ref_hidden, (*shape, ref_hidden.shape[-1]), "(*hidden.shape[:-1], D)")

@@ -117,13 +117,13 @@ def linear_logprobs(
         shards = Shards(process_group.group_name, process_group.size(), process_group.rank())
     temperatures = None if transform.temperatures is None else transform.temperatures.view(-1)
     call = _linear_call.Call(
-        hidden.reshape(-1, hidden.shape[-1]), *head[:4], ids.view(-1, *targets.shape[len(shape) :]),
+        _check.rows(hidden), *head[:4], ids.view(shape.numel(), *targets.shape[len(shape) :]),
         None if mask is None else mask.view(-1), temperatures, head.lora_scale, transform.temperature,
         transform.logit_scale, transform.softcap, mask_count,
         chunk_tokens or (_SHARD_CHUNK if shards.group else _head.chunk_tokens(weight)), *shards, name,
     )  # fmt: skip
     wanted = (return_entropy, return_stats, return_lse, _linear_call.to_save(call, return_lse))
-    logprobs, entropy, *stats, lse, _ = torch.ops.rlhf_fast.linear_logprobs(*call, *wanted)
+    logprobs, entropy, *stats, lse, _ = _linear_call.run(*call, *wanted)
     results: list[Any] = [logprobs.view(targets.shape)]
     if return_entropy:
         results.append(entropy.view(shape))
@@ -171,9 +171,9 @@ def _checked(
 ) -> torch.Size:
     weight, bias, lora_a, lora_b, _ = head
     _check.floating("hidden", hidden)
-    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < 1:
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or not weight.numel():
         raise ValueError(
-            f"hidden must be (..., D) and weight (V, D) with V >= 1, "
+            f"hidden must be (..., D) and weight (V, D) with V and D >= 1, "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
@@ -190,7 +190,7 @@ def _checked(
         raise ValueError(f"chunk_tokens must be >= 1, got {chunk}")
     _check.mask_count(mask, mask_count)
     shape = hidden.shape[:-1]
-    if targets.dim() != hidden.dim() or targets.shape[:-1] != shape:
+    if targets.dim() != hidden.dim() or targets.shape[:-1] != shape or targets.shape[-1] == 0:
         _check.shaped("targets", targets, shape, "hidden.shape[:-1] (or that and K)")
     _check.same_device(
         ("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias), ("mask", mask),

@@ -103,7 +103,7 @@ def linear_policy_loss(
         loss, metrics = reference(objective, constants, plan, logprobs, entropy, backend=name)
     else:
         loss, values, logprobs, *_ = call.run(
-            "linear_policy_loss", None if plan.flags is None else plan.flags.view(-1), [*constants, *plan],
+            _run, None if plan.flags is None else plan.flags.view(-1), [*constants, *plan],
             _linear_loss.encoded(objective), coupling(objective), one_slope(objective, inputs), shape, plan.cu_seqlens,
             reads_entropy, name,
         )  # fmt: skip
@@ -153,4 +153,4 @@ def _evaluate(objective: str, tensors: list[Any], backend: str, logprobs: Tensor
 
 
 OPS = {"linear_policy_loss": tuple(policy.IMPLS)}
-_linear_loss.register("linear_policy_loss", _evaluate, len(policy.METRICS))
+_run = _linear_loss.register("linear_policy_loss", _evaluate, len(policy.METRICS))

@@ -124,7 +124,7 @@ def linear_preference_loss(
     else:
         together = coupling(objective, pairs)
         loss, values, logprobs, *_ = call.run(
-            "linear_preference_loss", None if mask is None else mask.view(-1), [total, cu_seqlens, *pairs],
+            _run, None if mask is None else mask.view(-1), [total, cu_seqlens, *pairs],
             _linear_loss.encoded(objective), together, together == "pair", shape, cu_seqlens, False, name,
         )  # fmt: skip
         values = values.detach()
@@ -183,7 +183,8 @@ def _evaluate(objective: str, tensors: list[Any], backend: str, logprobs: Tensor
     total, cu_seqlens, *fields = tensors
     pairs = Pairs(*fields)
     sequences = 2 * pairs.chosen.shape[0]
-    sums = sequence_sums(logprobs.view(sequences, -1) if cu_seqlens is None else logprobs, cu_seqlens)
+    padded = logprobs if cu_seqlens is not None else logprobs.view(sequences, logprobs.shape[0] // max(1, sequences))
+    sums = sequence_sums(padded, cu_seqlens)
     chosen, rejected = sums.chunk(2)
     loss, metrics, *slopes = preference.coefficients(
         pairs._replace(chosen=chosen, rejected=rejected), PreferenceObjective(**json.loads(objective)), total, backend
@@ -197,4 +198,4 @@ def _evaluate(objective: str, tensors: list[Any], backend: str, logprobs: Tensor
 
 
 OPS = {"linear_preference_loss": tuple(preference.IMPLS)}
-_linear_loss.register("linear_preference_loss", _evaluate, len(preference.METRICS))
+_run = _linear_loss.register("linear_preference_loss", _evaluate, len(preference.METRICS))

@@ -65,7 +65,7 @@ def linear_value_loss(
         return reference(hidden, weight, old_values, returns, bias=bias, mask=mask, clip_eps=clip_eps,
                          denominator=total)  # fmt: skip
     dtype = _check.compute_dtype(hidden.dtype)
-    flat = hidden.reshape(shape.numel(), hidden.shape[-1])
+    flat = _check.rows(hidden)
     old, target = (None if x is None else _check.flat(x.detach().to(dtype)) for x in (old_values, returns))
     loss, means, values, *_ = _run(
         _check.unit_stride(flat), _check.flat(weight.to(dtype)), None if bias is None else bias.reshape(()).to(dtype),
@@ -104,9 +104,10 @@ def _checked(hidden: Tensor, weight: Tensor, bias: Tensor | None, old_values: Te
     """hidden.shape[:-1], once everything fits."""
     _check.floating("hidden", hidden)
     _check.floating("weight", weight)
-    if hidden.dim() not in (2, 3) or weight.shape not in ((hidden.shape[-1],), (1, hidden.shape[-1])):
+    width = hidden.shape[-1] if hidden.dim() in (2, 3) else 0
+    if width < 1 or weight.shape not in ((width,), (1, width)):
         raise ValueError(
-            "hidden must be (B, T, D) or (N, D) and weight (D,) or (1, D), "
+            "hidden must be (B, T, D) or (N, D) and weight (D,) or (1, D) with D >= 1, "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None and (_check.floating("bias", bias).shape not in ((), (1,))):
@@ -195,4 +196,5 @@ _run = _registered.op(
     differentiable=(0, 1, 2),
     setup_context=_setup_context,
     backward=_autograd,
+    returned=3,
 )

@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.backends import custom_op, resolve, without_autocast
-from rlhf_fast.ops import _check
+from rlhf_fast.ops import _check, _registered
 from rlhf_fast.ops._philox import philox
 from rlhf_fast.ops._registered import only_autograd_looks
 
@@ -100,21 +100,14 @@ def lora_linear(
     Returns (..., out) in the type of x. Raises ValueError or TypeError for what does not fit.
     """
     adapters = [Adapter(*entry) for entry in bank]
-    rows = _checked(x, weight, adapters, segments, bias)
+    _checked(x, weight, adapters, segments, bias)
     noise = _seed_tensor(dropout, seed, x.device)
     name = resolve("lora_linear", IMPLS, x.device, backend)
     if name == "reference":
         return reference(x, weight, adapters, segments, bias=bias, dropout=dropout, seed=noise)
-    downs, ups, magnitudes, *_ = layout = _layout(adapters, segments)
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, *downs, *ups, *magnitudes)
-    )
-    # The way through the dispatcher costs more than small products, but whoever else looks must find the op there.
-    run = _eager if not differentiable and only_autograd_looks((x, *downs, *ups)) else torch.ops.rlhf_fast.lora_linear
-    y = run(
-        x.reshape(rows, -1), weight, bias, *layout, dropout, noise,
-        differentiable and any(m.requires_grad for m in magnitudes), name,
-    )[0]  # fmt: skip
+    _, _, magnitudes, *_ = layout = _layout(adapters, segments)
+    keep_unscaled = torch.is_grad_enabled() and any(m.requires_grad for m in magnitudes)
+    y = _differentiable(_check.rows(x), weight, bias, *layout, dropout, noise, keep_unscaled, name)[0]
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -139,12 +132,12 @@ def prepare(
     downs, ups, magnitudes, _, scales, segment_list = layout = _layout(adapters, segments)
     if backend == "reference" or not only_autograd_looks((*downs, *ups)):
         return lambda x, weight, bias: lora_linear(x, weight, adapters, segments, bias=bias, backend=backend)
-    rows, outer = x.shape[:-1].numel(), (ups[0] if weight is None else weight).shape[0]
+    outer = (ups[0] if weight is None else weight).shape[0]
     shape = (*x.shape[:-1], outer)
     add = None if backend != "cpu" or magnitudes else _cpu().prepare(x, outer, downs, ups, scales, _spans(segment_list))
     if add is None:
         rest = (*layout, 0.0, None, False, backend)
-        return lambda x, weight, bias: _run(x.view(rows, -1), weight, bias, *rest)[0].view(shape)
+        return lambda x, weight, bias: _run(_check.rows(x), weight, bias, *rest)[0].view(shape)
 
     def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         y = x.new_zeros(shape) if weight is None else F.linear(x, weight, bias)
@@ -166,7 +159,8 @@ def reference(
     seed: Tensor | None = None,
 ) -> Tensor:
     """The definition, differentiable any number of times (the norm of a DoRA adapter is a constant)."""
-    rows, counts = x.reshape(-1, x.shape[-1]), [count for _, count in segments]
+    segments = segments or [(-1, 0)]  # no row
+    rows, counts = _check.rows(x), [count for _, count in segments]
     dropped = rows if seed is None else torch.where(_kept(rows, dropout, seed), rows / (1 - dropout), 0)
     base = x.new_zeros(bank[0][1].shape[0], x.shape[-1]) if weight is None else weight
     parts = []
@@ -204,12 +198,12 @@ def _kept(rows: Tensor, dropout: float, seed: Tensor) -> Tensor:
     n, width = rows.shape
     groups = torch.arange((width + 3) // 4, device=rows.device)
     words = torch.stack(philox(seed, groups[None], torch.arange(n, device=rows.device)[:, None]), -1)
-    return (words >> 8).view(n, -1)[:, :width] >= _threshold(dropout)
+    return (words >> 8).flatten(1)[:, :width] >= _threshold(dropout)
 
 
 def _checked(x: Tensor, weight: Tensor | None, bank: Sequence[Adapter], segments: Sequence[tuple[int, int]],
-             bias: Tensor | None) -> int:  # fmt: skip
-    """The number of rows, once everything fits."""
+             bias: Tensor | None) -> None:  # fmt: skip
+    """Raises for what does not fit."""
     _check.floating("x", x)
     if weight is None:
         if not bank or bias is not None or any(adapter.magnitude is not None for adapter in bank):
@@ -235,7 +229,6 @@ def _checked(x: Tensor, weight: Tensor | None, bank: Sequence[Adapter], segments
             raise ValueError(f"segments must be (-1..{len(bank) - 1}, rows >= 0), got ({index}, {count})")
     if sum(count for _, count in segments) != rows:
         raise ValueError(f"segments must cover the {rows} rows of x, got {[count for _, count in segments]}")
-    return rows
 
 
 def _checked_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.Size:
@@ -337,12 +330,7 @@ def _run(x: Tensor, weight: Tensor | None, bias: Tensor | None, downs: list[Tens
     return [y, h, unscaled, norms]
 
 
-_eager = without_autocast(_run)
-_forward = custom_op("rlhf_fast::lora_linear")(_run)
-
-
-@_forward.register_fake
-def _(x, weight, bias, downs, ups, magnitudes, owners, scales, segments, dropout, seed, keep_unscaled, backend):
+def _fake(x, weight, bias, downs, ups, magnitudes, owners, scales, segments, dropout, seed, keep_unscaled, backend):
     y = x.new_empty(x.shape[0], (ups[0] if weight is None else weight).shape[0])
     return [
         y,
@@ -415,13 +403,12 @@ def _autograd(ctx, grads):
     x, h, unscaled, norms, weight, seed, *parameters = ctx.saved_tensors
     n = ctx.adapters
     downs, ups, magnitudes = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
-    needs = ctx.needs_input_grad
-    # Autograd takes an empty list for one of tensors.
-    rest: list[list | None] = [*([] if value == [] else None for value in ctx.layout), None, None, None]
+    needs = ctx.needs_input_grad[: 3 + len(parameters)]
     if grads[0] is None:
-        return (None, None, None, [None] * n, [None] * n, [None] * len(magnitudes), *rest)
+        return [None] * len(needs)
     grad = grads[0].contiguous()
-    wants_downs, wants_ups, wants_magnitudes = (list(need) for need in needs[3:6])
+    wanted = list(needs[3:])
+    wants_downs, wants_ups, wants_magnitudes = wanted[:n], wanted[n : 2 * n], wanted[2 * n :]
     wants = [needs[0], needs[1], any(wants_downs), any(wants_ups), any(wants_magnitudes)]
     dx, dweight, flat_downs, flat_ups, dmagnitudes = _backward(
         grad, x, h, unscaled, norms, weight, downs, ups, magnitudes, *ctx.layout, seed, wants, wants_downs, wants_ups,
@@ -431,10 +418,9 @@ def _autograd(ctx, grads):
         dx if needs[0] else None,
         dweight if needs[1] else None,
         grad.sum(0) if needs[2] else None,
-        _taken_apart(flat_downs, downs, wants_downs),
-        _taken_apart(flat_ups, ups, wants_ups),
-        _taken_apart(dmagnitudes.view(-1), magnitudes, wants_magnitudes),
-        *rest,
+        *_taken_apart(flat_downs, downs, wants_downs),
+        *_taken_apart(flat_ups, ups, wants_ups),
+        *_taken_apart(dmagnitudes.view(-1), magnitudes, wants_magnitudes),
     )
 
 
@@ -449,4 +435,13 @@ def _taken_apart(flat: Tensor, parameters: list[Tensor], wants: list[bool]) -> l
     ]
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_differentiable = _registered.op(
+    "lora_linear",
+    torch.library.infer_schema(_run, mutates_args=()),
+    without_autocast(_run),
+    fake=_fake,
+    differentiable=range(6),
+    setup_context=_setup_context,
+    backward=_autograd,
+    returned=1,
+)

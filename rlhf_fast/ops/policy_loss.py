@@ -365,4 +365,5 @@ _run = _registered.op(
     differentiable=_DIFFERENTIABLE,
     setup_context=_setup_context,
     backward=_backward,
+    returned=2,
 )

@@ -204,4 +204,5 @@ _run = _registered.op(
     differentiable=(0,),
     setup_context=_setup_context,
     backward=_backward,
+    returned=2,
 )

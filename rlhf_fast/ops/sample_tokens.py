@@ -184,7 +184,7 @@ def _empty(logits: Tensor) -> list[Tensor]:
     return [new(shape, dtype=torch.int64), new(shape, dtype=dtype), new(shape, dtype=dtype)]
 
 
-@op_without_gradient("sample_tokens")
+@op_without_gradient("sample_tokens", instead_of_vmap="its rows are a batch: give it all of them")
 def _forward(logits: Tensor, temperature: float, temperatures: Tensor | None, logit_scale: float, softcap: float,
              row_ids: Tensor, seed: Tensor, step: Tensor, top_k: int, top_p: float, min_p: float,
              backend: str) -> list[Tensor]:  # fmt: skip

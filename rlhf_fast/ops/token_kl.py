@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, strided, threads
-from rlhf_fast.ops import _check
+from rlhf_fast.ops import _check, _registered
 from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops.token_logprobs import Transform
 
@@ -88,7 +88,7 @@ def token_kl(
         logits, ref_logits = restricted(logits, ref_logits, top_k)[:2]
     planes = _plane(logits), _plane(ref_logits)
     flat_mask = None if mask is None else mask.view(planes[0].shape[:-1])
-    results = torch.ops.rlhf_fast.token_kl(*planes, flat_mask, *transform, divergence, js_weight, name)
+    results = _run(*planes, flat_mask, *transform, divergence, js_weight, name)
     return results[0].view(shape)
 
 
@@ -109,8 +109,8 @@ def restricted(logits: Tensor, ref_logits: Tensor, top_k: int) -> tuple[Tensor, 
 
 def _plane(logits: Tensor) -> Tensor:
     """A (outer, inner, V) view, whatever the strides of the leading dimensions; V is contiguous."""
-    x = logits.reshape(-1, *logits.shape[-2:]) if logits.dim() > 3 else logits[(None,) * (3 - logits.dim())]
-    return x.contiguous() if x.stride(-1) != 1 and x.shape[-1] > 1 else x
+    x = logits.flatten(0, -3) if logits.dim() > 3 else logits[(None,) * (3 - logits.dim())]
+    return _check.unit_stride(x)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -215,7 +215,6 @@ def _empty_stats(logits: Tensor) -> list[Tensor]:
     return [logits.new_empty(logits.shape[:-1], dtype=_check.compute_dtype(logits.dtype)) for _ in range(4)]
 
 
-@torch.library.custom_op("rlhf_fast::token_kl", mutates_args=())
 def _forward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
              logit_scale: float, softcap: float, divergence: str, js_weight: float,
              backend: str) -> list[Tensor]:  # fmt: skip
@@ -227,8 +226,7 @@ def _forward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperatur
     return stats
 
 
-@_forward.register_fake
-def _(logits, ref_logits, mask, temperature, temperatures, logit_scale, softcap, divergence, js_weight, backend):
+def _fake(logits, ref_logits, mask, temperature, temperatures, logit_scale, softcap, divergence, js_weight, backend):
     return _empty_stats(logits)
 
 
@@ -256,13 +254,22 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grads):
     if grads[0] is None:
-        return (None,) * 10
+        return (None,)
     logits, ref_logits, mask, temperatures, *stats = ctx.saved_tensors
     *options, backend = ctx.options
     gradient = torch.ops.rlhf_fast.token_kl_backward(
         logits, ref_logits, mask, ctx.temperature, temperatures, *options, stats, grads[0].contiguous(), backend
     )
-    return gradient, *(None,) * 9
+    return (gradient,)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_run = _registered.op(
+    "token_kl",
+    None,
+    _forward,
+    fake=_fake,
+    differentiable=(0,),
+    setup_context=_setup_context,
+    backward=_autograd,
+    returned=1,
+)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, stream, strided, threads
-from rlhf_fast.ops import _check
+from rlhf_fast.ops import _check, _registered
 
 
 class Transform(NamedTuple):
@@ -79,7 +79,8 @@ def token_logprobs(
     mask: (...) any dtype, nonzero counts; elsewhere the results and the gradient are 0 and the logits are not read.
     return_entropy: also the entropy of the distribution, differentiable. return_lse: also log sum_j exp(z_j) in nats,
     differentiable (a z-loss is c * lse.square()). return_stats: also a RowStats, without gradient.
-    inplace_backward: write the gradient over the logits, which must not be used after the backward pass.
+    inplace_backward: write the gradient over the logits, which must not be used after the backward pass. No two of
+    their elements may be one in memory, as in an expanded tensor.
 
     Returns logprobs in the shape of `targets`, float32 (float64 for float64 logits); with return_entropy, return_lse
     or return_stats a tuple of those asked for, in the order (logprobs, entropy, lse, stats), entropy and lse (...).
@@ -95,6 +96,8 @@ def token_logprobs(
         _check.shaped("targets", targets, shape, "logits.shape[:-1] (or that and K)")
     _check.same_device(("logits", logits), ("targets", targets), ("mask", mask))
     transform = checked_transform(temperature, logit_scale, softcap, shape, ("logits", logits))
+    if inplace_backward:
+        _check.apart("logits of inplace_backward", logits)
     ids = _check.ids("targets", targets)
     mask = _check.mask_bytes(mask, shape, "logits.shape[:-1]")
     name = resolve("token_logprobs", IMPLS, logits.device, backend)
@@ -108,11 +111,10 @@ def token_logprobs(
             results += _reference_stats(transformed(logits.detach(), **given, mask=mask), mask)
     else:
         # (outer, inner, V): a view of up to three dimensions, whatever the strides of the leading ones.
-        rows = logits.reshape(-1, *logits.shape[-2:]) if logits.dim() > 3 else logits[(None,) * (3 - logits.dim())]
-        if rows.stride(-1) != 1 and rows.shape[-1] > 1:
-            rows = rows.contiguous()
+        rows = logits.flatten(0, -3) if logits.dim() > 3 else logits[(None,) * (3 - logits.dim())]
+        rows = _check.unit_stride(rows)
         flat = rows.shape[:-1]
-        *results, lse = torch.ops.rlhf_fast.token_logprobs(
+        *results, lse = _run(
             rows, ids.view(*flat, *targets.shape[len(shape) :]), None if mask is None else mask.view(flat), *transform,
             return_entropy, return_stats, return_lse, inplace_backward, name,
         )  # fmt: skip
@@ -148,7 +150,8 @@ def row_stats(row_max: Tensor, row_logsum: Tensor, sum_p_squared: Tensor, mask: 
     p_max = torch.exp(-row_logsum)
     if mask is not None:
         p_max = torch.where(mask != 0, p_max, torch.zeros_like(p_max))
-    return RowStats(row_max + row_logsum, row_max, p_max, sum_p_squared)
+    # The backward pass reads what is copied here: callers may write into their statistics.
+    return RowStats(row_max + row_logsum, row_max.clone(), p_max, sum_p_squared.clone())
 
 
 def reference(
@@ -321,7 +324,6 @@ def _checked_values(logits: Tensor, targets: Tensor, transform: Transform, mask:
     _check.positive_rows("temperature", transform.temperatures, mask)
 
 
-@torch.library.custom_op("rlhf_fast::token_logprobs", mutates_args=())
 def _forward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
              logit_scale: float, softcap: float, want_entropy: bool, want_squares: bool, want_lse: bool,
              inplace_backward: bool, backend: str) -> list[Tensor]:  # fmt: skip
@@ -332,9 +334,8 @@ def _forward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: 
     return with_lse(stats, want_lse)
 
 
-@_forward.register_fake
-def _(logits, targets, mask, temperature, temperatures, logit_scale, softcap, want_entropy, want_squares, want_lse,
-      inplace_backward, backend):  # fmt: skip
+def _fake(logits, targets, mask, temperature, temperatures, logit_scale, softcap, want_entropy, want_squares, want_lse,
+          inplace_backward, backend):  # fmt: skip
     return with_lse(empty_stats(logits, want_entropy, want_squares, targets.shape[2:]), want_lse)
 
 
@@ -378,7 +379,16 @@ def _autograd(ctx, grads):
         logits, targets, mask, ctx.temperature, temperatures, ctx.logit_scale, ctx.softcap, stats, *gradients,
         ctx.backend,
     )  # fmt: skip
-    return logits if ctx.inplace else gradient, *(None,) * 11
+    return (logits if ctx.inplace else gradient,)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_run = _registered.op(
+    "token_logprobs",
+    None,
+    _forward,
+    fake=_fake,
+    differentiable=(0,),
+    setup_context=_setup_context,
+    backward=_autograd,
+    returned=2,
+)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.op_inputs import CASES, each, missing
+from tests.op_inputs import each, missing
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -62,10 +62,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _laid_out(x: Tensor, layout: str) -> Tensor | None:
     """x, or a tensor of its shape where it is expanded, in that layout; None where it cannot be."""
-    if (
-        x.dim() == 0
-        and layout in ("transposed", "every second row", "every third column")
-        or ("expanded" in layout and (x.dim() == 0 or not x.is_floating_point()))
+    if (x.dim() == 0 and layout in ("transposed", "every second row", "every third column")) or (
+        "expanded" in layout and (x.dim() == 0 or not x.is_floating_point())
     ):
         return None
     if layout in ("a negated view", "of a conjugate") and not x.is_floating_point():
