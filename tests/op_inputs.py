@@ -54,7 +54,8 @@ def one(value: float) -> Tensor:
 
 def flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tokens as one packed row of the four `sequences`."""
-    tensors |= {name: torch.ones(4) for name in ("bootstrap", "overlong") if name in tensors}
+    of_sequences = {"bootstrap": plane(4), "overlong": torch.tensor([False, True, False, False])}
+    tensors |= {name: x for name, x in of_sequences.items() if name in tensors}
     return {name: x.flatten(0, 1) if x.dim() > 1 and x.shape[:2] == (B, T) else x for name, x in tensors.items()}
 
 
@@ -278,9 +279,18 @@ CASES = [
         lambda: {
             "logprobs": -5 * torch.rand(PAIRS), "ref_logprobs": -5 * torch.rand(PAIRS),
             "desirable": torch.arange(PAIRS) % 3 > 0, "weights": torch.rand(PAIRS), "kl": one(0.3),
-            "reward_shift": one(0.1), "denominator": one(5.0),
+            "denominator": one(5.0),
         },
         {"variant": "kto"},
+        ("logprobs",),
+    ),
+    Case(
+        "unpaired_preference_loss",
+        lambda: {
+            "logprobs": -5 * torch.rand(PAIRS), "ref_logprobs": -5 * torch.rand(PAIRS),
+            "desirable": torch.arange(PAIRS) % 3 > 0, "reward_shift": one(0.1),
+        },
+        {"variant": "bco"},
         ("logprobs",),
     ),
     Case(

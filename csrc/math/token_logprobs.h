@@ -54,21 +54,26 @@ template <typename T> RLHF_HD Stats<T> merge(Stats<T> a, Stats<T> b, const RowTr
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
+// all.rest, NaN where the maximum is infinite after the softcap: inf - inf.
+template <typename T> RLHF_HD T finite_rest(const Stats<T>& all, const RowTransform<T>& row) {
+  return row.capped(all.max) == T(INFINITY) ? T(NAN) : all.rest;
+}
+
 // What is kept of a row: lse = max + logsum with max the largest z, entropy, and sum_j p_j^2.
 template <typename T> struct RowResult {
   T max, logsum, entropy, sum_p_squared;
 };
 
 template <typename T> RLHF_HD RowResult<T> finish(const Stats<T>& all, const RowTransform<T>& row) {
-  const T sum = 1 + all.rest, logsum = std::log1p(all.rest);
+  const T rest = finite_rest(all, row), sum = 1 + rest, logsum = std::log1p(rest);
   return {row.factor * row.capped(all.max), logsum, logsum + all.spread / sum, (1 + all.squares) / (sum * sum)};
 }
 
 // The log-probability of a token with the logit `target`; exact where that is the maximum.
 template <typename T> RLHF_HD T logprob_of(T target, const Stats<T>& all, const RowTransform<T>& row) {
-  // target - target: 0, NaN where the maximum is infinite
-  const T below = target == all.max ? target - target : row.factor * (row.capped(target) - row.capped(all.max));
-  return below - std::log1p(all.rest);
+  // s - s: 0, NaN where the maximum is infinite
+  const T s = row.capped(target), below = target == all.max ? s - s : row.factor * (s - row.capped(all.max));
+  return below - std::log1p(finite_rest(all, row));
 }
 
 // What the gradient of a row is made of: L = sum_k g_k logprob_k + g_entropy entropy + g_lse lse.

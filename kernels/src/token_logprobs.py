@@ -191,14 +191,15 @@ def _forward_kernel(
             spread += tl.where(e > 0, e * t, 0.0)
         if HAS_SQUARES:
             squares += e * e
-    r = tl.sum(rest, 0)
+    r = tl.where(shift == float("inf"), float("nan"), tl.sum(rest, 0))  # inf - inf
     row_logsum = log1p(r)
     row_max = tl.where(m == -float("inf"), m, factor * shift)
 
     ids = tl.load(targets + row * K + k, mask=k < K, other=-1)
     valid = (ids >= 0) & (ids < V)
     x = tl.load(logits + base + ids, mask=valid, other=float("nan")).to(acc)
-    below = tl.where(x == m, x - x, (capped(x, scale, cap, HAS_CAP) - shift) * factor)
+    s = capped(x, scale, cap, HAS_CAP)
+    below = tl.where(x == m, s - s, (s - shift) * factor)
     tl.store(logprobs + row * K + k, below - row_logsum, mask=k < K)
     tl.store(row_maxes + row, row_max)
     tl.store(row_logsums + row, row_logsum)

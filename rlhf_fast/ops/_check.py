@@ -76,7 +76,12 @@ def mask_bytes(mask: Tensor | None, shape: tuple[int, ...], meaning: str) -> Ten
 
 
 def looks_at_values(device: torch.device) -> bool:
-    """Whether ops check values on `device`: always on the CPU, elsewhere with RLHF_FAST_DEBUG=1, as they must wait."""
+    """Whether ops check values on `device`: always on the CPU, elsewhere with RLHF_FAST_DEBUG=1, as they must wait.
+
+    Not within torch.func, where a value may be one of many.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
     return device.type == "cpu" or os.environ.get("RLHF_FAST_DEBUG") == "1"
 
 

@@ -105,12 +105,17 @@ def group_advantages(
         if order is not None and offsets is not None:
             order, offsets = _of_columns(order, offsets, columns)
     if kind == "pass_at_k":
-        rewards = (rewards > 0).to(rewards.dtype)
+        rewards = _right(rewards)
     parameter = float(eps if k is None else k)
     advantages = _op(rewards.contiguous(), weights, order, offsets, group_size or 0, kept.divisor, parameter, name)
     if columns:
         advantages = advantages.view(columns, -1).sum(0)
     return _over_batch(advantages, eps, process_group) if kept.whitened else advantages
+
+
+def _right(rewards: Tensor) -> Tensor:
+    """1 for a right answer, 0 for a wrong one; NaN is neither."""
+    return torch.where(rewards.isnan(), rewards, (rewards > 0).to(rewards.dtype))
 
 
 def _unit(count: Tensor, mean: Tensor, m2: Tensor, parameter: float) -> Tensor:
@@ -182,7 +187,7 @@ def reference(
     r = rewards.to(_check.compute_dtype(rewards.dtype))
     r = r if r.dim() == 2 else r[:, None]
     if kind == "pass_at_k":
-        r = (r > 0).to(r.dtype)
+        r = _right(r)
     same = (group_ids[:, None] == group_ids[None, :]).to(r.dtype)[..., None]
     weights = torch.ones_like(r) if lengths is None else lengths.to(r.dtype)[:, None]
     count, total = same.sum(1), (same * weights).sum(1)
@@ -272,7 +277,7 @@ def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | N
 
 def _check_lengths(lengths: Tensor | None) -> None:
     """Raises ValueError on the CPU; elsewhere the entries are not read, which would wait for the device."""
-    if lengths is None or lengths.device.type != "cpu" or torch.compiler.is_compiling():
+    if lengths is None or torch.compiler.is_compiling() or not _check.looks_at_values(lengths.device):
         return
     if (lengths < 0).any():
         raise ValueError(f"lengths must be >= 0, got {lengths.min().item()}")

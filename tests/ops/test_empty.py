@@ -1,4 +1,4 @@
-"""No row, no column, no sequence, no pair: the result that is right for nothing, or one line that says what is amiss."""
+"""No row, no column, no sequence, no pair: the result that is right for nothing, or one line that says why not."""
 
 from __future__ import annotations
 

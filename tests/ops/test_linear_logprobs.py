@@ -433,7 +433,7 @@ def test_bad_input_raises_with_the_shapes_in_the_message():
     hidden, weight, bias, targets, _ = draw()
     with pytest.raises(
         ValueError,
-        match=r"hidden must be \(\.\.\., D\) and weight \(V, D\) with V >= 1, got \(2, 5, 16\) and \(16, 97\)",
+        match=r"hidden must be \(\.\.\., D\) and weight \(V, D\) with V and D >= 1, got \(2, 5, 16\) and \(16, 97\)",
     ):
         linear_logprobs(hidden, weight.t(), targets)
     with pytest.raises(TypeError, match=r"hidden torch.float32, weight torch.bfloat16"):
