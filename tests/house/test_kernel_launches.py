@@ -69,9 +69,19 @@ class Kernel:
 
 def test_a_kernel_runs_on_the_device_of_its_tensors_and_fuses_multiply_and_add(current, monkeypatch):
     monkeypatch.setattr(launch, "Tensor", (SimpleNamespace, torch.Tensor))
-    kernel, there = Kernel(current), SimpleNamespace(device=torch.device("cuda", 1))
+    layout = {"is_neg": lambda: False, "is_contiguous": lambda: True}
+    kernel, there = Kernel(current), SimpleNamespace(device=torch.device("cuda", 1), **layout)
     launch.launch(kernel, (4,), None, there, 7, BLOCK=16)
     launch.launch(kernel, (2,), torch.zeros(1), num_warps=8)
     assert kernel.launches[0] == (1, (4,), (None, there, 7), {"enable_fp_fusion": True, "BLOCK": 16})
     assert kernel.launches[1][0] == 0
     assert current["device"] == 0
+
+
+def test_a_tensor_goes_to_a_kernel_with_its_strides_or_contiguous(current):
+    kernel, x = Kernel(current), torch.zeros(4, 6)
+    launch.launch(kernel, (1,), x.t(), 6)
+    launch.launch(kernel, (1,), x, (x[:, ::2], x), ((6, 2), (6, 1)))
+    for lost in (x.t(), x[:, ::2], x[:1].expand(4, 6), torch._neg_view(x)):
+        with pytest.raises(ValueError, match="without its strides"):
+            launch.launch(kernel, (1,), lost, x, 4)

@@ -93,7 +93,7 @@ def test_what_is_a_constant_of_the_loss_has_no_derivative_of_any_kind(case, back
 @pytest.mark.parametrize("case", DETACHED.values(), ids=DETACHED)
 def test_vmap_over_a_kernel_of_constants_raises(case):
     run, x = _function(case, "cpu")
-    with pytest.raises(NotImplementedError, match="has no rule for torch.vmap; backend='reference' can do that"):
+    with pytest.raises(NotImplementedError, match=r"has no rule for torch.vmap; backend=.reference."):
         torch.vmap(run)(torch.stack([x, x]))
 
 
