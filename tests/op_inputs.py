@@ -368,10 +368,13 @@ def missing() -> dict[str, list[str]]:
     return found
 
 
+FIRST = list({case.op: case for case in reversed(CASES)}.values())
+
+
 def each(*backends: str, of: Callable[[Case], bool] = lambda case: True) -> list[Any]:
-    """Every case of `of` with "reference", and with those of `backends` that its op has."""
+    """Every case of `of` with "reference", and with those of `backends` that its op has; slow but an op's first one."""
     return [
-        pytest.param(case, backend, id=f"{case.name}-{backend}")
+        pytest.param(case, backend, id=f"{case.name}-{backend}", marks=() if case in FIRST else pytest.mark.slow)
         for case in CASES
         if of(case)
         for backend in backends

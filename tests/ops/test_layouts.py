@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.op_inputs import CASES, each, missing
+from tests.op_inputs import FIRST, each, missing
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -60,10 +60,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-_first = list({case.op: case for case in reversed(CASES)}.values())
-FIRST = each("reference", "triton", of=lambda case: case in _first)
-
-
 def _laid_out(x: Tensor, layout: str) -> Tensor | None:
     """x, or a tensor of its shape where it is expanded, in that layout; None where it cannot be."""
     if (x.dim() == 0 and layout in ("transposed", "every second row", "every third column")) or (
@@ -108,7 +104,7 @@ def test_every_layout_of_every_argument_gives_what_its_contiguous_copy_gives(cas
             _assert_same(case, backend, {argument: laid}, expected, f"{argument}, {layout}")
 
 
-@pytest.mark.parametrize(("case", "backend"), FIRST)
+@pytest.mark.parametrize(("case", "backend"), each("reference", "triton", of=lambda case: case in FIRST))
 def test_arguments_of_several_layouts_at_once_give_what_contiguous_copies_give(case, backend):
     few = ("a column of a table", "every second row", "a negated view", "transposed")
     drawn = {name: x.detach() for name, x in case.inputs("cpu", torch.float32).items()}
