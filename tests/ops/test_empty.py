@@ -42,9 +42,9 @@ def test_where_a_size_is_0_every_backend_gives_what_the_definition_gives(size, d
             assert not isinstance(found, str), (case.name, backend, found)
             for name, value in expected.items():
                 assert not value.isnan().any(), (case.name, name)
-                torch.testing.assert_close(
-                    found[name], value, rtol=1e-3, atol=1e-3, msg=f"{case.name}, {backend}: {name}"
-                )
+                size = float(value.abs().max()) if value.numel() else 0.0
+                tolerance = (2e-2 if dtype == torch.bfloat16 else 1e-5) * size + 1e-6  # two roundings of half a percent
+                assert torch.allclose(found[name], value, rtol=0, atol=tolerance), (case.name, backend, name)
 
 
 @pytest.mark.parametrize(("case", "backend"), each("reference", "cpu", of=lambda case: "cu_seqlens" in case.tensors()))
