@@ -29,7 +29,8 @@ FILES = (
 )  # fmt: skip
 # What may differ between a run and its continuation.
 FREE_KEYS = {
-    "steps", "epochs", "eval_every", "log_every", "save_every", "keep_checkpoints", "report_to", "output_dir", "micro_batch_size",
+    "steps", "epochs", "eval_every", "log_every", "save_every", "keep_checkpoints", "report_to", "output_dir",
+    "micro_batch_size",
 }  # fmt: skip
 
 
