@@ -41,7 +41,7 @@ class Rollout:
     """Prompts with sampled completions.
 
     batch: right-padded (B, T); its mask marks the sampled tokens, the one that stopped them included. Behind them, and
-    not marked, is what a closed turn has besides: that is where a reward model reads its score.
+    not marked, is what a closed turn has besides, where the role 'reward' reads its score.
     completions: text without special tokens. finished: (B,) bool, True where a stop token was sampled.
     sampler: what the sampler drew from; None where it was not asked for.
     """
@@ -102,7 +102,8 @@ def roll_out(
         completions += [_cut(row, stops) for row in tokens.tolist()]
         if recorder is not None:
             recorder.finish(tokens)
-    examples = [_closed(p, c) for p, c in zip(prompts, completions, strict=True)]
+    scored = "reward" in backbone.heads
+    examples = [_example(p, c, closed=scored) for p, c in zip(prompts, completions, strict=True)]
     batch = pad_batch(examples, pad).to(_device(backbone))
     return Rollout(
         prompts=list(prompts),
@@ -254,9 +255,9 @@ def _device(backbone: Backbone) -> torch.device:
     return next(backbone.model.parameters()).device
 
 
-def _closed(prompt: Prompt, completion: list[int]) -> Example:
-    """The sampled tokens are learnt; a turn that they leave open is closed behind them."""
-    missing = prompt.turn_end.missing(completion) if prompt.turn_end is not None else []
+def _example(prompt: Prompt, completion: list[int], *, closed: bool) -> Example:
+    """The sampled tokens are learnt; `closed` puts what their turn lacks behind them."""
+    missing = prompt.turn_end.missing(completion) if closed and prompt.turn_end is not None else []
     mask = [0] * len(prompt.ids) + [1] * len(completion) + [0] * len(missing)
     return Example([*prompt.ids, *completion, *missing], len(prompt.ids), mask)
 

@@ -256,6 +256,7 @@ def test_what_a_closed_turn_has_besides_is_read_and_never_learnt(backbone, token
     """<|im_end|>\\n: a model stops at the token, and a reward model reads its score at the line break."""
     end = TurnEnd("*\n", "*", (42, 10), 42)
     asked = [Prompt("", [257, 97], "a", {"prompt": "a"}, end)] * 3
+    backbone.add_head("reward")
     scripted(backbone, [98, 42, 99], [98, 99, 100], [98, EOS, 99])
     rollout = roll_out(backbone, tokenizer, asked, max_new_tokens=3)
     assert rollout.finished.tolist() == [True, False, True]
