@@ -5,8 +5,9 @@ import ctypes
 import pytest
 import torch
 
-from rlhf_fast.backends import DTYPE_CODES, address
+from rlhf_fast.backends import DTYPE_CODES
 from rlhf_fast.ops.gae import empty_outputs, reference
+from tests.host_cuda.token_logprobs import address
 from tests.numerics import assert_contract
 
 

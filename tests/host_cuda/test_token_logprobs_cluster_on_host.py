@@ -7,9 +7,9 @@ import ctypes
 import pytest
 import torch
 
-from rlhf_fast.backends import DTYPE_CODES, address
+from rlhf_fast.backends import DTYPE_CODES
 from rlhf_fast.ops.token_logprobs import empty_stats
-from tests.host_cuda.token_logprobs import arguments, with_gradients
+from tests.host_cuda.token_logprobs import address, arguments, with_gradients
 from tests.numerics import assert_contract
 
 DTYPES = list(DTYPE_CODES)

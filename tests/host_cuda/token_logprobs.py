@@ -6,9 +6,18 @@ import ctypes
 
 import torch
 
-from rlhf_fast.backends import DTYPE_CODES, address, row_sizes
+from rlhf_fast.backends import DTYPE_CODES
 
 DEFAULTS = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0}
+
+
+def address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def row_sizes(tensor):
+    """(outer, inner, outer_stride, inner_stride) of (outer, inner, V)."""
+    return (*tensor.shape[:2], *tensor.stride()[:2])
 
 
 def arguments(logits, targets, mask, transform, stats):
