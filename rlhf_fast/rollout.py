@@ -153,7 +153,13 @@ def check_sampler(
         max_new_tokens=new_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, pad_token_id=pad,
         return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
-    output = _generate(backbone, rows, settings)
+    try:
+        output = _generate(backbone, rows, settings)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the code of an architecture may raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{type(backbone.model).__name__} cannot generate: {reason}") from error
     scores = torch.stack(output.scores, dim=1)  # (B, N, V)
     tokens = output.sequences[:, -scores.shape[1] :]
     sampled = scores.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)

@@ -8,9 +8,12 @@ Roles by convention: "policy", "reference" (the base model unless an adapter of 
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +25,21 @@ from rlhf_fast.models.architecture import (
     adaptable_linears,
     decoder_layers,
     linear_shape,
-    logit_transform,
+    logit_transforms,
+    peft_conflicts,
     select_linears,
 )
 from rlhf_fast.models.lora import LoRA, LoRALinear, LoRAShape, Route, routed
 from rlhf_fast.models.quantized import QuantizedForward, is_quantized, quantization_state
-from rlhf_fast.models.routing import LayerOutput, RoutedLayer, Traversal, traversing
+from rlhf_fast.models.routing import HeadInput, RoutedLayer, Traversal, traversing
+from rlhf_fast.models.self_test import (
+    TRIAL_ROWS,
+    check_gradients,
+    check_logits,
+    observing,
+    runs_lower_layers_once,
+    unsupported,
+)
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
 
 
@@ -48,31 +60,49 @@ class Scores:
 class Backbone:
     """The roles on one model. Freezes every parameter of `model` and puts it in eval mode: the base has no dropout.
 
-    model: a decoder-only language model of transformers, on its device and in its dtype.
+    model: a decoder-only language model of transformers, on its device and in its dtype. It is run on a few tokens, and
+    docs/architectures.md says what came of that for each architecture.
+    left_out: name -> why, of the linear layers inside the decoder layers that cannot have an adapter.
     Raises UserError, with the reason, for an architecture that cannot be one.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         layers = decoder_layers(model)
-        self._available = adaptable_linears(layers)
+        self._available = adaptable_linears(model, layers)
         self.model = model.eval().requires_grad_(False)
         self.layer_names = list(layers)
+        self.quantized = {name: module for name, module in model.named_modules() if is_quantized(module)}
+        for name, module in self.quantized.items():
+            QuantizedForward(module, name)
+        for index, layer in enumerate(layers.values()):
+            RoutedLayer(layer, index)
+        HeadInput(model.get_output_embeddings())
+        self._linears: dict[str, LoRALinear] = {}
+        self.adapters: dict[str, dict[str, LoRA]] = {}
+        self.heads: dict[str, nn.Linear] = {}
+        self._recompute = False
+        self.accepted = _accepted(model)
+        self._lower_runs_once: dict[int, bool] = {}  # by the first adapted layer
+        # Rows of the head that give logits; further ones only round its size up.
+        self.vocabulary = self.model.get_output_embeddings().out_features
+        self.logit_transform = logit_transforms(model)[0]
+        self.left_out = peft_conflicts(model, self._available)
+        if model.device.type != "meta":
+            self._try()
+        self._available = {name: module for name, module in self._available.items() if name not in self.left_out}
         self._layer_of = {
             module: index
             for index, layer in enumerate(self.layer_names)
             for module in self._available
             if module.startswith(f"{layer}.")
         }
-        self.quantized = {name: module for name, module in model.named_modules() if is_quantized(module)}
-        for name, module in self.quantized.items():
-            QuantizedForward(module, name)
-        output = LayerOutput()
-        for index, layer in enumerate(layers.values()):
-            RoutedLayer(layer, index, output)
-        self._linears: dict[str, LoRALinear] = {}
-        self.adapters: dict[str, dict[str, LoRA]] = {}
-        self.heads: dict[str, nn.Linear] = {}
-        self._recompute = False
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        with observing(self._available, TRIAL_ROWS) as unadaptable:
+            check_logits(self)
+        check_gradients(self)
+        self.left_out = {**unadaptable, **self.left_out}
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -111,7 +141,9 @@ class Backbone:
         else:
             if rank < 1:
                 raise UserError(f"the rank of adapter {name!r} must be at least 1, got {rank}")
-            modules = select_linears(self._names_in_top(top_layers), targets)
+            modules = select_linears(self._names_in_top(top_layers), targets, self.left_out)
+            if targets == "all-linear" and self.left_out:
+                _warn_of(self.left_out)
             if not 0 <= dropout < 1:
                 raise UserError(f"the dropout of adapter {name!r} must be in [0, 1), got {dropout}")
             shape = LoRAShape(rank, alpha / (rank**0.5 if use_rslora else rank), use_rslora, use_dora, dropout)
@@ -254,13 +286,28 @@ class Backbone:
         Compute it once per rollout and give its rows to `hidden`. None when the first layer is adapted. It stays
         valid until an adapter is added or removed.
         """
-        first = self.first_adapted_layer
-        if first == 0:
-            return None
-        traversal = Traversal(Route((None,)), input_ids.shape[0], first, stop=True)
+        first = self._first_shared_layer()
+        return None if first == 0 else self.reach(first, input_ids, attention_mask)
+
+    def reach(self, first: int, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The input of layer `first` of the base model."""
+        traversal = Traversal(Route((None,)), first, stop=True)
         self._traverse(traversal, input_ids, attention_mask)
         assert traversal.reached is not None
         return traversal.reached
+
+    def start_at(self, first: int, lower: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The last hidden states of the base model from the input of layer `first`."""
+        return self._traverse(Traversal(Route((None,)), first, start=lower), input_ids, attention_mask)
+
+    def _first_shared_layer(self) -> int:
+        """The first adapted layer, or 0 where the layers below it cannot run once for all roles."""
+        first = self.first_adapted_layer
+        if first == 0 or self.model.device.type == "meta":
+            return first
+        if first not in self._lower_runs_once:
+            self._lower_runs_once[first] = runs_lower_layers_once(self, first)
+        return first if self._lower_runs_once[first] else 0
 
     def hidden(
         self,
@@ -284,37 +331,56 @@ class Backbone:
             )
         if not roles or len(set(roles)) != len(roles):
             raise ValueError(f"roles must be one or more different names, got {list(roles)}")
-        first = self.first_adapted_layer
+        first, copies = self.first_adapted_layer, len(roles)
         if lower is not None and (first == 0 or lower.shape[:2] != input_ids.shape):
             given = f"{tuple(lower.shape)} with input_ids {tuple(input_ids.shape)}"
             raise ValueError(f"lower must be (B, T, D) for the input of layer {first} > 0, got {given}")
-        route = Route(tuple(self._adapter_name(role) for role in roles), batch * time, dropout_seed)
-        recompute = self._recompute and torch.is_grad_enabled()
-        traversal = Traversal(route, batch, first, start=lower, recompute=recompute)
-        states = self._traverse(traversal, input_ids, attention_mask)
+        adapters = tuple(self._adapter_name(role) for role in roles)
+        if copies > 1 and lower is None and self._first_shared_layer() > 0:
+            lower = self.reach(first, input_ids, attention_mask)
+        traversal = Traversal(
+            Route(adapters, batch * time, dropout_seed),
+            first,
+            start=None if lower is None else lower.repeat(copies, 1, 1),
+            recompute=self._recompute and torch.is_grad_enabled(),
+        )
+        states = self._traverse(traversal, input_ids.repeat(copies, 1), attention_mask.repeat(copies, 1))
         return dict(zip(roles, states.split(batch), strict=True))
 
     def _traverse(self, traversal: Traversal, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the head is given, (B, T, D)."""
         if self.model.training:
             raise RuntimeError("the model is in training mode, where dropout would make the roles differ: call eval()")
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         with traversing(traversal):
-            output = self.model.get_decoder()(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            )
-        return output.last_hidden_state
+            self.model(**self.inputs(input_ids, attention_mask))
+        hidden = traversal.hidden
+        if hidden is None or hidden.shape[:2] != input_ids.shape:
+            found = "nothing" if hidden is None else f"{tuple(hidden.shape)} hidden states"
+            raise unsupported(self.model, f"its head is given {found} for {tuple(input_ids.shape)} tokens")
+        return hidden
+
+    def inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        """The arguments of `model` for a batch, (B, T) each: those that it accepts."""
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+            "use_cache": False,
+        }
+        return {name: value for name, value in given.items() if name in self.accepted}
 
     # Heads on hidden states
 
     @property
     def lm_head_weight(self) -> Tensor:
         """(V, D)."""
-        return self.model.get_output_embeddings().weight
+        return self.model.get_output_embeddings().weight[: self.vocabulary]
 
     @property
     def lm_head_bias(self) -> Tensor | None:
         """(V,) or None."""
-        return self.model.get_output_embeddings().bias
+        bias = self.model.get_output_embeddings().bias
+        return None if bias is None else bias[: self.vocabulary]
 
     def logprobs(
         self,
@@ -340,7 +406,7 @@ class Backbone:
             targets,
             bias=self.lm_head_bias,
             temperature=temperature,
-            **logit_transform(self.model.config),
+            **self.logit_transform,
             return_entropy=return_entropy,
         )
 
@@ -434,6 +500,23 @@ class Backbone:
             tensors.append({(m, part): p for m, pair in pairs.items() for part, p in pair.parameters.items()})
         _check_same(tensors[0], tensors[1], f"adapters {dst!r} and {src!r}")
         return [(tensors[0][key], tensors[1][key]) for key in tensors[0]]
+
+
+def _accepted(model: PreTrainedModel) -> set[str]:
+    """Names of the arguments of the model's forward, with those of its decoder where it hands on what it gets."""
+    parameters = inspect.signature(model.forward).parameters
+    names = set(parameters)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        names |= set(inspect.signature(model.get_decoder().forward).parameters)
+    return names
+
+
+def _warn_of(left_out: Mapping[str, str]) -> None:
+    reasons: dict[str, set[str]] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault(reason, set()).add(name.rsplit(".", 1)[-1])
+    listed = "; ".join(f"{', '.join(sorted(names))} ({reason})" for reason, names in reasons.items())
+    warnings.warn(f"all-linear leaves out {len(left_out)} linear layers: {listed}", stacklevel=3)
 
 
 def _check_same(ours: Mapping, theirs: Mapping, what: str) -> None:

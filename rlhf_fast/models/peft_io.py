@@ -8,20 +8,25 @@ Source: PEFT 0.21, `LoraConfig` and `get_peft_model_state_dict`.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.lora import LoRAShape
+from rlhf_fast.models.self_test import tolerance, trial
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -36,7 +41,10 @@ _BASE_CHANGING_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def save_adapter(backbone: Backbone, name: str, folder: str | Path) -> None:
-    """Write the role's adapter and head into `folder`, so that PEFT, TRL and vLLM load them."""
+    """Write the role's adapter and head into `folder`, so that PEFT, TRL and vLLM load them.
+
+    Where PEFT is installed, it reads the adapter back: UserError where it makes something else of it.
+    """
     if name not in backbone.adapters:
         raise UserError(f"there is no adapter named {name!r} to save; there are: {sorted(backbone.adapters)}")
     folder = Path(folder)
@@ -44,6 +52,53 @@ def save_adapter(backbone: Backbone, name: str, folder: str | Path) -> None:
     tensors = {_PREFIX + key: p.detach().cpu().contiguous() for key, p in backbone.named_parameters_of(name).items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(_config(backbone, name), indent=2, sort_keys=True) + "\n")
+    if importlib.util.find_spec("peft") is not None and backbone.model.device.type != "meta":
+        check_reload(backbone, name, folder)
+
+
+def check_reload(backbone: Backbone, name: str, folder: Path) -> None:
+    """Compare the role with what PEFT makes of its files: which linears it adapts, and log-probabilities of a few
+    tokens. PEFT's layers stand in the same model for that one pass, so that no weight is held twice.
+
+    Raises UserError; the files stay.
+    """
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config = LoraConfig.from_pretrained(folder)
+    config.task_type, config.modules_to_save = "CAUSAL_LM", None  # this model has no place for the head of a role
+    input_ids, mask = trial(backbone.model)
+    with torch.no_grad(), _modules_restored(backbone.model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT warns of is compared below
+        model = PeftModel.from_pretrained(backbone.model, folder, config=config).eval().get_base_model()
+        theirs = model(**backbone.inputs(input_ids, mask)).logits
+        targets = {place for place, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    strange = targets.symmetric_difference(backbone.adapters[name])
+    if strange:
+        raise UserError(f"{folder}: PEFT does not give the adapter to the same linears, such as {min(strange)!r}")
+    expected = theirs[:, :-1].float().log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    with torch.no_grad():
+        ours = backbone.logprobs(backbone.hidden(input_ids, mask, [name])[name], input_ids, mask)
+    assert isinstance(ours, Tensor)
+    difference = ((ours[:, 1:] - expected) * mask[:, 1:]).abs().max().item()
+    if not difference <= tolerance(backbone.model):
+        raise UserError(
+            f"{folder}: the adapter as PEFT loads it differs by {difference:.3g} nats from what was trained"
+        )
+
+
+@contextmanager
+def _modules_restored(model: nn.Module) -> Iterator[None]:
+    """Whatever modules are put into the model inside are taken out at the end."""
+    before = [(module, dict(module._modules), set(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, children, attributes in before:
+            module._modules.clear()
+            module._modules.update(children)
+            for added in set(vars(module)) - attributes:
+                delattr(module, added)
 
 
 def load_adapter(
@@ -144,19 +199,21 @@ def _base(backbone: Backbone) -> dict[str, str | None]:
 
 
 def _targets(backbone: Backbone, modules: list[str]) -> dict[str, Any]:
-    """Which modules, in PEFT's words: names x layers where the adapter is that regular, else every module by name."""
+    """Which modules, in PEFT's words: names x layers where those mean no other module of the model, else every module
+    by its whole name."""
     layer_names = backbone.layer_names
     stack = layer_names[0].rsplit(".", 1)[0]
     place = re.compile(rf"{re.escape(stack)}\.(\d+)\.(.+)")
     found = [match.groups() for match in map(place.fullmatch, modules) if match]
     layers = sorted({int(layer) for layer, _ in found})
     names = sorted({name.rsplit(".", 1)[-1] for _, name in found})
-    regular = {module for module in backbone.linear_shapes if (match := place.fullmatch(module))
-               and int(match[1]) in layers and match[2].rsplit(".", 1)[-1] in names}  # fmt: skip
+    meant = {name for name, _ in backbone.model.named_modules() if name.rsplit(".", 1)[-1] in names}
+    if meant == set(modules):
+        return {"target_modules": names}
+    pattern = re.compile(rf".*\.{re.escape(stack.rsplit('.', 1)[-1])}\.(\d+)\..+")
+    regular = {name for name in meant if (match := pattern.fullmatch(name)) and int(match[1]) in layers}
     if regular != set(modules):
         return {"target_modules": modules}
-    if len(layers) == len(layer_names):
-        return {"target_modules": names}
     return {"target_modules": names, "layers_to_transform": layers, "layers_pattern": stack.rsplit(".", 1)[-1]}
 
 
@@ -210,7 +267,8 @@ def _check_fits(backbone: Backbone, tensors: dict[str, Tensor], head: Tensor | N
     for key, tensor in tensors.items():
         module, part = _parted(key)
         if module not in backbone.linear_shapes:
-            raise UserError(f"{folder}: the adapter is for {module!r}, which is no linear decoder layer of this model")
+            reason = backbone.left_out.get(module, "it is no linear decoder layer of this model")
+            raise UserError(f"{folder}: the adapter is for {module!r}: {reason}")
         out_features, in_features = backbone.linear_shapes[module]
         size, wanted = (tensor.shape[1], in_features) if "A" in part else (tensor.shape[0], out_features)
         if size != wanted:

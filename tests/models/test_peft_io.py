@@ -208,7 +208,7 @@ def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, to
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: rename(t, "layers.3", "layers.7"), "which is no linear decoder layer of this model"),
+        (lambda t: rename(t, "layers.3", "layers.7"), "it is no linear decoder layer of this model"),
         (lambda t: {k: v for k, v in t.items() if "lora_B" not in k}, "is not part of a plain LoRA pair"),
         (lambda t: rename(t, "base_model.model.", ""), "is not a key of PEFT's format"),
         (lambda t: {k: v[:, :5].contiguous() for k, v in t.items()}, "another base"),

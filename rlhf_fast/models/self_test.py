@@ -1,0 +1,180 @@
+"""What a model does on a few tokens, before anything is trained on it: a fault of an architecture is one line at the
+start instead of wrong log-probabilities for a whole run.
+
+Nothing is run on the meta device, where there are no values to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.architecture import logit_transforms
+from rlhf_fast.models.quantized import is_quantized
+
+if TYPE_CHECKING:
+    from rlhf_fast.models.backbone import Backbone
+
+TOKENS, PADDING = 10, 3
+TRIAL_ROWS = 2 * TOKENS
+
+
+def trial(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask (2, TOKENS): a sequence, and its beginning padded on the right."""
+    ids = _ordinary_ids(model, TOKENS + PADDING)
+    begin = TOKENS - PADDING
+    rows, mask = [ids[:TOKENS], ids[:begin] + ids[TOKENS:]], [[1] * TOKENS, [1] * begin + [0] * PADDING]
+    return torch.tensor(rows, device=model.device), torch.tensor(mask, device=model.device)
+
+
+def _ordinary_ids(model: PreTrainedModel, count: int) -> list[int]:
+    """Ids spread over the vocabulary that no entry of the config gives a meaning (padding, images, audio)."""
+    entries = [*vars(model.config).items(), *vars(model.config.get_text_config(decoder=True)).items()]
+    values = (value for name, value in entries if name.endswith(("token_id", "token_index")))
+    special = {id for value in values for id in (value if isinstance(value, list) else [value])}
+    # Some heads know fewer ids than the embeddings.
+    size = min(model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().out_features)
+    step = max(1, size // (3 * count))
+    ordinary = [id for id in range(step, size, step) if id not in special]
+    return [ordinary[i % len(ordinary)] for i in range(count)]
+
+
+def check_logits(backbone: Backbone) -> None:
+    """Compare the log-probabilities that training will use with those of the model's own logits, in nats, and those of
+    a padded sequence with those of the same without padding. What padding on the left changes shows where it is used:
+    `rollout.check_sampler`.
+
+    Raises UserError for a model that does to its logits what `logit_transform` does not know, one that looks ahead,
+    and one that takes more than text.
+    """
+    model = backbone.model
+    input_ids, mask = trial(model)
+    given = {name: value for name, value in backbone.inputs(input_ids, mask).items() if name != "position_ids"}
+    try:
+        own = model(**given).logits
+        if own.shape[:2] != input_ids.shape:
+            raise unsupported(model, f"its logits for {tuple(input_ids.shape)} tokens are {tuple(own.shape)}")
+        backbone.vocabulary = own.shape[-1]
+        expected = own[0, :-1].float().log_softmax(-1).gather(-1, input_ids[0, 1:, None]).squeeze(-1)
+        if not expected.isfinite().all():
+            raise UserError(f"{type(model).__name__} gives log-probabilities that are not finite: are its weights?")
+        ours, difference = _nearest(backbone, input_ids, mask, expected)
+        if not difference <= tolerance(model) and "position_ids" in backbone.accepted:
+            backbone.accepted.remove("position_ids")  # it counts positions in a way of its own, as RoBERTa does
+            ours, difference = _nearest(backbone, input_ids, mask, expected)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the code of an architecture may raise
+        raise unsupported(model, f"it fails on text alone: {_first_line(error)}") from error
+    if not difference <= tolerance(model):
+        raise unsupported(model, f"its log-probabilities differ from those of its head by {difference:.3g} nats")
+    real = TOKENS - PADDING - 1
+    if not (difference := _apart(ours[0, :real], ours[1, :real])) <= tolerance(model):
+        raise unsupported(model, f"what follows a token changes its log-probability by {difference:.3g} nats")
+
+
+def check_gradients(backbone: Backbone) -> None:
+    """Raises UserError for a model whose output does not depend, for autograd, on a weight of its first layer."""
+    model = backbone.model
+    layer = model.get_submodule(backbone.layer_names[0])
+    weight = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+    weight.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            hidden = backbone.hidden(*trial(model), [None])[None]
+    finally:
+        weight.requires_grad_(False)
+    if not hidden.requires_grad:
+        raise unsupported(model, "no gradient reaches its layers")
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    return (ours - theirs).abs().max().item()
+
+
+def _nearest(backbone: Backbone, input_ids: Tensor, mask: Tensor, expected: Tensor) -> tuple[Tensor, float]:
+    """Our log-probabilities of the tokens after the first, (2, TOKENS - 1), under the transform of the logits that
+    comes nearest to what is `expected` of the first row, which the backbone keeps; and how near that is."""
+    hidden = backbone.hidden(input_ids, mask, [None])[None]
+    tried = []
+    for transform in logit_transforms(backbone.model):
+        backbone.logit_transform = transform
+        logprobs = backbone.logprobs(hidden, input_ids, mask)
+        assert isinstance(logprobs, Tensor)
+        tried.append((_apart(logprobs[0, 1:], expected), transform, logprobs[:, 1:]))
+    difference, backbone.logit_transform, ours = min(tried, key=lambda trial: trial[0])
+    return ours, difference
+
+
+def tolerance(model: PreTrainedModel) -> float:
+    """Nats that rounding may make in the type of the model."""
+    return 1e-3 if model.dtype == torch.float32 else 0.5
+
+
+@torch.no_grad()
+def runs_lower_layers_once(backbone: Backbone, first: int) -> bool:
+    """Whether the layers below `first` may run once for several roles: whether starting at that layer gives what the
+    whole model gives. It does not where layers hand on more than their output, or the model works between them.
+    """
+    input_ids, mask = trial(backbone.model)
+    whole = backbone.hidden(input_ids, mask, [None])[None]
+    try:
+        lower = backbone.reach(first, input_ids, mask)
+        if lower.dim() != 3 or lower.shape[:2] != input_ids.shape:
+            return False
+        upper = backbone.start_at(first, lower, input_ids, mask)
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return False
+    bound = (1e-4 if whole.dtype == torch.float32 else 0.05) * whole.abs().max()
+    return upper.shape == whole.shape and bool((upper - whole).abs().max() <= bound)
+
+
+@contextmanager
+def observing(linears: Mapping[str, nn.Module], rows: int) -> Iterator[dict[str, str]]:
+    """Yields name -> why it cannot be adapted, complete at the end of a forward with `rows` tokens inside."""
+    reasons = dict.fromkeys(linears, "it is not called on text, though its weight may be used")
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            reason = _why_not(module, args, kwargs, output, rows)
+            reasons.pop(name, None) if reason is None else reasons.update({name: reason})
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in linears.items()]
+    try:
+        yield reasons
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _why_not(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, rows: int) -> str | None:
+    if len(args) != 1 or kwargs:
+        return "it is called with more than its input"
+    if args[0].numel() != rows * args[0].shape[-1]:
+        return "it sees the tokens in an order of its own, as experts do"
+    if type(module) in (nn.Linear, Conv1D) or is_quantized(module):
+        return None
+    weight: Any = module.weight
+    if weight.dtype != args[0].dtype or not isinstance(output, Tensor):
+        return f"{type(module).__name__} is no plain linear layer"
+    plain = F.linear(args[0], weight, module.bias)  # type: ignore[arg-type]
+    same = plain.shape == output.shape and bool((plain - output).abs().max() <= 0.01 * plain.abs().max())
+    return None if same else f"{type(module).__name__} is no plain linear layer"
+
+
+def unsupported(model: PreTrainedModel, reason: str) -> UserError:
+    return UserError(f"unsupported architecture {type(model).__name__}: {reason}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
