@@ -8,8 +8,8 @@ GPU_PYTHON ?= python3
 # Two cores that are shared with anything else lose far more by spinning than they gain.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test test-all test-peers check lint types smollm2 bench peers gpu gpu-first gpu-second sanitize sanitize-cpu aot \
-  native clean
+.PHONY: train test test-all test-peers test-suites check lint types smollm2 bench peers gpu gpu-first gpu-second
+.PHONY: sanitize sanitize-cpu aot native clean
 
 VENV := .venv/.installed
 
@@ -66,6 +66,17 @@ peers: .venv-peers/.installed .venv-peers_torchtune/.installed
 test-peers: peers
 	OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest tests/integrations
 	OMP_NUM_THREADS=1 .venv-peers_torchtune/bin/python -m pytest tests/integrations/test_torchtune.py
+
+# Peers' own tests with our functions in the place of theirs, from source distributions or checkouts that are there;
+# nothing is fetched: make test-suites SUITES="verl=../verl torchtune=../torchtune"
+SUITES ?=
+test-suites:
+	@test -n "$(SUITES)" || { echo 'SUITES="PEER=FOLDER ..." must say which: tests/suites/suites.yaml has them' >&2; exit 2; }
+	@failed=0; for suite in $(SUITES); do \
+	  environment=.venv-peers; case $$suite in torchtune=*) environment=.venv-peers_torchtune;; esac; \
+	  test -x $$environment/bin/python || { echo "$$environment is missing: make peers" >&2; exit 2; }; \
+	  OMP_NUM_THREADS=1 $$environment/bin/python tests/suites/run.py $$suite || failed=1; \
+	done; exit $$failed
 
 # CPU kernels beside eager PyTorch, bare products and, after `make peers`, other libraries: the cases with bars.
 # `make bench BENCH=` measures every op. Threads wait as they do by default: what others run is fair only so.

@@ -5,7 +5,8 @@ A peer is a module of this package with PEER (its name on PyPI), TESTED (the ver
 key of a dictionary, which is how registries are kept.
 
 `from peer.utils import f` leaves a second name for f in the importing module, so a name is not replaced alone: every
-module of the peer that is loaded is searched for the same object, and the dictionaries in it.
+module of the peer that is loaded is searched for the same object, and the dictionaries in it; and those of the other
+peers as well, which import from one another (TRL from Liger, verl and OpenRLHF from flash-attn).
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ _replaced: dict[str, list[str]] = {}
 def patch(peer: str) -> list[str]:
     """Replace the peer's functions by ours in this process; returns every dotted name that was replaced, sorted.
 
-    Modules of the peer that are imported later get ours as well. Names that the caller imported from the peer before
-    the call keep the peer's objects. Patching twice changes nothing and returns the same names.
+    Modules that import from the peer later get ours as well, and so have those of all peers that did so before. Names
+    that the caller's own modules imported before the call keep the peer's objects. Patching twice changes nothing and returns the same names.
     Raises ValueError for a peer that we do not know, ModuleNotFoundError where it is not installed, AttributeError
     where it lacks a name. Warns where its version is not the one that is tested.
     """
@@ -112,6 +113,11 @@ def _integration(peer: str) -> ModuleType:
 
 def _name(module: ModuleType) -> str:
     return module.__name__.rpartition(".")[2]
+
+
+def _roots() -> list[str]:
+    """The import names of all peers."""
+    return [_integration(name).PEER.replace("-", "_") for name in _known()]
 
 
 def _installed(module: ModuleType) -> str | None:
@@ -177,7 +183,7 @@ def _exchange(swaps: list[_Swap], *, to_ours: bool) -> set[str]:
     pairs = [(s.theirs, s.ours) if to_ours else (s.ours, s.theirs) for s in swaps if s.theirs is not _ABSENT]
     table = {id(old): new for old, new in pairs}
     names = set()
-    for root in {swap.name.split(".")[0] for swap in swaps}:
+    for root in _roots():
         for owner, key, dotted in list(_places(root)):
             if id(owner[key]) in table:
                 names.add(dotted)

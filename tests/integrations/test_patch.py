@@ -36,6 +36,11 @@ PEER = {
     "fakepeer/late.py": "from fakepeer.utils import loss as late_loss\n",
     "fakepeer-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: fakepeer\nVersion: 1.0\n",
 }
+OTHER = {
+    "otherpeer/__init__.py": "",
+    "otherpeer/user.py": "from fakepeer.utils import loss\n",
+    "ours/otherpeer.py": "PEER = 'otherpeer'\nTESTED = '1.0'\n",
+}
 INTEGRATION = """
     PEER = "fakepeer"
     TESTED = "1.0"
@@ -83,16 +88,19 @@ def peer(tmp_path, monkeypatch):
         assert old in INTEGRATION
         write("ours/fakepeer.py", INTEGRATION.replace(old, new) if old else INTEGRATION)
 
+    for path, text in OTHER.items():
+        write(path, text)
     change()
     yield change
     forget()
 
 
 def forget() -> None:
-    for name in list(sys.modules):
-        if name.split(".")[0] == "fakepeer" or name == "rlhf_fast.integrations.fakepeer":
-            del sys.modules[name]
-    vars(integrations).pop("fakepeer", None)
+    for peer in ("fakepeer", "otherpeer"):
+        for name in list(sys.modules):
+            if name.split(".")[0] == peer or name == f"rlhf_fast.integrations.{peer}":
+                del sys.modules[name]
+        vars(integrations).pop(peer, None)
 
 
 def state() -> dict[str, object]:
@@ -133,6 +141,24 @@ def test_a_module_imported_after_the_patch_gets_ours_and_then_theirs(peer):
     assert late.late_loss(1) == ("ours", 1)
     rlhf_fast.unpatch("fakepeer")
     assert late.late_loss is before["loss"]
+
+
+def test_a_module_of_another_peer_that_imported_the_object_gets_ours_and_then_theirs(peer):
+    user = import_module("otherpeer.user")
+    theirs = user.loss
+    assert "otherpeer.user.loss" in rlhf_fast.patch("fakepeer")
+    assert user.loss(1) == ("ours", 1)
+    rlhf_fast.unpatch("fakepeer")
+    assert user.loss is theirs
+
+
+def test_a_package_that_the_peer_imports_and_does_not_find_is_one_line_that_names_it(peer, tmp_path):
+    (tmp_path / "fakepeer" / "utils.py").write_text("import package_of_nobody.kernels\n")
+    with pytest.raises(ModuleNotFoundError) as raised:
+        rlhf_fast.patch("fakepeer")
+    expected = "fakepeer imports package_of_nobody, which is not installed: pip install package-of-nobody"
+    assert str(raised.value) == expected
+    assert rlhf_fast.unpatch("fakepeer") == []
 
 
 def test_a_second_patch_changes_nothing(peer):
