@@ -75,7 +75,9 @@ def vec_td_lambda_return_estimate(
     terminated = done if terminated is None else terminated
     _same_shapes(next_state_value, reward, done, terminated)
     if rolling_gamma is False and not (_is_number(gamma) and _is_number(lmbda)):
-        message = "When using rolling_gamma=False, The vectorized version of TD(lambda) takes numbers for gamma and lmbda"
+        message = (
+            "When using rolling_gamma=False, The vectorized version of TD(lambda) takes numbers for gamma and lmbda"
+        )
         raise NotImplementedError(f"{message}, got {type(gamma).__name__} and {type(lmbda).__name__}")
     discounted = gamma * _unless(terminated, next_state_value)
     one_step = _wide(reward) + discounted - _unless(_ends(done, time_dim), lmbda * discounted)

@@ -200,3 +200,14 @@ def test_the_grpo_function_has_the_peers_parameters_in_its_order():
     names = list(inspect.signature(liger.GrpoLossFunction.apply).parameters)
     assert names[:6] == ["logits", "old_logp", "ref_logp", "completion_ids", "advantages", "completion_mask"]
     assert names[-2:] == ["num_items_in_batch", "phi_seq"]
+
+
+def test_the_grpo_function_looks_at_the_temperatures_of_sapo_for_sapo_alone():
+    draws = torch.Generator().manual_seed(7)
+    hidden, head = torch.randn(2, 3, D, generator=draws), torch.randn(V, D, generator=draws)
+    given = [hidden, head, torch.randint(V, (2, 3), generator=draws), torch.ones(2, 3), torch.ones(2)]
+    defaults = [None] * 6 + [0.0, 0.2, 0.2]
+    loss, _ = FUNCTIONS["GRPO"].apply(*given, *defaults, "dapo", None, "token", 1.0, 0.0, 1.0, False, False)
+    assert loss.isfinite()
+    with pytest.raises(ValueError, match="sapo_temperature_neg must be positive, got 0.0"):
+        FUNCTIONS["GRPO"].apply(*given, *defaults, "sapo", None, "token", 1.0, 0.0, 1.0, False, False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -390,3 +391,61 @@ def test_the_example_learns(capsys):
     before, after = (float(rows[k].split()[1]) for k in (0, -1))
     assert before < 0.1
     assert after > 0.7
+
+
+# --- From logits to the loss of a language model ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_language_model_loss_is_that_of_openrlhf(dtype):
+    labels = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(4))
+    labels[1, 3:], labels[:, 5] = -100, -100
+    calls = [lambda x, module=module: module.GPTLMLoss()(x, labels) for module in (ours, their_losses)]
+    assert_parity(*calls, [draw(B, T, V, scale=2.0).to(dtype)], 1)
+
+
+def test_the_language_model_loss_of_no_label_is_0_where_that_of_openrlhf_is_nan():
+    logits, labels = draw(B, T, V).requires_grad_(), torch.full((B, T), -100)
+    loss = ours.GPTLMLoss()(logits, labels)
+    loss.backward()
+    assert loss == 0
+    assert (logits.grad == 0).all()
+    assert their_losses.GPTLMLoss()(logits, labels).isnan()
+
+
+def test_patch_says_what_to_do_where_flash_attn_is_absent():
+    code = """
+import subprocess
+import sys
+sys.path[:0] = [sys.argv[1]]
+import stand_ins
+stand_ins.ABSENT = ("deepspeed", "ray", "openrlhf.utils")
+import rlhf_fast
+with stand_ins.stand_ins():
+    try:
+        rlhf_fast.patch("openrlhf")
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
+    said = run.stdout.strip().split("\n")[-1]
+    assert said.startswith("openrlhf imports flash_attn"), run.stderr
+    assert "pip install flash-attn --no-build-isolation, which needs CUDA" in said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_language_model_loss_of_a_rank_of_a_ring_is_that_of_openrlhf(rank, monkeypatch):
+    class Group:
+        def size(self):
+            return 2
+
+        def rank(self):
+            return rank
+
+    monkeypatch.setattr(torch.distributed, "get_rank", Group.rank)
+    monkeypatch.setattr(torch.distributed, "get_world_size", Group.size)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, **_: x.data.add_(0.25))  # the other rank's loss
+    labels = torch.randint(V, (B, 2 * T), generator=torch.Generator().manual_seed(4))
+    labels[:, :3] = -100
+    calls = [lambda x, module=module: module.GPTLMLoss(Group())(x, labels) for module in (ours, their_losses)]
+    assert_parity(*calls, [draw(B, T, V, scale=2.0)], 1)

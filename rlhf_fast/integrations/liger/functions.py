@@ -6,7 +6,7 @@ The peer's are autograd functions whose options stand behind the tensors; each o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from rlhf_fast.integrations.liger.distillation import LigerFusedLinearJSDLoss
@@ -18,6 +18,17 @@ from rlhf_fast.integrations.liger.preference import (
     LigerFusedLinearORPOLoss,
     LigerFusedLinearSimPOLoss,
 )
+
+
+@dataclass(eq=False, repr=False)
+class _GRPOByPosition(LigerFusedLinearGRPOLoss):
+    """Looks at sapo's temperatures for sapo alone, as the peer's function does and its module does not."""
+
+    def __post_init__(self) -> None:
+        if self.loss_type != "sapo":
+            self.sapo_temperature_pos = self.sapo_temperature_neg = 1.0
+        super().__post_init__()
+
 
 # name -> (loss, the names of apply's arguments, how many must be given, options whose default is not the loss's)
 _SIGNATURES: dict[str, tuple[type, str, int, dict[str, Any]]] = {
@@ -63,7 +74,7 @@ _SIGNATURES: dict[str, tuple[type, str, int, dict[str, Any]]] = {
         {},
     ),
     "GRPO": (
-        LigerFusedLinearGRPOLoss,
+        _GRPOByPosition,
         "_input lin_weight selected_token_ids attention_mask advantages bias ref_per_token_logps old_per_token_logps"
         " ref_input ref_weight ref_bias beta epsilon_low epsilon_high loss_type max_completion_length"
         " importance_sampling_level sapo_temperature_pos sapo_temperature_neg temperature compiled use_ref_model"
@@ -87,7 +98,9 @@ def _function(name: str) -> type:
         module = loss(**{key: value for key, value in bound.items() if key in options})
         return module(**{key: value for key, value in bound.items() if key not in options})
 
-    return type(title, (), {"__doc__": f"`apply` alone: {loss.__name__} by positions.", "apply": staticmethod(apply)})
+    return type(
+        title, (), {"__doc__": f"`apply` alone: LigerFusedLinear{name}Loss by positions.", "apply": staticmethod(apply)}
+    )
 
 
 FUNCTIONS: dict[str, type] = {name: _function(name) for name in _SIGNATURES}
