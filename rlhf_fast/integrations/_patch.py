@@ -54,7 +54,8 @@ def patch(peer: str) -> list[str]:
     """Replace the peer's functions by ours in this process; returns every dotted name that was replaced, sorted.
 
     Modules that import from the peer later get ours as well, and so have those of all peers that did so before. Names
-    that the caller's own modules imported before the call keep the peer's objects. Patching twice changes nothing and returns the same names.
+    that the caller's own modules imported before the call keep the peer's objects. Patching twice changes nothing and
+    returns the same names.
     Raises ValueError for a peer that we do not know, ModuleNotFoundError where it is not installed, AttributeError
     where it lacks a name. Warns where its version is not the one that is tested.
     """
