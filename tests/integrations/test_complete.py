@@ -1,5 +1,5 @@
-"""What docs/drop_in.md names is replaced wherever a peer's module holds it, and given back: objects, not names, are looked
-for, in modules, their containers and their classes."""
+"""What docs/drop_in.md names is replaced wherever a peer's module holds it, and given back: objects, not names, are
+looked for, in modules, their containers and their classes."""
 
 from __future__ import annotations
 

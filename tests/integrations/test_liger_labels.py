@@ -1,5 +1,5 @@
-"""Liger's cross-entropies and functions by position under their own names, without Liger: beside torch's cross-entropy in
-float64, and beside the losses that they call."""
+"""Liger's cross-entropies and functions by position under their own names, without Liger: beside torch's cross-entropy
+in float64, and beside the losses that they call."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def target(ignore_index=-100, **_) -> Tensor:
 
 
 def definition(
-    logits, ids, weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, reduction="mean", softcap=None
+    logits, ids, weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, reduction="mean",
+    softcap=None,
 ):  # fmt: skip
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     weight = None if weight is None else weight.to(z.dtype)
@@ -175,7 +176,7 @@ def test_a_function_by_position_is_its_loss_with_the_same_options():
 
 
 def test_a_function_says_how_many_arguments_it_takes():
-    with pytest.raises(TypeError, match="LigerFusedLinearORPOFunction.apply takes 3 to 10 arguments, got 2"):
+    with pytest.raises(TypeError, match=r"LigerFusedLinearORPOFunction\.apply takes 3 to 10 arguments, got 2"):
         FUNCTIONS["ORPO"].apply(1, 2)
 
 
@@ -209,5 +210,5 @@ def test_the_grpo_function_looks_at_the_temperatures_of_sapo_for_sapo_alone():
     defaults = [None] * 6 + [0.0, 0.2, 0.2]
     loss, _ = FUNCTIONS["GRPO"].apply(*given, *defaults, "dapo", None, "token", 1.0, 0.0, 1.0, False, False)
     assert loss.isfinite()
-    with pytest.raises(ValueError, match="sapo_temperature_neg must be positive, got 0.0"):
+    with pytest.raises(ValueError, match=r"sapo_temperature_neg must be positive, got 0\.0"):
         FUNCTIONS["GRPO"].apply(*given, *defaults, "sapo", None, "token", 1.0, 0.0, 1.0, False, False)

@@ -210,7 +210,7 @@ def test_arguments_that_do_not_fit_raise():
 @pytest.mark.parametrize("axis", [None, -1, (0, 1)], ids=str)
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32], ids=str)
 def test_masked_sums_and_means_and_their_gradients_are_verls(dtype, axis, kind):
-    x, upstream, mask = batch(dtype)
+    x, _, mask = batch(dtype)
     mask[3] = 0
     for name in ("masked_sum", "masked_mean"):
         found = {}
