@@ -55,7 +55,8 @@ def run(peer: str, suite: dict[str, Any], folder: Path, arguments: list[str], *,
     }  # fmt: skip
     command = [
         sys.executable, "-m", "pytest", "-p", "plugin", "-c", os.devnull, f"--rootdir={folder}", "-q", "--tb=short",
-        "-p", "no:cacheprovider", "-W", "ignore::DeprecationWarning", "--continue-on-collection-errors", *suite.get("options", []), *arguments,
+        "-p", "no:cacheprovider", "-W", "ignore::DeprecationWarning",
+        "--continue-on-collection-errors", *suite.get("options", []), *arguments,
     ]  # fmt: skip
     log = folder / f"{'patched' if patched else 'plain'}.log"
     with log.open("w") as out:
