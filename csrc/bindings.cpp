@@ -192,19 +192,20 @@ PYBIND11_MODULE(_native, m) {
       Release());
   // clips = log_ratio, value, weight; outputs = value, derivative by logprob, by ref_logprob (or 0)
   // planes = the inputs and the weights; sizes = rows, columns, sequences; terms = kl_coef, entropy_coef, the bounds of
-  // the correction, off_policy_max_kl; choices = estimator from 0, unbiased, level, reject, needs_sequences, marks
+  // the correction, off_policy_max_kl; choices = estimator from 0, unbiased, level, reject, needs_sequences, marks,
+  // folds_correction
   m.def(
       "policy_loss",
       [](const std::string& function, const std::array<PlaneArguments, 7>& planes, Address flags, Address cu_seqlens,
          Address denominator, std::array<int64_t, 3> sizes, std::array<double, 5> parameters,
-         std::array<int, 6> choices, std::array<double, 5> terms, bool is_double, const std::vector<Address>& outputs,
+         std::array<int, 7> choices, std::array<double, 5> terms, bool is_double, const std::vector<Address>& outputs,
          int threads) {
         const Address entropy_coefficient = outputs.size() > 3 ? outputs[3] : 0;
         cpu::policy_loss(function,
                          {plane(planes[0]), plane(planes[1]), plane(planes[2]), plane(planes[3]), plane(planes[4]),
                           plane(planes[5]), plane(planes[6]), at<uint8_t>(flags), choices[5] != 0,
                           at<int64_t>(cu_seqlens), at<>(denominator), sizes[0], sizes[1], sizes[2], parameters,
-                          choices[0] + 1, choices[1] != 0, choices[2], choices[3] != 0, choices[4] != 0, terms[0],
+                          choices[0] + 1, choices[1] != 0, choices[2], choices[3] != 0, choices[4] != 0, choices[6] != 0, terms[0],
                           terms[1], terms[2], terms[3], terms[4], is_double, at<>(outputs[0]), at<>(outputs[1]),
                           at<>(outputs[2]), at<>(entropy_coefficient)},
                          threads);

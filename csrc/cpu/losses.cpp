@@ -146,6 +146,7 @@ template <typename C> void run(const Loss& op, int inputs, Add<C> add, int threa
   X(bco_pair, Pair<BcoPairLoss>) \
   X(sppo_hard, Pair<SppoHardLoss>) \
   X(aot, Pair<AotLoss>) \
+  X(aot_unpaired, Pair<AotUnpairedLoss>) \
   X(apo_zero, Pair<ApoZeroLoss>) \
   X(apo_down, Pair<ApoDownLoss>) \
   X(discopop, Pair<DiscopopLoss>) \

@@ -101,6 +101,7 @@ template <typename C> struct Bounds {
   explicit Bounds(const PolicyLoss& op) : low(C(op.correction_low)), high(C(op.correction_high)), reject(op.reject) {}
   RLHF_INLINE bool outside(C ratio) const { return (ratio < low) | (ratio > high); }
   RLHF_INLINE C weight(C ratio) const { return reject & outside(ratio) ? C(0) : bounded(ratio, low, high); }
+  C log_weight(C ratio) const { return std::log(std::max(weight(ratio), std::exp(C(-20)))); }
 };
 
 // The ratio of every token, and its statistics.
@@ -144,6 +145,7 @@ RLHF_INLINE void correct(const PolicyLoss& op, int64_t start, int64_t n, const S
     kl += exp_parts(apart).minus_1_minus;  // 0 where it does not count
   }
   sums.of[kCorrection] += applied, sums.of[kOutside] += outside, sums.of[kSamplerKl] += kl;
+  if (op.folds_correction) std::fill(t.correction, t.correction + n, C(1)), t.uncorrected = n;
 }
 
 // Takes dropped tokens out of the policy term.
@@ -182,8 +184,8 @@ RLHF_INLINE void policy_term(const PolicyLoss& op, int64_t n, const Sequence<C>&
   for (int64_t i = 0; i < n; ++i) {
     const Outcome<C> out = outcome<F>(t, logprobs[i], old_logprobs[i], advantages[i], i, shared, p);
     const C weight = t.weights[i] * t.correction[i];
-    loss += weight * out.loss;
-    coefficient[i] = (F::of_sequence ? t.counts[i] * sequence_weight : weight) * out.slope;
+    loss += product(weight, out.loss);
+    coefficient[i] = product(F::of_sequence ? t.counts[i] * sequence_weight : weight, out.slope);
     low += t.counts[i] * out.low;
     high += t.counts[i] * out.high;
   }
@@ -200,13 +202,15 @@ RLHF_INLINE void reference_term(const PolicyLoss& op, int64_t start, int64_t n, 
   C loss = 0, kl = 0;
 #pragma omp simd reduction(+ : loss, kl)
   for (int64_t i = 0; i < n; ++i) {
-    const C x = ref_logprobs[i] - logprobs[i];
-    const C k3 = exp_parts(x).minus_1_minus;
-    const C value = kEstimator == 1 ? -x : (kEstimator == 2 ? C(0.5) * x * x : k3);
-    const C slope = kEstimator == 1 ? C(-1) : (kEstimator == 2 ? x : k3 + x);  // d value / d x
+    const C apart = ref_logprobs[i] - logprobs[i], within = bounded(apart, C(-20), C(20));
+    const C x = (kEstimator == 3) | unbiased ? within : apart;
+    const C k3 = exp_parts(x).minus_1_minus, k3_slope = x == apart ? k3 + x : C(0);
+    const C estimate = kEstimator == 1 ? -x : (kEstimator == 2 ? C(0.5) * x * x : k3);
+    const C slope = kEstimator == 1 ? C(-1) : (kEstimator == 2 ? x : k3_slope);  // d estimate / d x
+    const C value = unbiased ? t.ratio[i] * estimate : estimate;
     kl += value;
     loss += t.weights[i] * value;
-    coefficient[i] -= kl_coef * t.weights[i] * (unbiased ? t.ratio[i] * x : slope);
+    coefficient[i] -= product(kl_coef * t.weights[i], unbiased ? t.ratio[i] * x : slope);
   }
   sums.of[kKl] += kl;
   if (op.kl_coef > 0) sums.loss += op.kl_coef * loss;
@@ -301,11 +305,14 @@ template <typename Statistic, typename C>
 RLHF_INLINE void add(const PolicyLoss& op, int64_t start, int64_t n, SequenceSums& sums) {
   Tokens<C> t;
   if (!read_tokens(op, start, n, t)) return;
-  const bool has_sampler = op.sampler_logprobs.data;
+  const bool has_sampler = op.sampler_logprobs.data, of_token = has_sampler && op.level == 0;
   const C *logprobs = t.logprobs, *old_logprobs = t.old_logprobs, *advantages = t.advantages, *sampler = old_logprobs;
   if (has_sampler) sampler = read_counted(op, op.sampler_logprobs, t, start, n, t.optional);
-  if (has_sampler && op.level == 0) {
-    const Bounds<C> bounds(op);
+  const Bounds<C> bounds(op);
+  if (of_token && op.folds_correction) {
+    for (int64_t i = 0; i < n; ++i)
+      if (t.flags[i]) sums.statistic += bounds.log_weight(exp_any(bounded(old_logprobs[i] - sampler[i], C(-20), C(20))));
+  } else if (of_token) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i)
       t.weights[i] *= bounds.weight(exp_any(bounded(old_logprobs[i] - sampler[i], C(-20), C(20))));
@@ -342,14 +349,16 @@ template <typename F, typename C> Sequence<C> finish(const PolicyLoss& op, const
   C p[5];
   for (int k = 0; k < 5; ++k) p[k] = C(op.parameters[k]);
   const double length = std::max(sums.count, 1.0);
+  double statistic = sums.statistic;
   Sequence<C> out;
-  out.shared = F::shared(C(sums.statistic / length), C(length), C(sums.advantage / length), p);
-  out.far = sums.kl / length > op.off_policy_max_kl;
-  double weight = sums.weight - (out.far ? sums.weight_negative : 0);
   if (op.level != 0 && op.sampler_logprobs.data) {
     out.correction = bounded_exp(C(op.level == 1 ? sums.correction : sums.correction / length));
-    weight *= Bounds<C>(op).weight(out.correction);
+    if (op.folds_correction) statistic += (op.level == 1 ? 1 : length) * Bounds<C>(op).log_weight(out.correction);
   }
+  out.shared = F::shared(C(statistic / length), C(length), C(sums.advantage / length), p);
+  out.far = sums.kl / length > op.off_policy_max_kl;
+  double weight = sums.weight - (out.far ? sums.weight_negative : 0);
+  if (op.level != 0 && op.sampler_logprobs.data) weight *= Bounds<C>(op).weight(out.correction);
   out.weight = C(weight / length);
   return out;
 }

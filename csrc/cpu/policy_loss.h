@@ -21,6 +21,7 @@ struct PolicyLoss {
   int level;                         // of the correction: 0 token, 1 sequence, 2 geometric
   bool reject;                       // weights outside the bounds become 0 instead of the bound
   bool needs_sequences;              // the loss is made from sums over sequences
+  bool folds_correction;             // the correction is in the sum of the log-ratios instead of a weight
   double kl_coef, entropy_coef, correction_low, correction_high, off_policy_max_kl;
   bool is_double;                    // whether `denominator` and everything below is double or float
   void *loss, *metrics;              // one number; 13, in the order of METRICS

@@ -61,9 +61,9 @@ template <typename Ties> struct Draw {
       const C* other = batch.rewards.data() + i * kLanes;
       C* terms = batch.terms.data() + i * kLanes;
       RLHF_LANES {
-        const C below = other[l] - greatest[l], tied = better[l] == drawn[l] ? left[l] : C(0);
+        const C below = other[l] == greatest[l] ? C(0) : other[l] - greatest[l], tied = better[l] == drawn[l] ? left[l] : C(0);
         const C weight = better[l] > drawn[l] ? C(1) : tied;
-        terms[l] = weight * exp_neg(below > 0 ? C(0) : below);
+        terms[l] = product(weight, exp_neg(below > 0 ? C(0) : below));
         others[l] += i == j ? C(0) : terms[l];
       }
     }
@@ -91,7 +91,7 @@ struct Pairwise {
       const C* other = batch.rewards.data() + i * kLanes;
       double* gradient = batch.gradient.data() + i * kLanes;
       RLHF_LANES {
-        const C gap = other[l] - reward[l];
+        const C gap = other[l] == reward[l] ? C(0) : other[l] - reward[l];
         const bool worse = (better[l] > drawn[l]) & (drawn[l] >= 0);
         const C pull = worse ? sigmoid(gap) / pairs[l] : C(0);
         losses[l] += worse ? softplus(gap) / pairs[l] : C(0);

@@ -51,12 +51,12 @@ template <typename T> RLHF_INLINE void sample_row(const SampleTokens& op, int64_
   const int64_t n = op.vocabulary;
   const T* logits = static_cast<const T*>(op.logits) + row * op.row_stride;
   const RowTransform<C> transform(op.transform, row);
-  std::vector<C> z(n), weights(n);
+  std::vector<C> z(n), weights(n);  // z less its maximum
   std::vector<Key<C>> keys(n);
   C max = -infinity<C>();
   bool nan = false;
   for (int64_t i = 0; i < n; ++i) {
-    z[i] = transform.factor * transform.capped(load(logits[i]));
+    z[i] = transform.capped(load(logits[i]));
     nan |= z[i] != z[i];
     max = z[i] > max ? z[i] : max;
   }
@@ -66,7 +66,9 @@ template <typename T> RLHF_INLINE void sample_row(const SampleTokens& op, int64_
     return;
   }
   for (int64_t i = 0; i < n; ++i) {
-    weights[i] = std::exp(z[i] - max);
+    // The factor of a tiny temperature takes differences alone to infinity. + 0: one key for both zeros.
+    z[i] = product(z[i] - max, transform.factor) + C(0);
+    weights[i] = std::exp(z[i]);
     keys[i] = key_of(z[i]);
   }
   const double full = mass_from<C>(keys.data(), weights.data(), n, 0);
@@ -85,7 +87,7 @@ template <typename T> RLHF_INLINE void sample_row(const SampleTokens& op, int64_
       return mass_from<C>(keys.data(), weights.data(), n, std::max(pivot, lowest)) >= op.top_p * kept;
     }));
   }
-  if (op.min_p > 0) keep_from(key_of(C(max + C(std::log(op.min_p)))));
+  if (op.min_p > 0) keep_from(key_of(C(std::log(op.min_p)) + C(0)));
 
   // Inverse of the cumulative distribution in the order of the ids, at one uniform of 53 bits.
   const uint64_t id = uint64_t(op.row_ids[row]), step = uint64_t(*op.step);
@@ -101,7 +103,7 @@ template <typename T> RLHF_INLINE void sample_row(const SampleTokens& op, int64_
     if (cumulative > uniform * kept) break;
   }
   op.ids[row] = chosen;
-  const double below = double(z[chosen]) - double(max);
+  const double below = z[chosen];
   static_cast<C*>(op.logprobs)[row] = C(below - std::log1p(kept - 1));
   static_cast<C*>(op.full_logprobs)[row] = C(below - std::log1p(full - 1));
 }

@@ -13,7 +13,7 @@ template <typename T> RLHF_INLINE void rows(const ShapedRewards& op, int64_t fir
     const uint8_t* mask = op.mask + row * op.time;
     C* rewards = static_cast<C*>(op.rewards) + row * op.time;
 #pragma omp simd
-    for (int64_t t = 0; t < op.time; ++t) rewards[t] = mask[t] ? -coef * load(kl[t]) : C(0);
+    for (int64_t t = 0; t < op.time; ++t) rewards[t] = mask[t] ? product(-coef, load(kl[t])) : C(0);
     int64_t end = op.time - 1;
     while (end >= 0 && !mask[end]) --end;
     if (end < 0) continue;

@@ -62,10 +62,7 @@ template <typename T> struct Row {
     const C slope = scale * factor * (capped ? inner : C(1));
     for (int64_t i = 0; i < n; ++i) values[i] *= slope;
     if (!capped) return;
-    for (int64_t i = 0; i < n; ++i) {
-      const C t = tanh_fast(C(load(x[start + i])) * inner);
-      values[i] *= (1 - t) * (1 + t);
-    }
+    for (int64_t i = 0; i < n; ++i) values[i] *= tanh_slope_fast(C(load(x[start + i])) * inner);
   }
 };
 

@@ -1,6 +1,7 @@
 #include "cpu/token_logprobs.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu/simd.h"
 
@@ -44,7 +45,7 @@ RLHF_INLINE C cap_block(const T* x, int64_t n, const RowTransform<C>& row, C* s,
     const C u = load(x[i]), t = tanh_fast(u * inner);
     max = u > max ? u : max;
     s[i] = row.cap * t;
-    if (kSlope) slope[i] = row.scale * ((1 - t) * (1 + t));
+    if (kSlope) slope[i] = row.scale * tanh_slope_fast(u * inner);
   }
   return max;
 }
@@ -115,6 +116,11 @@ template <typename T, typename C>
 RLHF_INLINE void row_gradient(const T* logits, T* out, int64_t vocabulary, const RowTransform<C>& row,
                               const RowGradient<C>& of) {
   C s[kBlock], slope[kBlock];
+  std::vector<C> target_slopes(of.count, C(1));  // before `out`, which may be the logits, is written
+  const auto inside = [&](int64_t k) { return of.targets[k] >= 0 && of.targets[k] < vocabulary; };
+  if (row.cap > 0)
+    for (int64_t k = 0; k < of.count; ++k)
+      if (inside(k)) target_slopes[k] = row.slope(load(logits[of.targets[k]]));
   for (int64_t start = 0; start < vocabulary; start += kBlock) {
     const int64_t n = std::min(kBlock, vocabulary - start);
     if (row.cap > 0) {
@@ -127,7 +133,7 @@ RLHF_INLINE void row_gradient(const T* logits, T* out, int64_t vocabulary, const
     }
   }
   for (int64_t k = 0; k < of.count; ++k)
-    if (of.targets[k] >= 0 && of.targets[k] < vocabulary) store(out[of.targets[k]], of.at_target(k, row));
+    if (inside(k)) store(out[of.targets[k]], of.at_target(k, target_slopes[k], row));
 }
 
 template <typename T> RLHF_INLINE void forward_row(const TokenLogprobs& op, void* gradient, int64_t row) {

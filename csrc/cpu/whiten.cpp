@@ -69,9 +69,10 @@ RLHF_INLINE void span_whiten(const Whiten& op, int64_t begin, int64_t end, doubl
   using C = typename Compute<T>::type;
   const T* x = static_cast<const T*>(op.x);
   C* y = static_cast<C*>(out);
-  const C m = C(mean), a = C(scale), b = C(shift);
+  // The mean in two parts: one of 1e6 is rounded by more than a small deviation.
+  const C m = C(mean), rest = C(mean - double(m)), a = C(scale), b = C(shift);
 #pragma omp simd
-  for (int64_t i = begin; i < end; ++i) y[i] = (load(x[i]) - m) * a + b;
+  for (int64_t i = begin; i < end; ++i) y[i] = ((load(x[i]) - m) - rest) * a + b;
   if (!op.mask) return;
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) y[i] = op.mask[i] ? y[i] : C(0);

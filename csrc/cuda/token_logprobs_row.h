@@ -293,19 +293,27 @@ __device__ void write_gradient(const T* logits, T* out, int64_t first, int64_t s
   const C shift = of.max / row.factor, factor2 = row.factor * C(kLog2E), logsum2 = of.logsum * C(kLog2E);
   const C constant = -row.factor * (of.g_sum - of.g_lse + of.g_entropy * of.entropy);
   const C linear = -row.factor * of.g_entropy * C(kLn2);
+  // Before `out`, which may be the logits, is written; of a thread's first target, or from what is known of the others.
+  C target_slope = 1;
+  if (row.cap > 0 && threadIdx.x < of.count) {
+    const int64_t target = of.targets[threadIdx.x];
+    if (target >= first && target < first + size) target_slope = row.slope(load(logits[target - first]));
+  }
+  if (row.cap > 0) __syncthreads();
   for_each_pack(logits, size, head_of(logits, out, size), [&](auto pack, int64_t start) {
 #pragma unroll
     for (int i = 0; i < pack.size; ++i) {
-      const C s = row.capped(load(pack.x[i])), t = std::fma(s - shift, factor2, -logsum2), p = exp2_flushed(t);
+      const C x = load(pack.x[i]), s = row.capped(x), t = std::fma(s - shift, factor2, -logsum2), p = exp2_flushed(t);
       const C at_one = kEntropy ? std::fma(linear, std::fmax(t, C(kNoPower)), constant) : constant;
-      store(pack.x[i], p * at_one * row.slope(s));
+      store(pack.x[i], p * at_one * row.slope(x));
     }
     *reinterpret_cast<decltype(pack)*>(out + start) = pack;
   });
   __syncthreads();
   for (int64_t k = threadIdx.x; k < of.count; k += kThreads) {
     const int64_t target = of.targets[k];
-    if (target >= first && target < first + size) store(out[target - first], of.at_target(k, row));
+    if (k >= kThreads && row.cap > 0) target_slope = row.slope_of_capped((of.logprobs[k] + of.logsum + of.max) / row.factor);
+    if (target >= first && target < first + size) store(out[target - first], of.at_target(k, target_slope, row));
   }
 }
 

@@ -66,6 +66,16 @@ RLHF_HD float tanh_fast(float x) {
 }
 RLHF_HD double tanh_fast(double x) { return std::tanh(x); }
 
+// 1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = exp(-2 |x|), which does not cancel where tanh is near 1.
+RLHF_HD float tanh_slope_fast(float x) {
+  const float e = exp2_neg(std::fabs(x) * -2.88539008f);  // 2 / ln 2
+  return 4.0f * e / ((1.0f + e) * (1.0f + e));
+}
+RLHF_HD double tanh_slope_fast(double x) {
+  const double e = std::exp(-2 * std::fabs(x));
+  return 4 * e / ((1 + e) * (1 + e));
+}
+
 // exp(x) and exp(x) - 1 - x, both signs, to about 1 unit in the last place of exp(x), and near 0 of x^2 / 2: there
 // 2^n = 1 and the second is the polynomial itself. 0 below -86.6, inf from 88.73; NaN stays NaN. The bounds are two
 // statements, a minimum and a maximum to the compiler; above the upper one the product itself is infinite.

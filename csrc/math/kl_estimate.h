@@ -39,10 +39,10 @@ RLHF_HD Estimate<T> estimate(T log_ratio, bool weighted, T weight, const KlClips
   weight = capped ? clips.weight : weight;
   if constexpr (std::is_same_v<G, Own>) {
     const T slope = (x == log_ratio) & (value == own.value) ? own.derivative : T(0);
-    return {weight * value, weight * (through_weight - slope), weight * slope};
+    return {product(weight, value), product(weight, through_weight - slope), product(weight, slope)};
   } else {
-    const T slope = weight * G::at(log_ratio).derivative;
-    return {weight * value, -slope, slope};
+    const T slope = product(weight, G::at(log_ratio).derivative);
+    return {product(weight, value), -slope, slope};
   }
 }
 

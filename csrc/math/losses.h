@@ -37,7 +37,7 @@ struct ValueClip {  // x: value, return, old_value; p: clip_eps
 struct StepBce {  // x: score (a logit), label
   static constexpr int inputs = 2, coefficients = 1;
   template <typename T> static RLHF_HD Terms<T> at(const T* x, const T*) {
-    return {x[1] * softplus(-x[0]) + (1 - x[1]) * softplus(x[0]),
+    return {product(x[1], softplus(-x[0])) + product(1 - x[1], softplus(x[0])),
             {(1 - x[1]) * sigmoid(x[0]) - x[1] * sigmoid(-x[0])},
             {(x[0] > 0) == (x[1] > T(0.5)) ? T(1) : T(0)}};
   }

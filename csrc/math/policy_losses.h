@@ -60,6 +60,7 @@ struct BoundedLogRatio {  // p: lowest log-ratio, highest log-ratio
 struct TokenLoss {
   using Statistic = LogRatio;
   static constexpr bool of_sequence = false;  // its slope is that of the sequence's loss by a mean over its tokens
+  static constexpr bool folds_correction = false;  // into the sum of the log-ratios, in place of a weight
   template <typename T> static RLHF_HD Shared<T> shared(T, T, T, const T*) { return {}; }
 };
 
@@ -87,7 +88,7 @@ struct KlCov : TokenLoss {  // p: kl_cov_coef
     const T weight = t.selected > 0 ? p[0] : T(0);
     const T rises = t.log_ratio > 0 ? T(1) : T(0), sign = t.log_ratio < 0 ? T(-1) : rises;
     const T surrogate = t.ratio * t.advantage;
-    return {weight * std::fabs(t.log_ratio) - surrogate, weight * sign - unless_saturated(t.log_ratio, surrogate), T(0),
+    return {product(weight, std::fabs(t.log_ratio)) - surrogate, weight * sign - unless_saturated(t.log_ratio, surrogate), T(0),
             t.selected > 0 ? T(1) : T(0)};
   }
 };
@@ -95,7 +96,7 @@ struct KlCov : TokenLoss {  // p: kl_cov_coef
 struct PolicyGradient : TokenLoss {
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T*, E) {
-    return {-t.advantage * t.logprob, -t.advantage, T(0), T(0)};
+    return {product(-t.advantage, t.logprob), -t.advantage, T(0), T(0)};
   }
 };
 
@@ -103,7 +104,7 @@ struct Cispo : TokenLoss {  // p: lowest ratio, highest ratio
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E) {
     const T slope = -bounded(t.ratio, p[0], p[1]) * t.advantage;
-    return {slope * t.logprob, slope, t.ratio < p[0] ? T(1) : T(0), t.ratio > p[1] ? T(1) : T(0)};
+    return {product(slope, t.logprob), slope, t.ratio < p[0] ? T(1) : T(0), t.ratio > p[1] ? T(1) : T(0)};
   }
 };
 
@@ -117,26 +118,27 @@ struct Sapo : TokenLoss {  // p: temperature of positive, of negative advantages
   }
 };
 
-template <typename T> RLHF_HD Outcome<T> within(T divergence, const Token<T>& t, T limit) {
-  const bool far = divergence > limit;
+// p: max_divergence, the cap of the ratio, beyond which the slope is that of the cap times the log-ratio.
+template <typename T> RLHF_HD Outcome<T> within(T divergence, const Token<T>& t, const T* p) {
+  const bool far = divergence > p[0];
   const bool low = far & (t.advantage < 0) & (t.log_ratio < 0), high = far & (t.advantage > 0) & (t.log_ratio > 0);
-  const T loss = low | high ? T(0) : -t.ratio * t.advantage;
-  return {loss, unless_saturated(t.log_ratio, loss), low ? T(1) : T(0), high ? T(1) : T(0)};
+  const T ratio = t.ratio > p[1] ? p[1] : t.ratio, loss = low | high ? T(0) : -ratio * t.advantage;
+  return {loss, t.log_ratio < -20 ? T(0) : loss, low ? T(1) : T(0), high ? T(1) : T(0)};
 }
 
-struct DppoTv : TokenLoss {  // p: max_divergence
+struct DppoTv : TokenLoss {  // p: see within
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E exp) {
-    return within(std::fabs(exp(t.logprob) - exp(t.old_logprob)), t, p[0]);
+    return within(std::fabs(exp(t.logprob) - exp(t.old_logprob)), t, p);
   }
 };
 
-struct DppoKl : TokenLoss {  // p: max_divergence
+struct DppoKl : TokenLoss {  // p: see within
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>&, const T* p, E exp) {
     const T old_rest = -std::expm1(t.old_logprob), rest = -std::expm1(t.logprob);
     const T others = old_rest > 0 ? old_rest * (std::log(old_rest) - std::log(rest)) : T(0);
-    return within(exp(t.old_logprob) * (t.old_logprob - t.logprob) + others, t, p[0]);
+    return within(product(exp(t.old_logprob), t.old_logprob - t.logprob) + others, t, p);
   }
 };
 
@@ -182,6 +184,7 @@ struct Gmpo : TokenLoss {  // p: lowest log-ratio, highest log-ratio
 };
 
 struct Vespo : TokenLoss {  // p: k and lambda of positive, of negative advantages
+  static constexpr bool folds_correction = true;
   template <typename T> static RLHF_HD Shared<T> shared(T mean, T length, T, const T* p) {
     const T sum = mean * length, log_weight = bounded(sum, T(-20), T(20));
     const T above = std::expm1(log_weight);
@@ -191,7 +194,7 @@ struct Vespo : TokenLoss {  // p: k and lambda of positive, of negative advantag
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>& t, const Shared<T>& s, const T*, E) {
     const T slope = -(t.advantage >= 0 ? s.positive : s.negative) * t.advantage;
-    return {slope * t.logprob, slope, T(0), T(0)};
+    return {product(slope, t.logprob), slope, T(0), T(0)};
   }
 };
 

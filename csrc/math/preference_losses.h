@@ -27,7 +27,7 @@ template <typename T> struct Rewards {
 template <typename T> RLHF_HD Sloped<T> tamed_expm1(T x) {
   const T bounded = x < T(20) ? x : (x != x ? x : T(20));
   const T e = exp_any(bounded);
-  return {expm1_any(bounded) + e * (x - bounded), e};
+  return {expm1_any(bounded) + (x > T(20) ? e * (x - T(20)) : T(0)), e};
 }
 
 // Score of a log-ratio under a divergence.
@@ -47,7 +47,7 @@ struct JensenShannonScore {
 };
 
 template <typename T> RLHF_HD Sloped<T> logistic(T gap, T label_smoothing) {
-  return {(1 - label_smoothing) * softplus(-gap) + label_smoothing * softplus(gap),
+  return {(1 - label_smoothing) * softplus(-gap) + product(label_smoothing, softplus(gap)),
           label_smoothing * sigmoid(gap) - (1 - label_smoothing) * sigmoid(-gap)};
 }
 
@@ -63,7 +63,7 @@ struct SigmoidLoss {  // parameter: the target margin
 struct RobustLoss {
   template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
     const T h = r.gap(), s = r.label_smoothing, scale = 1 / (1 - 2 * s);
-    return of_gap(Sloped<T>{scale * ((1 - s) * softplus(-h) - s * softplus(h)),
+    return of_gap(Sloped<T>{scale * ((1 - s) * softplus(-h) - product(s, softplus(h))),
                            -scale * ((1 - s) * sigmoid(-h) + s * sigmoid(h))});
   }
 };
@@ -86,8 +86,8 @@ struct ExoPairLoss {
   template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
     const T h = r.gap(), p = sigmoid(h), q = sigmoid(-h);
     const T log_chosen = std::log1p(-r.label_smoothing), log_rejected = std::log(r.label_smoothing);
-    return of_gap(Sloped<T>{-p * (softplus(-h) + log_chosen) - q * (softplus(h) + log_rejected),
-                           p * q * (h - (log_chosen - log_rejected))});
+    return of_gap(Sloped<T>{-product(p, softplus(-h) + log_chosen) - product(q, softplus(h) + log_rejected),
+                           product(p * q, h - (log_chosen - log_rejected))});
   }
 };
 
@@ -99,9 +99,14 @@ struct NcaPairLoss {
   }
 };
 
+// An infinite reward, which makes the mean of the batch infinite, is still further away than that.
+template <typename T> RLHF_HD T shifted(T reward, T shift) {
+  return std::fabs(reward) == infinity<T>() ? reward : reward - shift;
+}
+
 struct BcoPairLoss {  // both shifts: delta
   template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
-    const T a = r.chosen - r.chosen_shift, b = r.rejected - r.rejected_shift;
+    const T a = shifted(r.chosen, r.chosen_shift), b = shifted(r.rejected, r.rejected_shift);
     return {softplus(-a) + softplus(b), -sigmoid(-a), sigmoid(b)};
   }
 };
@@ -117,6 +122,14 @@ struct AotLoss {  // shifts: what takes the pair's gap to that of the chosen's r
   template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
     const Sloped<T> chosen = logistic(r.gap() - r.chosen_shift, r.label_smoothing);
     const Sloped<T> rejected = logistic(r.gap() - r.rejected_shift, r.label_smoothing);
+    return {T(0.5) * (chosen.value + rejected.value), chosen.slope, -rejected.slope};
+  }
+};
+
+struct AotUnpairedLoss {  // shifts: the rejected reward of the chosen's rank, the chosen reward of the rejected's
+  template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
+    const Sloped<T> chosen = logistic(r.chosen - r.chosen_shift, r.label_smoothing);
+    const Sloped<T> rejected = logistic(r.rejected_shift - r.rejected, r.label_smoothing);
     return {T(0.5) * (chosen.value + rejected.value), chosen.slope, -rejected.slope};
   }
 };
@@ -138,9 +151,12 @@ struct ApoDownLoss {
 struct DiscopopLoss {  // parameter: tau
   template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
     const T h = r.gap(), tau = r.parameter, exponential = sigmoid(h / tau), logistic = sigmoid(-h / tau);
-    const T weighted = exp_any(-softplus(-h / tau) - h);  // exp(-h) sigmoid(h / tau)
-    return of_gap(Sloped<T>{logistic * softplus(-h) + weighted,
-                           -logistic * (sigmoid(-h) + exponential * softplus(-h) / tau) +
+    // log(exp(-h) sigmoid(h / tau)) on the side where its terms do not cancel
+    const T falling = product(1 / tau - 1, h) - softplus(h / tau), rising = -softplus(-h / tau) - h;
+    const T exponent = h < 0 ? falling : rising, beyond = exponent > T(20) ? exponent - T(20) : T(0);
+    const T weighted = tamed_expm1(exponent).slope;
+    return of_gap(Sloped<T>{product(logistic, softplus(-h)) + weighted * (1 + beyond),
+                           -logistic * (sigmoid(-h) + product(exponential, softplus(-h)) / tau) +
                                weighted * (logistic / tau - 1)});
   }
 };
@@ -154,7 +170,7 @@ struct SftLoss {
 struct CpoLoss {  // parameter: weight of the likelihood
   template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
     const Sloped<T> preference = logistic(r.gap(), r.label_smoothing);
-    return {preference.value - r.parameter * r.chosen_logprob, preference.slope - r.parameter / r.beta,
+    return {preference.value - product(r.parameter, r.chosen_logprob), preference.slope - r.parameter / r.beta,
             -preference.slope};
   }
 };
@@ -174,7 +190,7 @@ struct HpoLoss {  // shifts: weights of the likelihoods; parameter: weight of bo
   template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
     const Sloped<T> preference = logistic(r.gap(), r.label_smoothing);
     const T chosen = r.parameter * r.chosen_shift, rejected = r.parameter * r.rejected_shift;
-    return {preference.value - chosen * r.chosen_logprob - rejected * r.rejected_logprob,
+    return {preference.value - product(chosen, r.chosen_logprob) - product(rejected, r.rejected_logprob),
             preference.slope - chosen / r.beta, -preference.slope - rejected / r.beta};
   }
 };
@@ -182,8 +198,8 @@ struct HpoLoss {  // shifts: weights of the likelihoods; parameter: weight of bo
 struct BradleyTerryLoss {  // chosen_shift: the margin; parameter: weight of the squared sum
   template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
     const Sloped<T> preference = logistic(r.gap() - r.chosen_shift, r.label_smoothing);
-    const T sum = r.chosen + r.rejected, centring = r.parameter * sum;
-    return {preference.value + centring * sum, preference.slope + 2 * centring, 2 * centring - preference.slope};
+    const T sum = r.chosen + r.rejected, centring = product(r.parameter, sum);
+    return {preference.value + product(centring, sum), preference.slope + 2 * centring, 2 * centring - preference.slope};
   }
 };
 
@@ -204,7 +220,7 @@ template <typename Variant> struct Pair {
   template <typename T> static RLHF_HD Terms<T> at(const T* x, const T* p) {
     const Rewards<T> rewards{x[2], x[3], x[0], x[1], x[7], x[8], p[0], p[1], p[2]};
     const PairLoss<T> pair = Variant::at(rewards);
-    return {x[6] * pair.loss, {x[6] * x[4] * pair.chosen, x[6] * x[5] * pair.rejected},
+    return {product(x[6], pair.loss), {product(x[6], x[4] * pair.chosen), product(x[6], x[5] * pair.rejected)},
             {x[2] > x[3] ? T(1) : T(0), rewards.gap(), x[2], x[3]}};
   }
 };

@@ -9,6 +9,9 @@ namespace rlhf {
 
 template <typename T> constexpr T infinity() { return std::numeric_limits<T>::infinity(); }
 
+// weight * x, where a weight of 0 takes x out: 0 times infinity is 0.
+template <typename T> RLHF_HD T product(T weight, T x) { return weight == 0 ? T(0) : weight * x; }
+
 // log(1 + exp(x))
 template <typename T> RLHF_HD T softplus(T x) { return (x > 0 ? x : T(0)) + log1p_any(exp_neg(-std::fabs(x))); }
 

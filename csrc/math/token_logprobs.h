@@ -21,8 +21,14 @@ template <typename T> struct RowTransform {
         cap(T(t.softcap)),
         scale(T(t.logit_scale)) {}
   RLHF_HD T capped(T x) const { return cap > 0 ? cap * std::tanh(x * (scale / cap)) : x; }
-  // d capped / d x where s = capped(x)
-  RLHF_HD T slope(T s) const { return cap > 0 ? scale * ((1 - s / cap) * (1 + s / cap)) : T(1); }
+  // d capped / d x where s = capped(x), for s well below the cap.
+  RLHF_HD T slope_of_capped(T s) const { return cap > 0 ? scale * ((1 - s / cap) * (1 + s / cap)) : T(1); }
+  // d capped / d x, from x: 1 - tanh^2 of a saturated logit cancels.
+  RLHF_HD T slope(T x) const {
+    if (!(cap > 0)) return T(1);
+    const T e = std::exp(T(-2) * std::fabs(x * (scale / cap)));
+    return scale * (4 * e / ((1 + e) * (1 + e)));
+  }
 };
 
 // A set of logits: its maximum (as given, before the transform), and with e = exp(z - max z) the sums over all but
@@ -84,12 +90,13 @@ template <typename T> struct RowGradient {
   T max, logsum, entropy, g_entropy, g_lse, g_sum;
   RLHF_HD T g(int64_t k) const { return g_logprobs ? g_logprobs[k] : T(1); }
   // d L / d logit of target k, with 1 - p from expm1, which keeps a confident token's gradient.
-  RLHF_HD T at_target(int64_t k, const RowTransform<T>& row) const {
-    const T log_p = logprobs[k], p = std::exp(log_p), s = (log_p + logsum + max) / row.factor;
+  // slope: d capped / d logit there.
+  RLHF_HD T at_target(int64_t k, T slope, const RowTransform<T>& row) const {
+    const T log_p = logprobs[k], p = std::exp(log_p);
     T elsewhere = 0;
     for (int64_t i = 0; i < count; ++i) elsewhere += targets[i] == targets[k] ? T(0) : g(i);
     const T through_entropy = p == 0 ? T(0) : g_entropy * p * (log_p + entropy);
-    return row.factor * row.slope(s) * (g_sum * -std::expm1(log_p) - elsewhere + g_lse * p - through_entropy);
+    return row.factor * slope * (g_sum * -std::expm1(log_p) - elsewhere + g_lse * p - through_entropy);
   }
 };
 

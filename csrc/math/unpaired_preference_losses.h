@@ -22,7 +22,7 @@ template <typename Variant> struct Unpaired {
     const bool desirable = x[2] > 0;
     const T reward = p[0] * (x[0] - x[1]), sign = desirable ? T(1) : T(-1);
     const T weight = x[3] * (desirable ? p[1] : p[2]), u = sign * (reward - x[4]);
-    return {weight * Variant::value(u), {weight * sign * p[0] * Variant::slope(u)},
+    return {product(weight, Variant::value(u)), {product(weight, sign * p[0] * Variant::slope(u))},
             {desirable ? T(1) : T(0), desirable ? reward : T(0), desirable ? T(0) : T(1), desirable ? T(0) : reward}};
   }
 };

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.launch import launch
-from rlhf_fast.kernels.scalar import exp_minus_1_minus, expm1
+from rlhf_fast.kernels.scalar import exp_minus_1_minus, expm1, product
 from torch import Tensor
 
 BLOCK = 1024
@@ -13,7 +13,7 @@ BLOCK = 1024
 
 @triton.jit
 def k1(x):
-    return -x, x * 0.0 - 1.0
+    return -x, tl.full(x.shape, -1.0, x.dtype)
 
 
 @triton.jit
@@ -72,8 +72,8 @@ def _kernel(
     x = _clipped(log_ratio, log_ratio_clip)
     raw, slope = ESTIMATOR(x)
     value = _clipped(raw, value_clip)
-    weight = value * 0.0 + 1.0
-    through_weight = value * 0.0
+    weight = tl.full([BLOCK], 1.0, acc)
+    through_weight = tl.zeros([BLOCK], acc)
     if HAS_OLD:
         old = old_logprobs + row * old_row_stride + column * old_column_stride
         weight = tl.exp(logprob - tl.load(old, mask=inside, other=0.0).to(acc))
@@ -83,12 +83,12 @@ def _kernel(
         slope = tl.where((x == log_ratio) & (value == raw), slope, 0.0)
     else:
         _unused, slope = GRADIENT(log_ratio)
-        through_weight = through_weight * 0.0
-    tl.store(values + i, weight * value, mask=inside)
+        through_weight = tl.zeros([BLOCK], acc)
+    tl.store(values + i, product(weight, value), mask=inside)
     if HAS_BY_LOGPROB:
-        tl.store(by_logprob + i, weight * (through_weight - slope), mask=inside)
+        tl.store(by_logprob + i, product(weight, through_weight - slope), mask=inside)
     if HAS_BY_REF:
-        tl.store(by_ref + i, weight * slope, mask=inside)
+        tl.store(by_ref + i, product(weight, slope), mask=inside)
 
 
 def forward(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.preference_losses import PAIRED, UNPAIRED
-from rlhf_fast.kernels.scalar import divide, sigmoid, softplus, sum_parts
+from rlhf_fast.kernels.scalar import divide, product, sigmoid, softplus, sum_parts
 from torch import Tensor
 
 BLOCK = 1024  # elements of a program at a time; fewer where there are many inputs, or registers would be spilled
@@ -43,7 +43,7 @@ def value_clip(x, p):
 @triton.jit
 def step_bce(x, p):
     score, label = x
-    loss = label * softplus(-score) + (1 - label) * softplus(score)
+    loss = product(label, softplus(-score)) + product(1 - label, softplus(score))
     slope = (1 - label) * sigmoid(score) - label * sigmoid(-score)
     return loss, slope, 0.0, tl.where((score > 0) == (label > 0.5), 1.0, 0.0), 0.0, 0.0, 0.0
 

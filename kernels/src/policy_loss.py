@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.launch import launch
-from rlhf_fast.kernels.scalar import divide, exp_minus_1_minus, expm1, sum_parts
+from rlhf_fast.kernels.scalar import divide, exp_minus_1_minus, expm1, product, sum_parts
 from torch import Tensor
 
 BLOCK = 512
@@ -58,7 +58,7 @@ def clip_cov(lp, old, a, x, r, saturated, selected, s_loss, s_slope, s_low, s_hi
 def kl_cov(lp, old, a, x, r, saturated, selected, s_loss, s_slope, s_low, s_high, s_pos, s_neg, p0, p1, p2, p3, p4):
     weight = tl.where(selected, p0, 0.0)
     sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
-    return weight * tl.abs(x) - r * a, weight * sign - tl.where(saturated, 0.0, r * a), x != x, selected
+    return product(weight, tl.abs(x)) - r * a, weight * sign - tl.where(saturated, 0.0, r * a), x != x, selected
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def policy_gradient(
     lp, old, a, x, r, saturated, selected, s_loss, s_slope, s_low, s_high, s_pos, s_neg, p0, p1, p2, p3, p4
 ):  # fmt: skip
     never = selected & (selected == 0)
-    return -a * lp, -a, never, never
+    return product(-a, lp), -a, never, never
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def cispo(lp, old, a, x, r, saturated, selected, s_loss, s_slope, s_low, s_high,
     low = r < p0
     high = r > p1
     slope = -tl.where(low, p0, tl.where(high, p1, r)) * a
-    return slope * lp, slope, low, high
+    return product(slope, lp), slope, low, high
 
 
 @triton.jit
@@ -89,16 +89,16 @@ def sapo(lp, old, a, x, r, saturated, selected, s_loss, s_slope, s_low, s_high, 
 
 
 @triton.jit
-def within(divergence, a, x, r, saturated, limit):
+def within(divergence, a, x, r, limit, cap):
     low = (divergence > limit) & (a < 0) & (x < 0)
     high = (divergence > limit) & (a > 0) & (x > 0)
-    loss = tl.where(low | high, 0.0, -r * a)
-    return loss, tl.where(saturated, 0.0, loss), low, high
+    loss = tl.where(low | high, 0.0, -tl.where(r > cap, cap, r) * a)
+    return loss, tl.where(x < -20.0, 0.0, loss), low, high
 
 
 @triton.jit
 def dppo_tv(lp, old, a, x, r, saturated, selected, s_loss, s_slope, s_low, s_high, s_pos, s_neg, p0, p1, p2, p3, p4):
-    return within(tl.abs(tl.exp(lp) - tl.exp(old)), a, x, r, saturated, p0)
+    return within(tl.abs(tl.exp(lp) - tl.exp(old)), a, x, r, p0, p1)
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def dppo_kl(lp, old, a, x, r, saturated, selected, s_loss, s_slope, s_low, s_hig
     has_rest = old_rest > 0
     old_rest, rest = tl.where(has_rest, old_rest, 1.0), tl.where(has_rest, -expm1(lp), 1.0)
     others = tl.where(has_rest, old_rest * (tl.log(old_rest) - tl.log(rest)), 0.0)
-    return within(tl.exp(old) * (old - lp) + others, a, x, r, saturated, p0)
+    return within(product(tl.exp(old), old - lp) + others, a, x, r, p0, p1)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def gmpo(lp, old, a, x, r, saturated, selected, s_loss, s_slope, s_low, s_high, 
 def vespo(lp, old, a, x, r, saturated, selected, s_loss, s_slope, s_low, s_high, s_pos, s_neg, p0, p1, p2, p3, p4):
     slope = -tl.where(a >= 0, s_pos, s_neg) * a
     never = selected & (selected == 0)
-    return slope * lp, slope, never, never
+    return product(slope, lp), slope, never, never
 
 
 # --- Of a sequence ----------------------------------------------------------------------------------------------------
@@ -189,6 +189,7 @@ class Function(NamedTuple):
     statistic: triton.JITFunction = log_ratio
     shared: triton.JITFunction = nothing_shared
     of_sequence: bool = False  # the slope is d loss / d mean of the sequence
+    folds_correction: bool = False  # into the sum of the log-ratios, in place of a weight
 
 
 FUNCTIONS = {
@@ -203,7 +204,7 @@ FUNCTIONS = {
     "gspo": Function(gspo, shared=gspo_shared, of_sequence=True),
     "gspo_token": Function(gspo_token, shared=gspo_shared),
     "gmpo": Function(gmpo, gmpo_log_ratio, gmpo_shared, of_sequence=True),
-    "vespo": Function(vespo, shared=vespo_shared),
+    "vespo": Function(vespo, shared=vespo_shared, folds_correction=True),
     "dro": Function(gspo, shared=dro_shared, of_sequence=True),
 }
 
@@ -226,6 +227,11 @@ def _corrected(ratio, low, high, REJECT: tl.constexpr):
 
 
 @triton.jit
+def _log(weight):
+    return tl.log(tl.where(weight < 2.061153622438558e-09, 2.061153622438558e-09, weight))  # exp(-20)
+
+
+@triton.jit
 def _sequences_kernel(
     logprobs, old_logprobs, advantages, sampler, weights,  # (rows, columns) each, any strides
     lp_r, lp_c, old_r, old_c, a_r, a_c, sampler_r, sampler_c, w_r, w_c,  # their strides
@@ -237,8 +243,8 @@ def _sequences_kernel(
     p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64,
     low: tl.float64, high: tl.float64, furthest: tl.float64,
     STATISTIC: tl.constexpr, SHARED_OF: tl.constexpr, LEVEL: tl.constexpr, REJECT: tl.constexpr,
-    HAS_SAMPLER: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_FLAGS: tl.constexpr, MARKS: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    FOLDS: tl.constexpr, HAS_SAMPLER: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_FLAGS: tl.constexpr,
+    MARKS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = shared.dtype.element_ty
     p0, p1, p2, p3 = tl.full([], p0, acc), tl.full([], p1, acc), tl.full([], p2, acc), tl.full([], p3, acc)
@@ -278,7 +284,10 @@ def _sequences_kernel(
             w /= tl.load(denominator).to(acc)
         if HAS_SAMPLER and LEVEL == 0:
             bounded, _ = _corrected(bounded_exp(old - source), low, high, REJECT)
-            w *= bounded
+            if FOLDS:
+                statistic += tl.where(counts, _log(bounded), 0.0)
+            else:
+                w *= bounded
         count += tl.where(counts, 1.0, 0.0)
         statistic += tl.where(counts, STATISTIC(lp - old, a, p0, p1), 0.0)
         advantage += a
@@ -289,6 +298,7 @@ def _sequences_kernel(
     total = tl.sum(count, 0)
     length = tl.where(total == 0, 1.0, total)
     far = tl.sum(kl, 0) / length > furthest
+    folded = tl.sum(statistic, 0)
     total_weight = tl.sum(weight, 0) - tl.where(far, tl.sum(weight_negative, 0), 0.0)
     ratio = tl.sum(correction, 0)
     if LEVEL == 2:
@@ -297,7 +307,9 @@ def _sequences_kernel(
     if HAS_SAMPLER and LEVEL != 0:
         bounded, _ = _corrected(ratio, low, high, REJECT)
         total_weight *= bounded
-    mean, advantage_mean = tl.sum(statistic, 0) / length, tl.sum(advantage, 0) / length
+        if FOLDS:
+            folded += tl.where(LEVEL == 1, 1.0, length) * _log(bounded)
+    mean, advantage_mean = folded / length, tl.sum(advantage, 0) / length
     s0, s1, s2, s3, s4, s5 = SHARED_OF(mean, length, advantage_mean, p0, p1, p2, p3)
     S = tl.num_programs(0)
     out = shared + sequence
@@ -331,7 +343,8 @@ def _tokens_kernel(
     N, columns, S,
     p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64, p4: tl.float64,
     kl_coef: tl.float64, entropy_coef: tl.float64, low: tl.float64, high: tl.float64,
-    TOKEN: tl.constexpr, OF_SEQUENCE: tl.constexpr, ESTIMATOR: tl.constexpr, UNBIASED: tl.constexpr,
+    TOKEN: tl.constexpr, OF_SEQUENCE: tl.constexpr, FOLDS: tl.constexpr,
+    ESTIMATOR: tl.constexpr, UNBIASED: tl.constexpr,
     LEVEL: tl.constexpr, REJECT: tl.constexpr, HAS_REF: tl.constexpr, HAS_SAMPLER: tl.constexpr,
     HAS_ENTROPY: tl.constexpr, BONUS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_FLAGS: tl.constexpr,
     MARKS: tl.constexpr, HAS_SHARED: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -374,7 +387,7 @@ def _tokens_kernel(
             w = _load(weights, w_r, w_c, row, column, counts, acc)
         else:
             w /= tl.load(denominator).to(acc)
-        zero = lp * 0.0
+        zero = tl.zeros([BLOCK], acc)
         s0, s1, s2, s3, s4, s5, s6, ratio_of_sequence = zero, zero, zero, zero, zero, zero, zero, zero
         if HAS_SHARED:
             s = row
@@ -402,28 +415,32 @@ def _tokens_kernel(
             if LEVEL == 0:
                 to_sampler = bounded_exp(apart)
             bounded, outside = _corrected(to_sampler, low, high, REJECT)
-            policy_weight *= bounded
+            if not FOLDS:
+                policy_weight *= bounded
             corrections += tl.where(counts, bounded, 0.0)
             outsides += tl.where(counts & outside, 1.0, 0.0)
             sampler_kl += exp_minus_1_minus(apart)
         losses += tl.where(policy_weight == 0, 0.0, policy_weight * loss)
         if OF_SEQUENCE:
-            slope = tl.where(counts, s6 * slope, 0.0)
+            slope = tl.where(counts, product(s6, slope), 0.0)
         else:
             slope = tl.where(policy_weight == 0, 0.0, policy_weight * slope)
         if HAS_REF:
-            y = _load(ref, ref_r, ref_c, row, column, counts, acc) - lp
+            apart = _load(ref, ref_r, ref_c, row, column, counts, acc) - lp
+            y = apart
+            if (ESTIMATOR == 2) or UNBIASED:
+                y = tl.where(apart > 20.0, 20.0, tl.where(apart < -20.0, -20.0, apart))
             k3 = exp_minus_1_minus(y)
-            kl, kl_slope = k3, -(k3 + y)
+            kl, kl_slope = k3, tl.where(y == apart, -(k3 + y), 0.0)
             if ESTIMATOR == 0:
                 kl, kl_slope = -y, zero + 1.0
             if ESTIMATOR == 1:
                 kl, kl_slope = 0.5 * y * y, -y
             if UNBIASED:
-                kl_slope = -r * y
+                kl, kl_slope = r * kl, -r * y
             kls += kl
-            losses += w * (kl_coef * kl)
-            slope += tl.where(counts, w * (kl_coef * kl_slope), 0.0)
+            losses += w * product(kl_coef, kl)
+            slope += tl.where(counts, product(w * kl_coef, kl_slope), 0.0)
         if HAS_ENTROPY:
             h = _load(entropy, entropy_r, entropy_c, row, column, counts, acc)
             entropies += h
@@ -494,11 +511,11 @@ def policy_loss(
     outputs: list[Tensor],
 ) -> None:
     """Fills outputs = [loss (), metrics (13,), d loss / d logprob, and d loss / d entropy where it has a weight]."""
-    token, statistic, shared_of, of_sequence = FUNCTIONS[function]
+    token, statistic, shared_of, of_sequence, folds = FUNCTIONS[function]
     logprobs, old_logprobs, advantages, ref, sampler, entropy = inputs
     flags, weights, denominator, cu_seqlens = plan
     loss, metrics, *coefficients = outputs
-    estimator, unbiased, level, reject, needs_sequences, marks = choices
+    estimator, unbiased, level, reject, needs_sequences, marks, _ = choices
     assert logprobs is not None
     rows, columns = logprobs.shape
     sequences = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -508,7 +525,8 @@ def policy_loss(
         steps = torch.arange(columns, device=logprobs.device)
         ids = torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True).clamp(max=sequences - 1)
     flagged = {
-        "LEVEL": level, "REJECT": bool(reject), "HAS_SAMPLER": sampler is not None, "PACKED": ids is not None,
+        "FOLDS": folds, "LEVEL": level, "REJECT": bool(reject),
+        "HAS_SAMPLER": sampler is not None, "PACKED": ids is not None,
         "HAS_WEIGHTS": weights is not None, "HAS_FLAGS": flags is not None, "MARKS": bool(marks), "BLOCK": BLOCK,
     }  # fmt: skip
     if needs_sequences and logprobs.numel():

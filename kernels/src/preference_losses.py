@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.scalar import expm1, log1p, sigmoid, softplus
+from rlhf_fast.kernels.scalar import expm1, log1p, product, sigmoid, softplus
 
 # --- What every loss of pairs begins and ends with --------------------------------------------------------------------
 
 
 @triton.jit
+def _tamed_expm1(x):
+    """(value, slope): beyond exp(20) the exponential goes on along its tangent."""
+    bounded = tl.where(x > 20.0, 20.0, x)
+    e = tl.exp(bounded)
+    return expm1(bounded) + tl.where(x > 20.0, e * (x - 20.0), 0.0), e
+
+
+@triton.jit
 def _score(log_ratio, divergence, alpha):
     """(score, slope): divergence 0 reverse KL, 1 alpha, 2 Jensen-Shannon."""
-    exponent = -alpha * log_ratio
-    bounded = tl.where(exponent > 20.0, 20.0, exponent)  # beyond it along the tangent
-    e = tl.exp(bounded)
-    tamed = -(expm1(bounded) + e * (exponent - bounded)) / tl.where(divergence == 1, alpha, 1.0)
+    tamed, e = _tamed_expm1(-alpha * log_ratio)
+    tamed = -tamed / tl.where(divergence == 1, alpha, 1.0)
     js = 0.6931471805599453 - softplus(-log_ratio)
     value = tl.where(divergence == 0, log_ratio, tl.where(divergence == 1, tamed, js))
     return value, tl.where(divergence == 0, 1.0, tl.where(divergence == 1, e, sigmoid(-log_ratio)))
@@ -43,16 +49,16 @@ def _pair(x, p, loss, by_chosen, by_rejected):
     chosen, chosen_slope = _score((x[0] - x[2]) / _length(x[4]), p[3], p[4])
     rejected, rejected_slope = _score((x[1] - x[3]) / _length(x[5]), p[3], p[4])
     chosen, rejected = p[0] * chosen, p[0] * rejected
-    by_chosen = x[6] * p[0] * chosen_slope / _length(x[4]) * by_chosen
-    by_rejected = x[6] * p[0] * rejected_slope / _length(x[5]) * by_rejected
+    by_chosen = product(x[6], p[0] * chosen_slope / _length(x[4]) * by_chosen)
+    by_rejected = product(x[6], p[0] * rejected_slope / _length(x[5]) * by_rejected)
     accuracy = tl.where(chosen > rejected, 1.0, 0.0)
-    return x[6] * loss, by_chosen, by_rejected, accuracy, chosen - rejected, chosen, rejected
+    return product(x[6], loss), by_chosen, by_rejected, accuracy, chosen - rejected, chosen, rejected
 
 
 @triton.jit
 def _logistic(gap, label_smoothing):
     """(value, slope)"""
-    value = (1 - label_smoothing) * softplus(-gap) + label_smoothing * softplus(gap)
+    value = (1 - label_smoothing) * softplus(-gap) + product(label_smoothing, softplus(gap))
     return value, label_smoothing * sigmoid(gap) - (1 - label_smoothing) * sigmoid(-gap)
 
 
@@ -72,7 +78,7 @@ def robust(x, p):
     a, b = _rewards(x, p)
     h = a - b
     scale = 1.0 / (1 - 2 * p[1])
-    loss = scale * ((1 - p[1]) * softplus(-h) - p[1] * softplus(h))
+    loss = scale * ((1 - p[1]) * softplus(-h) - product(p[1], softplus(h)))
     slope = -scale * ((1 - p[1]) * sigmoid(-h) + p[1] * sigmoid(h))
     return _pair(x, p, loss, slope, -slope)
 
@@ -98,8 +104,8 @@ def exo_pair(x, p):
     a, b = _rewards(x, p)
     h = a - b
     log_chosen, log_rejected = log1p(-p[1]), tl.log(p[1])
-    loss = -sigmoid(h) * (softplus(-h) + log_chosen) - sigmoid(-h) * (softplus(h) + log_rejected)
-    slope = sigmoid(h) * sigmoid(-h) * (h - (log_chosen - log_rejected))
+    loss = -product(sigmoid(h), softplus(-h) + log_chosen) - product(sigmoid(-h), softplus(h) + log_rejected)
+    slope = product(sigmoid(h) * sigmoid(-h), h - (log_chosen - log_rejected))
     return _pair(x, p, loss, slope, -slope)
 
 
@@ -113,8 +119,9 @@ def nca_pair(x, p):
 @triton.jit
 def bco_pair(x, p):
     a, b = _rewards(x, p)
-    a -= x[7]
-    b -= x[8]
+    # An infinite reward, which makes the mean of the batch infinite, is still further away than that.
+    a = tl.where(tl.abs(a) == float("inf"), a, a - x[7])
+    b = tl.where(tl.abs(b) == float("inf"), b, b - x[8])
     return _pair(x, p, softplus(-a) + softplus(b), -sigmoid(-a), sigmoid(b))
 
 
@@ -131,6 +138,14 @@ def aot(x, p):
     a, b = _rewards(x, p)
     by_chosen, slope = _logistic(a - b - x[7], p[1])
     by_rejected, rejected_slope = _logistic(a - b - x[8], p[1])
+    return _pair(x, p, 0.5 * (by_chosen + by_rejected), slope, -rejected_slope)
+
+
+@triton.jit
+def aot_unpaired(x, p):
+    a, b = _rewards(x, p)
+    by_chosen, slope = _logistic(a - x[7], p[1])
+    by_rejected, rejected_slope = _logistic(x[8] - b, p[1])
     return _pair(x, p, 0.5 * (by_chosen + by_rejected), slope, -rejected_slope)
 
 
@@ -152,9 +167,12 @@ def discopop(x, p):
     a, b = _rewards(x, p)
     h, tau = a - b, p[2]
     logistic = sigmoid(-h / tau)
-    weighted = tl.exp(-softplus(-h / tau) - h)  # exp(-h) sigmoid(h / tau)
-    loss = logistic * softplus(-h) + weighted
-    slope = weighted * (logistic / tau - 1) - logistic * (sigmoid(-h) + sigmoid(h / tau) * softplus(-h) / tau)
+    # log(exp(-h) sigmoid(h / tau)) on the side where its terms do not cancel
+    exponent = tl.where(h < 0, product(1 / tau - 1, h) - softplus(h / tau), -softplus(-h / tau) - h)
+    _expm1, weighted = _tamed_expm1(exponent)
+    loss = product(logistic, softplus(-h)) + weighted * (1 + tl.where(exponent > 20.0, exponent - 20.0, 0.0))
+    slope = -logistic * (sigmoid(-h) + product(sigmoid(h / tau), softplus(-h)) / tau)
+    slope += weighted * (logistic / tau - 1)
     return _pair(x, p, loss, slope, -slope)
 
 
@@ -167,7 +185,7 @@ def sft(x, p):
 def cpo(x, p):
     a, b = _rewards(x, p)
     loss, slope = _logistic(a - b, p[1])
-    return _pair(x, p, loss - p[2] * x[0], slope - p[2] / p[0], -slope)
+    return _pair(x, p, loss - product(p[2], x[0]), slope - p[2] / p[0], -slope)
 
 
 @triton.jit
@@ -193,7 +211,7 @@ def hpo(x, p):
     loss, slope = _logistic(a - b, p[1])
     chosen = p[2] * x[7]
     rejected = p[2] * x[8]
-    loss -= chosen * x[0] + rejected * x[1]
+    loss -= product(chosen, x[0]) + product(rejected, x[1])
     return _pair(x, p, loss, slope - chosen / p[0], -slope - rejected / p[0])
 
 
@@ -201,8 +219,8 @@ def hpo(x, p):
 def bradley_terry(x, p):
     a, b = _rewards(x, p)
     loss, slope = _logistic(a - b - x[7], p[1])
-    centring = p[2] * (a + b)
-    return _pair(x, p, loss + centring * (a + b), slope + 2 * centring, 2 * centring - slope)
+    centring = product(p[2], a + b)
+    return _pair(x, p, loss + product(centring, a + b), slope + 2 * centring, 2 * centring - slope)
 
 
 # --- x: logprob, ref_logprob, 1 for desirable or 0, weight, reward shift; p: beta, weights of desirable and not ------
@@ -213,10 +231,10 @@ def _unpaired(x, p, reward, loss, slope):
     """The kernel's terms, from the loss and its slope in how far the reward lies on the right side of the shift."""
     desirable = x[2] > 0
     weight = x[3] * tl.where(desirable, p[1], p[2])
-    by_logprob = weight * p[0] * tl.where(desirable, slope, -slope)
+    by_logprob = product(weight, p[0] * tl.where(desirable, slope, -slope))
     share = tl.where(desirable, 1.0, 0.0)
     return (
-        weight * loss, by_logprob, 0.0,
+        product(weight, loss), by_logprob, 0.0,
         share, tl.where(desirable, reward, 0.0), 1 - share, tl.where(desirable, 0.0, reward),
     )  # fmt: skip
 
@@ -240,7 +258,8 @@ PAIRED = {
     name: (function, 9)
     for name, function in {
         "sigmoid": sigmoid_loss, "robust": robust, "hinge": hinge, "ipo": ipo, "exo_pair": exo_pair,
-        "nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "aot": aot, "apo_zero": apo_zero,
+        "nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "aot": aot, "aot_unpaired": aot_unpaired,
+        "apo_zero": apo_zero,
         "apo_down": apo_down, "discopop": discopop, "sft": sft, "cpo": cpo, "orpo": orpo, "hpo": hpo,
         "bradley_terry": bradley_terry,
     }.items()

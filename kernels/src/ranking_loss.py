@@ -49,6 +49,12 @@ def _answers(rewards, ranks, order, at, end, ORDERED: tl.constexpr, acc: tl.cons
 
 
 @triton.jit
+def _apart(x, y):
+    """x - y, 0 for equal numbers, -inf among them."""
+    return tl.where(x == y, 0.0, x - y)
+
+
+@triton.jit
 def _ranking_kernel(
     rewards,  # (N,)
     ranks,  # (N,) int64
@@ -103,21 +109,21 @@ def _ranking_kernel(
             inside_i, _at_i, reward_i, rank_i = _answers(rewards, ranks, order, i, end, ORDERED, acc)
             worse = (rank_i[:, None] > rank_j[None, :]) & inside_i[:, None] & inside_j[None, :]
             if TIES is None:
-                gap = tl.where(worse, reward_i[:, None] - reward_j[None, :], 0.0)
+                gap = tl.where(worse, _apart(reward_i[:, None], reward_j[None, :]), 0.0)
                 terms += tl.sum(tl.where(worse, softplus(gap), 0.0), 0)
                 others += tl.sum(tl.where(worse, sigmoid(gap), 0.0), 0)
             else:
                 tied = (rank_i[:, None] == rank_j[None, :]) & (i[:, None] != j[None, :])
                 tied = tied & inside_i[:, None] & inside_j[None, :]
                 weight = tl.where(worse, 1.0, tl.where(tied, left[None, :], 0.0))
-                below = tl.where(worse | tied, reward_i[:, None] - greatest[None, :], 0.0)
+                below = tl.where(worse | tied, _apart(reward_i[:, None], greatest[None, :]), 0.0)
                 others += tl.sum(weight * tl.exp(below), 0)
         if TIES is None:
             loss += tl.sum(terms, 0) / pairs
             total = tl.zeros([BLOCK], acc) + pairs
             left = total
         else:
-            behind = tl.where(inside_j, greatest - reward_j, 0.0)
+            behind = tl.where(inside_j, _apart(greatest, reward_j), 0.0)
             total = left * tl.exp(-behind) + others
             drawn = tl.where(behind == 0, log1p((left - 1) + others), behind + tl.log(total))
             loss += tl.sum(tl.where(inside_j, drawn, 0.0), 0)
@@ -158,14 +164,14 @@ def _pull_kernel(
             worse = (rank_i[:, None] > rank_j[None, :]) & both
             total = tl.load(scratch + N + at_j, mask=inside_j, other=1.0)
             if TIES is None:
-                gap = tl.where(worse, reward_i[:, None] - reward_j[None, :], 0.0)
+                gap = tl.where(worse, _apart(reward_i[:, None], reward_j[None, :]), 0.0)
                 pull = tl.where(worse, sigmoid(gap), 0.0)
             else:
                 greatest = tl.load(scratch + at_j, mask=inside_j, other=0.0)
                 left = tl.load(scratch + 2 * N + at_j, mask=inside_j, other=0.0)
                 tied = (rank_i[:, None] == rank_j[None, :]) & (i[:, None] != j[None, :]) & both
                 weight = tl.where(worse, 1.0, tl.where(tied, left[None, :], 0.0))
-                pull = weight * tl.exp(tl.where(worse | tied, reward_i[:, None] - greatest[None, :], 0.0))
+                pull = weight * tl.exp(tl.where(worse | tied, _apart(reward_i[:, None], greatest[None, :]), 0.0))
             pulled += tl.sum(pull / total[None, :], 1)
         tl.store(gradient + at_i, pulled, mask=inside_i)
 

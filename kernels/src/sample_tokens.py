@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.launch import launch
-from rlhf_fast.kernels.scalar import log1p
+from rlhf_fast.kernels.scalar import log1p, product
 from rlhf_fast.kernels.transform import capped, row_factor
 from torch import Tensor
 
@@ -21,11 +21,17 @@ BLOCK = 2048
 
 
 @triton.jit
-def _load(logits, start, V, factor, scale, cap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """z of the block from `start` on, -inf behind the vocabulary."""
+def _load(logits, start, V, scale, cap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    """The capped logits of the block from `start` on, -inf behind the vocabulary."""
     columns = start + tl.arange(0, BLOCK)
-    x = tl.load(logits + columns, mask=columns < V, other=0.0).to(factor.dtype)
-    return tl.where(columns < V, factor * capped(x, scale, cap, SOFTCAP), -float("inf"))
+    x = tl.load(logits + columns, mask=columns < V, other=0.0).to(scale.dtype)
+    return tl.where(columns < V, capped(x, scale, cap, SOFTCAP), -float("inf"))
+
+
+@triton.jit
+def _below(s, top, factor):
+    """z - max z. The factor of a tiny temperature takes differences alone to infinity; + 0: one key for both zeros."""
+    return product(s - top, factor) + 0.0
 
 
 @triton.jit
@@ -46,11 +52,11 @@ def _from(keys, weights, pivot):
 
 @triton.jit
 def _mass(logits, V, factor, scale, cap, row_max, pivot, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of exp(z - row_max) at keys from `pivot` on."""
+    """Sum of exp(z - max z) at keys from `pivot` on."""
     mass = tl.full([], 0.0, tl.float64)
     for start in range(0, V, BLOCK):
-        z = _load(logits, start, V, factor, scale, cap, SOFTCAP, BLOCK)
-        mass += _from(_keys(z), tl.exp(z - row_max).to(tl.float64), pivot)
+        z = _below(_load(logits, start, V, scale, cap, SOFTCAP, BLOCK), row_max, factor)
+        mass += _from(_keys(z), tl.exp(z).to(tl.float64), pivot)
     return mass
 
 
@@ -66,12 +72,12 @@ def _greatest(logits, V, factor, scale, cap, row_max, lowest, enough, COUNT: tl.
         sum2 = tl.full([], 0.0, tl.float64)
         sum3 = tl.full([], 0.0, tl.float64)
         for start in range(0, V, BLOCK):
-            z = _load(logits, start, V, factor, scale, cap, SOFTCAP, BLOCK)
+            z = _below(_load(logits, start, V, scale, cap, SOFTCAP, BLOCK), row_max, factor)
             keys = _keys(z)
             if COUNT:
                 weights = tl.where(start + tl.arange(0, BLOCK) < V, 1.0, 0.0).to(tl.float64)
             else:
-                weights = tl.where(keys >= lowest, tl.exp(z - row_max), 0.0).to(tl.float64)
+                weights = tl.where(keys >= lowest, tl.exp(z), 0.0).to(tl.float64)
             sum1 += _from(keys, weights, found + unit)
             sum2 += _from(keys, weights, found + 2 * unit)
             sum3 += _from(keys, weights, found + 3 * unit)
@@ -115,9 +121,9 @@ def _sample_kernel(
     row_max = tl.full([], -float("inf"), acc)
     invalid = tl.full([], 0, tl.int32)
     for start in range(0, V, BLOCK):
-        z = _load(logits, start, V, factor, scale, cap, SOFTCAP, BLOCK)
-        invalid += tl.sum((z != z).to(tl.int32), 0)
-        row_max = tl.maximum(row_max, tl.max(z, 0))
+        s = _load(logits, start, V, scale, cap, SOFTCAP, BLOCK)
+        invalid += tl.sum((s != s).to(tl.int32), 0)
+        row_max = tl.maximum(row_max, tl.max(s, 0))
     if (invalid > 0) | (tl.abs(row_max) == float("inf")):
         tl.store(ids + row, 0)
         tl.store(logprobs + row, float("nan"))
@@ -136,7 +142,7 @@ def _sample_kernel(
         threshold = tl.maximum(threshold, pivot)
         kept = _mass(logits, V, factor, scale, cap, row_max, threshold, SOFTCAP, BLOCK)
     if MIN_P:
-        threshold = tl.maximum(threshold, _keys(row_max + tl.full([], log_min_p, acc)))
+        threshold = tl.maximum(threshold, _keys(tl.full([], log_min_p, acc) + 0.0))
         kept = _mass(logits, V, factor, scale, cap, row_max, threshold, SOFTCAP, BLOCK)
 
     # Inverse of the cumulative distribution in the order of the ids, at one uniform of 53 bits.
@@ -151,15 +157,14 @@ def _sample_kernel(
     last = tl.full([], 0, tl.int32)  # of those that are kept: rounding may leave the uniform above the whole sum
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = _load(logits, start, V, factor, scale, cap, SOFTCAP, BLOCK)
-        weights = tl.where(_keys(z) >= threshold, tl.exp(z - row_max), 0.0).to(tl.float64)
+        z = _below(_load(logits, start, V, scale, cap, SOFTCAP, BLOCK), row_max, factor)
+        weights = tl.where(_keys(z) >= threshold, tl.exp(z), 0.0).to(tl.float64)
         reached = (weights > 0) & (cumulative + tl.cumsum(weights, 0) > uniform * kept)
         chosen = tl.minimum(chosen, tl.min(tl.where(reached, columns, V), 0))
         last = tl.maximum(last, tl.max(tl.where(weights > 0, columns, 0), 0))
         cumulative += tl.sum(weights, 0)
     chosen = tl.minimum(chosen, last)
-    z = factor * capped(tl.load(logits + chosen).to(acc), scale, cap, SOFTCAP)
-    below = z.to(tl.float64) - row_max.to(tl.float64)
+    below = _below(capped(tl.load(logits + chosen).to(acc), scale, cap, SOFTCAP), row_max, factor).to(tl.float64)
     tl.store(ids + row, chosen.to(tl.int64))
     tl.store(logprobs + row, (below - log1p(kept - 1.0)).to(acc))
     tl.store(full_logprobs + row, (below - log1p(full - 1.0)).to(acc))

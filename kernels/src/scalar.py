@@ -14,6 +14,12 @@ def log1p(x):
 
 
 @triton.jit
+def product(weight, x):
+    """weight * x, where a weight of 0 takes x out: 0 times infinity is 0."""
+    return tl.where(weight == 0, 0.0, weight * x)
+
+
+@triton.jit
 def softplus(x):
     """log(1 + exp(x))"""
     return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
@@ -50,6 +56,13 @@ def tanh(x):
     e = expm1(-2.0 * tl.abs(x))
     t = -e / (2.0 + e)
     return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def tanh_slope(x):
+    """1 - tanh(x)^2, in a form that does not cancel where the tanh is near 1."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit

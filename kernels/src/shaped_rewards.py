@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.launch import launch
+from rlhf_fast.kernels.scalar import product
 from torch import Tensor
 
 BLOCK = 1024
@@ -36,7 +37,7 @@ def _shaped_rewards_kernel(
         steps = time - (block + 1) * BLOCK + tl.arange(0, BLOCK)
         inside = steps >= 0
         counts = inside & (tl.load(mask + row * time + steps, mask=inside, other=0) != 0)
-        value = -kl_coef * tl.load(kl + row * kl_stride + steps, mask=counts, other=0.0).to(acc)
+        value = product(-kl_coef, tl.load(kl + row * kl_stride + steps, mask=counts, other=0.0).to(acc))
         last = tl.max(tl.where(counts, steps, -1), 0)
         value = tl.where(counts & pending & (steps == last), value + score, value)
         pending = pending & (last < 0)

@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.launch import launch
-from rlhf_fast.kernels.scalar import exp_minus_1_minus, expm1, log1p
+from rlhf_fast.kernels.scalar import exp_minus_1_minus, expm1, log1p, tanh_slope
 from torch import Tensor
 
 BLOCK = 1024
@@ -215,14 +215,15 @@ def _backward_kernel(
         leader = tl.where(s == leading, columns, leader)
         others += tl.where(s == leading, 0.0, g)
         if HAS_CAP:
-            g *= (1.0 - s) * (1.0 + s)
+            x = tl.load(logits + columns, mask=columns < V, other=0.0).to(acc)
+            g *= tanh_slope(x * inner_scale)
         tl.store(
             gradient + columns, (g * slope_scale).to(gradient.dtype.element_ty), mask=(columns < V) & (s != leading)
         )
     if leading == top:
         g = -tl.sum(others, 0)
         if HAS_CAP:
-            g *= (1.0 - top) * (1.0 + top)
+            g *= tanh_slope(tl.load(logits + tl.max(leader, 0)).to(acc) * inner_scale)
         tl.store(gradient + tl.max(leader, 0), (g * slope_scale).to(gradient.dtype.element_ty))
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.scalar import expm1, log1p
-from rlhf_fast.kernels.transform import capped, row_factor
+from rlhf_fast.kernels.transform import capped, capped_slope, row_factor
 from torch import Tensor
 
 BLOCK = 4096
@@ -59,6 +59,11 @@ def _write_gradient(
         if HAS_UPSTREAM:
             g = tl.load(grad_logprobs + k, mask=k < K, other=0.0)
     sum_g = tl.sum(g, 0)
+    if HAS_LOGPROB and HAS_CAP:  # before the gradient, which may be the logits, is written
+        at = tl.load(targets + k, mask=k < K, other=-1)
+        target_logits = tl.load(logits + at, mask=(at >= 0) & (at < V), other=0.0).to(acc)
+        target_slopes = capped_slope(target_logits, logit_scale, cap)
+        tl.debug_barrier()
 
     # As if no element were a target.
     shift = row_max / factor
@@ -74,7 +79,7 @@ def _write_gradient(
         p = tl.exp(log_p)
         value = tl.where(p == 0, 0.0, -factor * p * value)
         if HAS_CAP:
-            value *= logit_scale * ((1.0 - s / cap) * (1.0 + s / cap))
+            value *= capped_slope(x, logit_scale, cap)
         tl.store(gradient + columns, value.to(gradient.dtype.element_ty), mask=inside)
 
     if HAS_LOGPROB:
@@ -95,8 +100,7 @@ def _write_gradient(
             value -= tl.where(p > 0, grad_entropy * p * (log_p + entropy), 0.0)
         value *= factor
         if HAS_CAP:
-            s = (log_p + row_logsum + row_max) / factor
-            value *= logit_scale * ((1.0 - s / cap) * (1.0 + s / cap))
+            value *= target_slopes
         inside = (k < K) & (ids >= 0) & (ids < V)
         tl.store(gradient + ids, value.to(gradient.dtype.element_ty), mask=inside)
 

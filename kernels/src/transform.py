@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.scalar import tanh
+from rlhf_fast.kernels.scalar import tanh, tanh_slope
 
 
 @triton.jit
@@ -23,3 +23,9 @@ def capped(x, logit_scale, cap, HAS_CAP: tl.constexpr):
     if HAS_CAP:
         x = cap * tanh(x * (logit_scale / cap))
     return x
+
+
+@triton.jit
+def capped_slope(x, logit_scale, cap):
+    """d capped / d x"""
+    return logit_scale * tanh_slope(x * (logit_scale / cap))

@@ -89,16 +89,17 @@ def _whiten_kernel(
         tile_n, tile_mean, tile_m2 = tl.reduce((part_n, part_mean, part_m2), 0, _merge)
         n, mean, m2 = _merge(n, mean, m2, tile_n, tile_mean, tile_m2)
     scale = (1.0 / tl.sqrt(m2 / tl.maximum(n - 1.0, 1.0) + eps)).to(acc)
-    mean = mean.to(acc)
+    rounded = mean.to(acc)  # and what is left of the mean: one of 1e6 is rounded by more than a small deviation
+    rest = (mean - rounded.to(tl.float64)).to(acc)
 
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     counts = inside
     if HAS_MASK:
         counts = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-    value = (tl.load(x + at, mask=counts, other=0.0).to(acc) - mean) * scale
+    value = (tl.load(x + at, mask=counts, other=0.0).to(acc) - rounded - rest) * scale
     if not SHIFT_MEAN:
-        value += mean
+        value += rounded
     tl.store(out + at, tl.where(counts, value, 0.0), mask=inside)
 
 

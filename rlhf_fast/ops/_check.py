@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -29,8 +33,24 @@ def same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -
             raise ValueError(f"{name} is on {tensor.device}, {first[0]} on {first[1].device}")
 
 
-def positive(name: str, value: float) -> float:
-    if not value > 0:
+def number(name: str, value: Any) -> float:
+    """A number of any type (Python's, NumPy's, a tensor of one without a gradient) as a float."""
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.requires_grad):
+        raise TypeError(f"{name} must be a number without a gradient, got a tensor {tuple(value.shape)}, "
+                        f"requires_grad={value.requires_grad}")  # fmt: skip
+    return float(value)
+
+
+def numbers(objective: Any) -> None:
+    """Makes every number among the fields of a frozen dataclass one of Python's."""
+    for name in objective.__dataclass_fields__:
+        value = getattr(objective, name)
+        if not isinstance(value, (float, int, str, bool, Mapping, NoneType)):
+            object.__setattr__(objective, name, number(name, value))
+
+
+def positive(name: str, value: Any) -> float:
+    if not number(name, value) > 0:
         raise ValueError(f"{name} must be > 0, got {value}")
     return float(value)
 
@@ -62,15 +82,17 @@ def apart(name: str, tensor: Tensor) -> None:
 
 def ids(name: str, tensor: Tensor) -> Tensor:
     """Token ids as contiguous int64."""
-    if tensor.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}")
+    if tensor.dtype not in IDS:
+        raise TypeError(f"{name} must be int64 or int32 (or int16, int8, uint8), got {tensor.dtype}")
     return tensor.to(torch.int64).contiguous()
 
 
 def mask_bytes(mask: Tensor | None, shape: tuple[int, ...], meaning: str) -> Tensor | None:
-    """A mask (any dtype, nonzero counts) as contiguous uint8 0/1 of exactly `shape`."""
+    """A mask (any dtype, nonzero counts) as contiguous uint8 0/1 of `shape`, to which (B, 1) and (1, T) broadcast."""
     if mask is None:
         return None
+    if mask.dim() == len(shape) and all(m in (1, n) for m, n in zip(mask.shape, shape, strict=True)):
+        mask = mask.expand(shape)
     shaped("mask", mask, shape, meaning)
     return mask.to(torch.bool).contiguous().view(torch.uint8)  # a conversion; `mask != 0` takes ten times as long
 

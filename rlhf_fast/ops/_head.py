@@ -113,6 +113,7 @@ class HeadGradients:
     def __init__(self, head: Head, needs: list[bool]) -> None:
         """needs: whether each of (weight, bias, lora_a, lora_b) wants a gradient."""
         self.head, self.empty = head, True
+        self.unit: Tensor | None = None  # what the totals are yet to be multiplied by, for float16, see `add`
         self.totals = [
             None if p is None or not need else p.new_empty(p.shape, dtype=_check.compute_dtype(p.dtype))
             for p, need in zip(head[:4], needs, strict=True)
@@ -127,6 +128,7 @@ class HeadGradients:
         if scale is None:
             scale = gradient.new_ones(gradient.shape[0])
         else:
+            scale = self._in_units(scale) if head.weight.dtype == torch.float16 and scale.numel() else scale
             hidden = (hidden * scale[:, None]).to(hidden.dtype)  # (n, D) numbers to scale instead of (n, V)
         old, self.empty = (0.0 if self.empty else 1.0), False
         if weight is not None:
@@ -138,10 +140,31 @@ class HeadGradients:
         if lora_b is not None:
             _accumulate(lora_b, gradient.t(), head.lora_hidden(hidden), head.lora_scale, old)
 
+    def _in_units(self, scale: Tensor) -> Tensor:
+        """`scale` over the greatest one so far, which the totals are brought to: 1 / N and less are no float16."""
+        greatest = scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        unit = greatest if self.unit is None or self.empty else torch.maximum(greatest, self.unit)
+        if self.unit is not None and not self.empty:
+            for total in self.totals:
+                if total is not None:
+                    total *= self.unit / unit
+        self.unit = unit
+        return scale / unit
+
+    def _settle(self) -> None:
+        """Brings the totals to their own unit."""
+        if self.unit is not None and not self.empty:
+            for total in self.totals:
+                if total is not None:
+                    total *= self.unit
+        self.unit = None
+
     def add_sums(self, other: HeadGradients, scale: Tensor) -> None:
         """Add scale (1,) times what was added to `other`, of the same head."""
         if other.empty:
             return
+        self._settle()
+        other._settle()
         for total, part in zip(self.totals, other.totals, strict=True):
             if total is not None and part is not None:
                 torch.mul(part, scale, out=total) if self.empty else total.addcmul_(part, scale)
@@ -149,6 +172,7 @@ class HeadGradients:
 
     def sums(self) -> list[Tensor]:
         """The four gradients as they were accumulated, in float32 (float64), empty where not needed."""
+        self._settle()
         if self.empty:
             for total in self.totals:
                 if total is not None:
@@ -220,6 +244,21 @@ class Tiles:
             gradient = self.gradient[chunk if self.gradient is self.kept else first]
             self.head.logits(hidden, logits)
             yield chunk, hidden, logits[None], gradient[None], None if mask is None else mask[None]
+
+
+def by_row(mask: Tensor | None, *upstream: Tensor | None) -> tuple[list[Tensor | None], Tensor]:
+    """Upstream gradients (n,) or (n, K) of the same rows over the greatest of each row, and that one, (n,).
+
+    mask: (1, n) or None; behind it that is 1.
+
+    So G = d loss / d logits of a row is of the size of a probability, whatever the loss divides by: 1 / N times a
+    probability is no float16. The products of G are multiplied by row afterwards.
+    """
+    sizes = [g.abs() if g.dim() == 1 else g.abs().amax(1) for g in upstream if g is not None]
+    scale = torch.stack(sizes).amax(0)
+    scale = torch.where(scale == 0 if mask is None else (scale == 0) | (mask[0] == 0), 1, scale)
+    parts = [None if g is None else g / (scale if g.dim() == 1 else scale[:, None]) for g in upstream]
+    return parts, scale
 
 
 def chunks(count: int, most: int) -> list[slice]:

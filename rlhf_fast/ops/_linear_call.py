@@ -132,9 +132,7 @@ def _local_ids(call: Call) -> Tensor:
 
 
 def _summed_through(head: _head.Head, shards: Shards, gradient: Tensor) -> Tensor:
-    """d loss / d hidden of a tile, over all the vocabulary."""
-    if not shards.group:
-        return head.through(gradient)
+    """d loss / d hidden of a tile, over all the vocabulary, in float32 (float64): rounded after its scale."""
     return shards.sum(head.through(gradient, _check.compute_dtype(head.weight.dtype)))
 
 
@@ -149,7 +147,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
     for where, hidden, gradient, scale in tiles:
         if needs[0]:
             through = _summed_through(head, shards, gradient)
-            grad_hidden[where] = (through if scale is None else through * scale[:, None]).to(grad_hidden.dtype)
+            grad_hidden[where] = (through * scale[:, None]).to(grad_hidden.dtype)
         totals.add(gradient, hidden, scale)
     grad_weight, grad_bias, grad_lora_a, grad_lora_b = totals.results()
     if needs[3]:
@@ -158,7 +156,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
 
 
 # Of some rows: which, their hidden states (n, D), gradient of the logits (n, V), and factors (n,) that it yet lacks.
-_RowGradients = Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor | None]]
+_RowGradients = Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor]]
 
 
 def _remade(call: Call, stats: list[Tensor], upstream: list[Tensor | None]) -> _RowGradients:
@@ -168,10 +166,11 @@ def _remade(call: Call, stats: list[Tensor], upstream: list[Tensor | None]) -> _
     backward = rows.IMPLS[call.backend][1]
     for chunk, hidden, logits, gradient, mask in tiles:
         tile_stats = [tiles.take(s, chunk)[None] if s.numel() else s for s in stats]
-        of_tile = [None if g is None else tiles.take(g, chunk)[None] for g in upstream]
+        parts, scale = _head.by_row(mask, *(None if g is None else tiles.take(g, chunk) for g in upstream))
+        of_tile = [None if part is None else part[None] for part in parts]
         transform = call.transform(tiles, chunk)
         backward(logits, tiles.take(ids, chunk)[None], mask, transform, tile_stats, *of_tile, gradient)
-        yield chunk if tiles.index is None else tiles.index[chunk], hidden, gradient[0], None
+        yield chunk if tiles.index is None else tiles.index[chunk], hidden, gradient[0], scale
 
 
 def _remembered(call: Call, kept: Tensor, grad_logprobs: Tensor) -> _RowGradients:

@@ -207,7 +207,9 @@ def _backward(*arguments: Any) -> list[Tensor]:
     totals = _head.HeadGradients(head, [*needs[1:], False, False])
     for tile in _tiles(call, kept, made=kept is not None):
         part = [x[tile.where][None] if x.numel() else x for x in stats]
-        upstream = [None if g is None else g[tile.where][None] for g in (grad_kl, grad_logprobs, grad_entropy)]
+        given = (grad_kl, grad_logprobs, grad_entropy)
+        parts, scale = _head.by_row(tile.mask, *(None if g is None else g[tile.where] for g in given))
+        upstream = [None if part is None else part[None] for part in parts]
         if upstream[0] is not None:
             _Divergence(call, tile).backward([part[0], *part[6:9]], upstream[0])
             gradient = tile.gradient(1)[0]
@@ -219,8 +221,9 @@ def _backward(*arguments: Any) -> list[Tensor]:
             )
             gradient = alone[0] if upstream[0] is None else alone[0].add_(gradient)
         if needs[0]:
-            grad_hidden[tile.where] = head.through(gradient)
-        totals.add(gradient, tile.hidden)
+            through = head.through(gradient, _check.compute_dtype(gradient.dtype))
+            grad_hidden[tile.where] = (through * scale[:, None]).to(grad_hidden.dtype)
+        totals.add(gradient, tile.hidden, scale)
     return [grad_hidden, *totals.results()[:2]]
 
 

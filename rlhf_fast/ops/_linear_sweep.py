@@ -32,7 +32,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import _check
 from rlhf_fast.ops import token_logprobs as rows
-from rlhf_fast.ops._head import Head, HeadGradients, tile_buffer
+from rlhf_fast.ops._head import Head, HeadGradients, by_row, tile_buffer
 from rlhf_fast.ops._linear_plan import Plan
 
 # (logprobs (N,), entropy (N,) or None)
@@ -64,8 +64,13 @@ class Sweep:
         stats, self.held = self._visit(tile, gradient), None
         return stats, gradient[0]
 
-    def gradient(self, tile: slice, stats: list[Tensor], upstream: Sequence[Tensor]) -> tuple[slice | Tensor, Tensor]:
-        """(which rows, d loss / d logits of them) of `tile`; upstream: by logprob and by entropy, over all rows."""
+    def gradient(
+        self, tile: slice, stats: list[Tensor], upstream: Sequence[Tensor]
+    ) -> tuple[slice | Tensor, Tensor, Tensor]:
+        """(which rows, d loss / d logits of them, the factors (n,) that it yet lacks) of `tile`.
+
+        upstream: by logprob and by entropy, over all rows.
+        """
         picked = self.plan.rows(tile)
         live = self._live(picked, upstream)
         if live is None:
@@ -76,9 +81,10 @@ class Sweep:
             stats = [s[:, live] if s.numel() else s for s in stats]
         self.held = None
         gradient = self.gradients[None, : logits.shape[1]]
-        by_logprob, by_entropy, *_ = [*(u[picked][None] for u in upstream), None]
+        parts, scale = by_row(None, *(u[picked] for u in upstream))
+        by_logprob, by_entropy, *_ = [*(None if part is None else part[None] for part in parts), None]
         self.backward(logits, *self._of_rows(picked), stats, by_logprob, by_entropy, None, gradient)
-        return picked, gradient[0]
+        return picked, gradient[0], scale
 
     def hidden_rows(self, picked: slice | Tensor) -> Tensor:
         """Some rows of hidden, 0 behind the mask: nothing there gets into a product."""
@@ -135,7 +141,7 @@ class Result:
         self.sweep, self.needs, self.count = sweep, needs, hidden.shape[0]
         self.logprobs = hidden.new_zeros(self.count, dtype=dtype)
         self.entropy = hidden.new_zeros(self.count if sweep.want_entropy else 0, dtype=dtype)
-        self.grad_hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
+        self.grad_hidden = torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if needs[0] else hidden.new_empty(0)
         self.head_gradients = HeadGradients(sweep.head, needs[1:])
 
     @property
@@ -147,12 +153,18 @@ class Result:
             if part.numel():
                 whole[self.sweep.plan.rows(tile)] = part[0]
 
-    def add(self, picked: slice | Tensor, gradient: Tensor, to: HeadGradients) -> None:
+    def add(self, picked: slice | Tensor, gradient: Tensor, to: HeadGradients, scale: Tensor | None = None) -> None:
         """The products of some rows: d loss / d hidden, and what they add `to` the gradients of the head."""
         if self.needs[0]:
-            self.grad_hidden[picked] = self.sweep.head.through(gradient)
+            through = self.sweep.head.through(gradient, gradient_dtype(self.sweep.hidden))
+            self.grad_hidden[picked] = through if scale is None else (through * scale[:, None]).to(through.dtype)
         if any(self.needs[1:]):
-            to.add(gradient, self.sweep.hidden_rows(picked))
+            to.add(gradient, self.sweep.hidden_rows(picked), scale)
+
+
+def gradient_dtype(hidden: Tensor) -> torch.dtype:
+    """Of grad_hidden before the upstream scale: a loss's 1 / N is no float16, a loss scaler's product with it is."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 def differentiate(sweep: Sweep, loss: Loss, needs: list[bool]) -> list[Tensor]:
@@ -176,7 +188,8 @@ def _take_group(result: Result, loss: Loss, group: list[slice]) -> None:
     if any(result.needs):
         upstream = loss(*result.known)[2:]
         for tile, stats in zip(reversed(group), reversed(group_stats), strict=True):
-            result.add(*sweep.gradient(tile, stats, upstream), result.head_gradients)
+            picked, gradient, scale = sweep.gradient(tile, stats, upstream)
+            result.add(picked, gradient, result.head_gradients, scale)
 
 
 def _take_summed(result: Result, loss: Loss, unit: list[list[slice]], sums: list[HeadGradients]) -> None:
@@ -208,7 +221,7 @@ def empty_results(head: Head, hidden: Tensor, want_entropy: bool, needs: list[bo
     dtype, count = _check.compute_dtype(hidden.dtype), hidden.shape[0]
     shapes = [(), (metrics,), (count,), (count if want_entropy else 0,)]
     numbers = [hidden.new_empty(shape, dtype=dtype) for shape in shapes]
-    grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
+    grad_hidden = hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden)) if needs[0] else hidden.new_empty(0)
     sums = [
         hidden.new_empty((0,) if p is None or not need else p.shape, dtype=dtype)
         for p, need in zip(head[:4], needs[1:], strict=True)

@@ -72,6 +72,14 @@ def counted(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x if mask is None else torch.where(mask != 0, x, torch.zeros_like(x))
 
 
+def product(weight: Tensor | float, x: Tensor) -> Tensor:
+    """weight * x, where a weight of 0 takes x out: 0 times infinity is 0, in value and gradient."""
+    if not isinstance(weight, Tensor):
+        return weight * x if weight else torch.zeros_like(x)
+    nothing = weight == 0
+    return torch.where(nothing, 0.0, weight * torch.where(nothing, 0.0, x))
+
+
 def mean(x: Tensor, mask: Tensor | None, denominator: Tensor | None) -> Tensor:
     """sum of x over the mask / denominator, which is the count of the mask by default; 0 where nothing counts."""
     if denominator is None:

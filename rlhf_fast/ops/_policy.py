@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops import _check
+from rlhf_fast.ops._losses import product
+
 MAX_LOG_RATIO = 20.0
 AGGREGATIONS = (
     "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm",
@@ -32,13 +35,14 @@ class PolicyObjective:
     seq_mean_token_sum_norm divides.
     clip_eps_low in [0, 1], clip_eps_high >= 0: the ratio is held within [1 - clip_eps_low, 1 + clip_eps_high] (gmpo:
     the log-ratio within [-clip_eps_low, clip_eps_high]). dual_clip > 1: bound on the ratio where the advantage is
-    negative (ppo_clip and its relatives, gspo), the delta of INTELLECT-2.
+    negative (ppo_clip and its relatives, gspo), the delta of INTELLECT-2; dppo_*: what the ratio is capped at.
     sapo_temperature_pos, sapo_temperature_neg > 0. vespo_k_*, vespo_lambda_* >= 0. dro_beta > 0.
     max_divergence >= 0: the delta of dppo_tv (a probability) and dppo_kl (nats).
     cov_fraction in (0, 1]: how many of the call's tokens clip_cov and kl_cov select; cov_low, cov_high: the covariances
     that clip_cov selects from; kl_cov_coef >= 0: the weight of kl_cov's penalty.
-    kl_coef >= 0: weight of the KL to the reference in the loss, by kl_estimator; kl_unbiased: with the gradient of the
-    KL itself instead of the estimator's. entropy_coef >= 0: weight of the entropy bonus.
+    kl_coef >= 0: weight of the KL to the reference in the loss, by kl_estimator; kl_unbiased: the estimate times the
+    ratio, with the gradient of the KL itself instead of the estimator's. entropy_coef >= 0: weight of the entropy
+    bonus.
     entropy_fraction in (0, 1]: the share of the call's tokens, those of highest entropy, that the policy term keeps.
     correction_level, correction_mode, correction_low, correction_high: how the policy term is weighted for samples of
     another sampler. off_policy_max_kl > 0: sequences with a negative advantage further than that from the sampler, in
@@ -76,6 +80,7 @@ class PolicyObjective:
     off_policy_max_kl: float | None = None
 
     def __post_init__(self) -> None:
+        _check.numbers(self)
         self._one_of("variant", VARIANTS)
         for name, value in VARIANTS[self.variant].defaults.items():
             if getattr(self, name) is None:
@@ -173,6 +178,7 @@ class Tokens:
     selected: Tensor  # bool, see clip_cov and kl_cov
     total: Callable[[Tensor], Tensor]  # per token, the sum over its sequence
     length: Tensor  # per token, the counted tokens of its sequence, at least 1
+    log_correction: Tensor  # per token, the log of its sequence's correction, for losses that fold it into their weight
 
     @property
     def ratio(self) -> Tensor:
@@ -219,18 +225,18 @@ def clip_cov(t: Tokens, o: PolicyObjective) -> Losses:
 
 
 def kl_cov(t: Tokens, o: PolicyObjective) -> Losses:
-    penalty = torch.where(t.selected, o.kl_cov_coef * t.log_ratio.abs(), 0.0)
+    penalty = product(o.kl_cov_coef * t.selected.to(t.ratio.dtype), t.log_ratio.abs())
     return penalty - t.ratio * t.advantages, _never(t.ratio), t.selected
 
 
 def policy_gradient(t: Tokens, o: PolicyObjective) -> Losses:
-    return -t.advantages * t.logprobs, _never(t.ratio), _never(t.ratio)
+    return product(-t.advantages, t.logprobs), _never(t.ratio), _never(t.ratio)
 
 
 def cispo(t: Tokens, o: PolicyObjective) -> Losses:
     low, high, _ = _clip_bounds(o)
     weight = t.ratio.detach().clamp(low, high)
-    return -weight * t.advantages * t.logprobs, t.ratio < low, t.ratio > high
+    return product(-weight * t.advantages, t.logprobs), t.ratio < low, t.ratio > high
 
 
 def sapo(t: Tokens, o: PolicyObjective) -> Losses:
@@ -242,7 +248,10 @@ def sapo(t: Tokens, o: PolicyObjective) -> Losses:
 def _within_divergence(t: Tokens, divergence: Tensor, o: PolicyObjective) -> Losses:
     far = divergence > given(o.max_divergence)
     low, high = far & (t.advantages < 0) & (t.log_ratio < 0), far & (t.advantages > 0) & (t.log_ratio > 0)
-    return torch.where(low | high, 0.0, -t.ratio * t.advantages), low, high
+    # Beyond the cap the slope is that of the cap times the log-ratio, and not 0.
+    beyond = given(o.dual_clip) * (1 + t.logprobs - t.logprobs.detach())
+    ratio = torch.where(t.ratio > given(o.dual_clip), beyond, t.ratio)
+    return torch.where(low | high, 0.0, -ratio * t.advantages), low, high
 
 
 def dppo_tv(t: Tokens, o: PolicyObjective) -> Losses:
@@ -252,7 +261,7 @@ def dppo_tv(t: Tokens, o: PolicyObjective) -> Losses:
 def dppo_kl(t: Tokens, o: PolicyObjective) -> Losses:
     logprobs, old, old_rest = t.logprobs.detach(), t.old_logprobs, -torch.expm1(t.old_logprobs)
     rest = torch.where(old_rest > 0, old_rest * (old_rest.log() - (-torch.expm1(logprobs)).log()), 0.0)
-    return _within_divergence(t, old.exp() * (old - logprobs) + rest, o)
+    return _within_divergence(t, product(old.exp(), old - logprobs) + rest, o)
 
 
 def gspo(t: Tokens, o: PolicyObjective) -> Losses:
@@ -272,12 +281,12 @@ def gmpo(t: Tokens, o: PolicyObjective) -> Losses:
 
 
 def vespo(t: Tokens, o: PolicyObjective) -> Losses:
-    log_weight = t.total(t.log_ratio).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_weight = (t.total(t.log_ratio) + t.log_correction).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     positive = t.advantages >= 0
     k = _either(positive, o.vespo_k_pos, o.vespo_k_neg, t.advantages)
     lam = _either(positive, o.vespo_lambda_pos, o.vespo_lambda_neg, t.advantages)
     weight = (k * log_weight - lam * torch.expm1(log_weight)).exp()
-    return -weight * t.advantages * t.logprobs, _never(weight), _never(weight)
+    return product(-weight * t.advantages, t.logprobs), _never(weight), _never(weight)
 
 
 def dro(t: Tokens, o: PolicyObjective) -> Losses:
@@ -310,6 +319,7 @@ class Function(NamedTuple):
         lambda _: []
     )  # what the kernels' function takes, at most five
     per_sequence: bool = False  # reads Tokens.total
+    folds_correction: bool = False  # reads Tokens.log_correction: the correction is in its weight already
 
 
 FUNCTIONS = {
@@ -319,13 +329,16 @@ FUNCTIONS = {
     "policy_gradient": Function(policy_gradient),
     "cispo": Function(cispo, _clip_bounds),
     "sapo": Function(sapo, lambda o: [o.sapo_temperature_pos, o.sapo_temperature_neg]),
-    "dppo_tv": Function(dppo_tv, lambda o: [given(o.max_divergence)]),
-    "dppo_kl": Function(dppo_kl, lambda o: [given(o.max_divergence)]),
+    "dppo_tv": Function(dppo_tv, lambda o: [given(o.max_divergence), given(o.dual_clip)]),
+    "dppo_kl": Function(dppo_kl, lambda o: [given(o.max_divergence), given(o.dual_clip)]),
     "gspo": Function(gspo, _clip_bounds, per_sequence=True),
     "gspo_token": Function(gspo_token, _clip_bounds, per_sequence=True),
     "gmpo": Function(gmpo, _log_bounds, per_sequence=True),
     "vespo": Function(
-        vespo, lambda o: [o.vespo_k_pos, o.vespo_lambda_pos, o.vespo_k_neg, o.vespo_lambda_neg], per_sequence=True
+        vespo,
+        lambda o: [o.vespo_k_pos, o.vespo_lambda_pos, o.vespo_k_neg, o.vespo_lambda_neg],
+        per_sequence=True,
+        folds_correction=True,
     ),
     "dro": Function(dro, lambda o: [o.dro_beta], per_sequence=True),
 }
@@ -354,8 +367,8 @@ VARIANTS = {
     "cispo": _variant("cispo", "token_mean", 1.0, 4.0),
     "sapo": _variant("sapo", "seq_mean_token_mean"),
     "vespo": _variant("vespo", "token_mean"),
-    "dppo_tv": _variant("dppo_tv", "token_mean", max_divergence=0.15),
-    "dppo_kl": _variant("dppo_kl", "token_mean", max_divergence=0.05),
+    "dppo_tv": _variant("dppo_tv", "token_mean", max_divergence=0.15, dual_clip=20.0),
+    "dppo_kl": _variant("dppo_kl", "token_mean", max_divergence=0.05, dual_clip=20.0),
     "clip_cov": _variant("clip_cov", "token_mean"),
     "kl_cov": _variant("kl_cov", "token_mean"),
     "dro": _variant("dro", "seq_mean_token_mean"),

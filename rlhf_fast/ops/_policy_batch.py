@@ -96,7 +96,7 @@ def plan(
     """The plan of a batch of the shape, dtype and device of `logprobs`; arguments as those of policy_loss."""
     shape = tuple(logprobs.shape)
     _check.same_device(("logprobs", logprobs), ("mask", mask), ("overlong", overlong), ("cu_seqlens", cu_seqlens))
-    if mask is not None and mask.dtype == torch.uint8:
+    if mask is not None and mask.dtype == torch.uint8 and mask.shape == logprobs.shape:
         flags: Tensor | None = _check.shaped("mask", mask, shape, "the shape of logprobs").contiguous()
     else:
         flags = _check.mask_bytes(mask, shape, "the shape of logprobs")
@@ -205,9 +205,18 @@ def select(objective: PolicyObjective, inputs: Inputs, made: Plan) -> Plan:
         covariance = centred[0] * centred[1]
         if objective.function == "clip_cov":
             counts = counts & (covariance > objective.cov_low) & (covariance < objective.cov_high)
+            counts = counts & ~_clipped(objective, inputs)
         count = torch.floor(objective.cov_fraction * total).clamp(min=1)
         made = made.with_flag(_largest(covariance, counts, count), SELECTED)
     return made
+
+
+def _clipped(objective: PolicyObjective, inputs: Inputs) -> Tensor:
+    """bool: the tokens that ppo_clip's bounds hold, whose gradient is 0 already."""
+    dtype = _check.compute_dtype(inputs.logprobs.dtype)
+    ratio = (inputs.logprobs.detach().to(dtype) - inputs.old_logprobs.to(dtype)).exp()
+    low, high = 1 - given(objective.clip_eps_low), 1 + given(objective.clip_eps_high)
+    return ((inputs.advantages > 0) & (ratio > high)) | ((inputs.advantages < 0) & (ratio < low))
 
 
 def _largest(x: Tensor, among: Tensor, count: Tensor) -> Tensor:

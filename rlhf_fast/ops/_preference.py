@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu, softplus
 
 from rlhf_fast.ops import _check
+from rlhf_fast.ops._losses import product
 
 MAX_EXPONENT = 20.0  # beyond it an exponential goes on along its tangent: one pair cannot end a run
 MAX_MEAN_LOGPROB = -1e-6  # orpo: the odds of an all but certain sequence stay finite
@@ -44,6 +45,7 @@ class PreferenceObjective:
     auxiliary_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        _check.numbers(self)
         for name, weight in self.terms:
             if name not in VARIANTS:
                 raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}")
@@ -70,7 +72,11 @@ class PreferenceObjective:
 
     def parameters(self, name: str) -> list[float]:
         """What the kernel of variant `name` takes: beta, smoothing, its own one, divergence code, alpha."""
-        parameter, (code, alpha) = VARIANTS[name].parameter, DIVERGENCES[self.divergence]
+        variant = VARIANTS[name]
+        parameter, (code, alpha) = (
+            variant.parameter,
+            DIVERGENCES[self.divergence if variant.reference else "reverse_kl"],
+        )
         own = getattr(self, parameter) if parameter else 0.0
         alpha = self.divergence_alpha if alpha is None else alpha
         return [self.beta, self.label_smoothing, own, float(code), alpha]
@@ -135,8 +141,9 @@ def scored(pairs: Pairs, objective: PreferenceObjective, name: str) -> Scored:
         lengths = [pairs.chosen_lengths, pairs.rejected_lengths] * 2
         logprobs = [x / n.to(dtype).clamp_min(1) for x, n in zip(logprobs, lengths, strict=True)]  # type: ignore
     chosen, rejected, ref_chosen, ref_rejected = logprobs
+    divergence = objective.divergence if variant.reference else "reverse_kl"
     rewards = [
-        objective.beta * score(ratio, objective.divergence, objective.divergence_alpha)
+        objective.beta * score(ratio, divergence, objective.divergence_alpha)
         for ratio in (chosen - ref_chosen, rejected - ref_rejected)  # type: ignore
     ]
     return Scored(*rewards, *logprobs, pairs)  # type: ignore
@@ -151,15 +158,15 @@ def score(log_ratio: Tensor, divergence: str, divergence_alpha: float) -> Tensor
     if alpha == 0:
         return log_ratio
     exponent = -alpha * log_ratio
-    bounded = exponent.clamp(max=MAX_EXPONENT)
-    return -(torch.expm1(bounded) + bounded.exp() * (exponent - bounded)) / alpha
+    bounded, beyond = exponent.clamp(max=MAX_EXPONENT), relu(exponent - MAX_EXPONENT)
+    return -(torch.expm1(bounded) + bounded.exp() * beyond) / alpha
 
 
 # --- The variants -----------------------------------------------------------------------------------------------------
 
 
 def logistic(gap: Tensor, o: PreferenceObjective) -> Tensor:
-    return -(1 - o.label_smoothing) * logsigmoid(gap) - o.label_smoothing * logsigmoid(-gap)
+    return -(1 - o.label_smoothing) * logsigmoid(gap) - product(o.label_smoothing, logsigmoid(-gap))
 
 
 def sigmoid(s: Scored, o: PreferenceObjective) -> Tensor:
@@ -172,7 +179,7 @@ def simpo(s: Scored, o: PreferenceObjective) -> Tensor:
 
 def robust(s: Scored, o: PreferenceObjective) -> Tensor:
     flipped = o.label_smoothing
-    return (-(1 - flipped) * logsigmoid(s.gap) + flipped * logsigmoid(-s.gap)) / (1 - 2 * flipped)
+    return (-(1 - flipped) * logsigmoid(s.gap) + product(flipped, logsigmoid(-s.gap))) / (1 - 2 * flipped)
 
 
 def hinge(s: Scored, o: PreferenceObjective) -> Tensor:
@@ -185,7 +192,8 @@ def ipo(s: Scored, o: PreferenceObjective) -> Tensor:
 
 def exo_pair(s: Scored, o: PreferenceObjective) -> Tensor:
     log_p, log_q = logsigmoid(s.gap), logsigmoid(-s.gap)
-    return log_p.exp() * (log_p - math.log1p(-o.label_smoothing)) + log_q.exp() * (log_q - math.log(o.label_smoothing))
+    chosen = product(log_p.exp(), log_p - math.log1p(-o.label_smoothing))
+    return chosen + product(log_q.exp(), log_q - math.log(o.label_smoothing))
 
 
 def nca_pair(s: Scored, o: PreferenceObjective) -> Tensor:
@@ -194,7 +202,12 @@ def nca_pair(s: Scored, o: PreferenceObjective) -> Tensor:
 
 def bco_pair(s: Scored, o: PreferenceObjective) -> Tensor:
     shift = reward_shift(s)
-    return -logsigmoid(s.chosen_reward - shift) - logsigmoid(shift - s.rejected_reward)
+    return -logsigmoid(_shifted(s.chosen_reward, shift)) - logsigmoid(-_shifted(s.rejected_reward, shift))
+
+
+def _shifted(reward: Tensor, shift: Tensor) -> Tensor:
+    """An infinite reward, which makes the mean of the batch infinite, is still further away than that."""
+    return torch.where(reward.isinf(), reward, reward - shift)
 
 
 def sppo_hard(s: Scored, o: PreferenceObjective) -> Tensor:
@@ -219,17 +232,22 @@ def apo_down(s: Scored, o: PreferenceObjective) -> Tensor:
 
 
 def discopop(s: Scored, o: PreferenceObjective) -> Tensor:
-    modulation = s.gap / o.discopop_tau
-    exponential = (logsigmoid(modulation) - s.gap).exp()
-    return -(-modulation).sigmoid() * logsigmoid(s.gap) + exponential
+    modulation, rate = s.gap / o.discopop_tau, 1 / o.discopop_tau - 1
+    below = s.gap < 0
+    # log(exp(-gap) sigmoid(modulation)), each half with the side on which its terms do not cancel
+    negative, positive = torch.where(below, s.gap, 0.0), torch.where(below, 0.0, s.gap)
+    falling = product(rate, negative) + logsigmoid(-negative / o.discopop_tau)
+    exponent = torch.where(below, falling, logsigmoid(positive / o.discopop_tau) - positive)
+    exponential = exponent.clamp(max=MAX_EXPONENT).exp() * (1 + relu(exponent - MAX_EXPONENT))
+    return product((-modulation).sigmoid(), -logsigmoid(s.gap)) + exponential
 
 
 def sft(s: Scored, o: PreferenceObjective) -> Tensor:
-    return -s.chosen + 0 * s.rejected  # a gradient of 0, not none
+    return -s.chosen + torch.where(s.rejected.isnan(), s.rejected, 0.0)  # a gradient of 0, not none
 
 
 def cpo(s: Scored, o: PreferenceObjective) -> Tensor:
-    return logistic(s.gap, o) - o.nll_weight * s.chosen
+    return logistic(s.gap, o) - product(o.nll_weight, s.chosen)
 
 
 def orpo(s: Scored, o: PreferenceObjective) -> Tensor:
@@ -240,7 +258,7 @@ def orpo(s: Scored, o: PreferenceObjective) -> Tensor:
 
 def hpo(s: Scored, o: PreferenceObjective) -> Tensor:
     chosen, rejected = advantage_weights(s, o)
-    return logistic(s.gap, o) - o.auxiliary_weight * (chosen * s.chosen + rejected * s.rejected)
+    return logistic(s.gap, o) - product(o.auxiliary_weight, product(chosen, s.chosen) + product(rejected, s.rejected))
 
 
 # --- What a variant takes from the batch or from other data, one number for each half of a pair -----------------------
@@ -270,10 +288,9 @@ def paired_quantiles(s: Scored, o: PreferenceObjective) -> tuple[Tensor, Tensor]
 
 
 def unpaired_quantiles(s: Scored, o: PreferenceObjective) -> tuple[Tensor, Tensor]:
-    """aot_unpaired: the same for the rejected reward of chosen's rank, and for the chosen reward of rejected's."""
+    """aot_unpaired: the rejected reward of chosen's rank, and the chosen reward of rejected's."""
     rejected = of_same_rank(s.chosen_reward, s.rejected_reward)
-    chosen = of_same_rank(s.rejected_reward, s.chosen_reward)
-    return rejected - s.rejected_reward, s.chosen_reward - chosen
+    return rejected, of_same_rank(s.rejected_reward, s.chosen_reward)
 
 
 def of_same_rank(x: Tensor, y: Tensor) -> Tensor:
@@ -290,7 +307,8 @@ class Variant(NamedTuple):
     reference: bool = True  # the reference's log-probabilities
     averaged: bool = False  # averages over the tokens instead of sums
     smooths: bool = False  # label_smoothing
-    diverges: bool = False  # the implicit rewards alone, whatever the divergence that they come from
+    diverges: bool = False  # takes a divergence: looks at differences of rewards alone, where what is left out of a
+    # reward (a number of the prompt) cancels; or at none (sft)
     advantages: bool = False  # advantages of an auxiliary reward
     parameter: str | None = None  # the field of the objective that its kernel takes
     shifts: Callable[[Scored, PreferenceObjective], tuple[Tensor, Tensor]] | None = None
@@ -298,23 +316,21 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "sigmoid": Variant(sigmoid, "sigmoid", smooths=True, diverges=True),
-    "sigmoid_norm": Variant(sigmoid, "sigmoid", averaged=True, smooths=True),
+    "sigmoid_norm": Variant(sigmoid, "sigmoid", averaged=True, smooths=True, diverges=True),
     "robust": Variant(robust, "robust", smooths=True, diverges=True),
     "hinge": Variant(hinge, "hinge", diverges=True),
     "rso": Variant(hinge, "hinge", diverges=True),
-    "ipo": Variant(ipo, "ipo", averaged=True),
+    "ipo": Variant(ipo, "ipo", averaged=True, diverges=True),
     "exo_pair": Variant(exo_pair, "exo_pair", smooths=True, diverges=True),
-    "nca_pair": Variant(nca_pair, "nca_pair", diverges=True),
-    "bco_pair": Variant(
-        bco_pair, "bco_pair", diverges=True, shifts=lambda s, o: (reward_shift(s).expand_as(s.chosen),) * 2
-    ),
+    "nca_pair": Variant(nca_pair, "nca_pair"),
+    "bco_pair": Variant(bco_pair, "bco_pair", shifts=lambda s, o: (reward_shift(s).expand_as(s.chosen),) * 2),
     "sppo_hard": Variant(sppo_hard, "sppo_hard"),
     "aot": Variant(aot, "aot", smooths=True, shifts=paired_quantiles),
-    "aot_unpaired": Variant(aot_unpaired, "aot", smooths=True, diverges=True, shifts=unpaired_quantiles),
-    "apo_zero": Variant(apo_zero, "apo_zero", diverges=True),
-    "apo_down": Variant(apo_down, "apo_down", diverges=True),
+    "aot_unpaired": Variant(aot_unpaired, "aot_unpaired", smooths=True, shifts=unpaired_quantiles),
+    "apo_zero": Variant(apo_zero, "apo_zero"),
+    "apo_down": Variant(apo_down, "apo_down"),
     "discopop": Variant(discopop, "discopop", diverges=True, parameter="discopop_tau"),
-    "sft": Variant(sft, "sft", reference=False, averaged=True),
+    "sft": Variant(sft, "sft", reference=False, averaged=True, diverges=True),
     "simpo": Variant(simpo, "sigmoid", reference=False, averaged=True, smooths=True, parameter="gamma"),
     "cpo": Variant(cpo, "cpo", reference=False, smooths=True, parameter="nll_weight"),
     "orpo": Variant(orpo, "orpo", reference=False, averaged=True),

@@ -11,7 +11,7 @@ answers of all groups:
                         a = C(n_wrong, k) / C(n, k), the share of the sets of k answers without a right one, and
                         s = sqrt(a (1 - a))
     reinforce_baseline  d_i / sqrt(sum_B d^2 / (B - 1) + eps),  d_i = r_i - mean
-    gdpo                the same of d_i = sum_m (r_im - mean_m) / (std_m + eps), over several rewards m
+    gdpo                the same of d_i = sum_m w_m (r_im - mean_m) / (std_m + eps), over several rewards m
     reinforce_pp        (r_i - mean of all B) / sqrt(variance of all B + eps)
     remax               r_i - the reward of the greedy answer to the same prompt
 
@@ -38,14 +38,14 @@ derivation); REINFORCE++ and its baseline form, Hu et al. 2025 (arXiv 2501.03262
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
-from rlhf_fast.ops import _check
+from rlhf_fast.ops import _check, _losses
 from rlhf_fast.ops._registered import op_without_gradient
 from rlhf_fast.ops.whiten import whiten
 
@@ -60,6 +60,7 @@ def group_advantages(
     lengths: Tensor | None = None,
     baseline_rewards: Tensor | None = None,
     k: int | None = None,
+    reward_weights: Tensor | Sequence[float] | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -74,6 +75,7 @@ def group_advantages(
     lengths: opo needs (B,), tokens, any dtype, >= 0 (checked on the CPU).
     baseline_rewards: remax needs (B,), the greedy answer's reward.
     k: pass_at_k needs it, in [1, group_size]; a group of fewer than k wrong answers gives 0.
+    reward_weights: gdpo takes (M,), what each reward's advantages are multiplied by before the sum; 1 by default.
     process_group: where the batch is whitened, over all its ranks together; every rank must call. Groups stay within
     a rank.
 
@@ -81,6 +83,8 @@ def group_advantages(
     """
     _check_arguments(rewards, kind, eps, lengths, baseline_rewards, k, process_group)
     kept = KINDS[kind]
+    if reward_weights is not None:
+        reward_weights = _checked_weights(rewards, kind, reward_weights)
     _check_groups(rewards, group_size, group_ids, kind)
     if k is not None and not 1 <= k <= (group_size or k):
         raise ValueError(f"k must be in [1, group_size], got k={k}, group_size={group_size}")
@@ -96,7 +100,10 @@ def group_advantages(
         ids = group_ids
         if ids is None:
             ids = torch.arange(rewards.shape[0], device=rewards.device) // (group_size or 1)
-        return reference(rewards, ids, kind=kind, eps=eps, lengths=lengths, k=k, process_group=process_group)
+        return reference(
+            rewards, ids, kind=kind, eps=eps, lengths=lengths, k=k, reward_weights=reward_weights,
+            process_group=process_group,
+        )  # fmt: skip
     weights = None if lengths is None else lengths.detach().to(dtype).contiguous()
     order, offsets = (None, None) if group_ids is None else _by_group(_check.ids("group_ids", group_ids))
     columns = rewards.dim() == 2 and rewards.shape[1]
@@ -109,7 +116,7 @@ def group_advantages(
     parameter = float(eps if k is None else k)
     advantages = _op(rewards.contiguous(), weights, order, offsets, group_size or 0, kept.divisor, parameter, name)
     if columns:
-        advantages = advantages.view(columns, -1).sum(0)
+        advantages = (advantages.view(columns, -1) * _row(reward_weights, advantages)[:, None]).sum(0)
     return _over_batch(advantages, eps, process_group) if kept.whitened else advantages
 
 
@@ -181,24 +188,47 @@ def reference(
     eps: float = 1e-4,
     lengths: Tensor | None = None,
     k: int | None = None,
+    reward_weights: Tensor | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """The advantages of a kind with groups by definition, over all pairs, differentiable any number of times."""
+    """The advantages of a kind with groups by definition, differentiable any number of times."""
     r = rewards.to(_check.compute_dtype(rewards.dtype))
     r = r if r.dim() == 2 else r[:, None]
     if kind == "pass_at_k":
         r = _right(r)
-    same = (group_ids[:, None] == group_ids[None, :]).to(r.dtype)[..., None]
-    weights = torch.ones_like(r) if lengths is None else lengths.to(r.dtype)[:, None]
-    count, total = same.sum(1), (same * weights).sum(1)
-    differences = r[:, None] - r[None, :]
-    distance = (torch.where(same > 0, differences * weights, 0)).sum(1) / torch.where(total == 0, 1, total)
-    mean = (same * r).sum(1) / count
-    m2 = torch.where(same > 0, distance.square()[None, :], 0).sum(1)
+    ids, order = group_ids.sort(stable=True)
+    group = torch.cat([order.new_zeros(min(1, ids.shape[0])), (ids[1:] != ids[:-1]).cumsum(0)])
+    group = torch.empty_like(group).scatter(0, order, group)  # of every answer, from 0
+
+    def over_group(x: Tensor) -> Tensor:
+        """Per answer, the sum of x (B, M) over its group."""
+        return x.new_zeros(x.shape).index_add(0, group, x)[group]
+
+    place = torch.arange(r.shape[0], device=r.device)
+    first = torch.full_like(place, r.shape[0]).scatter_reduce(0, group, place, "amin")[group]
+    apart = r - r[first]  # from the group's first reward: nothing cancels, equal rewards are exactly 0 apart
+    weights = torch.ones_like(r) if lengths is None else lengths.to(r.dtype)[:, None].expand_as(r)
+    count, total = over_group(torch.ones_like(r)), over_group(weights)
+    distance = _losses.product(
+        (total != 0).to(r.dtype), apart - over_group(apart * weights) / torch.where(total == 0, 1, total)
+    )
+    mean, m2 = over_group(r) / count, over_group(distance.square())
     divisor = DIVISORS[KINDS[kind].divisor](count, mean, m2, eps if k is None else k)
     # The divisor is 0 without eps, for equal rewards.
-    advantages = (distance / torch.where(divisor == 0, 1, divisor)).sum(-1)
+    advantages = (distance / torch.where(divisor == 0, 1, divisor) * _row(reward_weights, r)).sum(-1)
     return _over_batch(advantages, eps, process_group) if KINDS[kind].whitened else advantages
+
+
+def _row(reward_weights: Tensor | None, like: Tensor) -> Tensor:
+    """The weights of the rewards, (M,) or one for all."""
+    return like.new_ones(1) if reward_weights is None else reward_weights.to(like.dtype)
+
+
+def _checked_weights(rewards: Tensor, kind: str, reward_weights: Tensor | Sequence[float]) -> Tensor:
+    if not KINDS[kind].columns:
+        raise ValueError(f"kind {kind} takes no reward_weights")
+    weights = torch.as_tensor(reward_weights, device=rewards.device).detach()
+    return _check.shaped("reward_weights", weights, (rewards.shape[1],), "(M,)")
 
 
 def _over_batch(advantages: Tensor, eps: float, process_group: torch.distributed.ProcessGroup | None) -> Tensor:

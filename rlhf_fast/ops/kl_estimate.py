@@ -113,9 +113,9 @@ def reference(
         weight = (logprobs - old_logprobs.detach().to(dtype)).exp().clamp(max=weight_clip)
     if gradient is None:
         # The weight follows logprobs alone; differentiating it by ref_logprobs would be 0 anyway.
-        return weight * estimate
+        return _losses.product(weight, estimate)
     slope = ESTIMATORS[gradient](log_ratio)
-    return weight.detach() * (estimate.detach() + (slope - slope.detach()))
+    return _losses.product(weight.detach(), estimate.detach() + (slope - slope.detach()))
 
 
 def _cpu(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None, estimator: str, gradient: str,

@@ -6,15 +6,18 @@ With x = logprob - old_logprob, r = exp(x), A the advantage, clip(r) = r held wi
     ppo_clip    L = -min(r A, clip(r) A); with dual clip c, for A < 0:  -max(min(r A, clip(r) A), c A)
     cispo       L = -sg(clip(r)) A logprob
     sapo        L = -4 / tau sigmoid(tau (r - 1)) A               tau by the sign of A
-    dppo_*      L = -r A, 0 where D > max_divergence and A leads further away (A > 0 and r > 1, or A < 0 and r < 1);
+    dppo_*      L = -min(r, dual_clip) A, with the slope of r itself scaled down to the cap beyond it,
+                0 where D > max_divergence and A leads further away (A > 0 and r > 1, or A < 0 and r < 1);
                 with p, q the token's new and old probability, tv: D = |p - q|,
                 kl: D = q log(q / p) + (1 - q) log((1 - q) / (1 - p))
-    clip_cov    ppo_clip, 0 for selected tokens                   kl_cov  L = -r A + kl_cov_coef |x| if selected
+    clip_cov    ppo_clip, 0 for selected tokens, of those that no bound holds
+    kl_cov      L = -r A + kl_cov_coef |x| if selected
     gpg, reinforce, a2c    L = -A logprob
     gspo        ppo_clip of s = exp(mean x) and mean A            luspo: the same, summed over tokens
     gspo_token  ppo_clip of sg(s) r / sg(r)
     gmpo        L = -exp(mean x') mean A,  x' = min(x, clip_eps_high) for A > 0, max(x, -clip_eps_low) for A < 0
-    vespo       L = -sg(w^k exp(lambda (1 - w))) A logprob,  w = exp(sum x)
+    vespo       L = -sg(w^k exp(lambda (1 - w))) A logprob,  w = exp(sum x) times the correction of the sequence,
+                which is not applied once more
     dro         L = -mean(A) X + dro_beta / 2 X^2,  X = sum x     old_logprobs: the reference's
 
     loss = sum over the mask of w (c L + kl_coef KL - entropy_coef entropy)
@@ -23,11 +26,14 @@ w is the weight of the aggregation; c that of the sampler's correction (exp(old_
 its sequence, or their geometric mean, truncated or masked outside its bounds), 0 for tokens dropped by the entropy or
 the off-policy mask; KL the estimate k1, k2 or k3 of kl_estimate against ref_logprobs. Selected are the largest
 covariances (logprob - mean)(A - mean) of the call. d L / d logprob follows term by term, e.g. ppo_clip: -r A where the
-first term is the active one, else 0; kl_unbiased takes d KL = r (logprob - ref_logprob), the gradient of the KL itself.
+first term is the active one, else 0; kl_unbiased takes r KL with d KL = r (logprob - ref_logprob), which is the
+gradient of r k3 and of the KL itself.
 
 Numerics. Log-ratios are clamped to +-20 before exp (gradient 0 outside), so that one token cannot make the loss
-infinite. approx_kl = (r - 1) - log r uses the log-ratio as it is, by a series where it is small: exp(x) - 1 - x
-cancels. Where logprobs are old_logprobs bit for bit, r is exactly 1, approx_kl and clip_fraction exactly 0.
+infinite; so is that of k3 to the reference, and with kl_unbiased of every estimate. A weight of 0 (a coefficient, an
+advantage, a correction, the mask) takes out what it multiplies, infinities included. approx_kl = (r - 1) - log r uses
+the log-ratio as it is, by a series where it is small: exp(x) - 1 - x cancels. Where
+logprobs are old_logprobs bit for bit, r is exactly 1, approx_kl and clip_fraction exactly 0.
 Computed in float32 (float64 for float64), behind the mask nothing is read. Sums are made in a fixed order.
 
 Cost per token: three inputs of s bytes (one more per optional input) and the mask read, 4 bytes (the gradient
@@ -37,8 +43,9 @@ coefficient and writes the gradient.
 Sources: PPO, arXiv 1707.06347, eq. 7; dual clip, 1912.09729, eq. 5, which for a delta >= 1 + clip_eps_high is also the
 two-sided clip of INTELLECT-2, 2505.07291; GRPO 2402.03300; DAPO (separate bounds, token mean) 2503.14476; Dr. GRPO
 (fixed length) 2503.20783; GSPO 2507.18071; LUSPO 2602.05261; GMPO 2507.20673; CISPO (MiniMax-M1) 2506.13585, default
-bound of ScaleRL, 2510.13786; SAPO 2511.20347; VESPO 2602.10693; DPPO 2602.04879, with the ratio as the paper has it,
-where verl takes -sg(r) A logprob; Clip-Cov and KL-Cov 2505.22617, whose Clip-Cov draws its tokens at random (here the
+bound of ScaleRL, 2510.13786; SAPO 2511.20347; VESPO 2602.10693; DPPO 2602.04879, with the value of the
+paper's ratio and the cap of verl, which takes -sg(min(r, 20)) A logprob, the same
+gradient; Clip-Cov and KL-Cov 2505.22617, whose Clip-Cov draws its tokens at random (here the
 largest are taken) and whose code has |x| for the KL; DRO 2405.19107, its square over 2 dro_beta without the constant;
 GPG 2504.02546; REINFORCE, Williams 1992; A2C 1602.01783; entropy mask 2506.01939; off-policy mask, DeepSeek-V3.2,
 2512.02556; KL estimates, Schulman 2020, "Approximating KL divergence". The defaults of each: VARIANTS.
@@ -48,6 +55,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -61,6 +69,7 @@ from rlhf_fast.ops._policy import (
     CORRECTION_MODES,
     FUNCTIONS,
     KL_ESTIMATORS,
+    MAX_LOG_RATIO,
     VARIANTS,
     PolicyObjective,
     Tokens,
@@ -203,6 +212,7 @@ def numbers(objective: PolicyObjective) -> tuple[str, list[float], list[int], li
     choices = [
         KL_ESTIMATORS.index(o.kl_estimator), int(o.kl_unbiased), CORRECTION_LEVELS.index(o.correction_level),
         CORRECTION_MODES.index(o.correction_mode), int(o.needs_sequences), int(o.marks_tokens),
+        int(FUNCTIONS[o.function].folds_correction),
     ]  # fmt: skip
     furthest = math.inf if o.off_policy_max_kl is None else o.off_policy_max_kl
     return (
@@ -219,24 +229,34 @@ def reference(objective: PolicyObjective, inputs: Inputs, made: Plan) -> tuple[T
     total, length = _sequence_sums(made, x.logprobs)
     flags = made.flags if objective.marks_tokens and made.flags is not None else counts.to(torch.uint8)
     tokens = Tokens(
-        x.logprobs, x.old_logprobs, x.advantages, x.logprobs - x.old_logprobs, (flags & SELECTED) != 0, total, length
-    )
-    losses, held_low, held_high = FUNCTIONS[objective.function].loss(tokens, objective)
+        x.logprobs, x.old_logprobs, x.advantages, x.logprobs - x.old_logprobs, (flags & SELECTED) != 0, total, length,
+        torch.zeros_like(x.logprobs),
+    )  # fmt: skip
+    function = FUNCTIONS[objective.function]
     correction, outside, sampler_kl = _correction(objective, tokens, x.sampler_logprobs)
+    if function.folds_correction:
+        tokens = replace(tokens, log_correction=_folded(objective, tokens, torch.where(counts, correction, 1)))
+    losses, held_low, held_high = function.loss(tokens, objective)
     dropped = (flags & DROPPED) != 0
     if objective.off_policy_max_kl is not None:
         behaviour = x.old_logprobs if x.sampler_logprobs is None else x.sampler_logprobs
         far = tokens.mean(behaviour - x.logprobs.detach()) > objective.off_policy_max_kl
         dropped = dropped | (far & (x.advantages < 0))
-    losses = torch.where(dropped, 0.0, correction * losses)
+    weight = torch.ones_like(losses) if function.folds_correction else correction
+    weight = torch.where(dropped, 0.0, weight)
+    if function.per_sequence and objective.correction_level != "token" and x.sampler_logprobs is not None:
+        # Infinities of a sequence without weight would come back as NaN in the gradient.
+        log_ratio, logprobs = (torch.where(weight == 0, 0.0, y) for y in (tokens.log_ratio, tokens.logprobs))
+        losses, _, _ = function.loss(replace(tokens, log_ratio=log_ratio, logprobs=logprobs), objective)
+    losses = _losses.product(weight, losses)
     kl = torch.zeros_like(losses)
     if x.ref_logprobs is not None:
-        kl = ESTIMATORS[objective.kl_estimator](x.ref_logprobs - x.logprobs)
-        if objective.kl_unbiased:
-            slope = (tokens.ratio * (x.logprobs - x.ref_logprobs)).detach()
-            kl = kl.detach() + slope * (x.logprobs - x.logprobs.detach())
+        kl = _kl_to_ref(objective, x.ref_logprobs - x.logprobs, tokens)
+        if objective.kl_coef > 0:  # else it is measured: 0 times infinity is 0
+            losses = losses + objective.kl_coef * kl
     entropy = torch.zeros_like(losses) if x.entropy is None else x.entropy
-    losses = losses + objective.kl_coef * kl - objective.entropy_coef * entropy
+    if objective.entropy_coef > 0:
+        losses = losses - objective.entropy_coef * entropy
     denominator = made.tokens(inputs.logprobs)
     weights = 1 / denominator if made.weights is None else made.weights
     loss = torch.where(counts, losses * weights, 0.0).sum()
@@ -245,6 +265,23 @@ def reference(objective: PolicyObjective, inputs: Inputs, made: Plan) -> tuple[T
              correction, outside, sampler_kl, dropped]  # fmt: skip
     values = torch.stack([torch.where(counts, m.detach().to(dtype), 0).sum() / denominator for m in means])
     return loss, torch.cat([values[:5], _extremes(ratio, counts), values[5:]])
+
+
+def _kl_to_ref(o: PolicyObjective, log_ratio: Tensor, tokens: Tokens) -> Tensor:
+    """The estimate per token from log_ratio = ref_logprob - logprob, with the gradient that the objective asks for."""
+    if o.kl_estimator == "k3" or o.kl_unbiased:
+        log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    kl = ESTIMATORS[o.kl_estimator](log_ratio)
+    if not o.kl_unbiased:
+        return kl
+    slope = (-tokens.ratio * log_ratio).detach()
+    return (tokens.ratio * kl).detach() + slope * (tokens.logprobs - tokens.logprobs.detach())
+
+
+def _folded(o: PolicyObjective, tokens: Tokens, correction: Tensor) -> Tensor:
+    """Per token, the log of the correction of its whole sequence; that of a token counts once for each."""
+    logs = correction.clamp_min(math.exp(-MAX_LOG_RATIO)).log()
+    return logs if o.correction_level == "sequence" else tokens.total(logs)
 
 
 def _extremes(ratio: Tensor, counts: Tensor) -> Tensor:

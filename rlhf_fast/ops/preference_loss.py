@@ -29,20 +29,25 @@ where marked free), s the label smoothing, softplus(t) = log(1 + exp(t)), sg = s
     orpo          -log pi(chosen) + beta softplus(-log(odds(chosen) / odds(rejected))), avg, free
                   odds = p / (1 - p),  p = exp(log pi)                        2403.07691 eq. 6 and 7
     hpo           logistic(h) - auxiliary_weight (u log pi(chosen) + v log pi(rejected)),
-                  u, v = exp(advantage in an auxiliary reward / auxiliary_temperature)    2405.17956
+                  u, v = exp(advantage in an auxiliary reward / auxiliary_temperature)    after 2405.17956
 
     loss = sum over the pairs of weight L / denominator
 
-ipo's log-ratios are averaged over the tokens as its authors advise. The divergences are f-DPO's (2309.16240), score is
-f' less its value at an unchanged policy. Metrics are means over the pairs of a, b, of h (margin) and of whether a > b
-(accuracy; a tie counts as wrong).
+hpo joins DPO with the advantage-weighted likelihood of Hybrid Preference Optimization; that both answers of the pair
+are weighted, with the batch's pairs as the samples, is this function's form and no equation of the paper. A divergence
+other than reverse_kl is of losses of the gap h alone: a reward is known up to a number of the prompt, which differs
+under another divergence and cancels in h only. ipo's log-ratios are averaged over the tokens as its authors advise. The
+divergences are f-DPO's (2309.16240), score is f' less its value at an unchanged policy. Metrics are means over the
+pairs of a, b, of h (margin) and of whether a > b (accuracy; a tie counts as wrong).
 
 Derivative: the kernel makes d L / d a and d L / d b; the chain to a log-probability is beta score'(x), over the length
 where averaged. aot and aot_unpaired have the derivative of a sum in a sorted order: each half of a pair needs only the
 number of its own rank, sorted beforehand, so nothing is permuted back.
 
 Numerics. softplus and sigmoid are taken through exp(-|h|): no overflow, and no loss of the gradient of a pair that is
-told apart with confidence. exp(-alpha x) goes on along its tangent beyond exp(20); orpo takes an average
+told apart with confidence. A pair that is told apart infinitely has the limit of its loss, and a weight of 0 (of a
+pair, a term, the label smoothing) takes out what it multiplies. exp(-alpha x) and discopop's m exp(-h) go on along
+their tangents beyond exp(20); orpo takes an average
 log-probability above -1e-6 for -1e-6 in the odds. Computed in float32 (float64 for float64).
 
 Cost per pair: nine numbers read (those that are not given: one for all pairs), two coefficients written; one launch
@@ -61,7 +66,7 @@ from torch import Tensor
 
 from rlhf_fast.backends import resolve
 from rlhf_fast.ops import _check, _losses
-from rlhf_fast.ops._preference import VARIANTS, Pairs, PreferenceObjective, scored
+from rlhf_fast.ops._preference import VARIANTS, Pairs, PreferenceObjective, Scored, reward_shift, scored
 
 METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 _objective = lru_cache(PreferenceObjective)  # a loop asks for the same one at every step
@@ -104,7 +109,7 @@ def preference_loss(
     target margin. discopop_tau > 0. nll_weight >= 0: cpo's. auxiliary_weight >= 0, auxiliary_temperature > 0: hpo's.
     chosen_lengths, rejected_lengths: (B,) tokens that the sums run over, any number type, one below 1 counts as 1;
     needed by the variants that average.
-    weights: (B,) what a pair's loss is multiplied by (wpo_weights of both answers, multiplied); not for aot.
+    weights: (B,) what a pair's loss is multiplied by (wpo_weights); not for aot.
     reward_shift: () bco_pair's delta, in units of reward; by default the mean of a and b over this call.
     chosen_advantages, rejected_advantages: (B,) of hpo's auxiliary reward.
     denominator: what the sum is divided by, a number or a 0-d tensor; the number of pairs by default.
@@ -156,7 +161,7 @@ def checked(pairs: Pairs, objective: PreferenceObjective) -> Pairs:
             given[name] = given[name] if needed else None
     if pairs.weights is not None:
         for name, _ in objective.terms:
-            if VARIANTS[name].kernel == "aot":
+            if VARIANTS[name].kernel.startswith("aot"):
                 raise ValueError(f"weights are not of {name}, which takes its pairs apart")
     shape, first_pair = tuple(pairs.chosen.shape), ("chosen", pairs.chosen)
     for name, tensor in given.items():
@@ -177,13 +182,30 @@ def reference(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) by definition, differentiable any number of times; aot where no two ranks are tied."""
     views = [scored(pairs, objective, name) for name, _ in objective.terms]
-    losses = [VARIANTS[name].loss(view, objective) for (name, _), view in zip(objective.terms, views, strict=True)]
+    counted = (
+        views
+        if pairs.weights is None
+        else [scored(_counted(pairs, views[0]), objective, n) for n, _ in objective.terms]
+    )
+    losses = [VARIANTS[name].loss(view, objective) for (name, _), view in zip(objective.terms, counted, strict=True)]
     if pairs.weights is not None:
-        losses = [pairs.weights.to(loss.dtype) * loss for loss in losses]
+        losses = [_losses.product(pairs.weights.to(loss.dtype), loss) for loss in losses]
     won, lost = views[0].chosen_reward.detach(), views[0].rejected_reward.detach()
     means = [_losses.mean(x, None, denominator) for x in ((won > lost).to(won.dtype), won - lost, won, lost)]
     totals = [_losses.mean(loss, None, denominator) for loss in losses]
     return _weighted(totals, objective), dict(zip(METRICS, means, strict=True))
+
+
+def _counted(pairs: Pairs, view: Scored) -> Pairs:
+    """`pairs`, where those of weight 0 are replaced: infinities there would come back as NaN in the gradient."""
+    assert pairs.weights is not None
+    none = pairs.weights == 0
+    of_reference = [None if x is None else torch.where(none, -1.0, x) for x in pairs[2:4]]
+    return pairs._replace(
+        chosen=torch.where(none, -1.0, pairs.chosen), rejected=torch.where(none, -1.0, pairs.rejected),
+        ref_chosen=of_reference[0], ref_rejected=of_reference[1],
+        reward_shift=reward_shift(view),
+    )  # fmt: skip
 
 
 def planes(pairs: Pairs, objective: PreferenceObjective, name: str) -> list[Tensor]:
@@ -232,7 +254,7 @@ def _term(pairs: Pairs, objective: PreferenceObjective, name: str, denominator: 
 def _weighted(terms, objective: PreferenceObjective) -> Tensor:  # type: ignore[no-untyped-def]
     if len(terms) == 1 and objective.terms[0][1] == 1:
         return terms[0]
-    return sum(weight * term for (_, weight), term in zip(objective.terms, terms, strict=True))  # type: ignore
+    return sum(_losses.product(weight, term) for (_, weight), term in zip(objective.terms, terms, strict=True))  # type: ignore
 
 
 # (kernel, planes, None, denominator, parameters, outputs)

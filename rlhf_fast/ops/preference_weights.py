@@ -2,7 +2,8 @@
 
     length_desensitized_weights:  1 for an answer's first min(n, m) tokens, alpha for those beyond; n, m: the tokens of
                                   the answer and of the other one of its pair
-    wpo_weights:                  exp(mean over the answer's tokens of log p_t - log sum_v p_tv^2), at most 1
+    wpo_weights:                  exp(s_chosen + s_rejected), at most 1, with
+                                  s = mean over the answer's tokens of log p_t - log sum_v p_tv^2
 
 Both are constants: no gradient. Cost: one read of their inputs.
 Sources: LD-DPO, Liu et al. 2024 (arXiv 2409.06411); WPO, its sampled alignment, Zhou et al. 2024 (arXiv 2406.11827).
@@ -37,20 +38,21 @@ def length_desensitized_weights(mask: Tensor, other_lengths: Tensor, *, alpha: f
 
 
 def wpo_weights(logprobs: Tensor, sum_p_squared: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """(B,) float32 (float64 for float64): how likely each answer is under the policy, as preference_loss's weights.
+    """(B,) float32 (float64 for float64): how likely the pairs are under the policy, as preference_loss's weights.
 
-    A pair's weight is the product of its answers'. logprobs: (B, T) of the answer's tokens, in nats, floats.
-    sum_p_squared: (B, T) sums over the vocabulary of the squared probabilities at those places (token_logprobs returns
-    them). mask: (B, T), nonzero counts. An answer without tokens has weight 1. Raises ValueError or TypeError for what
-    does not fit.
+    Rows are the B chosen answers, then the B rejected ones. The product of both is bounded by 1, as in WPO's code, and
+    not each of them. logprobs: (2 B, T) of the answers' tokens, in nats, floats. sum_p_squared: (2 B, T) sums over the
+    vocabulary of the squared probabilities at those places (token_logprobs returns them). mask: (2 B, T), nonzero
+    counts. An answer without tokens adds nothing. Raises ValueError or TypeError for what does not fit.
     """
-    if logprobs.dim() != 2:
-        raise ValueError(f"logprobs must be (B, T), got {tuple(logprobs.shape)}")
+    if logprobs.dim() != 2 or logprobs.shape[0] % 2:
+        raise ValueError(f"logprobs must be (2 B, T), got {tuple(logprobs.shape)}")
     for name, tensor in {"logprobs": logprobs, "sum_p_squared": sum_p_squared}.items():
-        _check.shaped(name, _check.floating(name, tensor), tuple(logprobs.shape), "(B, T)")
+        _check.shaped(name, _check.floating(name, tensor), tuple(logprobs.shape), "(2 B, T)")
         _check.same_device(("logprobs", logprobs), (name, tensor), ("mask", mask))
     counts = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
-    _check.shaped("mask", counts, tuple(logprobs.shape), "(B, T)")
+    _check.shaped("mask", counts, tuple(logprobs.shape), "(2 B, T)")
     dtype = _check.compute_dtype(logprobs.dtype)
     aligned = torch.where(counts, logprobs.detach().to(dtype) - sum_p_squared.detach().to(dtype).log(), 0)
-    return (aligned.sum(1) / counts.sum(1).clamp_min(1)).exp().clamp_max(1)
+    chosen, rejected = (aligned.sum(1) / counts.sum(1).clamp_min(1)).chunk(2)
+    return (chosen + rejected).exp().clamp_max(1)

@@ -115,7 +115,7 @@ def reference(rewards: Tensor, ranks: Tensor, group_ids: Tensor, *, variant: str
     same = group_ids[:, None] == group_ids[None, :]
     worse = same & (ranks[:, None] > ranks[None, :])  # [i, j]: i is ranked worse than j
     tied = same & (ranks[:, None] == ranks[None, :])
-    gap = r[:, None] - r[None, :]
+    gap = torch.where(r[:, None] == r[None, :], 0.0, r[:, None] - r[None, :])  # equal ones of -inf are no NaN apart
     pairs = torch.where(same, worse.sum(0)[None, :], 0).sum(1).clamp_min(1)  # of every answer's prompt
     accuracy = (torch.where(worse & (gap < 0), 1.0, 0.0).to(r.dtype) / pairs).sum()
     return VARIANTS[variant](gap, worse, tied, pairs).sum(), accuracy
@@ -123,11 +123,16 @@ def reference(rewards: Tensor, ranks: Tensor, group_ids: Tensor, *, variant: str
 
 def plackett_luce(gap: Tensor, worse: Tensor, tied: Tensor, pairs: Tensor) -> Tensor:
     left = 1 - tied.triu(1).sum(0).to(gap.dtype) / tied.sum(0)
-    return torch.logsumexp(gap + torch.where(tied, left, worse.to(gap.dtype)).log(), 0)
+    return _log_total(gap, torch.where(tied, left, worse.to(gap.dtype)))
 
 
 def breslow(gap: Tensor, worse: Tensor, tied: Tensor, pairs: Tensor) -> Tensor:
-    return torch.logsumexp(gap + (worse | tied).to(gap.dtype).log(), 0)
+    return _log_total(gap, (worse | tied).to(gap.dtype))
+
+
+def _log_total(gap: Tensor, weight: Tensor) -> Tensor:
+    """log sum_i weight_ij exp(gap_ij); a weight of 0 takes an infinite gap out."""
+    return torch.logsumexp(torch.where(weight > 0, gap + weight.log(), -torch.inf), 0)
 
 
 def pairwise(gap: Tensor, worse: Tensor, tied: Tensor, pairs: Tensor) -> Tensor:

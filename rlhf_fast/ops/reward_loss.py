@@ -93,8 +93,8 @@ def reference(
     dtype = _check.compute_dtype(chosen_rewards.dtype)
     chosen, rejected = chosen_rewards.to(dtype), rejected_rewards.to(dtype)
     h = chosen - rejected - margin.to(dtype)
-    losses = -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
-    losses = losses + centring * (chosen + rejected).square()
+    losses = -(1 - label_smoothing) * logsigmoid(h) - _losses.product(label_smoothing, logsigmoid(-h))
+    losses = losses + _losses.product(centring, (chosen + rejected).square())
     lead = (chosen - rejected).detach()
     means = [_losses.mean(x, None, denominator) for x in ((lead > 0).to(dtype), lead)]
     return _losses.mean(losses, None, denominator), dict(zip(METRICS, means, strict=True))

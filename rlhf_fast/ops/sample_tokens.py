@@ -123,12 +123,12 @@ def reference(
 ) -> None:  # fmt: skip
     """Fills outputs = [ids, logprobs, full_logprobs] by definition, with a sort."""
     temperature, temperatures, logit_scale, softcap = transform
-    z = rows.transformed(
-        logits, temperature=temperature if temperatures is None else temperatures, logit_scale=logit_scale,
-        softcap=softcap or None,
-    )  # fmt: skip
-    row_max = z.amax(-1, keepdim=True)
-    weights = (z - row_max).exp().double()
+    capped = rows.transformed(logits, logit_scale=logit_scale, softcap=softcap or None)
+    row_max = capped.amax(-1, keepdim=True)
+    divisor = temperature if temperatures is None else temperatures[:, None].to(capped.dtype)
+    # z - max z: only differences meet a tiny temperature; + 0: -0. is no other number than 0.
+    z = torch.where(capped == row_max, 0.0, (capped - row_max) / divisor + 0.0)
+    weights = z.exp().double()
     order = z.sort(-1, descending=True)
     lowest = order.values[:, top_k - 1 : top_k]
     if top_p < 1:
@@ -136,7 +136,7 @@ def reference(
         enough = (mass < top_p * mass[:, -1:]).sum(-1, keepdim=True).clamp_max(z.shape[1] - 1)
         lowest = torch.maximum(lowest, order.values.gather(-1, enough))
     if min_p > 0:
-        lowest = torch.maximum(lowest, row_max + torch.full_like(row_max, min_p).log())
+        lowest = torch.maximum(lowest, torch.full_like(row_max, min_p).log())
     kept = torch.where(z >= lowest, weights, 0.0)
     cumulative, total = kept.cumsum(-1), kept.sum(-1, keepdim=True)
     a, b, _, _ = philox(seed, row_ids, row_ids >> 32, step, step >> 32)
@@ -145,7 +145,7 @@ def reference(
     positions = torch.arange(z.shape[1], device=z.device)
     first = torch.where(reached, positions, z.shape[1]).amin(-1)
     chosen = torch.minimum(first, torch.where(kept > 0, positions, 0).amax(-1))
-    below = z.gather(-1, chosen[:, None]).double() - row_max.double()
+    below = z.gather(-1, chosen[:, None]).double()
     valid = torch.isfinite(row_max[:, 0])  # the maximum of a row with NaN is NaN
     outputs[0].copy_(torch.where(valid, chosen, 0))
     for out, sum_of in zip(outputs[1:], (total, weights.sum(-1, keepdim=True)), strict=True):

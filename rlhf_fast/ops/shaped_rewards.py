@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, strided, threads
-from rlhf_fast.ops import _check
+from rlhf_fast.ops import _check, _losses
 from rlhf_fast.ops._registered import op_without_gradient
 
 
@@ -66,7 +66,7 @@ def reference(scores: Tensor, kl: Tensor, *, mask: Tensor, kl_coef: float, clip:
     counts, dtype = mask != 0, _check.compute_dtype(kl.dtype)
     later = counts.flip(-1).cumsum(-1).flip(-1)  # valid tokens from here on
     last = counts & (later == 1)
-    penalty = -kl_coef * torch.where(counts, kl.to(dtype), torch.zeros_like(kl, dtype=dtype))
+    penalty = _losses.product(-kl_coef, torch.where(counts, kl.to(dtype), torch.zeros_like(kl, dtype=dtype)))
     score = scores.to(dtype).clamp(-clip, clip)[:, None]
     return penalty + torch.where(last, score, torch.zeros_like(score))
 

@@ -159,9 +159,9 @@ def reference(
     beta, desirable_weight, undesirable_weight = parameters
     reward, good = beta * (logprobs - ref_logprobs), desirable > 0
     losses = VARIANTS[variant].loss(torch.where(good, reward - shift, shift - reward))
-    losses = losses * torch.where(good, desirable_weight * weights, undesirable_weight * weights)
+    losses = _losses.product(torch.where(good, desirable_weight * weights, undesirable_weight * weights), losses)
     reward = reward.detach()
-    parts = (desirable, desirable * reward, 1 - desirable, (1 - desirable) * reward)
+    parts = (desirable, torch.where(good, reward, 0.0), 1 - desirable, torch.where(good, 0.0, reward))
     means = [_losses.mean(x, None, denominator) for x in parts]
     return _losses.mean(losses, None, denominator), _metrics(dict(zip(_PARTS, means, strict=True)))
 

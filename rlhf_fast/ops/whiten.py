@@ -75,9 +75,11 @@ def reference(
     scale = torch.rsqrt(m2 / (count - 1).clamp_min(1) + eps)
     counts = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
     # What is behind the mask is replaced before any arithmetic, so that nothing there gets through.
-    distance = torch.where(counts, x.to(dtype), mean.to(dtype)) - mean.to(dtype)
+    rounded = mean.to(dtype)
+    rest = (mean - rounded.double()).to(dtype)  # a mean of 1e6 is rounded by more than a small deviation
+    distance = torch.where(counts, x.to(dtype) - rounded - rest, torch.zeros_like(x, dtype=dtype))
     whitened = distance * scale.to(dtype)
-    return whitened if shift_mean else torch.where(counts, whitened + mean.to(dtype), torch.zeros_like(whitened))
+    return whitened if shift_mean else torch.where(counts, whitened + rounded, torch.zeros_like(whitened))
 
 
 def reference_moments(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -250,3 +250,14 @@ def test_two_processes_whiten_as_one_does(tmp_path):
 def test_bad_input_raises_with_the_values(options, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(torch.zeros(6), **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_gdpo_sums_its_rewards_by_weight(backend):
+    rewards = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    each = [group_advantages(rewards[:, m], group_size=3, kind="grpo", backend=backend) for m in range(3)]
+    summed = 2.0 * each[0] - 0.5 * each[1]
+    got = group_advantages(rewards, group_size=3, kind="gdpo", reward_weights=[2.0, -0.5, 0.0], backend=backend)
+    torch.testing.assert_close(got, summed / (summed.square().sum() / 5 + 1e-4).sqrt())
+    with pytest.raises(ValueError, match="kind grpo takes no reward_weights"):
+        group_advantages(rewards[:, 0], group_size=3, reward_weights=[1.0])

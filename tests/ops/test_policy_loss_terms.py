@@ -87,8 +87,8 @@ def test_a_corrected_sequence_loss_has_the_weights_of_all_its_tokens(backend):
         ("k1", False, log(2), 1.0),
         ("k2", False, log(2) ** 2 / 2, log(2)),
         ("k3", False, -0.5 + log(2), 0.5),
-        ("k1", True, log(2), 1.5 * log(2)),
-        ("k3", True, -0.5 + log(2), 1.5 * log(2)),
+        ("k1", True, 1.5 * log(2), 1.5 * log(2)),
+        ("k3", True, 1.5 * (-0.5 + log(2)), 1.5 * log(2)),
     ],
 )
 def test_the_kl_to_the_reference_joins_the_loss(backend, estimator, unbiased, value, slope):
@@ -138,3 +138,44 @@ def test_the_off_policy_mask_drops_far_sequences_with_a_negative_advantage(backe
     assert far["loss"].item() == pytest.approx(-exp(-0.2) - exp(-0.8))
     assert far["gradient 0"][1].tolist() == [0.0, 0.0]
     assert (near["dropped_fraction"].item(), far["dropped_fraction"].item()) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_vespo_takes_the_correction_into_its_weight(backend, level):
+    # VESPO 2602.10693, TRL: log w = sum log r + the log of the truncated ratios to the sampler, w^k exp(lambda (1 - w))
+    logprobs, old = torch.tensor([[-1.0, -2.0]]).double(), torch.tensor([[-1.1, -1.8]]).double()
+    sampler, advantages = torch.tensor([[-1.4, -1.7]]).double(), torch.ones(1, 2).double()
+    apart = old - sampler  # 0.3, -0.1
+    folded = {
+        "token": apart.clamp(max=log(1.2)).sum(),
+        "sequence": apart.sum().clamp(max=log(1.2)),
+        "geometric": 2 * apart.mean().clamp(max=log(1.2)),
+    }[level].item()
+    w = exp((logprobs - old).sum().item() + folded)
+    slope = -(w**2) * exp(3 * (1 - w))
+    options = {"sampler_logprobs": sampler, "correction_level": level, "correction_high": 1.2}
+    loss = lambda *x: policy_loss(*x, variant="vespo", **options, backend=backend)  # noqa: E731
+    got = evaluate(loss, [logprobs, old, advantages], 1)
+    assert got["loss"].item() == pytest.approx(slope * -1.5)
+    torch.testing.assert_close(got["gradient 0"], torch.full((1, 2), slope / 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", ["dppo_tv", "dppo_kl"])
+def test_dppo_caps_its_ratio_but_not_the_gradient_of_the_cap(backend, variant):
+    # verl: -sg(min(r, 20)) A logprob
+    inputs = [torch.tensor([[-2.0]]).double(), torch.tensor([[-6.0]]).double(), torch.full((1, 1), -1.0).double()]
+    got = evaluate(lambda *x: policy_loss(*x, variant=variant, max_divergence=9.0, backend=backend), inputs, 1)
+    assert (got["loss"].item(), got["gradient 0"].item()) == (20.0, 20.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clip_cov_selects_among_tokens_that_no_bound_holds(backend):
+    # covariances 3, 0, -1, -2 of which the greatest is clipped already: the second is selected
+    old = torch.tensor([[-1.5, -2.0, -2.0, -3.0]]).double()
+    inputs = [torch.tensor([[-1.0, -2.0, -2.0, -3.0]]).double(), old, torch.tensor([[3.0, 1.0, 0.0, 0.5]]).double()]
+    options = {"variant": "clip_cov", "cov_fraction": 0.25, "cov_low": -9.0, "cov_high": 9.0, "backend": backend}
+    got = evaluate(lambda *x: policy_loss(*x, **options), inputs, 1)
+    assert got["clip_fraction"].item() == 0.5
+    assert (got["gradient 0"] == 0).sum() == 3  # clipped, selected, and the advantage of 0

@@ -351,7 +351,7 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend, variant):
         (lambda x: x, {"variant": "exo_pair"}, "label_smoothing must be > 0 for exo_pair"),
         (lambda x: x, {"variant": "ipo", "label_smoothing": 0.1}, "0.1 with ipo"),
         (lambda x: x, {"divergence": "kl"}, "divergence must be one of reverse_kl, forward_kl, alpha, js, got 'kl'"),
-        (lambda x: x, {"variant": "ipo", "divergence": "js"}, "divergence is not of ipo, got 'js'"),
+        (lambda x: x, {"variant": "nca_pair", "divergence": "js"}, "divergence is not of nca_pair, got 'js'"),
         (lambda x: x, {"variant": "ipo"}, "chosen_lengths must be given for ipo"),
         (lambda x: x, {"variant": "hpo"}, "chosen_advantages must be given for hpo"),
         (lambda x: x, {"weights": torch.ones(4)}, r"weights must be \(B,\) = \(3,\), got \(4,\)"),

@@ -1,0 +1,276 @@
+"""Numbers at the edge: a weight of 0 takes infinities out, infinite separations have their limits, in every backend."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_fast import (
+    group_advantages,
+    kl_estimate,
+    linear_logprobs,
+    linear_policy_loss,
+    policy_loss,
+    preference_loss,
+    ranking_loss,
+    reward_loss,
+    sample_tokens,
+    shaped_rewards,
+    token_logprobs,
+    unpaired_preference_loss,
+    whiten,
+)
+from rlhf_fast.ops._policy import PolicyObjective
+from rlhf_fast.ops._preference import VARIANTS as PAIRED
+from rlhf_fast.ops.policy_loss import VARIANTS
+from tests.losses import BACKENDS, evaluate
+
+INF = math.inf
+OF_POLICY = {"dr_grpo": {"fixed_length": 4.0}}
+
+
+def of_pairs(chosen, rejected, variant, backend, **options):
+    """The loss and its gradients of pairs of sequences of one token each, beside a reference of -1."""
+    inputs = [torch.tensor(chosen), torch.tensor(rejected)]
+    ones = torch.ones(inputs[0].shape)
+    given = {
+        "chosen_lengths": ones, "rejected_lengths": ones, "chosen_advantages": ones, "rejected_advantages": ones,
+        "ref_chosen": -ones, "ref_rejected": -ones, "variant": variant, "backend": backend, "beta": 0.5,
+    }  # fmt: skip
+    if variant == "exo_pair":
+        given["label_smoothing"] = 0.1
+    return evaluate(lambda a, b: preference_loss(a, b, **{**given, **options}), inputs, 2)
+
+
+# The limit of each loss of a pair whose rejected answer is impossible; the chosen one's log-ratio is 1, its reward 0.5.
+SOFT = math.log1p(math.exp(-0.5))
+LIMITS = {
+    "sigmoid": 0.0, "sigmoid_norm": 0.0, "robust": 0.0, "hinge": 0.0, "rso": 0.0, "ipo": INF,
+    "exo_pair": -math.log(0.9), "nca_pair": SOFT + 0.5 * (SOFT + 0.5), "bco_pair": 0.0, "sppo_hard": INF, "aot": 0.0,
+    "aot_unpaired": 0.0, "apo_zero": -1 / (1 + math.exp(-0.5)), "apo_down": 1 / (1 + math.exp(-0.5)) - 1,
+    "discopop": 0.0, "sft": 0.0, "simpo": 0.0, "cpo": 0.0, "orpo": 0.0, "hpo": INF,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", list(PAIRED))
+def test_a_pair_that_is_told_apart_infinitely_has_the_limit_of_its_loss(variant, backend):
+    got = of_pairs([0.0], [-INF], variant, backend)
+    assert got["loss"].item() == pytest.approx(LIMITS[variant], rel=1e-5, abs=1e-6)
+    assert not got["gradient 0"].isnan().any()
+    assert not got["gradient 1"].isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", [name for name in PAIRED if "aot" not in name])
+def test_a_pair_of_weight_zero_contributes_nothing(variant, backend):
+    options = {"reward_shift": torch.tensor(0.0)}
+    alone = of_pairs([-1.0], [-2.0], variant, backend, **options)
+    weights = torch.tensor([1.0, 0.0, 0.0])
+    got = of_pairs(
+        [-1.0, -INF, 0.0], [-2.0, 0.0, -INF], variant, backend, weights=weights, denominator=1.0, **options
+    )  # fmt: skip
+    assert got["loss"].item() == pytest.approx(alone["loss"].item(), rel=1e-6)
+    assert got["gradient 0"].tolist() == [alone["gradient 0"].item(), 0, 0]
+    assert got["gradient 1"].tolist() == [alone["gradient 1"].item(), 0, 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha", "js"])
+@pytest.mark.parametrize("ratio", [INF, -INF])
+def test_an_infinite_log_ratio_is_no_nan_under_any_divergence(divergence, ratio, backend):
+    ref = torch.tensor([-INF if ratio == INF else -1.0])
+    chosen = [-1.0 if ratio == INF else -INF]
+    got = of_pairs(chosen, [-1.0], "sigmoid", backend, divergence=divergence, ref_chosen=ref)
+    assert not got["loss"].isnan()
+    assert not got["gradient 0"].isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_discopop_grows_along_a_tangent_where_its_exponential_would_overflow(backend):
+    got = of_pairs([-1e4], [0.0], "discopop", backend, discopop_tau=2.0)
+    gap, tau = -5e3, 2.0  # exp(-gap) sigmoid(gap / tau) = exp(gap (1 / tau - 1)), along its tangent from exp(20)
+    expected = -gap + math.exp(20) * (1 + gap * (1 / tau - 1) - 20)
+    assert got["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert got["gradient 0"].item() == pytest.approx(0.5 * (-1 + math.exp(20) * (1 / tau - 1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_lead_costs_a_reward_model_nothing(backend):
+    inputs = [torch.tensor([1.0, 2.0]), torch.tensor([-INF, 1.0])]
+    got = evaluate(lambda a, b: reward_loss(a, b, backend=backend), inputs, 2)
+    assert got["loss"].item() == pytest.approx(math.log1p(math.exp(-1)) / 2, rel=1e-6)
+    assert got["gradient 0"][0] == got["gradient 1"][0] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_unpaired_answer_of_weight_zero_contributes_nothing(backend):
+    given = {"variant": "bco", "reward_shift": torch.tensor(0.0), "weights": torch.tensor([1.0, 0.0])}
+    inputs, desirable = torch.tensor([-1.0, -INF]), torch.tensor([True, True])
+    got = evaluate(
+        lambda x: unpaired_preference_loss(x, torch.zeros(2), desirable, **given, backend=backend), [inputs], 1
+    )
+    assert got["loss"].item() == pytest.approx(math.log1p(math.exp(0.1)) / 2, rel=1e-6)
+    assert got["gradient 0"][1] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_reference_that_is_only_measured_changes_no_gradient(estimator, backend):
+    # at a log-ratio of 94, exp overflows float32
+    inputs = [torch.tensor([[-95.0, -1.0, -2.0]]), torch.tensor([[-95.0, -1.2, -2.0]]), torch.ones(1, 3)]
+    ref = torch.tensor([[-1.0, -INF, -2.0]])
+    plain = evaluate(lambda *x: policy_loss(*x, backend=backend), inputs, 1)
+    options = {"ref_logprobs": ref, "kl_estimator": estimator, "backend": backend}
+    measured = evaluate(lambda *x: policy_loss(*x, **options), inputs, 1)
+    assert torch.equal(measured["gradient 0"], plain["gradient 0"])
+    assert measured["loss"] == plain["loss"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_the_log_ratio_of_k3_is_held_within_twenty(unbiased, backend):
+    inputs = [torch.tensor([[-95.0, -1.0]], dtype=torch.float64)] * 2 + [torch.zeros(1, 2, dtype=torch.float64)]
+    ref = torch.tensor([[-1.0, -INF]], dtype=torch.float64)
+    options = {"ref_logprobs": ref, "kl_coef": 0.5, "kl_unbiased": unbiased, "backend": backend}
+    got = evaluate(lambda *x: policy_loss(*x, **options), inputs, 1)
+    expected = (math.exp(20) - 21 + math.exp(-20) + 19) / 2
+    assert got["kl_to_ref"].item() == pytest.approx(expected, rel=1e-12)
+    assert got["loss"].item() == pytest.approx(0.5 * expected, rel=1e-12)
+    assert got["gradient 0"].tolist() == ([[-5.0, 5.0]] if unbiased else [[0.0, 0.0]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_tokens_of_weight_zero_take_no_infinity_into_a_policy_loss(variant, backend):
+    # the sampler's mask gives the second sequence weight 0; its second token is impossible
+    inputs = [torch.tensor([[-1.0, -2.0], [-1.0, -INF]]), torch.tensor([[-1.1, -1.9], [-1.0, -5.0]]), torch.ones(2, 2)]
+    sampler = torch.tensor([[-1.1, -1.9], [-9.0, -9.0]])
+    options = {"sampler_logprobs": sampler, "correction_level": "sequence", "correction_mode": "mask"}
+    options |= OF_POLICY.get(variant, {})
+    got = evaluate(lambda *x: policy_loss(*x, variant=variant, **options, backend=backend), inputs, 1)
+    assert got["loss"].isfinite() or variant in ("vespo", "kl_cov")
+    assert got["gradient 0"].isfinite().all() or variant == "kl_cov"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", ["gpg", "cispo", "vespo"])
+def test_an_advantage_of_zero_takes_out_an_impossible_token(variant, backend):
+    inputs = [torch.tensor([[-1.0, -INF]]), torch.tensor([[-1.0, -30.0]]), torch.tensor([[1.0, 0.0]])]
+    got = evaluate(lambda *x: policy_loss(*x, variant=variant, backend=backend), inputs, 1)
+    assert got["loss"].isfinite()
+    assert got["gradient 0"].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rewards_without_a_kl_coefficient_do_not_see_the_kl(backend):
+    kl, mask = torch.tensor([[INF, 1.0, -INF]]), torch.ones(1, 3)
+    got = shaped_rewards(torch.tensor([2.0]), kl, mask=mask, kl_coef=0.0, backend=backend)
+    assert got.tolist() == [[0.0, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_k3_of_an_impossible_reference_is_infinite_with_a_finite_slope(backend):
+    logprobs = torch.tensor([[-1.0]], requires_grad=True)
+    value = kl_estimate(logprobs, torch.tensor([[-INF]]), estimator="k3", backend=backend)
+    value.sum().backward()
+    assert value.item() == INF
+    assert logprobs.grad.item() == 1.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", ["plackett_luce", "breslow", "pairwise"])
+def test_an_answer_of_reward_minus_infinity_that_is_ranked_last_costs_nothing(variant, backend):
+    rewards, ranks = torch.tensor([1.0, 0.0, -INF]), torch.tensor([1, 2, 3])
+    got = evaluate(lambda x: ranking_loss(x, ranks, group_size=3, variant=variant, backend=backend), [rewards], 1)
+    share = 1 / 3 if variant == "pairwise" else 1.0
+    assert got["loss"].item() == pytest.approx(share * math.log1p(math.exp(-1)), rel=1e-6)
+    assert got["gradient 0"].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_minus_zero_is_drawn_like_zero(backend, dtype):
+    logits = torch.tensor([[-0.0, -1.0, -INF], [-1.0, -0.0, 0.0]], dtype=dtype)
+    got = sample_tokens(logits, seed=0, min_p=1.0, backend=backend)
+    assert got.ids[0] == 0
+    assert got.ids[1] in (1, 2)
+    assert got.logprobs.tolist() == pytest.approx([0.0, -math.log(2)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [1e-37, 1e-40])
+def test_a_tiny_temperature_draws_the_greatest_logit(backend, temperature):
+    logits = torch.tensor([[1.0, 50.0, -3.0, 49.9], [-7.0, -8.0, -INF, -7.0]])
+    got = sample_tokens(logits, seed=0, temperature=temperature, backend=backend)
+    assert got.ids[0] == 1
+    assert got.ids[1] in (0, 3)
+    assert got.logprobs.tolist() == pytest.approx([0.0, -math.log(2)])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_saturated_softcap_keeps_its_small_slope(backend, inplace):
+    logits = torch.tensor([[25.0, 27.0, 1.0]])
+    exact = logits.double().requires_grad_()
+    e = torch.exp(-2 * exact.detach() / 4)
+    z = 4 * torch.tanh(exact / 4)
+    torch.log_softmax(z, -1)[0, 1].backward()
+    p = torch.softmax(z.detach(), -1)
+    expected = ((torch.tensor([0.0, 1.0, 0.0]) - p) * 4 * e / (1 + e).square()).float()
+    x = logits.clone().requires_grad_() * 1
+    x.retain_grad()
+    token_logprobs(x, torch.tensor([1]), softcap=4.0, inplace_backward=inplace, backend=backend).sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_near_a_million_are_whitened_to_mean_zero(backend):
+    x = 1e6 + torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    got = whiten(x, backend=backend)
+    assert abs(got.double().mean().item()) < 1e-6
+    assert got.double().var().item() == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_small_share_of_each_token_keeps_the_gradients_of_a_float16_head(backend):
+    # 1 / N of N = 8192, and of a batch of which this call is a part: 1e-6 times a probability is no float16
+    g = torch.Generator().manual_seed(0)
+    count, vocabulary, width = (8192 if backend == "cpu" else 96), 61, 8
+    hidden, weight = torch.randn(count, width, generator=g), torch.randn(vocabulary, width, generator=g)
+    targets = torch.randint(vocabulary, (count,), generator=g)
+    advantages, scaler = torch.randn(count, generator=g), 2.0**20
+
+    def gradients(dtype, backend):
+        leaves = [x.half().to(dtype).requires_grad_() for x in (hidden, weight)]
+        loss, _ = linear_policy_loss(
+            *leaves, targets, None, advantages, objective=PolicyObjective("gpg"), denominator=1e6, chunk_tokens=1000,
+            backend=backend,
+        )  # fmt: skip
+        (scaler * loss).backward()
+        return [x.grad.double() for x in leaves]
+
+    for found, exact in zip(gradients(torch.half, backend), gradients(torch.double, "reference"), strict=True):
+        assert (found - exact).norm() / exact.norm() < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_small_upstream_gradient_keeps_the_gradients_of_a_float16_head(backend, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(96, 8, generator=g), torch.randn(61, 8, generator=g)
+    targets, upstream = torch.randint(61, (96,), generator=g), torch.randn(96, generator=g) * 1e-7
+
+    def gradients(dtype, backend):
+        leaves = [hidden.half().to(dtype), weight.half().to(dtype).requires_grad_()]
+        logprobs, lse = linear_logprobs(*leaves, targets, return_lse=True, chunk_tokens=40, backend=backend)
+        (2.0**20 * (logprobs + lse.square()) * upstream).sum().backward()
+        return leaves[1].grad.double()
+
+    found, exact = gradients(torch.half, backend), gradients(torch.double, "reference")
+    assert (found - exact).norm() / exact.norm() < 1e-3
+
+
+def test_the_reference_of_group_advantages_takes_no_matrix_of_pairs():
+    rewards, ids = torch.randn(200_000), torch.arange(200_000) % 1000  # 4e10 pairs
+    got = group_advantages(rewards, group_ids=ids, kind="rloo", backend="reference")
+    torch.testing.assert_close(got, group_advantages(rewards, group_ids=ids, kind="rloo", backend="cpu"))
