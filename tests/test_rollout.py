@@ -239,7 +239,7 @@ def bends_its_logits(model):
 @pytest.mark.parametrize(("fault", "dtype"), [
     (penalised, torch.float32), (unsafe_under_padding, torch.float32), (bends_its_logits, torch.float32),
     (penalised, torch.bfloat16),
-], ids=str)  # fmt: skip
+], ids=lambda x: getattr(x, "__name__", str(x)))  # fmt: skip
 def test_a_model_that_samples_from_another_distribution_is_found(fault, dtype):
     model = make_model("llama").to(dtype)
     with torch.no_grad():
