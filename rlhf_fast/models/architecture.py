@@ -106,7 +106,7 @@ def peft_conflicts(model: PreTrainedModel, linears: Iterable[str]) -> dict[str, 
     `convert_peft_adapter_state_dict_for_transformers` and `_check_lora_target_modules_mamba`."""
     kind = text_config(model).model_type
     layout = _MODEL_TO_CONVERSION_PATTERN.get(kind, kind if kind == "mixtral" else None)
-    moved, refused = _MOVED.get(layout, set()), {"out_proj"} if kind in _REFUSED_TYPES else set()
+    moved, refused = _MOVED.get(layout or "", set()), {"out_proj"} if kind in _REFUSED_TYPES else set()
     renamings = [entry for entry in get_model_conversion_mapping(model) or [] if isinstance(entry, WeightRenaming)]
     reasons = {}
     for name in linears:

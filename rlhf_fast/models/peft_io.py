@@ -65,7 +65,7 @@ def check_reload(backbone: Backbone, name: str, folder: Path) -> None:
     from peft import LoraConfig, PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    config = LoraConfig.from_pretrained(folder)
+    config = LoraConfig.from_pretrained(str(folder))
     config.task_type, config.modules_to_save = "CAUSAL_LM", None  # this model has no place for the head of a role
     input_ids, mask = trial(backbone.model)
     with torch.no_grad(), _modules_restored(backbone.model), warnings.catch_warnings():

@@ -41,7 +41,8 @@ def _ordinary_ids(model: PreTrainedModel, count: int) -> list[int]:
     values = (value for name, value in entries if name.endswith(("token_id", "token_index")))
     special = {id for value in values for id in (value if isinstance(value, list) else [value])}
     # Some heads know fewer ids than the embeddings.
-    size = min(model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().out_features)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    size = min(len(embeddings.get_parameter("weight")), int(head.out_features))  # type: ignore[arg-type]
     step = max(1, size // (3 * count))
     ordinary = [id for id in range(step, size, step) if id not in special]
     return [ordinary[i % len(ordinary)] for i in range(count)]

@@ -66,7 +66,7 @@ def op(
     fake: Callable[..., list[Tensor]],
     differentiable: Sequence[int],
     setup_context: Callable[[Any, tuple[Any, ...], list[Tensor]], None],
-    backward: Callable[[Any, tuple[Tensor | None, ...]], Sequence[Tensor | None]],
+    backward: Callable[[Any, Any], Sequence[Tensor | None]],
     returned: int,
     without_gradient: Callable[..., list[Tensor]] | None = None,
 ) -> Callable[..., list[Tensor]]:
