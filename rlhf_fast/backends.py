@@ -22,6 +22,7 @@ import torch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Automatic order per device type. Triton stands before CUDA C++ until a recorded benchmark says otherwise.
 _AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
 _HUGE = 4 << 20  # bytes from which on a tensor gains by huge pages of 2 MiB
 _override: ContextVar[str | None] = ContextVar("rlhf_fast_backend", default=None)
 
@@ -125,6 +126,16 @@ def without_autocast(function: _F) -> _F:
             return function(first, *others, **options)
 
     return run  # type: ignore[return-value]
+
+
+def operands(first: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
+    """The operands of a product: in autocast's type inside autocast, as those of F.linear, else as they are."""
+    tensors, device = [first, *others], first.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    with torch.enable_grad():  # ops read from requires_grad what is trained, whatever the grad mode
+        return [x if x is None or x.dtype not in _ROUNDED else x.to(dtype) for x in tensors]
 
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:

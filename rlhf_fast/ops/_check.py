@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
+from operator import index
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,26 +36,89 @@ def same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -
             raise ValueError(f"{name} is on {tensor.device}, {first[0]} on {first[1].device}")
 
 
-def number(name: str, value: Any) -> float:
-    """A number of any type (Python's, NumPy's, a tensor of one without a gradient) as a float."""
-    if isinstance(value, Tensor) and (value.numel() != 1 or value.requires_grad):
-        raise TypeError(f"{name} must be a number without a gradient, got a tensor {tuple(value.shape)}, "
-                        f"requires_grad={value.requires_grad}")  # fmt: skip
-    return float(value)
+_PLAIN = (float, int, NoneType, torch.SymInt, torch.SymFloat)
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def number(name: str, value: Any, *, integer: bool = False) -> Any:
+    """A number of any type (Python's, NumPy's, a CPU tensor of one without a gradient) as a float, or as an int.
+
+    Raises TypeError for anything else: also for a tensor elsewhere, which would have to be waited for.
+    """
+    kind = "an integer" if integer else "a number"
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.requires_grad:
+            raise TypeError(f"{name} must be {kind} without a gradient, got a tensor {tuple(value.shape)}, "
+                            f"requires_grad={value.requires_grad}")  # fmt: skip
+        if value.device.type != "cpu":
+            raise TypeError(f"{name} must be {kind}, got a tensor on {value.device}, whose item() waits for the device")
+    boolean = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if boolean or not hasattr(value, "__index__" if integer else "__float__"):
+        raise TypeError(f"{name} must be {kind}, got {value!r}")
+    try:
+        return index(value) if integer else float(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {kind}, got {value!r}") from None
+
+
+def _converted(name: str, value: Any, annotation: str) -> Any:
+    """`value`, of a parameter with this annotation, in Python's numbers where it is one.
+
+    "Tensor | float" is a tensor as much as a number. "float | Tensor" is a number or a tensor of one per row, so that
+    a 0-d one is the number of all rows.
+    """
+    kinds = annotation.split(" | ")
+    if isinstance(value, Tensor) and "Tensor" in kinds:
+        every_row = kinds[0] == "float" and value.dim() == 0 and value.device.type == "cpu"
+        if not every_row or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return value
+    return number(name, value, integer="float" not in kinds)
+
+
+def _takes_number(annotation: str) -> bool:
+    return not {"float", "int"}.isdisjoint(annotation.split(" | "))
+
+
+def takes_numbers(function: _F) -> _F:
+    """`function`, whose parameters annotated as float or int take a number of any type, see `number`."""
+    parameters = list(inspect.signature(function).parameters.values())
+    kinds = {p.name: str(p.annotation) for p in parameters if _takes_number(str(p.annotation))}
+    plain = {name: _PLAIN if "float" in kind.split(" | ") else _PLAIN[1:-1] for name, kind in kinds.items()}
+    order = [p.name for p in parameters]
+
+    @wraps(function)
+    def run(*given: Any, **options: Any) -> Any:
+        for name, value in options.items():
+            if name in kinds and type(value) not in plain[name]:
+                options[name] = _converted(name, value, kinds[name])
+        if any(name in kinds for name in order[: len(given)]):
+            given = (
+                tuple(
+                    _converted(name, value, kinds[name]) if name in kinds and type(value) not in plain[name] else value
+                    for name, value in zip(order, given, strict=False)
+                )
+                + given[len(order) :]
+            )
+        return function(*given, **options)
+
+    return run  # type: ignore[return-value]
 
 
 def numbers(objective: Any) -> None:
-    """Makes every number among the fields of a frozen dataclass one of Python's."""
-    for name in objective.__dataclass_fields__:
+    """Makes every number among the fields of a dataclass one of Python's."""
+    for name, field in objective.__dataclass_fields__.items():
         value = getattr(objective, name)
-        if not isinstance(value, (float, int, str, bool, Mapping, NoneType)):
-            object.__setattr__(objective, name, number(name, value))
+        if isinstance(value, Mapping):
+            object.__setattr__(objective, name, {key: number(f"{name}[{key!r}]", x) for key, x in value.items()})
+        elif _takes_number(field.type) and type(value) not in (_PLAIN if "float" in field.type else _PLAIN[1:-1]):
+            object.__setattr__(objective, name, number(name, value, integer="float" not in field.type))
 
 
 def positive(name: str, value: Any) -> float:
-    if not number(name, value) > 0:
+    converted: float = number(name, value)
+    if not converted > 0:
         raise ValueError(f"{name} must be > 0, got {value}")
-    return float(value)
+    return converted
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

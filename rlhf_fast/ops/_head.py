@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast import backends
 from rlhf_fast.backends import prefer_huge_pages
 from rlhf_fast.ops import _check, _products
 
@@ -36,6 +37,15 @@ VOCABULARY_BLOCK = 8192  # half-precision heads are widened to float32 in blocks
 
 
 _kept = threading.local()
+
+
+def operands(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, head_lora: tuple[Tensor, Tensor, float] | None
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor, float] | None]:
+    """The same in the types of their products, see backends.operands."""
+    lora_a, lora_b, scale = head_lora or (None, None, 1.0)
+    hidden, weight, bias, lora_a, lora_b = backends.operands(hidden, weight, bias, lora_a, lora_b)
+    return hidden, weight, bias, None if head_lora is None else (lora_a, lora_b, scale)
 
 
 def tile_buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -198,7 +198,7 @@ def _checked_head(
         _check.shaped("lora_a", lora_a, (rank, weight.shape[1]), "(R, D)")
         _check.shaped("lora_b", lora_b, (weight.shape[0], rank), "(V, R)")
     _check.same_device(("hidden", hidden), *parameters.items())
-    return Head(weight, bias, lora_a, lora_b, float(scale))
+    return Head(weight, bias, lora_a, lora_b, _check.number("the scale of head_lora", scale))
 
 
 def rows_that_fit(head: Head, count: int, scratch_bytes: int) -> int:

@@ -29,6 +29,7 @@ from rlhf_fast.backends import native, packed, resolve, strided, threads
 from rlhf_fast.ops import _check, _losses, _registered
 
 
+@_check.takes_numbers
 def distributional_value_loss(
     logits: Tensor,
     returns: Tensor,

@@ -45,6 +45,7 @@ from rlhf_fast.ops import _check, _sequences
 from rlhf_fast.ops._registered import op_without_gradient
 
 
+@_check.takes_numbers
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -78,6 +79,7 @@ def gae(
     return advantages, returns
 
 
+@_check.takes_numbers
 def discounted_returns(
     rewards: Tensor,
     *,
@@ -92,6 +94,7 @@ def discounted_returns(
     return _run("discounted_returns", inputs, mask, cu_seqlens, bootstrap, gamma, 1.0, None, backend)[0]
 
 
+@_check.takes_numbers
 def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
     """1 - 1 / (alpha length) per sequence, float32, 0 where alpha length is below 1 (VAPO, section 4.2).
 

@@ -50,6 +50,7 @@ from rlhf_fast.ops._registered import op_without_gradient
 from rlhf_fast.ops.whiten import whiten
 
 
+@_check.takes_numbers
 def group_advantages(
     rewards: Tensor,
     *,
@@ -227,6 +228,8 @@ def _row(reward_weights: Tensor | None, like: Tensor) -> Tensor:
 def _checked_weights(rewards: Tensor, kind: str, reward_weights: Tensor | Sequence[float]) -> Tensor:
     if not KINDS[kind].columns:
         raise ValueError(f"kind {kind} takes no reward_weights")
+    if not isinstance(reward_weights, Tensor):
+        reward_weights = [_check.number("reward_weights", weight) for weight in reward_weights]
     weights = torch.as_tensor(reward_weights, device=rewards.device).detach()
     return _check.shaped("reward_weights", weights, (rewards.shape[1],), "(M,)")
 

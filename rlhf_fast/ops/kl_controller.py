@@ -28,8 +28,10 @@ class FixedKLController:
     coefficient: float
 
     def __post_init__(self) -> None:
+        _check.numbers(self)
         _non_negative(self.coefficient)
 
+    @_check.takes_numbers
     def update(self, kl: float, samples: int) -> float:
         """The coefficient, as it is."""
         return self.coefficient
@@ -40,7 +42,7 @@ class FixedKLController:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Put a state_dict back; the hyper-parameters stay those of the constructor."""
-        self.coefficient = _non_negative(state["coefficient"])
+        self.coefficient = _non_negative(_check.number("coefficient", state["coefficient"]))
 
 
 @dataclass
@@ -55,6 +57,7 @@ class AdaptiveKLController(FixedKLController):
         _check.positive("target", self.target)
         _check.positive("horizon", self.horizon)
 
+    @_check.takes_numbers
     def update(self, kl: float, samples: int) -> float:
         """The new coefficient, after a batch of `samples` with the mean `kl` in nats per sample.
 

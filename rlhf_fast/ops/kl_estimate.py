@@ -39,6 +39,7 @@ from rlhf_fast.backends import native, packed, plane, resolve, threads
 from rlhf_fast.ops import _check, _losses, _registered
 
 
+@_check.takes_numbers
 def kl_estimate(
     logprobs: Tensor,
     ref_logprobs: Tensor,

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import resolve, without_autocast
+from rlhf_fast.backends import operands, resolve, without_autocast
 from rlhf_fast.ops import _check, _head, _linear_kl_call
 from rlhf_fast.ops import token_kl as divergences
 from rlhf_fast.ops import token_logprobs as rows
@@ -50,6 +50,7 @@ class LinearKl(NamedTuple):
     entropy: Tensor | None
 
 
+@_check.takes_numbers
 def linear_kl(
     hidden: Tensor,
     ref_hidden: Tensor,
@@ -87,6 +88,9 @@ def linear_kl(
     Raises ValueError or TypeError for what does not fit, IndexError on the CPU for a counted target outside [0, V);
     on a GPU its logprobs are NaN, unless RLHF_FAST_DEBUG=1 makes it raise.
     """
+    hidden, ref_hidden, weight, ref_weight, bias, ref_bias = operands(
+        hidden, ref_hidden, weight, ref_weight, bias, ref_bias
+    )
     name = resolve("linear_kl", divergences.IMPLS, hidden.device, backend)
     shape = _checked(hidden, ref_hidden, weight, ref_weight, bias, ref_bias, targets, mask, chunk_tokens)
     _check.mask_count(mask, mask_count)

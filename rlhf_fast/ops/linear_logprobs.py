@@ -57,6 +57,7 @@ _SHARD_CHUNK = 1024  # rows per tile of a sharded head: every rank must make the
 HeadLora = tuple[Tensor, Tensor, float]
 
 
+@_check.takes_numbers
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -99,8 +100,9 @@ def linear_logprobs(
     A GPU would have to wait for that: there such a target's result is NaN, unless RLHF_FAST_DEBUG=1 makes it raise.
     """
     name = resolve("linear_logprobs", rows.IMPLS, hidden.device, backend)
+    hidden, weight, bias, head_lora = _head.operands(hidden, weight, bias, head_lora)
     lora_a, lora_b, lora_scale = head_lora or (None, None, 1.0)
-    head = _head.Head(weight, bias, lora_a, lora_b, float(lora_scale))
+    head = _head.Head(weight, bias, lora_a, lora_b, _check.number("the scale of head_lora", lora_scale))
     shape = _checked(hidden, head, targets, mask, mask_count, chunk_tokens)
     transform = rows.checked_transform(temperature, logit_scale, softcap, shape, ("hidden", hidden))
     ids, mask = _check.ids("targets", targets), _check.mask_bytes(mask, shape, "hidden.shape[:-1]")

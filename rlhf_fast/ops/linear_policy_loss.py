@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import resolve
-from rlhf_fast.ops import _linear_loss
+from rlhf_fast.ops import _check, _head, _linear_loss
 from rlhf_fast.ops import policy_loss as policy
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
 from rlhf_fast.ops.policy_loss import Inputs, Plan, PolicyObjective
@@ -37,6 +37,7 @@ from rlhf_fast.ops.policy_loss import Inputs, Plan, PolicyObjective
 Result = tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor], Tensor]
 
 
+@_check.takes_numbers
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -79,6 +80,7 @@ def linear_policy_loss(
     Returns (loss, metrics) as policy_loss, or (loss, metrics, logprobs). Raises ValueError or TypeError for what does
     not fit, IndexError on the CPU for a counted target outside [0, V).
     """
+    hidden, weight, bias, head_lora = _head.operands(hidden, weight, bias, head_lora)
     call = _linear_loss.checked(
         hidden, weight, targets, bias, head_lora, temperature, logit_scale, softcap, mask, mask_count,
         chunk_tokens, scratch_bytes,

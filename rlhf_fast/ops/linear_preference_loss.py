@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import resolve
-from rlhf_fast.ops import _check, _linear_loss, _losses
+from rlhf_fast.ops import _check, _head, _linear_loss, _losses
 from rlhf_fast.ops import preference_loss as preference
 from rlhf_fast.ops.linear_logprobs import HeadLora, linear_logprobs
 from rlhf_fast.ops.preference_loss import Pairs, PreferenceObjective
@@ -38,6 +38,7 @@ from rlhf_fast.ops.preference_loss import Pairs, PreferenceObjective
 Result = tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor], Tensor]
 
 
+@_check.takes_numbers
 def linear_preference_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -86,6 +87,7 @@ def linear_preference_loss(
     Returns (loss, metrics) as preference_loss, or (loss, metrics, logprobs). Raises ValueError or TypeError for what
     does not fit, IndexError on the CPU for a counted target outside [0, V).
     """
+    hidden, weight, bias, head_lora = _head.operands(hidden, weight, bias, head_lora)
     call = _linear_loss.checked(
         hidden, weight, targets, bias, head_lora, temperature, logit_scale, softcap, mask, mask_count,
         chunk_tokens, scratch_bytes,

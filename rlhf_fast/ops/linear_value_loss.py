@@ -32,6 +32,7 @@ from rlhf_fast.ops import _check, _losses, _registered
 from rlhf_fast.ops import value_loss as values_of
 
 
+@_check.takes_numbers
 def linear_value_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_fast.backends import custom_op, resolve, without_autocast
+from rlhf_fast.backends import custom_op, operands, resolve, without_autocast
 from rlhf_fast.ops import _check, _registered
 from rlhf_fast.ops._philox import philox
 from rlhf_fast.ops._registered import only_autograd_looks
@@ -76,6 +76,7 @@ Layout = tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[float],
 Entry = Adapter | tuple[Tensor, Tensor, float] | tuple[Tensor, Tensor, float, Tensor | None]
 
 
+@_check.takes_numbers
 def lora_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -99,6 +100,7 @@ def lora_linear(
 
     Returns (..., out) in the type of x. Raises ValueError or TypeError for what does not fit.
     """
+    x, weight, bias = operands(x, weight, bias)
     adapters = [Adapter(*entry) for entry in bank]
     _checked(x, weight, adapters, segments, bias)
     noise = _seed_tensor(dropout, seed, x.device)
@@ -184,7 +186,11 @@ def _layout(adapters: Sequence[Adapter], segments: Sequence[tuple[int, int]]) ->
     """What the op takes in their place; see `_run`."""
     owners = [i for i, adapter in enumerate(adapters) if adapter.magnitude is not None]
     magnitudes = [a.magnitude for a in adapters if a.magnitude is not None]
-    downs, ups, scales = [a.a for a in adapters], [a.b for a in adapters], [float(a.scale) for a in adapters]
+    downs, ups, scales = (
+        [a.a for a in adapters],
+        [a.b for a in adapters],
+        [_check.number("scale", a.scale) for a in adapters],
+    )
     return downs, ups, magnitudes, owners, scales, [number for segment in segments for number in segment]
 
 

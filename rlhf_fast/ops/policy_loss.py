@@ -90,6 +90,7 @@ ALWAYS = METRICS[:7]
 _objective = lru_cache(PolicyObjective)  # a loop asks for the same one at every step
 
 
+@_check.takes_numbers
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor | None,

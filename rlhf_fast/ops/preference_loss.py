@@ -72,6 +72,7 @@ METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 _objective = lru_cache(PreferenceObjective)  # a loop asks for the same one at every step
 
 
+@_check.takes_numbers
 def preference_loss(
     chosen: Tensor,
     rejected: Tensor,

@@ -19,6 +19,7 @@ from rlhf_fast.ops import _check
 OPS: dict[str, tuple[str, ...]] = {}  # no kernels
 
 
+@_check.takes_numbers
 def length_desensitized_weights(mask: Tensor, other_lengths: Tensor, *, alpha: float) -> Tensor:
     """(B, T) float32: what to multiply token log-probabilities by before they are summed for preference_loss.
 
@@ -50,8 +51,8 @@ def wpo_weights(logprobs: Tensor, sum_p_squared: Tensor, *, mask: Tensor | None 
     for name, tensor in {"logprobs": logprobs, "sum_p_squared": sum_p_squared}.items():
         _check.shaped(name, _check.floating(name, tensor), tuple(logprobs.shape), "(2 B, T)")
         _check.same_device(("logprobs", logprobs), (name, tensor), ("mask", mask))
-    counts = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
-    _check.shaped("mask", counts, tuple(logprobs.shape), "(2 B, T)")
+    flags = _check.mask_bytes(mask, tuple(logprobs.shape), "(2 B, T)")
+    counts = torch.ones_like(logprobs, dtype=torch.bool) if flags is None else flags != 0
     dtype = _check.compute_dtype(logprobs.dtype)
     aligned = torch.where(counts, logprobs.detach().to(dtype) - sum_p_squared.detach().to(dtype).log(), 0)
     chosen, rejected = (aligned.sum(1) / counts.sum(1).clamp_min(1)).chunk(2)

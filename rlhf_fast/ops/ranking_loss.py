@@ -43,6 +43,7 @@ from rlhf_fast.ops import _check, _losses, _registered
 METRICS = ("accuracy",)
 
 
+@_check.takes_numbers
 def ranking_loss(
     rewards: Tensor,
     ranks: Tensor,

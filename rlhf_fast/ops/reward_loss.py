@@ -35,11 +35,12 @@ from rlhf_fast.ops import _check, _losses
 METRICS = ("accuracy", "margin")
 
 
+@_check.takes_numbers
 def reward_loss(
     chosen_rewards: Tensor,
     rejected_rewards: Tensor,
     *,
-    margin: Tensor | float | None = None,
+    margin: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     centring: float = 0.0,
     denominator: Tensor | float | None = None,
@@ -111,6 +112,7 @@ _run = _losses.register("reward_loss", IMPLS, inputs=9, gradients=2)
 ENSEMBLES = {"mean": 0.0, "pessimistic": -1.0, "optimistic": 1.0}  # kind -> sign of the spread
 
 
+@_check.takes_numbers
 def ensemble_scores(scores: Tensor, *, kind: str = "mean", coef: float = 1.0) -> Tensor:
     """One score out of those of M reward models: mean, mean - coef std (pessimistic) or mean + coef std (optimistic).
 

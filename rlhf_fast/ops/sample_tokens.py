@@ -51,6 +51,7 @@ class Samples(NamedTuple):
     full_logprobs: Tensor  # nats, under softmax(z)
 
 
+@_check.takes_numbers
 def sample_tokens(
     logits: Tensor,
     *,

@@ -24,6 +24,7 @@ from rlhf_fast.ops import _check, _losses
 from rlhf_fast.ops._registered import op_without_gradient
 
 
+@_check.takes_numbers
 def shaped_rewards(
     scores: Tensor,
     kl: Tensor,

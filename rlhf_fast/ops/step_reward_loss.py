@@ -46,6 +46,7 @@ VARIANTS = {
 }
 
 
+@_check.takes_numbers
 def step_reward_loss(
     scores: Tensor,
     labels: Tensor,

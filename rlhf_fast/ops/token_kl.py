@@ -42,6 +42,7 @@ from rlhf_fast.ops import token_logprobs as rows
 from rlhf_fast.ops.token_logprobs import Transform
 
 
+@_check.takes_numbers
 def token_kl(
     logits: Tensor,
     ref_logits: Tensor,

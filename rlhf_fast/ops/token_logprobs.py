@@ -55,6 +55,7 @@ class RowStats(NamedTuple):
     sum_p_squared: Tensor  # sum_j p_j^2: the collision probability, 1 / the effective number of tokens
 
 
+@_check.takes_numbers
 def token_logprobs(
     logits: Tensor,
     targets: Tensor,

@@ -53,6 +53,7 @@ VARIANTS = {
 }
 
 
+@_check.takes_numbers
 def unpaired_preference_loss(
     logprobs: Tensor,
     ref_logprobs: Tensor,
@@ -136,6 +137,7 @@ def mismatched_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return _losses.mean(difference, None, None).clamp_min(0)
 
 
+@_check.takes_numbers
 def running_reward_shift(reward_shift: Tensor, metrics: dict[str, Tensor], *, decay: float = 0.99) -> Tensor:
     """bco's next delta, (): the moving average of the mean of both classes' mean rewards.
 

@@ -28,6 +28,7 @@ from rlhf_fast.ops import _check, _losses
 METRICS = ("clip_fraction",)
 
 
+@_check.takes_numbers
 def value_loss(
     values: Tensor,
     old_values: Tensor | None,

@@ -37,6 +37,7 @@ from rlhf_fast.ops import _check, _sequences
 from rlhf_fast.ops._registered import op_without_gradient
 
 
+@_check.takes_numbers
 def vtrace(
     rewards: Tensor,
     values: Tensor,

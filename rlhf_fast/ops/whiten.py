@@ -33,6 +33,7 @@ from rlhf_fast.ops._registered import op_without_gradient
 _SPAN, _PARTS = 4096, 512  # the statistics are of at most _PARTS spans, of at least _SPAN numbers where there are more
 
 
+@_check.takes_numbers
 def whiten(
     x: Tensor,
     mask: Tensor | None = None,
