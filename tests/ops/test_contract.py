@@ -44,7 +44,11 @@ def test_a_pass_without_gradients_gives_the_same_bits(case, backend):
     assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
 
 
-@pytest.mark.parametrize("case", [case for case in FIRST_OF_OP if "cpu" in OPS[case.op]], ids=lambda case: case.name)
+# Ops without products whose operands autocast rounds: see test_autocast for the others.
+IN_FLOAT32 = [case for case in FIRST_OF_OP if case.op == "linear_value_loss" or "weight" not in case.tensors()]
+
+
+@pytest.mark.parametrize("case", [case for case in IN_FLOAT32 if "cpu" in OPS[case.op]], ids=lambda case: case.name)
 def test_autocast_changes_neither_values_nor_gradients(case):
     expected = case.run(case.inputs("cpu", torch.float32), "cpu")
     with torch.autocast("cpu", torch.bfloat16):
@@ -52,7 +56,7 @@ def test_autocast_changes_neither_values_nor_gradients(case):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("case", FIRST_OF_OP, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", IN_FLOAT32, ids=lambda case: case.name)
 def test_autocast_does_not_change_the_reference(case):  # its backward is PyTorch's, which belongs outside autocast
     expected = case.call(case.inputs("cpu", torch.float32), "reference")
     with torch.autocast("cpu", torch.bfloat16):

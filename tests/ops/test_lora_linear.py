@@ -464,10 +464,10 @@ def test_an_empty_bank_is_the_base_layer_with_its_gradients(backend):
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
-def test_autocast_changes_nothing(grad):
+def test_autocast_rounds_the_operands_of_the_layer(grad):
     x, weight, bias, bank = make_inputs(torch.float32)
     with torch.set_grad_enabled(grad):
-        expected = lora_linear(x, weight, bank, [(0, 37)], bias=bias, backend="cpu")
+        expected = lora_linear(x.bfloat16(), weight.bfloat16(), bank, [(0, 37)], bias=bias.bfloat16(), backend="cpu")
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = lora_linear(x, weight, bank, [(0, 37)], bias=bias, backend="cpu")
     assert torch.equal(found, expected)
