@@ -293,7 +293,7 @@ __device__ void write_gradient(const T* logits, T* out, int64_t first, int64_t s
   const C shift = of.max / row.factor, factor2 = row.factor * C(kLog2E), logsum2 = of.logsum * C(kLog2E);
   const C constant = -row.factor * (of.g_sum - of.g_lse + of.g_entropy * of.entropy);
   const C linear = -row.factor * of.g_entropy * C(kLn2);
-  // Before `out`, which may be the logits, is written; of a thread's first target, or from what is known of the others.
+  // Before `out` is written, which may be the logits where a thread has one target at most.
   C target_slope = 1;
   if (row.cap > 0 && threadIdx.x < of.count) {
     const int64_t target = of.targets[threadIdx.x];
@@ -312,8 +312,9 @@ __device__ void write_gradient(const T* logits, T* out, int64_t first, int64_t s
   __syncthreads();
   for (int64_t k = threadIdx.x; k < of.count; k += kThreads) {
     const int64_t target = of.targets[k];
-    if (k >= kThreads && row.cap > 0) target_slope = row.slope_of_capped((of.logprobs[k] + of.logsum + of.max) / row.factor);
-    if (target >= first && target < first + size) store(out[target - first], of.at_target(k, target_slope, row));
+    if (target < first || target >= first + size) continue;
+    if (k >= kThreads && row.cap > 0) target_slope = row.slope(load(logits[target - first]));
+    store(out[target - first], of.at_target(k, target_slope, row));
   }
 }
 

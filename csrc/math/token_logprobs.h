@@ -21,8 +21,6 @@ template <typename T> struct RowTransform {
         cap(T(t.softcap)),
         scale(T(t.logit_scale)) {}
   RLHF_HD T capped(T x) const { return cap > 0 ? cap * std::tanh(x * (scale / cap)) : x; }
-  // d capped / d x where s = capped(x), for s well below the cap.
-  RLHF_HD T slope_of_capped(T s) const { return cap > 0 ? scale * ((1 - s / cap) * (1 + s / cap)) : T(1); }
   // d capped / d x, from x: 1 - tanh^2 of a saturated logit cancels.
   RLHF_HD T slope(T x) const {
     if (!(cap > 0)) return T(1);

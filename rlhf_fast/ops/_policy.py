@@ -206,7 +206,7 @@ def _never(x: Tensor) -> Tensor:
 
 
 def _clipped_surrogate(ratio: Tensor, advantages: Tensor, o: PolicyObjective) -> Losses:
-    low, high, dual_clip = _clip_bounds(o)
+    low, high, dual_clip = clip_bounds(o)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     held_low, held_high = (advantages < 0) & (ratio < low), (advantages > 0) & (ratio > high)
     if dual_clip < math.inf:
@@ -234,7 +234,7 @@ def policy_gradient(t: Tokens, o: PolicyObjective) -> Losses:
 
 
 def cispo(t: Tokens, o: PolicyObjective) -> Losses:
-    low, high, _ = _clip_bounds(o)
+    low, high, _ = clip_bounds(o)
     weight = t.ratio.detach().clamp(low, high)
     return product(-weight * t.advantages, t.logprobs), t.ratio < low, t.ratio > high
 
@@ -303,7 +303,7 @@ def given(value: float | None) -> float:
     return value
 
 
-def _clip_bounds(o: PolicyObjective) -> list[float]:
+def clip_bounds(o: PolicyObjective) -> list[float]:
     """Lowest ratio, highest ratio, dual clip or inf."""
     dual_clip = math.inf if o.dual_clip is None else o.dual_clip
     return [1 - given(o.clip_eps_low), 1 + given(o.clip_eps_high), dual_clip]
@@ -323,16 +323,16 @@ class Function(NamedTuple):
 
 
 FUNCTIONS = {
-    "ppo_clip": Function(ppo_clip, _clip_bounds),
-    "clip_cov": Function(clip_cov, _clip_bounds),
+    "ppo_clip": Function(ppo_clip, clip_bounds),
+    "clip_cov": Function(clip_cov, clip_bounds),
     "kl_cov": Function(kl_cov, lambda o: [o.kl_cov_coef]),
     "policy_gradient": Function(policy_gradient),
-    "cispo": Function(cispo, _clip_bounds),
+    "cispo": Function(cispo, clip_bounds),
     "sapo": Function(sapo, lambda o: [o.sapo_temperature_pos, o.sapo_temperature_neg]),
     "dppo_tv": Function(dppo_tv, lambda o: [given(o.max_divergence), given(o.dual_clip)]),
     "dppo_kl": Function(dppo_kl, lambda o: [given(o.max_divergence), given(o.dual_clip)]),
-    "gspo": Function(gspo, _clip_bounds, per_sequence=True),
-    "gspo_token": Function(gspo_token, _clip_bounds, per_sequence=True),
+    "gspo": Function(gspo, clip_bounds, per_sequence=True),
+    "gspo_token": Function(gspo_token, clip_bounds, per_sequence=True),
     "gmpo": Function(gmpo, _log_bounds, per_sequence=True),
     "vespo": Function(
         vespo,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _check, _losses
-from rlhf_fast.ops._policy import PolicyObjective, given
+from rlhf_fast.ops._policy import PolicyObjective, clip_bounds, given
 
 COUNTS, DROPPED, SELECTED = 1, 2, 4  # bits of Plan.flags after `select`
 
@@ -215,8 +215,9 @@ def _clipped(objective: PolicyObjective, inputs: Inputs) -> Tensor:
     """bool: the tokens that ppo_clip's bounds hold, whose gradient is 0 already."""
     dtype = _check.compute_dtype(inputs.logprobs.dtype)
     ratio = (inputs.logprobs.detach().to(dtype) - inputs.old_logprobs.to(dtype)).exp()
-    low, high = 1 - given(objective.clip_eps_low), 1 + given(objective.clip_eps_high)
-    return ((inputs.advantages > 0) & (ratio > high)) | ((inputs.advantages < 0) & (ratio < low))
+    low, high, dual_clip = clip_bounds(objective)
+    falls = (inputs.advantages < 0) & ((ratio < low) | (ratio > dual_clip))
+    return ((inputs.advantages > 0) & (ratio > high)) | falls
 
 
 def _largest(x: Tensor, among: Tensor, count: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ Numerics. With m the maximal z and rest = the sum of exp(z - m) over all but ONE
 through expm1, its gradient (z_y - lse is 15 % off at a margin of 14 nats and exactly 0 from 15 in float32). The entropy
 is summed as log1p(rest) + t / (1 + rest) with t = sum exp(z - m) (m - z): all terms are positive, so a low entropy does
 not cancel. Everything is computed in float32 (float64 for float64). The row statistics are kept as (m, log1p(rest))
-apart, so that p is exact also for logits of +-1e4.
+apart, so that p is exact also for logits of +-1e4. A temperature below 1e-30 counts as 1e-30, except in float64.
 
 Cost per row of V logits of s bytes: forward V s bytes read and about 10 V FLOPs; backward V s bytes read and
 V s written (in place: into the logits themselves). K targets per row cost K reads, and K^2 comparisons in backward.
@@ -35,6 +35,9 @@ from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, stream, strided, threads
 from rlhf_fast.ops import _check, _registered
+
+
+COLDEST = 1e-30  # a float32 temperature below it counts as this: logits of up to 1e8 over it are still numbers
 
 
 class Transform(NamedTuple):
@@ -140,11 +143,21 @@ def checked_transform(
 ) -> Transform:
     """The transform of rows of `shape`, for every op that has these three arguments; `beside` names the device."""
     rest = _check.positive("logit_scale", logit_scale), 0.0 if softcap is None else _check.positive("softcap", softcap)
+    dtype = _check.compute_dtype(beside[1].dtype)
     if not isinstance(temperature, Tensor):
-        return Transform(_check.positive("temperature", temperature), None, *rest)
+        return Transform(_warm(_check.positive("temperature", temperature), dtype), None, *rest)
     _check.shaped("temperature", _check.floating("temperature", temperature), shape, "one number or one per row")
     _check.same_device(beside, ("temperature", temperature))
-    return Transform(1.0, temperature.detach().to(torch.float32).contiguous(), *rest)
+    return Transform(1.0, _warm(temperature.detach().to(torch.float32), dtype).contiguous(), *rest)
+
+
+def _warm(temperature: Any, dtype: torch.dtype) -> Any:
+    """A float32 temperature (a number or a tensor) of at least COLDEST, but no bad one."""
+    if dtype == torch.float64:
+        return temperature
+    if isinstance(temperature, Tensor):
+        return torch.where(temperature > 0, temperature.clamp_min(COLDEST), temperature)
+    return max(temperature, COLDEST)
 
 
 def row_stats(row_max: Tensor, row_logsum: Tensor, sum_p_squared: Tensor, mask: Tensor | None) -> RowStats:
@@ -196,12 +209,18 @@ def transformed(
     if mask is not None:
         z = torch.where((mask != 0)[..., None], z, torch.zeros_like(z))
     if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+        z = softcap * _tanh(z / softcap)
+    temperature = _warm(temperature, z.dtype)
     if isinstance(temperature, Tensor):
         if mask is not None:
             temperature = torch.where(mask != 0, temperature, torch.ones_like(temperature))
         temperature = temperature.detach().to(z.dtype)[..., None]
     return z / temperature
+
+
+def _tanh(x: Tensor) -> Tensor:
+    """tanh(x), whose derivative away from 0 is 4 s (1 - s) of s = sigmoid(-2 |x|): 1 - tanh^2 would cancel."""
+    return torch.where(x.abs() < 1, torch.tanh(x), x.sign() * (1 - 2 * torch.sigmoid(-2 * x.abs())))
 
 
 def reference_lse(z: Tensor, mask: Tensor | None) -> Tensor:
@@ -265,8 +284,19 @@ def _triton_backward(*args: Any) -> None:
     kernels.backward(*args)
 
 
+KEPT_TARGETS = 256  # targets of a row whose slope the CUDA kernels keep while the logits are overwritten
+
+
+def _still_there(logits: Tensor, targets: Tensor, transform: Transform, gradient: Tensor | None) -> Tensor:
+    """The logits, or a copy where a gradient written in their place needs them once more: the slopes of a softcap."""
+    if gradient is None or transform.softcap == 0 or _per_row(targets) <= KEPT_TARGETS:
+        return logits
+    return logits.clone() if gradient.data_ptr() == logits.data_ptr() else logits
+
+
 def _cuda_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, want_entropy: bool,
                   stats: list[Tensor], gradient: Tensor | None) -> None:  # fmt: skip
+    logits = _still_there(logits, targets, transform, gradient)
     arguments = _native_arguments(logits, targets, mask, transform, stats)
     native().token_logprobs_forward_cuda(*arguments, packed(gradient), logits.get_device(), stream(logits.device))
 
@@ -274,6 +304,7 @@ def _cuda_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, transfor
 def _cuda_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, stats: list[Tensor],
                    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None,
                    gradient: Tensor) -> None:  # fmt: skip
+    logits = _still_there(logits, targets, transform, gradient)
     native().token_logprobs_backward_cuda(
         *_native_arguments(logits, targets, mask, transform, stats), packed(grad_logprobs), packed(grad_entropy),
         packed(grad_lse), *_place(gradient), logits.get_device(), stream(logits.device),

@@ -61,6 +61,18 @@ def test_forward_and_backward_keep_the_numerics_contract(host, dtype, vocabulary
     assert torch.equal(in_place, gradient)
 
 
+def test_every_target_has_the_slope_of_a_saturated_softcap(host):
+    torch.manual_seed(0)
+    logits, targets = 25 + 3 * torch.rand(1, 1, 700), torch.randperm(700)[None, None, :600]
+    exact = logits.double()
+    e, z = torch.exp(-exact / 2), 4 * torch.tanh(exact / 4)
+    is_target = torch.zeros_like(exact).scatter(-1, targets, 1.0)
+    expected = ((is_target - 600 * torch.softmax(z, -1)) * 4 * e / (1 + e).square()).float()
+    gradient = torch.empty_like(logits)
+    _forward(host, logits, targets, gradient=gradient, softcap=4.0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=0)
+
+
 def test_the_statistics_of_two_logits_are_those_of_a_coin(host):
     logits = torch.tensor([[[1.0, 3.0, 0.0]]]).log()  # and a forbidden token
     _, _, row_max, row_logsum, sum_p_squared = _forward(host, logits, torch.tensor([[1]]))

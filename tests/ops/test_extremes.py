@@ -208,7 +208,26 @@ def test_a_tiny_temperature_draws_the_greatest_logit(backend, temperature):
     assert got.logprobs.tolist() == pytest.approx([0.0, -math.log(2)])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [1e-37, 1e-40, torch.full((3,), 1e-37)], ids=str)
+@pytest.mark.parametrize("of_hidden", [False, True])
+def test_a_tiny_temperature_leaves_the_greatest_logits(of_hidden, temperature, backend):
+    logits = torch.tensor([[1.0, 50.0, -3.0, 49.9], [-7.0, -8.0, -9.0, -7.0], [90.0, 90.0, 80.0, 0.0]])
+    options = {"temperature": temperature, "return_entropy": True, "backend": backend}
+    x, targets = logits.clone().requires_grad_(), torch.tensor([1, 0, 2])
+    run = (lambda: linear_logprobs(x, torch.eye(4), targets, **options)) if of_hidden else (
+        lambda: token_logprobs(x, targets, **options)
+    )  # fmt: skip
+    logprobs, entropy = run()
+    assert logprobs[:2].tolist() == pytest.approx([0.0, -math.log(2)])
+    assert entropy.tolist() == pytest.approx([0.0, math.log(2), math.log(2)])
+    assert -INF < logprobs[2] < -1e29
+    logprobs.sum().backward()
+    assert (x.grad * 1e-30).sign().tolist() == [[0, 0, 0, 0], [1, 0, 0, -1], [-1, -1, 1, 0]]
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_saturated_softcap_keeps_its_small_slope(backend, inplace):
     logits = torch.tensor([[25.0, 27.0, 1.0]])

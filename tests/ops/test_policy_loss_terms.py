@@ -179,3 +179,14 @@ def test_clip_cov_selects_among_tokens_that_no_bound_holds(backend):
     got = evaluate(lambda *x: policy_loss(*x, **options), inputs, 1)
     assert got["clip_fraction"].item() == 0.5
     assert (got["gradient 0"] == 0).sum() == 3  # clipped, selected, and the advantage of 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clip_cov_selects_among_tokens_that_the_dual_clip_does_not_hold(backend):
+    # covariances about 2, 0, 0 and 1: the first is held by the dual clip
+    logprobs = torch.tensor([[-4.0, -2.0, -2.0, -1.0]]).double()
+    old = torch.tensor([[-6.0, -2.0, -2.0, -1.0]]).double()
+    inputs = [logprobs, old, torch.tensor([[-1.0, 0.5, 0.5, 1.0]]).double()]
+    options = {"cov_fraction": 0.25, "cov_low": 0.1, "cov_high": 9.0, "dual_clip": 3.0, "backend": backend}
+    got = evaluate(lambda *x: policy_loss(*x, variant="clip_cov", **options), inputs, 1)
+    assert got["gradient 0"].tolist() == [[0, -0.125, -0.125, 0]]
