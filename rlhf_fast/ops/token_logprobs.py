@@ -36,7 +36,6 @@ from torch import Tensor
 from rlhf_fast.backends import native, packed, resolve, stream, strided, threads
 from rlhf_fast.ops import _check, _registered
 
-
 COLDEST = 1e-30  # a float32 temperature below it counts as this: logits of up to 1e8 over it are still numbers
 
 
