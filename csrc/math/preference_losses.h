@@ -118,11 +118,9 @@ struct SppoHardLoss {
   }
 };
 
-struct AotLoss {  // shifts: what takes the pair's gap to that of the chosen's rank, and to that of the rejected's
+struct AotLoss {  // shifts: the reference's gap of the pair's rank
   template <typename T> static RLHF_HD PairLoss<T> at(const Rewards<T>& r) {
-    const Sloped<T> chosen = logistic(r.gap() - r.chosen_shift, r.label_smoothing);
-    const Sloped<T> rejected = logistic(r.gap() - r.rejected_shift, r.label_smoothing);
-    return {T(0.5) * (chosen.value + rejected.value), chosen.slope, -rejected.slope};
+    return of_gap(logistic(r.beta * (r.chosen_logprob - r.rejected_logprob) - r.chosen_shift, r.label_smoothing));
   }
 };
 

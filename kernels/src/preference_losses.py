@@ -135,10 +135,8 @@ def sppo_hard(x, p):
 
 @triton.jit
 def aot(x, p):
-    a, b = _rewards(x, p)
-    by_chosen, slope = _logistic(a - b - x[7], p[1])
-    by_rejected, rejected_slope = _logistic(a - b - x[8], p[1])
-    return _pair(x, p, 0.5 * (by_chosen + by_rejected), slope, -rejected_slope)
+    loss, slope = _logistic(p[0] * (x[0] - x[1]) - x[7], p[1])
+    return _pair(x, p, loss, slope, -slope)
 
 
 @triton.jit

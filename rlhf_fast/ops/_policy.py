@@ -196,6 +196,11 @@ def bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
+def slope_alone(x: Tensor) -> Tensor:
+    """0, with the derivative of x where x is finite."""
+    return torch.where(x.isinf(), 0.0, x - x.detach())
+
+
 def _either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     """One of two numbers per token, in the dtype of `like`."""
     return torch.full_like(like, yes).where(condition, no)
@@ -249,7 +254,7 @@ def _within_divergence(t: Tokens, divergence: Tensor, o: PolicyObjective) -> Los
     far = divergence > given(o.max_divergence)
     low, high = far & (t.advantages < 0) & (t.log_ratio < 0), far & (t.advantages > 0) & (t.log_ratio > 0)
     # Beyond the cap the slope is that of the cap times the log-ratio, and not 0.
-    beyond = given(o.dual_clip) * (1 + t.logprobs - t.logprobs.detach())
+    beyond = given(o.dual_clip) * (1 + slope_alone(t.logprobs))
     ratio = torch.where(t.ratio > given(o.dual_clip), beyond, t.ratio)
     return torch.where(low | high, 0.0, -ratio * t.advantages), low, high
 
@@ -269,7 +274,7 @@ def gspo(t: Tokens, o: PolicyObjective) -> Losses:
 
 
 def gspo_token(t: Tokens, o: PolicyObjective) -> Losses:
-    ratio = bounded_exp(t.mean(t.log_ratio)).detach() * (t.logprobs - t.logprobs.detach()).exp()
+    ratio = bounded_exp(t.mean(t.log_ratio)).detach() * (1 + slope_alone(t.logprobs))
     return _clipped_surrogate(ratio, t.advantages, o)
 
 

@@ -232,14 +232,17 @@ def apo_down(s: Scored, o: PreferenceObjective) -> Tensor:
 
 
 def discopop(s: Scored, o: PreferenceObjective) -> Tensor:
-    modulation, rate = s.gap / o.discopop_tau, 1 / o.discopop_tau - 1
-    below = s.gap < 0
+    rate, far = 1 / o.discopop_tau - 1, s.gap.isinf()
+    gap = torch.where(far, 0.0, s.gap)
+    modulation, below = gap / o.discopop_tau, gap < 0
     # log(exp(-gap) sigmoid(modulation)), each half with the side on which its terms do not cancel
-    negative, positive = torch.where(below, s.gap, 0.0), torch.where(below, 0.0, s.gap)
+    negative, positive = torch.where(below, gap, 0.0), torch.where(below, 0.0, gap)
     falling = product(rate, negative) + logsigmoid(-negative / o.discopop_tau)
     exponent = torch.where(below, falling, logsigmoid(positive / o.discopop_tau) - positive)
     exponential = exponent.clamp(max=MAX_EXPONENT).exp() * (1 + relu(exponent - MAX_EXPONENT))
-    return product((-modulation).sigmoid(), -logsigmoid(s.gap)) + exponential
+    steepest = 1 + max(-rate, 0.0) * math.exp(MAX_EXPONENT)  # towards minus infinity
+    loss = product((-modulation).sigmoid(), -logsigmoid(gap)) + exponential
+    return torch.where(far, relu(-s.gap) * steepest, loss)
 
 
 def sft(s: Scored, o: PreferenceObjective) -> Tensor:
@@ -281,10 +284,9 @@ def advantage_weights(s: Scored, o: PreferenceObjective) -> tuple[Tensor, Tensor
 
 
 def paired_quantiles(s: Scored, o: PreferenceObjective) -> tuple[Tensor, Tensor]:
-    """aot: how much further the reference's gap of the same rank is than this pair's own."""
-    reference = o.beta * (s.ref_chosen - s.ref_rejected)
-    further = of_same_rank(s.chosen - s.rejected, reference) - reference
-    return further, further
+    """aot: the reference's gap of the same rank."""
+    reference = of_same_rank(s.chosen - s.rejected, o.beta * (s.ref_chosen - s.ref_rejected))
+    return reference, reference
 
 
 def unpaired_quantiles(s: Scored, o: PreferenceObjective) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,7 @@ from rlhf_fast.ops._policy import (
     PolicyObjective,
     Tokens,
     bounded_exp,
+    slope_alone,
 )
 from rlhf_fast.ops._policy_batch import DROPPED, SELECTED, Inputs, Plan, plan, select, sequence_counts, sequence_ids
 from rlhf_fast.ops.kl_estimate import ESTIMATORS
@@ -276,7 +277,7 @@ def _kl_to_ref(o: PolicyObjective, log_ratio: Tensor, tokens: Tokens) -> Tensor:
     if not o.kl_unbiased:
         return kl
     slope = (-tokens.ratio * log_ratio).detach()
-    return (tokens.ratio * kl).detach() + slope * (tokens.logprobs - tokens.logprobs.detach())
+    return (tokens.ratio * kl).detach() + slope * slope_alone(tokens.logprobs)
 
 
 def _folded(o: PolicyObjective, tokens: Tokens, correction: Tensor) -> Tensor:

@@ -62,6 +62,26 @@ def test_a_pair_that_is_told_apart_infinitely_has_the_limit_of_its_loss(variant,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_aot_compares_with_the_references_gap_even_where_that_is_infinite(backend):
+    # the reference's gaps are -inf and 1, the policy's 2 and 0.5: by rank 0.5 beside -inf, 2 beside 1
+    refs = {"ref_chosen": torch.tensor([-INF, -1.0]), "ref_rejected": torch.tensor([-1.0, -2.0])}
+    got = of_pairs([-1.0, -1.0], [-3.0, -1.5], "aot", backend, **refs)
+    assert got["loss"].item() == pytest.approx(SOFT / 2, rel=1e-6)
+    slope = 0.25 / (1 + math.exp(0.5))
+    assert got["gradient 0"].tolist() == pytest.approx([-slope, 0.0])
+    assert got["gradient 1"].tolist() == pytest.approx([slope, 0.0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("tau", "slope"), [(0.05, -0.5), (2.0, -0.5 * (1 + math.exp(20) / 2))])
+def test_discopop_has_a_slope_where_the_wrong_answer_leads_infinitely(tau, slope, backend):
+    got = of_pairs([-INF], [0.0], "discopop", backend, discopop_tau=tau)
+    assert got["loss"] == INF
+    assert got["gradient 0"].item() == pytest.approx(slope, rel=1e-5)
+    assert got["gradient 1"].item() == pytest.approx(-slope, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", [name for name in PAIRED if "aot" not in name])
 def test_a_pair_of_weight_zero_contributes_nothing(variant, backend):
     options = {"reward_shift": torch.tensor(0.0)}
@@ -151,6 +171,16 @@ def test_tokens_of_weight_zero_take_no_infinity_into_a_policy_loss(variant, back
     got = evaluate(lambda *x: policy_loss(*x, variant=variant, **options, backend=backend), inputs, 1)
     assert got["loss"].isfinite() or variant in ("vespo", "kl_cov")
     assert got["gradient 0"].isfinite().all() or variant == "kl_cov"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_impossible_token_leaves_gspo_token_and_the_unbiased_kl_finite(backend):
+    # both take exp(-20) for the ratio; the KL is that times (exp(20) - 21)
+    inputs = [torch.tensor([[-INF]]), torch.tensor([[-1.0]]), torch.ones(1, 1)]
+    options = {"ref_logprobs": -torch.ones(1, 1), "kl_coef": 0.5, "kl_unbiased": True, "backend": backend}
+    got = evaluate(lambda *x: policy_loss(*x, variant="gspo_token", **options), inputs, 1)
+    assert got["loss"].item() == pytest.approx(0.5 * (1 - 21 * math.exp(-20)), rel=1e-5)
+    assert got["gradient 0"].abs().item() < 1e-7
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
