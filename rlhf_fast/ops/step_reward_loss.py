@@ -41,7 +41,9 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "bce": Variant(lambda x, y: y * softplus(-x) + (1 - y) * softplus(x), 0.0, "step_bce"),
+    "bce": Variant(
+        lambda x, y: _losses.product(y, softplus(-x)) + _losses.product(1 - y, softplus(x)), 0.0, "step_bce"
+    ),
     "mse": Variant(lambda x, y: (x - y).square(), 0.5, "step_mse"),
 }
 

@@ -8,20 +8,24 @@ import torch
 from rlhf_fast import (
     group_advantages,
     kl_estimate,
+    linear_kl,
     linear_logprobs,
     linear_policy_loss,
+    linear_preference_loss,
     policy_loss,
     preference_loss,
     ranking_loss,
     reward_loss,
     sample_tokens,
     shaped_rewards,
+    step_reward_loss,
     token_logprobs,
     unpaired_preference_loss,
     whiten,
 )
 from rlhf_fast.ops._policy import PolicyObjective
 from rlhf_fast.ops._preference import VARIANTS as PAIRED
+from rlhf_fast.ops._preference import PreferenceObjective
 from rlhf_fast.ops.policy_loss import VARIANTS
 from tests.losses import BACKENDS, evaluate
 
@@ -317,6 +321,51 @@ def test_a_small_upstream_gradient_keeps_the_gradients_of_a_float16_head(backend
 
     found, exact = gradients(torch.half, backend), gradients(torch.double, "reference")
     assert (found - exact).norm() / exact.norm() < 1e-3
+
+
+def test_a_small_share_of_each_token_keeps_the_gradients_of_a_float16_head_under_the_kl():
+    g = torch.Generator().manual_seed(0)
+    hidden, ref_hidden, weight = (torch.randn(n, 8, generator=g) for n in (8192, 8192, 61))
+    targets = torch.randint(61, (8192,), generator=g)
+
+    def gradients(dtype, backend):
+        h, ref, w = (x.half().to(dtype) for x in (hidden, ref_hidden, weight))
+        leaves = [h.requires_grad_(), w.requires_grad_()]
+        given = {"ref_weight": w.detach().flip(0), "chunk_tokens": 1000, "backend": backend}
+        result = linear_kl(h, ref, w, targets, **given)
+        (2.0**20 * 1e-8 * (result.kl + result.logprobs).sum()).backward()
+        return [x.grad.double() for x in leaves]
+
+    for found, exact in zip(gradients(torch.half, "cpu"), gradients(torch.double, "reference"), strict=True):
+        assert (found - exact).norm() / exact.norm() < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_small_share_of_each_pair_keeps_the_gradients_of_a_float16_head(backend):
+    g = torch.Generator().manual_seed(0)
+    pairs, length = (64, 128) if backend == "cpu" else (2, 16)
+    hidden, weight = torch.randn(2 * pairs, length, 8, generator=g), torch.randn(61, 8, generator=g)
+    targets = torch.randint(61, (2 * pairs, length), generator=g)
+
+    def gradients(dtype, backend):
+        leaves = [x.half().to(dtype).requires_grad_() for x in (hidden, weight)]
+        loss, _ = linear_preference_loss(
+            *leaves, targets, objective=PreferenceObjective(beta=0.01, reference_free=True), denominator=1e6,
+            chunk_tokens=1000, backend=backend,
+        )  # fmt: skip
+        (2.0**20 * loss).backward()
+        return [x.grad.double() for x in leaves]
+
+    for found, exact in zip(gradients(torch.half, backend), gradients(torch.double, "reference"), strict=True):
+        assert (found - exact).norm() / exact.norm() < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_that_is_scored_right_infinitely_costs_nothing(backend):
+    scores, labels = torch.tensor([-INF, INF, 0.0]), torch.tensor([0.0, 1.0, 1.0])
+    got = evaluate(lambda x: step_reward_loss(x, labels, backend=backend), [scores], 1)
+    assert got["loss"].item() == pytest.approx(math.log(2) / 3)
+    assert got["gradient 0"].tolist() == pytest.approx([0.0, 0.0, -1 / 6])
 
 
 def test_the_reference_of_group_advantages_takes_no_matrix_of_pairs():
