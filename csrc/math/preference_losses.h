@@ -207,8 +207,8 @@ template <typename T> struct Half {
 };
 template <typename Score, typename T> RLHF_HD Half<T> half(T logprob, T ref_logprob, T length, T beta, T alpha) {
   const T tokens = length < 1 ? T(1) : length;
-  const Sloped<T> score = Score::at((logprob - ref_logprob) / tokens, alpha);
-  return {logprob / tokens, beta * score.value, beta * score.slope / tokens};
+  const Sloped<T> score = Score::at(logprob - ref_logprob, alpha);
+  return {logprob / tokens, beta * (score.value / tokens), beta * score.slope / tokens};
 }
 
 // x: logprobs, rewards and slopes of the halves, chosen before rejected, the pair's weight, the shifts of both;

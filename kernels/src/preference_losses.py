@@ -38,17 +38,17 @@ def _length(x):
 @triton.jit
 def _rewards(x, p):
     """Implicit rewards of chosen and rejected."""
-    chosen, _slope = _score((x[0] - x[2]) / _length(x[4]), p[3], p[4])
-    rejected, _slope = _score((x[1] - x[3]) / _length(x[5]), p[3], p[4])
-    return p[0] * chosen, p[0] * rejected
+    chosen, _slope = _score(x[0] - x[2], p[3], p[4])
+    rejected, _slope = _score(x[1] - x[3], p[3], p[4])
+    return p[0] * (chosen / _length(x[4])), p[0] * (rejected / _length(x[5]))
 
 
 @triton.jit
 def _pair(x, p, loss, by_chosen, by_rejected):
     """The kernel's terms, from the loss and its derivatives in the two rewards."""
-    chosen, chosen_slope = _score((x[0] - x[2]) / _length(x[4]), p[3], p[4])
-    rejected, rejected_slope = _score((x[1] - x[3]) / _length(x[5]), p[3], p[4])
-    chosen, rejected = p[0] * chosen, p[0] * rejected
+    chosen, chosen_slope = _score(x[0] - x[2], p[3], p[4])
+    rejected, rejected_slope = _score(x[1] - x[3], p[3], p[4])
+    chosen, rejected = p[0] * (chosen / _length(x[4])), p[0] * (rejected / _length(x[5]))
     by_chosen = product(x[6], p[0] * chosen_slope / _length(x[4]) * by_chosen)
     by_rejected = product(x[6], p[0] * rejected_slope / _length(x[5]) * by_rejected)
     accuracy = tl.where(chosen > rejected, 1.0, 0.0)

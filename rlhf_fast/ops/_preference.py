@@ -137,15 +137,17 @@ def scored(pairs: Pairs, objective: PreferenceObjective, name: str) -> Scored:
     logprobs = [None if x is None else x.to(dtype) for x in pairs[:4]]
     if objective.reference_free or not variant.reference:
         logprobs[2:] = [torch.zeros_like(pairs.chosen, dtype=dtype)] * 2
-    if variant.averaged:
-        lengths = [pairs.chosen_lengths, pairs.rejected_lengths] * 2
-        logprobs = [x / n.to(dtype).clamp_min(1) for x, n in zip(logprobs, lengths, strict=True)]  # type: ignore
     chosen, rejected, ref_chosen, ref_rejected = logprobs
     divergence = objective.divergence if variant.reference else "reverse_kl"
-    rewards = [
-        objective.beta * score(ratio, divergence, objective.divergence_alpha)
+    scores = [
+        score(ratio, divergence, objective.divergence_alpha)
         for ratio in (chosen - ref_chosen, rejected - ref_rejected)  # type: ignore
     ]
+    if variant.averaged:
+        lengths = [n.to(dtype).clamp_min(1) for n in (pairs.chosen_lengths, pairs.rejected_lengths)]  # type: ignore
+        logprobs = [x / n for x, n in zip(logprobs, lengths * 2, strict=True)]  # type: ignore
+        scores = [x / n for x, n in zip(scores, lengths, strict=True)]
+    rewards = [objective.beta * x for x in scores]
     return Scored(*rewards, *logprobs, pairs)  # type: ignore
 
 

@@ -1,5 +1,6 @@
 """Numbers at the edge: a weight of 0 takes infinities out, infinite separations have their limits, in every backend."""
 
+import itertools
 import math
 
 import pytest
@@ -185,6 +186,28 @@ def test_an_impossible_token_leaves_gspo_token_and_the_unbiased_kl_finite(backen
     got = evaluate(lambda *x: policy_loss(*x, variant="gspo_token", **options), inputs, 1)
     assert got["loss"].item() == pytest.approx(0.5 * (1 - 21 * math.exp(-20)), rel=1e-5)
     assert got["gradient 0"].abs().item() < 1e-7
+
+
+EXTREMES = (0.0, -1e-30, -1.0, -1e4, -INF)
+
+
+def every(*columns):
+    """(rows, 1) of each column: all combinations of the numbers of the columns, but no two infinities that cancel."""
+    rows = [row for row in itertools.product(*columns) if row[:2] != (-INF, -INF)]
+    return [torch.tensor(x)[:, None] for x in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_policy_losses_of_extreme_sequences_are_those_of_float64(variant):
+    options = {"variant": variant, "aggregation": "token_sum", "cov_fraction": 1.0} | OF_POLICY.get(variant, {})
+    for numbers in (EXTREMES, EXTREMES[:-1]):
+        inputs = every(numbers, numbers, (0.0, 1.0, -1.0, 1e4, -1e4))
+        found = evaluate(lambda *x: policy_loss(*x, **options, backend="cpu"), inputs, 1)
+        exact = evaluate(lambda *x: policy_loss(*x, **options, backend="reference"), [x.double() for x in inputs], 1)
+        gradients = found["gradient 0"].double(), exact["gradient 0"]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)  # 1e-4 of an advantage of 1e4 is exp(-20)
+        for name in ("loss", "clip_fraction", "ratio_mean", "approx_kl") if numbers != EXTREMES else ():
+            torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -200,6 +200,18 @@ def test_no_variant_overflows(backend, variant):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", ["sigmoid_norm", "ipo"])
+def test_the_scores_of_averaging_losses_are_averaged_and_not_their_log_ratios(variant, backend):
+    # f-DPO 2309.16240, forward KL: 1 - ref / pi of the whole answers, over 2 and 4 tokens as in TRL
+    inputs = [torch.tensor([x], dtype=torch.float64) for x in (-1.0, -3.0, -1.5, -2.0)]
+    lengths = {"chosen_lengths": torch.tensor([2]), "rejected_lengths": torch.tensor([4])}
+    gap = (1 - math.exp(-0.5)) / 2 - (1 - math.exp(1.0)) / 4
+    expected = math.log1p(math.exp(-0.5 * gap)) if variant == "sigmoid_norm" else (gap - 1) ** 2
+    loss, _ = preference_loss(*inputs, variant=variant, beta=0.5, divergence="forward_kl", **lengths, backend=backend)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", ["forward_kl", "alpha", "js"])
 def test_no_divergence_overflows(backend, divergence):
     got = run([torch.tensor([x]) for x in (-1e4, 0.0, 0.0, -1e4)], divergence=divergence, backend=backend)
