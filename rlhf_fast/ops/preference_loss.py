@@ -3,7 +3,7 @@
 For one pair, with log pi and log ref of the two answers (sums over their tokens; averages where marked avg; ref = 0
 where marked free), s the label smoothing, softplus(t) = log(1 + exp(t)), sg = sigmoid and the implicit rewards
 
-    a = beta score(log pi(chosen) - log ref(chosen)),   b the same of rejected,   h = a - b;   where marked avg, score is
+    a = beta score(log pi(chosen) - log ref(chosen)),   b the same of rejected,   h = a - b; where marked avg, score is
         of the sums and then averaged
     score(x) = x (reverse_kl), (1 - exp(-alpha x)) / alpha (alpha; forward_kl: alpha = 1), log 2 - softplus(-x) (js)
     logistic(h) = (1 - s) softplus(-h) + s softplus(h)
