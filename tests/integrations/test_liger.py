@@ -591,6 +591,18 @@ def test_triton_grpo_loss_of_luspo_by_token_has_the_peer_s_value_and_the_gradien
     torch.testing.assert_close((gradient * step).sum(), 1.5 * (values[0] - values[1]) / 2, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_triton_grpo_loss_of_luspo_reads_nothing_behind_the_mask(level):
+    logits, given = logits_inputs(torch.float32)
+    options = {"loss_type": "luspo", "reduce": True, "importance_sampling_level": level}
+    expected = of_logits(liger.triton_grpo_loss, logits, given, options)
+    hidden = {key: given[key].masked_fill(MASK == 0, torch.nan) for key in ("old_logp", "ref_logp")}
+    found = of_logits(liger.triton_grpo_loss, logits, given | hidden, options)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert not expected["d logits"][:, :-1][MASK == 0].any()
+
+
 def test_triton_grpo_loss_in_place_writes_the_gradient_over_the_logits():
     logits, given = logits_inputs(torch.float32)
     expected = of_logits(liger.triton_grpo_loss, logits, given, {})["d logits"]

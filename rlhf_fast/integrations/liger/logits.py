@@ -49,7 +49,7 @@ def triton_grpo_loss(
     Raises ValueError for values and combinations that do not fit.
     """
     columns = completion_ids.shape[1]
-    loss = LigerFusedLinearGRPOLoss(
+    loss = _FromLogits(
         beta=beta, epsilon_low=eps_low, epsilon_high=eps_high, loss_type=loss_type,
         max_completion_length=columns if max_completion_length is None else max_completion_length,
         importance_sampling_level=importance_sampling_level, sapo_temperature_pos=sapo_temperature_pos,
@@ -109,8 +109,18 @@ class GrpoLossFunction:
         return _reduced(loss, *given, inplace=inplace, num_items_in_batch=num_items_in_batch)
 
 
+class _FromLogits(LigerFusedLinearGRPOLoss):
+    """The loss that is 0 behind the mask, for luspo as well, whose other form averages over padding."""
+
+    def _counted(self, mask: Tensor) -> Tensor:
+        return mask
+
+    def reduced(self, losses: Tensor, mask: Tensor, denominator: Tensor | float | None) -> Tensor:
+        return super().reduced(torch.where(mask != 0, losses, 0.0), mask, denominator)
+
+
 @dataclass(eq=False, repr=False)
-class _WeighedSequences(LigerFusedLinearGRPOLoss):
+class _WeighedSequences(_FromLogits):
     """The loss whose weights of vespo the caller has made."""
 
     phi: Tensor | None = None  # (B, 1)
