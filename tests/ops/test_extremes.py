@@ -34,10 +34,10 @@ INF = math.inf
 OF_POLICY = {"dr_grpo": {"fixed_length": 4.0}}
 
 
-def of_pairs(chosen, rejected, variant, backend, **options):
+def of_pairs(chosen, rejected, variant, backend, dtype=torch.float32, **options):
     """The loss and its gradients of pairs of sequences of one token each, beside a reference of -1."""
-    inputs = [torch.tensor(chosen), torch.tensor(rejected)]
-    ones = torch.ones(inputs[0].shape)
+    inputs = [torch.as_tensor(chosen, dtype=dtype), torch.as_tensor(rejected, dtype=dtype)]
+    ones = torch.ones_like(inputs[0])
     given = {
         "chosen_lengths": ones, "rejected_lengths": ones, "chosen_advantages": ones, "rejected_advantages": ones,
         "ref_chosen": -ones, "ref_rejected": -ones, "variant": variant, "backend": backend, "beta": 0.5,
@@ -209,6 +209,37 @@ def test_policy_losses_of_extreme_sequences_are_those_of_float64(variant):
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)  # 1e-4 of an advantage of 1e4 is exp(-20)
         for name in ("loss", "clip_fraction", "ratio_mean", "approx_kl") if numbers != EXTREMES else ():
             torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", list(PAIRED))
+def test_preference_losses_of_extreme_pairs_are_those_of_float64(variant):
+    extremes = (0.0, -1.0, -1e4, -INF)
+    chosen, rejected, *refs = (x[:, 0] for x in every(extremes, extremes, (-1.0, -1e4), (-1.0, -1e4)))
+    options = {"reward_shift": torch.tensor(0.5)}
+
+    def loss(dtype, backend):
+        given = dict(zip(("ref_chosen", "ref_rejected"), (x.to(dtype) for x in refs), strict=True)) | options
+        return of_pairs(chosen, rejected, variant, backend, dtype=dtype, **given)
+
+    found, exact = loss(torch.float32, "cpu"), loss(torch.float64, "reference")
+    for name in ("loss", "gradient 0", "gradient 1", "accuracy"):
+        torch.testing.assert_close(found[name].double(), exact[name].double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["kto", "apo_zero_unpaired", "bco"])
+def test_unpaired_losses_of_extreme_answers_are_those_of_float64(variant):
+    logprobs, refs, desirable = (x[:, 0] for x in every(EXTREMES, EXTREMES, (0.0, 1.0)))
+
+    def loss(dtype, backend):
+        given = {"variant": variant, "backend": backend}
+        if variant != "apo_zero_unpaired":
+            given["kl" if variant == "kto" else "reward_shift"] = torch.tensor(0.5, dtype=dtype)
+        call = lambda x, ref: unpaired_preference_loss(x, ref, desirable != 0, **given)  # noqa: E731
+        return evaluate(call, [logprobs.to(dtype), refs.to(dtype)], 1)
+
+    found, exact = loss(torch.float32, "cpu"), loss(torch.float64, "reference")
+    for name in ("loss", "gradient 0"):
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
