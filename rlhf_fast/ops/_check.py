@@ -149,7 +149,7 @@ def apart(name: str, tensor: Tensor) -> None:
 def ids(name: str, tensor: Tensor) -> Tensor:
     """Token ids as contiguous int64."""
     if tensor.dtype not in IDS:
-        raise TypeError(f"{name} must be int64 or int32 (or int16, int8, uint8), got {tensor.dtype}")
+        raise TypeError(f"{name} must be int64, int32, int16, int8 or uint8, got {tensor.dtype}")
     return tensor.to(torch.int64).contiguous()
 
 

@@ -81,7 +81,7 @@ def linear_logprobs(
 
     hidden: (..., D); weight: (V, D), the type of hidden (float32, bfloat16, float16, float64); bias: (V,) or None.
     Under autocast all are converted to its type, as by F.linear.
-    targets: (...) int64 or int32 ids in [0, V), or (..., K) for several ids per row.
+    targets: (...) integer ids in [0, V), or (..., K) for several ids per row.
     mask: (...) any dtype, nonzero counts; elsewhere results and gradients are 0 and nothing is read. mask_count: how
     many rows count, or an upper bound: lets a GPU leave the others out (the CPU does so in any case).
     temperature: > 0, one number or a tensor (...) of one per row. logit_scale: > 0. softcap: the bound c of

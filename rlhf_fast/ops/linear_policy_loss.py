@@ -68,7 +68,7 @@ def linear_policy_loss(
 
     hidden: (B, T, D), or packed (N, D); weight: (V, D); bias: (V,) or None; head_lora: (A (R, D), B (V, R), scale) or
     None, added to the weight as scale B A. All of one type, float32, bfloat16, float16 or float64; a gradient is made
-    for each of them that requires one. targets: (B, T) or (N,) int64 or int32 ids in [0, V).
+    for each of them that requires one. targets: (B, T) or (N,) integer ids in [0, V).
     temperature, logit_scale, softcap: as in linear_logprobs. All else: as in policy_loss, whose `logprobs` and, where
     the objective looks at it, `entropy` are made here. old_logprobs: None on policy, as there.
     mask_count: how many rows the mask counts, or an upper bound: lets a GPU leave the others out (the CPU does so in

@@ -75,7 +75,7 @@ def token_logprobs(
     """Log-probabilities of `targets` under softmax(softcap(logit_scale * logits) / temperature), in nats.
 
     logits: (..., V) float32, bfloat16, float16 or float64; leading dimensions may be strided (`logits[:, :-1]` is not
-    copied). targets: (...) int64 or int32 ids in [0, V), or (..., K) for several ids per row; what stands behind the
+    copied). targets: (...) integer ids in [0, V), or (..., K) for several ids per row; what stands behind the
     mask is never looked at.
     temperature: > 0, one number or a tensor (...) of one per row, used in float32. logit_scale: > 0. softcap: the bound
     c of c tanh(u / c), > 0, or None. None of the three gets a gradient.
@@ -290,7 +290,7 @@ def _still_there(logits: Tensor, targets: Tensor, transform: Transform, gradient
     """The logits, or a copy where a gradient written in their place needs them once more: the slopes of a softcap."""
     if gradient is None or transform.softcap == 0 or _per_row(targets) <= KEPT_TARGETS:
         return logits
-    return logits.clone() if gradient.data_ptr() == logits.data_ptr() else logits
+    return logits.clone() if gradient.is_set_to(logits) else logits
 
 
 def _cuda_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, want_entropy: bool,

@@ -113,8 +113,8 @@ def check_command(words: list[str]) -> None:
     """Fails for a program, target, module, file, option or key that does not exist."""
     program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
     if program == "make":
-        targets = re.findall(r"^([\w%-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        patterns = [target.replace("%", "*") for target in targets]
+        targets = re.findall(r"^([\w%-][\w% -]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        patterns = [target.replace("%", "*") for line in targets for target in line.split()]
         assert all(any(fnmatch(word, pattern) for pattern in patterns) for word in rest), words
     elif program == "python":
         source = rest[1].replace(".", "/") if rest[0] == "-m" else rest[0].removesuffix(".py")

@@ -235,7 +235,7 @@ def test_two_processes_whiten_as_one_does(tmp_path):
         ({"group_ids": torch.zeros(5, dtype=torch.int64)}, r"\(6,\), got \(5,\)"),
         ({"group_size": 3, "kind": "gpro"}, "one of grpo, dr_grpo, rloo, .*got 'gpro'"),
         ({"group_size": 3, "eps": -1.0}, "eps must be >= 0 for kind grpo, got -1.0"),
-        ({"group_size": 3, "kind": "gdpo"}, r"kind gdpo must be \(B, M\), got \(6,\)"),
+        ({"group_size": 3, "kind": "gdpo"}, r"kind gdpo must be \(B, M\) with M >= 1, got \(6,\)"),
         ({"kind": "reinforce_pp", "eps": 0.0}, "eps must be > 0 for kind reinforce_pp, got 0.0"),
         ({"kind": "reinforce_pp", "group_size": 3}, "kind reinforce_pp has no groups, got group_size=3"),
         ({"group_size": 3, "k": 2}, "kind grpo takes no k"),

@@ -203,7 +203,7 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({1: torch.ones(3)}, {}, r"weight \(D,\) or \(1, D\), got \(2, 3, 4\) and \(3,\)"),
+        ({1: torch.ones(3)}, {}, r"weight \(D,\) or \(1, D\) with D >= 1, got \(2, 3, 4\) and \(3,\)"),
         ({4: torch.ones(2)}, {}, r"returns must be hidden.shape\[:-1\] = \(2, 3\), got \(2,\)"),
         ({3: None}, {"clip_eps": 0.2}, "old_values must be given with clip_eps=0.2"),
         ({}, {"clip_eps": 0.0}, "clip_eps must be > 0, got 0.0"),

@@ -477,7 +477,7 @@ def test_bad_input_raises_with_the_shapes_in_the_message():
         token_logprobs(logits, targets[:, :2])
     with pytest.raises(ValueError, match=r"mask must be .* got \(3,\)"):
         token_logprobs(logits, targets, mask=torch.ones(3))
-    with pytest.raises(TypeError, match=r"targets must be int64 or int32 .*, got torch.float32"):
+    with pytest.raises(TypeError, match=r"targets must be int64, int32, .*, got torch.float32"):
         token_logprobs(logits, targets.float())
     with pytest.raises(TypeError, match=r"logits must be .* got torch.int64"):
         token_logprobs(logits.long(), targets)
