@@ -1,41 +1,66 @@
-"""A reward model of its own: any local sequence classifier with one output."""
+"""A reward model of its own: any local sequence classifier, read at one of its outputs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.models.loading import check_finite
 
 
-def load_classifier(folder: str, *, device: torch.device) -> PreTrainedModel:
-    """The frozen classifier in `folder`, on `device`, in the dtype it was saved in.
+def load_classifier(folder: str, label: str | None = None, *, device: torch.device) -> tuple[PreTrainedModel, int]:
+    """The frozen classifier in `folder`, on `device`, in the dtype it was saved in; and the output that `label` means.
 
-    Raises UserError when it cannot be loaded, lacks its score head, has more than one output, or NaN in its weights.
+    label: a name of the config's `id2label` or its number; None for a classifier with one output.
+    Raises UserError when it cannot be loaded, lacks its head, has no such output, or NaN in its weights.
     """
+    what = f"reward model {folder}"
     try:
+        entries, _ = PreTrainedConfig.get_config_dict(folder)
+        labels = _labels(entries)
+        output = choose_output(labels, label, what)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype="auto", output_loading_info=True, trust_remote_code=False
+            folder, num_labels=len(labels), dtype="auto", output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"reward model {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise UserError(
-            f"reward model {folder} has no score head with one output "
-            f"(missing: {', '.join(map(str, [*info['missing_keys'], *info['mismatched_keys']]))})"
-        )
-    check_finite(model, f"reward model {folder}")
-    return model.to(device).eval().requires_grad_(False)
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from None
+    absent = [*info["missing_keys"], *info["mismatched_keys"]]
+    if absent:
+        count = "one output" if len(labels) == 1 else f"{len(labels)} outputs"
+        raise UserError(f"{what} has no score head with {count} (missing: {', '.join(map(str, absent))})")
+    check_finite(model, what)
+    return model.to(device).eval().requires_grad_(False), output
+
+
+def _labels(entries: dict[str, Any]) -> list[str]:
+    """The names of the outputs, by the entries of config.json; one that says nothing has one output."""
+    names = entries.get("id2label")
+    if not names:
+        return [f"LABEL_{i}" for i in range(entries.get("num_labels", 1))]
+    return [str(names[key]) for key in sorted(names, key=int)]
+
+
+def choose_output(labels: Sequence[str], label: str | None, what: str) -> int:
+    """The number of the output that `label`, a name or a number, means."""
+    if label is None and len(labels) == 1:
+        return 0
+    if label in labels:
+        return labels.index(label)
+    if label is not None and label.isdecimal() and int(label) < len(labels):
+        return int(label)
+    wrong = f"has {len(labels)} outputs: choose one by ':LABEL'" if label is None else f"has no output {label!r}"
+    raise UserError(f"{what} {wrong} ({', '.join(labels)})")
 
 
 @torch.no_grad()
-def classify(model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> Tensor:
-    """The score of each token sequence, (B,) fp32 on the CPU. Sequences are padded on the right.
+def classify(model: PreTrainedModel, ids: Sequence[Sequence[int]], output: int = 0) -> Tensor:
+    """That output, as the logit, for each token sequence, (B,) fp32 on the CPU. Sequences are padded on the right.
 
-    The classifiers of transformers read the score at the last token that is not the padding, so that no sequence may
-    end in the id that pads.
+    The classifiers of causal models read the score at the last token that is not the padding, so that no sequence may
+    end in the id that pads. Those of BERT's kind read it at the first token.
     """
     last = {row[-1] for row in ids}
     pad = next(i for i in range(len(last) + 1) if i not in last)
@@ -43,4 +68,4 @@ def classify(model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> Tensor:
     length = max(len(row) for row in ids)
     input_ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in ids], device=model.device)
     attention_mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids], device=model.device)
-    return model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0].float().cpu()
+    return model(input_ids=input_ids, attention_mask=attention_mask).logits[:, output].float().cpu()

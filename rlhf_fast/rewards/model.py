@@ -4,30 +4,56 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf_fast.data.encoding import Encoder, load_tokenizer
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.classifier import classify, load_classifier
 from rlhf_fast.models.loading import embedding_rows
+from rlhf_fast.models.self_test import tolerance
 
 
 class RewardModel:
     """Scores a prompt with its completion by a local sequence classifier; called like a reward function.
 
+    label: the output that is the reward, by its name in the config's `id2label` or its number; its logit is the score.
+    None for a classifier with one output.
+
     A list of messages (and, with chat=True, any prompt) goes through the classifier's own chat template. It reads the
     ids that it would have been trained on: the whole conversation with the end of its last turn. A conversation that is
-    longer than its context loses its first turns.
+    longer than its context loses its first turns. Plain text is read as one, prompt and completion, between the special
+    tokens of the classifier's own tokenizer ([CLS] and [SEP]).
     """
 
-    def __init__(self, folder: str, *, device: torch.device, chat: bool = False, rows_per_pass: int = 16) -> None:
+    def __init__(
+        self,
+        folder: str,
+        label: str | None = None,
+        *,
+        device: torch.device,
+        chat: bool = False,
+        rows_per_pass: int = 16,
+    ) -> None:
         self.folder, self.rows_per_pass = folder, rows_per_pass
-        self.model = load_classifier(folder, device=device)
-        context = getattr(self.model.config, "max_position_embeddings", None) or 1 << 20
+        self.model, self.output = load_classifier(folder, label, device=device)
+        tokenizer = load_tokenizer(folder, needs_eos=False)
+        context = context_of(self.model)
         self.encoder = Encoder(
-            load_tokenizer(folder, needs_eos=False), context, context, chat or "auto", "truncate",
-            vocab_size=embedding_rows(self.model),
-        )  # fmt: skip
+            tokenizer, context, context, chat or "auto", "truncate", vocab_size=embedding_rows(self.model)
+        )
+        self._check_padding()
+
+    def _check_padding(self) -> None:
+        """UserError for a classifier whose score of a text depends on how far it is padded (FNet, ConvBERT)."""
+        texts = [self.encoder.tokenizer(text, verbose=False)["input_ids"] for text in ("a", "a b c d e f")]
+        for ids in texts:
+            self.encoder.tokens.check(f"reward model {self.folder}", ids)
+        alone = torch.cat([classify(self.model, [ids], self.output) for ids in texts])
+        difference = (classify(self.model, texts, self.output) - alone).abs().max().item()
+        if not difference <= tolerance(self.model) * max(1.0, alone.abs().max().item()):
+            kind = type(self.model).__name__
+            raise UserError(f"reward model {self.folder}: padding changes the score of a {kind} by {difference:.3g}")
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[str], tools: Sequence[Any] | None = None
@@ -38,4 +64,13 @@ class RewardModel:
         except UserError as error:
             raise UserError(f"reward model {self.folder}: {error}") from None
         size = self.rows_per_pass
-        return torch.cat([classify(self.model, ids[i : i + size]) for i in range(0, len(ids), size)])
+        return torch.cat([classify(self.model, ids[i : i + size], self.output) for i in range(0, len(ids), size)])
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """How many tokens the classifier can read. RoBERTa's kind has fewer positions than rows for them: they begin behind
+    that of the padding."""
+    rows = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    tables = [getattr(module, "position_embeddings", None) for module in model.modules()]
+    unused = [t.padding_idx + 1 for t in tables if isinstance(t, nn.Embedding) and t.padding_idx is not None]
+    return rows - max(unused, default=0)

@@ -73,7 +73,8 @@ class Rewards:
 
 
 def load_rewards(weights: Mapping[str, float], backbone: Backbone, *, chat: bool = False) -> Rewards:
-    """Rewards from 'pkg.mod:function', 'file.py:function', a reward adapter folder or a reward model folder.
+    """Rewards from 'pkg.mod:function', 'file.py:function', a reward adapter folder or a reward model folder, for one
+    with several outputs 'folder:label'.
 
     weights: spec -> weight. An adapter is loaded onto `backbone` as the frozen role 'reward'. chat: a reward model
     sees plain prompts through its chat template. Raises UserError for anything else.
@@ -88,9 +89,9 @@ def load_rewards(weights: Mapping[str, float], backbone: Backbone, *, chat: bool
             if "reward" not in backbone.heads:
                 raise UserError(f"reward {spec} is an adapter without a score head, such as a policy's")
             rewards.adapter = AdapterSource(spec, weight, *read_stats(folder))
-        elif (folder / "config.json").is_file():
+        elif (classifier := classifier_of(spec)) is not None:
             device = next(backbone.model.parameters()).device
-            rewards.sources.append(Source(spec, weight, RewardModel(spec, device=device, chat=chat)))
+            rewards.sources.append(Source(spec, weight, RewardModel(*classifier, device=device, chat=chat)))
         elif ":" in spec:
             rewards.sources.append(Source(spec, weight, load_function(spec)))
         else:
@@ -99,6 +100,13 @@ def load_rewards(weights: Mapping[str, float], backbone: Backbone, *, chat: bool
                 "adapter_config.json or config.json"
             )
     return rewards
+
+
+def classifier_of(spec: str) -> tuple[str, str | None] | None:
+    """(folder, label) of a 'folder' or 'folder:label' with a config.json; None for another spec."""
+    folder, _, label = spec.rpartition(":")
+    named: list[tuple[str, str | None]] = [(spec, None), (folder, label)]
+    return next((found for found in named if found[0] and (Path(found[0]) / "config.json").is_file()), None)
 
 
 def read_stats(folder: Path) -> tuple[float, float]:

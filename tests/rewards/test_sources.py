@@ -103,6 +103,37 @@ def test_a_model_without_a_score_head_is_no_reward_model(tmp_path):
         load_rewards({str(tmp_path / "lm"): 1.0}, backbone())
 
 
+def three_outputs(folder, text):
+    """A classifier with those outputs, and its logits for the text."""
+    torch.manual_seed(0)
+    names = {0: "verbose", 1: "helpful", 2: "harmless"}
+    config = LlamaConfig(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                         num_attention_heads=2, id2label=names, pad_token_id=259)  # fmt: skip
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[257, *text, 258]])).logits[0].tolist()
+
+
+def test_a_folder_and_a_label_are_the_reward_of_that_output(tmp_path):
+    logits = three_outputs(tmp_path / "rm", b"ab")
+    rewards = load_rewards({f"{tmp_path}/rm:helpful": 1.0, f"{tmp_path}/rm:2": 10.0}, backbone())
+    total, parts = rewards(["a"], ["b"], {})
+    assert total.tolist() == pytest.approx([logits[1] + 10 * logits[2]], abs=1e-4)
+    assert list(parts) == [f"{tmp_path}/rm:helpful", f"{tmp_path}/rm:2"]
+
+
+@pytest.mark.parametrize(("label", "reason"), [
+    ("", "has 3 outputs: choose one by ':LABEL'"), (":polite", "has no output 'polite'"), (":3", "has no output '3'"),
+])  # fmt: skip
+def test_a_label_that_is_missing_or_unknown_is_an_error_with_those_that_there_are(label, reason, tmp_path):
+    three_outputs(tmp_path, b"ab")
+    with pytest.raises(UserError) as error:
+        load_rewards({f"{tmp_path}{label}": 1.0}, backbone())
+    assert str(error.value) == f"reward model {tmp_path} {reason} (verbose, helpful, harmless)"
+
+
 def test_a_folder_that_is_neither_is_refused(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="is neither"):
