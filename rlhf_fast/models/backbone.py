@@ -101,8 +101,7 @@ class Backbone:
     def _try(self) -> None:
         with observing(self._available, TRIAL_ROWS) as unadaptable:
             check_logits(self)
-        check_gradients(self)
-        self.left_out = {**unadaptable, **self.left_out}
+        self.left_out = {**check_gradients(self, self._available), **unadaptable, **self.left_out}
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.lora import LoRAShape
-from rlhf_fast.models.self_test import tolerance, trial
+from rlhf_fast.models.self_test import rounding, trial
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -78,10 +78,15 @@ def check_reload(backbone: Backbone, name: str, folder: Path) -> None:
         raise UserError(f"{folder}: PEFT does not give the adapter to the same linears, such as {min(strange)!r}")
     expected = theirs[:, :-1].float().log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     with torch.no_grad():
-        ours = backbone.logprobs(backbone.hidden(input_ids, mask, [name])[name], input_ids, mask)
+        hidden = backbone.hidden(input_ids, mask, [name, None])
+        ours, base = (backbone.logprobs(hidden[role], input_ids, mask) for role in (name, None))
     assert isinstance(ours, Tensor)
+    assert isinstance(base, Tensor)
     difference = ((ours[:, 1:] - expected) * mask[:, 1:]).abs().max().item()
-    if not difference <= tolerance(backbone.model):
+    # In half precision a large adapter amplifies the rounding of every layer (0.8 nats where it did 11 to SmolLM2-135M
+    # in bf16). The faults that are looked for, a wrong scale or order, are about as large as what the adapter does.
+    effect = (ours - base).abs().max().item() if theirs.dtype != torch.float32 else 0.0
+    if not difference <= max(2 * rounding(theirs), effect / 4):
         raise UserError(
             f"{folder}: the adapter as PEFT loads it differs by {difference:.3g} nats from what was trained"
         )

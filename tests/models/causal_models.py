@@ -121,6 +121,8 @@ def make_causal(model_type: str) -> PreTrainedModel:
             if parameter.dim() > 1 and not name.endswith("A_log"):
                 spread = parameter.std()
                 parameter.mul_(0.2 / spread) if spread > 0 else parameter.normal_(0, 0.2)
+            elif parameter.dim() == 1 and not parameter.any() and not name.endswith("bias"):
+                parameter.normal_(0, 0.2)  # scales that begin at 0 hide what they scale
         head = model.get_output_embeddings()
         if head is not None:
             head.weight.mul_(5)

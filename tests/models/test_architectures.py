@@ -15,6 +15,7 @@ KINDS = [
     "falcon",  # a subclass of nn.Linear
     "mamba",  # weights that are used without a call, no attention
     "deepseek_v3",  # experts that PEFT knows under other names
+    "deepseek_v32",  # linears that only choose tokens
     "gemma3n_text",  # four streams per layer, inputs for each layer
     "gemma4",  # a multimodal model whose layers share keys and values
     "roberta",  # positions that start at two

@@ -199,10 +199,12 @@ def test_score_gives_every_role_in_one_traversal():
     input_ids, attention_mask = make_batch()
     mask = attention_mask.clone()
     mask[:, :3] = 0
+    backbone.lower(input_ids, attention_mask)  # whether the lower layers may run once is tried once
     calls = []
-    backbone.model.model.norm.register_forward_hook(lambda *args: calls.append(1))
+    for index, layer in enumerate(backbone.model.model.layers):
+        layer.self_attn.register_forward_hook(lambda *args, index=index: calls.append(index))
     scores = backbone.score(input_ids, attention_mask, mask, temperature=0.5)
-    assert len(calls) == 1
+    assert calls == [0, 1, 2, 3]
     alone = {role: backbone.hidden(input_ids, attention_mask, [role])[role] for role in ROLES}
     close = {"rtol": 1e-5, "atol": 1e-5}
     for ours, role in ((scores.logprobs, "policy"), (scores.ref_logprobs, "reference")):

@@ -59,9 +59,28 @@ def test_a_model_of_weights_that_are_not_finite_is_refused():
         Backbone(model)
 
 
-def test_half_precision_is_no_fault():
-    for dtype in (torch.bfloat16, torch.float16):
-        Backbone(make_causal("llama").to(dtype))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["llama", "minicpm3", "gemma3n_text"])
+def test_half_precision_is_no_fault(model_type, dtype, tmp_path):
+    backbone = Backbone(make_causal(model_type).to(dtype))
+    backbone.add_adapter("policy")
+    scramble(backbone, "policy")
+    save_adapter(backbone, "policy", tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 0.9), (torch.float16, 0.99), (torch.float32, 0.9999)])
+def test_a_fault_that_is_larger_than_rounding_shows_in_each_type(dtype, factor):
+    model = make_causal("llama").to(dtype)
+    forward = model.forward
+
+    def scaled(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None):
+        output = forward(input_ids, attention_mask, position_ids, use_cache=use_cache)
+        output.logits = output.logits * factor
+        return output
+
+    model.forward = types.MethodType(scaled, model)
+    with pytest.raises(UserError, match=r"its log-probabilities differ from those of its head by \d+\.?\d* nats"):
+        Backbone(model)
 
 
 def test_a_model_on_the_meta_device_is_not_run():
@@ -79,6 +98,20 @@ def test_linears_that_cannot_have_an_adapter_are_left_out_and_refused_by_name():
     with pytest.warns(UserWarning, match=r"all-linear leaves out 8 linear layers: .*out_proj \(PEFT refuses"):
         backbone.add_adapter("policy")
     assert {module.rsplit(".", 1)[-1] for module in backbone.adapters["policy"]} == {"in_proj", "x_proj"}
+
+
+def test_linears_that_no_gradient_reaches_are_left_out():
+    backbone = Backbone(make_causal("deepseek_v32"))
+    unreached = {name for name, reason in backbone.left_out.items() if reason.startswith("no gradient reaches it")}
+    indexers = {name for name, module in backbone.model.named_modules()
+                if ".indexer." in name and isinstance(module, torch.nn.Linear)}  # fmt: skip
+    assert unreached == indexers != set()
+
+
+def test_a_linear_whose_gradient_is_zero_can_have_an_adapter():
+    model = make_model("llama")
+    model.get_parameter("model.layers.1.mlp.down_proj.weight").data.zero_()
+    assert "model.layers.1.mlp.up_proj" in Backbone(model).linear_shapes
 
 
 def test_a_linear_that_several_layers_share_is_adapted_once():

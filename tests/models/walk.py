@@ -22,7 +22,7 @@ from rlhf_fast.rollout import check_sampler
 from tests.models.causal_models import VOCAB, make_causal
 from tests.models.tiny_models import scramble
 
-ATOL = 2e-3  # nats, in fp32 with logits of about 10
+ATOL = 2e-4  # nats, in fp32 with logits of about 10
 WIDTH, SHORT = 9, 6
 
 
@@ -91,7 +91,7 @@ def gradients(backbone: Backbone, recompute: bool) -> dict[str, Tensor]:
 def check_gradients(backbone: Backbone) -> None:
     plain, again = gradients(backbone, False), gradients(backbone, True)
     dead = [name for name, grad in plain.items() if not grad.abs().max() > 0]
-    assert len(dead) < len(plain) / 2, f"{len(dead)} of {len(plain)} have no gradient, such as {dead[0]}"
+    assert not dead, f"{len(dead)} of {len(plain)} have no gradient, such as {dead[0]}"
     for name, grad in plain.items():
         assert (grad - again[name]).abs().max() <= 1e-3 * grad.abs().max() + 1e-5, f"{name} recomputed"
 
@@ -231,7 +231,7 @@ Every causal language model of transformers {version}, tried as a tiny model wit
 `python -m tests.models.walk`, which writes this page. {yes} of {all} train, {refused} are refused in one line when the
 model is loaded, {untried} could not be made on the machine that wrote this.
 
-- **trains**: log-probabilities are those of the model's own logits (2e-3 nats at logits of about 10); padding on the
+- **trains**: log-probabilities are those of the model's own logits (2e-4 nats at logits of about 10); padding on the
   right changes nothing; several roles in one traversal equal each alone, with adapters on all layers and on the top
   ones; gradients with activation checkpointing equal those without; PEFT {peft} loads our adapters and we load PEFT's,
   to the same log-probabilities.
@@ -240,7 +240,8 @@ model is loaded, {untried} could not be made on the machine that wrote this.
 - **samples**: `ppo` and `grpo` can use it: what is sampled from prompts of several lengths, padded on the left, is what
   is scored. Otherwise those runs are refused at their start.
 - **left out**: linear layers that `all-linear` leaves out and that no adapter may name, because PEFT could not load
-  it, or because the model does not call them for every token in order, as with experts.
+  it, because the model does not call them for every token in order, as with experts, or because no gradient reaches
+  them on a short text, as with the indexers of sparse attention.
 
 The same comparison is made with the real weights whenever a model is loaded, so an architecture that is not listed here
 works, or is refused with the reason. It runs a few tokens; on the meta device it does not.
