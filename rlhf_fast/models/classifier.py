@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from rlhf_fast.errors import UserError, first_line
@@ -53,6 +53,15 @@ def choose_output(labels: Sequence[str], label: str | None, what: str) -> int:
         return int(label)
     wrong = f"has {len(labels)} outputs: choose one by ':LABEL'" if label is None else f"has no output {label!r}"
     raise UserError(f"{what} {wrong} ({', '.join(labels)})")
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """How many tokens the classifier can read. RoBERTa's kind has fewer positions than rows for them: they begin behind
+    that of the padding."""
+    rows = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    tables = [getattr(module, "position_embeddings", None) for module in model.modules()]
+    unused = [t.padding_idx + 1 for t in tables if isinstance(t, nn.Embedding) and t.padding_idx is not None]
+    return rows - max(unused, default=0)
 
 
 @torch.no_grad()

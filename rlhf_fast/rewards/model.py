@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from rlhf_fast.data.encoding import Encoder, load_tokenizer
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.classifier import classify, load_classifier
+from rlhf_fast.models.classifier import classify, context_of, load_classifier
 from rlhf_fast.models.loading import embedding_rows
 
 
@@ -65,12 +64,3 @@ class RewardModel:
             raise UserError(f"reward model {self.folder}: {error}") from None
         size = self.rows_per_pass
         return torch.cat([classify(self.model, ids[i : i + size], self.output) for i in range(0, len(ids), size)])
-
-
-def context_of(model: PreTrainedModel) -> int:
-    """How many tokens the classifier can read. RoBERTa's kind has fewer positions than rows for them: they begin behind
-    that of the padding."""
-    rows = getattr(model.config, "max_position_embeddings", None) or 1 << 20
-    tables = [getattr(module, "position_embeddings", None) for module in model.modules()]
-    unused = [t.padding_idx + 1 for t in tables if isinstance(t, nn.Embedding) and t.padding_idx is not None]
-    return rows - max(unused, default=0)
