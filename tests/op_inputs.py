@@ -145,6 +145,12 @@ CASES = [
         for kind, options in {"grpo": {}, "rloo": {}, "pass_at_k": {"k": 2}, "reinforce_baseline": {}}.items()
     ),
     Case("group_advantages", lambda: {"rewards": plane(ANSWERS, REWARDS)}, {"kind": "gdpo", "group_size": 4}),
+    Case(
+        "group_advantages",
+        lambda: {"rewards": plane(ANSWERS, REWARDS), "reward_weights": torch.rand(REWARDS) + 0.5},
+        {"kind": "gdpo", "group_size": 4},
+        label="weighted",
+    ),
     Case("group_advantages", lambda: {"rewards": plane(ANSWERS)}, {"kind": "reinforce_pp"}),
     Case(
         "group_advantages",

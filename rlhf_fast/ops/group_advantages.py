@@ -117,7 +117,7 @@ def group_advantages(
     parameter = float(eps if k is None else k)
     advantages = _op(rewards.contiguous(), weights, order, offsets, group_size or 0, kept.divisor, parameter, name)
     if columns:
-        advantages = (advantages.view(columns, -1) * _row(reward_weights, advantages)[:, None]).sum(0)
+        advantages = _losses.product(_row(reward_weights, advantages)[:, None], advantages.view(columns, -1)).sum(0)
     return _over_batch(advantages, eps, process_group) if kept.whitened else advantages
 
 
@@ -216,7 +216,7 @@ def reference(
     mean, m2 = over_group(r) / count, over_group(distance.square())
     divisor = DIVISORS[KINDS[kind].divisor](count, mean, m2, eps if k is None else k)
     # The divisor is 0 without eps, for equal rewards.
-    advantages = (distance / torch.where(divisor == 0, 1, divisor) * _row(reward_weights, r)).sum(-1)
+    advantages = _losses.product(_row(reward_weights, r), distance / torch.where(divisor == 0, 1, divisor)).sum(-1)
     return _over_batch(advantages, eps, process_group) if KINDS[kind].whitened else advantages
 
 

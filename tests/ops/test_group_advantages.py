@@ -261,3 +261,12 @@ def test_gdpo_sums_its_rewards_by_weight(backend):
     torch.testing.assert_close(got, summed / (summed.square().sum() / 5 + 1e-4).sqrt())
     with pytest.raises(ValueError, match="kind grpo takes no reward_weights"):
         group_advantages(rewards[:, 0], group_size=3, reward_weights=[1.0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_reward_of_weight_0_is_not_looked_at(backend):
+    rewards = torch.rand(6, 2)
+    options = {"group_size": 3, "kind": "gdpo", "reward_weights": [1.0, 0.0], "backend": backend}
+    expected = group_advantages(rewards, **options)
+    rewards[1, 1] = torch.inf
+    assert torch.equal(group_advantages(rewards, **options), expected)
