@@ -49,7 +49,7 @@ BARS = {
     ("lora_linear._shrink_kernel", "lora_linear"): (64, 8),
     ("losses._elements_kernel", "policy_loss + value_loss"): (96, 5),
     ("losses._elements_kernel", "preference_loss, sigmoid"): (64, 8),
-    ("losses._elements_kernel", "reward_loss"): (72, 7),
+    ("losses._elements_kernel", "reward_loss"): (80, 6),
     ("losses._elements_kernel", "step_reward_loss"): (160, 3),
     ("losses._elements_kernel", "unpaired_preference_loss, kto"): (168, 3),
     ("losses._elements_kernel", "value_loss"): (96, 5),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor
 
@@ -40,6 +42,8 @@ def prepare(workspace: Workspace, recorder: Recorder) -> tuple[Callable[[], None
     config = parse(module.AlgorithmConfig, values)
     seed_everything(config.seed)
     job = module.prepare(config)
+    # A new one for each repeat, which finds nothing that an earlier one kept.
+    recorder.folder = Path(tempfile.mkdtemp(dir=workspace.folder))
     if setting.algorithm == "dpo":
         recorder.watch(module, "reference_logprobs", "scoring")
     else:

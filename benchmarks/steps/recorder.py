@@ -6,7 +6,7 @@ import ctypes
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Recorder:
         self.losses: list[float] = []
         self.rewards: list[float] = []
         self.resident = self.peak = 0
+        self.folder = Path()
         self._imported = memory_kib("VmRSS")
         self._stages = ["update"]
         self._spent: dict[str, float] = defaultdict(float)
@@ -98,6 +99,10 @@ class Recorder:
         for step in range(self.count):
             yield step
             self.end_step()
+
+    def track(self, what: str, parts: Sequence[Any]) -> Sequence[Any]:
+        """The parts, without a progress bar."""
+        return parts
 
     def log(self, step: int, metrics: dict[str, float], *, tokens: int) -> None:
         self.losses.append(metrics["loss"] if "loss" in metrics else metrics["policy_loss"] + metrics["value_loss"])

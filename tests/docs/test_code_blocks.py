@@ -115,7 +115,7 @@ def check_command(words: list[str]) -> None:
     if program == "make":
         targets = re.findall(r"^([\w%-][\w% -]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         patterns = [target.replace("%", "*") for line in targets for target in line.split()]
-        assert all(any(fnmatch(word, pattern) for pattern in patterns) for word in rest), words
+        assert all(any(fnmatch(word, pattern) for pattern in patterns) for word in rest if word != "-B"), words
     elif program == "python":
         source = rest[1].replace(".", "/") if rest[0] == "-m" else rest[0].removesuffix(".py")
         exists = (ROOT / f"{source}.py").is_file() or (ROOT / source / "__main__.py").is_file()
