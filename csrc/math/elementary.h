@@ -34,14 +34,13 @@ RLHF_HD float exp_neg(float x) {
 RLHF_HD double exp_neg(double x) { return std::exp(x); }
 
 // 2^t = 2^n (1 + q) for t <= 0: n the nearest integer, q = 2^(t - n) - 1 by a degree-6 minimax polynomial without a
-// constant term, so that 2^0 is exactly 1. n stands in the last bits of `shifted`.
+// constant term, so that 2^0 is exactly 1. n + 127 stands in the last bits of `shifted`.
 struct Exp2 {
   float q, shifted;
 };
 RLHF_HD Exp2 exp2_parts(float t) {
   const float c = -127.0f > t ? -127.0f : t;  // NaN stays NaN
-  const float exponent = c < 0.0f ? c : 0.0f;  // 0 for NaN, whose low bits would be added to the exponent else
-  const float shifted = exponent + 12582912.0f, n = shifted - 12582912.0f, f = c - n;  // 1.5 * 2^23 leaves no fraction
+  const float shifted = c + 12583039.0f, n = shifted - 12583039.0f, f = c - n;  // 1.5 * 2^23 + 127 leaves no fraction
   float q = 1.5353361934e-4f;
   q = q * f + 1.3398874406e-3f;
   q = q * f + 9.6184373575e-3f;
@@ -50,18 +49,20 @@ RLHF_HD Exp2 exp2_parts(float t) {
   q = q * f + 6.9314720286e-1f;
   return {q * f, shifted};
 }
-// 2^t for t <= 0 to about 1 unit in the last place, exactly 0 from t = -127 down: n is added to the exponent's bits.
+// 2^n, exactly 0 for n = -127; any number for NaN, whose q is NaN.
+RLHF_HD float exp2_scale(const Exp2& e) { return bits_to_float(float_to_bits(e.shifted) << 23); }
+// 2^t for t <= 0 to about 1 unit in the last place, exactly 0 from t = -127 down.
 RLHF_HD float exp2_neg(float t) {
   const Exp2 e = exp2_parts(t);
-  return bits_to_float(float_to_bits(e.q + 1.0f) + (float_to_bits(e.shifted) << 23));
+  const float scale = exp2_scale(e);
+  return e.q * scale + scale;
 }
 RLHF_HD double exp2_neg(double t) { return std::exp2(t); }
 
 // tanh(x) to a few units in the last place, near 0 as well: -expm1(-2|x|) / (2 + expm1(-2|x|)) with the sign of x.
 RLHF_HD float tanh_fast(float x) {
   const Exp2 e = exp2_parts(std::fabs(x) * -2.88539008f);  // 2 / ln 2
-  const float scale = bits_to_float(0x3f800000u + (float_to_bits(e.shifted) << 23));  // 2^n
-  const float expm1 = scale * e.q + (scale - 1.0f);
+  const float scale = exp2_scale(e), expm1 = scale * e.q + (scale - 1.0f);
   return std::copysign(-expm1 / (2.0f + expm1), x);
 }
 RLHF_HD double tanh_fast(double x) { return std::tanh(x); }
