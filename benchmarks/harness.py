@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.clock import clock_for
 from benchmarks.costs import Work, work
 from benchmarks.machine import machine
-from rlhf_fast.ops._head import free_tile_buffer
+from rlhf_fast.ops.head.tiles import free_tile_buffer
 from tests.numerics import assert_contract
 
 LONG = 10  # fewer repeats than this are a trial, not a measurement

@@ -18,7 +18,7 @@ import rlhf_fast
 from benchmarks.cases import op_advantages, op_linear, op_losses
 from benchmarks.cases.build import Job
 from benchmarks.cases.sizes import GPU, normal, ragged_mask, results, with_gradient
-from rlhf_fast.ops.token_logprobs import IMPLS, Transform, empty_stats
+from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Transform, empty_stats
 
 LABEL = "production: "
 ROWS = 16

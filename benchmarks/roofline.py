@@ -29,7 +29,7 @@ from benchmarks.cases.sizes import GPU, Sizes, backends_of, normal, planes, ragg
 from benchmarks.clock import clock_for
 from benchmarks.costs import PASSES, Work, floor_seconds, work
 from benchmarks.harness import limits
-from rlhf_fast.ops.token_logprobs import IMPLS, Transform, empty_stats
+from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Transform, empty_stats
 
 SMALL = Sizes(N=64, V=512, D=32, B=8, T=64, packed=0, dtype=torch.float32)
 REPEATS = 7

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _linear_loss, _linear_plan
+from rlhf_fast.ops.head import _loss as _linear_loss
+from rlhf_fast.ops.head import _plan as _linear_plan
 
 D, V, R = 16, 97, 3
 PARAMETERS = ("hidden", "weight", "bias", "lora_a", "lora_b")

@@ -13,9 +13,9 @@ from benchmarks import peers
 from benchmarks.cases.sizes import Sizes, backends_of, by_rows, generator, published, short, with_gradient
 from benchmarks.harness import Bar, Case, Contender, Inputs
 from benchmarks.peers import CLIP
-from rlhf_fast.ops._head import TILE_BYTES
-from rlhf_fast.ops._linear_loss import SCRATCH_BYTES
-from rlhf_fast.ops.token_logprobs import reference
+from rlhf_fast.ops.head._loss import SCRATCH_BYTES
+from rlhf_fast.ops.head.tiles import TILE_BYTES
+from rlhf_fast.ops.tokens.token_logprobs import reference
 
 
 def draw_tokens(sizes: Sizes, device: str) -> Inputs:

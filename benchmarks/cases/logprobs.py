@@ -11,7 +11,7 @@ import rlhf_fast
 from benchmarks import peers
 from benchmarks.cases.sizes import Sizes, backends_of, generator, results, short, with_gradient
 from benchmarks.harness import Bar, Case, Contender, Inputs
-from rlhf_fast.ops.token_logprobs import IMPLS, Transform, empty_stats, reference
+from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Transform, empty_stats, reference
 
 
 def eager(logits: Tensor, targets: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.op_cases.case import Case, mask, plane
-from rlhf_fast.ops import preference_loss, ranking_loss, step_reward_loss, unpaired_preference_loss
+from rlhf_fast.ops.preference import preference_loss, unpaired_preference_loss
+from rlhf_fast.ops.rewards import ranking_loss, step_reward_loss
 
 PAIRS = 6
 

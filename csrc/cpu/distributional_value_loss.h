@@ -1,4 +1,4 @@
-// Cross-entropy of a value distribution with a Gaussian histogram; see rlhf_fast/ops/distributional_value_loss.py.
+// Cross-entropy of a value distribution with a Gaussian histogram; see rlhf_fast/ops/values/distributional_value_loss.py.
 #pragma once
 #include "native.h"
 

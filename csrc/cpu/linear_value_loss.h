@@ -1,4 +1,4 @@
-// The critic's loss straight from hidden states; see rlhf_fast/ops/linear_value_loss.py.
+// The critic's loss straight from hidden states; see rlhf_fast/ops/values/linear_value_loss.py.
 #pragma once
 #include "native.h"
 

@@ -1,4 +1,4 @@
-// Policy losses: loss, metrics and gradient coefficients in one pass; rlhf_fast/ops/policy_loss.py.
+// Policy losses: loss, metrics and gradient coefficients in one pass; rlhf_fast/ops/policy/policy_loss.py.
 #pragma once
 #include <array>
 #include <string>

@@ -1,4 +1,4 @@
-// Losses of ranked answers; formulas in rlhf_fast/ops/ranking_loss.py.
+// Losses of ranked answers; formulas in rlhf_fast/ops/rewards/ranking_loss.py.
 #pragma once
 #include <string>
 

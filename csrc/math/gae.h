@@ -1,4 +1,4 @@
-// One step of the backward recurrences behind returns and advantages; formulas in rlhf_fast/ops/gae.py and vtrace.py.
+// One step of the backward recurrences behind returns and advantages; formulas in rlhf_fast/ops/advantages/gae.py and vtrace.py.
 #pragma once
 #include "math/host_device.h"
 

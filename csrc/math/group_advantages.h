@@ -1,5 +1,5 @@
 // What a reward's distance from its group's mean is divided by, one function per kind; see
-// rlhf_fast/ops/group_advantages.py.
+// rlhf_fast/ops/advantages/group_advantages.py.
 #pragma once
 #include <cmath>
 #include <limits>

@@ -1,4 +1,4 @@
-// Per-token KL estimators of x = ref_logprob - logprob, and the estimate made of them; see rlhf_fast/ops/kl_estimate.py.
+// Per-token KL estimators of x = ref_logprob - logprob, and the estimate made of them; see rlhf_fast/ops/tokens/kl_estimate.py.
 #pragma once
 #include <type_traits>
 

@@ -1,5 +1,5 @@
-// One functor per policy loss: loss and derivative of a token; formulas in rlhf_fast/ops/policy_loss.py.
-// A new one is a function in rlhf_fast/ops/_policy.py, a functor here with its line in the table of cpu/policy_loss.cpp,
+// One functor per policy loss: loss and derivative of a token; formulas in rlhf_fast/ops/policy/policy_loss.py.
+// A new one is a function in rlhf_fast/ops/policy/objective.py, a functor here with its line in the table of cpu/policy_loss.cpp,
 // and its twin in kernels/src/policy_loss.py.
 #pragma once
 #include "math/scalar.h"

@@ -1,4 +1,4 @@
-// How much an answer tied with the one drawn still counts; formulas in rlhf_fast/ops/ranking_loss.py.
+// How much an answer tied with the one drawn still counts; formulas in rlhf_fast/ops/rewards/ranking_loss.py.
 #pragma once
 #include "math/scalar.h"
 

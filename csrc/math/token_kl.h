@@ -1,4 +1,4 @@
-// Divergences of two distributions, one element at a time; formulas in rlhf_fast/ops/token_kl.py.
+// Divergences of two distributions, one element at a time; formulas in rlhf_fast/ops/tokens/token_kl.py.
 // A new divergence is one functor here, one line in the table of cpu/token_kl.cpp and its twin in
 // kernels/src/token_kl.py.
 #pragma once

@@ -1,4 +1,4 @@
-// Row statistics of a selective log-softmax that keep confident tokens exact; see rlhf_fast/ops/token_logprobs.py.
+// Row statistics of a selective log-softmax that keep confident tokens exact; see rlhf_fast/ops/tokens/token_logprobs.py.
 #pragma once
 #include <cmath>
 

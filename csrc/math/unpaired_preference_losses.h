@@ -1,4 +1,4 @@
-// One functor per loss of one answer that is desirable or not. Formulas: rlhf_fast/ops/unpaired_preference_loss.py.
+// One functor per loss of one answer that is desirable or not. Formulas: rlhf_fast/ops/preference/unpaired_preference_loss.py.
 #pragma once
 #include "math/losses.h"
 

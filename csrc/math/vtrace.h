@@ -1,4 +1,4 @@
-// One step of V-trace; formula in rlhf_fast/ops/vtrace.py.
+// One step of V-trace; formula in rlhf_fast/ops/advantages/vtrace.py.
 #pragma once
 #include <cmath>
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a value distribution with a Gaussian histogram; see rlhf_fast/ops/distributional_value_loss.py.
+"""Cross-entropy of a value distribution with a Gaussian histogram; rlhf_fast/ops/values/distributional_value_loss.py.
 
 A program holds whole rows of bins. Sums are made in two stages over a number of partial sums that depends on the sizes
 alone.

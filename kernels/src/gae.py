@@ -1,4 +1,4 @@
-"""Returns and advantages by an affine scan over time; formula in rlhf_fast/ops/gae.py.
+"""Returns and advantages by an affine scan over time; formula in rlhf_fast/ops/advantages/gae.py.
 
 One program per sequence, padded or packed, which walks over time from the end in blocks. No atomics: the same inputs
 give the same bits.

@@ -1,4 +1,4 @@
-"""Group-relative advantages; formulas in rlhf_fast/ops/group_advantages.py. One program per group."""
+"""Group-relative advantages; formulas in rlhf_fast/ops/advantages/group_advantages.py. One program per group."""
 
 from __future__ import annotations
 

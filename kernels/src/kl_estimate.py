@@ -1,4 +1,4 @@
-"""Per-token KL estimates with their derivatives; formulas in rlhf_fast/ops/kl_estimate.py."""
+"""Per-token KL estimates with their derivatives; formulas in rlhf_fast/ops/tokens/kl_estimate.py."""
 
 from __future__ import annotations
 

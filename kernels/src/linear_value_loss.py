@@ -1,4 +1,4 @@
-"""The critic's loss straight from hidden states; see rlhf_fast/ops/linear_value_loss.py.
+"""The critic's loss straight from hidden states; see rlhf_fast/ops/values/linear_value_loss.py.
 
 A program keeps whole rows of `hidden` in registers for their two uses: the product with the head, and the sum that is
 the head's gradient. Sums are made in two stages over a number of partial sums that depends on the sizes alone.

@@ -1,4 +1,4 @@
-"""The low-rank half of a linear layer whose row segments use different adapters; see rlhf_fast/ops/lora_linear.py.
+"""The low-rank half of a linear layer whose row segments use different adapters; see rlhf_fast/ops/lora/lora_linear.py.
 
 One launch each for all adapters, whatever their ranks: a program works on one tile of rows, or on one slice of one
 adapter's gradient; lora_layout.py has the tables that say which. No atomics.

@@ -1,4 +1,4 @@
-"""The two kernels that a DoRA magnitude adds to lora_linear; see rlhf_fast/ops/lora_linear.py."""
+"""The two kernels that a DoRA magnitude adds to lora_linear; see rlhf_fast/ops/lora/lora_linear.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policy losses: loss, metrics and gradient coefficients in one pass; rlhf_fast/ops/policy_loss.py.
+"""Policy losses: loss, metrics and gradient coefficients in one pass; rlhf_fast/ops/policy/policy_loss.py.
 
 A loss is three functions of a token or a sequence (`Function`), which the one kernel takes as `tl.constexpr`. Losses
 and corrections made from sequences have a first kernel, one program per sequence, that leaves what its tokens share.
@@ -502,7 +502,7 @@ def _metrics_kernel(
 
 
 def policy_loss(
-    inputs: tuple[Tensor | None, ...],  # Inputs of rlhf_fast/ops/_policy_batch.py
+    inputs: tuple[Tensor | None, ...],  # Inputs of rlhf_fast/ops/policy/batch.py
     plan: tuple[Tensor | None, ...],  # Plan of it
     function: str,
     parameters: list[float],

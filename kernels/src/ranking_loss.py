@@ -1,6 +1,7 @@
-"""Losses of ranked answers; formulas in rlhf_fast/ops/ranking_loss.py. One program per group, tiles of pairs [i, j].
+"""Losses of ranked answers; formulas in rlhf_fast/ops/rewards/ranking_loss.py.
 
-In the second kernel, as what pulls answer i comes from every j, whose sums the first one has left.
+One program per group, tiles of pairs [i, j]. In the second kernel, as what pulls answer i comes from every j, whose
+sums the first one has left.
 """
 
 from __future__ import annotations

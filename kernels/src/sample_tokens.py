@@ -1,4 +1,4 @@
-"""One token per row of logits, sampled from the truncated distribution; definitions in rlhf_fast/ops/sample_tokens.py.
+"""One token per row of logits, sampled from the truncated distribution; see rlhf_fast/ops/tokens/sample_tokens.py.
 
 One program per row. The thresholds of top-k and top-p are found exactly, two bits of the order-preserving integer key
 of a float at a time, so nothing is sorted; a row stays in the second-level cache between the sweeps. Sums are kept in

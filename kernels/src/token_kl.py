@@ -1,4 +1,4 @@
-"""Divergence of rows of logits from rows of reference logits; formulas and numerics in rlhf_fast/ops/token_kl.py.
+"""Divergence of rows of logits from rows of reference logits; see rlhf_fast/ops/tokens/token_kl.py.
 
 One program per row. Forward and backward read both rows twice, for the maximum and for the sums; backward writes the
 gradient, also over the logits or the reference's. No atomics: the same inputs give the same bits.
@@ -230,7 +230,7 @@ def _backward_kernel(
 def _shared(
     logits: Tensor, transform: Any, divergence: str, mask: Tensor | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(the transform's arguments, options) that both kernels take; `transform`: see ops/token_logprobs.py."""
+    """(the transform's arguments, options) that both kernels take; `transform`: see ops/tokens/token_logprobs.py."""
     temperature, temperatures, logit_scale, softcap = transform
     options = {
         "DIVERGENCE": DIVERGENCES[divergence],

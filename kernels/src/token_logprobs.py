@@ -1,4 +1,4 @@
-"""Selective log-softmax over rows of logits; formula and numerics in rlhf_fast/ops/token_logprobs.py.
+"""Selective log-softmax over rows of logits; formula and numerics in rlhf_fast/ops/tokens/token_logprobs.py.
 
 One program per row. Forward reads every logit once; backward reads every logit once and writes its gradient, also
 over the logits themselves. No atomics: the same inputs give the same bits.
@@ -305,7 +305,7 @@ def forward(
     stats: list[Tensor],
     gradient: Tensor | None,
 ) -> None:
-    """As IMPLS in rlhf_fast/ops/token_logprobs.py says."""
+    """As IMPLS in rlhf_fast/ops/tokens/token_logprobs.py says."""
     outer, inner, vocabulary = logits.shape
     if targets.numel() == 0:
         return
@@ -330,7 +330,7 @@ def backward(
     grad_lse: Tensor | None,
     gradient: Tensor,
 ) -> None:
-    """As IMPLS in rlhf_fast/ops/token_logprobs.py says."""
+    """As IMPLS in rlhf_fast/ops/tokens/token_logprobs.py says."""
     outer, inner, vocabulary = logits.shape
     if targets.numel() == 0:
         return

@@ -1,4 +1,4 @@
-"""V-trace targets and advantages by an affine scan over time; formula in rlhf_fast/ops/vtrace.py.
+"""V-trace targets and advantages by an affine scan over time; formula in rlhf_fast/ops/advantages/vtrace.py.
 
 One program per sequence, padded or packed, which walks over time from the end in blocks. No atomics: the same inputs
 give the same bits.

@@ -1,4 +1,4 @@
-"""Whitening with statistics in one pass; formula in rlhf_fast/ops/whiten.py.
+"""Whitening with statistics in one pass; formula in rlhf_fast/ops/advantages/whiten.py.
 
 Two launches: the moments of a fixed number of equal spans, then the whitening, in which every program combines all of
 those moments in the same order. No atomics: the same inputs give the same bits.

@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_fast.models.peft_io import save_adapter
-from rlhf_fast.ops.group_advantages import group_advantages
-from rlhf_fast.ops.kl_estimate import kl_estimate
-from rlhf_fast.ops.policy_loss import policy_loss
+from rlhf_fast.ops.advantages.group_advantages import group_advantages
+from rlhf_fast.ops.policy.policy_loss import policy_loss
+from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.experience import (
     Experience,

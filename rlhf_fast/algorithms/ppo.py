@@ -14,13 +14,13 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import save_adapter
-from rlhf_fast.ops.gae import gae
-from rlhf_fast.ops.group_advantages import group_advantages
-from rlhf_fast.ops.kl_controller import AdaptiveKLController
-from rlhf_fast.ops.policy_loss import policy_loss
-from rlhf_fast.ops.shaped_rewards import shaped_rewards
-from rlhf_fast.ops.value_loss import value_loss
-from rlhf_fast.ops.whiten import whiten
+from rlhf_fast.ops.advantages.gae import gae
+from rlhf_fast.ops.advantages.group_advantages import group_advantages
+from rlhf_fast.ops.advantages.whiten import whiten
+from rlhf_fast.ops.policy.policy_loss import policy_loss
+from rlhf_fast.ops.rewards.kl_controller import AdaptiveKLController
+from rlhf_fast.ops.rewards.shaped_rewards import shaped_rewards
+from rlhf_fast.ops.values.value_loss import value_loss
 from rlhf_fast.rewards import write_stats
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.experience import (

@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
 from rlhf_fast.data.encoding import Prompt, encode_rows
 from rlhf_fast.models.peft_io import save_adapter
-from rlhf_fast.ops.preference_loss import VARIANTS, PreferenceObjective, preference_loss
+from rlhf_fast.ops.preference.preference_loss import VARIANTS, PreferenceObjective, preference_loss
 from rlhf_fast.training.config import SamplingConfig
 from rlhf_fast.training.experience import evaluate_policy
 from rlhf_fast.training.folder import REFERENCE_FILE

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
 from rlhf_fast.models.peft_io import save_adapter
-from rlhf_fast.ops.reward_loss import reward_loss
+from rlhf_fast.ops.rewards.reward_loss import reward_loss
 from rlhf_fast.rewards import write_stats
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import Job, dropout_seed

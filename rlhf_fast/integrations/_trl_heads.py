@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast import linear_kl, linear_logprobs, token_kl, token_logprobs
-from rlhf_fast.ops import _head
+from rlhf_fast.ops.head import tiles as _head
 
 _TILE_ROWS = 512  # of two tiles of logits that autograd makes
 _Transform = tuple[float, float | None]  # logit_scale, softcap

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rlhf_fast import PreferenceObjective, gae, policy_loss, token_logprobs, value_loss
 from rlhf_fast.integrations._moments import moments
-from rlhf_fast.ops._preference import VARIANTS, Pairs, scored
+from rlhf_fast.ops.preference.objective import VARIANTS, Pairs, scored
 
 PEER = "torchtune"
 TESTED = "0.6.1"

@@ -40,7 +40,7 @@ from rlhf_fast.models.self_test import (
     runs_lower_layers_once,
     unsupported,
 )
-from rlhf_fast.ops.linear_logprobs import linear_logprobs
+from rlhf_fast.ops.head.linear_logprobs import linear_logprobs
 
 
 @dataclass(frozen=True)

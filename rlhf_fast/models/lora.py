@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rlhf_fast.backends import resolve
 from rlhf_fast.models.architecture import linear_shape
 from rlhf_fast.models.quantized import is_quantized
-from rlhf_fast.ops.lora_linear import IMPLS, Adapter, lora_linear, may_prepare, prepare
+from rlhf_fast.ops.lora.lora_linear import IMPLS, Adapter, lora_linear, may_prepare, prepare
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,24 @@
-"""The ops: one module each, all to the same contract (see any of them and docs/ops.md)."""
+"""The ops, by family: one module each, all to the same contract (see any of them and docs/ops.md).
+
+core is what every op stands on. A module whose name starts with an underscore belongs to its family alone.
+"""
 
 from importlib import import_module
 from pkgutil import iter_modules
 
 from rlhf_fast.backends import BACKENDS, why_not
 
+FAMILIES = ("tokens", "head", "advantages", "policy", "preference", "rewards", "values", "lora")
+
 
 def table() -> dict[str, tuple[str, ...]]:
     """Public op name -> names of its implementations besides "reference"."""
-    names = {}
-    for info in iter_modules(__path__):
-        if not info.name.startswith("_"):
-            names.update(import_module(f"{__name__}.{info.name}").OPS)
-    return names
+    names: dict[str, tuple[str, ...]] = {}
+    for family in FAMILIES:
+        package = f"{__name__}.{family}"
+        for info in iter_modules(import_module(package).__path__):
+            names.update(getattr(import_module(f"{package}.{info.name}"), "OPS", {}))
+    return dict(sorted(names.items()))
 
 
 def report(device: str) -> dict[str, dict[str, str | None]]:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.ops.policy_loss import VARIANTS
+from rlhf_fast.ops.policy.policy_loss import VARIANTS
 from rlhf_fast.training.foreign_keys import ACCUMULATION, ALIASES, PER_DEVICE, no_equal, renamed, with_batches
 
 # Key -> the key that it takes the place of.

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_fast.data.batches import shuffled_indices
 from rlhf_fast.data.encoding import Prompt
 from rlhf_fast.models.backbone import Scores
-from rlhf_fast.ops.kl_estimate import kl_estimate
+from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
 from rlhf_fast.rollout import Rollout, SamplerView, agreement, roll_out
 from rlhf_fast.training.config import RolloutConfig, SamplingConfig
 from rlhf_fast.training.job import Job, random_state, seed_everything, set_random_state

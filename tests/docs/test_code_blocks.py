@@ -21,8 +21,10 @@ from typer.testing import CliRunner
 import rlhf_fast
 from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
 from rlhf_fast.cli import app
-from rlhf_fast.ops import _policy, _preference, table
-from rlhf_fast.ops.group_advantages import KINDS
+from rlhf_fast.ops import table
+from rlhf_fast.ops.advantages.group_advantages import KINDS
+from rlhf_fast.ops.policy import objective as _policy
+from rlhf_fast.ops.preference import objective as _preference
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

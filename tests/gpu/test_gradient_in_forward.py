@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_fast.ops.token_logprobs import IMPLS, Transform, empty_stats, reference
+from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Transform, empty_stats, reference
 from tests.numerics import assert_contract
 from tests.op_table import DTYPES, OPS
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_fast.backends import DTYPE_CODES
-from rlhf_fast.ops.gae import empty_outputs, reference
+from rlhf_fast.ops.advantages.gae import empty_outputs, reference
 from tests.host_cuda.token_logprobs import address
 from tests.numerics import assert_contract
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_fast.backends import DTYPE_CODES
-from rlhf_fast.ops.token_logprobs import empty_stats
+from rlhf_fast.ops.tokens.token_logprobs import empty_stats
 from tests.host_cuda.token_logprobs import address, arguments, with_gradients
 from tests.numerics import assert_contract
 

@@ -86,23 +86,51 @@ def test_kernels_import_nothing_of_ours_but_kernels(name):
     assert [used for used in ours(MODULES[name]) if layer(used) != "kernels"] == []
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if layer(n) == "ops"])
+def family(name: str) -> str:
+    """The family of a module below rlhf_fast, "" outside the ops."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "ops" and len(parts) > 1 else ""
+
+
+OPS = [name for name in MODULES if family(name)]
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_an_op_uses_no_private_part_of_another(name):
-    others = {}  # local name -> op module
+    """Neither a private module of another family, nor a private name of another module."""
+    modules = {}  # local name -> op module
     private = []
     for module, taken in imported(MODULES[name]):
         source = f"{module}.{taken}" if f"{module}.{taken}".removeprefix("rlhf_fast.") in MODULES else module
-        if not source.startswith("rlhf_fast.ops.") or source.split(".")[2].startswith("_"):
+        below = source.removeprefix("rlhf_fast.")
+        if not family(below):
             continue
-        others[(taken or module).split(".")[-1]] = source
+        modules[(taken or module).split(".")[-1]] = source
+        if family(below) != family(name) and below.split(".")[-1].startswith("_"):
+            private.append(source)
         if source == module and taken is not None and taken.startswith("_"):
             private.append(f"{source}.{taken}")
     for node in ast.walk(MODULES[name]):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             is_private = node.attr.startswith("_") and not node.attr.startswith("__")
-            if node.value.id in others and is_private:
-                private.append(f"{others[node.value.id]}.{node.attr}")
+            if node.value.id in modules and is_private:
+                private.append(f"{modules[node.value.id]}.{node.attr}")
     assert private == []
+
+
+def test_what_every_op_stands_on_knows_no_op():
+    users = [name for name in OPS if family(name) == "core"]
+    assert [(name, used) for name in users for used in ours(MODULES[name]) if family(used) not in ("", "core")] == []
+
+
+def test_families_import_each_other_in_no_circle():
+    arrows = {(family(name), family(used)) for name in OPS for used in ours(MODULES[name]) if family(used)}
+    arrows = {(user, used) for user, used in arrows if user != used}
+    while arrows:
+        users = {user for user, _ in arrows}
+        ground = {(user, used) for user, used in arrows if used not in users}
+        assert ground, f"a circle among {sorted(users)}"
+        arrows -= ground
 
 
 def test_transformers_is_imported_where_models_are_and_nowhere_else():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import rlhf_fast.integrations as integrations
 from rlhf_fast.integrations import liger
-from rlhf_fast.ops import _linear_call
+from rlhf_fast.ops.head import _logprobs_op as _linear_call
 from tests.linear_losses import products
 from tests.numerics import TOLERANCE, assert_contract
 

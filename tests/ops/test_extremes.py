@@ -24,10 +24,10 @@ from rlhf_fast import (
     unpaired_preference_loss,
     whiten,
 )
-from rlhf_fast.ops._policy import PolicyObjective
-from rlhf_fast.ops._preference import VARIANTS as PAIRED
-from rlhf_fast.ops._preference import PreferenceObjective
-from rlhf_fast.ops.policy_loss import VARIANTS
+from rlhf_fast.ops.policy.objective import PolicyObjective
+from rlhf_fast.ops.policy.policy_loss import VARIANTS
+from rlhf_fast.ops.preference.objective import VARIANTS as PAIRED
+from rlhf_fast.ops.preference.objective import PreferenceObjective
 from tests.losses import BACKENDS, evaluate
 
 INF = math.inf

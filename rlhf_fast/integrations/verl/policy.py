@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf_fast import PolicyObjective
 from rlhf_fast.integrations.verl.losses import aggregation_weights, masked_mean, result_dtype
-from rlhf_fast.ops.policy_loss import Inputs, Plan, evaluate
+from rlhf_fast.ops.policy.policy_loss import Inputs, Plan, evaluate
 
 Loss = tuple[Tensor, dict[str, float]]
 MAX_LOG_RATIO = 20.0

@@ -1,0 +1,205 @@
+"""linear_preference_loss: a loss of chosen and rejected sequences straight from hidden states, without their logits.
+
+    logprobs = linear_logprobs(hidden, weight, targets, ...)
+    chosen, rejected = the sums of logprobs over each sequence
+    loss = preference_loss(chosen, rejected, ref_chosen, ref_rejected, ...)
+
+with the same result, but the gradient is made while the logits are there. With c_s = d loss / d (sum of sequence s),
+z the transformed logits and p = softmax(z), for a token t of sequence s
+
+    d loss / d z_tj = c_s (1[j = y_t] - p_tj)
+    d loss / d hidden = (d loss / d logits) @ weight,          d loss / d weight = (d loss / d logits)^T @ hidden
+
+Cost, with P = one N x D x V product (2 N D V FLOPs): c_s is known once both sequences of a pair are, so whole pairs are
+taken at a time. A trained head takes 3P while `scratch_bytes` holds the logits of a pair, or two gradients of the head
+and a tile, and up to 4P beyond that; a frozen one 2P; without gradients P. aot, aot_unpaired and bco_pair (without a
+given reward_shift) couple the pairs of the call: all of them are taken at a time. See _linear_sweep for scratch and for
+rows that cost nothing.
+
+Numerics: those of linear_logprobs and preference_loss; the sums are made in float64 and in a fixed order.
+
+Sources: preference_loss; gradients in forward as in Liger Kernel, Hsu et al. 2024 (arXiv 2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.backends import resolve
+from rlhf_fast.ops.core import check, masked_loss
+from rlhf_fast.ops.head import _loss as _linear_loss
+from rlhf_fast.ops.head import tiles as _head
+from rlhf_fast.ops.head.linear_logprobs import HeadLora, linear_logprobs
+from rlhf_fast.ops.preference import preference_loss as preference
+from rlhf_fast.ops.preference.preference_loss import Pairs, PreferenceObjective
+
+Result = tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor], Tensor]
+
+
+@check.takes_numbers
+def linear_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    objective: PreferenceObjective = PreferenceObjective(),  # noqa: B008 (frozen)
+    bias: Tensor | None = None,
+    head_lora: tuple[Tensor, Tensor, float] | None = None,
+    mask: Tensor | None = None,
+    mask_count: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    ref_chosen: Tensor | None = None,
+    ref_rejected: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    weights: Tensor | None = None,
+    reward_shift: Tensor | None = None,
+    chosen_advantages: Tensor | None = None,
+    rejected_advantages: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    return_logprobs: bool = False,
+    chunk_tokens: int | None = None,
+    scratch_bytes: int | None = None,
+    backend: str | None = None,
+) -> Result:
+    """The preference loss `objective` of B pairs and its metrics, with gradients to hidden, weight, bias, head_lora.
+
+    hidden: (2 B, T, D), the B chosen sequences and then the rejected ones in the same order, or packed (N, D) with
+    cu_seqlens (2 B + 1,) int64 or int32; weight: (V, D); bias: (V,) or None; head_lora: (A (R, D), B (V, R), scale) or
+    None, added to the weight as scale B A. All of one type, float32, bfloat16, float16 or float64; a gradient is made
+    for each of them that requires one. targets: (2 B, T) or (N,) int64 or int32 ids in [0, V). mask: the shape of
+    targets, nonzero counts: the tokens of the answers. mask_count: how many, or an upper bound: lets a GPU leave the
+    others out. temperature, logit_scale, softcap: as in linear_logprobs.
+    ref_chosen, ref_rejected: (B,) sums of the reference's log-probabilities, in nats; or ref_hidden, of the shape of
+    hidden, to make them here with ref_weight and ref_bias (weight and bias where ref_weight is not given). Variants
+    without a reference need none. weights, reward_shift, chosen_advantages, rejected_advantages, denominator: as in
+    preference_loss, whose chosen, rejected and lengths are made here.
+    return_logprobs: also the log-probabilities per token, without gradient.
+    chunk_tokens: rows of logits in one product (default: from TILE_BYTES in _head.py). scratch_bytes: the most that is
+    allocated at a time beside results and gradients, 1 GiB by default; it decides how many pairs are taken at a time.
+
+    Returns (loss, metrics) as preference_loss, or (loss, metrics, logprobs). Raises ValueError or TypeError for what
+    does not fit, IndexError on the CPU for a counted target outside [0, V).
+    """
+    hidden, weight, bias, head_lora = _head.operands(hidden, weight, bias, head_lora)
+    call = _linear_loss.checked(
+        hidden, weight, targets, bias, head_lora, temperature, logit_scale, softcap, mask, mask_count,
+        chunk_tokens, scratch_bytes,
+    )  # fmt: skip
+    shape, name = targets.shape, resolve("linear_preference_loss", preference.IMPLS, hidden.device, backend)
+    check.same_device(("hidden", hidden), ("mask", mask), ("cu_seqlens", cu_seqlens))
+    cu_seqlens = _checked_sequences(shape, cu_seqlens)
+    mask = check.mask_bytes(mask, shape, "the shape of targets")
+
+    def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, head_lora: HeadLora | None) -> Tensor:
+        return linear_logprobs(
+            hidden, weight, targets, bias=bias, mask=mask, mask_count=mask_count, temperature=temperature,
+            logit_scale=logit_scale, softcap=softcap, head_lora=head_lora, chunk_tokens=call.tile_rows, backend=name,
+        )  # fmt: skip
+
+    if ref_hidden is not None:
+        with torch.no_grad():
+            ref_head = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
+            ref_logprobs = score(ref_hidden, *ref_head, None)
+        ref_chosen, ref_rejected = sequence_sums(ref_logprobs, cu_seqlens).chunk(2)
+    counts = torch.ones_like(targets) if mask is None else mask
+    chosen_lengths, rejected_lengths = sequence_sums(counts.double(), cu_seqlens).chunk(2)
+    like = hidden.new_empty(chosen_lengths.shape, dtype=check.compute_dtype(hidden.dtype))
+    pairs = preference.checked(
+        Pairs(like, like, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, weights, reward_shift,
+              chosen_advantages, rejected_advantages), objective,
+    )  # fmt: skip
+    total = masked_loss.denominator_tensor(denominator, like)
+    if name == "reference" or call.frozen:
+        logprobs = score(hidden, weight, bias, head_lora)
+        sums = _reference_sums if name == "reference" else sequence_sums
+        chosen, rejected = sums(logprobs, cu_seqlens).chunk(2)
+        loss, metrics = preference.evaluate(
+            pairs._replace(chosen=chosen, rejected=rejected), objective, total, backend=name
+        )
+    else:
+        together = coupling(objective, pairs)
+        loss, values, logprobs, *_ = call.run(
+            _run, None if mask is None else mask.view(-1), [total, cu_seqlens, *pairs],
+            _linear_loss.encoded(objective), together, together == "pair", shape, cu_seqlens, False, name,
+        )  # fmt: skip
+        values = values.detach()
+        metrics = {metric: values[k] for k, metric in enumerate(preference.METRICS)}
+    return (loss, metrics, logprobs.detach().view(shape)) if return_logprobs else (loss, metrics)
+
+
+def coupling(objective: PreferenceObjective, pairs: Pairs) -> str:
+    """Which rows the coefficient of a token depends on, see _linear_plan."""
+    names = dict(objective.terms)
+    shifted = "bco_pair" in names and pairs.reward_shift is None
+    return "batch" if shifted or "aot" in names or "aot_unpaired" in names else "pair"
+
+
+def _checked_sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor | None:
+    """cu_seqlens as int64. Raises where `shape` is not that of chosen and rejected sequences."""
+    if cu_seqlens is None:
+        if len(shape) != 2 or shape[0] % 2:
+            raise ValueError(f"targets must be (2 B, T), chosen then rejected, or have cu_seqlens, got {tuple(shape)}")
+        return None
+    if len(shape) != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] % 2 == 0:
+        raise ValueError(
+            f"cu_seqlens must be (2 B + 1,) and targets (N,), got {tuple(cu_seqlens.shape)} and {tuple(shape)}"
+        )
+    cu_seqlens = check.ids("cu_seqlens", cu_seqlens)
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] != shape[0]:
+            raise ValueError(f"cu_seqlens must rise from 0 to N = {shape[0]}, got {bounds}")
+    return cu_seqlens
+
+
+def sequence_sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(2 B,) sums of x (2 B, T) or packed (N,), made in float64; in one order, unlike index_add on a GPU."""
+    if cu_seqlens is None:
+        return x.sum(1, dtype=torch.float64).to(x.dtype)
+    return torch.segment_reduce(x.double(), "sum", offsets=cu_seqlens, unsafe=True).to(x.dtype)
+
+
+def _reference_sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The same, differentiable any number of times."""
+    if cu_seqlens is None:
+        return x.sum(1)
+    return x.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence_ids(x.shape[0], cu_seqlens), x)
+
+
+def sequence_ids(count: int, cu_seqlens: Tensor) -> Tensor:
+    """(count,) the sequence of every packed token."""
+    tokens = torch.arange(count, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).clamp(max=cu_seqlens.shape[0] - 2)
+
+
+def _evaluate(objective: str, tensors: list[Any], backend: str, logprobs: Tensor,
+              entropy: Tensor | None) -> list[Tensor]:  # fmt: skip
+    """tensors: denominator, cu_seqlens and the fields of Pairs; chosen and rejected give way to the sums."""
+    total, cu_seqlens, *fields = tensors
+    pairs = Pairs(*fields)
+    sequences = 2 * pairs.chosen.shape[0]
+    padded = logprobs if cu_seqlens is not None else logprobs.view(sequences, logprobs.shape[0] // max(1, sequences))
+    sums = sequence_sums(padded, cu_seqlens)
+    chosen, rejected = sums.chunk(2)
+    loss, metrics, *slopes = preference.coefficients(
+        pairs._replace(chosen=chosen, rejected=rejected), PreferenceObjective(**json.loads(objective)), total, backend
+    )
+    slope = torch.cat(slopes)
+    if cu_seqlens is None:
+        slope = slope[:, None].expand(sequences, logprobs.shape[0] // max(1, sequences)).reshape(-1)
+    else:
+        slope = slope[sequence_ids(logprobs.shape[0], cu_seqlens)]
+    return [loss, torch.stack([metrics[name] for name in preference.METRICS]), slope]
+
+
+OPS = {"linear_preference_loss": tuple(preference.IMPLS)}
+_run = _linear_loss.register("linear_preference_loss", _evaluate, len(preference.METRICS))

@@ -1,0 +1,408 @@
+"""policy_loss: the policy losses of preference learning, with every term, weight and metric, from one kernel.
+
+With x = logprob - old_logprob, r = exp(x), A the advantage, clip(r) = r held within [1 - clip_eps_low,
+1 + clip_eps_high], sg(.) a constant to the gradient, and sum and mean over the counted tokens of a sequence:
+
+    ppo_clip    L = -min(r A, clip(r) A); with dual clip c, for A < 0:  -max(min(r A, clip(r) A), c A)
+    cispo       L = -sg(clip(r)) A logprob
+    sapo        L = -4 / tau sigmoid(tau (r - 1)) A               tau by the sign of A
+    dppo_*      L = -min(r, dual_clip) A, with the slope of r itself scaled down to the cap beyond it,
+                0 where D > max_divergence and A leads further away (A > 0 and r > 1, or A < 0 and r < 1);
+                with p, q the token's new and old probability, tv: D = |p - q|,
+                kl: D = q log(q / p) + (1 - q) log((1 - q) / (1 - p))
+    clip_cov    ppo_clip, 0 for selected tokens, of those that no bound holds
+    kl_cov      L = -r A + kl_cov_coef |x| if selected
+    gpg, reinforce, a2c    L = -A logprob
+    gspo        ppo_clip of s = exp(mean x) and mean A            luspo: the same, summed over tokens
+    gspo_token  ppo_clip of sg(s) r / sg(r)
+    gmpo        L = -exp(mean x') mean A,  x' = min(x, clip_eps_high) for A > 0, max(x, -clip_eps_low) for A < 0
+    vespo       L = -sg(w^k exp(lambda (1 - w))) A logprob,  w = exp(sum x) times the correction of the sequence,
+                which is not applied once more
+    dro         L = -mean(A) X + dro_beta / 2 X^2,  X = sum x     old_logprobs: the reference's
+
+    loss = sum over the mask of w (c L + kl_coef KL - entropy_coef entropy)
+
+w is the weight of the aggregation; c that of the sampler's correction (exp(old_logprob - sampler_logprob) of the token,
+its sequence, or their geometric mean, truncated or masked outside its bounds), 0 for tokens dropped by the entropy or
+the off-policy mask; KL the estimate k1, k2 or k3 of kl_estimate against ref_logprobs. Selected are the largest
+covariances (logprob - mean)(A - mean) of the call. d L / d logprob follows term by term, e.g. ppo_clip: -r A where the
+first term is the active one, else 0; kl_unbiased takes r KL with d KL = r (logprob - ref_logprob), which is the
+gradient of r k3 and of the KL itself.
+
+Numerics. Log-ratios are clamped to +-20 before exp (gradient 0 outside), so that one token cannot make the loss
+infinite; so is that of k3 to the reference, and with kl_unbiased of every estimate. A weight of 0 (a coefficient, an
+advantage, a correction, the mask) takes out what it multiplies, infinities included. approx_kl = (r - 1) - log r uses
+the log-ratio as it is, by a series where it is small: exp(x) - 1 - x cancels. Where
+logprobs are old_logprobs bit for bit, r is exactly 1, approx_kl and clip_fraction exactly 0.
+Computed in float32 (float64 for float64), behind the mask nothing is read. Sums are made in a fixed order.
+
+Cost per token: three inputs of s bytes (one more per optional input) and the mask read, 4 bytes (the gradient
+coefficient) written, about 40 FLOPs; losses made from sequences read the first inputs once more. Backward reads the
+coefficient and writes the gradient.
+
+Sources: PPO, arXiv 1707.06347, eq. 7; dual clip, 1912.09729, eq. 5, which for a delta >= 1 + clip_eps_high is also the
+two-sided clip of INTELLECT-2, 2505.07291; GRPO 2402.03300; DAPO (separate bounds, token mean) 2503.14476; Dr. GRPO
+(fixed length) 2503.20783; GSPO 2507.18071; LUSPO 2602.05261; GMPO 2507.20673; CISPO (MiniMax-M1) 2506.13585, default
+bound of ScaleRL, 2510.13786; SAPO 2511.20347; VESPO 2602.10693; DPPO 2602.04879, with the value of the
+paper's ratio and the cap of verl, which takes -sg(min(r, 20)) A logprob, the same
+gradient; Clip-Cov and KL-Cov 2505.22617, whose Clip-Cov draws its tokens at random (here the
+largest are taken) and whose code has |x| for the KL; DRO 2405.19107, its square over 2 dro_beta without the constant;
+GPG 2504.02546; REINFORCE, Williams 1992; A2C 1602.01783; entropy mask 2506.01939; off-policy mask, DeepSeek-V3.2,
+2512.02556; KL estimates, Schulman 2020, "Approximating KL divergence". The defaults of each: VARIANTS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.backends import native, packed, plane, resolve, threads
+from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.policy.batch import DROPPED, SELECTED, Inputs, Plan, plan, select, sequence_counts, sequence_ids
+from rlhf_fast.ops.policy.objective import (
+    CORRECTION_LEVELS,
+    CORRECTION_MODES,
+    FUNCTIONS,
+    KL_ESTIMATORS,
+    MAX_LOG_RATIO,
+    VARIANTS,
+    PolicyObjective,
+    Tokens,
+    bounded_exp,
+    slope_alone,
+)
+from rlhf_fast.ops.tokens.kl_estimate import ESTIMATORS
+
+__all__ = ["METRICS", "OPS", "VARIANTS", "Inputs", "Plan", "PolicyObjective", "evaluate", "plan", "policy_loss"]
+
+METRICS = (
+    "clip_fraction", "clip_fraction_low", "clip_fraction_high", "approx_kl", "ratio_mean", "ratio_max", "ratio_min",
+    "kl_to_ref", "entropy", "correction_mean", "correction_fraction", "sampler_kl", "dropped_fraction",
+)  # fmt: skip
+ALWAYS = METRICS[:7]
+
+
+_objective = lru_cache(PolicyObjective)  # a loop asks for the same one at every step
+
+
+@check.takes_numbers
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    variant: str = "ppo_clip",
+    aggregation: str | None = None,
+    fixed_length: float | None = None,
+    clip_eps_low: float | None = None,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+    dro_beta: float = 0.05,
+    max_divergence: float | None = None,
+    cov_fraction: float = 2e-4,
+    cov_low: float = 1.0,
+    cov_high: float = 5.0,
+    kl_cov_coef: float = 1.0,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_unbiased: bool = False,
+    entropy_coef: float = 0.0,
+    entropy_fraction: float = 1.0,
+    correction_level: str = "token",
+    correction_mode: str = "truncate",
+    correction_low: float = 0.0,
+    correction_high: float = 2.0,
+    off_policy_max_kl: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    sampler_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    overlong: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    sequences: Tensor | float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy loss and its metrics; only `logprobs` and `entropy` get a gradient.
+
+    logprobs, old_logprobs: (B, T), or (N,) packed, in nats; float32, bfloat16, float16 or float64, any strides.
+    old_logprobs None: on policy. They are logprobs without the gradient, as in the first update after a rollout.
+    advantages: the same shape, or (B, 1) or (B,) for one per sequence, which is broadcast without a copy.
+    mask: the shape of logprobs, nonzero counts. Nothing counted gives a loss of 0 with gradient 0.
+    variant ... off_policy_max_kl: the numbers of the loss, see PolicyObjective.
+    ref_logprobs: the reference's, where kl_coef > 0 or to measure it. sampler_logprobs: those of the sampler, where it
+    is not the policy that made old_logprobs. entropy: nats per token, where entropy_coef > 0 or entropy_fraction < 1,
+    or to measure it. All of the shape of logprobs. overlong: (B,) or, packed, (S,): nonzero leaves the sequence out.
+    cu_seqlens: (S + 1,) int64 or int32, the packed sequences, wherever sequences matter; tokens after the last one
+    do not count.
+    denominator, sequences: what token means and sequence means divide by, numbers or 0-d tensors: the counted tokens,
+    and the sequences with a counted token, of the whole batch, where this call is a part of it (micro-batches, ranks).
+    Default: those of this call.
+
+    Returns (loss, metrics): 0-d, float32 (float64 for float64 logprobs). Metrics are detached sums over tokens /
+    denominator: clip_fraction (tokens held by a bound, or selected by clip_cov or kl_cov), _low and _high of it,
+    approx_kl (nats), ratio_mean, and ratio_max, ratio_min (0 where nothing counts); kl_to_ref and entropy where given;
+    with sampler_logprobs correction_mean (the weight applied), correction_fraction (tokens outside the bounds) and
+    sampler_kl (k3 from the sampler, nats); dropped_fraction with an entropy or off-policy mask.
+    Raises ValueError or TypeError for shapes, types and values that do not fit.
+    """
+    make = PolicyObjective if torch.compiler.is_compiling() else _objective
+    objective = make(
+        variant, aggregation, fixed_length, clip_eps_low, clip_eps_high, dual_clip, sapo_temperature_pos,
+        sapo_temperature_neg, vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, dro_beta, max_divergence,
+        cov_fraction, cov_low, cov_high, kl_cov_coef, kl_coef, kl_estimator, kl_unbiased, entropy_coef,
+        entropy_fraction, correction_level, correction_mode, correction_low, correction_high, off_policy_max_kl,
+    )  # fmt: skip
+    shape = masked_loss.per_token_shape("logprobs", logprobs)
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+    inputs = Inputs(logprobs, old_logprobs, per_token(advantages, shape), ref_logprobs, sampler_logprobs, entropy)
+    inputs.check(objective)
+    batch = plan(
+        objective, logprobs, mask=mask, overlong=overlong, cu_seqlens=cu_seqlens, denominator=denominator,
+        sequences=sequences,
+    )  # fmt: skip
+    return evaluate(objective, inputs.planes(), batch, backend=backend)
+
+
+def per_token(advantages: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(B,) or (B, 1) as (B, T) by stride 0."""
+    if len(shape) == 2 and tuple(advantages.shape) in ((shape[0],), (shape[0], 1)):
+        return advantages.reshape(shape[0], 1).expand(shape)
+    return advantages
+
+
+def evaluate(
+    objective: PolicyObjective, inputs: Inputs, made: Plan, *, backend: str | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """policy_loss of planes by a plan that is already there."""
+    name = resolve("policy_loss", IMPLS, inputs.logprobs.device, backend)
+    made = select(objective, inputs, made)
+    if name == "reference":
+        loss, values = reference(objective, inputs, made)
+    else:
+        arguments = (*inputs, *made, *numbers(objective), name)
+        loss, values, *_ = _run(*arguments)
+    return loss, named_metrics(objective, inputs, values)
+
+
+def named_metrics(objective: PolicyObjective, inputs: Inputs, values: Tensor) -> dict[str, Tensor]:
+    """Those of the op's (13,) metrics whose inputs are there, by name."""
+    drops = objective.entropy_fraction < 1 or objective.off_policy_max_kl is not None
+    there = (
+        *[True] * len(ALWAYS), inputs.ref_logprobs is not None, inputs.entropy is not None,
+        *[inputs.sampler_logprobs is not None] * 3, drops,
+    )  # fmt: skip
+    each = zip(METRICS, values.detach().unbind(0), there, strict=True)  # one call; an index each takes as long
+    return {name: value for name, value, is_there in each if is_there}
+
+
+def numbers(objective: PolicyObjective) -> tuple[str, list[float], list[int], list[float]]:
+    """What the kernels take of an objective: function, its parameters, the other choices, the other numbers."""
+    o = objective
+    choices = [
+        KL_ESTIMATORS.index(o.kl_estimator), int(o.kl_unbiased), CORRECTION_LEVELS.index(o.correction_level),
+        CORRECTION_MODES.index(o.correction_mode), int(o.needs_sequences), int(o.marks_tokens),
+        int(FUNCTIONS[o.function].folds_correction),
+    ]  # fmt: skip
+    furthest = math.inf if o.off_policy_max_kl is None else o.off_policy_max_kl
+    return (
+        o.function, o.parameters, choices,
+        [o.kl_coef, o.entropy_coef, o.correction_low, o.correction_high, furthest],
+    )  # fmt: skip
+
+
+def reference(objective: PolicyObjective, inputs: Inputs, made: Plan) -> tuple[Tensor, Tensor]:
+    """(loss, (13,) metrics) by definition, differentiable any number of times; `made` after select."""
+    dtype = check.compute_dtype(inputs.logprobs.dtype)
+    counts = made.counts(inputs.logprobs)
+    x = inputs.map(lambda y: torch.where(counts, y.to(dtype), 0))
+    total, length = _sequence_sums(made, x.logprobs)
+    flags = made.flags if objective.marks_tokens and made.flags is not None else counts.to(torch.uint8)
+    tokens = Tokens(
+        x.logprobs, x.old_logprobs, x.advantages, x.logprobs - x.old_logprobs, (flags & SELECTED) != 0, total, length,
+        torch.zeros_like(x.logprobs),
+    )  # fmt: skip
+    function = FUNCTIONS[objective.function]
+    correction, outside, sampler_kl = _correction(objective, tokens, x.sampler_logprobs)
+    if function.folds_correction:
+        tokens = replace(tokens, log_correction=_folded(objective, tokens, torch.where(counts, correction, 1)))
+    losses, held_low, held_high = function.loss(tokens, objective)
+    dropped = (flags & DROPPED) != 0
+    if objective.off_policy_max_kl is not None:
+        behaviour = x.old_logprobs if x.sampler_logprobs is None else x.sampler_logprobs
+        far = tokens.mean(behaviour - x.logprobs.detach()) > objective.off_policy_max_kl
+        dropped = dropped | (far & (x.advantages < 0))
+    weight = torch.ones_like(losses) if function.folds_correction else correction
+    weight = torch.where(dropped, 0.0, weight)
+    if function.per_sequence and objective.correction_level != "token" and x.sampler_logprobs is not None:
+        # Infinities of a sequence without weight would come back as NaN in the gradient.
+        log_ratio, logprobs = (torch.where(weight == 0, 0.0, y) for y in (tokens.log_ratio, tokens.logprobs))
+        losses, _, _ = function.loss(replace(tokens, log_ratio=log_ratio, logprobs=logprobs), objective)
+    losses = masked_loss.product(weight, losses)
+    kl = torch.zeros_like(losses)
+    if x.ref_logprobs is not None:
+        kl = _kl_to_ref(objective, x.ref_logprobs - x.logprobs, tokens)
+        if objective.kl_coef > 0:  # else it is measured: 0 times infinity is 0
+            losses = losses + objective.kl_coef * kl
+    entropy = torch.zeros_like(losses) if x.entropy is None else x.entropy
+    if objective.entropy_coef > 0:
+        losses = losses - objective.entropy_coef * entropy
+    denominator = made.tokens(inputs.logprobs)
+    weights = 1 / denominator if made.weights is None else made.weights
+    loss = torch.where(counts, losses * weights, 0.0).sum()
+    log_ratio, ratio = tokens.log_ratio.detach(), tokens.ratio.detach()
+    means = [held_low | held_high, held_low, held_high, torch.expm1(log_ratio) - log_ratio, ratio, kl, entropy,
+             correction, outside, sampler_kl, dropped]  # fmt: skip
+    values = torch.stack([torch.where(counts, m.detach().to(dtype), 0).sum() / denominator for m in means])
+    return loss, torch.cat([values[:5], _extremes(ratio, counts), values[5:]])
+
+
+def _kl_to_ref(o: PolicyObjective, log_ratio: Tensor, tokens: Tokens) -> Tensor:
+    """The estimate per token from log_ratio = ref_logprob - logprob, with the gradient that the objective asks for."""
+    if o.kl_estimator == "k3" or o.kl_unbiased:
+        log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    kl = ESTIMATORS[o.kl_estimator](log_ratio)
+    if not o.kl_unbiased:
+        return kl
+    slope = (-tokens.ratio * log_ratio).detach()
+    return (tokens.ratio * kl).detach() + slope * slope_alone(tokens.logprobs)
+
+
+def _folded(o: PolicyObjective, tokens: Tokens, correction: Tensor) -> Tensor:
+    """Per token, the log of the correction of its whole sequence; that of a token counts once for each."""
+    logs = correction.clamp_min(math.exp(-MAX_LOG_RATIO)).log()
+    return logs if o.correction_level == "sequence" else tokens.total(logs)
+
+
+def _extremes(ratio: Tensor, counts: Tensor) -> Tensor:
+    """(2,): the largest and the smallest counted ratio, 0 where nothing counts."""
+    if ratio.numel() == 0:
+        return ratio.new_zeros(2)
+    highest = torch.where(counts, ratio, -math.inf).max()
+    lowest = torch.where(counts, ratio, math.inf).min()
+    return torch.where(counts.any(), torch.stack([highest, lowest]), 0.0)
+
+
+def _sequence_sums(made: Plan, like: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """(values -> per token, their sum over its sequence; per token, the length of its sequence, at least 1)"""
+    ids = sequence_ids(like, made.cu_seqlens)
+    length = sequence_counts(made, like).clamp(min=1)[ids].to(like.dtype)
+
+    def total(x: Tensor) -> Tensor:
+        if made.cu_seqlens is None:
+            return x.sum(1, keepdim=True).expand_as(x)
+        return x.new_zeros(made.cu_seqlens.shape[0] - 1).index_add(0, ids, x[0])[ids][None]
+
+    return total, length
+
+
+def _correction(o: PolicyObjective, tokens: Tokens, sampler_logprobs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight, whether outside the bounds, k3 from the sampler) per token."""
+    if sampler_logprobs is None:
+        ones = torch.ones_like(tokens.logprobs)
+        return ones, ones != 1, torch.zeros_like(ones)
+    apart = tokens.old_logprobs - sampler_logprobs
+    level = {"token": lambda x: x, "sequence": tokens.total, "geometric": tokens.mean}[o.correction_level]
+    weight = bounded_exp(level(apart))
+    outside = (weight < o.correction_low) | (weight > o.correction_high)
+    if o.correction_mode == "mask":
+        bounded = torch.where(outside, 0.0, weight)
+    else:
+        bounded = weight.clamp(o.correction_low, o.correction_high)
+    return bounded, outside, torch.expm1(apart) - apart
+
+
+# --- The kernels ------------------------------------------------------------------------------------------------------
+
+
+def _cpu(inputs: Inputs, made: Plan, function: str, parameters: list[float], choices: list[int],
+         terms: list[float], outputs: list[Tensor]) -> None:  # fmt: skip
+    sequences = 0 if made.cu_seqlens is None else made.cu_seqlens.shape[0] - 1
+    native().policy_loss(
+        function, [plane(x) for x in (*inputs, made.weights)], packed(made.flags), packed(made.cu_seqlens),
+        packed(made.denominator),
+        [*inputs.logprobs.shape, sequences], parameters, choices, terms, outputs[0].dtype == torch.float64,
+        [packed(x) for x in outputs], threads(),
+    )  # fmt: skip
+
+
+def _triton(inputs: Inputs, made: Plan, *rest: Any) -> None:
+    from rlhf_fast.kernels import policy_loss as kernels
+
+    kernels.policy_loss(inputs, made._replace(denominator=made.tokens(inputs.logprobs)), *rest)
+
+
+# (inputs, plan, *numbers(objective), outputs); planes are (rows, columns), flags contiguous
+IMPLS: dict[str, Callable[..., None]] = {"cpu": _cpu, "triton": _triton}
+OPS = {"policy_loss": tuple(IMPLS)}
+
+
+def _empty(logprobs: Tensor, entropy: Tensor | None, terms: list[float]) -> list[Tensor]:
+    """[loss (), metrics (13,), d loss / d logprob (rows, columns), and d loss / d entropy where it has a weight]"""
+    dtype = check.compute_dtype(logprobs.dtype)
+    coefficients = 1 if entropy is None or terms[1] == 0 else 2
+    shapes = [(), (len(METRICS),), *[tuple(logprobs.shape)] * coefficients]
+    return [logprobs.new_empty(shape, dtype=dtype) for shape in shapes]
+
+
+def _forward(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, ref_logprobs: Tensor | None,
+    sampler_logprobs: Tensor | None, entropy: Tensor | None, flags: Tensor | None, weights: Tensor | None,
+    denominator: Tensor | None, cu_seqlens: Tensor | None, function: str, parameters: list[float], choices: list[int],
+    terms: list[float], backend: str,
+) -> list[Tensor]:  # fmt: skip
+    outputs = _empty(logprobs, entropy, terms)
+    inputs = Inputs(logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy)
+    flags = None if flags is None else flags.contiguous()
+    made = Plan(flags, weights, denominator, cu_seqlens)
+    IMPLS[backend](inputs, made, function, parameters, choices, terms, outputs)
+    return outputs
+
+
+def _fake(logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, *others):
+    return _empty(logprobs, entropy, others[-2])
+
+
+_DIFFERENTIABLE = (0, 5)  # places of logprobs and entropy among the arguments
+
+
+def _setup_context(ctx, arguments, results):
+    _, metrics, *coefficients = results
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(metrics)  # coefficients are: their derivative is the error that says it is missing
+    ctx.dtypes = [arguments[place].dtype for place in _DIFFERENTIABLE[: len(coefficients)]]
+    ctx.save_for_backward(*coefficients)
+
+
+def _backward(ctx, grads):
+    results: list[Tensor | None] = [None, None]
+    if grads[0] is not None:
+        for k, (coefficient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+            results[k] = masked_loss.scaled_gradient(coefficient, grads[0], dtype)
+    return results
+
+
+_run = registration.op(
+    "policy_loss",
+    "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs, Tensor? sampler_logprobs, "
+    "Tensor? entropy, Tensor? flags, Tensor? weights, Tensor? denominator, Tensor? cu_seqlens, str function, "
+    "float[] parameters, int[] choices, float[] terms, str backend) -> Tensor[]",
+    _forward,
+    fake=_fake,
+    differentiable=_DIFFERENTIABLE,
+    setup_context=_setup_context,
+    backward=_backward,
+    returned=2,
+)

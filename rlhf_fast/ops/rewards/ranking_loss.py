@@ -1,0 +1,214 @@
+"""ranking_loss: the loss of a reward model on K ranked answers to a prompt, ties included.
+
+With r the rewards of a prompt's answers, rank 1 the best, equal ranks a tie:
+
+    plackett_luce:  L = sum over answers j of log(sum over i of w_ij exp(r_i)) - r_j
+                    w_ij = 1 where i is ranked worse than j, 1 - k_j / m_j where i is tied with j (or is j), else 0
+                    m_j: the size of j's tie, k_j = 0, 1, ..., m_j - 1: the place of j in it (Efron's ties)
+    breslow:        the same with k_j = 0
+    pairwise:       L = mean over the pairs of answers of different ranks of softplus(r_worse - r_better)
+    loss = sum over the prompts of L / denominator
+
+Without ties plackett_luce and breslow are the likelihood of the ranking, drawn best first. In a tie, Efron's form
+takes out of the rest's sum, for each answer drawn, an average one of the tie; Breslow's takes none.
+
+Derivative. With P_ij = w_ij exp(r_i) / sum over i' of w_i'j exp(r_i') (pairwise: sigmoid(r_i - r_j) / pairs, for i
+ranked worse than j), j is pulled up by what it pulls the others i down:
+d L / d r_i = sum over j != i of P_ij - sum over i' != i of P_i'i.
+
+Metric: accuracy, the mean over the prompts of the share of pairs of different ranks whose better answer has the greater
+reward (0 for a prompt without such a pair).
+
+Numerics. All exponentials are of differences to the greatest reward that counts, whose own term is left out of the sum
+and put back through log1p: the loss and the gradient of a ranking told with confidence keep their digits. Nothing is
+subtracted in the sums, ties included. Computed in float32 (float64 for float64).
+
+Cost: 2 K^2 exponentials per prompt; K rewards and ranks read, three numbers written per answer; two launches, sums.
+
+Sources: Plackett 1975; Luce 1959; for K-wise rewards Zhu et al. 2023 (arXiv 2301.11270); ties: Efron 1977, "The
+efficiency of Cox's likelihood function for censored data", and Breslow 1974, "Covariance analysis of censored survival
+data", whose partial likelihood is this one; all pairs of a prompt as one element: InstructGPT, Ouyang et al. 2022
+(arXiv 2203.02155, eq. 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
+from rlhf_fast.ops.core import check, masked_loss, registration
+
+METRICS = ("accuracy",)
+
+
+@check.takes_numbers
+def ranking_loss(
+    rewards: Tensor,
+    ranks: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    variant: str = "plackett_luce",
+    denominator: Tensor | float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean loss over the prompts and its metrics; `rewards` gets a gradient.
+
+    rewards: (N,) of all answers of all prompts; float32, bfloat16, float16 or float64, any strides.
+    ranks: (N,) int64 or int32, smaller is better, equal is a tie; only their order within a prompt counts.
+    group_size: the answers of a prompt are consecutive, N a multiple of it; or else
+    group_ids: (N,) int64 or int32, any values in any order; equal ids make a prompt, of any number of answers.
+    variant: one of VARIANTS. denominator: what the sums are divided by, a number or a 0-d tensor: the prompts of the
+    whole batch, where this call is a part of it. Default: the prompts of this call.
+
+    Returns (loss, metrics): 0-d, float32 (float64 for float64), the metric detached. No answer gives a loss of 0.
+    Raises ValueError or TypeError for what does not fit.
+    """
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must be (N,), got {tuple(rewards.shape)}")
+    check.floating("rewards", rewards)
+    check.shaped("ranks", ranks, tuple(rewards.shape), "(N,)")
+    ranks = check.ids("ranks", ranks)
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    order, offsets, size, prompts = _groups(rewards, group_size, group_ids)
+    check.same_device(("rewards", rewards), ("ranks", ranks), ("group_ids", group_ids))
+    total = prompts if denominator is None else masked_loss.denominator_tensor(denominator, rewards)
+    name = resolve("ranking_loss", IMPLS, rewards.device, backend)
+    if name == "reference":
+        ids = torch.arange(rewards.shape[0], device=rewards.device) // size if group_ids is None else group_ids
+        loss, accuracy = reference(rewards, ranks, ids, variant=variant)
+        count = rewards.new_full((), rewards.shape[0] // max(size, 1), dtype=loss.dtype) if total is None else total
+        count = torch.where(count == 0, 1, count)  # no answer: every sum is 0
+        return loss / count, {"accuracy": (accuracy / count).detach()}
+    loss, accuracy, _ = _run(rewards.contiguous(), ranks, order, offsets, size, total, variant, name)
+    return loss, {"accuracy": accuracy.detach()}
+
+
+def _groups(
+    rewards: Tensor, group_size: int | None, group_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, int, Tensor | None]:
+    """(order, offsets, group_size, number of groups ()), as in the kernels; with a group_size all others are None."""
+    n = rewards.shape[0]
+    if (group_size is None) == (group_ids is None):
+        given = "None" if group_ids is None else tuple(group_ids.shape)
+        raise ValueError(
+            f"exactly one of group_size and group_ids is needed, got group_size={group_size} and group_ids={given}"
+        )
+    if group_ids is None:
+        if group_size is None or group_size < 1 or n % group_size != 0:
+            raise ValueError(f"N must be a multiple of group_size >= 1, got N={n}, group_size={group_size}")
+        return None, None, group_size, None
+    check.shaped("group_ids", group_ids, (n,), "(N,)")
+    # As many groups as there could be, since their true number is known to the device alone; the last ones are empty.
+    ids, order = check.ids("group_ids", group_ids).sort(stable=True)
+    first = torch.cat([ids.new_ones(min(1, n)), (ids[1:] != ids[:-1]).to(ids.dtype)])
+    group = first.cumsum(0) - 1
+    offsets = torch.searchsorted(group, torch.arange(n + 1, device=ids.device))
+    return order, offsets, 0, first.sum().to(check.compute_dtype(rewards.dtype))
+
+
+def reference(rewards: Tensor, ranks: Tensor, group_ids: Tensor, *, variant: str) -> tuple[Tensor, Tensor]:
+    """The sums over the prompts of loss and accuracy by definition, differentiable any number of times."""
+    r = rewards.to(check.compute_dtype(rewards.dtype))
+    same = group_ids[:, None] == group_ids[None, :]
+    worse = same & (ranks[:, None] > ranks[None, :])  # [i, j]: i is ranked worse than j
+    tied = same & (ranks[:, None] == ranks[None, :])
+    gap = torch.where(r[:, None] == r[None, :], 0.0, r[:, None] - r[None, :])  # equal ones of -inf are no NaN apart
+    pairs = torch.where(same, worse.sum(0)[None, :], 0).sum(1).clamp_min(1)  # of every answer's prompt
+    accuracy = (torch.where(worse & (gap < 0), 1.0, 0.0).to(r.dtype) / pairs).sum()
+    return VARIANTS[variant](gap, worse, tied, pairs).sum(), accuracy
+
+
+def plackett_luce(gap: Tensor, worse: Tensor, tied: Tensor, pairs: Tensor) -> Tensor:
+    left = 1 - tied.triu(1).sum(0).to(gap.dtype) / tied.sum(0)
+    return _log_total(gap, torch.where(tied, left, worse.to(gap.dtype)))
+
+
+def breslow(gap: Tensor, worse: Tensor, tied: Tensor, pairs: Tensor) -> Tensor:
+    return _log_total(gap, (worse | tied).to(gap.dtype))
+
+
+def _log_total(gap: Tensor, weight: Tensor) -> Tensor:
+    """log sum_i weight_ij exp(gap_ij); a weight of 0 takes an infinite gap out."""
+    return torch.logsumexp(torch.where(weight > 0, gap + weight.log(), -torch.inf), 0)
+
+
+def pairwise(gap: Tensor, worse: Tensor, tied: Tensor, pairs: Tensor) -> Tensor:
+    return (torch.where(worse, softplus(gap), 0) / pairs).sum(0)
+
+
+# (gap, worse, tied, pairs), [i, j] for answers i and j of all prompts, pairs (N,) -> the loss of every answer
+VARIANTS = {"plackett_luce": plackett_luce, "breslow": breslow, "pairwise": pairwise}
+
+
+def _group_count(rewards: Tensor, group_size: int) -> int:
+    """How many groups there could be: with ids, whose number only the device knows, as many as answers."""
+    return rewards.shape[0] // (group_size or 1)
+
+
+def _cpu(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int,
+         denominator: Tensor | None, variant: str, outputs: list[Tensor]) -> None:  # fmt: skip
+    native().ranking_loss(
+        variant, packed(rewards), DTYPE_CODES[rewards.dtype], packed(ranks), packed(order), packed(offsets),
+        group_size, _group_count(rewards, group_size), packed(denominator), [packed(x) for x in outputs], threads(),
+    )  # fmt: skip
+
+
+def _triton(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int,
+            denominator: Tensor | None, variant: str, outputs: list[Tensor]) -> None:  # fmt: skip
+    from rlhf_fast.kernels import ranking_loss as kernels
+
+    loss, accuracy, gradient = outputs
+    groups = _group_count(rewards, group_size)
+    of_groups = gradient.new_empty(2, groups)
+    kernels.ranking_loss(rewards, ranks, order, offsets, group_size, variant, [*of_groups, gradient])
+    total = max(groups, 1) if denominator is None else torch.where(denominator == 0, 1, denominator)
+    for mean, parts in zip((loss, accuracy), of_groups, strict=True):
+        torch.div(parts.sum(), total, out=mean)
+    gradient.div_(total)
+
+
+# impl(rewards, ranks, order | None, offsets | None, group_size (0 with offsets), denominator () | None for the number
+#      of groups, variant, outputs = [loss (), accuracy (), gradient (N,)])
+IMPLS = {"cpu": _cpu, "triton": _triton}
+OPS = {"ranking_loss": tuple(IMPLS)}
+
+
+def _empty_outputs(rewards: Tensor) -> list[Tensor]:
+    """[loss (), accuracy (), d loss / d rewards (N,)]"""
+    dtype = check.compute_dtype(rewards.dtype)
+    return [rewards.new_empty(shape, dtype=dtype) for shape in ((), (), rewards.shape)]
+
+
+def _forward(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int,
+             denominator: Tensor | None, variant: str, backend: str) -> list[Tensor]:  # fmt: skip
+    outputs = _empty_outputs(rewards)
+    IMPLS[backend](rewards, ranks, order, offsets, group_size, denominator, variant, outputs)
+    return outputs
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[2])
+
+
+def _backward(ctx, grads):
+    (gradient,) = ctx.saved_tensors
+    return (None if grads[0] is None else masked_loss.scaled_gradient(gradient, grads[0], ctx.dtype),)
+
+
+_run = registration.op(
+    "ranking_loss",
+    "(Tensor rewards, Tensor ranks, Tensor? order, Tensor? offsets, SymInt group_size, Tensor? denominator, "
+    "str variant, str backend) -> Tensor[]",
+    _forward,
+    fake=lambda rewards, *_: _empty_outputs(rewards),
+    differentiable=(0,),
+    setup_context=_setup_context,
+    backward=_backward,
+    returned=2,
+)

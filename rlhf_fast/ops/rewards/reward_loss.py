@@ -1,0 +1,137 @@
+"""reward_loss: Bradley-Terry, the loss of a reward model on pairs, and ensemble_scores of several such models.
+
+With h = chosen_reward - rejected_reward - margin, s the label smoothing and c the centring coefficient:
+
+    L = (1 - s) softplus(-h) + s softplus(h) + c (chosen_reward + rejected_reward)^2,   softplus(t) = log(1 + exp(t))
+    loss = sum over the pairs of L / denominator
+
+    d L / d chosen_reward = s sigmoid(h) - (1 - s) sigmoid(-h) + 2 c (chosen_reward + rejected_reward);
+    d L / d rejected_reward: the same with the sign of the first two terms changed
+
+softplus(-h) = -log sigmoid(h) is the "log-exp" loss log(1 + exp(rejected - chosen)) too, without its overflow. All the
+pairs of a prompt's K answers as one element of the batch: ranking_loss with variant "pairwise".
+
+Numerics. Both are taken through exp(-|h|): no overflow, and no loss of the gradient of a pair that is told apart with
+confidence. Computed in float32 (float64 for float64).
+
+Cost per pair: three numbers read, two gradient coefficients written; one launch and a sum.
+
+Sources: InstructGPT, Ouyang et al. 2022 (arXiv 2203.02155, eq. 1); the margin, Llama 2, Touvron et al. 2023
+(arXiv 2307.09288, eq. 2); label smoothing, Wang et al. 2024 (arXiv 2401.06080); centring, Eisenstein et al. 2023
+(arXiv 2312.09244, section 3); ensembles, Coste et al. 2023 (arXiv 2310.02743).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rlhf_fast.backends import resolve
+from rlhf_fast.ops.core import check, masked_loss
+
+METRICS = ("accuracy", "margin")
+
+
+@check.takes_numbers
+def reward_loss(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    *,
+    margin: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    centring: float = 0.0,
+    denominator: Tensor | float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean Bradley-Terry loss of B pairs and its metrics; both rewards get a gradient.
+
+    chosen_rewards, rejected_rewards: (B,) float32, bfloat16, float16 or float64, any strides.
+    margin: by how much chosen must lead, one number or (B,), in units of the rewards; none by default.
+    label_smoothing: the chance in [0, 0.5) that a label is flipped. centring: >= 0, pulls the rewards' sum to 0.
+    denominator: what the sum is divided by, a number or a 0-d tensor; the number of pairs by default.
+
+    Returns (loss, metrics): 0-d, float32 (float64 for float64), the metrics detached: accuracy (share of the pairs
+    whose chosen reward is the greater one) and margin (mean of chosen - rejected), both without the `margin`.
+    No pair gives a loss of 0. Raises ValueError or TypeError for what does not fit.
+    """
+    if chosen_rewards.dim() != 1:
+        raise ValueError(f"chosen_rewards must be (B,), got {tuple(chosen_rewards.shape)}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    if not 0 <= centring < math.inf:
+        raise ValueError(f"centring must be >= 0 and finite, got {centring}")
+    shape, dtype = tuple(chosen_rewards.shape), check.compute_dtype(chosen_rewards.dtype)
+    zero, one = (chosen_rewards.new_full((), value, dtype=dtype).expand(shape) for value in (0.0, 1.0))
+    if not isinstance(margin, Tensor):
+        margin = chosen_rewards.new_full((), margin, dtype=dtype).expand(shape) if margin else zero
+    tensors = {"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards, "margin": margin.detach()}
+    masked_loss.floats(shape, "(B,)", **tensors)
+    total = masked_loss.denominator_tensor(denominator, chosen_rewards)
+    name = resolve("reward_loss", IMPLS, chosen_rewards.device, backend)
+    if name == "reference":
+        chosen, rejected, margin = tensors.values()
+        return reference(
+            chosen, rejected, margin, label_smoothing=label_smoothing, centring=centring, denominator=total
+        )
+    inputs = [chosen_rewards, rejected_rewards, zero, zero, one, one, one, tensors["margin"], zero]
+    parameters = (1.0, label_smoothing, centring)
+    return masked_loss.call(_run, inputs, None, total, "bradley_terry", parameters, name, METRICS)
+
+
+def reference(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    margin: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    centring: float = 0.0,
+    denominator: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) by definition, differentiable any number of times."""
+    dtype = check.compute_dtype(chosen_rewards.dtype)
+    chosen, rejected = chosen_rewards.to(dtype), rejected_rewards.to(dtype)
+    h = chosen - rejected - margin.to(dtype)
+    losses = -(1 - label_smoothing) * logsigmoid(h) - masked_loss.product(label_smoothing, logsigmoid(-h))
+    losses = losses + masked_loss.product(centring, (chosen + rejected).square())
+    lead = (chosen - rejected).detach()
+    means = [masked_loss.mean(x, None, denominator) for x in ((lead > 0).to(dtype), lead)]
+    return masked_loss.mean(losses, None, denominator), dict(zip(METRICS, means, strict=True))
+
+
+# ("bradley_terry", the planes of a loss of pairs with the margin as a shift, None, denominator, parameters, outputs)
+IMPLS = {"cpu": masked_loss.cpu, "triton": masked_loss.triton}
+OPS = {"reward_loss": tuple(IMPLS)}
+_run = masked_loss.register("reward_loss", IMPLS, inputs=9, gradients=2)
+
+
+# --- Ensembles --------------------------------------------------------------------------------------------------------
+
+ENSEMBLES = {"mean": 0.0, "pessimistic": -1.0, "optimistic": 1.0}  # kind -> sign of the spread
+
+
+@check.takes_numbers
+def ensemble_scores(scores: Tensor, *, kind: str = "mean", coef: float = 1.0) -> Tensor:
+    """One score out of those of M reward models: mean, mean - coef std (pessimistic) or mean + coef std (optimistic).
+
+    scores: (M, B) float32, bfloat16, float16 or float64, M >= 1, on one scale. coef >= 0. The standard deviation is
+    that of the M scores (divided by M), with a gradient of 0 where they are equal. Returns (B,) float32 (float64 for
+    float64). Raises ValueError or TypeError for what does not fit. Plain PyTorch: M numbers read per score.
+
+    Source: ensembles as a guard against over-optimisation, Coste et al. 2023 (arXiv 2310.02743), who subtract the
+    variance ("uncertainty-weighted") where this subtracts the standard deviation, which has the scores' unit.
+    """
+    check.floating("scores", scores)
+    if scores.dim() != 2 or scores.shape[0] < 1:
+        raise ValueError(f"scores must be (M, B) with M >= 1, got {tuple(scores.shape)}")
+    if kind not in ENSEMBLES:
+        raise ValueError(f"kind must be one of {', '.join(ENSEMBLES)}, got {kind!r}")
+    if not coef >= 0:
+        raise ValueError(f"coef must be >= 0, got {coef}")
+    scores = scores.to(check.compute_dtype(scores.dtype))
+    mean = scores.mean(0)
+    variance = (scores - mean).square().mean(0)
+    spread = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
+    return mean + ENSEMBLES[kind] * coef * spread

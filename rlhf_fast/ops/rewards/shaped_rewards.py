@@ -1,0 +1,102 @@
+"""shaped_rewards: per-token rewards out of one score per sequence and a KL estimate per token.
+
+    reward_t = -kl_coef kl_t + 1[t is the row's last valid token] clamp(score, -clip, clip)
+
+Numerics: everything in float32 (float64 for float64).
+
+Gradients: rewards are constants of the loss, so the result is detached and the registered op has no derivative;
+`reference` is differentiable in scores and kl.
+
+Cost per token with a KL of s bytes: s + 1 bytes read, 4 written.
+
+Source: the KL penalty inside the reward, Ouyang et al. 2022 (arXiv 2203.02155), eq. 2, per token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.backends import native, packed, resolve, strided, threads
+from rlhf_fast.ops.core import check, masked_loss
+from rlhf_fast.ops.core.registration import op_without_gradient
+
+
+@check.takes_numbers
+def shaped_rewards(
+    scores: Tensor,
+    kl: Tensor,
+    *,
+    mask: Tensor,
+    kl_coef: float,
+    clip: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Rewards per token: -kl_coef * kl, and at every row's last valid token its score, clipped to [-clip, clip].
+
+    scores: (B,); kl: (B, T) in nats, rows may be strided; float32, float64, bfloat16 or float16.
+    mask: (B, T) any dtype, nonzero counts; elsewhere the reward is 0. A row without a valid token gives 0 throughout.
+    kl_coef: reward per nat.
+    clip: > 0, or None for the scores as they are.
+
+    Returns (B, T) float32 (float64 where kl is float64), detached.
+    Raises ValueError or TypeError for shapes, types and values that do not fit.
+    """
+    check.floating("scores", scores)
+    check.floating("kl", kl)
+    if kl.dim() != 2:
+        raise ValueError(f"kl must be (B, T), got {tuple(kl.shape)}")
+    check.shaped("scores", scores, kl.shape[:1], "(B,)")
+    check.same_device(("kl", kl), ("scores", scores), ("mask", mask))
+    if not math.isfinite(kl_coef):
+        raise ValueError(f"kl_coef must be finite, got {kl_coef}")
+    clip = math.inf if clip is None else check.positive("clip", clip)
+    counts = check.mask_bytes(mask, kl.shape, "kl.shape")
+    assert counts is not None  # mask is not optional here
+    scores, kl = scores.detach().to(check.compute_dtype(kl.dtype)).contiguous(), kl.detach()
+    name = resolve("shaped_rewards", IMPLS, kl.device, backend)
+    if name == "reference":
+        return reference(scores, kl, mask=counts, kl_coef=kl_coef, clip=clip)
+    return _op(scores, check.unit_stride(kl), counts, kl_coef, clip, name)
+
+
+def reference(scores: Tensor, kl: Tensor, *, mask: Tensor, kl_coef: float, clip: float = math.inf) -> Tensor:
+    """The rewards by definition, differentiable any number of times."""
+    counts, dtype = mask != 0, check.compute_dtype(kl.dtype)
+    later = counts.flip(-1).cumsum(-1).flip(-1)  # valid tokens from here on
+    last = counts & (later == 1)
+    penalty = masked_loss.product(-kl_coef, torch.where(counts, kl.to(dtype), torch.zeros_like(kl, dtype=dtype)))
+    score = scores.to(dtype).clamp(-clip, clip)[:, None]
+    return penalty + torch.where(last, score, torch.zeros_like(score))
+
+
+def _cpu(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, clip: float, rewards: Tensor) -> None:
+    at, code, (batch, stride) = strided(kl)
+    native().shaped_rewards(
+        packed(scores), at, code, [batch, kl.shape[1], stride], packed(mask), kl_coef, clip, packed(rewards), threads()
+    )
+
+
+def _triton(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, clip: float, rewards: Tensor) -> None:
+    from rlhf_fast.kernels import shaped_rewards as kernels
+
+    kernels.shaped_rewards(scores, kl, mask, kl_coef, clip, rewards)
+
+
+# impl(scores, kl, mask, kl_coef, clip, rewards), scores in the dtype of rewards
+IMPLS = {"cpu": _cpu, "triton": _triton}
+OPS = {"shaped_rewards": tuple(IMPLS)}
+
+
+@op_without_gradient("shaped_rewards")
+def _op(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, clip: float, backend: str) -> Tensor:
+    rewards = kl.new_empty(kl.shape, dtype=check.compute_dtype(kl.dtype))
+    IMPLS[backend](scores, kl, mask, kl_coef, clip, rewards)
+    return rewards
+
+
+@_op.register_fake
+def _(scores, kl, mask, kl_coef, clip, backend):
+    return kl.new_empty(kl.shape, dtype=check.compute_dtype(kl.dtype))

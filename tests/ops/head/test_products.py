@@ -1,0 +1,90 @@
+"""Products with a float32 result, with PyTorch's own functions as each version has them on a GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf_fast.ops.head import _products
+
+
+def refused(message):
+    raise RuntimeError(message)
+
+
+@pytest.fixture
+def pytorch(monkeypatch):
+    """pytorch(version): the mm and addmm with an output type of that version, with what it refuses, on the CPU."""
+
+    def of(version):
+        def mm(a, b, dtype, *, out):
+            if "rocm" in version:
+                refused("gemm input type at::BFloat16 and output type float is not supported for ROCm")
+            return out.copy_(a.to(dtype) @ b.to(dtype))
+
+        def addmm(total, a, b, dtype, *, beta, alpha, out):
+            if "rocm" in version:
+                refused("gemm input type at::BFloat16 and output type float is not supported for ROCm")
+            if version.startswith("2.9") and total.dtype != b.dtype:
+                refused(f"self and mat2 must have the same dtype, but got {total.dtype} and {b.dtype}")
+            return out.copy_(torch.addmm(total, a.to(dtype), b.to(dtype), beta=beta, alpha=alpha))
+
+        aten = SimpleNamespace(mm=SimpleNamespace(dtype_out=mm), addmm=SimpleNamespace(dtype_out=addmm))
+        hip = SimpleNamespace(hip="7.0" if "rocm" in version else None)
+        its = {"__version__": version, "version": hip, "ops": SimpleNamespace(aten=aten), "mul": torch.mul}
+        monkeypatch.setattr(_products, "torch", SimpleNamespace(**its))
+        _products.capability.cache_clear()
+
+    yield of
+    monkeypatch.undo()
+    _products.capability.cache_clear()
+
+
+VERSIONS = ["2.9.0+cu128", "2.9.1+rocm7.0", "2.10.0+cu130", "2.13.0+cu130", "3.0.0a0+git12"]
+SHAPES = [(300, 7, 5), (5, 300, 7), (7, 5, 300), (3, 3, 3)]  # each dimension the longest once
+
+
+def drawn(shape, dtype=torch.bfloat16):
+    torch.manual_seed(sum(shape))
+    m, k, n = shape
+    return torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).t(), torch.randn(m, n)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(_products, "BLOCK_BYTES", 1000)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_product_of_half_precision_is_not_rounded_to_it(pytorch, small_blocks, version, shape):
+    a, b, _ = drawn(shape)
+    expected = a.double() @ b.double()
+    pytorch(version)
+    found = _products.multiply(a, b, torch.float32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    out = torch.full_like(found, torch.nan)
+    assert _products.multiply(a, b, torch.float32, out) is out
+    torch.testing.assert_close(out, found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("scale", "old"), [(1.0, 1.0), (2.0, 0.0), (0.5, 1.0)])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_product_of_half_precision_is_added_to_float32(pytorch, small_blocks, version, scale, old, shape):
+    a, b, total = drawn(shape, torch.float16)
+    expected = old * total.double() + scale * (a.double() @ b.double())
+    if old == 0:
+        total.fill_(torch.nan)  # unwritten
+    pytorch(version)
+    _products.add(total, a, b, scale, old)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("version", "scratch"), [("2.9.0", 2 * _products.BLOCK_BYTES), ("2.10.0", 0)])
+def test_what_a_product_takes_beside_its_result_is_counted(pytorch, version, scratch):
+    pytorch(version)
+    assert _products.scratch_bytes() == scratch
