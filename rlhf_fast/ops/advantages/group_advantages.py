@@ -47,7 +47,7 @@ from torch import Tensor
 from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
 from rlhf_fast.ops.advantages.whiten import whiten
 from rlhf_fast.ops.core import check, masked_loss
-from rlhf_fast.ops.core.registration import op_without_gradient
+from rlhf_fast.ops.core.registration_by_schema import op_without_gradient
 
 
 @check.takes_numbers

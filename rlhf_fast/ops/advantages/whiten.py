@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
 from rlhf_fast.ops.core import check
-from rlhf_fast.ops.core.registration import op_without_gradient
+from rlhf_fast.ops.core.registration_by_schema import op_without_gradient
 
 _SPAN, _PARTS = 4096, 512  # the statistics are of at most _PARTS spans, of at least _SPAN numbers where there are more
 

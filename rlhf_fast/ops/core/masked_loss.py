@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rlhf_fast.backends import native, packed, prefer_huge_pages, threads
 from rlhf_fast.backends import plane as native_plane
-from rlhf_fast.ops.core import check, registration
+from rlhf_fast.ops.core import check
+from rlhf_fast.ops.core import registration_by_schema as registration
 
 Implementation = Callable[[str, list[Tensor], Tensor | None, Tensor | None, list[float], list[Tensor]], None]
 

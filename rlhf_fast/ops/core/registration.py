@@ -1,7 +1,7 @@
-"""Ops: registered for compilers and modes, called past the dispatcher where nothing but autograd looks.
+"""How an op is registered: from the NamedTuples of its inputs, once, for compilers, modes and autograd.
 
 A torch.library.custom_op walks its arguments in Python in forward and in backward, for longer than a small kernel runs.
-So an op with a gradient is defined by its schema, with an autograd.Function of its own, which an eager call applies to
+So an op with a gradient is defined by a schema, with an autograd.Function of its own, which an eager call applies to
 the computation itself; and an eager call of one without a gradient is the computation.
 
 What a kernel cannot do is an error here, for all ops and on every way into one: a derivative in forward mode, a second
@@ -10,9 +10,8 @@ one, those of torch.func, vmap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,6 +20,71 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 INSTEAD = "backend='reference' can do that"
+
+# What a field of the inputs may be, and what a schema calls it.
+_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", list[Tensor | None]: "Tensor?[]",
+    float: "float", float | None: "float?", list[float]: "float[]",
+    int: "SymInt", int | None: "SymInt?", list[int]: "SymInt[]",
+    bool: "bool", list[bool]: "bool[]", str: "str",
+}  # fmt: skip
+
+Gradient = Tensor | list[Tensor | None] | None
+
+
+class Saved(NamedTuple):
+    """What backward gets: the inputs of an op, those tensors None that it does not save, and the results it saves.
+
+    dtypes, needs: by the name of a differentiable field, a list where the field is one.
+    """
+
+    inputs: tuple[Any, ...]
+    backend: str
+    results: Sequence[Tensor]
+    dtypes: Mapping[str, Any]
+    needs: Mapping[str, Any]
+
+
+class _Fields:
+    """The fields of the NamedTuples that an op takes: as a schema, and how they go there and back."""
+
+    def __init__(self, op: str, takes: Sequence[type]) -> None:
+        self.takes = takes
+        fields = [(name, kind) for inputs in takes for name, kind in get_type_hints(inputs).items()]
+        self.names = [name for name, _ in fields]
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"{op}: two inputs have one name among {', '.join(self.names)}")
+        self.kinds = [_TYPES[kind] for _, kind in fields]
+        self.tensors = [i for i, kind in enumerate(self.kinds) if kind.startswith("Tensor")]
+        self.lists = {i for i in self.tensors if self.kinds[i].endswith("[]")}
+
+    def schema(self, results: str, mutates: Sequence[str] = ()) -> str:
+        """ "(fields, str backend) -> results", with those that are written into marked."""
+        kinds = [
+            f"{kind}(a{i}!)" if name in mutates else kind
+            for i, (name, kind) in enumerate(zip(self.names, self.kinds, strict=True))
+        ]
+        fields = [f"{kind} {name}" for kind, name in zip(kinds, self.names, strict=True)]
+        return f"({', '.join([*fields, 'str backend'])}) -> {results}"
+
+    def apart(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The fields one after the other, and the backend, of (*NamedTuples, backend)."""
+        return (*[x for inputs in arguments[:-1] for x in inputs], arguments[-1])
+
+    def together(self, flat: Sequence[Any]) -> tuple[Any, ...]:
+        """(*NamedTuples, backend) of what `apart` gives."""
+        arguments, start = [], 0
+        for inputs in self.takes:
+            stop = start + len(inputs._fields)  # type: ignore[attr-defined]
+            arguments.append(inputs._make(flat[start:stop]))  # type: ignore[attr-defined]
+            start = stop
+        return (*arguments, flat[-1])
+
+    def among(self, flat: Sequence[Any], places: Iterable[int]) -> list[Any]:
+        """The tensors, or None, at these places of `flat`, those of lists among them."""
+        if not self.lists:
+            return [flat[i] for i in places]
+        return [x for i in places for x in (flat[i] if i in self.lists else (flat[i],))]
 
 
 def only_autograd_looks(tensors: Iterable[Any]) -> bool:
@@ -33,115 +97,166 @@ def only_autograd_looks(tensors: Iterable[Any]) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    return all(
-        [(type(x) is Tensor or type(x) is Parameter) and not x.is_neg() for x in tensors if isinstance(x, Tensor)]
-    )
+    return all([x is None or ((type(x) is Tensor or type(x) is Parameter) and not x.is_neg()) for x in tensors])
 
 
-def op_without_gradient(name: str, *, instead_of_vmap: str = INSTEAD) -> Callable[[Callable[..., Any]], Any]:
-    """Registers the decorated computation as ``rlhf_fast::<name>`` and gives how to call it, with its register_fake.
+def op_without_gradient(
+    name: str,
+    takes: Sequence[type],
+    compute: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    mutates: Sequence[str] = (),
+    instead_of_vmap: str = INSTEAD,
+) -> Callable[..., Any]:
+    """Registers ``rlhf_fast::<name>``, which has no derivative, and returns how to call it.
 
-    Nothing is differentiated by its arguments, tensors and lists of them among others. instead_of_vmap: what to do.
+    takes, compute, fake: as in `op`. mutates: the fields that compute writes into, in which case it returns nothing.
+    instead_of_vmap: what to do.
     """
+    fields = _Fields(name, takes)
+    registered = torch.library.custom_op(
+        f"rlhf_fast::{name}", lambda *flat: compute(*fields.together(flat)), mutates_args=mutates,
+        schema=fields.schema("()" if mutates else "Tensor[]", mutates),
+    )  # fmt: skip
+    registered.register_fake(lambda *flat: fake(*fields.together(flat)))
+    _refuse_vmap(name, instead_of_vmap)
 
-    def define(compute: Callable[..., Any]) -> Any:
-        registered = torch.library.custom_op(f"rlhf_fast::{name}", compute, mutates_args=())
-        _refuse_vmap(name, instead_of_vmap)
+    def call(*arguments: Any) -> Any:
+        flat = fields.apart(arguments)
+        return compute(*arguments) if only_autograd_looks(fields.among(flat, fields.tensors)) else registered(*flat)
 
-        @wraps(compute)
-        def call(*arguments: Any) -> Any:
-            return (compute if only_autograd_looks(_tensors(arguments)) else registered)(*arguments)
-
-        call.register_fake = registered.register_fake  # type: ignore[attr-defined]
-        return call
-
-    return define
+    return call
 
 
 def op(
     name: str,
-    schema: str | None,
+    takes: Sequence[type],
     compute: Callable[..., list[Tensor]],
     *,
     fake: Callable[..., list[Tensor]],
-    differentiable: Sequence[int],
-    setup_context: Callable[[Any, tuple[Any, ...], list[Tensor]], None],
-    backward: Callable[[Any, Any], Sequence[Tensor | None]],
+    differentiable: Sequence[str],
+    backward: Callable[[Saved, Sequence[Tensor | None]], Mapping[str, Gradient]],
     returned: int,
+    saves: Sequence[str] = (),
+    saves_results: slice = slice(None),
     without_gradient: Callable[..., list[Tensor]] | None = None,
 ) -> Callable[..., list[Tensor]]:
-    """Registers ``rlhf_fast::<name>`` of `schema` ("(arguments) -> Tensor[]") and returns how to call it.
+    """Registers ``rlhf_fast::<name>`` and returns how to call it, as compute: (*inputs, backend) -> results.
 
-    schema: None for that of the annotations of `compute`. compute, fake: the arguments -> the results, and empty ones
-    of their shapes. differentiable: the places of the arguments that may have a gradient, tensors or lists of them.
-    setup_context(ctx, arguments, results) saves what backward(ctx, gradients of the results) makes theirs from, in that
-    order, a list's one after the other, which is also that of ctx.needs_input_grad.
+    takes: the NamedTuples of the inputs. Their fields, in order, are the schema, and after them the backend's name.
+    compute, fake: -> the results, and empty ones of their shapes.
+    differentiable: the fields that may have a gradient, tensors or lists of them.
+    backward(saved, gradients of the results, not all of them None) -> the gradient of each field that has one, by name.
+    saves, saves_results: which fields and which of the results backward reads.
     returned: how many of the results, the first ones, callers see; they may write into them. The others are kept.
     without_gradient: the computation of an eager call where none of them requires a gradient; `compute` by default.
     """
-    if schema is None:
-        schema = torch.library.infer_schema(compute, mutates_args=())
-    with_lists = any(mark in schema.split("->")[0] for mark in ("Tensor[]", "Tensor?[]"))
+    fields = _Fields(name, takes)
+    places = [fields.names.index(field) for field in differentiable]
+    saved_places = [fields.names.index(field) for field in saves]
 
-    def looked_at(arguments: tuple[Any, ...]) -> list[Any]:
-        chosen = [arguments[place] for place in differentiable]
-        return [y for x in chosen for y in (x if isinstance(x, list) else (x,))] if with_lists else chosen
+    def save(ctx: Any, flat: Sequence[Any], results: Sequence[Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        tensors = fields.among(flat, saved_places)
+        ctx.save_for_backward(*tensors, *results[saves_results])
+        ctx.saved_inputs = len(tensors)
+        ctx.lengths = {i: len(flat[i]) for i in fields.lists}
+        ctx.dtypes = {fields.names[i]: _dtype(flat[i]) for i in places}
+        ctx.others = list(flat)
+        for i in fields.tensors:
+            ctx.others[i] = None
+
+    def restored(ctx: Any) -> Saved:
+        tensors = iter(ctx.saved_tensors[: ctx.saved_inputs])
+        for i in saved_places:
+            ctx.others[i] = [next(tensors) for _ in range(ctx.lengths[i])] if i in fields.lists else next(tensors)
+        *inputs, backend = fields.together(ctx.others)
+        for i in saved_places:
+            ctx.others[i] = None
+        needs = _by_field(iter(ctx.needs_input_grad), ctx.lengths)
+        return Saved(tuple(inputs), backend, ctx.saved_tensors[ctx.saved_inputs :], ctx.dtypes, needs)
+
+    def _by_field(each: Any, lengths: Mapping[int, int]) -> dict[str, Any]:
+        return {
+            fields.names[i]: [next(each) for _ in range(lengths[i])] if i in fields.lists else next(each)
+            for i in places
+        }
+
+    def gradients(ctx: Any, saved: Saved, upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """In the order of the differentiable fields, the tensors of a list one after the other."""
+        by_name = {} if all([g is None for g in upstream]) else backward(saved, upstream)
+        padded: list[Tensor | None] = []
+        for i in places:
+            field = fields.names[i]
+            gradient, needs = by_name.get(field), saved.needs[field]
+            if i in fields.lists:
+                each: Any = [None] * len(needs) if gradient is None else gradient
+                padded += [g if needed else None for g, needed in zip(each, needs, strict=True)]
+            else:
+                padded.append(gradient if needs else None)  # type: ignore[arg-type]
+        return padded
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
-            arguments, run = given[-2:]  # the others are what autograd looks at; it takes its time for each
-            results = run(*arguments)
-            setup_context(ctx, arguments, results)
+            flat, run = given[-2:]  # the others are what autograd looks at; it takes its time for each
+            results = run(flat)
+            save(ctx, flat, results)
             # What backward reads is no tensor that a caller could write into.
-            saved = {id(x) for x in ctx.to_save or ()}
-            return tuple(x.clone() if i < returned and id(x) in saved else x for i, x in enumerate(results))
+            read = {id(x) for x in ctx.to_save or ()}
+            return tuple(x.clone() if i < returned and id(x) in read else x for i, x in enumerate(results))
 
         @staticmethod
-        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+            saved = restored(ctx)
             if not torch.is_grad_enabled():
-                return *backward(ctx, gradients), None, None
+                return *gradients(ctx, saved, upstream), None, None
             with torch.no_grad():
-                found = backward(ctx, gradients)
-            return *_once(name, found, (*gradients, *ctx.saved_tensors)), None, None
+                each = gradients(ctx, saved, upstream)
+            return *_once(name, each, (*upstream, *ctx.saved_tensors)), None, None
 
     qualified = f"rlhf_fast::{name}"
-    torch.library.define(qualified, schema)
+    torch.library.define(qualified, fields.schema("Tensor[]"))
     registered = getattr(torch.ops.rlhf_fast, name)
 
-    def below_autograd(*arguments: Any) -> list[Tensor]:
+    def computed(flat: Sequence[Any]) -> list[Tensor]:
+        return compute(*fields.together(flat))
+
+    def below_autograd(flat: Sequence[Any]) -> list[Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            return registered(*arguments)
+            return registered(*flat)
 
-    torch.library.impl(qualified, "CompositeExplicitAutograd")(compute)
-
-    def differentiated(*arguments: Any) -> list[Tensor]:
-        inputs = looked_at(arguments)
+    def differentiated(*flat: Any) -> list[Tensor]:
+        inputs = fields.among(flat, places)
         _refuse_tangents(name, inputs)
         if torch._C._are_functorch_transforms_active():
             _refuse_torch_func(name, inputs)
-            return below_autograd(*arguments)
-        return list(Differentiable.apply(*inputs, arguments, below_autograd))
+            return below_autograd(flat)
+        return list(Differentiable.apply(*inputs, flat, below_autograd))
 
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(lambda *flat: computed(flat))
     torch.library.impl(qualified, "Autograd")(differentiated)
-    torch.library.register_fake(qualified)(fake)
+    torch.library.register_fake(qualified)(lambda *flat: fake(*fields.together(flat)))
     _refuse_vmap(name)
 
     def call(*arguments: Any) -> list[Tensor]:
-        if not only_autograd_looks(_tensors(arguments) if with_lists else arguments):
-            return registered(*arguments)
+        flat = fields.apart(arguments)
+        if not only_autograd_looks(fields.among(flat, fields.tensors)):
+            return registered(*flat)
         if torch.is_grad_enabled():
-            inputs = looked_at(arguments)
+            inputs = fields.among(flat, places)
             if any([x is not None and x.requires_grad for x in inputs]):
-                return Differentiable.apply(*inputs, arguments, compute)
+                return Differentiable.apply(*inputs, flat, lambda _: compute(*arguments))
         return (without_gradient or compute)(*arguments)
 
     return call
 
 
-def _tensors(arguments: Iterable[Any]) -> list[Any]:
-    """The arguments, those of lists among them."""
-    return [y for x in arguments for y in (x if isinstance(x, list) else (x,))]
+def _dtype(x: Any) -> Any:
+    if isinstance(x, list):
+        return [None if y is None else y.dtype for y in x]
+    return None if x is None else x.dtype
 
 
 def _refuse_tangents(name: str, tensors: Iterable[Any]) -> None:
@@ -165,11 +280,11 @@ def _refuse_vmap(name: str, instead: str = INSTEAD) -> None:
 
 def _once(name: str, gradients: Sequence[Tensor | None], of: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients, which depend on `of`; who differentiates them gets an error."""
-    given = [x for x in of if x is not None and x.requires_grad]
-    made = [x for x in gradients if x is not None]
-    if not given or not made:
+    sources = [x for x in of if x is not None and x.requires_grad]
+    present = [x for x in gradients if x is not None]
+    if not sources or not present:
         return list(gradients)
-    marked = iter(_Once.apply(name, len(made), *made, *given))
+    marked = iter(_Once.apply(name, len(present), *present, *sources))
     return [None if x is None else next(marked) for x in gradients]
 
 

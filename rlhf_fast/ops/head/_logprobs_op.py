@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import prefer_huge_pages, without_autocast
-from rlhf_fast.ops.core import check, registration
+from rlhf_fast.ops.core import check
+from rlhf_fast.ops.core import registration_by_schema as registration
 from rlhf_fast.ops.head import tiles as _head
 from rlhf_fast.ops.head._shards import Shards
 from rlhf_fast.ops.tokens import token_logprobs as rows

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import without_autocast
-from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.core import check, masked_loss
+from rlhf_fast.ops.core import registration_by_schema as registration
 from rlhf_fast.ops.head import _products
 from rlhf_fast.ops.head._plan import make
 from rlhf_fast.ops.head._sweep import Sweep, differentiate, empty_results

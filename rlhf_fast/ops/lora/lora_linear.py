@@ -54,9 +54,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.backends import custom_op, operands, resolve, without_autocast
-from rlhf_fast.ops.core import check, registration
+from rlhf_fast.ops.core import check
+from rlhf_fast.ops.core import registration_by_schema as registration
 from rlhf_fast.ops.core.philox import philox
-from rlhf_fast.ops.core.registration import only_autograd_looks
+from rlhf_fast.ops.core.registration_by_schema import only_autograd_looks
 
 
 class Adapter(NamedTuple):

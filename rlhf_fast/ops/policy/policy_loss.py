@@ -63,7 +63,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, plane, resolve, threads
-from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.core import check, masked_loss
+from rlhf_fast.ops.core import registration_by_schema as registration
 from rlhf_fast.ops.policy.batch import DROPPED, SELECTED, Inputs, Plan, plan, select, sequence_counts, sequence_ids
 from rlhf_fast.ops.policy.objective import (
     CORRECTION_LEVELS,

@@ -38,7 +38,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
-from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.core import check, masked_loss
+from rlhf_fast.ops.core import registration_by_schema as registration
 
 METRICS = ("accuracy",)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, strided, threads
 from rlhf_fast.ops.core import check, masked_loss
-from rlhf_fast.ops.core.registration import op_without_gradient
+from rlhf_fast.ops.core.registration_by_schema import op_without_gradient
 
 
 @check.takes_numbers

@@ -39,7 +39,7 @@ from torch import Tensor
 from rlhf_fast.backends import native, packed, resolve, strided, threads
 from rlhf_fast.ops.core import check
 from rlhf_fast.ops.core.philox import philox
-from rlhf_fast.ops.core.registration import op_without_gradient
+from rlhf_fast.ops.core.registration_by_schema import op_without_gradient
 from rlhf_fast.ops.tokens import token_logprobs as rows
 
 

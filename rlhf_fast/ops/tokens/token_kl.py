@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, strided, threads
-from rlhf_fast.ops.core import check, registration
+from rlhf_fast.ops.core import check
+from rlhf_fast.ops.core import registration_by_schema as registration
 from rlhf_fast.ops.tokens import token_logprobs as rows
 from rlhf_fast.ops.tokens.token_logprobs import Transform
 

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, stream, strided, threads
-from rlhf_fast.ops.core import check, registration
+from rlhf_fast.ops.core import check
+from rlhf_fast.ops.core import registration_by_schema as registration
 
 COLDEST = 1e-30  # a float32 temperature below it counts as this: logits of up to 1e8 over it are still numbers
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, strided, threads
-from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.core import check, masked_loss
+from rlhf_fast.ops.core import registration_by_schema as registration
 
 
 @check.takes_numbers

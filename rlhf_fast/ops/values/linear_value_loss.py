@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, strided, threads, without_autocast
-from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.core import check, masked_loss
+from rlhf_fast.ops.core import registration_by_schema as registration
 from rlhf_fast.ops.values import value_loss as values_of
 
 
