@@ -6,6 +6,7 @@ from rlhf_fast.ops.advantages.gae import discounted_returns, gae, length_adaptiv
 from rlhf_fast.ops.advantages.group_advantages import group_advantages
 from rlhf_fast.ops.advantages.vtrace import vtrace
 from rlhf_fast.ops.advantages.whiten import whiten
+from rlhf_fast.ops.core.loss import Loss
 from rlhf_fast.ops.head.linear_kl import LinearKl, linear_kl
 from rlhf_fast.ops.head.linear_logprobs import linear_logprobs
 from rlhf_fast.ops.head.linear_policy_loss import linear_policy_loss
@@ -40,6 +41,7 @@ __all__ = [
     "BackendError",
     "FixedKLController",
     "LinearKl",
+    "Loss",
     "PolicyObjective",
     "PreferenceObjective",
     "RowStats",

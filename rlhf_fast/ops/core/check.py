@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from operator import index
 from types import NoneType
@@ -75,14 +76,14 @@ def _converted(name: str, value: Any, annotation: str) -> Any:
     return number(name, value, integer="float" not in kinds)
 
 
-def _takes_number(annotation: str) -> bool:
+def takes_number(annotation: str) -> bool:
     return not {"float", "int"}.isdisjoint(annotation.split(" | "))
 
 
 def takes_numbers(function: _F) -> _F:
     """`function`, whose parameters annotated as float or int take a number of any type, see `number`."""
     parameters = list(inspect.signature(function).parameters.values())
-    kinds = {p.name: str(p.annotation) for p in parameters if _takes_number(str(p.annotation))}
+    kinds = {p.name: str(p.annotation) for p in parameters if takes_number(str(p.annotation))}
     plain = {name: _PLAIN if "float" in kind.split(" | ") else _PLAIN[1:-1] for name, kind in kinds.items()}
     order = [p.name for p in parameters]
 
@@ -104,14 +105,32 @@ def takes_numbers(function: _F) -> _F:
     return run  # type: ignore[return-value]
 
 
-def numbers(objective: Any) -> None:
-    """Makes every number among the fields of a dataclass one of Python's."""
+def fields(objective: Any) -> None:
+    """Makes every number among the fields of a dataclass one of Python's. TypeError for None, or no bool, where the
+    field is another type."""
     for name, field in objective.__dataclass_fields__.items():
-        value = getattr(objective, name)
+        value, kinds = getattr(objective, name), field.type.split(" | ")
+        if value is None and "None" in kinds:
+            continue
         if isinstance(value, Mapping):
             object.__setattr__(objective, name, {key: number(f"{name}[{key!r}]", x) for key, x in value.items()})
-        elif _takes_number(field.type) and type(value) not in (_PLAIN if "float" in field.type else _PLAIN[1:-1]):
-            object.__setattr__(objective, name, number(name, value, integer="float" not in field.type))
+        elif takes_number(field.type):
+            if value is None or type(value) not in (_PLAIN if "float" in kinds else _PLAIN[1:-1]):
+                object.__setattr__(objective, name, number(name, value, integer="float" not in kinds))
+        elif value is None or (kinds == ["bool"] and not isinstance(value, bool)):
+            raise TypeError(f"{name} must be {field.type}, got {value!r}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error's sentence for a `name` that does not exist: "; did you mean 'known'?", or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def one_of(name: str, value: str | None, choices: Iterable[str]) -> None:
+    """ValueError where `value` is none of `choices`, with the nearest one."""
+    if value not in tuple(choices):
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}")
 
 
 def positive(name: str, value: Any) -> float:

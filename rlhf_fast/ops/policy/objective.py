@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops.core import check
+from rlhf_fast.ops.core.loss import Objective
 from rlhf_fast.ops.core.masked_loss import product
 
 MAX_LOG_RATIO = 20.0
@@ -28,7 +29,7 @@ CORRECTION_MODES = ("truncate", "mask")
 
 
 @dataclass(frozen=True)
-class PolicyObjective:
+class PolicyObjective(Objective):
     """Which policy loss, with every number in it; what is None takes the default of the variant (VARIANTS).
 
     variant: one of VARIANTS. aggregation: one of AGGREGATIONS; fixed_length: the length, in tokens, by which
@@ -80,15 +81,15 @@ class PolicyObjective:
     off_policy_max_kl: float | None = None
 
     def __post_init__(self) -> None:
-        check.numbers(self)
-        self._one_of("variant", VARIANTS)
+        check.fields(self)
+        check.one_of("variant", self.variant, VARIANTS)
         for name, value in VARIANTS[self.variant].defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        self._one_of("aggregation", AGGREGATIONS)
-        self._one_of("kl_estimator", KL_ESTIMATORS)
-        self._one_of("correction_level", CORRECTION_LEVELS)
-        self._one_of("correction_mode", CORRECTION_MODES)
+        check.one_of("aggregation", self.aggregation, AGGREGATIONS)
+        check.one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check.one_of("correction_level", self.correction_level, CORRECTION_LEVELS)
+        check.one_of("correction_mode", self.correction_mode, CORRECTION_MODES)
         for name, (meaning, holds) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -98,10 +99,6 @@ class PolicyObjective:
                 raise ValueError(f"{low} must be < {high}, got {getattr(self, low)} and {getattr(self, high)}")
         if self.aggregation == "seq_mean_token_sum_norm" and self.fixed_length is None:
             raise ValueError(f"fixed_length must be given for seq_mean_token_sum_norm ({self.variant}), got None")
-
-    def _one_of(self, name: str, choices: Mapping[str, object] | tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
     @property
     def function(self) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu, softplus
 
 from rlhf_fast.ops.core import check
+from rlhf_fast.ops.core.loss import Objective
 from rlhf_fast.ops.core.masked_loss import product
 
 MAX_EXPONENT = 20.0  # beyond it an exponential goes on along its tangent: one pair cannot end a run
@@ -29,7 +30,7 @@ DIVERGENCES: dict[str, tuple[int, float | None]] = {
 
 
 @dataclass(frozen=True)
-class PreferenceObjective:
+class PreferenceObjective(Objective):
     """Every hyper-parameter of preference_loss, checked; see there for what each means. Raises ValueError."""
 
     variant: str | Mapping[str, float] = "sigmoid"
@@ -45,10 +46,9 @@ class PreferenceObjective:
     auxiliary_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        check.numbers(self)
+        check.fields(self)
         for name, weight in self.terms:
-            if name not in VARIANTS:
-                raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}")
+            check.one_of("variant", name, VARIANTS)
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of variant {name} must be finite, got {weight}")
         if not self.terms:
@@ -92,8 +92,7 @@ class PreferenceObjective:
             raise ValueError("label_smoothing must be > 0 for exo_pair, whose loss is infinite without, got 0.0")
 
     def _check_divergence(self) -> None:
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
+        check.one_of("divergence", self.divergence, DIVERGENCES)
         fixed = [name for name, _ in self.terms if not VARIANTS[name].diverges]
         if self.divergence != "reverse_kl" and fixed:
             raise ValueError(f"divergence is not of {fixed[0]}, got {self.divergence!r} with it")

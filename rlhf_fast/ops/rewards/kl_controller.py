@@ -28,7 +28,7 @@ class FixedKLController:
     coefficient: float
 
     def __post_init__(self) -> None:
-        check.numbers(self)
+        check.fields(self)
         _non_negative(self.coefficient)
 
     @check.takes_numbers
