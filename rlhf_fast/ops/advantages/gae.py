@@ -229,7 +229,7 @@ def _rates(gamma: float, lam: float | Tensor, value_lam: float | Tensor | None, 
 
 def _check_entries(rewards: Tensor, cu_seqlens: Tensor | None, lams: Tensor | None) -> None:
     """Raises ValueError on the CPU; elsewhere entries are not read, which would wait for the device."""
-    sequences.check_cu_seqlens(cu_seqlens, rewards.shape[-1])
+    sequences.check_bounds(cu_seqlens, rewards.shape[-1])
     if lams is None or lams.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if not ((lams >= 0) & (lams <= 1)).all():

@@ -75,7 +75,7 @@ def vtrace(
     c_clip = math.inf if c_clip is None else check.positive("c_clip", c_clip)
     name = resolve("vtrace", IMPLS, rewards.device, backend)
     if name == "reference":
-        sequences.check_cu_seqlens(cu_seqlens, rewards.shape[-1])
+        sequences.check_bounds(cu_seqlens, rewards.shape[-1])
         advantages, targets = reference(
             *tensors, mask=mask, cu_seqlens=cu_seqlens, bootstrap=bootstrap, gamma=gamma, lam=lam, rho_clip=rho_clip,
             c_clip=c_clip,
@@ -145,7 +145,7 @@ OPS = {"vtrace": tuple(IMPLS)}
 @op_without_gradient("vtrace")
 def _op(inputs: list[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None, bootstrap: Tensor | None,
         rates: list[float], backend: str) -> list[Tensor]:  # fmt: skip
-    sequences.check_cu_seqlens(cu_seqlens, inputs[0].shape[-1])
+    sequences.check_bounds(cu_seqlens, inputs[0].shape[-1])
     outputs = sequences.empty_outputs(inputs[0], cu_seqlens, 2)
     IMPLS[backend](inputs, mask, cu_seqlens, bootstrap, rates, outputs)
     return outputs

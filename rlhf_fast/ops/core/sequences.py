@@ -28,9 +28,7 @@ def prepared(
         check.floating(name, x)
         check.shaped(name, x, steps.shape, f"{first}.shape")
     if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-            raise ValueError(f"cu_seqlens must be (S + 1,) with S >= 1, got {tuple(cu_seqlens.shape)}")
-        cu_seqlens = check.ids("cu_seqlens", cu_seqlens)
+        cu_seqlens = checked_cu_seqlens(cu_seqlens, first, steps.shape)
     if bootstrap is not None:
         check.floating("bootstrap", bootstrap)
         check.shaped("bootstrap", bootstrap, (count(steps, cu_seqlens),), "(B,)" if cu_seqlens is None else "(S,)")
@@ -58,12 +56,34 @@ def count(steps: Tensor, cu_seqlens: Tensor | None) -> int:
     return steps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def check_cu_seqlens(cu_seqlens: Tensor | None, steps: int) -> None:
-    """Raises ValueError on the CPU; elsewhere the entries are not read, which would wait for the device."""
+def checked_cu_seqlens(cu_seqlens: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    """cu_seqlens as int64. Raises ValueError where it is not (S + 1,), or the tensor `name` of `shape` not (N,)."""
+    if len(shape) != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens must be (S + 1,) with S >= 1 and {name} (N,), got {tuple(cu_seqlens.shape)} and {tuple(shape)}"
+        )
+    return check.ids("cu_seqlens", cu_seqlens)
+
+
+def check_bounds(cu_seqlens: Tensor | None, steps: int, *, cover_all: bool = False) -> None:
+    """ValueError for entries that bound no sequences of `steps` steps, which with cover_all end with the last step.
+
+    Checked on the CPU; elsewhere entries are not read, which would wait for the device.
+    """
     if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any() or cu_seqlens[-1] > steps:
-        raise ValueError(f"cu_seqlens must be non-decreasing from 0 to at most N = {steps}, got {cu_seqlens.tolist()}")
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > steps or (cover_all and bounds[-1] < steps):
+        end = "N" if cover_all else "at most N"
+        raise ValueError(f"cu_seqlens must be non-decreasing from 0 to {end} = {steps}, got {bounds}")
+
+
+def sequence_ids(steps: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """int64: the sequence of every packed step (N,), the last one for steps after all; or that of every row, (B, 1)."""
+    if cu_seqlens is None:
+        return torch.arange(steps.shape[0], device=steps.device)[:, None]
+    places = torch.arange(steps.shape[-1], device=steps.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True).clamp(max=cu_seqlens.shape[0] - 2)
 
 
 def empty_outputs(steps: Tensor, cu_seqlens: Tensor | None, number: int) -> list[Tensor]:
@@ -98,11 +118,10 @@ class Walk(NamedTuple):
 def walk(steps: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, bootstrap: Tensor | None) -> Walk:
     counts = torch.ones_like(steps, dtype=torch.bool) if mask is None else mask != 0
     at = torch.arange(steps.shape[-1], device=steps.device)
+    sequence = sequence_ids(steps, cu_seqlens).expand(steps.shape)
     if cu_seqlens is None:
-        sequence = torch.arange(steps.shape[0], device=steps.device)[:, None].expand(steps.shape)
         last = (at == steps.shape[-1] - 1).expand(steps.shape)
     else:
-        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), at, right=True).clamp(max=len(cu_seqlens) - 2)
         counts, last = counts & (at < cu_seqlens[-1]), at + 1 == cu_seqlens[1:][sequence]
     dtype = check.compute_dtype(steps.dtype)
     after = steps.new_zeros(steps.shape, dtype=dtype) if bootstrap is None else bootstrap.to(dtype)[sequence]
@@ -117,15 +136,15 @@ def backward(
     Steps behind the mask hand both on unchanged; after the last step stand the bootstrap value and the state 0.
     """
     value = state = values.new_zeros(values.shape[:-1])
-    found = []
+    steps = []
     for t in reversed(range(values.shape[-1])):
         value = torch.where(walk.last[..., t], walk.after[..., t], value)
         state = torch.where(walk.last[..., t], torch.zeros_like(state), state)
         new = step(t, value, state)
-        found.append((new, value, state))
+        steps.append((new, value, state))
         value = torch.where(walk.counts[..., t], values[..., t], value)
         state = torch.where(walk.counts[..., t], new, state)
-    if not found:
+    if not steps:
         return values, values, values
-    states, next_values, next_states = (torch.stack(x, -1) for x in zip(*reversed(found), strict=True))
+    states, next_values, next_states = (torch.stack(x, -1) for x in zip(*reversed(steps), strict=True))
     return states, next_values, next_states

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from rlhf_fast.backends import resolve
 from rlhf_fast.ops.core import check, masked_loss
+from rlhf_fast.ops.core.sequences import check_bounds, sequence_ids
 from rlhf_fast.ops.head import _loss as _linear_loss
 from rlhf_fast.ops.head import tiles as _head
 from rlhf_fast.ops.head.linear_logprobs import HeadLora, linear_logprobs
@@ -154,10 +155,7 @@ def _checked_sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor |
             f"cu_seqlens must be (2 B + 1,) and targets (N,), got {tuple(cu_seqlens.shape)} and {tuple(shape)}"
         )
     cu_seqlens = check.ids("cu_seqlens", cu_seqlens)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] != shape[0]:
-            raise ValueError(f"cu_seqlens must rise from 0 to N = {shape[0]}, got {bounds}")
+    check_bounds(cu_seqlens, shape[0], cover_all=True)
     return cu_seqlens
 
 
@@ -172,13 +170,7 @@ def _reference_sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The same, differentiable any number of times."""
     if cu_seqlens is None:
         return x.sum(1)
-    return x.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence_ids(x.shape[0], cu_seqlens), x)
-
-
-def sequence_ids(count: int, cu_seqlens: Tensor) -> Tensor:
-    """(count,) the sequence of every packed token."""
-    tokens = torch.arange(count, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).clamp(max=cu_seqlens.shape[0] - 2)
+    return x.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence_ids(x, cu_seqlens), x)
 
 
 def _evaluate(objective: str, tensors: list[Any], backend: str, logprobs: Tensor,
@@ -197,7 +189,7 @@ def _evaluate(objective: str, tensors: list[Any], backend: str, logprobs: Tensor
     if cu_seqlens is None:
         slope = slope[:, None].expand(sequences, logprobs.shape[0] // max(1, sequences)).reshape(-1)
     else:
-        slope = slope[sequence_ids(logprobs.shape[0], cu_seqlens)]
+        slope = slope[sequence_ids(logprobs, cu_seqlens)]
     return [loss, torch.stack([metrics[name] for name in preference.METRICS]), slope]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops.core import check, masked_loss
+from rlhf_fast.ops.core.sequences import check_bounds, checked_cu_seqlens, sequence_ids
 from rlhf_fast.ops.policy.objective import PolicyObjective, clip_bounds, given
 
 COUNTS, DROPPED, SELECTED = 1, 2, 4  # bits of Plan.flags after `select`
@@ -102,7 +103,8 @@ def plan(
         flags = check.mask_bytes(mask, shape, "the shape of logprobs")
     per_sequence = objective.aggregation.startswith("seq") or objective.needs_sequences  # type: ignore[union-attr]
     if cu_seqlens is not None:
-        cu_seqlens = _checked_cu_seqlens(cu_seqlens, shape)
+        cu_seqlens = checked_cu_seqlens(cu_seqlens, "logprobs", shape)
+        check_bounds(cu_seqlens, shape[0])
     elif len(shape) == 1 and (per_sequence or overlong is not None):
         raise ValueError(
             f"cu_seqlens must be given for packed logprobs {shape} with {objective.variant}, {objective.aggregation}"
@@ -118,27 +120,6 @@ def plan(
     if objective.aggregation == "token_mean":
         return made
     return made._replace(weights=_weights(objective, made, masked_loss.plane(logprobs), total))
-
-
-def _checked_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if len(shape) != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            f"cu_seqlens must be (S + 1,) with S >= 1 and logprobs (N,), got {tuple(cu_seqlens.shape)} and {shape}"
-        )
-    cu_seqlens = check.ids("cu_seqlens", cu_seqlens)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > shape[0]:
-            raise ValueError(f"cu_seqlens must rise from 0 to at most N = {shape[0]}, got {bounds}")
-    return cu_seqlens
-
-
-def sequence_ids(plane: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """(columns,) int64: the sequence of every packed token, or (rows, 1): that of every row."""
-    if cu_seqlens is None:
-        return torch.arange(plane.shape[0], device=plane.device)[:, None]
-    steps = torch.arange(plane.shape[1], device=plane.device)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True).clamp(max=cu_seqlens.shape[0] - 2)
 
 
 def _without(flags: Tensor | None, logprobs: Tensor, overlong: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

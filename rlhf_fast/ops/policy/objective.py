@@ -18,12 +18,12 @@ from torch import Tensor
 from rlhf_fast.ops.core import check
 from rlhf_fast.ops.core.loss import Objective
 from rlhf_fast.ops.core.masked_loss import product
+from rlhf_fast.ops.tokens.kl_estimate import VARIANTS as KL_VARIANTS
 
 MAX_LOG_RATIO = 20.0
 AGGREGATIONS = (
     "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm",
 )  # fmt: skip
-KL_ESTIMATORS = ("k1", "k2", "k3")
 CORRECTION_LEVELS = ("token", "sequence", "geometric")
 CORRECTION_MODES = ("truncate", "mask")
 
@@ -87,7 +87,7 @@ class PolicyObjective(Objective):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         check.one_of("aggregation", self.aggregation, AGGREGATIONS)
-        check.one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check.one_of("kl_estimator", self.kl_estimator, KL_VARIANTS)
         check.one_of("correction_level", self.correction_level, CORRECTION_LEVELS)
         check.one_of("correction_mode", self.correction_mode, CORRECTION_MODES)
         for name, (meaning, holds) in _RANGES.items():

@@ -65,12 +65,12 @@ from torch import Tensor
 from rlhf_fast.backends import native, packed, plane, resolve, threads
 from rlhf_fast.ops.core import check, masked_loss
 from rlhf_fast.ops.core import registration_by_schema as registration
-from rlhf_fast.ops.policy.batch import DROPPED, SELECTED, Inputs, Plan, plan, select, sequence_counts, sequence_ids
+from rlhf_fast.ops.core.sequences import sequence_ids
+from rlhf_fast.ops.policy.batch import DROPPED, SELECTED, Inputs, Plan, plan, select, sequence_counts
 from rlhf_fast.ops.policy.objective import (
     CORRECTION_LEVELS,
     CORRECTION_MODES,
     FUNCTIONS,
-    KL_ESTIMATORS,
     MAX_LOG_RATIO,
     VARIANTS,
     PolicyObjective,
@@ -78,7 +78,8 @@ from rlhf_fast.ops.policy.objective import (
     bounded_exp,
     slope_alone,
 )
-from rlhf_fast.ops.tokens.kl_estimate import ESTIMATORS
+from rlhf_fast.ops.tokens.kl_estimate import VARIANTS as KL_VARIANTS
+from rlhf_fast.ops.tokens.kl_estimate import k3
 
 __all__ = ["METRICS", "OPS", "VARIANTS", "Inputs", "Plan", "PolicyObjective", "evaluate", "plan", "policy_loss"]
 
@@ -213,7 +214,7 @@ def numbers(objective: PolicyObjective) -> tuple[str, list[float], list[int], li
     """What the kernels take of an objective: function, its parameters, the other choices, the other numbers."""
     o = objective
     choices = [
-        KL_ESTIMATORS.index(o.kl_estimator), int(o.kl_unbiased), CORRECTION_LEVELS.index(o.correction_level),
+        list(KL_VARIANTS).index(o.kl_estimator), int(o.kl_unbiased), CORRECTION_LEVELS.index(o.correction_level),
         CORRECTION_MODES.index(o.correction_mode), int(o.needs_sequences), int(o.marks_tokens),
         int(FUNCTIONS[o.function].folds_correction),
     ]  # fmt: skip
@@ -264,7 +265,7 @@ def reference(objective: PolicyObjective, inputs: Inputs, made: Plan) -> tuple[T
     weights = 1 / denominator if made.weights is None else made.weights
     loss = torch.where(counts, losses * weights, 0.0).sum()
     log_ratio, ratio = tokens.log_ratio.detach(), tokens.ratio.detach()
-    means = [held_low | held_high, held_low, held_high, torch.expm1(log_ratio) - log_ratio, ratio, kl, entropy,
+    means = [held_low | held_high, held_low, held_high, k3(log_ratio), ratio, kl, entropy,
              correction, outside, sampler_kl, dropped]  # fmt: skip
     values = torch.stack([torch.where(counts, m.detach().to(dtype), 0).sum() / denominator for m in means])
     return loss, torch.cat([values[:5], _extremes(ratio, counts), values[5:]])
@@ -274,7 +275,7 @@ def _kl_to_ref(o: PolicyObjective, log_ratio: Tensor, tokens: Tokens) -> Tensor:
     """The estimate per token from log_ratio = ref_logprob - logprob, with the gradient that the objective asks for."""
     if o.kl_estimator == "k3" or o.kl_unbiased:
         log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    kl = ESTIMATORS[o.kl_estimator](log_ratio)
+    kl = KL_VARIANTS[o.kl_estimator](log_ratio)
     if not o.kl_unbiased:
         return kl
     slope = (-tokens.ratio * log_ratio).detach()
@@ -322,7 +323,7 @@ def _correction(o: PolicyObjective, tokens: Tokens, sampler_logprobs: Tensor | N
         bounded = torch.where(outside, 0.0, weight)
     else:
         bounded = weight.clamp(o.correction_low, o.correction_high)
-    return bounded, outside, torch.expm1(apart) - apart
+    return bounded, outside, k3(apart)
 
 
 # --- The kernels ------------------------------------------------------------------------------------------------------

@@ -85,12 +85,19 @@ def kl_estimate(
     )[0].view(shape)  # fmt: skip
 
 
-# log r -> estimate
-ESTIMATORS = {
-    "k1": lambda log_ratio: -log_ratio,
-    "k2": lambda log_ratio: 0.5 * log_ratio.square(),
-    "k3": lambda log_ratio: torch.expm1(log_ratio) - log_ratio,
-}
+def k1(log_ratio: Tensor) -> Tensor:
+    return -log_ratio
+
+
+def k2(log_ratio: Tensor) -> Tensor:
+    return 0.5 * log_ratio.square()
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    return torch.expm1(log_ratio) - log_ratio
+
+
+VARIANTS = {"k1": k1, "k2": k2, "k3": k3}  # of log r; the order is that of csrc/math/kl_estimate.h
 
 
 def reference(

@@ -274,7 +274,7 @@ def test_bad_input_raises_with_the_shapes_in_the_message():
         linear_preference_loss(hidden[1:], weight, TARGETS[1:], **REFERENCE)
     with pytest.raises(ValueError, match=r"cu_seqlens must be \(2 B \+ 1,\) and targets \(N,\), got \(4,\) and \(9,\)"):
         linear_preference_loss(hidden.view(-1, D)[:9], weight, TARGETS.view(-1)[:9], cu_seqlens=torch.arange(4))
-    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to N = 9, got \[0, 3, 2\]"):
+    with pytest.raises(ValueError, match=r"cu_seqlens must be non-decreasing from 0 to N = 9, got \[0, 3, 2\]"):
         linear_preference_loss(hidden.view(-1, D)[:9], weight, TARGETS.view(-1)[:9], cu_seqlens=torch.tensor([0, 3, 2]))
     with pytest.raises(ValueError, match="ref_chosen must be given for sigmoid"):
         linear_preference_loss(hidden, weight, TARGETS)

@@ -404,7 +404,7 @@ def test_the_numbers_of_the_objective_are_the_keywords_of_the_function():
         (
             lambda x: [y[0] for y in x],
             {"cu_seqlens": torch.tensor([0, 4])},
-            r"cu_seqlens must rise from 0 to at most N = 3, got \[0, 4\]",
+            r"cu_seqlens must be non-decreasing from 0 to at most N = 3, got \[0, 4\]",
         ),
         (lambda x: x, {"overlong": torch.ones(3)}, r"overlong must be \(B,\) = \(2,\), got \(3,\)"),
         (lambda x: x, {"ref_logprobs": torch.zeros(3, 2)}, r"ref_logprobs .*\(2, 3\), got \(3, 2\)"),
