@@ -2,7 +2,7 @@
 
     python -m benchmarks.aot --out benchmarks/results/aot_triton3.9.json      with the Triton that is on the path
 
-Runs every case of benchmarks/op_cases, forward and backward, through the real launchers; a launch compiles the
+Runs every case of rlhf_fast/testing/cases, forward and backward, through the real launchers; a launch compiles the
 specialisation that it would have run, and runs nothing. The first case that launches a kernel compiles it for every
 target and dtype; the later ones, which differ in a variant or an option, for one of each. Then the calls of
 benchmarks/production.py, at the shapes of training, for sm_90, with the blocks of a kernel that fit a multiprocessor.
@@ -34,9 +34,9 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import production
 from benchmarks.occupancy import blocks_per_sm
-from benchmarks.op_cases import CASES, Case
 from rlhf_fast import backends, kernels
 from rlhf_fast.ops import table
+from rlhf_fast.testing.cases import CASES, Case
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

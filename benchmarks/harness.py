@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from torch import Tensor
 from benchmarks.clock import clock_for
 from benchmarks.costs import Work, work
 from benchmarks.machine import machine
-from rlhf_fast.ops.head.tiles import free_tile_buffer
-from tests.numerics import assert_contract
+from rlhf_fast.testing.memory import peak_bytes
+from rlhf_fast.testing.numerics import assert_contract
 
 LONG = 10  # fewer repeats than this are a trial, not a measurement
 FEWEST = 5  # repeats of a case that has used up its BUDGET
@@ -185,15 +184,6 @@ def scratch_bytes(contender: Contender, inputs: Inputs, device: str) -> int:
         peak = peak_bytes(lambda: results.extend(contender(inputs)))
     returned = {x.data_ptr(): x.nbytes for x in results if all(x.data_ptr() != y.data_ptr() for y in inputs.values())}
     return max(0, peak - sum(returned.values()))
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes of CPU tensors made by `function` that are alive at a time."""
-    free_tile_buffer()  # of an earlier call: it counts
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    changes = (e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
-    return max(accumulate(changes), default=0)
 
 
 def free_bytes(device: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 BACKENDS = ["reference", "cpu", "triton"]
 KERNELS = ["cpu", "triton"]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import rlhf_fast
-from benchmarks.op_cases.case import Case
 from rlhf_fast import Adapter, PolicyObjective, PreferenceObjective
 from rlhf_fast.ops import table
+from rlhf_fast.testing.cases.case import Case
 
 OPS = table()
 # Sizes are read when tensors are drawn: a test may set one of them to 0.

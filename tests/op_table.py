@@ -1,13 +1,13 @@
-"""Runs the cases of benchmarks/op_cases against float64: shared by the contract tests of every device."""
+"""Runs the cases of rlhf_fast/testing/cases against float64: shared by the contract tests of every device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks.op_cases import CASES, Case
 from rlhf_fast.ops import table
-from tests.numerics import assert_contract
+from rlhf_fast.testing.cases import CASES, Case
+from rlhf_fast.testing.numerics import assert_contract
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPS = table()

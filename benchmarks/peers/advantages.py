@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.settings import GAMMA, LAM, Function
-from tests.integrations.stand_ins import stand_ins
+from rlhf_fast.testing.stand_ins import stand_ins
 
 
 def verl_gae_whitened() -> Function:

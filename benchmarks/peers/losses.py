@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from benchmarks.peers.settings import BETA, CLIP, VALUE_COEF, Function
-from tests.integrations.stand_ins import stand_ins
+from rlhf_fast.testing.stand_ins import stand_ins
 
 
 def verl_policy_loss() -> Function:

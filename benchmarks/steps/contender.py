@@ -12,11 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import peak_bytes
 from benchmarks.memory import unique_bytes
 from benchmarks.steps.recorder import Recorder
 from benchmarks.steps.setting import Workspace
 from rlhf_fast.data.encoding import quiet_libraries
+from rlhf_fast.testing.memory import peak_bytes
 
 MODULES = {"rlhf_fast": "benchmarks.steps.ours", "trl": "benchmarks.steps.with_trl"}
 

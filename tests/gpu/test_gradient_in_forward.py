@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Transform, empty_stats, reference
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 from tests.op_table import DTYPES, OPS
 
 

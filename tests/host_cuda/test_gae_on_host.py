@@ -7,8 +7,8 @@ import torch
 
 from rlhf_fast.backends import DTYPE_CODES
 from rlhf_fast.ops.advantages.gae import empty_outputs, reference
+from rlhf_fast.testing.numerics import assert_contract
 from tests.host_cuda.token_logprobs import address
-from tests.numerics import assert_contract
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torch
 
 from rlhf_fast.backends import DTYPE_CODES
 from rlhf_fast.ops.tokens.token_logprobs import empty_stats
+from rlhf_fast.testing.numerics import assert_contract
 from tests.host_cuda.token_logprobs import address, arguments, with_gradients
-from tests.numerics import assert_contract
 
 DTYPES = list(DTYPE_CODES)
 

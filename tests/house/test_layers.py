@@ -67,12 +67,17 @@ def layer(name: str) -> str:
     return name.split(".")[0]
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if n and layer(n) != "integrations"])
+@pytest.mark.parametrize("name", [n for n in MODULES if n and layer(n) not in ("integrations", "testing")])
 def test_imports_go_only_to_lower_layers(name):
     assert layer(name) in RANK, f"{name}: no layer of LAYERS"
     for used in ours(MODULES[name]):
         assert layer(used) in RANK, f"{name} imports rlhf_fast.{used}, which is in no layer"
         assert RANK[layer(used)] >= RANK[layer(name)], f"{name} imports rlhf_fast.{used}, a higher layer"
+
+
+def test_nothing_uses_what_tests_and_benchmarks_share():
+    users = {name for name, tree in MODULES.items() if any(layer(used) == "testing" for used in ours(tree))}
+    assert {name for name in users if layer(name) != "testing"} == set()
 
 
 def test_integrations_use_ops_only():
@@ -153,11 +158,25 @@ def test_native_sources_know_neither_torch_nor_python():
                 assert not re.match(r"torch|ATen|c10|pybind11|Python", include), f"{path.name} includes {include}"
 
 
+@pytest.mark.parametrize(
+    ("folder", "other", "exceptions"),
+    # Tests of the benchmarks, and of the pages that are made from their results.
+    [("tests", "benchmarks", {"benchmarks", "docs"}), ("benchmarks", "tests", set())],
+)
+def test_tests_and_benchmarks_do_not_import_each_other(folder, other, exceptions):
+    users = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        if any(module.split(".")[0] == other for module, _ in imported(ast.parse(path.read_text(), str(path)))):
+            users.add(path.relative_to(ROOT / folder).parts[0])
+    assert users == exceptions
+
+
 def test_import_rlhf_fast_brings_torch_and_nothing_else():
     code = "import torch, sys; before = set(sys.modules); import rlhf_fast; print(*sorted(set(sys.modules) - before))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"transformers", "triton", "pydantic", "peft", "typer", "rich", "datasets", "accelerate", "matplotlib"}
     assert heavy & {name.split(".")[0] for name in run.stdout.split()} == set()
+    assert "rlhf_fast.testing" not in run.stdout.split()
 
 
 def test_the_folder_kernels_never_hides_the_package_kernels(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rlhf_fast.integrations import patched
-from tests.integrations.stand_ins import stand_ins
+from rlhf_fast.testing.stand_ins import stand_ins
 
 PAGE = (Path(__file__).parents[2] / "docs" / "drop_in.md").read_text()
 # Packages whose modules import from the defining ones.

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 import rlhf_fast.integrations as integrations
 from rlhf_fast.integrations import flash_attn
 from rlhf_fast.integrations.flash_attn import MODULE, cross_entropy_loss
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 absent = pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
 

@@ -19,8 +19,8 @@ from torch import Tensor
 import rlhf_fast.integrations as integrations
 from rlhf_fast.integrations import liger
 from rlhf_fast.ops.head import _logprobs_op as _linear_call
+from rlhf_fast.testing.numerics import TOLERANCE, assert_contract
 from tests.linear_losses import products
-from tests.numerics import TOLERANCE, assert_contract
 
 pytest.importorskip("liger_kernel", reason="needs liger-kernel (make peers)")
 from liger_kernel import chunked_loss

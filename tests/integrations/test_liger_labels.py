@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from rlhf_fast.integrations import liger
 from rlhf_fast.integrations.liger.functions import FUNCTIONAL, FUNCTIONS
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 N, D, V = 13, 8, 37
 TARGET = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))

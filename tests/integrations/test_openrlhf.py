@@ -16,8 +16,8 @@ import torch
 
 from rlhf_fast.integrations import openrlhf as ours
 from rlhf_fast.integrations import patched
+from rlhf_fast.testing.stand_ins import stand_ins
 from tests.integrations.parity import DTYPES, assert_parity, draw, evaluate, ragged
-from tests.integrations.stand_ins import stand_ins
 
 pytest.importorskip("openrlhf", reason="needs openrlhf (make peers)")
 
@@ -415,19 +415,16 @@ def test_the_language_model_loss_of_no_label_is_0_where_that_of_openrlhf_is_nan(
 
 def test_patch_says_what_to_do_where_flash_attn_is_absent():
     code = """
-import subprocess
-import sys
-sys.path[:0] = [sys.argv[1]]
-import stand_ins
-stand_ins.ABSENT = ("deepspeed", "ray", "openrlhf.utils")
 import rlhf_fast
+from rlhf_fast.testing import stand_ins
+stand_ins.ABSENT = ("deepspeed", "ray", "openrlhf.utils")
 with stand_ins.stand_ins():
     try:
         rlhf_fast.patch("openrlhf")
     except ModuleNotFoundError as error:
         print(error)
 """
-    run = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     said = run.stdout.strip().split("\n")[-1]
     assert said.startswith("openrlhf imports flash_attn"), run.stderr
     assert "pip install flash-attn --no-build-isolation, which needs CUDA" in said

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import rlhf_fast
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 pytest.importorskip("trl", reason="needs trl (make peers)")
 

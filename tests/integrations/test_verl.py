@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 
 from rlhf_fast.integrations import patch, patched, unpatch
 from rlhf_fast.integrations import verl as ours
+from rlhf_fast.testing.numerics import assert_contract
 from tests.integrations import verl_ranks
-from tests.numerics import assert_contract
 
 core = pytest.importorskip("verl.trainer.ppo.core_algos", reason="needs verl (make peers)")
 import verl.utils.experimental.torch_functional as verl_fused  # noqa: E402

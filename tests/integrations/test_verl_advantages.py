@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rlhf_fast.integrations import verl as ours
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 core = pytest.importorskip("verl.trainer.ppo.core_algos", reason="needs verl (make peers)")
 import verl.utils.torch_functional as verl_functional  # noqa: E402

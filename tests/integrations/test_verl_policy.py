@@ -5,7 +5,7 @@ import torch
 
 from rlhf_fast.integrations import patched
 from rlhf_fast.integrations import verl as ours
-from tests.numerics import TOLERANCE, assert_contract
+from rlhf_fast.testing.numerics import TOLERANCE, assert_contract
 
 core = pytest.importorskip("verl.trainer.ppo.core_algos", reason="needs verl (make peers)")
 import verl.workers.utils.losses as worker  # noqa: E402

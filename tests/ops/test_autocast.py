@@ -17,7 +17,7 @@ from rlhf_fast import (
     linear_value_loss,
     lora_linear,
 )
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 BACKENDS = ["reference", "cpu", "triton"]
 TYPES = [torch.bfloat16, torch.float16]

@@ -1,4 +1,4 @@
-"""Every op x variant x backend x dtype of benchmarks/op_cases keeps the op contract; what an op does beyond it is
+"""Every op x variant x backend x dtype of rlhf_fast/testing/cases keeps the op contract; what an op does beyond it is
 tested in the op's own file."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.op_cases import CASES
+from rlhf_fast.testing.cases import CASES
 from tests.op_table import DTYPES, OPS, assert_keeps_contract, case_backend_pairs
 
 # The CPU stands in for a GPU through Triton's interpreter (tests/conftest.py).

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import rlhf_fast
-from benchmarks.op_cases.case import Case, flatten
 from rlhf_fast import (
     AdaptiveKLController,
     FixedKLController,
@@ -24,6 +23,7 @@ from rlhf_fast import (
     policy_loss,
     preference_loss,
 )
+from rlhf_fast.testing.cases.case import Case, flatten
 from tests.op_inputs import CASES, each
 
 BACKENDS = ["reference", "cpu", "triton"]

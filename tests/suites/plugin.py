@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def openrlhf() -> None:
     """What it imports of a cluster and never calls in these tests has stand-ins."""
-    from stand_ins import stand_ins  # of tests/integrations
+    from rlhf_fast.testing.stand_ins import stand_ins
 
     with stand_ins():
         for module in ("openrlhf.models.loss", "openrlhf.models.utils", "openrlhf.trainer.ppo_utils.experience_maker"):

@@ -50,7 +50,7 @@ def run(peer: str, suite: dict[str, Any], folder: Path, arguments: list[str], *,
     report = folder / "report.json"
     report.unlink(missing_ok=True)
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent / "integrations"))), "SUITE_PEER": peer,
+        **os.environ, "PYTHONPATH": str(HERE), "SUITE_PEER": peer,
         "SUITE_PATCHED": str(int(patched)), "SUITE_REPORT": str(report),
     }  # fmt: skip
     command = [

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rlhf_fast import discounted_returns, gae, length_adaptive_lambda
 from rlhf_fast.backends import native
 from rlhf_fast.ops.advantages import gae as module
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 BACKENDS = ("reference", "cpu", "triton")
 KERNELS = ("cpu", "triton")

@@ -12,7 +12,7 @@ from rlhf_fast.kernels import group_advantages as kernels
 
 from rlhf_fast import group_advantages
 from rlhf_fast.ops.advantages import group_advantages as module
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 BACKENDS = ("reference", "cpu", "triton")
 KERNELS = ("cpu", "triton")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlhf_fast import gae, vtrace
 from rlhf_fast.ops.advantages import vtrace as module
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 BACKENDS = ("reference", "cpu", "triton")
 KERNELS = ("cpu", "triton")

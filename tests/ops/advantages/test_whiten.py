@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from rlhf_fast import whiten
 from rlhf_fast.ops.advantages import whiten as module
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 BACKENDS = ("reference", "cpu", "triton")
 KERNELS = ("cpu", "triton")

@@ -8,8 +8,8 @@ from rlhf_fast.ops.head import _kl_op as _linear_kl_call
 from rlhf_fast.ops.head import tiles as _head
 from rlhf_fast.ops.head.linear_kl import LinearKl
 from rlhf_fast.ops.tokens.token_kl import DIVERGENCES
+from rlhf_fast.testing.numerics import assert_contract
 from tests.losses import BACKENDS, DTYPES, KERNELS, compiled
-from tests.numerics import assert_contract
 
 MASK = torch.tensor([[1, 0, 1], [0, 1, 1]])
 

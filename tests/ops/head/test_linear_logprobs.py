@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from benchmarks.harness import peak_bytes
 from rlhf_fast import linear_logprobs, token_logprobs
 from rlhf_fast.ops.head import _logprobs_op as _linear_call
 from rlhf_fast.ops.head import tiles as _head
-from tests.numerics import assert_contract
+from rlhf_fast.testing.memory import peak_bytes
+from rlhf_fast.testing.numerics import assert_contract
 
 BACKENDS = ["reference", "cpu", "triton"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from benchmarks.harness import peak_bytes
 from rlhf_fast import PolicyObjective, linear_logprobs, linear_policy_loss, policy_loss
 from rlhf_fast.ops.head.linear_policy_loss import OPS, coupling
 from rlhf_fast.ops.policy.policy_loss import VARIANTS
+from rlhf_fast.testing.memory import peak_bytes
 from tests.linear_losses import (
     PARAMETERS,
     TRANSFORM,

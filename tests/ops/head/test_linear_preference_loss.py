@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from benchmarks.harness import peak_bytes
 from rlhf_fast import PreferenceObjective, linear_logprobs, linear_preference_loss, preference_loss
 from rlhf_fast.ops.head.linear_preference_loss import OPS, coupling
 from rlhf_fast.ops.preference.objective import VARIANTS, Pairs
+from rlhf_fast.testing.memory import peak_bytes
 from tests.linear_losses import (
     PARAMETERS,
     TRANSFORM,

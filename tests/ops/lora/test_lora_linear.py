@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_fast import Adapter, lora_linear
 from rlhf_fast.ops.lora import _cpu as _lora_cpu
 from rlhf_fast.ops.lora.lora_linear import reference
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 BACKENDS = ("cpu", "triton")
 LAYOUTS = {  # segments of a bank of two adapters

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from rlhf_fast import kl_estimate
 from rlhf_fast.ops.tokens.kl_estimate import ESTIMATORS, reference
+from rlhf_fast.testing.numerics import assert_contract
 from tests.losses import BACKENDS, DTYPES, KERNELS, SHAPES, compiled, draw
-from tests.numerics import assert_contract
 
 
 def run(estimate, logprobs, ref_logprobs):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rlhf_fast import BackendError, token_logprobs, use_backend
 from rlhf_fast.ops.core import check
 from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Transform, empty_stats, reference
-from tests.numerics import assert_contract
+from rlhf_fast.testing.numerics import assert_contract
 
 BACKENDS = ["reference", "cpu", "triton"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from rlhf_fast import distributional_value_loss
 from rlhf_fast.ops.values.distributional_value_loss import reference
+from rlhf_fast.testing.numerics import assert_contract
 from tests.losses import BACKENDS, DTYPES, KERNELS, compiled, draw, ragged
-from tests.numerics import assert_contract
 
 RANGE = {"v_min": -2.0, "v_max": 3.0}
 

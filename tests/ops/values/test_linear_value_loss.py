@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from rlhf_fast import linear_value_loss, value_loss
 from rlhf_fast.ops.values.linear_value_loss import reference
+from rlhf_fast.testing.numerics import assert_contract
 from tests.losses import BACKENDS, DTYPES, KERNELS, compiled, ragged
-from tests.numerics import assert_contract
 
 
 def draw(shape, width, dtype=torch.float32, seed=0):

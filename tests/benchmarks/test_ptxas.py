@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.ptxas import ARCHITECTURES, CSRC, FMAD, compiled, sources
 
-RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "ptxas.json"
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "ptxas.json"
 COMMAND = "python -m benchmarks.ptxas --out benchmarks/results/ptxas.json"
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import B, Case, T, logprobs, mask, plane
+from rlhf_fast.testing.cases.case import B, Case, T, logprobs, mask, plane
 
 
 def vtrace_tensors() -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import B, Case, T, logprobs, mask, on_policy, plane
 from rlhf_fast.ops.policy.policy_loss import VARIANTS
+from rlhf_fast.testing.cases.case import B, Case, T, logprobs, mask, on_policy, plane
 
 TERMS: dict[str, Any] = {
     "kl_coef": 0.1, "entropy_coef": 0.01, "entropy_fraction": 0.8, "correction_low": 0.5, "correction_high": 1.5,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import B, Case, D, T, V, mask, plane
 from rlhf_fast import Adapter
+from rlhf_fast.testing.cases.case import B, Case, D, T, V, mask, plane
 
 RANKS = (8, 3, 70)  # the last one is more than a tile of ranks
 

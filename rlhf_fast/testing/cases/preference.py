@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import Case, mask, plane
 from rlhf_fast.ops.preference import preference_loss, unpaired_preference_loss
 from rlhf_fast.ops.rewards import ranking_loss, step_reward_loss
+from rlhf_fast.testing.cases.case import Case, mask, plane
 
 PAIRS = 6
 

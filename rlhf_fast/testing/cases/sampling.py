@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.op_cases.case import B, Case
+from rlhf_fast.testing.cases.case import B, Case
 
 
 def logits() -> dict[str, torch.Tensor]:

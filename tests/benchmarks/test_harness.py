@@ -11,9 +11,10 @@ from benchmarks import clock, machine
 from benchmarks.cases import advantages, linear, op_linear, sizes
 from benchmarks.cases.sizes import Sizes, with_gradient
 from benchmarks.costs import PASSES, Work, evaluated, floor_seconds, work
-from benchmarks.harness import Bar, Case, check, described, enough, judged, measure, peak_bytes, print_result, spread
+from benchmarks.harness import Bar, Case, check, described, enough, judged, measure, print_result, spread
+from rlhf_fast.testing.memory import peak_bytes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TIMED = {"token_logprobs", "linear_logprobs", "linear_policy_loss", "policy_loss", "gae"}
 
 

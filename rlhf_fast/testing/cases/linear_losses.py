@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import B, Case, D, T, V, ids, mask, on_policy, plane
 from rlhf_fast import PolicyObjective, PreferenceObjective
+from rlhf_fast.testing.cases.case import B, Case, D, T, V, ids, mask, on_policy, plane
 
 
 def head() -> dict[str, Tensor]:

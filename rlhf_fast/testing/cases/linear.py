@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import B, Case, D, T, V, ids, mask
+from rlhf_fast.testing.cases.case import B, Case, D, T, V, ids, mask
 
 R = 4  # rank of the head's LoRA
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import B, Case, T, V, ids, mask
+from rlhf_fast.testing.cases.case import B, Case, T, V, ids, mask
 
 
 def logits_and_targets() -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def test_the_gpu_tests_and_benchmarks_import_with_torch_and_pytest_alone():
 
 def test_the_gpu_tests_are_all_in_one_folder():
     marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.gpu" in path.read_text()]
-    assert {path.parent.name for path in marked if path.name != "test_gpu_target.py"} == {"gpu"}
+    assert {path.parent.name for path in marked if path.name != "test_gpu_session.py"} == {"gpu"}
 
 
 def test_both_commands_are_targets_of_the_makefile():

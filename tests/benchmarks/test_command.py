@@ -22,7 +22,7 @@ from benchmarks.results_file import ResultsError, load, regressions, source
 from rlhf_fast import cli
 from rlhf_fast.ops import table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = {
     "bars": Sizes(N=24, V=1031, D=32, B=17, T=33, packed=99, dtype=torch.float32),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases.case import B, Case, D, T, V, ids, logprobs, mask
+from rlhf_fast.testing.cases.case import B, Case, D, T, V, ids, logprobs, mask
 
 
 def both_logits() -> dict[str, Tensor]:
