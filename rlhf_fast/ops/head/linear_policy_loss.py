@@ -47,7 +47,7 @@ def linear_policy_loss(
     old_logprobs: Tensor | None,
     advantages: Tensor,
     *,
-    objective: PolicyObjective = PolicyObjective(),  # noqa: B008 (frozen)
+    objective: str | PolicyObjective = "ppo_clip",
     bias: Tensor | None = None,
     head_lora: tuple[Tensor, Tensor, float] | None = None,
     mask: Tensor | None = None,
@@ -82,6 +82,7 @@ def linear_policy_loss(
     Returns (loss, metrics) as policy_loss, or (loss, metrics, logprobs). Raises ValueError or TypeError for what does
     not fit, IndexError on the CPU for a counted target outside [0, V).
     """
+    objective = PolicyObjective.of(objective)
     hidden, weight, bias, head_lora = _head.operands(hidden, weight, bias, head_lora)
     call = _linear_loss.checked(
         hidden, weight, targets, bias, head_lora, temperature, logit_scale, softcap, mask, mask_count,
@@ -96,7 +97,7 @@ def linear_policy_loss(
                        sequences=sequences)  # fmt: skip
     inputs = inputs.planes()
     constants = [None if old_logprobs is None else inputs.old_logprobs, *inputs[2:5]]
-    name = resolve("linear_policy_loss", policy.IMPLS, hidden.device, backend)
+    name = resolve(f"linear_policy_loss of {objective.variant}", objective.kernels, hidden.device, backend)
     if name == "reference" or (call.frozen and objective.entropy_coef == 0):
         found = linear_logprobs(
             hidden, weight, targets, bias=bias, mask=None if plan.flags is None else plan.flags.view(shape),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast.ops.core import check, masked_loss
 from rlhf_fast.ops.core.sequences import check_bounds, checked_cu_seqlens, sequence_ids
-from rlhf_fast.ops.policy.objective import PolicyObjective, clip_bounds, given
+from rlhf_fast.ops.policy.objective import PolicyObjective, clip_bounds, not_none
 
 COUNTS, DROPPED, SELECTED = 1, 2, 4  # bits of Plan.flags after `select`
 
@@ -44,8 +44,7 @@ class Inputs(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """`function` of every tensor that is there."""
-        first = function(self.logprobs), function(self.old_logprobs), function(self.advantages)
-        return Inputs(*first, *(None if x is None else function(x) for x in self[3:]))
+        return Inputs(*[None if x is None else function(x) for x in self])  # type: ignore[arg-type]
 
 
 class Plan(NamedTuple):
@@ -115,11 +114,11 @@ def plan(
     tokens = masked_loss.denominator_tensor(denominator, logprobs)
     if tokens is not None:
         tokens = torch.where(tokens == 0, 1, tokens)
-    made = Plan(flags, None, tokens, cu_seqlens)
-    total = masked_loss.denominator_tensor(sequences, logprobs)
+    unweighted = Plan(flags, None, tokens, cu_seqlens)
+    sequences = masked_loss.denominator_tensor(sequences, logprobs)
     if objective.aggregation == "token_mean":
-        return made
-    return made._replace(weights=_weights(objective, made, masked_loss.plane(logprobs), total))
+        return unweighted
+    return unweighted._replace(weights=_weights(objective, unweighted, masked_loss.plane(logprobs), sequences))
 
 
 def _without(flags: Tensor | None, logprobs: Tensor, overlong: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -134,50 +133,50 @@ def _without(flags: Tensor | None, logprobs: Tensor, overlong: Tensor | None, cu
     return flags.contiguous()
 
 
-def sequence_counts(made: Plan, like: Tensor) -> Tensor:
+def sequence_counts(plan: Plan, like: Tensor) -> Tensor:
     """(S,) int64: the counted tokens of each sequence."""
-    counts = made.counts(like)
-    if made.cu_seqlens is None:
+    counts = plan.counts(like)
+    if plan.cu_seqlens is None:
         return counts.sum(1)
     before = torch.nn.functional.pad(counts[0].cumsum(0), (1, 0))
-    return before[made.cu_seqlens].diff()
+    return before[plan.cu_seqlens].diff()
 
 
-def _weights(objective: PolicyObjective, made: Plan, like: Tensor, sequences: Tensor | None) -> Tensor:
+def _weights(objective: PolicyObjective, plan: Plan, like: Tensor, sequences: Tensor | None) -> Tensor:
     """Plan.weights of the objective's aggregation, which is not token_mean."""
     dtype = check.compute_dtype(like.dtype)
     if objective.aggregation == "token_sum":
         return torch.ones((), dtype=dtype, device=like.device).expand(like.shape)
-    lengths = sequence_counts(made, like)
+    lengths = sequence_counts(plan, like)
     if sequences is None:
         sequences = (lengths > 0).sum().to(dtype)
     share = 1 / torch.where(sequences == 0, 1, sequences)
     if objective.aggregation == "seq_mean_token_sum":
         return share.expand(like.shape)
     if objective.aggregation == "seq_mean_token_sum_norm":
-        return (share / given(objective.fixed_length)).expand(like.shape)
+        return (share / not_none(objective.fixed_length)).expand(like.shape)
     each = share / lengths.clamp(min=1).to(dtype)
-    return each[sequence_ids(like, made.cu_seqlens)].expand(like.shape)
+    return each[sequence_ids(like, plan.cu_seqlens)].expand(like.shape)
 
 
 # --- Selections of the whole call -------------------------------------------------------------------------------------
 
 
-def select(objective: PolicyObjective, inputs: Inputs, made: Plan) -> Plan:
-    """`made` with the tokens flagged that the objective drops by entropy or selects by covariance.
+def select(objective: PolicyObjective, inputs: Inputs, plan: Plan) -> Plan:
+    """`plan` with the tokens flagged that the objective drops by entropy or selects by covariance.
 
     Where objective.marks_tokens, the flags are then bits, COUNTS among them.
     """
     if not objective.marks_tokens:
-        return made
-    if made.flags is not None:
-        made = made._replace(flags=(made.flags != 0).to(torch.uint8))
+        return plan
+    if plan.flags is not None:
+        plan = plan._replace(flags=(plan.flags != 0).to(torch.uint8))
     if objective.entropy_fraction < 1 and inputs.entropy is not None:
-        counts = made.counts(inputs.entropy)
-        kept = _largest(inputs.entropy.detach(), counts, torch.ceil(objective.entropy_fraction * counts.sum()))
-        made = made.with_flag(~kept, DROPPED)
+        counts = plan.counts(inputs.entropy)
+        highest = _largest(inputs.entropy.detach(), counts, torch.ceil(objective.entropy_fraction * counts.sum()))
+        plan = plan.with_flag(~highest, DROPPED)
     if objective.function in ("clip_cov", "kl_cov"):
-        counts, dtype = made.counts(inputs.logprobs), check.compute_dtype(inputs.logprobs.dtype)
+        counts, dtype = plan.counts(inputs.logprobs), check.compute_dtype(inputs.logprobs.dtype)
         total = counts.sum()
         centred = []
         for x in (inputs.logprobs.detach(), inputs.advantages):
@@ -188,8 +187,8 @@ def select(objective: PolicyObjective, inputs: Inputs, made: Plan) -> Plan:
             counts = counts & (covariance > objective.cov_low) & (covariance < objective.cov_high)
             counts = counts & ~_clipped(objective, inputs)
         count = torch.floor(objective.cov_fraction * total).clamp(min=1)
-        made = made.with_flag(_largest(covariance, counts, count), SELECTED)
-    return made
+        plan = plan.with_flag(_largest(covariance, counts, count), SELECTED)
+    return plan
 
 
 def _clipped(objective: PolicyObjective, inputs: Inputs) -> Tensor:

@@ -41,7 +41,7 @@ class PolicyObjective(Objective):
     max_divergence >= 0: the delta of dppo_tv (a probability) and dppo_kl (nats).
     cov_fraction in (0, 1]: how many of the call's tokens clip_cov and kl_cov select; cov_low, cov_high: the covariances
     that clip_cov selects from; kl_cov_coef >= 0: the weight of kl_cov's penalty.
-    kl_coef >= 0: weight of the KL to the reference in the loss, by kl_estimator; kl_unbiased: the estimate times the
+    kl_coef >= 0: weight of the KL to the reference in the loss, by kl_variant; kl_unbiased: the estimate times the
     ratio, with the gradient of the KL itself instead of the estimator's. entropy_coef >= 0: weight of the entropy
     bonus.
     entropy_fraction in (0, 1]: the share of the call's tokens, those of highest entropy, that the policy term keeps.
@@ -70,7 +70,7 @@ class PolicyObjective(Objective):
     cov_high: float = 5.0
     kl_cov_coef: float = 1.0
     kl_coef: float = 0.0
-    kl_estimator: str = "k3"
+    kl_variant: str = "k3"
     kl_unbiased: bool = False
     entropy_coef: float = 0.0
     entropy_fraction: float = 1.0
@@ -87,7 +87,7 @@ class PolicyObjective(Objective):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         check.one_of("aggregation", self.aggregation, AGGREGATIONS)
-        check.one_of("kl_estimator", self.kl_estimator, KL_VARIANTS)
+        check.one_of("kl_variant", self.kl_variant, KL_VARIANTS)
         check.one_of("correction_level", self.correction_level, CORRECTION_LEVELS)
         check.one_of("correction_mode", self.correction_mode, CORRECTION_MODES)
         for name, (meaning, holds) in _RANGES.items():
@@ -104,6 +104,11 @@ class PolicyObjective(Objective):
     def function(self) -> str:
         """The loss function, a key of FUNCTIONS and of the kernels' tables."""
         return VARIANTS[self.variant].function
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The backends that have the loss beside "reference"."""
+        return FUNCTIONS[self.function].kernels
 
     @property
     def needs_sequences(self) -> bool:
@@ -248,11 +253,11 @@ def sapo(t: Tokens, o: PolicyObjective) -> Losses:
 
 
 def _within_divergence(t: Tokens, divergence: Tensor, o: PolicyObjective) -> Losses:
-    far = divergence > given(o.max_divergence)
+    far = divergence > not_none(o.max_divergence)
     low, high = far & (t.advantages < 0) & (t.log_ratio < 0), far & (t.advantages > 0) & (t.log_ratio > 0)
     # Beyond the cap the slope is that of the cap times the log-ratio, and not 0.
-    beyond = given(o.dual_clip) * (1 + slope_alone(t.logprobs))
-    ratio = torch.where(t.ratio > given(o.dual_clip), beyond, t.ratio)
+    beyond = not_none(o.dual_clip) * (1 + slope_alone(t.logprobs))
+    ratio = torch.where(t.ratio > not_none(o.dual_clip), beyond, t.ratio)
     return torch.where(low | high, 0.0, -ratio * t.advantages), low, high
 
 
@@ -299,8 +304,8 @@ def dro(t: Tokens, o: PolicyObjective) -> Losses:
 # --- The tables -------------------------------------------------------------------------------------------------------
 
 
-def given(value: float | None) -> float:
-    """A number of an objective that its variant has a default for, or that __post_init__ has asked for."""
+def not_none(value: float | None) -> float:
+    """A number that its variant has a default for, or that __post_init__ has asked for."""
     assert value is not None
     return value
 
@@ -308,11 +313,11 @@ def given(value: float | None) -> float:
 def clip_bounds(o: PolicyObjective) -> list[float]:
     """Lowest ratio, highest ratio, dual clip or inf."""
     dual_clip = math.inf if o.dual_clip is None else o.dual_clip
-    return [1 - given(o.clip_eps_low), 1 + given(o.clip_eps_high), dual_clip]
+    return [1 - not_none(o.clip_eps_low), 1 + not_none(o.clip_eps_high), dual_clip]
 
 
 def _log_bounds(o: PolicyObjective) -> list[float]:
-    return [-given(o.clip_eps_low), given(o.clip_eps_high)]
+    return [-not_none(o.clip_eps_low), not_none(o.clip_eps_high)]
 
 
 class Function(NamedTuple):
@@ -322,6 +327,7 @@ class Function(NamedTuple):
     )  # what the kernels' function takes, at most five
     per_sequence: bool = False  # reads Tokens.total
     folds_correction: bool = False  # reads Tokens.log_correction: the correction is in its weight already
+    kernels: tuple[str, ...] = ("cpu", "triton")  # the backends that have it; "reference" always does
 
 
 FUNCTIONS = {
@@ -331,8 +337,8 @@ FUNCTIONS = {
     "policy_gradient": Function(policy_gradient),
     "cispo": Function(cispo, clip_bounds),
     "sapo": Function(sapo, lambda o: [o.sapo_temperature_pos, o.sapo_temperature_neg]),
-    "dppo_tv": Function(dppo_tv, lambda o: [given(o.max_divergence), given(o.dual_clip)]),
-    "dppo_kl": Function(dppo_kl, lambda o: [given(o.max_divergence), given(o.dual_clip)]),
+    "dppo_tv": Function(dppo_tv, lambda o: [not_none(o.max_divergence), not_none(o.dual_clip)]),
+    "dppo_kl": Function(dppo_kl, lambda o: [not_none(o.max_divergence), not_none(o.dual_clip)]),
     "gspo": Function(gspo, clip_bounds, per_sequence=True),
     "gspo_token": Function(gspo_token, clip_bounds, per_sequence=True),
     "gmpo": Function(gmpo, _log_bounds, per_sequence=True),

@@ -34,10 +34,10 @@ infinite; so is that of k3 to the reference, and with kl_unbiased of every estim
 advantage, a correction, the mask) takes out what it multiplies, infinities included. approx_kl = (r - 1) - log r uses
 the log-ratio as it is, by a series where it is small: exp(x) - 1 - x cancels. Where
 logprobs are old_logprobs bit for bit, r is exactly 1, approx_kl and clip_fraction exactly 0.
-Computed in float32 (float64 for float64), behind the mask nothing is read. Sums are made in a fixed order.
+Computed in float32 (float64 for float64), behind the mask nothing is read. Sums are plan in a fixed order.
 
 Cost per token: three inputs of s bytes (one more per optional input) and the mask read, 4 bytes (the gradient
-coefficient) written, about 40 FLOPs; losses made from sequences read the first inputs once more. Backward reads the
+coefficient) written, about 40 FLOPs; losses plan from sequences read the first inputs once more. Backward reads the
 coefficient and writes the gradient.
 
 Sources: PPO, arXiv 1707.06347, eq. 7; dual clip, 1912.09729, eq. 5, which for a delta >= 1 + clip_eps_high is also the
@@ -54,17 +54,16 @@ GPG 2504.02546; REINFORCE, Williams 1992; A2C 1602.01783; entropy mask 2506.0193
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, plane, resolve, threads
-from rlhf_fast.ops.core import check, masked_loss
-from rlhf_fast.ops.core import registration_by_schema as registration
+from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.core.loss import Loss
 from rlhf_fast.ops.core.sequences import sequence_ids
 from rlhf_fast.ops.policy.batch import DROPPED, SELECTED, Inputs, Plan, plan, select, sequence_counts
 from rlhf_fast.ops.policy.objective import (
@@ -90,44 +89,13 @@ METRICS = (
 ALWAYS = METRICS[:7]
 
 
-_objective = lru_cache(PolicyObjective)  # a loop asks for the same one at every step
-
-
-@check.takes_numbers
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     *,
+    objective: str | PolicyObjective = "ppo_clip",
     mask: Tensor | None = None,
-    variant: str = "ppo_clip",
-    aggregation: str | None = None,
-    fixed_length: float | None = None,
-    clip_eps_low: float | None = None,
-    clip_eps_high: float | None = None,
-    dual_clip: float | None = None,
-    sapo_temperature_pos: float = 1.0,
-    sapo_temperature_neg: float = 1.05,
-    vespo_k_pos: float = 2.0,
-    vespo_lambda_pos: float = 3.0,
-    vespo_k_neg: float = 3.0,
-    vespo_lambda_neg: float = 2.0,
-    dro_beta: float = 0.05,
-    max_divergence: float | None = None,
-    cov_fraction: float = 2e-4,
-    cov_low: float = 1.0,
-    cov_high: float = 5.0,
-    kl_cov_coef: float = 1.0,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    kl_unbiased: bool = False,
-    entropy_coef: float = 0.0,
-    entropy_fraction: float = 1.0,
-    correction_level: str = "token",
-    correction_mode: str = "truncate",
-    correction_low: float = 0.0,
-    correction_high: float = 2.0,
-    off_policy_max_kl: float | None = None,
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
@@ -136,16 +104,16 @@ def policy_loss(
     denominator: Tensor | float | None = None,
     sequences: Tensor | float | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The policy loss and its metrics; only `logprobs` and `entropy` get a gradient.
+) -> Loss:
+    """The policy loss `objective` and its metrics; only `logprobs` and `entropy` get a gradient.
 
     logprobs, old_logprobs: (B, T), or (N,) packed, in nats; float32, bfloat16, float16 or float64, any strides.
     old_logprobs None: on policy. They are logprobs without the gradient, as in the first update after a rollout.
     advantages: the same shape, or (B, 1) or (B,) for one per sequence, which is broadcast without a copy.
+    objective: a name of VARIANTS, with the numbers of its paper, or a PolicyObjective with any others.
     mask: the shape of logprobs, nonzero counts. Nothing counted gives a loss of 0 with gradient 0.
-    variant ... off_policy_max_kl: the numbers of the loss, see PolicyObjective.
     ref_logprobs: the reference's, where kl_coef > 0 or to measure it. sampler_logprobs: those of the sampler, where it
-    is not the policy that made old_logprobs. entropy: nats per token, where entropy_coef > 0 or entropy_fraction < 1,
+    is not the policy that plan old_logprobs. entropy: nats per token, where entropy_coef > 0 or entropy_fraction < 1,
     or to measure it. All of the shape of logprobs. overlong: (B,) or, packed, (S,): nonzero leaves the sequence out.
     cu_seqlens: (S + 1,) int64 or int32, the packed sequences, wherever sequences matter; tokens after the last one
     do not count.
@@ -153,20 +121,14 @@ def policy_loss(
     and the sequences with a counted token, of the whole batch, where this call is a part of it (micro-batches, ranks).
     Default: those of this call.
 
-    Returns (loss, metrics): 0-d, float32 (float64 for float64 logprobs). Metrics are detached sums over tokens /
+    Returns (loss, metrics), 0-d each, float32 (float64 for float64 logprobs). Metrics are detached sums over tokens /
     denominator: clip_fraction (tokens held by a bound, or selected by clip_cov or kl_cov), _low and _high of it,
     approx_kl (nats), ratio_mean, and ratio_max, ratio_min (0 where nothing counts); kl_to_ref and entropy where given;
     with sampler_logprobs correction_mean (the weight applied), correction_fraction (tokens outside the bounds) and
     sampler_kl (k3 from the sampler, nats); dropped_fraction with an entropy or off-policy mask.
     Raises ValueError or TypeError for shapes, types and values that do not fit.
     """
-    make = PolicyObjective if torch.compiler.is_compiling() else _objective
-    objective = make(
-        variant, aggregation, fixed_length, clip_eps_low, clip_eps_high, dual_clip, sapo_temperature_pos,
-        sapo_temperature_neg, vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, dro_beta, max_divergence,
-        cov_fraction, cov_low, cov_high, kl_cov_coef, kl_coef, kl_estimator, kl_unbiased, entropy_coef,
-        entropy_fraction, correction_level, correction_mode, correction_low, correction_high, off_policy_max_kl,
-    )  # fmt: skip
+    objective = PolicyObjective.of(objective)
     shape = masked_loss.per_token_shape("logprobs", logprobs)
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     inputs = Inputs(logprobs, old_logprobs, per_token(advantages, shape), ref_logprobs, sampler_logprobs, entropy)
@@ -185,18 +147,15 @@ def per_token(advantages: Tensor, shape: tuple[int, ...]) -> Tensor:
     return advantages
 
 
-def evaluate(
-    objective: PolicyObjective, inputs: Inputs, made: Plan, *, backend: str | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def evaluate(objective: PolicyObjective, inputs: Inputs, plan: Plan, *, backend: str | None = None) -> Loss:
     """policy_loss of planes by a plan that is already there."""
-    name = resolve("policy_loss", IMPLS, inputs.logprobs.device, backend)
-    made = select(objective, inputs, made)
+    name = resolve(f"policy_loss of {objective.variant}", objective.kernels, inputs.logprobs.device, backend)
+    plan = select(objective, inputs, plan)
     if name == "reference":
-        loss, values = reference(objective, inputs, made)
+        loss, values = reference(objective, inputs, plan)
     else:
-        arguments = (*inputs, *made, *numbers(objective), name)
-        loss, values, *_ = _run(*arguments)
-    return loss, named_metrics(objective, inputs, values)
+        loss, values, *_ = _run(inputs, plan, numbers(objective), name)
+    return Loss(loss, named_metrics(objective, inputs, values))
 
 
 def named_metrics(objective: PolicyObjective, inputs: Inputs, values: Tensor) -> dict[str, Tensor]:
@@ -210,28 +169,13 @@ def named_metrics(objective: PolicyObjective, inputs: Inputs, values: Tensor) ->
     return {name: value for name, value, is_there in each if is_there}
 
 
-def numbers(objective: PolicyObjective) -> tuple[str, list[float], list[int], list[float]]:
-    """What the kernels take of an objective: function, its parameters, the other choices, the other numbers."""
-    o = objective
-    choices = [
-        list(KL_VARIANTS).index(o.kl_estimator), int(o.kl_unbiased), CORRECTION_LEVELS.index(o.correction_level),
-        CORRECTION_MODES.index(o.correction_mode), int(o.needs_sequences), int(o.marks_tokens),
-        int(FUNCTIONS[o.function].folds_correction),
-    ]  # fmt: skip
-    furthest = math.inf if o.off_policy_max_kl is None else o.off_policy_max_kl
-    return (
-        o.function, o.parameters, choices,
-        [o.kl_coef, o.entropy_coef, o.correction_low, o.correction_high, furthest],
-    )  # fmt: skip
-
-
-def reference(objective: PolicyObjective, inputs: Inputs, made: Plan) -> tuple[Tensor, Tensor]:
-    """(loss, (13,) metrics) by definition, differentiable any number of times; `made` after select."""
+def reference(objective: PolicyObjective, inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
+    """(loss, (13,) metrics) by definition, differentiable any number of times; `plan` after select."""
     dtype = check.compute_dtype(inputs.logprobs.dtype)
-    counts = made.counts(inputs.logprobs)
+    counts = plan.counts(inputs.logprobs)
     x = inputs.map(lambda y: torch.where(counts, y.to(dtype), 0))
-    total, length = _sequence_sums(made, x.logprobs)
-    flags = made.flags if objective.marks_tokens and made.flags is not None else counts.to(torch.uint8)
+    total, length = _sequence_sums(plan, x.logprobs)
+    flags = plan.flags if objective.marks_tokens and plan.flags is not None else counts.to(torch.uint8)
     tokens = Tokens(
         x.logprobs, x.old_logprobs, x.advantages, x.logprobs - x.old_logprobs, (flags & SELECTED) != 0, total, length,
         torch.zeros_like(x.logprobs),
@@ -261,8 +205,8 @@ def reference(objective: PolicyObjective, inputs: Inputs, made: Plan) -> tuple[T
     entropy = torch.zeros_like(losses) if x.entropy is None else x.entropy
     if objective.entropy_coef > 0:
         losses = losses - objective.entropy_coef * entropy
-    denominator = made.tokens(inputs.logprobs)
-    weights = 1 / denominator if made.weights is None else made.weights
+    denominator = plan.tokens(inputs.logprobs)
+    weights = 1 / denominator if plan.weights is None else plan.weights
     loss = torch.where(counts, losses * weights, 0.0).sum()
     log_ratio, ratio = tokens.log_ratio.detach(), tokens.ratio.detach()
     means = [held_low | held_high, held_low, held_high, k3(log_ratio), ratio, kl, entropy,
@@ -273,9 +217,9 @@ def reference(objective: PolicyObjective, inputs: Inputs, made: Plan) -> tuple[T
 
 def _kl_to_ref(o: PolicyObjective, log_ratio: Tensor, tokens: Tokens) -> Tensor:
     """The estimate per token from log_ratio = ref_logprob - logprob, with the gradient that the objective asks for."""
-    if o.kl_estimator == "k3" or o.kl_unbiased:
+    if o.kl_variant == "k3" or o.kl_unbiased:
         log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    kl = KL_VARIANTS[o.kl_estimator](log_ratio)
+    kl = KL_VARIANTS[o.kl_variant](log_ratio)
     if not o.kl_unbiased:
         return kl
     slope = (-tokens.ratio * log_ratio).detach()
@@ -297,15 +241,15 @@ def _extremes(ratio: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts.any(), torch.stack([highest, lowest]), 0.0)
 
 
-def _sequence_sums(made: Plan, like: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+def _sequence_sums(plan: Plan, like: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """(values -> per token, their sum over its sequence; per token, the length of its sequence, at least 1)"""
-    ids = sequence_ids(like, made.cu_seqlens)
-    length = sequence_counts(made, like).clamp(min=1)[ids].to(like.dtype)
+    ids = sequence_ids(like, plan.cu_seqlens)
+    length = sequence_counts(plan, like).clamp(min=1)[ids].to(like.dtype)
 
     def total(x: Tensor) -> Tensor:
-        if made.cu_seqlens is None:
+        if plan.cu_seqlens is None:
             return x.sum(1, keepdim=True).expand_as(x)
-        return x.new_zeros(made.cu_seqlens.shape[0] - 1).index_add(0, ids, x[0])[ids][None]
+        return x.new_zeros(plan.cu_seqlens.shape[0] - 1).index_add(0, ids, x[0])[ids][None]
 
     return total, length
 
@@ -329,82 +273,79 @@ def _correction(o: PolicyObjective, tokens: Tokens, sampler_logprobs: Tensor | N
 # --- The kernels ------------------------------------------------------------------------------------------------------
 
 
-def _cpu(inputs: Inputs, made: Plan, function: str, parameters: list[float], choices: list[int],
-         terms: list[float], outputs: list[Tensor]) -> None:  # fmt: skip
-    sequences = 0 if made.cu_seqlens is None else made.cu_seqlens.shape[0] - 1
+class Numbers(NamedTuple):
+    """What the kernels take of an objective."""
+
+    function: str
+    parameters: list[float]  # of the function
+    choices: list[int]
+    terms: list[float]  # kl_coef, entropy_coef, correction_low, correction_high, off_policy_max_kl
+
+
+def numbers(objective: PolicyObjective) -> Numbers:
+    o = objective
+    choices = [
+        list(KL_VARIANTS).index(o.kl_variant), int(o.kl_unbiased), CORRECTION_LEVELS.index(o.correction_level),
+        CORRECTION_MODES.index(o.correction_mode), int(o.needs_sequences), int(o.marks_tokens),
+        int(FUNCTIONS[o.function].folds_correction),
+    ]  # fmt: skip
+    furthest = math.inf if o.off_policy_max_kl is None else o.off_policy_max_kl
+    terms = [o.kl_coef, o.entropy_coef, o.correction_low, o.correction_high, furthest]
+    return Numbers(o.function, o.parameters, choices, terms)
+
+
+def _cpu(inputs: Inputs, plan: Plan, numbers: Numbers, outputs: list[Tensor]) -> None:
+    sequences = 0 if plan.cu_seqlens is None else plan.cu_seqlens.shape[0] - 1
     native().policy_loss(
-        function, [plane(x) for x in (*inputs, made.weights)], packed(made.flags), packed(made.cu_seqlens),
-        packed(made.denominator),
-        [*inputs.logprobs.shape, sequences], parameters, choices, terms, outputs[0].dtype == torch.float64,
+        numbers.function, [plane(x) for x in (*inputs, plan.weights)], packed(plan.flags), packed(plan.cu_seqlens),
+        packed(plan.denominator), [*inputs.logprobs.shape, sequences], *numbers[1:], outputs[0].dtype == torch.float64,
         [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 
-def _triton(inputs: Inputs, made: Plan, *rest: Any) -> None:
+def _triton(inputs: Inputs, plan: Plan, numbers: Numbers, outputs: list[Tensor]) -> None:
     from rlhf_fast.kernels import policy_loss as kernels
 
-    kernels.policy_loss(inputs, made._replace(denominator=made.tokens(inputs.logprobs)), *rest)
+    kernels.policy_loss(inputs, plan._replace(denominator=plan.tokens(inputs.logprobs)), *numbers, outputs)
 
 
-# (inputs, plan, *numbers(objective), outputs); planes are (rows, columns), flags contiguous
-IMPLS: dict[str, Callable[..., None]] = {"cpu": _cpu, "triton": _triton}
+# Planes are (rows, columns), flags contiguous.
+IMPLS: dict[str, Callable[[Inputs, Plan, Numbers, list[Tensor]], None]] = {"cpu": _cpu, "triton": _triton}
 OPS = {"policy_loss": tuple(IMPLS)}
 
 
-def _empty(logprobs: Tensor, entropy: Tensor | None, terms: list[float]) -> list[Tensor]:
+def _outputs(inputs: Inputs, plan: Plan, numbers: Numbers, backend: str) -> list[Tensor]:
     """[loss (), metrics (13,), d loss / d logprob (rows, columns), and d loss / d entropy where it has a weight]"""
-    dtype = check.compute_dtype(logprobs.dtype)
-    coefficients = 1 if entropy is None or terms[1] == 0 else 2
-    shapes = [(), (len(METRICS),), *[tuple(logprobs.shape)] * coefficients]
-    return [logprobs.new_empty(shape, dtype=dtype) for shape in shapes]
+    like, dtype = inputs.logprobs, check.compute_dtype(inputs.logprobs.dtype)
+    coefficients = 1 if inputs.entropy is None or numbers.terms[1] == 0 else 2
+    shapes = [(), (len(METRICS),), *[tuple(like.shape)] * coefficients]
+    return [like.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-def _forward(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None, entropy: Tensor | None, flags: Tensor | None, weights: Tensor | None,
-    denominator: Tensor | None, cu_seqlens: Tensor | None, function: str, parameters: list[float], choices: list[int],
-    terms: list[float], backend: str,
-) -> list[Tensor]:  # fmt: skip
-    outputs = _empty(logprobs, entropy, terms)
-    inputs = Inputs(logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy)
-    flags = None if flags is None else flags.contiguous()
-    made = Plan(flags, weights, denominator, cu_seqlens)
-    IMPLS[backend](inputs, made, function, parameters, choices, terms, outputs)
+def _compute(inputs: Inputs, plan: Plan, numbers: Numbers, backend: str) -> list[Tensor]:
+    outputs = _outputs(inputs, plan, numbers, backend)
+    if plan.flags is not None:
+        plan = plan._replace(flags=plan.flags.contiguous())
+    IMPLS[backend](inputs, plan, numbers, outputs)
     return outputs
 
 
-def _fake(logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy, *others):
-    return _empty(logprobs, entropy, others[-2])
-
-
-_DIFFERENTIABLE = (0, 5)  # places of logprobs and entropy among the arguments
-
-
-def _setup_context(ctx, arguments, results):
-    _, metrics, *coefficients = results
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(metrics)  # coefficients are: their derivative is the error that says it is missing
-    ctx.dtypes = [arguments[place].dtype for place in _DIFFERENTIABLE[: len(coefficients)]]
-    ctx.save_for_backward(*coefficients)
-
-
-def _backward(ctx, grads):
-    results: list[Tensor | None] = [None, None]
-    if grads[0] is not None:
-        for k, (coefficient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
-            results[k] = masked_loss.scaled_gradient(coefficient, grads[0], dtype)
-    return results
+def _backward(saved: registration.Saved, gradients: Sequence[Tensor | None]) -> Mapping[str, registration.Gradient]:
+    if gradients[0] is None:
+        return {}
+    return {
+        name: masked_loss.scaled_gradient(coefficient, gradients[0], saved.dtypes[name])
+        for name, coefficient in zip(("logprobs", "entropy"), saved.results, strict=False)
+    }
 
 
 _run = registration.op(
     "policy_loss",
-    "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs, Tensor? sampler_logprobs, "
-    "Tensor? entropy, Tensor? flags, Tensor? weights, Tensor? denominator, Tensor? cu_seqlens, str function, "
-    "float[] parameters, int[] choices, float[] terms, str backend) -> Tensor[]",
-    _forward,
-    fake=_fake,
-    differentiable=_DIFFERENTIABLE,
-    setup_context=_setup_context,
+    (Inputs, Plan, Numbers),
+    _compute,
+    fake=_outputs,
+    differentiable=("logprobs", "entropy"),
+    saves_results=slice(2, None),
     backward=_backward,
     returned=2,
 )

@@ -56,7 +56,7 @@ def kl_estimate(
     """The estimate of every token, in nats; logprobs and ref_logprobs get a gradient.
 
     logprobs, ref_logprobs: (B, T), or (N,) packed, in nats; float32, bfloat16, float16 or float64, any strides.
-    estimator: one of ESTIMATORS. gradient: the one whose derivative is taken instead of the estimator's own, at the
+    estimator: one of VARIANTS. gradient: the one whose derivative is taken instead of the estimator's own, at the
     log-ratio before any clip. old_logprobs: the shape of logprobs; those of the policy that sampled the tokens, a
     constant: estimates are weighted with w = exp(logprob - old_logprob).
     log_ratio_clip, value_clip: bounds > 0 on |log r| and on |estimate|, beyond which the own derivative is 0.
@@ -69,8 +69,8 @@ def kl_estimate(
     old = {} if old_logprobs is None else {"old_logprobs": old_logprobs}
     masked_loss.floats(shape, "the shape of logprobs", logprobs=logprobs, ref_logprobs=ref_logprobs, **old)
     for name, given in (("estimator", estimator), ("gradient", gradient)):
-        if given not in ESTIMATORS and not (name == "gradient" and given is None):
-            raise ValueError(f"{name} must be one of {', '.join(ESTIMATORS)}, got {given!r}")
+        if given not in VARIANTS and not (name == "gradient" and given is None):
+            raise ValueError(f"{name} must be one of {', '.join(VARIANTS)}, got {given!r}")
     bounds = {"log_ratio_clip": log_ratio_clip, "value_clip": value_clip, "weight_clip": weight_clip}
     clips = {name: math.inf if x is None else check.positive(name, x) for name, x in bounds.items()}
     name = resolve("kl_estimate", IMPLS, logprobs.device, backend)
@@ -116,14 +116,14 @@ def reference(
     logprobs, log_ratio = logprobs.to(dtype), ref_logprobs.to(dtype) - logprobs.to(dtype)
     if value_clip < math.inf:  # where exp overflows the estimate is clipped, and inf * 0 would be its derivative
         log_ratio_clip = min(log_ratio_clip, math.log(torch.finfo(dtype).max))
-    estimate = ESTIMATORS[estimator](log_ratio.clamp(-log_ratio_clip, log_ratio_clip)).clamp(-value_clip, value_clip)
+    estimate = VARIANTS[estimator](log_ratio.clamp(-log_ratio_clip, log_ratio_clip)).clamp(-value_clip, value_clip)
     weight = torch.ones_like(logprobs)
     if old_logprobs is not None:
         weight = (logprobs - old_logprobs.detach().to(dtype)).exp().clamp(max=weight_clip)
     if gradient is None:
         # The weight follows logprobs alone; differentiating it by ref_logprobs would be 0 anyway.
         return masked_loss.product(weight, estimate)
-    slope = ESTIMATORS[gradient](log_ratio)
+    slope = VARIANTS[gradient](log_ratio)
     return masked_loss.product(weight.detach(), estimate.detach() + (slope - slope.detach()))
 
 
