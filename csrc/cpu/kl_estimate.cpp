@@ -19,21 +19,21 @@ struct K3 {  // here, not with the others: with the exp that the vectoriser take
   }
 };
 
+// What is read of elements [start, start + n), once for all estimators.
+template <typename C> struct Inputs {
+  C logprobs[kBlock], ref_logprobs[kBlock], weights[kBlock];
+};
+
 template <typename E, typename G, typename C>
-RLHF_INLINE void block(const KlEstimate& op, int64_t start, int64_t n) {
-  C logprobs[kBlock], ref_logprobs[kBlock], weights[kBlock], unwanted[kBlock], by_ref[kBlock];
-  read(op.logprobs, op.columns, start, n, logprobs);
-  read(op.ref_logprobs, op.columns, start, n, ref_logprobs);
+RLHF_INLINE void estimates(const KlEstimate& op, int64_t start, int64_t n, const Inputs<C>& in) {
+  C unwanted[kBlock], by_ref[kBlock];
   const bool weighted = op.old_logprobs.data;
-  if (weighted) read(op.old_logprobs, op.columns, start, n, weights);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) weights[i] = weighted ? exp_any(logprobs[i] - weights[i]) : C(1);
   const KlClips<C> clips{C(op.log_ratio_clip), C(op.value_clip), C(op.weight_clip)};
   C* value = static_cast<C*>(op.value) + start;
   C* by_logprob = op.by_logprob ? static_cast<C*>(op.by_logprob) + start : unwanted;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const auto result = estimate<E, G>(ref_logprobs[i] - logprobs[i], weighted, weights[i], clips);
+    const auto result = estimate<E, G>(in.ref_logprobs[i] - in.logprobs[i], weighted, in.weights[i], clips);
     value[i] = result.value, by_logprob[i] = result.by_logprob, by_ref[i] = result.by_ref;
   }
   if (op.by_ref) std::copy(by_ref, by_ref + n, static_cast<C*>(op.by_ref) + start);
@@ -43,25 +43,32 @@ const std::map<std::string, int> kEstimators = {{"k1", 0}, {"k2", 1}, {"k3", 2}}
 const std::map<std::string, int> kGradients = {{"own", 0}, {"k1", 1}, {"k2", 2}, {"k3", 3}};
 
 template <typename E, typename C>
-RLHF_INLINE void block_of(const KlEstimate& op, int gradient, int64_t start, int64_t n) {
-  if (gradient == 0) block<E, Own, C>(op, start, n);
-  else if (gradient == 1) block<E, K1, C>(op, start, n);
-  else if (gradient == 2) block<E, K2, C>(op, start, n);
-  else block<E, K3, C>(op, start, n);
+RLHF_INLINE void estimates_of(const KlEstimate& op, int gradient, int64_t start, int64_t n, const Inputs<C>& in) {
+  if (gradient == 0) estimates<E, Own>(op, start, n, in);
+  else if (gradient == 1) estimates<E, K1>(op, start, n, in);
+  else if (gradient == 2) estimates<E, K2>(op, start, n, in);
+  else estimates<E, K3>(op, start, n, in);
 }
 
 template <typename C>
-RLHF_INLINE void any_block(const KlEstimate& op, int estimator, int gradient, int64_t start, int64_t n) {
-  if (estimator == 0) block_of<K1, C>(op, gradient, start, n);
-  else if (estimator == 1) block_of<K2, C>(op, gradient, start, n);
-  else block_of<K3, C>(op, gradient, start, n);
+RLHF_INLINE void block(const KlEstimate& op, int estimator, int gradient, int64_t start, int64_t n) {
+  Inputs<C> in;
+  read(op.logprobs, op.columns, start, n, in.logprobs);
+  read(op.ref_logprobs, op.columns, start, n, in.ref_logprobs);
+  const bool weighted = op.old_logprobs.data;
+  if (weighted) read(op.old_logprobs, op.columns, start, n, in.weights);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) in.weights[i] = weighted ? exp_any(in.logprobs[i] - in.weights[i]) : C(1);
+  if (estimator == 0) estimates_of<K1>(op, gradient, start, n, in);
+  else if (estimator == 1) estimates_of<K2>(op, gradient, start, n, in);
+  else estimates_of<K3>(op, gradient, start, n, in);
 }
 
 RLHF_CLONES void block_f32(const KlEstimate& op, int estimator, int gradient, int64_t start, int64_t n) {
-  any_block<float>(op, estimator, gradient, start, n);
+  block<float>(op, estimator, gradient, start, n);
 }
 void block_f64(const KlEstimate& op, int estimator, int gradient, int64_t start, int64_t n) {
-  any_block<double>(op, estimator, gradient, start, n);
+  block<double>(op, estimator, gradient, start, n);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "cpu/token_kl.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <stdexcept>
 
@@ -12,19 +13,59 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 
-// One row of logits, read in blocks of log softmax(z): z = factor * s with s = x, or tanh(inner * x) under a softcap. The
-// maximum is taken off s, so that the top's log-probability is exactly -logsum.
-template <typename T> struct Row {
-  using C = typename Compute<T>::type;
-  const T* x;
-  int64_t vocabulary;
+// What depends on the type T of the elements, so that a divergence is compiled once for all types that compute in C.
+// x points to the first of a tensor; the others to an element of a block.
+template <typename C> struct Elements {
+  int64_t size;  // of one, in bytes
+  void (*read)(const void* x, int64_t start, int64_t n, bool capped, C inner, C* s);  // s = x, or tanh(inner * x)
+  void (*times_slope)(const void* x, int64_t start, int64_t n, C inner, C* values);   // values *= d tanh(y) / d y
+  void (*write)(void* x, int64_t start, int64_t n, const C* values);
+};
+
+#define RLHF_FOR_DTYPE(T)                                                                                              \
+  RLHF_CLONES void read_##T(const void* x, int64_t start, int64_t n, bool capped, Compute<T>::type inner,              \
+                            Compute<T>::type* s) {                                                                     \
+    const T* from = static_cast<const T*>(x) + start;                                                                  \
+    if (capped) {                                                                                                      \
+      for (int64_t i = 0; i < n; ++i) s[i] = tanh_fast(Compute<T>::type(load(from[i])) * inner);                       \
+    } else {                                                                                                           \
+      for (int64_t i = 0; i < n; ++i) s[i] = load(from[i]);                                                            \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  RLHF_CLONES void times_slope_##T(const void* x, int64_t start, int64_t n, Compute<T>::type inner,                    \
+                                   Compute<T>::type* values) {                                                         \
+    const T* from = static_cast<const T*>(x) + start;                                                                  \
+    for (int64_t i = 0; i < n; ++i) values[i] *= tanh_slope_fast(Compute<T>::type(load(from[i])) * inner);             \
+  }                                                                                                                    \
+  RLHF_CLONES void write_##T(void* x, int64_t start, int64_t n, const Compute<T>::type* values) {                      \
+    T* out = static_cast<T*>(x) + start;                                                                               \
+    for (int64_t i = 0; i < n; ++i) store(out[i], values[i]);                                                          \
+  }                                                                                                                    \
+  constexpr Elements<Compute<T>::type> k_##T{sizeof(T), read_##T, times_slope_##T, write_##T};
+RLHF_FOR_DTYPE(float)
+RLHF_FOR_DTYPE(double)
+RLHF_FOR_DTYPE(bf16)
+RLHF_FOR_DTYPE(f16)
+
+template <typename C> const Elements<C>& elements(DType dtype);
+template <> const Elements<double>& elements(DType) { return k_double; }
+template <> const Elements<float>& elements(DType dtype) {
+  return dtype == DType::bf16 ? k_bf16 : dtype == DType::f16 ? k_f16 : k_float;
+}
+
+// One row of logits, read in blocks of log softmax(z): z = factor * s with s = x, or tanh(inner * x) under a softcap.
+// The maximum is taken off s, so that the top's log-probability is exactly -logsum.
+template <typename C> struct Row {
+  const Elements<C>& type;
+  const void* logits;
+  int64_t offset, vocabulary;
   bool capped;
   C inner, factor, logsum, max;
   int64_t top;  // where s is maximal
 
-  RLHF_INLINE Row(const void* logits, int64_t offset, int64_t vocabulary, const Transform& t, int64_t row,
-                  const void* logsums)
-      : x(static_cast<const T*>(logits) + offset), vocabulary(vocabulary), capped(t.softcap > 0),
+  RLHF_INLINE Row(const Elements<C>& type, const void* logits, int64_t offset, int64_t vocabulary, const Transform& t,
+                  int64_t row, const void* logsums)
+      : type(type), logits(logits), offset(offset), vocabulary(vocabulary), capped(t.softcap > 0),
         logsum(static_cast<const C*>(logsums)[row]), max(-infinity<C>()), top(0) {
     const RowTransform<C> transform(t, row);
     inner = transform.scale / transform.cap;
@@ -43,11 +84,7 @@ template <typename T> struct Row {
 
   RLHF_INLINE int64_t read(int64_t start, C* s) const {
     const int64_t n = std::min(kBlock, vocabulary - start);
-    if (capped) {
-      for (int64_t i = 0; i < n; ++i) s[i] = tanh_fast(C(load(x[start + i])) * inner);
-    } else {
-      for (int64_t i = 0; i < n; ++i) s[i] = load(x[start + i]);
-    }
+    type.read(logits, offset + start, n, capped, inner, s);
     return n;
   }
 
@@ -61,17 +98,16 @@ template <typename T> struct Row {
   RLHF_INLINE void times_slope(int64_t start, int64_t n, C scale, C* values) const {
     const C slope = scale * factor * (capped ? inner : C(1));
     for (int64_t i = 0; i < n; ++i) values[i] *= slope;
-    if (!capped) return;
-    for (int64_t i = 0; i < n; ++i) values[i] *= tanh_slope_fast(C(load(x[start + i])) * inner);
+    if (capped) type.times_slope(logits, offset + start, n, inner, values);
   }
 };
 
-template <typename D, typename T> RLHF_INLINE void forward_row(const TokenKl& op, int64_t row) {
-  using C = typename Compute<T>::type;
+template <typename D, typename C> RLHF_INLINE void forward_row(const TokenKl& op, int64_t row) {
   double kl = 0, total_mean = 0;
   if (!op.mask || op.mask[row]) {
-    const Row<T> policy(op.logits, op.rows.offset(row), op.vocabulary, op.transform, row, op.logsum);
-    const Row<T> ref(op.ref_logits, op.ref_rows.offset(row), op.vocabulary, op.transform, row, op.ref_logsum);
+    const Elements<C>& type = elements<C>(op.dtype);
+    const Row<C> policy(type, op.logits, op.rows.offset(row), op.vocabulary, op.transform, row, op.logsum);
+    const Row<C> ref(type, op.ref_logits, op.ref_rows.offset(row), op.vocabulary, op.transform, row, op.ref_logsum);
     const C js_weight = C(op.js_weight);
     C log_p[kBlock], log_q[kBlock];
     for (int64_t start = 0; start < op.vocabulary; start += kBlock) {
@@ -92,18 +128,18 @@ template <typename D, typename T> RLHF_INLINE void forward_row(const TokenKl& op
   static_cast<C*>(op.mean)[row] = C(total_mean);
 }
 
-template <typename D, typename T>
+template <typename D, typename C>
 RLHF_INLINE void backward_row(const TokenKl& op, const void* grad_kl, void* gradient, const Rows& gradient_rows,
                               int64_t row) {
-  using C = typename Compute<T>::type;
-  T* out = static_cast<T*>(gradient) + gradient_rows.offset(row);
+  const Elements<C>& type = elements<C>(op.dtype);
+  const int64_t out = gradient_rows.offset(row);
   const C grad = static_cast<const C*>(grad_kl)[row];
   if ((op.mask && !op.mask[row]) || grad == 0) {
-    std::fill(out, out + op.vocabulary, T{});
+    std::memset(static_cast<char*>(gradient) + out * type.size, 0, op.vocabulary * type.size);
     return;
   }
-  const Row<T> policy(op.logits, op.rows.offset(row), op.vocabulary, op.transform, row, op.logsum);
-  const Row<T> ref(op.ref_logits, op.ref_rows.offset(row), op.vocabulary, op.transform, row, op.ref_logsum);
+  const Row<C> policy(type, op.logits, op.rows.offset(row), op.vocabulary, op.transform, row, op.logsum);
+  const Row<C> ref(type, op.ref_logits, op.ref_rows.offset(row), op.vocabulary, op.transform, row, op.ref_logsum);
   const C js_weight = C(op.js_weight), mean = static_cast<const C*>(op.mean)[row];
   // A row's gradient sums to 0. Where one token holds more than half of p, its own element is taken from that: computed
   // directly it would cancel.
@@ -125,54 +161,52 @@ RLHF_INLINE void backward_row(const TokenKl& op, const void* grad_kl, void* grad
     for (int64_t i = 0; i < n; ++i) sum += log_p[i];
     others += sum;
     policy.times_slope(start, n, grad, log_p);
-    for (int64_t i = 0; i < n; ++i) store(out[start + i], log_p[i]);
+    type.write(gradient, out + start, n, log_p);
   }
-  if (leader >= 0) store(out[leader], -others * top_slope);
+  if (leader < 0) return;
+  const C of_leader = -others * top_slope;
+  type.write(gradient, out + leader, 1, &of_leader);
 }
 
-using Forward = void (*)(const TokenKl&, int64_t);
-using Backward = void (*)(const TokenKl&, const void*, void*, const Rows&, int64_t);
 struct Functions {
-  Forward forward[4];  // in the order of DType
-  Backward backward[4];
+  void (*forward)(const TokenKl&, int64_t);
+  void (*backward)(const TokenKl&, const void*, void*, const Rows&, int64_t);
 };
 
-#define RLHF_FOR_DTYPE(D, NAME, T)                                                                              \
-  RLHF_CLONES void forward_##D##_##NAME(const TokenKl& op, int64_t row) { forward_row<D, T>(op, row); }         \
-  RLHF_CLONES void backward_##D##_##NAME(const TokenKl& op, const void* grad_kl, void* gradient,                \
-                                         const Rows& gradient_rows, int64_t row) {                              \
-    backward_row<D, T>(op, grad_kl, gradient, gradient_rows, row);                                              \
+#define RLHF_FOR_COMPUTE(D, C)                                                                                         \
+  RLHF_CLONES void forward_##D##_##C(const TokenKl& op, int64_t row) { forward_row<D, C>(op, row); }                   \
+  RLHF_CLONES void backward_##D##_##C(const TokenKl& op, const void* grad_kl, void* gradient,                          \
+                                      const Rows& gradient_rows, int64_t row) {                                        \
+    backward_row<D, C>(op, grad_kl, gradient, gradient_rows, row);                                                     \
   }
-#define RLHF_FOR_DIVERGENCE(D)                                                                                  \
-  RLHF_FOR_DTYPE(D, f32, float)                                                                                 \
-  RLHF_FOR_DTYPE(D, f64, double)                                                                                \
-  RLHF_FOR_DTYPE(D, bf16, bf16)                                                                                 \
-  RLHF_FOR_DTYPE(D, f16, f16)                                                                                   \
-  constexpr Functions k##D{{forward_##D##_f32, forward_##D##_f64, forward_##D##_bf16, forward_##D##_f16},       \
-                           {backward_##D##_f32, backward_##D##_f64, backward_##D##_bf16, backward_##D##_f16}};
+#define RLHF_FOR_DIVERGENCE(D)                                                                                         \
+  RLHF_FOR_COMPUTE(D, float)                                                                                           \
+  RLHF_FOR_COMPUTE(D, double)                                                                                          \
+  constexpr Functions k##D[] = {{forward_##D##_float, backward_##D##_float},                                           \
+                                {forward_##D##_double, backward_##D##_double}};
 RLHF_FOR_DIVERGENCE(ReverseKl)
 RLHF_FOR_DIVERGENCE(ForwardKl)
 RLHF_FOR_DIVERGENCE(JensenShannon)
 
-const Functions& functions(const std::string& divergence) {
-  static const std::map<std::string, Functions> table = {
+const Functions& functions(const std::string& divergence, DType dtype) {
+  static const std::map<std::string, const Functions*> table = {
       {"reverse", kReverseKl}, {"forward", kForwardKl}, {"js", kJensenShannon}};
   const auto found = table.find(divergence);
   if (found == table.end()) throw std::invalid_argument("no native divergence " + divergence);
-  return found->second;
+  return found->second[dtype == DType::f64];
 }
 
 }  // namespace
 
 void token_kl_forward(const std::string& divergence, const TokenKl& op, int threads) {
-  const Forward forward = functions(divergence).forward[int(op.dtype)];
+  const auto forward = functions(divergence, op.dtype).forward;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < op.rows.count(); ++row) forward(op, row);
 }
 
 void token_kl_backward(const std::string& divergence, const TokenKl& op, const void* grad_kl, void* gradient,
                        Rows gradient_rows, int threads) {
-  const Backward backward = functions(divergence).backward[int(op.dtype)];
+  const auto backward = functions(divergence, op.dtype).backward;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < op.rows.count(); ++row) backward(op, grad_kl, gradient, gradient_rows, row);
 }
