@@ -184,8 +184,7 @@ def agreement(backbone: Backbone, batch: Batch, sampler: SamplerView, temperatur
     """The sampler's log-probabilities beside those of a scoring pass over `batch`, by the role 'policy'."""
     role = _role(backbone)
     hidden = backbone.hidden(batch.input_ids, batch.attention_mask, [role])[role]
-    scored = backbone.logprobs(hidden, batch.input_ids, batch.mask, temperature=temperature)
-    assert isinstance(scored, Tensor)
+    scored = backbone.logprobs(hidden, batch.input_ids, batch.mask, mask_count=batch.count, temperature=temperature)
     count = batch.mask.sum(1)
     gaps = (sampler.logprobs - scored).abs().sum(1) / count
     mean = float(sampler.logprobs.sum() / count.sum())

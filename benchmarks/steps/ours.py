@@ -12,7 +12,7 @@ from benchmarks.memory import states
 from benchmarks.steps.recorder import Recorder
 from benchmarks.steps.setting import Workspace
 from rlhf_fast.algorithms import load_algorithm
-from rlhf_fast.training import experience
+from rlhf_fast.training import experience, on_policy
 from rlhf_fast.training.config import parse
 from rlhf_fast.training.job import seed_everything
 
@@ -47,7 +47,7 @@ def prepare(workspace: Workspace, recorder: Recorder) -> tuple[Callable[[], None
     if setting.algorithm == "dpo":
         recorder.watch(module, "reference_logprobs", "scoring")
     else:
-        recorder.watch(module, "collect", "scoring")
+        recorder.watch(on_policy, "collect", "scoring")
         recorder.watch(experience, "roll_out", "generation", seeded=True)
 
     def tensors() -> list[Tensor]:

@@ -7,28 +7,17 @@ minibatch. Source: Shao et al. 2024 (2402.03300); `advantage` also offers Dr. GR
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.ops.advantages.group_advantages import group_advantages
 from rlhf_fast.ops.policy.policy_loss import policy_loss
 from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
 from rlhf_fast.training.config import RolloutConfig
-from rlhf_fast.training.experience import (
-    Experience,
-    collect,
-    evaluate_policy,
-    minibatches,
-    move_reference,
-    prompts_of_step,
-    rollout_metrics,
-    samples_of,
-    sum_metrics,
-)
-from rlhf_fast.training.job import Job, dropout_seed
-from rlhf_fast.training.optim import learning_rate, set_learning_rates, update
+from rlhf_fast.training.experience import evaluate_policy
+from rlhf_fast.training.job import Job, save_roles
+from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve
+from rlhf_fast.training.optim import Loss
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import prepare_rollouts
 
@@ -47,67 +36,30 @@ def prepare(config: AlgorithmConfig) -> Job:
 
 def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     """Roll out, score, compare within each group, update; repeat."""
-    for step in run.steps():
-        rate = learning_rate(config, step)
-        set_learning_rates(job, {"policy": rate})
-        # One minibatch has all rows before any step: its log-probabilities are the old ones, unless it has dropout.
-        prompts = prompts_of_step(job, config, step)
-        score_policy = config.num_minibatches > 1 or config.lora_dropout > 0
-        experience = collect(job, config, prompts, score_policy=score_policy, compare_sampler=step == run.start)
+    for step, experience in experiences(job, config, run):
         advantages = group_advantages(experience.rewards, group_size=config.num_generations, kind=config.advantage)
-        metrics = improve(job, config, experience, advantages)
-        move_reference(job, config, step)
+        metrics = improve(job, config, experience, loss_of(config, advantages))
         groups = experience.rewards.view(-1, config.num_generations)
-        metrics |= {**rollout_metrics(experience), "learning_rate": rate}
         # A group of equal rewards teaches nothing; many of them mean that the task is too easy or too hard.
         metrics["equal_groups"] = float((groups == groups[:, :1]).all(1).float().mean())
-        run.samples(step, samples_of(experience, 2))
-        run.log(step, metrics, tokens=int(experience.rollout.batch.attention_mask.sum()))
+        finish_step(job, config, run, step, experience, metrics)
 
 
-def improve(job: Job, config: AlgorithmConfig, experience: Experience, advantages: Tensor) -> dict[str, float]:
-    """The epochs of minibatches; metrics averaged over them."""
-    history = []
-    for _ in range(config.ppo_epochs):
-        for parts in minibatches(config, len(advantages)):
-            losses = accumulate(job, config, experience, advantages, parts)
-            norms = update(job, config, {"loss": losses["loss"]})
-            history.append({**{name: float(value) for name, value in losses.items()}, **norms})
-        if config.early_stop_kl is not None and history[-1]["approx_kl"] > config.early_stop_kl:
-            break
-    return {name: sum(m[name] for m in history) / len(history) for name in history[0]}
+def loss_of(config: AlgorithmConfig, advantages: Tensor) -> Loss[Rows]:
+    """advantages: (B,), of each completion."""
 
-
-def accumulate(
-    job: Job, config: AlgorithmConfig, experience: Experience, advantages: Tensor, parts: tuple[Tensor, ...]
-) -> dict[str, Tensor]:
-    """Backward of one minibatch, micro-batch by micro-batch. Means are over the whole minibatch."""
-    batch, backbone = experience.rollout.batch, job.backbone
-    mask = batch.mask[torch.cat(parts)]
-    count, sequences = mask.sum(), mask.any(1).sum()
-    collected, made = [], []
-    for rows in parts:
-        part = batch.rows(rows)
-        lower = None if experience.lower is None else experience.lower[rows]
-        hidden = backbone.hidden(
-            part.input_ids, part.attention_mask, ["policy"], lower=lower, dropout_seed=dropout_seed(job, config)
-        )["policy"]
-        logprobs, entropy = backbone.logprobs(
-            hidden, part.input_ids, part.mask, temperature=config.temperature, return_entropy=True
-        )
+    def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = policy_loss(
-            logprobs, experience.old_logprobs(rows), advantages[rows][:, None], mask=part.mask,
+            rows.logprobs, rows.old_logprobs, advantages[rows.indices][:, None], mask=rows.mask,
             variant=config.variant, fixed_length=config.max_new_tokens, clip_eps_low=config.clip_eps_low,
-            clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip, denominator=count, sequences=sequences,
+            clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip, denominator=rows.tokens,
+            sequences=rows.sequences,
         )  # fmt: skip
-        kl = kl_estimate(logprobs, experience.scores.ref_logprobs[rows], estimator="k3").sum() / count
-        total = loss + config.kl_coef * kl
-        total.backward()
-        metrics |= {"loss": total, "policy_loss": loss, "kl_loss": kl, "entropy": entropy.sum() / count}
-        collected.append(metrics)
-        made.append(logprobs.detach())
-    experience.keep_logprobs(parts, made)
-    return sum_metrics(collected)
+        kl = kl_estimate(rows.logprobs, rows.ref_logprobs, estimator="k3").sum() / rows.tokens
+        metrics |= {"policy_loss": loss, "kl_loss": kl, "entropy": rows.entropy.sum() / rows.tokens}
+        return loss + config.kl_coef * kl, metrics
+
+    return loss
 
 
 def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
@@ -116,6 +68,4 @@ def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
 
 def save(job: Job, config: AlgorithmConfig, folder: Path) -> None:
     """The policy at the top of `folder`; the reference beside it where it is an adapter."""
-    save_adapter(job.backbone, "policy", str(folder))
-    if "reference" in job.backbone.adapters:
-        save_adapter(job.backbone, "reference", str(folder / "reference"))
+    save_roles(job, folder, "reference")

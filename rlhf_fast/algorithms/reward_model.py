@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
+from rlhf_fast.data.batches import Batch
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.ops.rewards.reward_loss import reward_loss
 from rlhf_fast.rewards import write_stats
+from rlhf_fast.training import supervised
 from rlhf_fast.training.config import Config
-from rlhf_fast.training.job import Job, dropout_seed
-from rlhf_fast.training.optim import adamw, learning_rate, set_learning_rates, update
+from rlhf_fast.training.job import Job
+from rlhf_fast.training.optim import Loss, adamw
 from rlhf_fast.training.pairs import Pair, encode_pairs, load_pair_rows
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import add_trained_adapter, build_encoder, build_model
+from rlhf_fast.training.supervised import Rows, hidden_of, padded
 
 
 class AlgorithmConfig(Config):
@@ -41,52 +43,31 @@ def prepare(config: AlgorithmConfig) -> Job:
 
 
 def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
-    """Batches of pairs in shuffled order; one update per step."""
-    for step in run.steps():
-        rate = learning_rate(config, step)
-        set_learning_rates(job, {"reward": rate})
-        indices = shuffled_indices(len(job.train), config.order_seed, step * config.batch_size, config.batch_size)
-        pairs = [job.train[i] for i in indices]
-        losses = accumulate(job, config, pairs)
-        norms = update(job, config, {"loss": losses["loss"]})
-        metrics = {**{name: float(value) for name, value in losses.items()}, **norms, "learning_rate": rate}
-        run.log(step, metrics, tokens=sum(len(p.chosen.ids) + len(p.rejected.ids) for p in pairs))
+    supervised.train(job, config, run, loss_of(job, config))
 
 
-def accumulate(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> dict[str, Tensor]:
-    """Backward of one batch of pairs in micro-batches; loss and metrics are means over the pairs."""
-    size = config.micro_batch_size or len(pairs)
-    totals: dict[str, Tensor] = {}
-    for start in range(0, len(pairs), size):
-        part = pairs[start : start + size]
-        chosen, rejected = pair_scores(job, config, part)
-        loss, metrics = reward_loss(chosen, rejected)
-        share = len(part) / len(pairs)
-        (loss * share).backward()
-        for name, value in {"loss": loss, **metrics}.items():
-            totals[name] = totals.get(name, 0.0) + value.detach() * share
-    return totals
+def loss_of(job: Job, config: AlgorithmConfig) -> Loss[Rows]:
+    """The mean over a batch's pairs."""
+
+    def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        return reward_loss(*pair_scores(job, config, rows.batch), denominator=rows.examples)
+
+    return loss
 
 
-def pair_scores(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+def pair_scores(job: Job, config: AlgorithmConfig, batch: Batch) -> tuple[Tensor, Tensor]:
     """Scores of chosen and rejected, (B,) each, in one traversal."""
-    batch = _batch(job, pairs)
-    seed = dropout_seed(job, config)
-    hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["reward"], dropout_seed=seed)["reward"]
-    chosen, rejected = job.backbone.scores("reward", hidden, batch.attention_mask).split(len(pairs))
+    chosen, rejected = job.backbone.scores(
+        "reward", hidden_of(job, config, "reward", batch), batch.attention_mask
+    ).chunk(2)
     return chosen, rejected
-
-
-def _batch(job: Job, pairs: list[Pair]) -> Batch:
-    examples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    return pad_batch(examples, job.encoder.pad_id).to(job.device)
 
 
 @torch.no_grad()
 def all_scores(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
     """Scores of every pair, (B,) each."""
     size = config.micro_batch_size or config.batch_size
-    parts = [pair_scores(job, config, pairs[i : i + size]) for i in range(0, len(pairs), size)]
+    parts = [pair_scores(job, config, padded(job, pairs[i : i + size])) for i in range(0, len(pairs), size)]
     return torch.cat([c for c, _ in parts]), torch.cat([r for _, r in parts])
 
 

@@ -11,16 +11,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
 from rlhf_fast.data.encoding import Encoder, Example, encode_rows
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.peft_io import save_adapter
+from rlhf_fast.training import supervised
 from rlhf_fast.training.config import Config
-from rlhf_fast.training.job import FULL, Job, dropout_seed
-from rlhf_fast.training.optim import adamw, learning_rate, set_learning_rates, update
+from rlhf_fast.training.job import FULL, Job, save_roles
+from rlhf_fast.training.optim import Loss, adamw
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import add_trained_adapter, build_encoder, build_model, load_rows
+from rlhf_fast.training.supervised import Rows, logprobs_of, padded
 
 LAYOUTS = [("prompt", "completion"), ("messages",), ("text",)]
 
@@ -61,39 +61,21 @@ def _encode(config: AlgorithmConfig, encoder: Encoder, row: Row) -> Example:
 
 
 def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
-    """Batches in shuffled order; one update per step."""
-    (role,) = job.optimizers
-    for step in run.steps():
-        rate = learning_rate(config, step)
-        set_learning_rates(job, {role: rate})
-        indices = shuffled_indices(len(job.train), config.order_seed, step * config.batch_size, config.batch_size)
-        batch = pad_batch([job.train[i] for i in indices], job.encoder.pad_id).to(job.device)
-        loss = accumulate(job, config, batch)
-        norms = update(job, config, {"loss": loss})
-        metrics = {"loss": float(loss), **norms, "learning_rate": rate}
-        run.log(step, metrics, tokens=int(batch.attention_mask.sum()))
+    supervised.train(job, config, run, loss_of(job, config))
 
 
-def accumulate(job: Job, config: AlgorithmConfig, batch: Batch) -> Tensor:
-    """Backward of one batch in micro-batches; the loss is the mean over all of the batch's tokens."""
-    count = batch.mask.sum().clamp(min=1)
-    total = torch.zeros((), device=job.device)
-    for rows in torch.arange(len(batch)).split(config.micro_batch_size or len(batch)):
-        part = batch.rows(rows)
-        loss = -token_logprobs_of(job, config, part).sum() / count
-        loss.backward()
-        total += loss.detach()
-    return total
+def loss_of(job: Job, config: AlgorithmConfig) -> Loss[Rows]:
+    """The mean over all of a batch's tokens."""
+
+    def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        return -logprobs_of(job, config, role_of(job), rows.batch).sum() / rows.tokens, {}
+
+    return loss
 
 
-def token_logprobs_of(job: Job, config: AlgorithmConfig, batch: Batch) -> Tensor:
-    """(B, T) log-probabilities under the model that trains."""
-    role = None if FULL in job.optimizers else "policy"
-    seed = dropout_seed(job, config)
-    hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, [role], dropout_seed=seed)[role]
-    logprobs = job.backbone.logprobs(hidden, batch.input_ids, batch.mask)
-    assert isinstance(logprobs, Tensor)
-    return logprobs
+def role_of(job: Job) -> str | None:
+    """The role that trains; None: the model itself."""
+    return None if FULL in job.optimizers else "policy"
 
 
 @torch.no_grad()
@@ -101,10 +83,9 @@ def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
     """Mean loss per token on the held-out examples."""
     total, count = 0.0, 0
     for start in range(0, len(job.held_out), config.batch_size):
-        examples = job.held_out[start : start + config.batch_size]
-        batch = pad_batch(examples, job.encoder.pad_id).to(job.device)
-        total -= float(token_logprobs_of(job, config, batch).sum())
-        count += int(batch.mask.sum())
+        batch = padded(job, job.held_out[start : start + config.batch_size])
+        total -= float(logprobs_of(job, config, role_of(job), batch).sum())
+        count += batch.count
     return {"metrics": {"loss": total / max(1, count)}, "samples": []}
 
 
@@ -113,4 +94,4 @@ def save(job: Job, config: AlgorithmConfig, folder: Path) -> None:
     if FULL in job.optimizers:
         job.backbone.model.save_pretrained(folder)
     else:
-        save_adapter(job.backbone, "policy", str(folder))
+        save_roles(job, folder)

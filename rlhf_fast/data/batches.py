@@ -11,21 +11,30 @@ from rlhf_fast.data.encoding import Example
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows. input_ids, attention_mask, mask: (B, T) int64; mask 1 marks the tokens that count."""
+    """Right-padded rows. input_ids, attention_mask, mask: (B, T) int64; mask 1 marks the tokens that count.
+
+    counts: (B,) int64, how many tokens of each row count; on the CPU, so that asking waits for no GPU.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     mask: Tensor
+    counts: Tensor
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def count(self) -> int:
+        """How many tokens count."""
+        return int(self.counts.sum())
+
     def rows(self, index: Tensor | slice) -> "Batch":
-        """The chosen rows, padding unchanged."""
-        return Batch(self.input_ids[index], self.attention_mask[index], self.mask[index])
+        """The chosen rows, padding unchanged. index: on the CPU."""
+        return Batch(self.input_ids[index], self.attention_mask[index], self.mask[index], self.counts[index])
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.mask.to(device))
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.mask.to(device), self.counts)
 
 
 def pad_batch(sequences: Sequence[Example], pad: int) -> Batch:
@@ -39,7 +48,7 @@ def pad_batch(sequences: Sequence[Example], pad: int) -> Batch:
         attention_mask[i, : len(sequence.ids)] = 1
         mask[i, : len(sequence.ids)] = torch.tensor(sequence.learnt)
     mask[:, 0] = 0
-    return Batch(input_ids, attention_mask, mask)
+    return Batch(input_ids, attention_mask, mask, mask.sum(1))
 
 
 def held_out_indices(keys: Sequence[str], size: int, seed: int) -> list[int]:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -381,41 +381,48 @@ class Backbone:
         bias = self.model.get_output_embeddings().bias
         return None if bias is None else bias[: self.vocabulary]
 
+    @overload
+    def logprobs(
+        self, hidden: Tensor, input_ids: Tensor, mask: Tensor, *, mask_count: int | None = ..., temperature: float = ...
+    ) -> Tensor: ...
+
+    @overload
+    def logprobs(
+        self, hidden: Tensor, input_ids: Tensor, mask: Tensor, *, mask_count: int | None = ...,
+        temperature: float = ..., return_entropy: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
     def logprobs(
         self,
         hidden: Tensor,
         input_ids: Tensor,
         mask: Tensor,
         *,
+        mask_count: int | None = None,
         temperature: float = 1.0,
         return_entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """log p(input_ids[:, t] | tokens before t): (B, T, D), (B, T), (B, T) -> (B, T), fp32, nats.
 
         mask: 1 for the tokens that count; position 0 has no prediction and never counts. The others are 0 and cost
-        no product with the head. return_entropy: also the entropy of each prediction, (B, T).
+        no product with the head, on a GPU where mask_count bounds how many count. return_entropy: also the entropy of
+        each prediction, (B, T).
         """
         # Row t - 1 predicts token t.
-        predicts = F.pad(mask[:, 1:], (0, 1)).flatten().nonzero().squeeze(-1)
-        rows = hidden.flatten(0, 1).index_select(0, predicts)
-        targets = input_ids.flatten().index_select(0, predicts + 1)
         result = linear_logprobs(
-            rows,
+            hidden,
             self.lm_head_weight,
-            targets,
+            input_ids.roll(-1, 1),
             bias=self.lm_head_bias,
+            mask=F.pad(mask[:, 1:], (0, 1)),
+            mask_count=mask_count,
             temperature=temperature,
             **self.logit_transform,
             return_entropy=return_entropy,
         )
-
-        def placed(values: Tensor) -> Tensor:
-            flat = values.new_zeros(mask.numel())
-            return flat.index_copy(0, predicts + 1, values).view(mask.shape)
-
-        if isinstance(result, tuple):
-            return placed(result[0]), placed(result[1])
-        return placed(result)
+        if return_entropy:
+            return tuple(F.pad(values[:, :-1], (1, 0)) for values in result)  # type: ignore[return-value]
+        return F.pad(result[:, :-1], (1, 0))
 
     def values(self, role: str, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T), fp32: at t the value before token t, from hidden state t - 1; 0 at t = 0."""
@@ -434,6 +441,7 @@ class Backbone:
         attention_mask: Tensor,
         mask: Tensor,
         *,
+        mask_count: int | None = None,
         temperature: float = 1.0,
         lower: Tensor | None = None,
         policy: bool = True,
@@ -445,13 +453,14 @@ class Backbone:
         roles = ["policy"] if policy else []
         roles += ["reference", *(role for role in ("critic", "reward") if role in self.heads)]
         hidden = self.hidden(input_ids, attention_mask, roles, lower=lower)
-        logprobs = self.logprobs(hidden["policy"], input_ids, mask, temperature=temperature) if policy else None
-        ref_logprobs = self.logprobs(hidden["reference"], input_ids, mask, temperature=temperature)
-        assert logprobs is None or isinstance(logprobs, Tensor)
-        assert isinstance(ref_logprobs, Tensor)
+        logprobs = {
+            role: self.logprobs(hidden[role], input_ids, mask, mask_count=mask_count, temperature=temperature)
+            for role in ("policy", "reference")
+            if role in hidden
+        }
         return Scores(
-            logprobs,
-            ref_logprobs,
+            logprobs.get("policy"),
+            logprobs["reference"],
             self.values("critic", hidden["critic"]) if "critic" in hidden else None,
             self.scores("reward", hidden["reward"], attention_mask) if "reward" in hidden else None,
         )

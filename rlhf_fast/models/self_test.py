@@ -128,7 +128,6 @@ def _nearest(backbone: Backbone, input_ids: Tensor, mask: Tensor, expected: Tens
     for transform in logit_transforms(backbone.model):
         backbone.logit_transform = transform
         logprobs = backbone.logprobs(hidden, input_ids, mask)
-        assert isinstance(logprobs, Tensor)
         tried.append((_apart(logprobs[0, 1:], expected), transform, logprobs[:, 1:]))
     difference, backbone.logit_transform, ours = min(tried, key=lambda trial: trial[0])
     return ours, difference

@@ -112,6 +112,10 @@ class Config(BaseModel):
             changes["warmup_steps"] = math.ceil(self.warmup_ratio * changes.get("steps", self.steps))
         return self.model_copy(update=changes)
 
+    def peak_rate(self, role: str) -> float:
+        """The learning rate of a role after its warm-up."""
+        return self.learning_rate
+
     @property
     def order_seed(self) -> int:
         """The seed of everything that chooses among examples: which are held out, and the order of the others."""
@@ -161,6 +165,14 @@ class RolloutConfig(SamplingConfig):
     @property
     def examples_per_step(self) -> int:
         return self.batch_size // self.num_generations
+
+    @property
+    def scores_policy(self) -> bool:
+        """Whether a rollout's old log-probabilities take a pass of their own.
+
+        One minibatch has all rows before any step: its log-probabilities are the old ones, unless it has dropout.
+        """
+        return self.num_minibatches > 1 or self.lora_dropout > 0
 
     @model_validator(mode="after")
     def _divisible(self) -> "RolloutConfig":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batches import shuffled_indices
+from rlhf_fast.data.batches import Batch, shuffled_indices
 from rlhf_fast.data.encoding import Prompt
 from rlhf_fast.models.backbone import Scores
 from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
@@ -33,6 +33,11 @@ class Experience:
     scores: Scores
     rewards: Tensor
     parts: dict[str, Tensor]
+
+    @property
+    def batch(self) -> Batch:
+        """(B, T): prompts and completions; the mask marks the sampled tokens."""
+        return self.rollout.batch
 
     @property
     def kl(self) -> Tensor:
@@ -96,7 +101,7 @@ def warn_of_another_policy(job: Job, config: SamplingConfig, rollout: Rollout) -
     """The start of a run compares whole completions, of those rows that have the most padding on the left."""
     assert rollout.sampler is not None
     shortest = torch.tensor([len(p.ids) for p in rollout.prompts]).argsort(stable=True)
-    rows = shortest[: config.micro_batch_size or len(shortest)].to(job.device)
+    rows = shortest[: config.micro_batch_size or len(shortest)]
     sampler = SamplerView(rollout.sampler.logprobs[rows], rollout.sampler.spread)
     found = agreement(job.backbone, rollout.batch.rows(rows), sampler, config.temperature)
     if not found.holds:
@@ -114,8 +119,9 @@ def score(job: Job, config: SamplingConfig, rollout: Rollout, *, policy: bool = 
         lower = job.backbone.lower(rows.input_ids, rows.attention_mask)
         lowers.append(lower)
         scores = job.backbone.score(
-            rows.input_ids, rows.attention_mask, rows.mask, temperature=config.temperature, lower=lower, policy=policy
-        )
+            rows.input_ids, rows.attention_mask, rows.mask, mask_count=rows.count, temperature=config.temperature,
+            lower=lower, policy=policy,
+        )  # fmt: skip
         passes.append(scores)
     joined = Scores(
         _joined([p.logprobs for p in passes]),
@@ -132,19 +138,6 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(present) if present else None
 
 
-def minibatches(config: RolloutConfig, size: int) -> Iterator[tuple[Tensor, ...]]:
-    """One epoch over `size` shuffled rows: for each minibatch, its micro-batches' row indices."""
-    for rows in torch.randperm(size).chunk(config.num_minibatches):
-        yield rows.split(config.micro_batch_size or len(rows))
-
-
-def sum_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Metrics of a minibatch from those of its micro-batches, which already share the minibatch's denominator."""
-    stacked = {name: torch.stack([part[name].detach() for part in parts]) for name in parts[0]}
-    merge = {"ratio_max": torch.amax, "ratio_min": torch.amin}
-    return {name: merge.get(name, torch.sum)(values) for name, values in stacked.items()}
-
-
 def move_reference(job: Job, config: RolloutConfig, step: int) -> None:
     """Refresh the reference from the policy where the config says so."""
     if config.reference_ema is not None:
@@ -155,12 +148,11 @@ def move_reference(job: Job, config: RolloutConfig, step: int) -> None:
 
 def rollout_metrics(experience: Experience) -> dict[str, float]:
     """Means over the batch: reward, KL per completion (nats), length (tokens), share that was finished."""
-    mask = experience.rollout.batch.mask
     metrics = {
         "reward": experience.rewards.mean(),
         "reward_std": experience.rewards.std(correction=0),
         "kl": experience.kl.sum(1).mean(),
-        "completion_length": mask.sum(1).float().mean(),
+        "completion_length": experience.batch.counts.float().mean(),
         "finished": experience.rollout.finished.float().mean(),
     }
     if len(experience.parts) > 1:
@@ -191,7 +183,7 @@ def evaluate_policy(job: Job, config: SamplingConfig, prompts: Sequence[Prompt])
         "reward_se": experience.rewards.std(correction=1 if len(kl) > 1 else 0) / root,
         "kl": kl.mean(),
         "kl_se": kl.std(correction=1 if len(kl) > 1 else 0) / root,
-        "completion_length": experience.rollout.batch.mask.sum(1).float().mean(),
+        "completion_length": experience.batch.counts.float().mean(),
         "finished": experience.rollout.finished.float().mean(),
     }
     return {"metrics": {n: float(v) for n, v in metrics.items()}, "samples": samples_of(experience, 5)}

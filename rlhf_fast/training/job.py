@@ -3,6 +3,7 @@
 import hashlib
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -10,6 +11,8 @@ import torch
 
 from rlhf_fast.data.encoding import Encoder
 from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.models.peft_io import save_adapter
+from rlhf_fast.ops.rewards.kl_controller import FixedKLController
 from rlhf_fast.rewards import Rewards
 from rlhf_fast.training.config import Config
 
@@ -18,7 +21,11 @@ FULL = "model"  # the optimizer key when every weight of the model trains
 
 @dataclass
 class Job:
-    """A model with its roles, encoded data, optimizers by role, and the scalars that change while training."""
+    """A model with its roles, encoded data, optimizers by role, and what else changes while training.
+
+    kl_controller: holds the weight of the KL penalty in the reward. counters: updates that were skipped in a row
+    (bad_steps) and that were made (updates), passes with dropout (passes).
+    """
 
     backbone: Backbone
     encoder: Encoder
@@ -26,6 +33,7 @@ class Job:
     held_out: list[Any]
     optimizers: dict[str, torch.optim.Optimizer]
     rewards: Rewards | None = None
+    kl_controller: FixedKLController | None = None
     counters: dict[str, float] = field(default_factory=lambda: {"bad_steps": 0})
     bad_tensor: str | None = None  # of the last update that was skipped
 
@@ -51,12 +59,22 @@ def dropout_seed(job: Job, config: Config) -> int | None:
     return int.from_bytes(digest[:5], "big")  # 40 bits: Backbone.hidden takes 47
 
 
+def save_roles(job: Job, folder: Path, *beside: str) -> None:
+    """The policy at the top of `folder`, in PEFT's format; of the roles `beside` those that are adapters, each in a
+    folder of its name."""
+    save_adapter(job.backbone, "policy", str(folder))
+    for role in beside:
+        if role in job.backbone.adapters:
+            save_adapter(job.backbone, role, str(folder / role))
+
+
 def capture(job: Job) -> dict[str, Any]:
     """Weights, optimizer states, random states and counters: all that the next step depends on."""
     state: dict[str, Any] = {
         "adapters": {name: job.backbone.snapshot(name) for name in job.changing_adapters()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in job.optimizers.items()},
         "counters": dict(job.counters),
+        "kl_controller": None if job.kl_controller is None else job.kl_controller.state_dict(),
         "random": random_state(),
     }
     if FULL in job.optimizers:
@@ -73,6 +91,8 @@ def restore(job: Job, state: dict[str, Any]) -> None:
     for name, optimizer in job.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
     job.counters.update(state["counters"])
+    if job.kl_controller is not None:
+        job.kl_controller.load_state_dict(state["kl_controller"])
     set_random_state(state["random"])
 
 

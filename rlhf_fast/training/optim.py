@@ -1,6 +1,8 @@
-"""One optimizer per role, and the update that refuses numbers that are not finite."""
+"""One optimizer per role; gradients of a minibatch from its parts; the update that refuses what is not finite."""
 
 import math
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,10 @@ from torch import Tensor, nn
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import FULL, Job
+
+R = TypeVar("R")
+Loss = Callable[[R], tuple[Tensor, dict[str, Tensor]]]  # what a method brings: rows -> (loss, metrics)
+EXTREMES = {"ratio_max": torch.amax, "ratio_min": torch.amin}  # of the metrics; the others add up
 
 
 def adamw(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimizer:
@@ -18,9 +24,9 @@ def adamw(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimiz
     )
 
 
-def learning_rate(config: Config, step: int, *, peak: float | None = None) -> float:
-    """The rate at `step` (from 0): linear warm-up to `peak`, then constant, or down to 0 at config.steps."""
-    peak = config.learning_rate if peak is None else peak
+def learning_rate(config: Config, step: int, *, role: str = "policy") -> float:
+    """The rate at `step` (from 0): linear warm-up to the role's, then constant, or down to 0 at config.steps."""
+    peak = config.peak_rate(role)
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -28,26 +34,45 @@ def learning_rate(config: Config, step: int, *, peak: float | None = None) -> fl
     return peak * scale[config.lr_schedule]
 
 
-def set_learning_rates(job: Job, rates: dict[str, float]) -> None:
-    for role, rate in rates.items():
-        for group in job.optimizers[role].param_groups:
-            group["lr"] = rate
+def set_learning_rates(job: Job, config: Config, step: int) -> None:
+    for role, optimizer in job.optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, role=role)
 
 
-def update(job: Job, config: Config, losses: dict[str, Tensor]) -> dict[str, float]:
+def accumulate(loss: Loss[R], parts: Iterable[R]) -> dict[str, Tensor]:
+    """Backward of a minibatch, part by part; its loss and metrics, detached.
+
+    Those of the parts add up, because each divides by the numbers of the whole minibatch.
+    """
+    collected = []
+    for rows in parts:
+        total, metrics = loss(rows)
+        total.backward()
+        collected.append({"loss": total.detach(), **metrics})
+    stacked = {name: torch.stack([part[name].detach() for part in collected]) for name in collected[0]}
+    return {name: EXTREMES.get(name, torch.sum)(values) for name, values in stacked.items()}
+
+
+def as_numbers(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """The metrics on the host, in one wait for the device."""
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+
+
+def update(job: Job, config: Config, loss: Tensor) -> dict[str, float]:
     """Clip each role's accumulated gradient to max_grad_norm and step its optimizer; gradients are then cleared.
 
-    losses: the values that were back-propagated, by name, for the check. If any loss or gradient is not finite,
-    nothing steps; after config.max_bad_steps such updates in a row UserError names the first bad tensor.
+    loss: the value that was back-propagated, for the check. If it or a gradient is not finite, nothing steps; after
+    config.max_bad_steps such updates in a row UserError names the first bad tensor.
     Returns the gradient norms before clipping and `skipped` (0 or 1).
     """
     parameters = {role: optimizer.param_groups[0]["params"] for role, optimizer in job.optimizers.items()}
     gradients = {role: [p.grad for p in group if p.grad is not None] for role, group in parameters.items()}
     norms = {role: nn.utils.get_total_norm(group) for role, group in gradients.items()}
-    checked = torch.stack([*(v.detach().float() for v in losses.values()), *(n.float() for n in norms.values())])
+    checked = torch.stack([loss.detach().float(), *(norm.float() for norm in norms.values())])
     finite = bool(torch.isfinite(checked).all())
     if not finite:
-        job.bad_tensor = _bad_tensor(job, losses)
+        job.bad_tensor = _bad_tensor(job, loss)
         if job.counters["bad_steps"] + 1 >= config.max_bad_steps:
             raise UserError(
                 f"{job.bad_tensor} is not finite, {config.max_bad_steps} updates in a row (max_bad_steps); "
@@ -71,10 +96,9 @@ def check_progress(job: Job) -> None:
                         "look at the data and the model")  # fmt: skip
 
 
-def _bad_tensor(job: Job, losses: dict[str, Tensor]) -> str:
-    for name, value in losses.items():
-        if not bool(torch.isfinite(value)):
-            return name
+def _bad_tensor(job: Job, loss: Tensor) -> str:
+    if not bool(torch.isfinite(loss)):
+        return "loss"
     for role in job.optimizers:
         model = job.backbone.model
         named = dict(model.named_parameters()) if role == FULL else job.backbone.named_parameters_of(role)

@@ -9,11 +9,13 @@ from rich.console import Console
 
 from rlhf_fast.algorithms import load_algorithm
 from rlhf_fast.algorithms.launch import run_stage, single_stage
-from rlhf_fast.data.batches import Batch, pad_batch
+from rlhf_fast.data.batches import Batch
 from rlhf_fast.models.backbone import Scores
 from rlhf_fast.models.loading import load_model
+from rlhf_fast.training import on_policy, supervised
 from rlhf_fast.training.experience import Experience, collect, prompts_of_step
 from rlhf_fast.training.job import Job
+from rlhf_fast.training.optim import accumulate
 from tests.training.tiny_runs import ALGORITHMS, assert_close, config_of, folder, gradients, job_of, values_of
 
 ROLLOUTS = ("ppo", "grpo")
@@ -24,12 +26,9 @@ def one_backward(job: Job, config) -> dict[str, torch.Tensor]:
     module = load_algorithm(config.algorithm)
     if config.algorithm in ROLLOUTS:
         return rollout_backward(job, config, experience_of(job, config))
-    rows = job.train[:4]
-    if config.algorithm == "sft":
-        return {"loss": module.accumulate(job, config, pad_batch(rows, 256))}
-    if config.algorithm == "dpo":
-        return module.accumulate(job, config, rows, module.reference_logprobs(job, config, rows))
-    return module.accumulate(job, config, rows)
+    references = [module.reference_logprobs(job, config, job.train[:4])] if config.algorithm == "dpo" else []
+    rows = supervised.micro_batches(job, job.train, range(4), config.micro_batch_size)
+    return accumulate(module.loss_of(job, config, *references), rows)
 
 
 def experience_of(job: Job, config) -> Experience:
@@ -41,9 +40,10 @@ def rollout_backward(job: Job, config, experience: Experience) -> dict[str, torc
     module = load_algorithm(config.algorithm)
     parts = torch.arange(config.batch_size).split(config.micro_batch_size or config.batch_size)
     if config.algorithm == "grpo":
-        advantages = torch.tensor([1.0, -1.0, 0.5, 2.0])
-        return module.accumulate(job, config, experience, advantages, parts)
-    return module.accumulate(job, config, experience, *module.estimate(job, config, experience), parts)
+        loss = module.loss_of(config, torch.tensor([1.0, -1.0, 0.5, 2.0]))
+    else:
+        loss = module.loss_of(job, config, module.estimate(job, config, experience))
+    return accumulate(loss, on_policy.micro_batches(job, config, experience, parts))
 
 
 @pytest.mark.parametrize("algorithm", ROLLOUTS)
@@ -65,7 +65,7 @@ def test_reference_logprobs_are_those_of_the_base_model(algorithm, top_layers):
     )
     job = job_of(config)
     experience = experience_of(job, config)
-    batch = experience.rollout.batch
+    batch = experience.batch
     base = load_model(folder() / "model", dtype=torch.float32).requires_grad_(False)
     logits = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits / 0.7
     expected = logits.log_softmax(-1)[:, :-1].gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
@@ -157,8 +157,8 @@ def test_padding_changes_no_gradient_of_a_rollout_whatever_stands_behind_the_mas
     experience = experience_of(job, config)
     losses = rollout_backward(job, config, experience)
     expected = gradients(job)
-    old = experience.rollout.batch
-    batch = Batch(wider(old.input_ids, 65), wider(old.attention_mask, 0), wider(old.mask, 0))
+    old = experience.batch
+    batch = Batch(wider(old.input_ids, 65), wider(old.attention_mask, 0), wider(old.mask, 0), old.counts)
     scores = experience.scores
     values = None if scores.values is None else wider(scores.values, 1e6)
     padded = Experience(
@@ -183,13 +183,16 @@ def test_a_longer_neighbour_changes_nothing_for_the_others(algorithm):
     assert _length(longest) > _length(short) + 5
     with torch.no_grad():
         if algorithm == "sft":
-            alone = module.token_logprobs_of(job, config, pad_batch([short], 256)).sum(1)
-            beside = module.token_logprobs_of(job, config, pad_batch([short, longest], 256)).sum(1)[:1]
+            alone, beside = (
+                supervised.logprobs_of(job, config, "policy", supervised.padded(job, rows)).sum(1)[:1]
+                for rows in ([short], [short, longest])
+            )
         elif algorithm == "dpo":
             alone, beside = (module.reference_logprobs(job, config, rows)[0] for rows in ([short], [short, longest]))
         else:
             alone, beside = (
-                torch.stack(module.pair_scores(job, config, rows))[:, 0] for rows in ([short], [short, longest])
+                torch.stack(module.pair_scores(job, config, supervised.padded(job, rows)))[:, 0]
+                for rows in ([short], [short, longest])
             )
     torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-5)
 

@@ -8,6 +8,10 @@ from rlhf_fast.algorithms import ppo, reward_model
 from rlhf_fast.algorithms.launch import run_stage, single_stage
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.experience import collect, move_reference, prompts_of_step
+from rlhf_fast.training.on_policy import improve, micro_batches
+from rlhf_fast.training.optim import accumulate
+from rlhf_fast.training.supervised import padded
+from tests.training.test_experience import trained
 from tests.training.tiny_runs import config_of, folder, job_of, values_of
 
 
@@ -25,15 +29,12 @@ def experience_of(job, config):
 
 
 def test_kl_coefficient_follows_the_controller():
-    config = config_of("ppo", kl_coef=0.1, kl_target=2.0, kl_horizon=40, batch_size=4)
-    job = job_of(config)
-    ppo.adapt_kl(job, config, 2.2)
-    assert job.counters["kl_coef"] == pytest.approx(0.1 * (1 + 0.1 * 4 / 40))
-    job.counters["kl_coef"] = 0.1
-    ppo.adapt_kl(job, config, 50.0)
-    assert job.counters["kl_coef"] == pytest.approx(0.1 * (1 + 0.2 * 4 / 40))
-    ppo.adapt_kl(job, config.model_copy(update={"kl_target": None}), 50.0)
-    assert job.counters["kl_coef"] == pytest.approx(0.1 * (1 + 0.2 * 4 / 40))
+    _, (first, second) = trained("ppo", 2, kl_coef=0.1, kl_target=2.0, kl_horizon=40, batch_size=4)
+    errors = [min(0.2, max(-0.2, metrics["kl"] / 2.0 - 1)) for metrics in (first, second)]
+    assert first["kl_coef"] == pytest.approx(0.1 * (1 + errors[0] * 4 / 40))
+    assert second["kl_coef"] == pytest.approx(first["kl_coef"] * (1 + errors[1] * 4 / 40))
+    _, metrics = trained("ppo", 2, kl_coef=0.1, kl_target=None)
+    assert [m["kl_coef"] for m in metrics] == [0.1, 0.1]
 
 
 def test_the_reward_of_a_token_is_its_kl_and_at_the_end_the_score():
@@ -41,7 +42,7 @@ def test_the_reward_of_a_token_is_its_kl_and_at_the_end_the_score():
     job = job_of(config)
     experience = experience_of(job, config)
     advantages, returns, values = ppo.estimate(job, config, experience)
-    mask = experience.rollout.batch.mask
+    mask = experience.batch.mask
     # With gamma = lam = 1 the return of a row's first token is the sum of all its rewards.
     first = mask.argmax(1, keepdim=True)
     expected = experience.rewards - 0.5 * experience.kl.sum(1)
@@ -80,7 +81,7 @@ def test_the_critic_starts_as_the_reward_role_on_the_scale_that_ppo_is_paid_in(r
     config = config_of("ppo", reward=str(reward_adapter))
     job = ppo.prepare(config)
     experience = experience_of(job, config)
-    batch = experience.rollout.batch
+    batch = experience.batch
     hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["critic"])["critic"]
     last = job.backbone.scores("critic", hidden, batch.attention_mask)
     torch.testing.assert_close(ppo.reward_units(job, last).detach(), experience.rewards, rtol=1e-4, atol=1e-5)
@@ -90,7 +91,7 @@ def test_scores_of_a_reward_adapter_have_mean_zero_and_spread_one_on_its_trainin
     config = config_of("reward_model", model=str(folder() / "model"))
     job = ppo.prepare(config_of("ppo", reward=str(reward_adapter)))
     pairs = reward_model.prepare(config).train
-    batch = reward_model._batch(job, pairs)
+    batch = padded(job, pairs)
     with torch.no_grad():
         hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["reward"])["reward"]
         scores = ppo.reward_units(job, job.backbone.scores("reward", hidden, batch.attention_mask))
@@ -102,13 +103,13 @@ def test_actor_and_critic_gradients_do_not_touch_each_other():
     config = config_of("ppo")
     job = job_of(config)
     experience = experience_of(job, config)
-    advantages, returns, values = ppo.estimate(job, config, experience)
-    parts = (torch.arange(4),)
-    ppo.accumulate(job, config, experience, advantages, returns, values, parts)
+    estimates, parts = ppo.estimate(job, config, experience), (torch.arange(4),)
+    accumulate(ppo.loss_of(job, config, estimates), micro_batches(job, config, experience, parts))
     policy = [p.grad.clone() for p in job.backbone.parameters_of("policy")]
     for role in job.optimizers.values():
         role.zero_grad()
-    ppo.accumulate(job, config, experience, advantages, returns * 5, values, parts)
+    estimates = estimates._replace(returns=estimates.returns * 5)
+    accumulate(ppo.loss_of(job, config, estimates), micro_batches(job, config, experience, parts))
     for before, parameter in zip(policy, job.backbone.parameters_of("policy"), strict=True):
         torch.testing.assert_close(parameter.grad, before)
 
@@ -120,7 +121,7 @@ def test_updates_end_early_when_the_policy_has_moved_too_far():
         job = job_of(config)
         experience = experience_of(job, config)
         changed = config.model_copy(update={"early_stop_kl": limit})
-        ppo.improve(job, changed, experience, *ppo.estimate(job, changed, experience))
+        improve(job, changed, experience, ppo.loss_of(job, changed, ppo.estimate(job, changed, experience)))
         return job.optimizers["policy"].state_dict()["state"][0]["step"].item()
 
     assert moved(None) == 4
@@ -148,10 +149,9 @@ def test_a_policy_that_starts_from_an_adapter_keeps_a_frozen_copy_as_reference(t
     assert not any(p.requires_grad for p in job.backbone.parameters_of("reference"))
     experience = experience_of(job, config)
     torch.testing.assert_close(experience.scores.logprobs, experience.scores.ref_logprobs)
-    mask = experience.rollout.batch.mask
-    batch = experience.rollout.batch
+    batch = experience.batch
     hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, [None])[None]
-    base = job.backbone.logprobs(hidden, batch.input_ids, mask)
+    base = job.backbone.logprobs(hidden, batch.input_ids, batch.mask)
     assert (base - experience.scores.ref_logprobs).abs().max() > 1e-4
 
 

@@ -6,6 +6,8 @@ from rich.console import Console
 
 from rlhf_fast.algorithms import preference
 from rlhf_fast.algorithms.launch import run_stage, single_stage
+from rlhf_fast.data.batches import shuffled_indices
+from rlhf_fast.training import reference_cache
 from rlhf_fast.training.run import read_jsonl
 from tests.training.test_resume import contents
 from tests.training.tiny_runs import config_of, job_of, values_of, write_jsonl
@@ -19,6 +21,12 @@ class Folder:
 
     def track(self, what, parts):
         return parts
+
+
+def references_of_run(job, config, run):
+    return reference_cache.references_of_run(
+        job, config, run, lambda pairs: preference.reference_logprobs(job, config, pairs)
+    )
 
 
 @pytest.fixture
@@ -44,8 +52,8 @@ def scored(monkeypatch):
 def test_only_the_pairs_of_the_run_are_scored_and_they_are_the_right_ones(many_pairs, tmp_path, scored):
     config = config_of("dpo", data=many_pairs, steps=3, batch_size=4, data_seed=8)
     job = job_of(config)
-    references = preference.references_of_run(job, config, Folder(tmp_path))
-    used = [i for step in range(3) for i in preference.shuffled_indices(len(job.train), 8, step * 4, 4)]
+    references = references_of_run(job, config, Folder(tmp_path))
+    used = [i for step in range(3) for i in shuffled_indices(len(job.train), 8, step * 4, 4)]
     assert sorted(references[:, 0].isfinite().nonzero().squeeze(1).tolist()) == sorted(used)
     assert sum(map(len, scored)) == 12
     expected = preference.reference_logprobs(job, config, [job.train[i] for i in used])
@@ -54,13 +62,13 @@ def test_only_the_pairs_of_the_run_are_scored_and_they_are_the_right_ones(many_p
 
 def test_what_was_scored_is_kept_and_only_what_is_missing_is_added(many_pairs, tmp_path, scored):
     config = config_of("dpo", data=many_pairs, steps=3)
-    first = preference.references_of_run(job_of(config), config, Folder(tmp_path))
+    first = references_of_run(job_of(config), config, Folder(tmp_path))
     scored.clear()
-    again = preference.references_of_run(job_of(config), config, Folder(tmp_path))
+    again = references_of_run(job_of(config), config, Folder(tmp_path))
     assert scored == []
     assert torch.equal(again.nan_to_num(1.0), first.nan_to_num(1.0))
     longer = config.model_copy(update={"steps": 4})
-    more = preference.references_of_run(job_of(longer), longer, Folder(tmp_path))
+    more = references_of_run(job_of(longer), longer, Folder(tmp_path))
     assert [len(pairs) for pairs in scored] == [4]
     assert torch.equal(more[first.isfinite()], first[first.isfinite()])
 
@@ -69,7 +77,7 @@ def test_what_was_scored_is_kept_and_only_what_is_missing_is_added(many_pairs, t
 def test_what_another_run_kept_is_never_used(change, many_pairs, tmp_path, scored):
     config = config_of("dpo", data=many_pairs, steps=1)
     job = job_of(config)
-    preference.references_of_run(job, config, Folder(tmp_path))
+    references_of_run(job, config, Folder(tmp_path))
     scored.clear()
     if change == "data":
         job.train[0], job.train[1] = job.train[1], job.train[0]
@@ -83,7 +91,7 @@ def test_what_another_run_kept_is_never_used(change, many_pairs, tmp_path, score
     else:
         path = tmp_path / "reference_logprobs.pt"
         path.write_bytes(path.read_bytes()[:100] if change == "cut off" else b"hello")
-    preference.references_of_run(job, config, Folder(tmp_path))
+    references_of_run(job, config, Folder(tmp_path))
     assert [len(pairs) for pairs in scored] == [4]
 
 

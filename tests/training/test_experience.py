@@ -5,7 +5,9 @@ import torch
 
 from rlhf_fast.algorithms import load_algorithm
 from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.training import on_policy
 from rlhf_fast.training.experience import collect, prompts_of_step
+from rlhf_fast.training.optim import accumulate
 from tests.training.tiny_runs import config_of, job_of
 
 ONE_MINIBATCH = {"num_minibatches": 1, "micro_batch_size": 3}
@@ -63,7 +65,7 @@ def test_the_policy_is_scored_only_where_its_first_minibatch_comes_too_late(algo
 ], ids=str)  # fmt: skip
 def test_a_run_without_scoring_the_policy_is_the_run_with_it(algorithm, changes, monkeypatch):
     job, metrics = trained(algorithm, 4, **ONE_MINIBATCH, **changes)
-    monkeypatch.setattr(load_algorithm(algorithm), "collect", lambda *arguments, **options: collect(*arguments))
+    monkeypatch.setattr(on_policy, "collect", lambda *arguments, **options: collect(*arguments))
     scored_job, scored_metrics = trained(algorithm, 4, **ONE_MINIBATCH, **changes)
     for found, expected in zip(metrics, scored_metrics, strict=True):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -75,14 +77,14 @@ def test_a_run_without_scoring_the_policy_is_the_run_with_it(algorithm, changes,
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_logprobs_that_the_update_kept_are_those_of_a_scoring_pass(algorithm):
     config = config_of(algorithm, **ONE_MINIBATCH, kl_coef=0.0)
-    job, module = job_of(config), load_algorithm(algorithm)
+    job = job_of(config)
     experiences = []
     for score_policy in (True, False):
         torch.manual_seed(7)
         experiences.append(collect(job, config, prompts_of_step(job, config, 0), score_policy=score_policy))
     scored, kept = experiences
-    estimates = (torch.ones(4),) if algorithm == "grpo" else module.estimate(job, config, kept)
-    module.accumulate(job, config, kept, *estimates, (torch.tensor([2, 0, 3]), torch.tensor([1])))
+    rows = on_policy.micro_batches(job, config, kept, (torch.tensor([2, 0, 3]), torch.tensor([1])))
+    accumulate(lambda part: (part.logprobs.sum(), {}), rows)
     torch.testing.assert_close(kept.scores.logprobs, scored.scores.logprobs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kept.kl, scored.kl, rtol=1e-4, atol=1e-5)
     assert scored.kl.abs().max() > 0.01
@@ -93,4 +95,4 @@ def test_a_first_minibatch_of_some_rows_cannot_make_the_old_logprobs():
     job = job_of(config)
     experience = collect(job, config, prompts_of_step(job, config, 0), score_policy=False)
     with pytest.raises(ValueError, match="the first minibatch has 2 rows, not all 4"):
-        load_algorithm("grpo").accumulate(job, config, experience, torch.ones(4), (torch.tensor([0, 1]),))
+        list(on_policy.micro_batches(job, config, experience, (torch.tensor([0, 1]),)))

@@ -26,7 +26,7 @@ def test_an_update_steps_reports_the_norm_and_clears_gradients():
     job = job_of(config)
     set_gradients(job)
     before, size = weights(job), sum(p.numel() for p in job.backbone.parameters_of("policy"))
-    report = update(job, config, {"loss": torch.tensor(1.0)})
+    report = update(job, config, torch.tensor(1.0))
     assert report["grad_norm_policy"] == pytest.approx(size**0.5, rel=1e-5)
     assert report["skipped"] == 0
     assert not same(weights(job), before)
@@ -42,7 +42,7 @@ def test_gradients_are_clipped_per_role_before_the_step():
     optimizer.register_step_pre_hook(
         lambda *_: seen.append(torch.nn.utils.get_total_norm([p.grad for p in job.backbone.parameters_of("policy")]))
     )
-    update(job, config, {"loss": torch.tensor(1.0)})
+    update(job, config, torch.tensor(1.0))
     assert float(seen[0]) == pytest.approx(0.5, rel=1e-4)
 
 
@@ -53,12 +53,12 @@ def test_a_number_that_is_not_finite_skips_the_update_and_a_good_one_resets_the_
     before = weights(job)
     for _ in range(3):
         set_gradients(job, math.inf if bad == "gradient" else 1.0)
-        report = update(job, config, {"loss": torch.tensor(math.nan if bad == "loss" else 1.0)})
+        report = update(job, config, torch.tensor(math.nan if bad == "loss" else 1.0))
         assert report["skipped"] == 1
         assert same(weights(job), before)
         assert all(p.grad is None for p in job.backbone.parameters_of("policy"))
         set_gradients(job)
-        assert update(job, config, {"loss": torch.tensor(1.0)})["skipped"] == 0
+        assert update(job, config, torch.tensor(1.0))["skipped"] == 0
         before = weights(job)
 
 
@@ -66,14 +66,14 @@ def test_the_run_ends_after_max_bad_steps_and_names_the_tensor():
     config = config_of("sft", max_bad_steps=2)
     job = job_of(config)
     set_gradients(job)
-    update(job, config, {"loss": torch.tensor(math.nan)})
+    update(job, config, torch.tensor(math.nan))
     set_gradients(job)
     with pytest.raises(UserError, match="loss is not finite, 2 updates in a row"):
-        update(job, config, {"loss": torch.tensor(math.nan)})
+        update(job, config, torch.tensor(math.nan))
     name, parameter = next(iter(job.backbone.named_parameters_of("policy").items()))
     parameter.grad[0, 0] = math.nan
     with pytest.raises(UserError, match=f"the gradient of policy {name} is not finite"):
-        update(job, config, {"loss": torch.tensor(1.0)})
+        update(job, config, torch.tensor(1.0))
 
 
 def test_a_run_whose_every_update_was_skipped_is_an_error_however_short_it_was():
@@ -82,11 +82,11 @@ def test_a_run_whose_every_update_was_skipped_is_an_error_however_short_it_was()
     check_progress(job)  # no update yet: a run that is resumed at its end
     for value in (math.nan, math.inf):
         set_gradients(job)
-        update(job, config, {"loss": torch.tensor(value)})
+        update(job, config, torch.tensor(value))
     with pytest.raises(UserError, match="every update was skipped, the last because loss is not finite"):
         check_progress(job)
     set_gradients(job)
-    update(job, config, {"loss": torch.tensor(1.0)})
+    update(job, config, torch.tensor(1.0))
     check_progress(job)
 
 
@@ -95,5 +95,7 @@ def test_the_rate_warms_up_and_then_follows_its_schedule():
     assert [learning_rate(config, s) for s in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
     cosine = config.model_copy(update={"lr_schedule": "cosine"})
     assert [learning_rate(cosine, s) for s in (2, 6)] == pytest.approx([1.0, 0.5])
-    assert learning_rate(cosine, 6, peak=4.0) == pytest.approx(2.0)
+    ppo = config_of("ppo", steps=10, warmup_steps=2, lr_schedule="cosine", critic_learning_rate=4.0)
+    assert learning_rate(ppo, 6, role="critic") == pytest.approx(2.0)
+    assert learning_rate(ppo, 6) == pytest.approx(0.01)
     assert learning_rate(config.model_copy(update={"lr_schedule": "constant"}), 9) == 1.0

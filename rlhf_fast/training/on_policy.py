@@ -1,0 +1,119 @@
+"""Learning from the policy's own samples: the loop of rollouts, and the updates that a method's loss makes of one.
+
+A method brings `loss(rows) -> (loss, metrics)`. Both are sums over the rows, divided by the numbers of the whole
+minibatch (`Rows.tokens`, `Rows.sequences`), so that micro-batches change nothing.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.data.batches import Batch
+from rlhf_fast.training.config import RolloutConfig
+from rlhf_fast.training.experience import (
+    Experience,
+    collect,
+    move_reference,
+    prompts_of_step,
+    rollout_metrics,
+    samples_of,
+)
+from rlhf_fast.training.job import Job, dropout_seed
+from rlhf_fast.training.optim import Loss, accumulate, as_numbers, learning_rate, set_learning_rates, update
+from rlhf_fast.training.run import Run
+
+
+class Rows(NamedTuple):
+    """A micro-batch of an experience, as the weights that train see it; M rows of T tokens.
+
+    indices: (M,), its rows of the experience, on the CPU. batch: their tokens. hidden: role -> (M, T, D), of every role
+    that trains. logprobs, entropy: (M, T), nats, of the policy. old_logprobs: (M, T), those of the policy that sampled;
+    None: the same as logprobs. ref_logprobs: (M, T), the reference's.
+    tokens, sequences: 0-d, what counts in the whole minibatch.
+    """
+
+    indices: Tensor
+    batch: Batch
+    hidden: dict[str | None, Tensor]
+    logprobs: Tensor
+    entropy: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor
+    tokens: Tensor
+    sequences: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """(M, T): 1 for the sampled tokens."""
+        return self.batch.mask
+
+
+def experiences(job: Job, config: RolloutConfig, run: Run) -> Iterator[tuple[int, Experience]]:
+    """For each step, with the learning rates set, the completions of its prompts, scored."""
+    for step in run.steps():
+        set_learning_rates(job, config, step)
+        prompts = prompts_of_step(job, config, step)
+        yield step, collect(
+            job, config, prompts, score_policy=config.scores_policy, compare_sampler=step == run.start
+        )  # fmt: skip
+
+
+def improve(job: Job, config: RolloutConfig, experience: Experience, loss: Loss[Rows]) -> dict[str, float]:
+    """The epochs of minibatches over the experience, an update each; metrics averaged over the updates."""
+    history = []
+    for _ in range(config.ppo_epochs):
+        for parts in minibatches(config, len(experience.batch)):
+            metrics = accumulate(loss, micro_batches(job, config, experience, parts))
+            norms = update(job, config, metrics["loss"])
+            history.append({**as_numbers(metrics), **norms})
+        if config.early_stop_kl is not None and history[-1]["approx_kl"] > config.early_stop_kl:
+            break
+    return {name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]}
+
+
+def minibatches(config: RolloutConfig, size: int) -> Iterator[tuple[Tensor, ...]]:
+    """One epoch over `size` shuffled rows: for each minibatch, its micro-batches' row indices."""
+    for rows in torch.randperm(size).chunk(config.num_minibatches):
+        yield rows.split(config.micro_batch_size or len(rows))
+
+
+def micro_batches(job: Job, config: RolloutConfig, experience: Experience, parts: tuple[Tensor, ...]) -> Iterator[Rows]:
+    """The rows `parts` of a minibatch, each after a forward pass of every role that trains.
+
+    Where the policy was not scored, the experience keeps the log-probabilities of its first minibatch.
+    """
+    batch, backbone = experience.batch, job.backbone
+    mask = batch.mask[torch.cat(parts)]
+    tokens, sequences = mask.sum(), mask.any(1).sum()
+    first_logprobs = []
+    for indices in parts:
+        part = batch.rows(indices)
+        lower = None if experience.lower is None else experience.lower[indices]
+        hidden = backbone.hidden(
+            part.input_ids, part.attention_mask, list(job.optimizers), lower=lower,
+            dropout_seed=dropout_seed(job, config),
+        )  # fmt: skip
+        logprobs, entropy = backbone.logprobs(
+            hidden["policy"], part.input_ids, part.mask, mask_count=part.count, temperature=config.temperature,
+            return_entropy=True,
+        )  # fmt: skip
+        yield Rows(
+            indices, part, hidden, logprobs, entropy, experience.old_logprobs(indices),
+            experience.scores.ref_logprobs[indices], tokens, sequences,
+        )  # fmt: skip
+        first_logprobs.append(logprobs.detach())
+    experience.keep_logprobs(parts, first_logprobs)
+
+
+def finish_step(
+    job: Job, config: RolloutConfig, run: Run, step: int, experience: Experience, metrics: dict[str, float]
+) -> None:
+    """Move what follows the step, the reference and the weight of the KL penalty, and record the step."""
+    metrics = {**metrics, **rollout_metrics(experience), "learning_rate": learning_rate(config, step)}
+    if job.kl_controller is not None:
+        metrics["kl_coef"] = job.kl_controller.update(metrics["kl"], config.batch_size)
+    move_reference(job, config, step)
+    run.samples(step, samples_of(experience, 2))
+    run.log(step, metrics, tokens=int(experience.batch.attention_mask.sum()))

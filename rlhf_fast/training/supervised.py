@@ -1,0 +1,75 @@
+"""Learning from examples as they are: the loop of batches, and what a method's loss is given of one.
+
+A method brings `loss(rows) -> (loss, metrics)`. Both are sums over the rows, divided by the numbers of the whole batch
+(`Rows.examples`, `Rows.tokens`), so that micro-batches change nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
+from rlhf_fast.data.encoding import Example
+from rlhf_fast.training.config import Config
+from rlhf_fast.training.job import Job, dropout_seed
+from rlhf_fast.training.optim import Loss, accumulate, as_numbers, learning_rate, set_learning_rates, update
+from rlhf_fast.training.pairs import Pair
+from rlhf_fast.training.run import Run
+
+
+class Rows(NamedTuple):
+    """A micro-batch.
+
+    indices: its examples. batch: their sequences, padded; of pairs first every chosen one, then every rejected one.
+    examples, tokens: how many examples, and tokens to learn, the whole batch has.
+    """
+
+    indices: list[int]
+    batch: Batch
+    examples: int
+    tokens: int
+
+
+def train(job: Job, config: Config, run: Run, loss: Loss[Rows]) -> None:
+    """Batches of the training examples in shuffled order; one update per step."""
+    for step in run.steps():
+        set_learning_rates(job, config, step)
+        indices = shuffled_indices(len(job.train), config.order_seed, step * config.batch_size, config.batch_size)
+        metrics = accumulate(loss, micro_batches(job, job.train, indices, config.micro_batch_size))
+        norms = update(job, config, metrics["loss"])
+        tokens = sum(len(sequence.ids) for sequence in sequences_of([job.train[i] for i in indices]))
+        run.log(step, {**as_numbers(metrics), **norms, "learning_rate": learning_rate(config, step)}, tokens=tokens)
+
+
+def micro_batches(job: Job, data: Sequence[Any], indices: Sequence[int], size: int | None) -> Iterator[Rows]:
+    """One batch, the examples `indices` of `data`, in parts of at most `size` examples."""
+    size = size or len(indices)
+    tokens = sum(sum(sequence.learnt[1:]) for sequence in sequences_of([data[i] for i in indices]))
+    for start in range(0, len(indices), size):
+        part = list(indices[start : start + size])
+        yield Rows(part, padded(job, [data[i] for i in part]), len(indices), max(1, tokens))
+
+
+def padded(job: Job, examples: Sequence[Example] | Sequence[Pair]) -> Batch:
+    """The sequences of the examples as one rectangle on the job's device."""
+    return pad_batch(sequences_of(examples), job.encoder.pad_id).to(job.device)
+
+
+def sequences_of(examples: Sequence[Any]) -> list[Example]:
+    """What of the examples is a sequence of tokens; of pairs first every chosen one, then every rejected one."""
+    if not isinstance(examples[0], Pair):
+        return list(examples)
+    return [*(pair.chosen for pair in examples), *(pair.rejected for pair in examples)]
+
+
+def hidden_of(job: Job, config: Config, role: str | None, batch: Batch) -> Tensor:
+    """(B, T, D): last hidden states of a role; in a pass that trains, with its dropout."""
+    seed = dropout_seed(job, config)
+    return job.backbone.hidden(batch.input_ids, batch.attention_mask, [role], dropout_seed=seed)[role]
+
+
+def logprobs_of(job: Job, config: Config, role: str | None, batch: Batch) -> Tensor:
+    """(B, T): log-probabilities of the tokens that count, under a role."""
+    hidden = hidden_of(job, config, role, batch)
+    return job.backbone.logprobs(hidden, batch.input_ids, batch.mask, mask_count=batch.count)
