@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_fast import PolicyObjective
+from rlhf_fast.ops.policy.objective import FUNCTIONS, VARIANTS
 from rlhf_fast.testing.numerics import assert_contract
 
 BACKENDS = ["reference", "cpu", "triton"]
@@ -26,6 +30,20 @@ def draw(shape: Sequence[int], count: int, dtype: torch.dtype = torch.float32, s
 def ragged(shape: Sequence[int]) -> Tensor:
     """A mask whose row b counts its first (7 b) % T + 1 tokens."""
     return torch.arange(shape[1])[None] < (7 * torch.arange(shape[0]) % shape[1] + 1)[:, None]
+
+
+# Of policy_loss: every variant on the reference, every function on each of its kernels; presets are data.
+_FUNCTIONS = {variant.function: name for name, variant in reversed(VARIANTS.items())}
+EVERYWHERE = [(name, "reference") for name in VARIANTS] + [
+    (name, backend) for function, name in reversed(_FUNCTIONS.items()) for backend in FUNCTIONS[function].kernels
+]
+_NUMBERS = {field.name for field in dataclasses.fields(PolicyObjective)}
+
+
+def of_policy(**options: Any) -> dict[str, Any]:
+    """Arguments of policy_loss, those that belong to its objective as one."""
+    objective = PolicyObjective(**{name: x for name, x in options.items() if name in _NUMBERS})
+    return {"objective": objective} | {name: x for name, x in options.items() if name not in _NUMBERS}
 
 
 def evaluate(loss: Loss, inputs: Sequence[Tensor], trained: int) -> dict[str, Tensor]:

@@ -215,7 +215,7 @@ CASES = [
     Case(
         "policy_loss",
         lambda: policy_constants() | {"logprobs": logprobs(), "entropy": torch.rand(B, T)},
-        POLICY,
+        {"objective": PolicyObjective(**POLICY)},
         ("logprobs", "entropy"),
         label="rows",
     ),
@@ -223,7 +223,7 @@ CASES = [
         "policy_loss",
         lambda: flat(policy_constants() | {"logprobs": logprobs(), "entropy": torch.rand(B, T)})
         | {"cu_seqlens": sequences()},
-        {**POLICY, "variant": "gspo", "correction_level": "geometric"},
+        {"objective": PolicyObjective("gspo", **POLICY, correction_level="geometric")},
         ("logprobs", "entropy"),
         label="packed",
     ),

@@ -121,10 +121,8 @@ def loss_of(job: Job, config: AlgorithmConfig, estimates: Estimates) -> Loss[Row
 
     def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = policy_loss(
-            rows.logprobs, rows.old_logprobs, estimates.advantages[rows.indices], mask=rows.mask,
-            variant=config.variant, fixed_length=config.max_new_tokens, clip_eps_low=config.clip_eps_low,
-            clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip, denominator=rows.tokens,
-            sequences=rows.sequences,
+            rows.logprobs, rows.old_logprobs, estimates.advantages[rows.indices], objective=config.objective, mask=rows.mask,
+            denominator=rows.tokens, sequences=rows.sequences,
         )  # fmt: skip
         entropy = rows.entropy.sum() / rows.tokens
         metrics |= {"policy_loss": loss, "entropy": entropy}

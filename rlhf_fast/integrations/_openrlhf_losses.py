@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import policy_loss, token_logprobs, value_loss
+from rlhf_fast import PolicyObjective, policy_loss, token_logprobs, value_loss
 
 # --- Reductions ------------------------------------------------------------------------------------------------------
 
@@ -43,8 +44,9 @@ def aggregate_loss(
     """
     constant = loss.new_full((), -1).expand(loss.shape)  # the loss of "gpg" is -advantage * logprob
     total, _ = policy_loss(
-        loss, loss.detach(), constant, mask=loss_mask, variant="gpg", aggregation=AGGREGATIONS[token_level_loss],
-        denominator=of_rank(batch_num_tokens, dp_size), sequences=of_rank(global_batch_size, dp_size),
+        loss, loss.detach(), constant, objective=PolicyObjective("gpg", aggregation=AGGREGATIONS[token_level_loss]),
+        mask=loss_mask, denominator=of_rank(batch_num_tokens, dp_size),
+        sequences=of_rank(global_batch_size, dp_size),
     )  # fmt: skip
     return total.to(result_type(token_level_loss, loss, loss_mask))
 
@@ -205,27 +207,30 @@ class PolicyLoss(nn.Module):
             rollout_log_probs = None
         elif rollout_log_probs is None:
             raise ValueError(f"rollout_log_probs must be given for level {self.is_correction_level!r}, got None")
-        new, old, kept, filtered = log_probs, old_log_probs, advantages, None
+        new, old, weighted, filtered = log_probs, old_log_probs, advantages, None
+        sampler: Tensor | None = None
         correction: dict[str, Any] = {}
         if self.policy_loss_type == "gspo":
             behaviour = old_log_probs if rollout_log_probs is None else rollout_log_probs
             new = _sequence_log_ratios(log_probs, behaviour, action_mask)
             old = torch.zeros_like(new)
         elif rollout_log_probs is not None:
-            kept, correction, filtered = self._corrected(old_log_probs, rollout_log_probs, advantages, action_mask)
-        low, high = min(self.clip_eps_low, 1.0), self.clip_eps_high  # a ratio is never below 0
+            sampler = rollout_log_probs
+            weighted, correction, filtered = self._corrected(old_log_probs, sampler, advantages, action_mask)
+        low = min(self.clip_eps_low, 1.0)  # a ratio is never below 0
+        clip = PolicyObjective("ppo_clip", clip_eps_low=low, clip_eps_high=self.clip_eps_high)
+        objective = replace(
+            clip, aggregation=AGGREGATIONS[self.token_level_loss], dual_clip=self.dual_clip, **correction
+        )
         loss, metrics = policy_loss(
-            new, old, kept, mask=action_mask, aggregation=AGGREGATIONS[self.token_level_loss],
-            sequences=of_rank(global_batch_size, dp_size), clip_eps_low=low, clip_eps_high=high,
-            dual_clip=self.dual_clip, **correction,
+            new, old, weighted, objective=objective, mask=action_mask, sampler_logprobs=sampler,
+            sequences=of_rank(global_batch_size, dp_size),
         )  # fmt: skip
         if self.token_level_loss and batch_num_tokens is not None:  # the op's metrics would follow its denominator
             count = log_probs.numel() if action_mask is None else action_mask.sum()
             loss = loss * (count * dp_size / batch_num_tokens)
-        if self.dual_clip is not None or kept is not advantages:  # neither belongs to the clip
-            _, clipped = policy_loss(
-                new.detach(), old, advantages, mask=action_mask, clip_eps_low=low, clip_eps_high=high
-            )
+        if self.dual_clip is not None or weighted is not advantages:  # neither belongs to the clip
+            _, clipped = policy_loss(new.detach(), old, advantages, objective=clip, mask=action_mask)
         else:
             clipped = metrics
         loss = loss.to(result_type(self.token_level_loss, log_probs, old_log_probs, advantages, action_mask))
@@ -240,13 +245,13 @@ class PolicyLoss(nn.Module):
     def _corrected(
         self, old: Tensor, rollout: Tensor, advantages: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
-        """(advantages, 0 where dropped; what policy_loss takes; the dropped share, None where policy_loss gives it)"""
+        """(advantages, 0 where dropped; the objective's numbers; the dropped share, None where policy_loss gives it)"""
         low, high = self.is_correction_threshold
         seq_level = self.is_correction_level == "seq"
         if self.is_correction_gating == "ratio" and not seq_level:
             mode = "truncate" if self.is_correction_mode == "clip" else "mask"
             bounds = {"correction_mode": mode, "correction_low": low, "correction_high": high}
-            return advantages, {"sampler_logprobs": rollout, **bounds}, None
+            return advantages, bounds, None
         gap = _GAPS[self.is_correction_gating](_wide(old), _wide(rollout))
         if seq_level:
             gap = masked_mean(gap, mask, dim=-1)[:, None]
@@ -254,8 +259,7 @@ class PolicyLoss(nn.Module):
         inside = (gap >= low) & (gap <= high)
         outside = (~inside).float()
         dropped = outside.mean() if seq_level else masked_mean(outside, mask)
-        kept = torch.where(inside, advantages, torch.zeros_like(advantages))
-        return kept, {"sampler_logprobs": rollout, "correction_high": math.inf}, dropped
+        return torch.where(inside, advantages, torch.zeros_like(advantages)), {"correction_high": math.inf}, dropped
 
 
 def _sequence_log_ratios(new: Tensor, behaviour: Tensor, mask: Tensor | None) -> Tensor:

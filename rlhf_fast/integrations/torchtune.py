@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import PreferenceObjective, gae, policy_loss, token_logprobs, value_loss
+from rlhf_fast import PolicyObjective, PreferenceObjective, gae, policy_loss, token_logprobs, value_loss
 from rlhf_fast.integrations._moments import moments
 from rlhf_fast.ops.preference.objective import VARIANTS, Pairs, scored
 
@@ -62,10 +62,10 @@ class PPOLoss(nn.Module):
 
         All inputs (B, T), log-probabilities in nats. `ratios` is their mean over all tokens, those behind the mask too.
         """
+        objective = PolicyObjective("ppo_clip", clip_eps_low=min(self.epsilon, 1.0), clip_eps_high=self.epsilon)
         by_policy, metrics = policy_loss(
-            pi_logprobs, pi_old_logprobs, advantages, mask=padding_masks, clip_eps_low=min(self.epsilon, 1.0),
-            clip_eps_high=self.epsilon,
-        )  # fmt: skip
+            pi_logprobs, pi_old_logprobs, advantages, objective=objective, mask=padding_masks
+        )
         by_values, _ = value_loss(
             phi_values, phi_old_values, returns, mask=value_padding_masks, clip_eps=self.value_clip_range
         )

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.ops.policy.policy_loss import VARIANTS
+from rlhf_fast.ops.policy.policy_loss import VARIANTS, PolicyObjective
 from rlhf_fast.training.foreign_keys import ACCUMULATION, ALIASES, PER_DEVICE, no_equal, renamed, with_batches
 
 # Key -> the key that it takes the place of.
@@ -161,6 +161,13 @@ class RolloutConfig(SamplingConfig):
     early_stop_kl: float | None = Field(None, gt=0, description="end a step's updates above this approximate KL")
     reference_refresh_every: int | None = Field(None, ge=1, description="copy the policy to the reference")
     reference_ema: float | None = Field(None, gt=0, lt=1, description="weight of the old reference at each step")
+
+    @property
+    def objective(self) -> PolicyObjective:
+        return PolicyObjective(
+            self.variant, fixed_length=self.max_new_tokens, clip_eps_low=self.clip_eps_low,
+            clip_eps_high=self.clip_eps_high, dual_clip=self.dual_clip,
+        )  # fmt: skip
 
     @property
     def examples_per_step(self) -> int:

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from rlhf_fast import (
+    PolicyObjective,
     group_advantages,
     kl_estimate,
     linear_kl,
@@ -24,11 +26,9 @@ from rlhf_fast import (
     unpaired_preference_loss,
     whiten,
 )
-from rlhf_fast.ops.policy.objective import PolicyObjective
-from rlhf_fast.ops.policy.policy_loss import VARIANTS
 from rlhf_fast.ops.preference.objective import VARIANTS as PAIRED
 from rlhf_fast.ops.preference.objective import PreferenceObjective
-from tests.losses import BACKENDS, evaluate
+from tests.losses import BACKENDS, EVERYWHERE, evaluate, of_policy
 
 INF = math.inf
 OF_POLICY = {"dr_grpo": {"fixed_length": 4.0}}
@@ -140,13 +140,13 @@ def test_an_unpaired_answer_of_weight_zero_contributes_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_a_reference_that_is_only_measured_changes_no_gradient(estimator, backend):
+@pytest.mark.parametrize("kl_variant", ["k1", "k2", "k3"])
+def test_a_reference_that_is_only_measured_changes_no_gradient(kl_variant, backend):
     # at a log-ratio of 94, exp overflows float32
     inputs = [torch.tensor([[-95.0, -1.0, -2.0]]), torch.tensor([[-95.0, -1.2, -2.0]]), torch.ones(1, 3)]
     ref = torch.tensor([[-1.0, -INF, -2.0]])
     plain = evaluate(lambda *x: policy_loss(*x, backend=backend), inputs, 1)
-    options = {"ref_logprobs": ref, "kl_estimator": estimator, "backend": backend}
+    options = {"ref_logprobs": ref, "objective": PolicyObjective(kl_variant=kl_variant), "backend": backend}
     measured = evaluate(lambda *x: policy_loss(*x, **options), inputs, 1)
     assert torch.equal(measured["gradient 0"], plain["gradient 0"])
     assert measured["loss"] == plain["loss"]
@@ -157,7 +157,8 @@ def test_a_reference_that_is_only_measured_changes_no_gradient(estimator, backen
 def test_the_log_ratio_of_k3_is_held_within_twenty(unbiased, backend):
     inputs = [torch.tensor([[-95.0, -1.0]], dtype=torch.float64)] * 2 + [torch.zeros(1, 2, dtype=torch.float64)]
     ref = torch.tensor([[-1.0, -INF]], dtype=torch.float64)
-    options = {"ref_logprobs": ref, "kl_coef": 0.5, "kl_unbiased": unbiased, "backend": backend}
+    objective = PolicyObjective(kl_coef=0.5, kl_unbiased=unbiased)
+    options = {"objective": objective, "ref_logprobs": ref, "backend": backend}
     got = evaluate(lambda *x: policy_loss(*x, **options), inputs, 1)
     expected = (math.exp(20) - 21 + math.exp(-20) + 19) / 2
     assert got["kl_to_ref"].item() == pytest.approx(expected, rel=1e-12)
@@ -165,15 +166,14 @@ def test_the_log_ratio_of_k3_is_held_within_twenty(unbiased, backend):
     assert got["gradient 0"].tolist() == ([[-5.0, 5.0]] if unbiased else [[0.0, 0.0]])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize(("variant", "backend"), EVERYWHERE)
 def test_tokens_of_weight_zero_take_no_infinity_into_a_policy_loss(variant, backend):
     # the sampler's mask gives the second sequence weight 0; its second token is impossible
     inputs = [torch.tensor([[-1.0, -2.0], [-1.0, -INF]]), torch.tensor([[-1.1, -1.9], [-1.0, -5.0]]), torch.ones(2, 2)]
     sampler = torch.tensor([[-1.1, -1.9], [-9.0, -9.0]])
-    options = {"sampler_logprobs": sampler, "correction_level": "sequence", "correction_mode": "mask"}
-    options |= OF_POLICY.get(variant, {})
-    got = evaluate(lambda *x: policy_loss(*x, variant=variant, **options, backend=backend), inputs, 1)
+    numbers = {"correction_level": "sequence", "correction_mode": "mask"} | OF_POLICY.get(variant, {})
+    options = of_policy(variant=variant, **numbers, sampler_logprobs=sampler, backend=backend)
+    got = evaluate(lambda *x: policy_loss(*x, **options), inputs, 1)
     assert got["loss"].isfinite() or variant in ("vespo", "kl_cov")
     assert got["gradient 0"].isfinite().all() or variant == "kl_cov"
 
@@ -182,8 +182,9 @@ def test_tokens_of_weight_zero_take_no_infinity_into_a_policy_loss(variant, back
 def test_an_impossible_token_leaves_gspo_token_and_the_unbiased_kl_finite(backend):
     # both take exp(-20) for the ratio; the KL is that times (exp(20) - 21)
     inputs = [torch.tensor([[-INF]]), torch.tensor([[-1.0]]), torch.ones(1, 1)]
-    options = {"ref_logprobs": -torch.ones(1, 1), "kl_coef": 0.5, "kl_unbiased": True, "backend": backend}
-    got = evaluate(lambda *x: policy_loss(*x, variant="gspo_token", **options), inputs, 1)
+    objective = PolicyObjective("gspo_token", kl_coef=0.5, kl_unbiased=True)
+    options = {"objective": objective, "ref_logprobs": -torch.ones(1, 1), "backend": backend}
+    got = evaluate(lambda *x: policy_loss(*x, **options), inputs, 1)
     assert got["loss"].item() == pytest.approx(0.5 * (1 - 21 * math.exp(-20)), rel=1e-5)
     assert got["gradient 0"].abs().item() < 1e-7
 
@@ -197,14 +198,16 @@ def every(*columns):
     return [torch.tensor(x)[:, None] for x in zip(*rows, strict=True)]
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("variant", [name for name, backend in EVERYWHERE if backend == "cpu"])
 def test_policy_losses_of_extreme_sequences_are_those_of_float64(variant):
-    options = {"variant": variant, "aggregation": "token_sum", "cov_fraction": 1.0} | OF_POLICY.get(variant, {})
+    numbers = {"variant": variant, "aggregation": "token_sum", "cov_fraction": 1.0} | OF_POLICY.get(variant, {})
+    objective = PolicyObjective(**numbers)
     # Losses are compared of finite inputs and advantages of one sign: the sum of both is little of either.
     for numbers, advantages in ((EXTREMES, (0.0, 1.0, -1.0, 1e4, -1e4)), (EXTREMES[:-1], (0.0, 1.0, 1e4))):
         inputs = every(numbers, numbers, advantages)
-        found = evaluate(lambda *x: policy_loss(*x, **options, backend="cpu"), inputs, 1)
-        exact = evaluate(lambda *x: policy_loss(*x, **options, backend="reference"), [x.double() for x in inputs], 1)
+        loss = {name: partial(policy_loss, objective=objective, backend=name) for name in ("cpu", "reference")}
+        found = evaluate(loss["cpu"], inputs, 1)
+        exact = evaluate(loss["reference"], [x.double() for x in inputs], 1)
         gradients = found["gradient 0"].double(), exact["gradient 0"]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)  # 1e-4 of an advantage of 1e4 is exp(-20)
         for name in ("loss", "clip_fraction", "ratio_mean", "approx_kl") if numbers != EXTREMES else ():
@@ -247,7 +250,7 @@ def test_unpaired_losses_of_extreme_answers_are_those_of_float64(variant):
 @pytest.mark.parametrize("variant", ["gpg", "cispo", "vespo"])
 def test_an_advantage_of_zero_takes_out_an_impossible_token(variant, backend):
     inputs = [torch.tensor([[-1.0, -INF]]), torch.tensor([[-1.0, -30.0]]), torch.tensor([[1.0, 0.0]])]
-    got = evaluate(lambda *x: policy_loss(*x, variant=variant, backend=backend), inputs, 1)
+    got = evaluate(lambda *x: policy_loss(*x, objective=variant, backend=backend), inputs, 1)
     assert got["loss"].isfinite()
     assert got["gradient 0"].isfinite().all()
 

@@ -258,7 +258,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             vespo_lambda_neg=max(self.vespo_lambda_neg, 1e-4),
             kl_coef=0.0 if batch.reference is None else self.beta,
             # d (r k3) is that of the unbiased estimate, r (logprob - ref logprob): with r = 1 the derivative of k2
-            kl_estimator="k2" if unbiased and batch.on_policy else "k3",
+            kl_variant="k2" if unbiased and batch.on_policy else "k3",
             kl_unbiased=unbiased and not batch.on_policy,
         )
 

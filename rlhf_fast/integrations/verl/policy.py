@@ -272,7 +272,7 @@ def compute_policy_loss_dro(batch: Batch) -> Loss:
     beta = batch.config.policy_loss.dro_beta
     if beta is None or beta <= 0:
         raise ValueError(f"policy_loss.dro_beta must be > 0 for DRO, got {beta}")
-    loss, _ = batch.loss(PolicyObjective("gpg", kl_coef=beta, kl_estimator="k2"))
+    loss, _ = batch.loss(PolicyObjective("gpg", kl_coef=beta, kl_variant="k2"))
     return loss, _floats(-batch.mean(batch.log_ratio()))
 
 

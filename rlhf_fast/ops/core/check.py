@@ -109,16 +109,16 @@ def fields(objective: Any) -> None:
     """Makes every number among the fields of a dataclass one of Python's. TypeError for None, or no bool, where the
     field is another type."""
     for name, field in objective.__dataclass_fields__.items():
-        value, kinds = getattr(objective, name), field.type.split(" | ")
-        if value is None and "None" in kinds:
+        value, kind = getattr(objective, name), field.type
+        if type(value).__name__ in kind or (value is None and "None" in kind):
             continue
         if isinstance(value, Mapping):
             object.__setattr__(objective, name, {key: number(f"{name}[{key!r}]", x) for key, x in value.items()})
-        elif takes_number(field.type):
-            if value is None or type(value) not in (_PLAIN if "float" in kinds else _PLAIN[1:-1]):
-                object.__setattr__(objective, name, number(name, value, integer="float" not in kinds))
-        elif value is None or (kinds == ["bool"] and not isinstance(value, bool)):
-            raise TypeError(f"{name} must be {field.type}, got {value!r}")
+        elif takes_number(kind):
+            if value is None or type(value) not in (_PLAIN if "float" in kind else _PLAIN[1:-1]):
+                object.__setattr__(objective, name, number(name, value, integer="float" not in kind))
+        elif value is None or kind == "bool":
+            raise TypeError(f"{name} must be {kind}, got {value!r}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -129,7 +129,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def one_of(name: str, value: str | None, choices: Iterable[str]) -> None:
     """ValueError where `value` is none of `choices`, with the nearest one."""
-    if value not in tuple(choices):
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}")
 
 

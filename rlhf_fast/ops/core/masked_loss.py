@@ -52,15 +52,15 @@ def floats(shape: tuple[int, ...], meaning: str, **tensors: Tensor | None) -> No
             check.same_device((first, tensors[first]), (name, tensor))  # type: ignore[arg-type]
 
 
-def denominator_tensor(denominator: Tensor | float | None, like: Tensor) -> Tensor | None:
+def denominator_tensor(denominator: Tensor | float | None, like: Tensor, name: str = "denominator") -> Tensor | None:
     """A 0-d tensor of the compute dtype, without synchronising. Raises for a number that is not positive."""
     dtype = check.compute_dtype(like.dtype)
     if denominator is None:
         return None
     if not isinstance(denominator, Tensor):
-        return like.new_full((), check.positive("denominator", denominator), dtype=dtype)
-    check.shaped("denominator", denominator, (), "a number or a 0-d tensor")
-    check.same_device(("denominator", denominator), ("the inputs", like))
+        return like.new_full((), check.positive(name, denominator), dtype=dtype)
+    check.shaped(name, denominator, (), "a number or a 0-d tensor")
+    check.same_device((name, denominator), ("the inputs", like))
     return denominator.detach().to(dtype)
 
 

@@ -115,7 +115,7 @@ def plan(
     if tokens is not None:
         tokens = torch.where(tokens == 0, 1, tokens)
     unweighted = Plan(flags, None, tokens, cu_seqlens)
-    sequences = masked_loss.denominator_tensor(sequences, logprobs)
+    sequences = masked_loss.denominator_tensor(sequences, logprobs, "sequences")
     if objective.aggregation == "token_mean":
         return unweighted
     return unweighted._replace(weights=_weights(objective, unweighted, masked_loss.plane(logprobs), sequences))

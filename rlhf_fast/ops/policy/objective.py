@@ -24,6 +24,7 @@ MAX_LOG_RATIO = 20.0
 AGGREGATIONS = (
     "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm",
 )  # fmt: skip
+KERNELS = ("cpu", "triton")
 CORRECTION_LEVELS = ("token", "sequence", "geometric")
 CORRECTION_MODES = ("truncate", "mask")
 
@@ -327,7 +328,7 @@ class Function(NamedTuple):
     )  # what the kernels' function takes, at most five
     per_sequence: bool = False  # reads Tokens.total
     folds_correction: bool = False  # reads Tokens.log_correction: the correction is in its weight already
-    kernels: tuple[str, ...] = ("cpu", "triton")  # the backends that have it; "reference" always does
+    kernels: tuple[str, ...] = KERNELS  # the backends that have it; "reference" always does
 
 
 FUNCTIONS = {

@@ -1,4 +1,4 @@
-"""Policy losses: every variant as it stands, and each once with every term around it."""
+"""Policy losses: every variant with kernels as it stands, and each once with every term around it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops.policy.policy_loss import VARIANTS
+from rlhf_fast import PolicyObjective
+from rlhf_fast.ops.policy.objective import KERNELS, VARIANTS
 from rlhf_fast.testing.cases.case import B, Case, T, logprobs, mask, on_policy, plane
 
 TERMS: dict[str, Any] = {
@@ -15,6 +16,11 @@ TERMS: dict[str, Any] = {
     "off_policy_max_kl": 0.5, "fixed_length": T, "cov_fraction": 0.2, "cov_low": 0.0,
 }  # fmt: skip
 LOG_RATIO = 0.2
+WITH_KERNELS = [v for v in VARIANTS if PolicyObjective(v, fixed_length=T).kernels == KERNELS]
+
+
+def objective(variant: str = "ppo_clip", **numbers: Any) -> dict[str, PolicyObjective]:
+    return {"objective": PolicyObjective(variant, **numbers)}
 
 
 def near(old: Tensor, scale: float) -> Tensor:
@@ -37,22 +43,25 @@ def everything(variant: str) -> dict[str, Tensor]:
 
 CASES = [
     *(
-        Case("policy_loss", lambda v=v: tokens(v), {"variant": v, "fixed_length": T}, ("logprobs",), label=v)
-        for v in VARIANTS
+        Case("policy_loss", lambda v=v: tokens(v), objective(v, fixed_length=T), ("logprobs",), label=v)
+        for v in WITH_KERNELS
     ),
     *(
         Case(
-            "policy_loss", lambda v=v: everything(v), {"variant": v, **TERMS}, ("logprobs", "entropy"),
+            "policy_loss", lambda v=v: everything(v), objective(v, **TERMS), ("logprobs", "entropy"),
             label=f"{v}-with_every_term",
         )
-        for v in VARIANTS
+        for v in WITH_KERNELS
     ),
     *(
         Case(
-            "policy_loss", lambda: everything("ppo_clip"), {"correction_level": level, "correction_high": 1.2},
+            "policy_loss", lambda: everything("ppo_clip"), objective(correction_level=level, correction_high=1.2),
             ("logprobs",), label=f"{level}_correction",
         )
         for level in ("sequence", "geometric")
     ),
-    Case("policy_loss", lambda: everything("ppo_clip"), TERMS, ("logprobs", "entropy"), on_policy, "on_policy"),
+    Case(
+        "policy_loss", lambda: everything("ppo_clip"), objective(**TERMS), ("logprobs", "entropy"), on_policy,
+        "on_policy",
+    ),
 ]  # fmt: skip

@@ -55,7 +55,6 @@ def fused(chosen, *, old=OLD, mask=MASK, backend="cpu", **options):
 
 def composed(chosen, *, on_policy=False, mask=MASK):
     """The same from logits that are there as a whole."""
-    fields = {name: getattr(chosen, name) for name in chosen.__dataclass_fields__}
 
     def call(hidden, weight, **head):
         logprobs, entropy = linear_logprobs(
@@ -63,7 +62,7 @@ def composed(chosen, *, on_policy=False, mask=MASK):
         )
         terms = TERMS | ({"entropy": entropy} if chosen.entropy_coef or chosen.entropy_fraction < 1 else {})
         old = logprobs.detach() if on_policy else OLD
-        return policy_loss(logprobs, old, ADVANTAGES, mask=mask, **fields, **terms, backend="reference")
+        return policy_loss(logprobs, old, ADVANTAGES, objective=chosen, mask=mask, **terms, backend="reference")
 
     return call
 
@@ -83,7 +82,7 @@ def test_a_head_of_two_tokens_gives_the_policy_gradient_of_the_logistic_function
     torch.testing.assert_close(weight.grad, 3 * rest * torch.tensor([[1.0, 2.0], [-1.0, -2.0]]))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "cpu" in objective(name).kernels])
 def test_every_variant_is_linear_logprobs_and_policy_loss_within_any_budget(variant):
     chosen = objective(variant, entropy_coef=0.01)
     expected = run(composed(chosen), TENSORS)
@@ -212,18 +211,17 @@ def long_sequences(variant, terms, backend, fused, **options):
     old, other, advantages = (torch.randn(LONG, generator=g, dtype=torch.float64) for _ in range(3))
     targets, mask = torch.randint(0, V, LONG, generator=g), torch.rand(LONG, generator=g) < 0.9
     given = {"sampler_logprobs": old + 0.1 * other - 5, "ref_logprobs": old - 5}
-    fields = {"clip_eps_low": 1.0, "clip_eps_high": 9.0, "correction_level": "sequence"} | terms
+    numbers = {"clip_eps_low": 1.0, "clip_eps_high": 9.0, "correction_level": "sequence"} | terms
+    chosen = PolicyObjective(variant, **numbers)
 
     def call(hidden, weight, **head):
         if fused:
             return linear_policy_loss(
-                hidden, weight, targets, old - 5, advantages, objective=PolicyObjective(variant, **fields), mask=mask,
+                hidden, weight, targets, old - 5, advantages, objective=chosen, mask=mask,
                 **given, **TRANSFORM, **head, backend=backend, **options,
             )  # fmt: skip
         logprobs = linear_logprobs(hidden, weight, targets, mask=mask, **TRANSFORM, **head, backend=backend)
-        return policy_loss(
-            logprobs, old - 5, advantages, mask=mask, variant=variant, **fields, **given, backend=backend
-        )
+        return policy_loss(logprobs, old - 5, advantages, objective=chosen, mask=mask, **given, backend=backend)
 
     return call
 

@@ -1,18 +1,19 @@
-import dataclasses
-import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast import PolicyObjective, policy_loss
-from rlhf_fast.ops.policy.policy_loss import ALWAYS, VARIANTS, Inputs, numbers, plan
+from rlhf_fast import BackendError, PolicyObjective, policy_loss
+from rlhf_fast.ops.policy.objective import FUNCTIONS, VARIANTS, Function, Variant
+from rlhf_fast.ops.policy.policy_loss import ALWAYS, Inputs, numbers, plan
 from rlhf_fast.ops.policy.policy_loss import evaluate as evaluate_plan
 from tests.losses import (
     BACKENDS,
     DTYPES,
+    EVERYWHERE,
     KERNELS,
     SHAPES,
     assert_keeps_contract,
@@ -20,6 +21,7 @@ from tests.losses import (
     compiled,
     draw,
     evaluate,
+    of_policy,
     ragged,
 )
 
@@ -29,7 +31,7 @@ EVERYTHING = {
     "kl_coef": 0.1, "entropy_coef": 0.02, "entropy_fraction": 0.7, "correction_low": 0.5, "correction_high": 1.5,
     "off_policy_max_kl": 0.3, "fixed_length": 40, "cov_fraction": 0.2, "cov_low": 0.0,
 }  # fmt: skip
-DUAL = {"clip_eps_low": 0.2, "clip_eps_high": 0.28, "dual_clip": 1.5}
+DUAL = PolicyObjective(clip_eps_low=0.2, clip_eps_high=0.28, dual_clip=1.5)
 
 
 def inputs_of(shape, dtype=torch.float32, seed=0):
@@ -39,6 +41,7 @@ def inputs_of(shape, dtype=torch.float32, seed=0):
 
 
 def run(inputs, **options):
+    options = options if "objective" in options else of_policy(**options)
     return evaluate(lambda *x: policy_loss(*x, **options), inputs, 1)
 
 
@@ -55,7 +58,7 @@ def with_everything(mask, variant, backend, **options):
     def loss(logprobs, entropy, old_logprobs, advantages, ref, sampler):
         return policy_loss(
             logprobs, old_logprobs, advantages, mask=mask, ref_logprobs=ref, sampler_logprobs=sampler,
-            entropy=entropy, variant=variant, backend=backend, **{**EVERYTHING, **options},
+            entropy=entropy, backend=backend, **of_policy(**{"variant": variant, **EVERYTHING, **options}),
         )  # fmt: skip
 
     return loss
@@ -112,8 +115,7 @@ def test_the_first_minibatch_has_ratio_1_and_no_kl_exactly(backend, dtype):
     assert [got[name].item() for name in ALWAYS] == [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize(("variant", "backend"), EVERYWHERE)
 def test_no_old_logprobs_are_the_logprobs_bit_for_bit(backend, variant):
     logprobs, entropy, _, *others = everything((3, 8), variant)
     loss = with_everything(ragged((3, 8)), variant, backend)
@@ -142,17 +144,17 @@ def test_the_loss_clamps_the_log_ratio_and_the_kl_does_not(backend):
 def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, shape):
     mask = ragged(shape)
     assert_keeps_contract(
-        lambda *x: policy_loss(*x, mask=mask, **DUAL, backend=backend), eager(mask), inputs_of(shape, dtype), 1
+        lambda *x: policy_loss(*x, objective=DUAL, mask=mask, backend=backend), eager(mask), inputs_of(shape, dtype), 1
     )
 
 
 CONTRACT = [*(("cpu", dtype, (17, 9)) for dtype in DTYPES), ("cpu", torch.float32, (3, 1100)),
             ("triton", torch.float32, (5, 9)), ("triton", torch.bfloat16, (2, 3))]  # fmt: skip
+ON_KERNELS = [(*case, name) for case in CONTRACT for name, backend in EVERYWHERE if backend == case[0]]
 
 
-@pytest.mark.parametrize(("backend", "dtype", "shape"), CONTRACT, ids=str)
-@pytest.mark.parametrize("variant", list(VARIANTS))
-def test_every_variant_with_every_term_keeps_the_contract(backend, dtype, shape, variant):
+@pytest.mark.parametrize(("backend", "dtype", "shape", "variant"), ON_KERNELS, ids=str)
+def test_every_function_with_every_term_keeps_the_contract(backend, dtype, shape, variant):
     # Beside the reference, whose values the papers' constants pin.
     mask = ragged(shape)
     plain = with_everything(mask, variant, "reference")
@@ -170,18 +172,14 @@ def test_blocks_of_tokens_inherit_nothing_from_the_one_before(variant):
     logprobs, old, advantages = inputs_of(mask.shape)
     entropy = torch.where((kinds == 1) & (draws < 0.5), 0.0, 1 + draws).view(2, -1)
 
-    def loss(backend, **options):
-        return lambda *x: policy_loss(
-            *x, mask=mask, variant=variant, entropy=entropy, fixed_length=9, backend=backend, **options
-        )
-
-    for options in ({}, {"entropy_fraction": 0.7}):
+    for fraction in (1.0, 0.7):
+        objective = PolicyObjective(variant, fixed_length=9, entropy_fraction=fraction)
+        loss = partial(policy_loss, objective=objective, mask=mask, entropy=entropy)
         inputs = [logprobs, old, advantages]
-        assert_keeps_contract(loss("cpu", **options), loss("reference", **options), inputs, 1)
+        assert_keeps_contract(partial(loss, backend="cpu"), partial(loss, backend="reference"), inputs, 1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize(("variant", "backend"), EVERYWHERE)
 def test_any_byte_of_a_mask_but_zero_counts(backend, variant):
     # Those that select tokens keep bits beside it, which a mask may have set.
     mask, inputs = ragged((4, 5)), everything((4, 5), variant)
@@ -199,7 +197,7 @@ def test_a_program_may_sum_several_blocks(parts, monkeypatch):
 
     monkeypatch.setattr(kernels, "PARTS", parts)
     inputs, mask = inputs_of((2, 2 * kernels.BLOCK + 3)), torch.ones(2, 2 * kernels.BLOCK + 3, dtype=torch.bool)
-    assert_keeps_contract(lambda *x: policy_loss(*x, **DUAL, backend="triton"), eager(mask), inputs, 1)
+    assert_keeps_contract(lambda *x: policy_loss(*x, objective=DUAL, backend="triton"), eager(mask), inputs, 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -211,8 +209,7 @@ def test_one_advantage_per_sequence_is_that_of_its_tokens(backend, shape):
     assert_same(run([logprobs, old, advantages.reshape(shape)], backend=backend), spread)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize(("variant", "backend"), EVERYWHERE)
 def test_what_is_behind_the_mask_changes_nothing(backend, variant):
     mask, inputs = ragged((4, 5)), everything((4, 5), variant)
     poisoned = [x.masked_fill(~mask, math.nan) for x in inputs]
@@ -223,8 +220,7 @@ def test_what_is_behind_the_mask_changes_nothing(backend, variant):
     assert got["gradient 1"][~mask].eq(0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize(("variant", "backend"), EVERYWHERE)
 def test_nothing_counted_with_every_term_gives_a_connected_zero(backend, variant):
     mask = torch.zeros(2, 3, dtype=torch.bool)
     got = evaluate(with_everything(mask, variant, backend), [torch.full((2, 3), math.nan)] * 6, 2)
@@ -249,8 +245,7 @@ def test_strided_inputs_give_the_bits_of_contiguous_ones(backend):
     assert_same(run(strided, mask=mask, backend=backend), run(inputs, mask=mask, backend=backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize(("variant", "backend"), EVERYWHERE)
 def test_packed_sequences_give_the_loss_of_padded_ones(backend, variant):
     mask, inputs = ragged((4, 6)), everything((4, 6), variant, torch.float64)
     cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
@@ -298,10 +293,10 @@ def test_a_tile_of_the_plan_adds_up_to_the_batch():
 @given(st.integers(2, 9), st.integers(1, 12), st.integers(0, 2**16))
 def test_micro_batches_with_the_global_denominator_sum_to_the_whole(rows, columns, seed):
     inputs, mask = inputs_of((rows, columns), torch.float64, seed), ragged((rows, columns))
-    whole = run(inputs, mask=mask, **DUAL)
+    whole = run(inputs, mask=mask, objective=DUAL)
     for denominator in (mask.sum(), int(mask.sum())):
         parts = [
-            run([x[rows_] for x in inputs], mask=mask[rows_], denominator=denominator, **DUAL)
+            run([x[rows_] for x in inputs], mask=mask[rows_], denominator=denominator, objective=DUAL)
             for rows_ in (slice(0, 1), slice(1, None))
         ]
         for name in ("loss", "clip_fraction", "approx_kl", "ratio_mean"):
@@ -315,8 +310,8 @@ def test_padding_and_the_order_of_rows_change_nothing(rows, columns, pad, seed):
     inputs, mask = inputs_of((rows, columns), torch.float64, seed), ragged((rows, columns))
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     moved = [torch.nn.functional.pad(x[order], (0, pad), value=math.inf) for x in inputs]
-    got = run(moved, mask=torch.nn.functional.pad(mask[order], (0, pad)), **DUAL)
-    expected = run(inputs, mask=mask, **DUAL)
+    got = run(moved, mask=torch.nn.functional.pad(mask[order], (0, pad)), objective=DUAL)
+    expected = run(inputs, mask=mask, objective=DUAL)
     gradient = got.pop("gradient 0")[:, :columns]
     torch.testing.assert_close(gradient, expected.pop("gradient 0")[order])
     torch.testing.assert_close(got, expected)
@@ -364,9 +359,8 @@ def test_a_second_derivative_of_a_kernel_raises(backend):
 def test_the_registered_op_passes_opcheck(backend, variant):
     logprobs, entropy, *rest = everything((3, 5), variant)
     objective = PolicyObjective(variant, **EVERYTHING)
-    made = plan(objective, logprobs, mask=ragged((3, 5)))
     inputs = Inputs(logprobs.requires_grad_(), *rest, entropy.requires_grad_())
-    args = (*inputs, *made, *numbers(objective), backend)
+    args = (*inputs, *plan(objective, logprobs, mask=ragged((3, 5))), *numbers(objective), backend)
     torch.library.opcheck(torch.ops.rlhf_fast.policy_loss.default, args)
 
 
@@ -377,10 +371,28 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend, variant):
     assert_same(evaluate(compiled(loss), inputs, 2), evaluate(loss, inputs, 2))
 
 
-def test_the_numbers_of_the_objective_are_the_keywords_of_the_function():
-    keywords = list(inspect.signature(policy_loss).parameters.values())[4:]
-    fields = dataclasses.fields(PolicyObjective)
-    assert [(k.name, k.default) for k in keywords[: len(fields)]] == [(f.name, f.default) for f in fields]
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_name_is_the_objective_of_that_name_compiled_too(backend):
+    inputs = inputs_of((3, 5))
+    expected = run(inputs, objective=PolicyObjective("dapo"), backend=backend)
+    assert_same(run(inputs, objective="dapo", backend=backend), expected)
+    named = compiled(lambda *x: policy_loss(*x, objective="dapo", backend=backend))
+    assert_same(evaluate(named, inputs, 1), expected)
+
+
+def test_a_variant_without_kernels_runs_on_the_reference_and_nowhere_else(monkeypatch):
+    def plain(tokens, objective):
+        return -tokens.ratio * tokens.advantages, tokens.ratio < 0, tokens.ratio < 0
+
+    monkeypatch.setitem(FUNCTIONS, "plain", Function(plain, kernels=()))
+    monkeypatch.setitem(VARIANTS, "plain", Variant("plain", {"aggregation": "token_mean"}))
+    logprobs, old, advantages = inputs_of((2, 3))
+    for backend in ("reference", None):
+        loss, _ = policy_loss(logprobs, old, advantages, objective="plain", backend=backend)
+        torch.testing.assert_close(loss, -(advantages * (logprobs - old).exp()).mean())
+    for backend in KERNELS:
+        with pytest.raises(BackendError, match=f"policy_loss of plain: .* it has no {backend} implementation"):
+            policy_loss(logprobs, old, advantages, objective="plain", backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +426,7 @@ def test_the_numbers_of_the_objective_are_the_keywords_of_the_function():
 )
 def test_bad_input_raises_with_its_values(change, options, message):
     with pytest.raises(ValueError, match=message):
-        policy_loss(*change(inputs_of((2, 3))), **options)
+        policy_loss(*change(inputs_of((2, 3))), **of_policy(**options))
 
 
 def test_integer_logprobs_raise():

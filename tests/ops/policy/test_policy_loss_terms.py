@@ -6,8 +6,8 @@ from math import exp, log
 import pytest
 import torch
 
-from rlhf_fast import policy_loss
-from tests.losses import BACKENDS, evaluate
+from rlhf_fast import PolicyObjective, policy_loss
+from tests.losses import BACKENDS, evaluate, of_policy
 
 # Losses -1, -2 of a sequence of two tokens and -4 of one of one token, all with ratio 1.
 MASK = torch.tensor([[1, 1], [1, 0]])
@@ -18,7 +18,7 @@ def run(backend, advantages=ADVANTAGES, ratios=1.0, **options):
     logprobs = torch.full_like(advantages, -1.0) + torch.as_tensor(ratios, dtype=torch.float64).log()
     inputs = [logprobs, torch.full_like(advantages, -1.0), advantages]
     options.setdefault("mask", MASK if advantages.shape == MASK.shape else None)
-    return evaluate(lambda *x: policy_loss(*x, **options, backend=backend), inputs, 1)
+    return evaluate(lambda *x: policy_loss(*x, **of_policy(**options), backend=backend), inputs, 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -82,7 +82,7 @@ def test_a_corrected_sequence_loss_has_the_weights_of_all_its_tokens(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("estimator", "unbiased", "value", "slope"),
+    ("variant", "unbiased", "value", "slope"),
     [  # logprob - ref_logprob = log 2, r = 1.5
         ("k1", False, log(2), 1.0),
         ("k2", False, log(2) ** 2 / 2, log(2)),
@@ -91,10 +91,10 @@ def test_a_corrected_sequence_loss_has_the_weights_of_all_its_tokens(backend):
         ("k3", True, 1.5 * (-0.5 + log(2)), 1.5 * log(2)),
     ],
 )
-def test_the_kl_to_the_reference_joins_the_loss(backend, estimator, unbiased, value, slope):
+def test_the_kl_to_the_reference_joins_the_loss(backend, variant, unbiased, value, slope):
     zero = torch.zeros(1, 1, dtype=torch.float64)
     got = run(
-        backend, zero, 1.5, ref_logprobs=zero - 1 + log(1.5) - log(2), kl_coef=0.1, kl_estimator=estimator,
+        backend, zero, 1.5, ref_logprobs=zero - 1 + log(1.5) - log(2), kl_coef=0.1, kl_variant=variant,
         kl_unbiased=unbiased,
     )  # fmt: skip
     assert got["loss"].item() == pytest.approx(0.1 * value)
@@ -107,7 +107,7 @@ def test_the_entropy_bonus_lowers_the_loss_and_has_a_gradient(backend):
     entropy = torch.tensor([[1.0, 2.0], [3.0, math.nan]], dtype=torch.float64, requires_grad=True)
     loss, metrics = policy_loss(
         torch.full_like(ADVANTAGES, -1.0), torch.full_like(ADVANTAGES, -1.0), ADVANTAGES, mask=MASK, entropy=entropy,
-        entropy_coef=0.5, aggregation="seq_mean_token_mean", backend=backend,
+        objective=PolicyObjective(entropy_coef=0.5, aggregation="seq_mean_token_mean"), backend=backend,
     )  # fmt: skip
     loss.backward()
     assert loss.item() == pytest.approx(-(1.5 + 4) / 2 - 0.5 * (1.5 + 3) / 2)
@@ -155,7 +155,7 @@ def test_vespo_takes_the_correction_into_its_weight(backend, level):
     w = exp((logprobs - old).sum().item() + folded)
     slope = -(w**2) * exp(3 * (1 - w))
     options = {"sampler_logprobs": sampler, "correction_level": level, "correction_high": 1.2}
-    loss = lambda *x: policy_loss(*x, variant="vespo", **options, backend=backend)  # noqa: E731
+    loss = lambda *x: policy_loss(*x, **of_policy(variant="vespo", **options), backend=backend)  # noqa: E731
     got = evaluate(loss, [logprobs, old, advantages], 1)
     assert got["loss"].item() == pytest.approx(slope * -1.5)
     torch.testing.assert_close(got["gradient 0"], torch.full((1, 2), slope / 2, dtype=torch.float64))
@@ -166,7 +166,8 @@ def test_vespo_takes_the_correction_into_its_weight(backend, level):
 def test_dppo_caps_its_ratio_but_not_the_gradient_of_the_cap(backend, variant):
     # verl: -sg(min(r, 20)) A logprob
     inputs = [torch.tensor([[-2.0]]).double(), torch.tensor([[-6.0]]).double(), torch.full((1, 1), -1.0).double()]
-    got = evaluate(lambda *x: policy_loss(*x, variant=variant, max_divergence=9.0, backend=backend), inputs, 1)
+    objective = PolicyObjective(variant, max_divergence=9.0)
+    got = evaluate(lambda *x: policy_loss(*x, objective=objective, backend=backend), inputs, 1)
     assert (got["loss"].item(), got["gradient 0"].item()) == (20.0, 20.0)
 
 
@@ -175,8 +176,8 @@ def test_clip_cov_selects_among_tokens_that_no_bound_holds(backend):
     # covariances 3, 0, -1, -2 of which the greatest is clipped already: the second is selected
     old = torch.tensor([[-1.5, -2.0, -2.0, -3.0]]).double()
     inputs = [torch.tensor([[-1.0, -2.0, -2.0, -3.0]]).double(), old, torch.tensor([[3.0, 1.0, 0.0, 0.5]]).double()]
-    options = {"variant": "clip_cov", "cov_fraction": 0.25, "cov_low": -9.0, "cov_high": 9.0, "backend": backend}
-    got = evaluate(lambda *x: policy_loss(*x, **options), inputs, 1)
+    objective = PolicyObjective("clip_cov", cov_fraction=0.25, cov_low=-9.0, cov_high=9.0)
+    got = evaluate(lambda *x: policy_loss(*x, objective=objective, backend=backend), inputs, 1)
     assert got["clip_fraction"].item() == 0.5
     assert (got["gradient 0"] == 0).sum() == 3  # clipped, selected, and the advantage of 0
 
@@ -187,6 +188,6 @@ def test_clip_cov_selects_among_tokens_that_the_dual_clip_does_not_hold(backend)
     logprobs = torch.tensor([[-4.0, -2.0, -2.0, -1.0]]).double()
     old = torch.tensor([[-6.0, -2.0, -2.0, -1.0]]).double()
     inputs = [logprobs, old, torch.tensor([[-1.0, 0.5, 0.5, 1.0]]).double()]
-    options = {"cov_fraction": 0.25, "cov_low": 0.1, "cov_high": 9.0, "dual_clip": 3.0, "backend": backend}
-    got = evaluate(lambda *x: policy_loss(*x, variant="clip_cov", **options), inputs, 1)
+    objective = PolicyObjective("clip_cov", cov_fraction=0.25, cov_low=0.1, cov_high=9.0, dual_clip=3.0)
+    got = evaluate(lambda *x: policy_loss(*x, objective=objective, backend=backend), inputs, 1)
     assert got["gradient 0"].tolist() == [[0, -0.125, -0.125, 0]]
