@@ -177,16 +177,16 @@ PYBIND11_MODULE(_native, m) {
       },
       Release());
 
-  // variant: a functor of math/losses.h; outputs = loss, means, then one gradient coefficient per differentiable input
+  // variant: a functor of math/losses.h; outputs = loss, metrics, divisor, then one gradient coefficient per differentiable input
   m.def(
       "masked_loss",
       [](const std::string& variant, const std::vector<PlaneArguments>& inputs, Address mask, Address denominator,
          const std::vector<double>& parameters, int64_t rows, int64_t columns, bool is_double,
          const std::vector<Address>& outputs, int threads) {
         cpu::Loss op{{}, at<uint8_t>(mask), at<>(denominator), parameters, rows, columns, is_double,
-                     at<>(outputs[0]), at<>(outputs[1]), {}};
+                     at<>(outputs[0]), at<>(outputs[1]), at<>(outputs[2]), {}};
         for (const auto& input : inputs) op.inputs.push_back(plane(input));
-        for (size_t k = 2; k < outputs.size(); ++k) op.coefficients.push_back(at<>(outputs[k]));
+        for (size_t k = 3; k < outputs.size(); ++k) op.coefficients.push_back(at<>(outputs[k]));
         cpu::masked_loss(variant, op, threads);
       },
       Release());
@@ -292,28 +292,28 @@ PYBIND11_MODULE(_native, m) {
       Release());
 
   // sizes = rows, width, row stride; inputs = weight, bias, old_values, returns, mask, denominator;
-  // outputs = loss, means, values, coefficients, weight_sums, bias_sum
+  // outputs = loss, clip fraction, values, divisor, coefficients, weight_sums, bias_sum
   m.def(
       "linear_value_loss",
       [](Address hidden, int dtype, std::array<int64_t, 3> sizes, std::array<Address, 6> inputs, double clip_eps,
-         std::array<Address, 6> outputs, int threads) {
+         std::array<Address, 7> outputs, int threads) {
         cpu::linear_value_loss({at<>(hidden), DType(dtype), sizes[0], sizes[1], sizes[2], at<>(inputs[0]),
                                 at<>(inputs[1]), at<>(inputs[2]), at<>(inputs[3]), at<uint8_t>(inputs[4]),
                                 at<>(inputs[5]), clip_eps, at<>(outputs[0]), at<>(outputs[1]), at<>(outputs[2]),
-                                at<>(outputs[3]), at<>(outputs[4]), at<>(outputs[5])},
+                                at<>(outputs[3]), at<>(outputs[4]), at<>(outputs[5]), at<>(outputs[6])},
                                threads);
       },
       Release());
   // sizes = rows, bins, row stride; inputs = returns, mask, denominator; parameters = v_min, v_max, sigma;
-  // outputs = loss, means, values, coefficients
+  // outputs = loss, outside fraction, values, divisor, coefficients
   m.def(
       "distributional_value_loss",
       [](Address logits, int dtype, std::array<int64_t, 3> sizes, std::array<Address, 3> inputs,
-         std::array<double, 3> parameters, std::array<Address, 4> outputs, int threads) {
+         std::array<double, 3> parameters, std::array<Address, 5> outputs, int threads) {
         cpu::distributional_value_loss({at<>(logits), DType(dtype), sizes[0], sizes[1], sizes[2], at<>(inputs[0]),
                                         at<uint8_t>(inputs[1]), at<>(inputs[2]), parameters[0], parameters[1],
                                         parameters[2], at<>(outputs[0]), at<>(outputs[1]), at<>(outputs[2]),
-                                        at<>(outputs[3])},
+                                        at<>(outputs[3]), at<>(outputs[4])},
                                        threads);
       },
       Release());

@@ -17,6 +17,7 @@ from rlhf_fast.ops.preference.objective import PreferenceObjective
 from rlhf_fast.ops.preference.preference_loss import preference_loss
 from rlhf_fast.ops.preference.preference_weights import length_desensitized_weights, wpo_weights
 from rlhf_fast.ops.preference.unpaired_preference_loss import (
+    UnpairedPreferenceObjective,
     mismatched_kl,
     running_reward_shift,
     unpaired_preference_loss,
@@ -32,7 +33,7 @@ from rlhf_fast.ops.tokens.token_kl import token_kl
 from rlhf_fast.ops.tokens.token_logprobs import RowStats, token_logprobs
 from rlhf_fast.ops.values.distributional_value_loss import distributional_value_loss
 from rlhf_fast.ops.values.linear_value_loss import linear_value_loss
-from rlhf_fast.ops.values.value_loss import value_loss
+from rlhf_fast.ops.values.value_loss import LossAndValues, value_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,10 +43,12 @@ __all__ = [
     "FixedKLController",
     "LinearKl",
     "Loss",
+    "LossAndValues",
     "PolicyObjective",
     "PreferenceObjective",
     "RowStats",
     "Samples",
+    "UnpairedPreferenceObjective",
     "discounted_returns",
     "distributional_value_loss",
     "ensemble_scores",

@@ -120,8 +120,8 @@ template <typename T> void run(const DistributionalValueLoss& op, int threads) {
     total.outside += sums.outside;
   }
   *static_cast<C*>(op.loss) = C(total.loss / denominator);
-  static_cast<C*>(op.means)[0] = C(total.outside / denominator);
-  static_cast<C*>(op.means)[1] = 1;
+  *static_cast<C*>(op.outside) = C(total.outside / denominator);
+  *static_cast<C*>(op.divisor) = 1;
 }
 
 }  // namespace

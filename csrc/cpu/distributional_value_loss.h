@@ -13,8 +13,10 @@ struct DistributionalValueLoss {
   const uint8_t* mask;         // (rows,) or null
   const void* denominator;     // one number, or null for the count of the mask
   double v_min, v_max, sigma;  // ends of the first and the last bin; standard deviation of the Gaussian
-  void *loss, *means;          // one number; the share of returns outside of the bins and 1
-  void *values, *coefficients; // (rows,) and (rows, bins) numbers: expected values, d loss / d logits
+  void *loss, *outside;        // one number each; the share of returns outside of the bins
+  void* values;                // (rows,) numbers: expected values
+  void* divisor;               // 1: what the coefficients have yet to be divided by
+  void* coefficients;          // (rows, bins) numbers: d loss / d logits
 };
 
 void distributional_value_loss(const DistributionalValueLoss& op, int threads);

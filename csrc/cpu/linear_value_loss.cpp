@@ -106,8 +106,8 @@ template <typename T> void run(const LinearValueLoss& op, int threads) {
     total.coefficients += sums.coefficients;
   }
   *static_cast<C*>(op.loss) = C(total.loss / denominator);
-  static_cast<C*>(op.means)[0] = C(total.clipped / denominator);
-  static_cast<C*>(op.means)[1] = 1;
+  *static_cast<C*>(op.clip_fraction) = C(total.clipped / denominator);
+  *static_cast<C*>(op.divisor) = 1;
   if (op.bias_sum) *static_cast<C*>(op.bias_sum) = C(total.coefficients);
   if (!op.weight_sums) return;
   C* out = static_cast<C*>(op.weight_sums);

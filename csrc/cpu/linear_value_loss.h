@@ -14,8 +14,10 @@ struct LinearValueLoss {
   const uint8_t* mask;                // (rows,) or null
   const void* denominator;            // one number, or null for the count of the mask
   double clip_eps;
-  void *loss, *means;                 // one number; the clip fraction and 1
-  void *values, *coefficients;        // (rows,) numbers: the values, and d loss / d value
+  void *loss, *clip_fraction;         // one number each
+  void* values;                       // (rows,) numbers
+  void* divisor;                      // 1: what the coefficients and their sums have yet to be divided by
+  void* coefficients;                 // (rows,) numbers: d loss / d value
   void *weight_sums, *bias_sum;       // (width,) and one number: sums of coefficient * hidden and of them, or null
 };
 

@@ -124,9 +124,8 @@ template <typename C> void run(const Loss& op, int inputs, Add<C> add, int threa
     for (int m = 0; m < 4; ++m) total.metrics[m] += parts[p].metrics[m];
   }
   *static_cast<C*>(op.loss) = C(total.loss / denominator);
-  C* means = static_cast<C*>(op.means);
-  for (int m = 0; m < 4; ++m) means[m] = C(total.metrics[m] / denominator);
-  means[4] = 1;
+  for (int m = 0; m < 4; ++m) static_cast<C*>(op.metrics)[m] = C(total.metrics[m] / denominator);
+  *static_cast<C*>(op.divisor) = 1;
 }
 
 // Name and functor of every variant.

@@ -16,8 +16,8 @@ struct Loss {
   const void* denominator;    // one number, or null for the count of the mask
   std::vector<double> parameters;
   int64_t rows, columns;
-  bool is_double;      // whether everything below (and `denominator`) is double or float
-  void *loss, *means;  // one number; four metrics and 1, what the coefficients have yet to be divided by
+  bool is_double;  // whether everything below (and `denominator`) is double or float
+  void *loss, *metrics, *divisor;  // one number; four; 1, what the coefficients have yet to be divided by
   std::vector<void*> coefficients;  // (rows, columns) each: d loss / d input k; or none at all
 };
 

@@ -87,8 +87,8 @@ def distributional_value_loss(
     sigma: float,
     outputs: list[Tensor],
 ) -> None:
-    """Fills outputs = [loss (), means (2,), values (N,), coefficients (N, K)]."""
-    loss, means, values, coefficients = outputs
+    """Fills outputs = [loss (), outside fraction (), values (N,), divisor (), coefficients (N, K)]."""
+    loss, outside, values, divisor, coefficients = outputs
     rows, bins = logits.shape
     block_k = triton.next_power_of_2(bins)
     block_rows = max(1, BLOCK_ELEMENTS // block_k)
@@ -100,4 +100,4 @@ def distributional_value_loss(
         rows, bins, logits.stride(0), BLOCK_ROWS=block_rows, BLOCK_K=block_k,
         num_warps=loss.element_size(),  # float64 takes twice the registers
     )  # fmt: skip
-    sum_parts(partials, denominator, loss, means)
+    sum_parts(partials, denominator, loss, outside, divisor)

@@ -88,7 +88,8 @@ def _sum_parts_kernel(
     weight_partials,  # (programs, D) or None
     denominator,  # () or None
     loss,  # ()
-    means,  # (2,): the metric, then the denominator
+    metric,  # ()
+    divisor,  # (): the denominator
     extra,  # () or None
     weight_sums,  # (D,) or None
     programs,
@@ -104,8 +105,8 @@ def _sum_parts_kernel(
             count = tl.load(denominator)
         count = tl.where(count == 0, 1.0, count)  # nothing counts: every sum is 0
         tl.store(loss, divide(tl.sum(tl.load(partials + parts, mask=there, other=0.0), 0), count))
-        tl.store(means, divide(tl.sum(tl.load(partials + programs + parts, mask=there, other=0.0), 0), count))
-        tl.store(means + 1, count)
+        tl.store(metric, divide(tl.sum(tl.load(partials + programs + parts, mask=there, other=0.0), 0), count))
+        tl.store(divisor, count)
         if extra is not None:
             tl.store(extra, tl.sum(tl.load(partials + 3 * programs + parts, mask=there, other=0.0), 0))
     if weight_sums is not None:
@@ -115,13 +116,14 @@ def _sum_parts_kernel(
         tl.store(weight_sums + columns, tl.sum(tl.load(place, mask=inside, other=0.0), 0), mask=columns < D)
 
 
-def sum_parts(partials: Tensor, denominator: Tensor | None, loss: Tensor, means: Tensor, extra: Tensor | None = None,
-              weight_partials: Tensor | None = None, weight_sums: Tensor | None = None) -> None:  # fmt: skip
-    """Fills loss (), means (2,) and, where they are given, extra () and weight_sums (D,) from the partial sums."""
+def sum_parts(partials: Tensor, denominator: Tensor | None, loss: Tensor, metric: Tensor, divisor: Tensor,
+              extra: Tensor | None = None, weight_partials: Tensor | None = None,
+              weight_sums: Tensor | None = None) -> None:  # fmt: skip
+    """Fills loss, metric, divisor () and, where they are given, extra () and weight_sums (D,) from the partial sums."""
     width, block = (0 if weight_sums is None else weight_sums.shape[0]), 32
     launch(
         _sum_parts_kernel, (max(1, triton.cdiv(width, block)),),
-        partials, weight_partials, denominator, loss, means, extra, weight_sums, partials.shape[1], width,
+        partials, weight_partials, denominator, loss, metric, divisor, extra, weight_sums, partials.shape[1], width,
         PARTS=PARTS, BLOCK=block,
     )  # fmt: skip
 
@@ -137,8 +139,12 @@ def linear_value_loss(
     clip_eps: float,
     outputs: list[Tensor],
 ) -> None:
-    """Fills outputs = [loss (), means (2,), values (N,), coefficients (N,), weight sums (D,) or (0,), bias sum ()]."""
-    loss, means, values, coefficients, weight_sums, bias_sum = outputs
+    """Fills outputs.
+
+    outputs: [loss (), clip fraction (), values (N,), divisor (), coefficients (N,), weight sums (D,) or (0,), bias sum
+    ()].
+    """
+    loss, clip_fraction, values, divisor, coefficients, weight_sums, bias_sum = outputs
     rows, width = hidden.shape
     block_d = triton.next_power_of_2(width)
     block_rows = max(1, min(16, BLOCK_ELEMENTS // block_d))
@@ -151,4 +157,6 @@ def linear_value_loss(
         hidden, weight, bias, old_values, returns, mask, values, coefficients, partials, weight_partials, clip_eps,
         rows, width, hidden.stride(0), BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=8,
     )  # fmt: skip
-    sum_parts(partials, denominator, loss, means, bias_sum, weight_partials, weight_sums if wanted else None)
+    sum_parts(
+        partials, denominator, loss, clip_fraction, divisor, bias_sum, weight_partials, weight_sums if wanted else None
+    )

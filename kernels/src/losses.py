@@ -137,7 +137,8 @@ def _means_kernel(
     partials,  # (6, programs)
     denominator,  # () or None
     loss,  # ()
-    means,  # (5,): four metrics, then what the coefficients have yet to be divided by
+    metrics,  # (4,)
+    divisor,  # (): what the coefficients have yet to be divided by
     programs,
     HAS_DENOMINATOR: tl.constexpr,
     PARTS: tl.constexpr,
@@ -148,8 +149,8 @@ def _means_kernel(
     count = tl.where(count == 0, 1.0, count)  # nothing counts: every sum is 0
     tl.store(loss, divide(sum_parts(partials, 0, programs, PARTS), count))
     for k in tl.static_range(4):
-        tl.store(means + k, divide(sum_parts(partials, k + 1, programs, PARTS), count))
-    tl.store(means + 4, count)
+        tl.store(metrics + k, divide(sum_parts(partials, k + 1, programs, PARTS), count))
+    tl.store(divisor, count)
 
 
 def masked_loss(
@@ -160,17 +161,17 @@ def masked_loss(
     parameters: list[float],
     outputs: list[Tensor],
 ) -> None:
-    """Fills outputs = [loss (), means (5,), a coefficient of their shape per differentiable input, or none].
+    """Fills outputs = [loss (), metrics (4,), divisor (), a coefficient of their shape per differentiable input, or none].
 
     inputs: (rows, columns), or (N,) for one row.
     """
     function, count = VARIANTS[variant]
-    loss, means, *coefficients = outputs
+    loss, metrics, divisor, *coefficients = outputs
     n, columns = inputs[0].numel(), inputs[0].shape[-1]
     first, last = (coefficients[0], coefficients[-1]) if coefficients else (loss, loss)
     block = BLOCK if count <= 5 else BLOCK // 4
     programs = max(1, min(PARTS, triton.cdiv(n, block)))
-    partials = means.new_empty(6, programs)
+    partials = loss.new_empty(6, programs)
     inputs = inputs[:count]
     strides = tuple(x.stride() if x.dim() == 2 else (0, x.stride(0)) for x in inputs)
     launch(
@@ -181,5 +182,5 @@ def masked_loss(
     )  # fmt: skip
     launch(
         _means_kernel, (1,),
-        partials, denominator, loss, means, programs, HAS_DENOMINATOR=denominator is not None, PARTS=PARTS,
+        partials, denominator, loss, metrics, divisor, programs, HAS_DENOMINATOR=denominator is not None, PARTS=PARTS,
     )  # fmt: skip

@@ -8,20 +8,17 @@ depends on the input's size alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, prefer_huge_pages, threads
 from rlhf_fast.backends import plane as native_plane
-from rlhf_fast.ops.core import check
-from rlhf_fast.ops.core import registration_by_schema as registration
-
-Implementation = Callable[[str, list[Tensor], Tensor | None, Tensor | None, list[float], list[Tensor]], None]
-
+from rlhf_fast.ops.core import check, registration
+from rlhf_fast.ops.core.loss import Loss
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
@@ -64,6 +61,22 @@ def denominator_tensor(denominator: Tensor | float | None, like: Tensor, name: s
     return denominator.detach().to(dtype)
 
 
+class Over(NamedTuple):
+    """What a loss is summed over, and what the sum is divided by: 1 counts; the number that count where it is None."""
+
+    mask: Tensor | None = None
+    denominator: Tensor | None = None
+
+
+def over(
+    like: tuple[str, Tensor], shape: tuple[int, ...], meaning: str, mask: Tensor | None,
+    denominator: Tensor | float | None,
+) -> Over:  # fmt: skip
+    """The mask as bytes of `shape`, the denominator as a tensor. Raises ValueError for what does not fit `like`."""
+    check.same_device(like, ("mask", mask))
+    return Over(check.mask_bytes(mask, shape, meaning), denominator_tensor(denominator, like[1]))
+
+
 # --- The reference's two steps ----------------------------------------------------------------------------------------
 
 
@@ -81,102 +94,130 @@ def product(weight: Tensor | float, x: Tensor) -> Tensor:
     return torch.where(nothing, 0.0, weight * torch.where(nothing, 0.0, x))
 
 
-def mean(x: Tensor, mask: Tensor | None, denominator: Tensor | None) -> Tensor:
-    """sum of x over the mask / denominator, which is the count of the mask by default; 0 where nothing counts."""
+def mean(x: Tensor, over: Over) -> Tensor:
+    """sum of x over the mask / denominator; 0 where nothing counts."""
+    denominator = over.denominator
     if denominator is None:
-        denominator = torch.ones_like(x) if mask is None else mask.to(x.dtype)
-        denominator = denominator.sum()
-    return counted(x, mask, x.dtype).sum() / torch.where(denominator == 0, 1, denominator)
+        denominator = (torch.ones_like(x) if over.mask is None else over.mask.to(x.dtype)).sum()
+    return counted(x, over.mask, x.dtype).sum() / torch.where(denominator == 0, 1, denominator)
+
+
+def means(loss: Tensor, over: Over, **metrics: Tensor) -> Loss:
+    """The mean of the losses and of the metrics, which are detached."""
+    return Loss(mean(loss, over), {name: mean(x.detach(), over) for name, x in metrics.items()})
+
+
+# --- Losses of pairs --------------------------------------------------------------------------------------------------
+
+
+class PairInputs(NamedTuple):
+    """What the kernel of a loss of pairs reads, (B,) each; what is not given has stride 0."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    weights: Tensor
+    chosen_shifts: Tensor
+    rejected_shifts: Tensor
+
+
+class PairNumbers(NamedTuple):
+    """kernel: its name. parameter: the one that only this kernel has. divergence: 0 reverse KL, 1 alpha, 2 JS."""
+
+    kernel: str
+    beta: float
+    label_smoothing: float = 0.0
+    parameter: float = 0.0
+    divergence: float = 0.0
+    divergence_alpha: float = 0.0
+
+
+def constants(like: Tensor, *values: float) -> list[Tensor]:
+    """Each of `values` in the compute dtype and the shape of `like`, with stride 0."""
+    dtype = check.compute_dtype(like.dtype)
+    return [like.new_full((), value, dtype=dtype).expand(like.shape) for value in values]
 
 
 # --- The implementations ----------------------------------------------------------------------------------------------
 
 
-def cpu(variant: str, inputs: list[Tensor], mask: Tensor | None, denominator: Tensor | None, parameters: list[float],
-        outputs: list[Tensor]) -> None:  # fmt: skip
-    """Fills outputs = [loss (), means (5,), a coefficient of their shape per differentiable input, or none]."""
-    shape = inputs[0].shape
+def cpu(inputs: list[Tensor], over: Over, numbers: tuple[Any, ...], outputs: list[Tensor]) -> None:
+    """Fills outputs, see `empty_outputs`. numbers: the kernel's name, then what it takes."""
+    shape, (kernel, *parameters) = inputs[0].shape, numbers
     native().masked_loss(
-        variant, [native_plane(x) for x in inputs], packed(mask), packed(denominator), parameters,
+        kernel, [native_plane(x) for x in inputs], packed(over.mask), packed(over.denominator), parameters,
         *(shape if len(shape) == 2 else (1, *shape)), outputs[0].dtype == torch.float64,
         [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 
-def triton(*args: Any) -> None:
+def triton(inputs: list[Tensor], over: Over, numbers: tuple[Any, ...], outputs: list[Tensor]) -> None:
     """The same in Triton."""
     from rlhf_fast.kernels import losses as kernels
 
-    kernels.masked_loss(*args)
+    kernel, *parameters = numbers
+    kernels.masked_loss(kernel, inputs, over.mask, over.denominator, parameters, outputs)
+
+
+IMPLS = {"cpu": cpu, "triton": triton}
 
 
 # --- The registered ops -----------------------------------------------------------------------------------------------
 
 
-def empty_outputs(inputs: Sequence[Tensor], gradients: int) -> list[Tensor]:
-    """What an implementation fills: [loss (), means (5,), a coefficient of the inputs' shape per gradient]."""
-    new, dtype = inputs[0].new_empty, check.compute_dtype(inputs[0].dtype)
-    coefficients = [new(inputs[0].shape, dtype=dtype) for _ in range(gradients)]
-    return [new((), dtype=dtype), new((5,), dtype=dtype), *coefficients]
+def empty_outputs(like: Tensor, gradients: int) -> list[Tensor]:
+    """What an implementation fills: [loss (), metrics (4,), divisor (), a coefficient like `like` per gradient].
+
+    divisor: what the coefficients have yet to be divided by.
+    """
+    dtype = check.compute_dtype(like.dtype)
+    return [like.new_empty(shape, dtype=dtype) for shape in ((), (4,), (), *[like.shape] * gradients)]
 
 
-def register(op: str, impls: dict[str, Implementation], *, inputs: int, gradients: int) -> Callable[..., list[Tensor]]:
-    """Registers ``rlhf_fast::<op>``, which differentiates the first `gradients` of its inputs, and returns its call.
+def register(op: str, inputs: type, numbers: type, *, differentiable: Sequence[str]) -> Callable[..., list[Tensor]]:
+    """Registers ``rlhf_fast::<op>`` and returns its call: (inputs, over, numbers, backend) -> `empty_outputs`, filled.
 
-    (`inputs` tensors (B, T) or (N,), or None, mask, denominator, variant, parameters, backend)
-        -> [loss (), means (5,), a coefficient of that shape per gradient]
-    means: four metrics, and what the coefficients have yet to be divided by.
+    inputs: a NamedTuple of tensors (B, T) or (N,), in the order of the kernel, which takes those that are not None.
+    numbers: a NamedTuple of the kernel's name and its numbers. differentiable: the first ones of the inputs.
     """
 
-    def compute(*arguments: Any, gradients: int = gradients) -> list[Tensor]:
-        planes = [x for x in arguments[:inputs] if x is not None]
-        mask, denominator, variant, parameters, backend = arguments[inputs:]
-        outputs = empty_outputs(planes, gradients)
-        impls[backend](variant, planes, mask, denominator, parameters, outputs)
+    def compute(inputs: Any, over: Over, numbers: Any, backend: str, gradients: int = len(differentiable)):  # type: ignore[no-untyped-def]
+        outputs = empty_outputs(inputs[0], gradients)
+        IMPLS[backend]([x for x in inputs if x is not None], over, numbers, outputs)
         return outputs
 
-    def setup_context(ctx, arguments, results):
-        _, means, *coefficients = results
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(means)  # coefficients are: their derivative is the error that says it is missing
-        ctx.dtypes = [x.dtype for x in arguments[:gradients]]
-        ctx.save_for_backward(means, *coefficients)
+    def backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> Mapping[str, Tensor]:
+        if upstream[0] is None:
+            return {}
+        divisor, *coefficients = saved.results
+        scale = upstream[0] / divisor
+        return {
+            name: scaled_gradient(coefficient, scale, saved.dtypes[name])
+            for name, coefficient in zip(differentiable, coefficients, strict=True)
+            if saved.needs[name]
+        }
 
-    def backward(ctx, grads):
-        if grads[0] is None:
-            return [None] * gradients
-        means, *coefficients = ctx.saved_tensors
-        scale = grads[0] / means[4]
-        wanted = zip(coefficients, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        return [scaled_gradient(coefficient, scale, dtype) if needs else None for coefficient, dtype, needs in wanted]
-
-    tensors = ", ".join(f"Tensor{'?' * (k > 0)} x{k}" for k in range(inputs))
     return registration.op(
         op,
-        f"({tensors}, Tensor? mask, Tensor? denominator, str variant, float[] parameters, str backend) -> Tensor[]",
+        (inputs, Over, numbers),
         compute,
-        fake=lambda *arguments: empty_outputs(arguments[:1], gradients),
-        differentiable=range(gradients),
-        setup_context=setup_context,
+        fake=lambda inputs, *_: empty_outputs(inputs[0], len(differentiable)),
+        differentiable=differentiable,
+        saves_results=slice(2, None),
         backward=backward,
         returned=2,
         without_gradient=partial(compute, gradients=0),
     )
 
 
-def call(
-    run: Callable[..., list[Tensor]],
-    inputs: Sequence[Tensor | None],
-    mask: Tensor | None,
-    denominator: Tensor | None,
-    variant: str,
-    parameters: Sequence[float],
-    backend: str,
-    metrics: Sequence[str],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Calls what `register` returned: the loss, and its metrics by name (0-d, detached)."""
-    loss, means, *_ = run(*inputs, mask, denominator, variant, list(parameters), backend)
-    return loss, dict(zip(metrics, means.detach().unbind(0)[: len(metrics)], strict=True))
+def call(run: Callable[..., list[Tensor]], inputs: Any, over: Over, numbers: Any, backend: str,
+         metrics: Sequence[str]) -> Loss:  # fmt: skip
+    """Calls what `register` returned. metrics: the names of the first ones."""
+    loss, values, *_ = run(inputs, over, numbers, backend)
+    return Loss(loss, dict(zip(metrics, values.detach().unbind(0), strict=False)))
 
 
 def scaled_gradient(coefficient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

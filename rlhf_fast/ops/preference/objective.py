@@ -16,27 +16,35 @@ from torch.nn.functional import logsigmoid, relu, softplus
 
 from rlhf_fast.ops.core import check
 from rlhf_fast.ops.core.loss import Objective
-from rlhf_fast.ops.core.masked_loss import product
+from rlhf_fast.ops.core.masked_loss import IMPLS, PairNumbers, product
 
 MAX_EXPONENT = 20.0  # beyond it an exponential goes on along its tangent: one pair cannot end a run
 MAX_MEAN_LOGPROB = -1e-6  # orpo: the odds of an all but certain sequence stay finite
 # The kernels' code, and the exponent alpha (None: the objective's own).
-DIVERGENCES: dict[str, tuple[int, float | None]] = {
-    "reverse_kl": (0, 0.0),
-    "forward_kl": (1, 1.0),
-    "alpha": (1, None),
-    "js": (2, 0.0),
+DIVERGENCES: dict[str, tuple[float, float | None]] = {
+    "reverse_kl": (0.0, 0.0),
+    "forward_kl": (1.0, 1.0),
+    "alpha": (1.0, None),
+    "js": (2.0, 0.0),
 }
 
 
 @dataclass(frozen=True)
 class PreferenceObjective(Objective):
-    """Every hyper-parameter of preference_loss, checked; see there for what each means. Raises ValueError."""
+    """Which loss of preference_loss, with every number in it.
+
+    variant: one of VARIANTS, or weights of several, {"sigmoid": 0.8, "sft": 0.2}.
+    beta > 0: per nat; for ipo the paper's tau, for orpo its lambda. label_smoothing: the chance in [0, 0.5) that a
+    label is flipped. divergence_variant: reverse_kl, forward_kl, alpha (with divergence_alpha > 0) or js.
+    reference_free: 0 for the reference's log-probabilities. gamma: simpo's target margin. discopop_tau > 0.
+    nll_weight >= 0: cpo's. auxiliary_weight >= 0, auxiliary_temperature > 0: hpo's.
+    Raises ValueError for what is outside these.
+    """
 
     variant: str | Mapping[str, float] = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
-    divergence: str = "reverse_kl"
+    divergence_variant: str = "reverse_kl"
     divergence_alpha: float = 0.5
     reference_free: bool = False
     gamma: float = 0.5
@@ -47,6 +55,8 @@ class PreferenceObjective(Objective):
 
     def __post_init__(self) -> None:
         check.fields(self)
+        if not isinstance(self.variant, (str, Mapping)):
+            raise ValueError(f"variant must be a name or weights of several, got {self.variant!r}")
         for name, weight in self.terms:
             check.one_of("variant", name, VARIANTS)
             if not math.isfinite(weight):
@@ -66,36 +76,47 @@ class PreferenceObjective(Objective):
         """(variant, weight) of every loss in the sum."""
         return ((self.variant, 1.0),) if isinstance(self.variant, str) else tuple(self.variant.items())
 
+    @property
+    def name(self) -> str:
+        """The losses of the sum."""
+        return " + ".join(name for name, _ in self.terms)
+
     def looks_at(self, what: str) -> bool:
         """Whether some variant of the sum has the flag `what`: "reference", "averaged", "smooths", ..."""
         return any(getattr(VARIANTS[name], what) for name, _ in self.terms)
 
-    def parameters(self, name: str) -> list[float]:
-        """What the kernel of variant `name` takes: beta, smoothing, its own one, divergence code, alpha."""
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The backends that have every loss of the sum beside "reference"."""
+        return tuple(IMPLS) if all(VARIANTS[name].kernel for name, _ in self.terms) else ()
+
+    def numbers(self, name: str) -> PairNumbers:
+        """What the kernel of variant `name` takes."""
         variant = VARIANTS[name]
-        parameter, (code, alpha) = (
-            variant.parameter,
-            DIVERGENCES[self.divergence if variant.reference else "reverse_kl"],
+        code, alpha = DIVERGENCES[self.divergence_variant if variant.reference else "reverse_kl"]
+        return PairNumbers(
+            str(variant.kernel),
+            self.beta,
+            self.label_smoothing,
+            getattr(self, variant.parameter) if variant.parameter else 0.0,
+            code,
+            self.divergence_alpha if alpha is None else alpha,
         )
-        own = getattr(self, parameter) if parameter else 0.0
-        alpha = self.divergence_alpha if alpha is None else alpha
-        return [self.beta, self.label_smoothing, own, float(code), alpha]
 
     def _check_smoothing(self) -> None:
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        names = " + ".join(name for name, _ in self.terms)
         if self.label_smoothing and not self.looks_at("smooths"):
             of = ", ".join(name for name, variant in VARIANTS.items() if variant.smooths)
-            raise ValueError(f"label_smoothing is of {of}; got {self.label_smoothing} with {names}")
+            raise ValueError(f"label_smoothing is of {of}; got {self.label_smoothing} with {self.name}")
         if self.label_smoothing == 0 and "exo_pair" in dict(self.terms):
             raise ValueError("label_smoothing must be > 0 for exo_pair, whose loss is infinite without, got 0.0")
 
     def _check_divergence(self) -> None:
-        check.one_of("divergence", self.divergence, DIVERGENCES)
+        check.one_of("divergence_variant", self.divergence_variant, DIVERGENCES)
         fixed = [name for name, _ in self.terms if not VARIANTS[name].diverges]
-        if self.divergence != "reverse_kl" and fixed:
-            raise ValueError(f"divergence is not of {fixed[0]}, got {self.divergence!r} with it")
+        if self.divergence_variant != "reverse_kl" and fixed:
+            raise ValueError(f"divergence_variant must be reverse_kl for {fixed[0]}, got {self.divergence_variant!r}")
 
 
 class Pairs(NamedTuple):
@@ -137,7 +158,7 @@ def scored(pairs: Pairs, objective: PreferenceObjective, name: str) -> Scored:
     if objective.reference_free or not variant.reference:
         logprobs[2:] = [torch.zeros_like(pairs.chosen, dtype=dtype)] * 2
     chosen, rejected, ref_chosen, ref_rejected = logprobs
-    divergence = objective.divergence if variant.reference else "reverse_kl"
+    divergence = objective.divergence_variant if variant.reference else "reverse_kl"
     scores = [
         score(ratio, divergence, objective.divergence_alpha)
         for ratio in (chosen - ref_chosen, rejected - ref_rejected)  # type: ignore
@@ -150,11 +171,11 @@ def scored(pairs: Pairs, objective: PreferenceObjective, name: str) -> Scored:
     return Scored(*rewards, *logprobs, pairs)  # type: ignore
 
 
-def score(log_ratio: Tensor, divergence: str, divergence_alpha: float) -> Tensor:
+def score(log_ratio: Tensor, divergence_variant: str, divergence_alpha: float) -> Tensor:
     """f'(ratio) - f'(1)."""
-    if divergence == "js":
+    if divergence_variant == "js":
         return math.log(2) - softplus(-log_ratio)
-    alpha = DIVERGENCES[divergence][1]
+    alpha = DIVERGENCES[divergence_variant][1]
     alpha = divergence_alpha if alpha is None else alpha
     if alpha == 0:
         return log_ratio
@@ -302,17 +323,18 @@ def of_same_rank(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Variant(NamedTuple):
-    """loss: (B,) by definition. kernel: the name of its function in the kernels' tables; the other fields say what
-    the variant looks at."""
+    """loss: (B,) by definition. kernel: the name of its function in the kernels' tables, None where there is the
+    reference alone. The other fields say what the variant looks at."""
 
     loss: Callable[[Scored, PreferenceObjective], Tensor]
-    kernel: str
+    kernel: str | None
     reference: bool = True  # the reference's log-probabilities
     averaged: bool = False  # averages over the tokens instead of sums
     smooths: bool = False  # label_smoothing
-    diverges: bool = False  # takes a divergence: looks at differences of rewards alone, where what is left out of a
+    diverges: bool = False  # takes divergence_variant: looks at differences of rewards alone, where what is left out of a
     # reward (a number of the prompt) cancels; or at none (sft)
     advantages: bool = False  # advantages of an auxiliary reward
+    ranks: bool = False  # the order of the pairs of the call
     parameter: str | None = None  # the field of the objective that its kernel takes
     shifts: Callable[[Scored, PreferenceObjective], tuple[Tensor, Tensor]] | None = None
 
@@ -328,8 +350,8 @@ VARIANTS = {
     "nca_pair": Variant(nca_pair, "nca_pair"),
     "bco_pair": Variant(bco_pair, "bco_pair", shifts=lambda s, o: (reward_shift(s).expand_as(s.chosen),) * 2),
     "sppo_hard": Variant(sppo_hard, "sppo_hard"),
-    "aot": Variant(aot, "aot", smooths=True, shifts=paired_quantiles),
-    "aot_unpaired": Variant(aot_unpaired, "aot_unpaired", smooths=True, shifts=unpaired_quantiles),
+    "aot": Variant(aot, "aot", smooths=True, ranks=True, shifts=paired_quantiles),
+    "aot_unpaired": Variant(aot_unpaired, "aot_unpaired", smooths=True, ranks=True, shifts=unpaired_quantiles),
     "apo_zero": Variant(apo_zero, "apo_zero"),
     "apo_down": Variant(apo_down, "apo_down"),
     "discopop": Variant(discopop, "discopop", diverges=True, parameter="discopop_tau"),

@@ -59,18 +59,18 @@ Sources: the papers in the table; where a peer's loss is another, the paper's is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import resolve
 from rlhf_fast.ops.core import check, masked_loss
+from rlhf_fast.ops.core.loss import Loss
+from rlhf_fast.ops.core.masked_loss import IMPLS, Over, PairInputs, PairNumbers
 from rlhf_fast.ops.preference.objective import VARIANTS, Pairs, PreferenceObjective, Scored, reward_shift, scored
 
 METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
-_objective = lru_cache(PreferenceObjective)  # a loop asks for the same one at every step
 
 
 @check.takes_numbers
@@ -80,17 +80,7 @@ def preference_loss(
     ref_chosen: Tensor | None = None,
     ref_rejected: Tensor | None = None,
     *,
-    variant: str | Mapping[str, float] = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    divergence: str = "reverse_kl",
-    divergence_alpha: float = 0.5,
-    reference_free: bool = False,
-    gamma: float = 0.5,
-    discopop_tau: float = 0.05,
-    nll_weight: float = 1.0,
-    auxiliary_weight: float = 1.0,
-    auxiliary_temperature: float = 1.0,
+    objective: str | PreferenceObjective = "sigmoid",
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
     weights: Tensor | None = None,
@@ -99,16 +89,14 @@ def preference_loss(
     rejected_advantages: Tensor | None = None,
     denominator: Tensor | float | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """The mean preference loss of B pairs and its metrics; only `chosen` and `rejected` get a gradient.
 
     chosen, rejected, ref_chosen, ref_rejected: (B,) sums of token log-probabilities, in nats; float32, bfloat16,
     float16 or float64, any strides. The reference's may be None for reference-free variants and with reference_free,
     which takes 0 for them.
-    variant: one of VARIANTS, or weights of several, {"sigmoid": 0.8, "sft": 0.2}; the metrics are the first one's.
-    beta > 0: per nat; for ipo the paper's tau, for orpo its lambda. label_smoothing: the chance in [0, 0.5) that a
-    label is flipped. divergence: reverse_kl, forward_kl, alpha (with divergence_alpha > 0) or js. gamma: simpo's
-    target margin. discopop_tau > 0. nll_weight >= 0: cpo's. auxiliary_weight >= 0, auxiliary_temperature > 0: hpo's.
+    objective: the name of a variant, or a PreferenceObjective with its numbers. The metrics of a sum of several losses
+    are the first one's.
     chosen_lengths, rejected_lengths: (B,) tokens that the sums run over, any number type, one below 1 counts as 1;
     needed by the variants that average.
     weights: (B,) what a pair's loss is multiplied by (wpo_weights); not for aot.
@@ -119,31 +107,13 @@ def preference_loss(
     Returns (loss, metrics): 0-d, float32 (float64 for float64), the metrics detached; see the module for each.
     No pair gives a loss of 0. Raises ValueError or TypeError for what does not fit.
     """
-    plain = isinstance(variant, str) and not torch.compiler.is_compiling()
-    objective = (_objective if plain else PreferenceObjective)(
-        variant, beta, label_smoothing, divergence, divergence_alpha, reference_free, gamma, discopop_tau, nll_weight,
-        auxiliary_weight, auxiliary_temperature,
+    objective = PreferenceObjective.of(objective)
+    pairs = Pairs(
+        chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, weights, reward_shift,
+        chosen_advantages, rejected_advantages,
     )  # fmt: skip
-    pairs = checked(
-        Pairs(
-            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, weights, reward_shift,
-            chosen_advantages, rejected_advantages,
-        ),
-        objective,
-    )  # fmt: skip
-    return evaluate(pairs, objective, masked_loss.denominator_tensor(denominator, chosen), backend=backend)
-
-
-def evaluate(
-    pairs: Pairs, objective: PreferenceObjective, denominator: Tensor | None, *, backend: str | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """preference_loss of pairs that `checked` has seen."""
-    name = resolve("preference_loss", IMPLS, pairs.chosen.device, backend)
-    if name == "reference":
-        return reference(pairs, objective, denominator=denominator)
-    terms = [_term(pairs, objective, term, denominator, name) for term, _ in objective.terms]
-    losses, metrics = zip(*terms, strict=True)
-    return _weighted(losses, objective), metrics[0]
+    total = masked_loss.denominator_tensor(denominator, chosen)
+    return evaluate(checked(pairs, objective), objective, total, backend=backend)
 
 
 def checked(pairs: Pairs, objective: PreferenceObjective) -> Pairs:
@@ -155,75 +125,41 @@ def checked(pairs: Pairs, objective: PreferenceObjective) -> Pairs:
         "chosen_lengths": objective.looks_at("averaged"),
         "chosen_advantages": objective.looks_at("advantages"),
     }
-    given = pairs._asdict()
-    for first, needed in wanted.items():
-        for name in (first, first.replace("chosen", "rejected")):
-            if needed and given[name] is None:
-                raise ValueError(f"{name} must be given for {' + '.join(name for name, _ in objective.terms)}")
-            given[name] = given[name] if needed else None
-    if pairs.weights is not None:
-        for name, _ in objective.terms:
-            if VARIANTS[name].kernel.startswith("aot"):
-                raise ValueError(f"weights are not of {name}, which takes its pairs apart")
-    shape, first_pair = tuple(pairs.chosen.shape), ("chosen", pairs.chosen)
-    for name, tensor in given.items():
+    tensors = pairs._asdict()
+    for of_chosen, needed in wanted.items():
+        for name in (of_chosen, of_chosen.replace("chosen", "rejected")):
+            if needed and tensors[name] is None:
+                raise ValueError(f"{name} must be given for {objective.name}")
+            tensors[name] = tensors[name] if needed else None
+    if pairs.weights is not None and objective.looks_at("ranks"):
+        raise ValueError(f"weights are not of {objective.name}, which takes its pairs apart")
+    shape = tuple(pairs.chosen.shape)
+    for name, tensor in tensors.items():
         if tensor is None:
             continue
         expected, meaning = ((), "a 0-d tensor") if name == "reward_shift" else (shape, "(B,)")
         check.shaped(name, tensor, expected, meaning)
         if not name.endswith("lengths"):
             check.floating(name, tensor)
-        check.same_device(first_pair, (name, tensor))
+        check.same_device(("chosen", pairs.chosen), (name, tensor))
         if name not in ("chosen", "rejected"):
-            given[name] = masked_loss.constant(tensor)
-    return Pairs(**given)
+            tensors[name] = masked_loss.constant(tensor)
+    return Pairs(**tensors)
 
 
-def reference(
-    pairs: Pairs, objective: PreferenceObjective, *, denominator: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) by definition, differentiable any number of times; aot where no two ranks are tied."""
-    views = [scored(pairs, objective, name) for name, _ in objective.terms]
-    counted = (
-        views
-        if pairs.weights is None
-        else [scored(_counted(pairs, views[0]), objective, n) for n, _ in objective.terms]
-    )
-    losses = [VARIANTS[name].loss(view, objective) for (name, _), view in zip(objective.terms, counted, strict=True)]
-    if pairs.weights is not None:
-        losses = [masked_loss.product(pairs.weights.to(loss.dtype), loss) for loss in losses]
-    won, lost = views[0].chosen_reward.detach(), views[0].rejected_reward.detach()
-    means = [masked_loss.mean(x, None, denominator) for x in ((won > lost).to(won.dtype), won - lost, won, lost)]
-    totals = [masked_loss.mean(loss, None, denominator) for loss in losses]
-    return _weighted(totals, objective), dict(zip(METRICS, means, strict=True))
-
-
-def _counted(pairs: Pairs, view: Scored) -> Pairs:
-    """`pairs`, where those of weight 0 are replaced: infinities there would come back as NaN in the gradient."""
-    assert pairs.weights is not None
-    none = pairs.weights == 0
-    of_reference = [None if x is None else torch.where(none, -1.0, x) for x in pairs[2:4]]
-    return pairs._replace(
-        chosen=torch.where(none, -1.0, pairs.chosen), rejected=torch.where(none, -1.0, pairs.rejected),
-        ref_chosen=of_reference[0], ref_rejected=of_reference[1],
-        reward_shift=reward_shift(view),
-    )  # fmt: skip
-
-
-def planes(pairs: Pairs, objective: PreferenceObjective, name: str) -> list[Tensor]:
-    """What the kernel of variant `name` reads, (B,) each: chosen, rejected, ref_chosen, ref_rejected, both lengths,
-    weights, and a shift for each half of a pair. What is not given has stride 0."""
-    variant, like = VARIANTS[name], pairs.chosen
-    dtype, expand = check.compute_dtype(like.dtype), like.shape
-    zero, one = (like.new_full((), value, dtype=dtype).expand(expand) for value in (0.0, 1.0))
-    with_reference = variant.reference and not objective.reference_free
-    inputs = [pairs.chosen, pairs.rejected, *(pairs[2:4] if with_reference else (zero, zero))]
-    inputs += [x.to(dtype) for x in pairs[4:6]] if variant.averaged else [one, one]  # type: ignore[union-attr]
-    inputs.append(one if pairs.weights is None else pairs.weights)
-    if variant.shifts is None:
-        return [*inputs, zero, zero]  # type: ignore[list-item]
-    detached = pairs._replace(chosen=pairs.chosen.detach(), rejected=pairs.rejected.detach())
-    return [*inputs, *variant.shifts(scored(detached, objective, name), objective)]  # type: ignore[list-item]
+def evaluate(
+    pairs: Pairs, objective: PreferenceObjective, denominator: Tensor | None, *, backend: str | None = None
+) -> Loss:
+    """preference_loss of pairs that `checked` has seen."""
+    name = resolve(f"preference_loss of {objective.name}", objective.kernels, pairs.chosen.device, backend)
+    over = Over(None, denominator)
+    if name == "reference":
+        return reference(pairs, objective, over)
+    terms = [
+        masked_loss.call(_run, planes(pairs, objective, term), over, objective.numbers(term), name, METRICS)
+        for term, _ in objective.terms
+    ]
+    return Loss(_weighted([term.loss for term in terms], objective), terms[0].metrics)
 
 
 def coefficients(
@@ -233,33 +169,67 @@ def coefficients(
 
     `pairs` as `checked` returns them; backend: one of IMPLS. Nothing here is differentiable.
     """
-    found = []
-    for name, _ in objective.terms:
-        inputs = [x.detach() for x in planes(pairs, objective, name)]
-        outputs = masked_loss.empty_outputs(inputs, 2)
-        kernel = VARIANTS[name].kernel
-        IMPLS[backend](kernel, inputs, None, denominator, objective.parameters(name), outputs)
-        loss, means, by_chosen, by_rejected = outputs
-        found.append((loss, means, by_chosen / means[4], by_rejected / means[4]))
-    losses, all_means, chosen, rejected = zip(*found, strict=True)
-    metrics = {name: all_means[0][k] for k, name in enumerate(METRICS)}
-    return _weighted(losses, objective), metrics, _weighted(chosen, objective), _weighted(rejected, objective)
+    losses, all_metrics, by_chosen, by_rejected = [], [], [], []
+    for term, _ in objective.terms:
+        inputs = [x.detach() for x in planes(pairs, objective, term)]
+        outputs = masked_loss.empty_outputs(inputs[0], 2)
+        IMPLS[backend](inputs, Over(None, denominator), objective.numbers(term), outputs)
+        loss, metrics, divisor, chosen, rejected = outputs
+        losses.append(loss)
+        all_metrics.append(metrics)
+        by_chosen.append(chosen / divisor)
+        by_rejected.append(rejected / divisor)
+    metrics = dict(zip(METRICS, all_metrics[0].unbind(0), strict=True))
+    return _weighted(losses, objective), metrics, _weighted(by_chosen, objective), _weighted(by_rejected, objective)
 
 
-def _term(pairs: Pairs, objective: PreferenceObjective, name: str, denominator: Tensor | None, backend: str):  # type: ignore[no-untyped-def]
-    return masked_loss.call(
-        _run, planes(pairs, objective, name), None, denominator, VARIANTS[name].kernel,
-        objective.parameters(name), backend, METRICS,
-    )  # fmt: skip
-
-
-def _weighted(terms, objective: PreferenceObjective) -> Tensor:  # type: ignore[no-untyped-def]
-    if len(terms) == 1 and objective.terms[0][1] == 1:
+def _weighted(terms: Sequence[Tensor], objective: PreferenceObjective) -> Tensor:
+    weights = [weight for _, weight in objective.terms]
+    if weights == [1]:
         return terms[0]
-    return sum(masked_loss.product(weight, term) for (_, weight), term in zip(objective.terms, terms, strict=True))  # type: ignore
+    first, *others = [masked_loss.product(weight, term) for weight, term in zip(weights, terms, strict=True)]
+    return sum(others, first)
 
 
-# (kernel, planes, None, denominator, parameters, outputs)
-IMPLS = {"cpu": masked_loss.cpu, "triton": masked_loss.triton}
+def planes(pairs: Pairs, objective: PreferenceObjective, name: str) -> PairInputs:
+    """What the kernel of variant `name` reads."""
+    variant = VARIANTS[name]
+    zero, one = masked_loss.constants(pairs.chosen, 0.0, 1.0)
+    references, lengths, shifts = (zero, zero), (one, one), (zero, zero)
+    if variant.reference and not objective.reference_free:
+        references = pairs[2:4]
+    if variant.averaged:
+        lengths = [x.to(zero.dtype) for x in pairs[4:6]]
+    if variant.shifts is not None:
+        detached = pairs._replace(chosen=pairs.chosen.detach(), rejected=pairs.rejected.detach())
+        shifts = variant.shifts(scored(detached, objective, name), objective)
+    weights = one if pairs.weights is None else pairs.weights
+    return PairInputs(pairs.chosen, pairs.rejected, *references, *lengths, weights, *shifts)
+
+
+def reference(pairs: Pairs, objective: PreferenceObjective, over: Over) -> Loss:
+    """By definition, differentiable any number of times; aot where no two ranks are tied."""
+    names = [name for name, _ in objective.terms]
+    first = scored(pairs, objective, names[0])
+    counted = pairs if pairs.weights is None else _counted(pairs, first)
+    losses = [VARIANTS[name].loss(scored(counted, objective, name), objective) for name in names]
+    if pairs.weights is not None:
+        losses = [masked_loss.product(pairs.weights.to(loss.dtype), loss) for loss in losses]
+    won, lost = first.chosen_reward.detach(), first.rejected_reward.detach()
+    metrics = zip(METRICS, ((won > lost).to(won.dtype), won - lost, won, lost), strict=True)
+    loss = _weighted([masked_loss.mean(loss, over) for loss in losses], objective)
+    return Loss(loss, {name: masked_loss.mean(x, over) for name, x in metrics})
+
+
+def _counted(pairs: Pairs, view: Scored) -> Pairs:
+    """`pairs`, where those of weight 0 are replaced: infinities there would come back as NaN in the gradient."""
+    assert pairs.weights is not None
+    none = pairs.weights == 0
+    logprobs = {
+        name: torch.where(none, -1.0, x) for name, x in zip(pairs._fields[:4], pairs[:4], strict=True) if x is not None
+    }
+    return pairs._replace(**logprobs, reward_shift=reward_shift(view))
+
+
 OPS = {"preference_loss": tuple(IMPLS)}
-_run = masked_loss.register("preference_loss", IMPLS, inputs=9, gradients=2)
+_run = masked_loss.register("preference_loss", PairInputs, PairNumbers, differentiable=("chosen", "rejected"))

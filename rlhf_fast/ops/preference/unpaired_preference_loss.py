@@ -25,6 +25,7 @@ the prompts of both classes ("underlying distribution matching"), Jung et al. 20
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,17 +34,20 @@ from torch.nn.functional import softplus
 
 from rlhf_fast.backends import resolve
 from rlhf_fast.ops.core import check, masked_loss
+from rlhf_fast.ops.core.loss import Loss, Objective
+from rlhf_fast.ops.core.masked_loss import IMPLS, Over
 
 METRICS = ("desirable_reward", "undesirable_reward", "margin")
-_PARTS = ("desirable", "desirable_sum", "undesirable", "undesirable_sum")  # the kernel's means
+_SUMS = ("desirable", "desirable_reward", "undesirable", "undesirable_reward")  # the kernel's, over the denominator
 
 
 class Variant(NamedTuple):
-    """loss: of u, how far a reward lies on the right side of the shift. kernel: the name in the kernels' tables."""
+    """loss: of u, how far a reward lies on the right side of the shift. shift: the argument that it comes from.
+    kernel: the name in the kernels' tables, None where there is the reference alone."""
 
     loss: Callable[[Tensor], Tensor]
-    kernel: str
-    shift: str | None  # what the shift comes from
+    kernel: str | None
+    shift: str | None
 
 
 VARIANTS = {
@@ -53,27 +57,46 @@ VARIANTS = {
 }
 
 
+@dataclass(frozen=True)
+class UnpairedPreferenceObjective(Objective):
+    """Which loss of unpaired_preference_loss, with every number in it.
+
+    variant: one of VARIANTS. beta > 0, per nat. desirable_weight, undesirable_weight: >= 0, of the two classes.
+    Raises ValueError for what is outside these.
+    """
+
+    variant: str = "kto"
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check.fields(self)
+        check.one_of("variant", self.variant, VARIANTS)
+        check.positive("beta", self.beta)
+        for name in ("desirable_weight", "undesirable_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+
 @check.takes_numbers
 def unpaired_preference_loss(
     logprobs: Tensor,
     ref_logprobs: Tensor,
     desirable: Tensor,
     *,
-    variant: str = "kto",
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    objective: str | UnpairedPreferenceObjective = "kto",
     kl: Tensor | None = None,
     reward_shift: Tensor | None = None,
     weights: Tensor | None = None,
     denominator: Tensor | float | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """The mean loss of B answers and its metrics; only `logprobs` gets a gradient.
 
     logprobs, ref_logprobs: (B,) sums of token log-probabilities, in nats; float32, bfloat16, float16 or float64.
     desirable: (B,) bool, whether the answer is a good one.
-    variant: one of VARIANTS. beta > 0, per nat. desirable_weight, undesirable_weight: >= 0, of the two classes.
+    objective: the name of a variant, or an UnpairedPreferenceObjective with its numbers.
     kl: () in nats, needed by kto: mismatched_kl of the batch, averaged over the ranks where there are several.
     reward_shift: () in units of reward, needed by bco: a running_reward_shift.
     weights: (B,) what an answer's loss is multiplied by (BCO: the odds that its prompt is one of a desirable answer).
@@ -82,47 +105,42 @@ def unpaired_preference_loss(
     Returns (loss, metrics): 0-d, float32 (float64 for float64), the metrics detached. No answer gives a loss of 0.
     Raises ValueError or TypeError for what does not fit.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    parameters = [check.positive("beta", beta), desirable_weight, undesirable_weight]
-    if not (desirable_weight >= 0 and undesirable_weight >= 0):
-        raise ValueError(f"the weights of the classes must be >= 0, got {desirable_weight} and {undesirable_weight}")
-    inputs = _inputs(
-        logprobs, ref_logprobs, desirable, variant, {"kl": kl, "reward_shift": reward_shift}, weights, beta
-    )
-    total = masked_loss.denominator_tensor(denominator, logprobs)
-    name = resolve("unpaired_preference_loss", IMPLS, logprobs.device, backend)
+    objective = UnpairedPreferenceObjective.of(objective)
+    shifts = {"kl": kl, "reward_shift": reward_shift}
+    inputs = _inputs(logprobs, ref_logprobs, desirable, objective, shifts, weights)
+    over, kernel = Over(None, masked_loss.denominator_tensor(denominator, logprobs)), VARIANTS[objective.variant].kernel
+    impls = IMPLS if kernel else ()
+    name = resolve(f"unpaired_preference_loss of {objective.variant}", impls, logprobs.device, backend)
     if name == "reference":
-        return reference(inputs, variant=variant, parameters=parameters, denominator=total)
-    kernel = VARIANTS[variant].kernel
-    loss, parts = masked_loss.call(_run, inputs, None, total, kernel, parameters, name, _PARTS)
-    return loss, _metrics(parts)
+        return reference(inputs, objective, over)
+    numbers = Numbers(str(kernel), objective.beta, objective.desirable_weight, objective.undesirable_weight)
+    loss, sums = masked_loss.call(_run, inputs, over, numbers, name, _SUMS)
+    return Loss(loss, _metrics(**sums))
 
 
 def _inputs(
-    logprobs: Tensor, ref_logprobs: Tensor, desirable: Tensor, variant: str, shifts: dict[str, Tensor | None],
-    weights: Tensor | None, beta: float,
-) -> list[Tensor]:  # fmt: skip
-    """[logprobs, ref_logprobs, desirable as 0 or 1, weights, shift], (B,) each."""
+    logprobs: Tensor, ref_logprobs: Tensor, desirable: Tensor, objective: UnpairedPreferenceObjective,
+    shifts: dict[str, Tensor | None], weights: Tensor | None,
+) -> Inputs:  # fmt: skip
     if logprobs.dim() != 1:
         raise ValueError(f"logprobs must be (B,), got {tuple(logprobs.shape)}")
     shape, dtype = tuple(logprobs.shape), check.compute_dtype(logprobs.dtype)
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable must be bool, got {desirable.dtype}")
     check.shaped("desirable", desirable, shape, "(B,)")
-    tensors = {"logprobs": logprobs, "ref_logprobs": ref_logprobs.detach()}
-    tensors["weights"] = logprobs.new_ones((), dtype=dtype).expand(shape) if weights is None else weights.detach()
-    masked_loss.floats(shape, "(B,)", **tensors)
-    source = VARIANTS[variant].shift
-    shift = logprobs.new_zeros((), dtype=dtype)
+    check.same_device(("logprobs", logprobs), ("desirable", desirable))
+    zero, one = masked_loss.constants(logprobs, 0.0, 1.0)
+    weights, shift = one if weights is None else weights, zero
+    masked_loss.floats(shape, "(B,)", logprobs=logprobs, ref_logprobs=ref_logprobs, weights=weights)
+    source = VARIANTS[objective.variant].shift
     if source is not None:
         given = shifts[source]
         if given is None:
-            raise ValueError(f"{source} must be given for {variant}")
+            raise ValueError(f"{source} must be given for {objective.variant}")
         check.shaped(source, check.floating(source, given), (), "a 0-d tensor")
-        shift = given.detach().to(dtype) * (beta if source == "kl" else 1.0)
-    check.same_device(("logprobs", logprobs), ("desirable", desirable), (str(source), shift))
-    return [logprobs, tensors["ref_logprobs"], desirable.to(dtype), tensors["weights"], shift.expand(shape)]
+        check.same_device(("logprobs", logprobs), (source, given))
+        shift = (given.detach().to(dtype) * (objective.beta if source == "kl" else 1.0)).expand(shape)
+    return Inputs(logprobs, ref_logprobs.detach(), desirable.to(dtype), weights.detach(), shift)
 
 
 def mismatched_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -134,7 +152,7 @@ def mismatched_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     masked_loss.floats(tuple(logprobs.shape), "(B,)", logprobs=logprobs, ref_logprobs=ref_logprobs)
     dtype = check.compute_dtype(logprobs.dtype)
     difference = logprobs.detach().to(dtype) - ref_logprobs.detach().to(dtype)
-    return masked_loss.mean(difference, None, None).clamp_min(0)
+    return masked_loss.mean(difference, Over()).clamp_min(0)
 
 
 @check.takes_numbers
@@ -149,33 +167,46 @@ def running_reward_shift(reward_shift: Tensor, metrics: dict[str, Tensor], *, de
     return decay * reward_shift + (1 - decay) * 0.5 * (metrics["desirable_reward"] + metrics["undesirable_reward"])
 
 
-def reference(
-    inputs: list[Tensor], *, variant: str, parameters: list[float], denominator: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) by definition, differentiable any number of times.
-
-    inputs: [logprobs, ref_logprobs, desirable as 0 or 1, weights, shift]; parameters: beta and the classes' weights.
-    """
-    dtype = check.compute_dtype(inputs[0].dtype)
-    logprobs, ref_logprobs, desirable, weights, shift = (x.to(dtype) for x in inputs)
-    beta, desirable_weight, undesirable_weight = parameters
-    reward, good = beta * (logprobs - ref_logprobs), desirable > 0
-    losses = VARIANTS[variant].loss(torch.where(good, reward - shift, shift - reward))
-    losses = masked_loss.product(torch.where(good, desirable_weight * weights, undesirable_weight * weights), losses)
+def reference(inputs: Inputs, objective: UnpairedPreferenceObjective, over: Over) -> Loss:
+    """By definition, differentiable any number of times."""
+    dtype = check.compute_dtype(inputs.logprobs.dtype)
+    logprobs, ref_logprobs, desirable, weights, shifts = (x.to(dtype) for x in inputs)
+    reward, good = objective.beta * (logprobs - ref_logprobs), desirable > 0
+    losses = VARIANTS[objective.variant].loss(torch.where(good, reward - shifts, shifts - reward))
+    of_class = torch.where(good, objective.desirable_weight * weights, objective.undesirable_weight * weights)
     reward = reward.detach()
-    parts = (desirable, torch.where(good, reward, 0.0), 1 - desirable, torch.where(good, 0.0, reward))
-    means = [masked_loss.mean(x, None, denominator) for x in parts]
-    return masked_loss.mean(losses, None, denominator), _metrics(dict(zip(_PARTS, means, strict=True)))
+    sums = (desirable, torch.where(good, reward, 0.0), 1 - desirable, torch.where(good, 0.0, reward))
+    loss, means = masked_loss.means(
+        masked_loss.product(of_class, losses), over, **dict(zip(_SUMS, sums, strict=True))
+    )
+    return Loss(loss, _metrics(**means))
 
 
-def _metrics(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    desirable, desirable_sum, undesirable, undesirable_sum = (parts[name] for name in _PARTS)
-    good = desirable_sum / torch.where(desirable == 0, 1, desirable)
-    bad = undesirable_sum / torch.where(undesirable == 0, 1, undesirable)
+def _metrics(
+    desirable: Tensor, desirable_reward: Tensor, undesirable: Tensor, undesirable_reward: Tensor
+) -> dict[str, Tensor]:
+    """From the shares of both classes and the sums of their rewards."""
+    good = desirable_reward / torch.where(desirable == 0, 1, desirable)
+    bad = undesirable_reward / torch.where(undesirable == 0, 1, undesirable)
     return dict(zip(METRICS, (good, bad, good - bad), strict=True))
 
 
-# (kernel, [logprobs, ref_logprobs, desirable, weights, shift], None, denominator, parameters, outputs)
-IMPLS = {"cpu": masked_loss.cpu, "triton": masked_loss.triton}
+class Inputs(NamedTuple):
+    """(B,) each."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    desirable: Tensor  # 1 or 0
+    weights: Tensor
+    shifts: Tensor
+
+
+class Numbers(NamedTuple):
+    kernel: str
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+
+
 OPS = {"unpaired_preference_loss": tuple(IMPLS)}
-_run = masked_loss.register("unpaired_preference_loss", IMPLS, inputs=5, gradients=1)
+_run = masked_loss.register("unpaired_preference_loss", Inputs, Numbers, differentiable=("logprobs",))

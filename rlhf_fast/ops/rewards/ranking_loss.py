@@ -33,15 +33,16 @@ data", whose partial likelihood is this one; all pairs of a prompt as one elemen
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
-from rlhf_fast.ops.core import check, masked_loss
-from rlhf_fast.ops.core import registration_by_schema as registration
-
-METRICS = ("accuracy",)
+from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.core.loss import Loss
 
 
 @check.takes_numbers
@@ -54,7 +55,7 @@ def ranking_loss(
     variant: str = "plackett_luce",
     denominator: Tensor | float | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """The mean loss over the prompts and its metrics; `rewards` gets a gradient.
 
     rewards: (N,) of all answers of all prompts; float32, bfloat16, float16 or float64, any strides.
@@ -72,26 +73,50 @@ def ranking_loss(
     check.floating("rewards", rewards)
     check.shaped("ranks", ranks, tuple(rewards.shape), "(N,)")
     ranks = check.ids("ranks", ranks)
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    order, offsets, size, prompts = _groups(rewards, group_size, group_ids)
+    check.one_of("variant", variant, VARIANTS)
+    groups = _groups(rewards, group_size, group_ids)
     check.same_device(("rewards", rewards), ("ranks", ranks), ("group_ids", group_ids))
-    total = prompts if denominator is None else masked_loss.denominator_tensor(denominator, rewards)
+    if denominator is not None:
+        groups = groups._replace(denominator=masked_loss.denominator_tensor(denominator, rewards))
     name = resolve("ranking_loss", IMPLS, rewards.device, backend)
     if name == "reference":
-        ids = torch.arange(rewards.shape[0], device=rewards.device) // size if group_ids is None else group_ids
+        ids = torch.arange(rewards.shape[0], device=rewards.device) // groups.size if group_ids is None else group_ids
         loss, accuracy = reference(rewards, ranks, ids, variant=variant)
-        count = rewards.new_full((), rewards.shape[0] // max(size, 1), dtype=loss.dtype) if total is None else total
-        count = torch.where(count == 0, 1, count)  # no answer: every sum is 0
-        return loss / count, {"accuracy": (accuracy / count).detach()}
-    loss, accuracy, _ = _run(rewards.contiguous(), ranks, order, offsets, size, total, variant, name)
-    return loss, {"accuracy": accuracy.detach()}
+        total = groups.total(rewards)
+        total = total if isinstance(total, Tensor) else loss.new_full((), total)
+        return Loss(loss / total, {"accuracy": (accuracy / total).detach()})
+    loss, accuracy, _ = _run(Answers(rewards.contiguous(), ranks), groups, Function(variant), name)
+    return Loss(loss, {"accuracy": accuracy.detach()})
 
 
-def _groups(
-    rewards: Tensor, group_size: int | None, group_ids: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, int, Tensor | None]:
-    """(order, offsets, group_size, number of groups ()), as in the kernels; with a group_size all others are None."""
+class Answers(NamedTuple):
+    rewards: Tensor  # (N,)
+    ranks: Tensor  # (N,) int64
+
+
+class Groups(NamedTuple):
+    """The prompts: consecutive answers, or order[offsets[g] : offsets[g + 1]]; the last ones of these may be empty."""
+
+    order: Tensor | None  # (N,) int64
+    offsets: Tensor | None  # (N + 1,) int64
+    size: int  # 0 where there are offsets
+    denominator: Tensor | None  # (): what the sums are divided by; the number of prompts where it is None
+
+    def count(self, answers: Tensor) -> int:
+        return answers.shape[0] // (self.size or 1)
+
+    def total(self, answers: Tensor) -> Tensor | int:
+        """What the sums are divided by, 1 for 0: where there is no answer, every sum is 0."""
+        if self.denominator is None:
+            return max(self.count(answers), 1)
+        return torch.where(self.denominator == 0, 1, self.denominator)
+
+
+class Function(NamedTuple):
+    variant: str
+
+
+def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> Groups:
     n = rewards.shape[0]
     if (group_size is None) == (group_ids is None):
         given = "None" if group_ids is None else tuple(group_ids.shape)
@@ -101,14 +126,14 @@ def _groups(
     if group_ids is None:
         if group_size is None or group_size < 1 or n % group_size != 0:
             raise ValueError(f"N must be a multiple of group_size >= 1, got N={n}, group_size={group_size}")
-        return None, None, group_size, None
+        return Groups(None, None, group_size, None)
     check.shaped("group_ids", group_ids, (n,), "(N,)")
     # As many groups as there could be, since their true number is known to the device alone; the last ones are empty.
     ids, order = check.ids("group_ids", group_ids).sort(stable=True)
     first = torch.cat([ids.new_ones(min(1, n)), (ids[1:] != ids[:-1]).to(ids.dtype)])
     group = first.cumsum(0) - 1
     offsets = torch.searchsorted(group, torch.arange(n + 1, device=ids.device))
-    return order, offsets, 0, first.sum().to(check.compute_dtype(rewards.dtype))
+    return Groups(order, offsets, 0, first.sum().to(check.compute_dtype(rewards.dtype)))
 
 
 def reference(rewards: Tensor, ranks: Tensor, group_ids: Tensor, *, variant: str) -> tuple[Tensor, Tensor]:
@@ -145,71 +170,57 @@ def pairwise(gap: Tensor, worse: Tensor, tied: Tensor, pairs: Tensor) -> Tensor:
 VARIANTS = {"plackett_luce": plackett_luce, "breslow": breslow, "pairwise": pairwise}
 
 
-def _group_count(rewards: Tensor, group_size: int) -> int:
-    """How many groups there could be: with ids, whose number only the device knows, as many as answers."""
-    return rewards.shape[0] // (group_size or 1)
-
-
-def _cpu(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int,
-         denominator: Tensor | None, variant: str, outputs: list[Tensor]) -> None:  # fmt: skip
+def _cpu(answers: Answers, groups: Groups, variant: str, outputs: list[Tensor]) -> None:
+    rewards, ranks = answers
     native().ranking_loss(
-        variant, packed(rewards), DTYPE_CODES[rewards.dtype], packed(ranks), packed(order), packed(offsets),
-        group_size, _group_count(rewards, group_size), packed(denominator), [packed(x) for x in outputs], threads(),
+        variant, packed(rewards), DTYPE_CODES[rewards.dtype], packed(ranks), packed(groups.order),
+        packed(groups.offsets), groups.size, groups.count(rewards), packed(groups.denominator),
+        [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 
-def _triton(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int,
-            denominator: Tensor | None, variant: str, outputs: list[Tensor]) -> None:  # fmt: skip
+def _triton(answers: Answers, groups: Groups, variant: str, outputs: list[Tensor]) -> None:
     from rlhf_fast.kernels import ranking_loss as kernels
 
     loss, accuracy, gradient = outputs
-    groups = _group_count(rewards, group_size)
-    of_groups = gradient.new_empty(2, groups)
-    kernels.ranking_loss(rewards, ranks, order, offsets, group_size, variant, [*of_groups, gradient])
-    total = max(groups, 1) if denominator is None else torch.where(denominator == 0, 1, denominator)
+    of_groups = gradient.new_empty(2, groups.count(gradient))
+    kernels.ranking_loss(*answers, groups.order, groups.offsets, groups.size, variant, [*of_groups, gradient])
+    total = groups.total(gradient)
     for mean, parts in zip((loss, accuracy), of_groups, strict=True):
         torch.div(parts.sum(), total, out=mean)
     gradient.div_(total)
 
 
-# impl(rewards, ranks, order | None, offsets | None, group_size (0 with offsets), denominator () | None for the number
-#      of groups, variant, outputs = [loss (), accuracy (), gradient (N,)])
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"ranking_loss": tuple(IMPLS)}
 
 
-def _empty_outputs(rewards: Tensor) -> list[Tensor]:
+def _outputs(answers: Answers, *_: object) -> list[Tensor]:
     """[loss (), accuracy (), d loss / d rewards (N,)]"""
-    dtype = check.compute_dtype(rewards.dtype)
+    rewards, dtype = answers.rewards, check.compute_dtype(answers.rewards.dtype)
     return [rewards.new_empty(shape, dtype=dtype) for shape in ((), (), rewards.shape)]
 
 
-def _forward(rewards: Tensor, ranks: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int,
-             denominator: Tensor | None, variant: str, backend: str) -> list[Tensor]:  # fmt: skip
-    outputs = _empty_outputs(rewards)
-    IMPLS[backend](rewards, ranks, order, offsets, group_size, denominator, variant, outputs)
+def _compute(answers: Answers, groups: Groups, function: Function, backend: str) -> list[Tensor]:
+    outputs = _outputs(answers)
+    IMPLS[backend](answers, groups, function.variant, outputs)
     return outputs
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[2])
-
-
-def _backward(ctx, grads):
-    (gradient,) = ctx.saved_tensors
-    return (None if grads[0] is None else masked_loss.scaled_gradient(gradient, grads[0], ctx.dtype),)
+def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> Mapping[str, registration.Gradient]:
+    if upstream[0] is None:
+        return {}
+    (gradient,) = saved.results
+    return {"rewards": masked_loss.scaled_gradient(gradient, upstream[0], saved.dtypes["rewards"])}
 
 
 _run = registration.op(
     "ranking_loss",
-    "(Tensor rewards, Tensor ranks, Tensor? order, Tensor? offsets, SymInt group_size, Tensor? denominator, "
-    "str variant, str backend) -> Tensor[]",
-    _forward,
-    fake=lambda rewards, *_: _empty_outputs(rewards),
-    differentiable=(0,),
-    setup_context=_setup_context,
+    (Answers, Groups, Function),
+    _compute,
+    fake=_outputs,
+    differentiable=("rewards",),
+    saves_results=slice(2, None),
     backward=_backward,
     returned=2,
 )

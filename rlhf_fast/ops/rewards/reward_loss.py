@@ -31,8 +31,8 @@ from torch.nn.functional import logsigmoid
 
 from rlhf_fast.backends import resolve
 from rlhf_fast.ops.core import check, masked_loss
-
-METRICS = ("accuracy", "margin")
+from rlhf_fast.ops.core.loss import Loss
+from rlhf_fast.ops.core.masked_loss import IMPLS, Over, PairInputs, PairNumbers
 
 
 @check.takes_numbers
@@ -45,7 +45,7 @@ def reward_loss(
     centring: float = 0.0,
     denominator: Tensor | float | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """The mean Bradley-Terry loss of B pairs and its metrics; both rewards get a gradient.
 
     chosen_rewards, rejected_rewards: (B,) float32, bfloat16, float16 or float64, any strides.
@@ -63,57 +63,51 @@ def reward_loss(
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     if not 0 <= centring < math.inf:
         raise ValueError(f"centring must be >= 0 and finite, got {centring}")
-    shape, dtype = tuple(chosen_rewards.shape), check.compute_dtype(chosen_rewards.dtype)
-    zero, one = (chosen_rewards.new_full((), value, dtype=dtype).expand(shape) for value in (0.0, 1.0))
+    zero, one = masked_loss.constants(chosen_rewards, 0.0, 1.0)
     if not isinstance(margin, Tensor):
-        margin = chosen_rewards.new_full((), margin, dtype=dtype).expand(shape) if margin else zero
-    tensors = {"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards, "margin": margin.detach()}
-    masked_loss.floats(shape, "(B,)", **tensors)
-    total = masked_loss.denominator_tensor(denominator, chosen_rewards)
-    name = resolve("reward_loss", IMPLS, chosen_rewards.device, backend)
+        margin = masked_loss.constants(chosen_rewards, margin)[0] if margin else zero
+    masked_loss.floats(
+        tuple(chosen_rewards.shape), "(B,)", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards,
+        margin=margin,
+    )  # fmt: skip
+    over = Over(None, masked_loss.denominator_tensor(denominator, chosen_rewards))
+    name, margin = resolve("reward_loss", IMPLS, chosen_rewards.device, backend), margin.detach()
     if name == "reference":
-        chosen, rejected, margin = tensors.values()
         return reference(
-            chosen, rejected, margin, label_smoothing=label_smoothing, centring=centring, denominator=total
+            chosen_rewards, rejected_rewards, margin, over, label_smoothing=label_smoothing, centring=centring
         )
-    inputs = [chosen_rewards, rejected_rewards, zero, zero, one, one, one, tensors["margin"], zero]
-    parameters = (1.0, label_smoothing, centring)
-    return masked_loss.call(_run, inputs, None, total, "bradley_terry", parameters, name, METRICS)
+    inputs = PairInputs(chosen_rewards, rejected_rewards, zero, zero, one, one, one, margin, zero)
+    numbers = PairNumbers("bradley_terry", 1.0, label_smoothing, centring)
+    return masked_loss.call(_run, inputs, over, numbers, name, ("accuracy", "margin"))
 
 
 def reference(
-    chosen_rewards: Tensor,
-    rejected_rewards: Tensor,
-    margin: Tensor,
-    *,
-    label_smoothing: float = 0.0,
-    centring: float = 0.0,
-    denominator: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) by definition, differentiable any number of times."""
+    chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor, over: Over, *,
+    label_smoothing: float = 0.0, centring: float = 0.0,
+) -> Loss:  # fmt: skip
+    """By definition, differentiable any number of times."""
     dtype = check.compute_dtype(chosen_rewards.dtype)
     chosen, rejected = chosen_rewards.to(dtype), rejected_rewards.to(dtype)
-    h = chosen - rejected - margin.to(dtype)
+    lead = chosen - rejected
+    h = lead - margin.to(dtype)
     losses = -(1 - label_smoothing) * logsigmoid(h) - masked_loss.product(label_smoothing, logsigmoid(-h))
     losses = losses + masked_loss.product(centring, (chosen + rejected).square())
-    lead = (chosen - rejected).detach()
-    means = [masked_loss.mean(x, None, denominator) for x in ((lead > 0).to(dtype), lead)]
-    return masked_loss.mean(losses, None, denominator), dict(zip(METRICS, means, strict=True))
+    return masked_loss.means(losses, over, accuracy=(lead > 0).to(dtype), margin=lead)
 
 
-# ("bradley_terry", the planes of a loss of pairs with the margin as a shift, None, denominator, parameters, outputs)
-IMPLS = {"cpu": masked_loss.cpu, "triton": masked_loss.triton}
 OPS = {"reward_loss": tuple(IMPLS)}
-_run = masked_loss.register("reward_loss", IMPLS, inputs=9, gradients=2)
+_run = masked_loss.register(
+    "reward_loss", PairInputs, PairNumbers, differentiable=("chosen", "rejected")
+)  # chosen_shifts are the margins
 
 
 # --- Ensembles --------------------------------------------------------------------------------------------------------
 
-ENSEMBLES = {"mean": 0.0, "pessimistic": -1.0, "optimistic": 1.0}  # kind -> sign of the spread
+ENSEMBLES = {"mean": 0.0, "pessimistic": -1.0, "optimistic": 1.0}  # variant -> sign of the spread
 
 
 @check.takes_numbers
-def ensemble_scores(scores: Tensor, *, kind: str = "mean", coef: float = 1.0) -> Tensor:
+def ensemble_scores(scores: Tensor, *, variant: str = "mean", coef: float = 1.0) -> Tensor:
     """One score out of those of M reward models: mean, mean - coef std (pessimistic) or mean + coef std (optimistic).
 
     scores: (M, B) float32, bfloat16, float16 or float64, M >= 1, on one scale. coef >= 0. The standard deviation is
@@ -126,12 +120,11 @@ def ensemble_scores(scores: Tensor, *, kind: str = "mean", coef: float = 1.0) ->
     check.floating("scores", scores)
     if scores.dim() != 2 or scores.shape[0] < 1:
         raise ValueError(f"scores must be (M, B) with M >= 1, got {tuple(scores.shape)}")
-    if kind not in ENSEMBLES:
-        raise ValueError(f"kind must be one of {', '.join(ENSEMBLES)}, got {kind!r}")
+    check.one_of("variant", variant, ENSEMBLES)
     if not coef >= 0:
         raise ValueError(f"coef must be >= 0, got {coef}")
     scores = scores.to(check.compute_dtype(scores.dtype))
     mean = scores.mean(0)
     variance = (scores - mean).square().mean(0)
     spread = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
-    return mean + ENSEMBLES[kind] * coef * spread
+    return mean + ENSEMBLES[variant] * coef * spread

@@ -28,8 +28,8 @@ from torch.nn.functional import softplus
 
 from rlhf_fast.backends import resolve
 from rlhf_fast.ops.core import check, masked_loss
-
-METRICS = ("accuracy",)
+from rlhf_fast.ops.core.loss import Loss
+from rlhf_fast.ops.core.masked_loss import IMPLS, Over
 
 
 class Variant(NamedTuple):
@@ -57,7 +57,7 @@ def step_reward_loss(
     variant: str = "bce",
     denominator: Tensor | float | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """The mean loss over the steps and its metrics; only `scores` gets a gradient.
 
     scores, labels: (B, T), or (N,) packed; float32, bfloat16, float16 or float64, any strides. labels in [0, 1].
@@ -68,33 +68,34 @@ def step_reward_loss(
     Returns (loss, {"accuracy": share of the steps on whose right side of a half the score is}): 0-d, float32 (float64
     for float64 scores), the metric detached. Raises ValueError or TypeError for what does not fit.
     """
-    shape = masked_loss.per_token_shape("scores", scores)
-    masked_loss.floats(shape, "the shape of scores", scores=scores, labels=labels)
-    check.same_device(("scores", scores), ("mask", mask))
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    mask = check.mask_bytes(mask, shape, "the shape of scores")
-    total = masked_loss.denominator_tensor(denominator, scores)
+    shape, meaning = masked_loss.per_token_shape("scores", scores), "the shape of scores"
+    masked_loss.floats(shape, meaning, scores=scores, labels=labels)
+    check.one_of("variant", variant, VARIANTS)
+    over = masked_loss.over(("scores", scores), shape, meaning, mask, denominator)
     name = resolve("step_reward_loss", IMPLS, scores.device, backend)
     if name == "reference":
-        return reference(scores, labels, mask=mask, variant=variant, denominator=total)
-    inputs = [scores, labels.detach()]
-    return masked_loss.call(_run, inputs, mask, total, VARIANTS[variant].kernel, (), name, METRICS)
+        return reference(scores, labels, over, variant=variant)
+    inputs, numbers = Inputs(scores, labels.detach()), Numbers(VARIANTS[variant].kernel)
+    return masked_loss.call(_run, inputs, over, numbers, name, ("accuracy",))
 
 
-def reference(
-    scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, variant: str, denominator: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) by definition, differentiable any number of times."""
+def reference(scores: Tensor, labels: Tensor, over: Over, *, variant: str) -> Loss:
+    """By definition, differentiable any number of times."""
     dtype = check.compute_dtype(scores.dtype)
-    scores, labels = (masked_loss.counted(x, mask, dtype) for x in (scores, labels.detach()))
+    scores, labels = (masked_loss.counted(x, over.mask, dtype) for x in (scores, labels.detach()))
     loss, threshold, _ = VARIANTS[variant]
-    right = ((scores > threshold) == (labels > 0.5)).to(dtype)
-    accuracy = masked_loss.mean(right, mask, denominator)
-    return masked_loss.mean(loss(scores, labels), mask, denominator), {"accuracy": accuracy}
+    right = (scores > threshold) == (labels > 0.5)
+    return masked_loss.means(loss(scores, labels), over, accuracy=right.to(dtype))
 
 
-# (kernel, [scores, labels], mask, denominator, [], outputs)
-IMPLS = {"cpu": masked_loss.cpu, "triton": masked_loss.triton}
+class Inputs(NamedTuple):
+    scores: Tensor
+    labels: Tensor
+
+
+class Numbers(NamedTuple):
+    kernel: str
+
+
 OPS = {"step_reward_loss": tuple(IMPLS)}
-_run = masked_loss.register("step_reward_loss", IMPLS, inputs=2, gradients=1)
+_run = masked_loss.register("step_reward_loss", Inputs, Numbers, differentiable=("scores",))

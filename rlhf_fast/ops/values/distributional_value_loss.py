@@ -20,14 +20,16 @@ sigma = 0.75 bins, Farebrother et al. 2024, "Stop Regressing" (arXiv 2403.03950,
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, strided, threads
-from rlhf_fast.ops.core import check, masked_loss
-from rlhf_fast.ops.core import registration_by_schema as registration
+from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.core.masked_loss import Over
+from rlhf_fast.ops.values.value_loss import LossAndValues
 
 
 @check.takes_numbers
@@ -41,7 +43,7 @@ def distributional_value_loss(
     mask: Tensor | None = None,
     denominator: Tensor | float | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+) -> LossAndValues:
     """The HL-Gauss loss, the expected values and metrics; only `logits` gets a gradient.
 
     logits: (B, T, K), or (N, K) packed, K >= 2 bins; float32, bfloat16, float16 or float64, any strides.
@@ -49,7 +51,7 @@ def distributional_value_loss(
     v_min < v_max: outer edges of the first and the last bin, in units of the returns. sigma > 0: standard deviation of
     the target, in the same units; default 0.75 of a bin's width.
 
-    Returns (loss, values, {"outside_fraction": share of the returns outside of [v_min, v_max]}): the loss (), in nats;
+    Returns (loss, {"outside_fraction": share of the returns outside of [v_min, v_max]}, values): the loss (), in nats;
     values logits.shape[:-1], detached, 0 behind the mask; float32 (float64 for float64 logits).
     Raises ValueError or TypeError for what does not fit.
     """
@@ -59,108 +61,98 @@ def distributional_value_loss(
     if not v_min < v_max:
         raise ValueError(f"v_min must be below v_max, got {v_min} and {v_max}")
     sigma = 0.75 * (v_max - v_min) / logits.shape[-1] if sigma is None else check.positive("sigma", sigma)
-    shape = logits.shape[:-1]
-    masked_loss.floats(shape, "logits.shape[:-1]", returns=returns)
-    check.same_device(("logits", logits), ("returns", returns), ("mask", mask))
-    mask = check.mask_bytes(mask, shape, "logits.shape[:-1]")
-    total = masked_loss.denominator_tensor(denominator, logits)
+    numbers = Numbers(float(v_min), float(v_max), sigma)
+    shape, meaning = logits.shape[:-1], "logits.shape[:-1]"
+    masked_loss.floats(shape, meaning, returns=returns)
+    check.same_device(("logits", logits), ("returns", returns))
+    over = masked_loss.over(("logits", logits), shape, meaning, mask, denominator)
     name = resolve("distributional_value_loss", IMPLS, logits.device, backend)
     if name == "reference":
-        return reference(logits, returns, v_min=v_min, v_max=v_max, sigma=sigma, mask=mask, denominator=total)
-    flat = check.rows(logits)
-    loss, means, values, _ = _run(
-        check.unit_stride(flat), check.flat(returns.detach().to(check.compute_dtype(logits.dtype))),
-        None if mask is None else mask.view(-1), total, float(v_min), float(v_max), sigma, name,
-    )  # fmt: skip
-    return loss, values.detach().view(shape), {"outside_fraction": means.detach()[0]}
+        return reference(logits, returns, over, numbers)
+    flat_returns = check.flat(returns.detach().to(check.compute_dtype(logits.dtype)))
+    inputs = Inputs(check.unit_stride(check.rows(logits)), flat_returns)
+    if over.mask is not None:
+        over = over._replace(mask=over.mask.view(-1))
+    loss, metric, values, *_ = _run(inputs, over, numbers, name)
+    return LossAndValues(loss, {"outside_fraction": metric.detach()}, values.detach().view(shape))
 
 
-def reference(
-    logits: Tensor,
-    returns: Tensor,
-    *,
-    v_min: float,
-    v_max: float,
-    sigma: float,
-    mask: Tensor | None = None,
-    denominator: Tensor | None = None,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, values, metrics) by definition, differentiable any number of times."""
+class Inputs(NamedTuple):
+    logits: Tensor  # (N, K)
+    returns: Tensor  # (N,)
+
+
+class Numbers(NamedTuple):
+    v_min: float
+    v_max: float
+    sigma: float
+
+
+def reference(logits: Tensor, returns: Tensor, over: Over, numbers: Numbers) -> LossAndValues:
+    """By definition, differentiable any number of times."""
+    v_min, v_max, sigma = numbers
     dtype, bins = check.compute_dtype(logits.dtype), logits.shape[-1]
-    z = masked_loss.counted(logits, None if mask is None else mask[..., None], dtype)
-    returns = masked_loss.counted(returns.detach(), mask, dtype)
+    z = masked_loss.counted(logits, None if over.mask is None else over.mask[..., None], dtype)
+    returns = masked_loss.counted(returns.detach(), over.mask, dtype)
     edges = torch.linspace(v_min, v_max, bins + 1, dtype=torch.float64, device=logits.device).to(dtype)
     cumulative = torch.erf((edges - returns.clamp(v_min, v_max)[..., None]) / (2**0.5 * sigma))
     target = cumulative.diff(dim=-1) / (cumulative[..., -1:] - cumulative[..., :1])
     log_q = torch.log_softmax(z, -1)
     # A bin that the target never meets may be forbidden: 0 * inf is 0 there.
     losses = -torch.where(target == 0, 0, target * log_q).sum(-1)
-    values = masked_loss.counted((log_q.exp() * (edges[1:] + edges[:-1]) / 2).sum(-1).detach(), mask, dtype)
-    outside = ((returns < v_min) | (returns > v_max)).to(dtype)
-    metric = masked_loss.mean(outside, mask, denominator)
-    return masked_loss.mean(losses, mask, denominator), values, {"outside_fraction": metric}
+    values = masked_loss.counted((log_q.exp() * (edges[1:] + edges[:-1]) / 2).sum(-1).detach(), over.mask, dtype)
+    outside = (returns < v_min) | (returns > v_max)
+    return LossAndValues(*masked_loss.means(losses, over, outside_fraction=outside.to(dtype)), values)
 
 
-def _cpu(logits: Tensor, returns: Tensor, mask: Tensor | None, denominator: Tensor | None, v_min: float, v_max: float,
-         sigma: float, outputs: list[Tensor]) -> None:  # fmt: skip
-    at, code, (count, stride) = strided(logits)
+def _cpu(inputs: Inputs, over: Over, numbers: Numbers, outputs: list[Tensor]) -> None:
+    at, code, (count, stride) = strided(inputs.logits)
     native().distributional_value_loss(
-        at, code, (count, logits.shape[1], stride),
-        [packed(x) for x in (returns, mask, denominator)], [v_min, v_max, sigma], [packed(x) for x in outputs],
-        threads(),
+        at, code, (count, inputs.logits.shape[1], stride), [packed(x) for x in (inputs.returns, *over)], numbers,
+        [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 
-def _triton(*args: Any) -> None:
+def _triton(inputs: Inputs, over: Over, numbers: Numbers, outputs: list[Tensor]) -> None:
     from rlhf_fast.kernels import distributional_value_loss as kernels
 
-    kernels.distributional_value_loss(*args)
+    kernels.distributional_value_loss(*inputs, *over, *numbers, outputs)
 
 
-# (logits (N, K), returns (N,), mask | None, denominator | None, v_min, v_max, sigma, outputs as in _empty_outputs)
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"distributional_value_loss": tuple(IMPLS)}
 
 
-# --- The registered op -----------------------------------------------------------------------------------------------
+def _outputs(inputs: Inputs, over: Over, numbers: Numbers, backend: str) -> list[Tensor]:
+    """[loss (), outside fraction (), values (N,), divisor (), q - p (N, K)].
 
-
-def _empty_outputs(logits: Tensor) -> list[Tensor]:
-    """[loss (), means (2,), values (N,), q - p (N, K)].
-
-    means: the outside fraction, and what q - p has yet to be divided by.
+    divisor: what q - p has yet to be divided by.
     """
-    shapes = ((), (2,), logits.shape[:1], logits.shape)
+    logits = inputs.logits
+    shapes = ((), (), logits.shape[:1], (), logits.shape)
     return [logits.new_empty(shape, dtype=check.compute_dtype(logits.dtype)) for shape in shapes]
 
 
-def _forward(logits: Tensor, returns: Tensor, mask: Tensor | None, denominator: Tensor | None, v_min: float,
-             v_max: float, sigma: float, backend: str) -> list[Tensor]:  # fmt: skip
-    outputs = _empty_outputs(logits)
-    IMPLS[backend](logits, returns, mask, denominator, v_min, v_max, sigma, outputs)
+def _compute(inputs: Inputs, over: Over, numbers: Numbers, backend: str) -> list[Tensor]:
+    outputs = _outputs(inputs, over, numbers, backend)
+    IMPLS[backend](inputs, over, numbers, outputs)
     return outputs
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1], output[3])
-
-
-def _autograd(ctx, grads):
-    means, coefficients = ctx.saved_tensors
-    gradient = None if grads[0] is None else masked_loss.scaled_gradient(coefficients, grads[0] / means[1], ctx.dtype)
-    return (gradient,)
+def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> Mapping[str, registration.Gradient]:
+    if upstream[0] is None:
+        return {}
+    divisor, coefficients = saved.results
+    return {"logits": masked_loss.scaled_gradient(coefficients, upstream[0] / divisor, saved.dtypes["logits"])}
 
 
 _run = registration.op(
     "distributional_value_loss",
-    "(Tensor logits, Tensor returns, Tensor? mask, Tensor? denominator, float v_min, float v_max, float sigma, "
-    "str backend) -> Tensor[]",
-    _forward,
-    fake=lambda logits, *_: _empty_outputs(logits),
-    differentiable=(0,),
-    setup_context=_setup_context,
-    backward=_autograd,
+    (Inputs, Over, Numbers),
+    _compute,
+    fake=_outputs,
+    differentiable=("logits",),
+    saves_results=slice(3, None),
+    backward=_backward,
     returned=3,
 )

@@ -22,15 +22,17 @@ Sources: those of value_loss: PPO, Schulman et al. 2017 (arXiv 1707.06347, eq. 9
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, strided, threads, without_autocast
-from rlhf_fast.ops.core import check, masked_loss
-from rlhf_fast.ops.core import registration_by_schema as registration
-from rlhf_fast.ops.values import value_loss as values_of
+from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.core.masked_loss import Over
+from rlhf_fast.ops.values import value_loss
+from rlhf_fast.ops.values.value_loss import LossAndValues
 
 
 @check.takes_numbers
@@ -45,7 +47,7 @@ def linear_value_loss(
     clip_eps: float | None = None,
     denominator: Tensor | float | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+) -> LossAndValues:
     """The value loss of a linear head, its values and metrics; hidden, weight and bias get gradients.
 
     hidden: (B, T, D), or (N, D) packed; float32, bfloat16, float16 or float64, any strides.
@@ -53,57 +55,33 @@ def linear_value_loss(
     float64 hidden states), and their gradients come in their own type.
     old_values, returns, mask: hidden.shape[:-1]; clip_eps, denominator: all as in value_loss.
 
-    Returns (loss, values, {"clip_fraction": ...}): the loss () as in value_loss; values hidden.shape[:-1], detached, 0
-    behind the mask; float32 (float64 for float64 hidden states).
+    Returns (loss, metrics, values): loss and metrics as in value_loss; values hidden.shape[:-1], detached, 0 behind the
+    mask; float32 (float64 for float64 hidden states).
     Raises ValueError or TypeError for what does not fit.
     """
-    shape = _checked(hidden, weight, bias, old_values, returns, clip_eps)
-    check.same_device(("hidden", hidden), ("weight", weight), ("bias", bias), ("returns", returns), ("mask", mask))
-    mask = check.mask_bytes(mask, shape, "hidden.shape[:-1]")
-    total = masked_loss.denominator_tensor(denominator, hidden)
-    old_values = None if clip_eps is None else old_values
+    shape, meaning, old_values = _shape(hidden, weight, bias), "hidden.shape[:-1]", value_loss.looked_at(old_values, clip_eps)
+    masked_loss.floats(shape, meaning, returns=returns, old_values=old_values)
+    check.same_device(("hidden", hidden), ("weight", weight), ("bias", bias), ("returns", returns))
+    over = masked_loss.over(("hidden", hidden), shape, meaning, mask, denominator)
     name = resolve("linear_value_loss", IMPLS, hidden.device, backend)
     if name == "reference":
-        return reference(hidden, weight, old_values, returns, bias=bias, mask=mask, clip_eps=clip_eps,
-                         denominator=total)  # fmt: skip
+        return reference(hidden, weight, old_values, returns, over, bias=bias, clip_eps=clip_eps)
     dtype = check.compute_dtype(hidden.dtype)
-    flat = check.rows(hidden)
-    old, target = (None if x is None else check.flat(x.detach().to(dtype)) for x in (old_values, returns))
-    loss, means, values, *_ = _run(
-        check.unit_stride(flat), check.flat(weight.to(dtype)), None if bias is None else bias.reshape(()).to(dtype),
-        old, target, None if mask is None else mask.view(-1),
-        total, clip_eps or 0.0, weight.requires_grad and torch.is_grad_enabled(), name,
+    inputs = Inputs(
+        check.unit_stride(check.rows(hidden)), check.flat(weight.to(dtype)),
+        None if bias is None else bias.reshape(()).to(dtype),
+        None if old_values is None else check.flat(old_values.detach().to(dtype)),
+        check.flat(returns.detach().to(dtype)),
     )  # fmt: skip
-    return loss, values.detach().view(shape), {"clip_fraction": means.detach()[0]}
+    if over.mask is not None:
+        over = over._replace(mask=over.mask.view(-1))
+    numbers = Numbers(clip_eps or 0.0, weight.requires_grad and torch.is_grad_enabled())
+    loss, metric, values, *_ = _run(inputs, over, numbers, name)
+    return LossAndValues(loss, {"clip_fraction": metric.detach()}, values.detach().view(shape))
 
 
-@without_autocast
-def reference(
-    hidden: Tensor,
-    weight: Tensor,
-    old_values: Tensor | None,
-    returns: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    clip_eps: float | None = None,
-    denominator: Tensor | None = None,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, values, metrics) by definition, differentiable any number of times."""
-    dtype = check.compute_dtype(hidden.dtype)
-    hidden = masked_loss.counted(hidden, None if mask is None else mask[..., None], dtype)
-    values = hidden @ weight.reshape(-1).to(dtype)
-    if bias is not None:
-        values = masked_loss.counted(values + bias.to(dtype), mask, dtype)
-    loss, metrics = values_of.reference(
-        values, old_values, returns, mask=mask, clip_eps=clip_eps, denominator=denominator
-    )
-    return loss, values.detach(), metrics
-
-
-def _checked(hidden: Tensor, weight: Tensor, bias: Tensor | None, old_values: Tensor | None, returns: Tensor,
-             clip_eps: float | None) -> torch.Size:  # fmt: skip
-    """hidden.shape[:-1], once everything fits."""
+def _shape(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.Size:
+    """hidden.shape[:-1], once the head fits."""
     check.floating("hidden", hidden)
     check.floating("weight", weight)
     width = hidden.shape[-1] if hidden.dim() in (2, 3) else 0
@@ -114,91 +92,101 @@ def _checked(hidden: Tensor, weight: Tensor, bias: Tensor | None, old_values: Te
         )
     if bias is not None and (check.floating("bias", bias).shape not in ((), (1,))):
         raise ValueError(f"bias must be () or (1,), got {tuple(bias.shape)}")
-    shape = hidden.shape[:-1]
-    tensors = {"returns": returns}
-    if clip_eps is not None:
-        check.positive("clip_eps", clip_eps)
-        if old_values is None:
-            raise ValueError(f"old_values must be given with clip_eps={clip_eps}, got None")
-        tensors["old_values"] = old_values
-    masked_loss.floats(shape, "hidden.shape[:-1]", **tensors)
-    return shape
+    return hidden.shape[:-1]
 
 
-def _cpu(hidden: Tensor, weight: Tensor, bias: Tensor | None, old_values: Tensor | None, returns: Tensor,
-         mask: Tensor | None, denominator: Tensor | None, clip_eps: float, outputs: list[Tensor]) -> None:  # fmt: skip
+@without_autocast
+def reference(
+    hidden: Tensor, weight: Tensor, old_values: Tensor | None, returns: Tensor, over: Over, *,
+    bias: Tensor | None = None, clip_eps: float | None = None,
+) -> LossAndValues:  # fmt: skip
+    """By definition, differentiable any number of times."""
+    dtype = check.compute_dtype(hidden.dtype)
+    hidden = masked_loss.counted(hidden, None if over.mask is None else over.mask[..., None], dtype)
+    values = hidden @ weight.reshape(-1).to(dtype)
+    if bias is not None:
+        values = masked_loss.counted(values + bias.to(dtype), over.mask, dtype)
+    loss, metrics = value_loss.reference(values, old_values, returns, over, clip_eps=clip_eps)
+    return LossAndValues(loss, metrics, values.detach())
+
+
+# --- The kernels ------------------------------------------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (D,)
+    bias: Tensor | None  # ()
+    old_values: Tensor | None  # (N,), None without clipping
+    returns: Tensor  # (N,)
+
+
+class Numbers(NamedTuple):
+    clip_eps: float
+    wants_weight: bool  # whether the weight gets a gradient
+
+
+def _cpu(inputs: Inputs, over: Over, clip_eps: float, outputs: list[Tensor]) -> None:
+    hidden, *others = inputs
     at, code, (count, stride) = strided(hidden)
     native().linear_value_loss(
-        at, code, (count, hidden.shape[1], stride),
-        [packed(x) for x in (weight, bias, old_values, returns, mask, denominator)], clip_eps,
+        at, code, (count, hidden.shape[1], stride), [packed(x) for x in (*others, *over)], clip_eps,
         [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 
-def _triton(*args: Any) -> None:
+def _triton(inputs: Inputs, over: Over, clip_eps: float, outputs: list[Tensor]) -> None:
     from rlhf_fast.kernels import linear_value_loss as kernels
 
-    kernels.linear_value_loss(*args)
+    kernels.linear_value_loss(*inputs, *over, clip_eps, outputs)
 
 
-# (hidden (N, D), weight (D,), bias () | None, old_values (N,) | None, returns (N,), mask | None, denominator | None,
-#  clip_eps, outputs as in _empty_outputs)
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"linear_value_loss": tuple(IMPLS)}
 
 
-# --- The registered op -----------------------------------------------------------------------------------------------
+def _outputs(inputs: Inputs, over: Over, numbers: Numbers, backend: str) -> list[Tensor]:
+    """[loss (), clip fraction (), values (N,), divisor (), c (N,), sum of c hidden (D,), sum of c ()].
 
-
-def _empty_outputs(hidden: Tensor, wants_weight: bool) -> list[Tensor]:
-    """[loss (), means (2,), values (N,), c (N,), sum of c hidden (D,), sum of c ()].
-
-    means: the clip fraction, and what c and its sums have yet to be divided by.
+    divisor: what c and its sums have yet to be divided by.
     """
-    rows, width = hidden.shape
-    shapes = ((), (2,), (rows,), (rows,), (width if wants_weight else 0,), ())
-    return [hidden.new_empty(shape, dtype=check.compute_dtype(hidden.dtype)) for shape in shapes]
+    rows, width = inputs.hidden.shape
+    shapes = ((), (), (rows,), (), (rows,), (width if numbers.wants_weight else 0,), ())
+    dtype = check.compute_dtype(inputs.hidden.dtype)
+    return [inputs.hidden.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, old_values: Tensor | None, returns: Tensor,
-             mask: Tensor | None, denominator: Tensor | None, clip_eps: float, wants_weight: bool,
-             backend: str) -> list[Tensor]:  # fmt: skip
-    outputs = _empty_outputs(hidden, wants_weight)
-    IMPLS[backend](hidden, weight, bias, old_values, returns, mask, denominator, clip_eps, outputs)
+def _compute(inputs: Inputs, over: Over, numbers: Numbers, backend: str) -> list[Tensor]:
+    outputs = _outputs(inputs, over, numbers, backend)
+    IMPLS[backend](inputs, over, numbers.clip_eps, outputs)
     return outputs
 
 
-def _setup_context(ctx, inputs, output):
-    _, means, _, *sums = output
-    ctx.set_materialize_grads(False)
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(means, inputs[1], *sums)
-
-
-def _autograd(ctx, grads):
-    means, weight, coefficients, weight_sums, bias_sum = ctx.saved_tensors
-    if grads[0] is None:
-        return None, None, None
-    scale, (wants_hidden, wants_weight, wants_bias) = grads[0] / means[1], ctx.needs_input_grad[:3]
-    return (
-        masked_loss.scaled_gradient(
-            weight.expand(coefficients.shape[0], -1), (coefficients * scale)[:, None], ctx.dtype
+def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> Mapping[str, registration.Gradient]:
+    if upstream[0] is None:
+        return {}
+    inputs, *_ = saved.inputs
+    divisor, coefficients, weight_sums, bias_sum = saved.results
+    scale = upstream[0] / divisor
+    gradients: dict[str, registration.Gradient] = {}
+    if saved.needs["hidden"]:
+        gradients["hidden"] = masked_loss.scaled_gradient(
+            inputs.weight.expand(coefficients.shape[0], -1), (coefficients * scale)[:, None], saved.dtypes["hidden"]
         )
-        if wants_hidden
-        else None,
-        masked_loss.scaled_gradient(weight_sums, scale, weight_sums.dtype) if wants_weight else None,
-        masked_loss.scaled_gradient(bias_sum, scale, bias_sum.dtype) if wants_bias else None,
-    )
+    for name, sums in (("weight", weight_sums), ("bias", bias_sum)):
+        if saved.needs[name]:
+            gradients[name] = masked_loss.scaled_gradient(sums, scale, sums.dtype)
+    return gradients
 
 
 _run = registration.op(
     "linear_value_loss",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? old_values, Tensor returns, Tensor? mask, "
-    "Tensor? denominator, float clip_eps, bool wants_weight, str backend) -> Tensor[]",
-    _forward,
-    fake=lambda hidden, *others: _empty_outputs(hidden, others[-2]),
-    differentiable=(0, 1, 2),
-    setup_context=_setup_context,
-    backward=_autograd,
+    (Inputs, Over, Numbers),
+    _compute,
+    fake=_outputs,
+    differentiable=("hidden", "weight", "bias"),
+    saves=("weight",),
+    saves_results=slice(3, None),
+    backward=_backward,
     returned=3,
 )

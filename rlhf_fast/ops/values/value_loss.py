@@ -19,13 +19,23 @@ al. 2020 (arXiv 2006.05990), after OpenAI baselines' ppo2.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import resolve
 from rlhf_fast.ops.core import check, masked_loss
+from rlhf_fast.ops.core.loss import Loss
+from rlhf_fast.ops.core.masked_loss import IMPLS, Over
 
-METRICS = ("clip_fraction",)
+
+class LossAndValues(NamedTuple):
+    """What the losses return that make the values themselves."""
+
+    loss: Tensor  # 0-d
+    metrics: dict[str, Tensor]  # by name: 0-d, detached
+    values: Tensor  # per token, detached
 
 
 @check.takes_numbers
@@ -38,7 +48,7 @@ def value_loss(
     clip_eps: float | None = None,
     denominator: Tensor | float | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """The value loss and its metrics; only `values` gets a gradient.
 
     values, old_values, returns: (B, T), or (N,) packed; float32, bfloat16, float16 or float64, any strides.
@@ -50,49 +60,54 @@ def value_loss(
     Returns (loss, {"clip_fraction": share of the tokens whose gradient the clip has stopped}): 0-d, float32 (float64
     for float64 values), the metric detached. Raises ValueError or TypeError for what does not fit.
     """
-    shape = masked_loss.per_token_shape("values", values)
-    tensors = {"values": values, "returns": returns}
-    if clip_eps is not None:
-        if old_values is None:
-            raise ValueError(f"old_values must be given with clip_eps={clip_eps}, got None")
-        tensors["old_values"] = old_values
-        check.positive("clip_eps", clip_eps)
-    masked_loss.floats(shape, "the shape of values", **tensors)
-    check.same_device(("values", values), ("mask", mask))
-    mask = check.mask_bytes(mask, shape, "the shape of values")
-    total = masked_loss.denominator_tensor(denominator, values)
+    shape, meaning = masked_loss.per_token_shape("values", values), "the shape of values"
+    old_values = looked_at(old_values, clip_eps)
+    masked_loss.floats(shape, meaning, values=values, returns=returns, old_values=old_values)
+    over = masked_loss.over(("values", values), shape, meaning, mask, denominator)
     name = resolve("value_loss", IMPLS, values.device, backend)
     if name == "reference":
-        return reference(values, old_values, returns, mask=mask, clip_eps=clip_eps, denominator=total)
-    inputs = [values, returns.detach(), None if old_values is None or clip_eps is None else old_values.detach()]
-    variant, parameters = ("value", ()) if clip_eps is None else ("value_clip", (clip_eps,))
-    return masked_loss.call(_run, inputs, mask, total, variant, parameters, name, METRICS)
+        return reference(values, old_values, returns, over, clip_eps=clip_eps)
+    inputs = Inputs(values, returns.detach(), None if old_values is None else old_values.detach())
+    numbers = Numbers("value", 0.0) if clip_eps is None else Numbers("value_clip", clip_eps)
+    return masked_loss.call(_run, inputs, over, numbers, name, ("clip_fraction",))
+
+
+def looked_at(old_values: Tensor | None, clip_eps: float | None) -> Tensor | None:
+    """The old values where the loss is clipped around them, else None."""
+    if clip_eps is None:
+        return None
+    check.positive("clip_eps", clip_eps)
+    if old_values is None:
+        raise ValueError(f"old_values must be given with clip_eps={clip_eps}, got None")
+    return old_values
 
 
 def reference(
-    values: Tensor,
-    old_values: Tensor | None,
-    returns: Tensor,
-    *,
-    mask: Tensor | None = None,
-    clip_eps: float | None = None,
-    denominator: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) by definition, differentiable any number of times."""
+    values: Tensor, old_values: Tensor | None, returns: Tensor, over: Over, *, clip_eps: float | None = None
+) -> Loss:
+    """By definition, differentiable any number of times."""
     dtype = check.compute_dtype(values.dtype)
-    values, returns = (masked_loss.counted(x, mask, dtype) for x in (values, returns.detach()))
+    values, returns = (masked_loss.counted(x, over.mask, dtype) for x in (values, returns.detach()))
     squares = (values - returns).square()
     clipped = torch.zeros_like(squares, dtype=torch.bool)
     if clip_eps is not None and old_values is not None:
-        old = masked_loss.counted(old_values.detach(), mask, dtype)
+        old = masked_loss.counted(old_values.detach(), over.mask, dtype)
         bounded = (values.clamp(old - clip_eps, old + clip_eps) - returns).square()
         clipped = bounded > squares
         squares = torch.maximum(squares, bounded)
-    metric = masked_loss.mean(clipped.to(dtype), mask, denominator)
-    return masked_loss.mean(0.5 * squares, mask, denominator), {"clip_fraction": metric}
+    return masked_loss.means(0.5 * squares, over, clip_fraction=clipped.to(dtype))
 
 
-# (variant, [values, returns] or [values, returns, old_values], mask, denominator, parameters, outputs)
-IMPLS = {"cpu": masked_loss.cpu, "triton": masked_loss.triton}
+class Inputs(NamedTuple):
+    values: Tensor
+    returns: Tensor
+    old_values: Tensor | None  # None without clipping
+
+
+class Numbers(NamedTuple):
+    kernel: str
+    clip_eps: float
+
+
 OPS = {"value_loss": tuple(IMPLS)}
-_run = masked_loss.register("value_loss", IMPLS, inputs=3, gradients=1)
+_run = masked_loss.register("value_loss", Inputs, Numbers, differentiable=("values",))
