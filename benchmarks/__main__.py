@@ -14,48 +14,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import peers
-from benchmarks.cases import GROUPS
-from benchmarks.cases.sizes import CPU, GPU, Sizes
-from benchmarks.harness import Case, limits
+from benchmarks.cases import GROUPS, selected
+from benchmarks.harness import limits
 from benchmarks.harness import report as measure_all
 from benchmarks.results_file import ResultsError, load, regressions, source
-
-QUICK = Sizes(N=64, V=2048, D=64, B=8, T=256, packed=512, dtype=torch.float32)
-SCALING = {
-    "cpu": Sizes(N=1024, V=32_768, D=64, B=8, T=131_072, packed=0, dtype=torch.float32),
-    "cuda": Sizes(N=1024, V=32_768, D=4096, B=64, T=131_072, packed=0, dtype=torch.bfloat16),
-}
-QUICK_SCALING = Sizes(N=32, V=256, D=16, B=2, T=64, packed=0, dtype=torch.float32)
-
-
-def sizes_of(group: str, device: str, quick: bool) -> Sizes:
-    full = SCALING[device] if group == "scaling" else CPU if device == "cpu" else GPU
-    return replace(QUICK_SCALING if group == "scaling" else QUICK, dtype=full.dtype) if quick else full
-
-
-def selected(
-    groups: list[str], device: str, quick: bool = False, name: str = "", compiled: bool = False, peer: str = "",
-    shape: str = "",
-) -> list[Case]:  # fmt: skip
-    """The cases whose names hold `name` and whose shapes hold `shape`, once where groups share them; with `peer`, those
-    in which it takes part.
-
-    torch.compile takes part where it is asked for, or where a bar names it.
-    """
-    found: dict[tuple[str, str], Case] = {}
-    for group in groups:
-        for case in GROUPS[group](sizes_of(group, device, quick), device):
-            keep = compiled or (not quick and any(bar.against == "torch.compile" for bar in case.bars))
-            others = {who: run for who, run in case.peers.items() if keep or who != "torch.compile"}
-            if name in case.name and shape in case.shape and (not peer or peer in others):
-                found.setdefault((case.name, case.shape), replace(case, peers=others, bars=() if quick else case.bars))
-    return list(found.values())
 
 
 def bench(arguments: argparse.Namespace) -> int:

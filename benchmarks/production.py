@@ -12,19 +12,17 @@ from functools import partial
 
 import torch
 from rlhf_fast.kernels import lora_linear
-from torch import Tensor
 
-import rlhf_fast
-from benchmarks.cases import op_advantages, op_linear, op_losses
+from benchmarks.cases import advantages, head, losses, tokens
 from benchmarks.cases.build import Job
-from benchmarks.cases.sizes import GPU, normal, ragged_mask, results, with_gradient
+from benchmarks.cases.sizes import GPU, results, with_gradient
 from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Transform, empty_stats
 
 LABEL = "production: "
 ROWS = 16
 FEW = replace(GPU, N=ROWS)
 WIDE = replace(FEW, dtype=torch.float32)  # the logits that a linear head makes
-RANK = op_linear.RANK
+RANK = head.RANK
 
 Call = Callable[[str], object]
 
@@ -39,32 +37,12 @@ def of_job(job: Job) -> Call:
     return run
 
 
-def logits() -> tuple[Tensor, Tensor]:
-    drawn = normal("cpu", FEW.N, FEW.V, seed=0, dtype=FEW.dtype)
-    return drawn, torch.randint(FEW.V, (FEW.N,))
-
-
-def token_logprobs(backend: str, **options: bool) -> None:
-    given, targets = logits()
-    rlhf_fast.token_logprobs(given, targets, backend=backend, **options)
-
-
-def with_backward(backend: str) -> None:
-    given, targets = logits()
-    rlhf_fast.token_logprobs(given.requires_grad_(), targets, inplace_backward=True, backend=backend).sum().backward()
-
-
 def row_kernel(backend: str) -> None:
     """As ops with a linear head call it: float32 logits, their gradient in bfloat16 in the same call."""
     wide = torch.empty(1, WIDE.N, WIDE.V)
     stats = empty_stats(wide, want_entropy=False)
     gradient = torch.empty_like(wide, dtype=FEW.dtype)
     IMPLS[backend][0](wide, torch.zeros(1, WIDE.N, dtype=torch.int64), None, Transform(), False, stats, gradient)
-
-
-def masked_gae(backend: str) -> None:
-    planes = {name: torch.zeros(GPU.B, GPU.T) for name in ("rewards", "values")}
-    rlhf_fast.gae(**planes, mask=ragged_mask(GPU.B, GPU.T, "cpu"), gamma=1.0, lam=0.95, backend=backend)
 
 
 def adapters(backend: str) -> None:
@@ -89,19 +67,21 @@ def named(job: Job) -> str:
 def calls() -> dict[str, Call]:
     """Name -> the call, by backend."""
     jobs = [
-        *op_linear.logits_jobs(FEW, "cpu"),
-        op_linear.values(GPU, "cpu"),
-        *op_losses.of_tokens(GPU, "cpu"),
-        *op_losses.of_answers(GPU, "cpu"),
-        *(job for family in (op_advantages.scans, op_advantages.others) for job in family(GPU, "cpu")),
+        *tokens.logits_jobs(FEW, "cpu"),
+        tokens.estimate(GPU, "cpu"),
+        head.values(GPU, "cpu"),
+        *losses.of_tokens(GPU, "cpu"),
+        *losses.of_answers(GPU, "cpu"),
+        *(job for family in (advantages.scans, advantages.others) for job in family(GPU, "cpu")),
     ]
-    of_a_head = op_linear.logits_jobs(WIDE, "cpu")[0]
+    of_a_head = tokens.logits_jobs(WIDE, "cpu")[0]
+    plain, with_entropy, in_place = tokens.logprobs_jobs(FEW, "cpu")
     return {
-        "token_logprobs": token_logprobs,
-        "token_logprobs, entropy": partial(token_logprobs, return_entropy=True),
-        "token_logprobs, backward in place": with_backward,
+        "token_logprobs": of_job(plain),
+        "token_logprobs, entropy": of_job(with_entropy),
+        "token_logprobs, backward in place": of_job(in_place),
         "token_logprobs of a head, gradient in forward": row_kernel,
-        "gae, ragged mask": masked_gae,
+        "gae, ragged mask": of_job(advantages.ragged_gae(GPU, "cpu")),
         "lora_linear": adapters,
         "token_kl of a head": of_job(of_a_head),
         **{named(job): of_job(job) for job in jobs},

@@ -17,18 +17,19 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-import rlhf_fast
-from benchmarks.cases.linear import draw_samples, draw_tokens
-from benchmarks.cases.sizes import GPU, Sizes, backends_of, normal, planes, ragged_mask
+from benchmarks.cases import advantages, head, losses, tokens
+from benchmarks.cases.build import Job, backward, forward
+from benchmarks.cases.sizes import GPU, Sizes, backends_of, normal
 from benchmarks.clock import clock_for
-from benchmarks.costs import PASSES, Work, floor_seconds, work
-from benchmarks.harness import limits
+from benchmarks.costs import Work, floor_seconds
+from benchmarks.harness import Case, limits
 from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Transform, empty_stats
 
 SMALL = Sizes(N=64, V=512, D=32, B=8, T=64, packed=0, dtype=torch.float32)
@@ -61,122 +62,61 @@ class Journal:
         os.fsync(self.file.fileno())
 
 
-def of_op(op: str, passes: str, sizes: Sizes, **more: int) -> Work:
-    of = {"N": sizes.N, "V": sizes.V, "D": sizes.D, "s": sizes.dtype.itemsize} | more
-    return work(op, passes, of)
-
-
 def facts(sizes: Sizes, device: str) -> Iterator[Fact]:
     """Every backend of what the bars are about, then the other kernels, then the bare products of the heads."""
+
+    def cases(passes: Callable[[Job, str], Case], *jobs: Job) -> list[Case]:
+        """Without other libraries, whose imports take longer than what is timed here."""
+        return [passes(replace(job, peers=""), device) for job in jobs]
+
+    *without_gradient, in_place = tokens.logprobs_jobs(sizes, device)
+    rows = [*cases(forward, *without_gradient), *cases(backward, in_place)]
+    frozen = replace(head.logprobs(sizes, device), label="frozen head")
+    trained = replace(head.policy_loss(sizes, device), label="trained head", leaves=head.TRAINED)
+    heads = cases(backward, frozen, trained)
+    scan = cases(forward, advantages.ragged_gae(sizes, device))
+    kl, _ = tokens.logits_jobs(replace(sizes, N=sizes.N // 4), device)
+    _, sample = tokens.logits_jobs(replace(sizes, N=256), device)
+    whiten, *_ = advantages.others(sizes, device)
+    rest = [*cases(backward, losses.policy(sizes, device)), *cases(forward, whiten, kl, sample)]
+
     for backend in backends_of("token_logprobs", device):
-        yield from from_logits(sizes, device, backend)
-        yield from from_hidden(sizes, device, backend)
+        yield from of_backend(rows, backend)
+        yield from row_kernels(sizes, device, backend)
+        yield from of_backend(heads, backend)
     for backend in backends_of("gae", device):
-        yield scan(sizes, device, backend)
-    first = backends_of("policy_loss", device)[0]
-    yield from others(sizes, device, first)
+        yield from of_backend(scan, backend)
+    yield from of_backend(rest, backends_of("policy_loss", device)[0])
     if device == "cuda":
-        for rows in TILES:
-            yield from products(sizes, device, rows)
+        for tile in TILES:
+            yield from products(sizes, device, tile)
 
 
-def from_logits(sizes: Sizes, device: str, backend: str) -> Iterator[Fact]:
-    def drawn() -> tuple[Tensor, Tensor]:
-        logits = normal(device, sizes.N, sizes.V, seed=0, dtype=sizes.dtype)
-        return logits, torch.randint(sizes.V, (sizes.N,), device=device)
-
-    def forward(**options: bool) -> Callable[[], Run]:
-        def make() -> Run:
-            logits, targets = drawn()
-            return lambda: rlhf_fast.token_logprobs(logits, targets, backend=backend, **options)
-
-        return make
-
-    def backward() -> Run:
-        logits, targets = drawn()
-        logits.requires_grad_()
-
-        def run() -> None:
-            found = rlhf_fast.token_logprobs(logits, targets, inplace_backward=True, backend=backend)
-            torch.autograd.grad(found.sum(), logits)
-
-        return run
-
-    once, twice = (of_op("token_logprobs", passes, sizes) for passes in PASSES[:2])
-    yield Fact(f"token_logprobs {backend}", forward(), once)
-    yield Fact(f"token_logprobs + entropy {backend}", forward(return_entropy=True), once)
-    yield Fact(f"token_logprobs, backward in place {backend}", backward, twice)
-    yield Fact(f"row kernel, float32 with its gradient {backend}", row_kernel(sizes, device, backend, False),
-               Work(bytes=2 * 4 * sizes.N // 4 * sizes.V))  # fmt: skip
-    if backend == "triton":
-        yield Fact(f"row kernel, float32 to {sizes.dtype} {backend}", row_kernel(sizes, device, backend, True),
-                   Work(bytes=(4 + sizes.dtype.itemsize) * (sizes.N // 4) * sizes.V))  # fmt: skip
+def of_backend(cases: list[Case], backend: str) -> Iterator[Fact]:
+    for case in cases:
+        if backend in case.contenders:
+            yield Fact(f"{case.name}, {case.shape}, {backend}", partial(ready, case, backend), case.cost)
 
 
-def row_kernel(sizes: Sizes, device: str, backend: str, narrow: bool) -> Callable[[], Run]:
-    """As ops with a linear head call it on a tile, a quarter of the rows."""
+def ready(case: Case, backend: str) -> Run:
+    return partial(case.contenders[backend], case.draw())
 
-    def make() -> Run:
-        rows = sizes.N // 4
+
+def row_kernels(sizes: Sizes, device: str, backend: str) -> Iterator[Fact]:
+    """As ops with a linear head call them on a tile, a quarter of the rows."""
+    rows = sizes.N // 4
+
+    def make(narrow: bool) -> Run:
         logits = normal(device, 1, rows, sizes.V, seed=0)
         targets = torch.randint(sizes.V, (1, rows), device=device)
         gradient = torch.empty_like(logits, dtype=sizes.dtype) if narrow else logits
         stats = empty_stats(logits, want_entropy=False)
         return lambda: IMPLS[backend][0](logits, targets, None, Transform(), False, stats, gradient)
 
-    return make
-
-
-def from_hidden(sizes: Sizes, device: str, backend: str) -> Iterator[Fact]:
-    def frozen() -> Run:
-        given = draw_tokens(sizes, device)
-        hidden = given["hidden"].requires_grad_()
-        return lambda: torch.autograd.grad(rlhf_fast.linear_logprobs(**given, backend=backend).sum(), hidden)
-
-    def trained() -> Run:
-        given = draw_samples(sizes, device)
-        leaves = [given[name].requires_grad_() for name in ("hidden", "weight")]
-        return lambda: torch.autograd.grad(rlhf_fast.linear_policy_loss(**given, backend=backend)[0], leaves)
-
-    yield Fact(f"linear_logprobs, frozen head, both passes {backend}", frozen,
-               of_op("linear_logprobs", "backward", sizes))  # fmt: skip
-    if backend in backends_of("linear_policy_loss", device):
-        yield Fact(f"linear_policy_loss, trained head, both passes {backend}", trained,
-                   of_op("linear_policy_loss", "trained head", sizes))  # fmt: skip
-
-
-def scan(sizes: Sizes, device: str, backend: str) -> Fact:
-    def make() -> Run:
-        given = planes(sizes, device, "rewards", "values") | {"mask": ragged_mask(sizes.B, sizes.T, device)}
-        return lambda: rlhf_fast.gae(**given, gamma=1.0, lam=0.95, backend=backend)
-
-    return Fact(f"gae {backend}", make, of_op("gae", "forward", sizes, N=sizes.B * sizes.T, s=4))
-
-
-def others(sizes: Sizes, device: str, backend: str) -> Iterator[Fact]:
-    elements = {"N": sizes.B * sizes.T, "s": 4}
-
-    def policy() -> Run:
-        given = planes(sizes, device, "logprobs", "old_logprobs", "advantages")
-        mask, leaf = ragged_mask(sizes.B, sizes.T, device), given["logprobs"].requires_grad_()
-        return lambda: torch.autograd.grad(rlhf_fast.policy_loss(**given, mask=mask, backend=backend)[0], leaf)
-
-    def whiten() -> Run:
-        x, mask = planes(sizes, device, "x")["x"], ragged_mask(sizes.B, sizes.T, device)
-        return lambda: rlhf_fast.whiten(x, mask, backend=backend)
-
-    def token_kl() -> Run:
-        a, b = (normal(device, sizes.N // 4, sizes.V, seed=seed, dtype=sizes.dtype) for seed in range(2))
-        return lambda: rlhf_fast.token_kl(a, b, backend=backend)
-
-    def sample() -> Run:
-        logits = 3 * normal(device, 256, sizes.V, seed=0, dtype=sizes.dtype)
-        return lambda: rlhf_fast.sample_tokens(logits, seed=0, top_p=0.95, backend=backend)
-
-    yield Fact(f"policy_loss, both passes {backend}", policy, of_op("policy_loss", "backward", sizes, **elements))
-    yield Fact(f"whiten {backend}", whiten, of_op("whiten", "forward", sizes, **elements))
-    yield Fact(f"token_kl {backend}", token_kl, of_op("token_kl", "forward", sizes, N=sizes.N // 4))
-    yield Fact(f"sample_tokens, top_p, 256 rows {backend}", sample, of_op("sample_tokens", "forward", sizes, N=256))
+    wide, narrow = (Work(bytes=(4 + size) * rows * sizes.V) for size in (4, sizes.dtype.itemsize))
+    yield Fact(f"row kernel, float32 with its gradient {backend}", partial(make, False), wide)
+    if backend == "triton":
+        yield Fact(f"row kernel, float32 to {sizes.dtype} {backend}", partial(make, True), narrow)
 
 
 def products(sizes: Sizes, device: str, rows: int) -> Iterator[Fact]:
@@ -205,10 +145,10 @@ def products(sizes: Sizes, device: str, rows: int) -> Iterator[Fact]:
 def measured(fact: Fact, device: str, best: dict[str, float]) -> dict[str, Any]:
     clock, run = clock_for(device), fact.make()
     run()  # compiles
-    found = [clock.time(run) for _ in range(REPEATS)]
-    median = statistics.median(found)
+    times = [clock.time(run) for _ in range(REPEATS)]
+    median = statistics.median(times)
     return {
-        "fact": fact.name, "ms": round(median, 4), "min_ms": round(min(found), 4),
+        "fact": fact.name, "ms": round(median, 4), "min_ms": round(min(times), 4),
         "TB/s": round(fact.cost.bytes / median / 1e9, 3), "TFLOP/s": round(fact.cost.flops / median / 1e9, 1),
         "of the limit": round(1e3 * floor_seconds(fact.cost, best) / median, 3), **clock.remarks(),
     }  # fmt: skip

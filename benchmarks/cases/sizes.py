@@ -64,8 +64,11 @@ def by_rows(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
+def tensors(returned: Any) -> list[Tensor]:
+    """What is compared: a tensor, all of several, or the loss that comes with metrics."""
+    if isinstance(returned, Tensor):
+        return [returned]
+    return [returned[0]] if any(isinstance(x, dict) for x in returned) else list(returned)
 
 
 def results(function: Callable[..., Any]) -> Contender:
@@ -78,23 +81,24 @@ def results(function: Callable[..., Any]) -> Contender:
     return run
 
 
-def with_gradient(function: Callable[..., Tensor], *leaves: str) -> Contender:
-    """[the result, the gradient of its sum by each of `leaves`]"""
+def with_gradient(function: Callable[..., Any], *leaves: str) -> Contender:
+    """[the result or the loss, the gradient of its sum by each of `leaves`]"""
 
     def run(inputs: Inputs) -> list[Tensor]:
         inputs = inputs | {leaf: inputs[leaf].detach().requires_grad_() for leaf in leaves}
-        found = function(**inputs)
-        return [found.detach(), *torch.autograd.grad(found.sum(), [inputs[leaf] for leaf in leaves])]
+        (result,) = tensors(function(**inputs))
+        return [result.detach(), *torch.autograd.grad(result.sum(), [inputs[leaf] for leaf in leaves])]
 
     return run
 
 
-def generator(device: str) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)
+def wide(x: Tensor) -> Tensor:
+    """At least float32, as trainers take a softmax."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def normal(device: str, *shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device, dtype=dtype)
+    return torch.randn(*shape, generator=generator(device, seed), device=device, dtype=dtype)
 
 
 def planes(sizes: Sizes, device: str, *names: str) -> Inputs:
@@ -102,7 +106,48 @@ def planes(sizes: Sizes, device: str, *names: str) -> Inputs:
     return {name: normal(device, sizes.B, sizes.T, seed=seed) for seed, name in enumerate(names)}
 
 
+def masked(sizes: Sizes, device: str, *names: str) -> Inputs:
+    return planes(sizes, device, *names) | {"mask": ragged_mask(sizes.B, sizes.T, device)}
+
+
 def ragged_mask(rows: int, columns: int, device: str) -> Tensor:
     """Rows of random lengths from a quarter to the whole, as bytes."""
     lengths = torch.randint(columns // 4, columns + 1, (rows, 1), generator=generator(device), device=device)
     return (torch.arange(columns, device=device) < lengths).to(torch.uint8)
+
+
+VALID = (0.3, 0.7)  # the parts of padded batches that count
+SEQUENCES = 8
+
+
+def ragged_rows(tokens: int, valid: float, device: str) -> Tensor:
+    """(tokens,) bytes: 8 padded sequences with lengths around `valid` of the longest, evenly spread, that one first."""
+    time = tokens // SEQUENCES
+    half_width = min(valid, 1 - valid)
+    lengths = time * torch.linspace(valid + half_width, valid - half_width, SEQUENCES, device=device)
+    counts = torch.arange(time, device=device) < lengths.round()[:, None]
+    return counts.flatten().to(torch.uint8)
+
+
+def ids(sizes: Sizes, device: str) -> Tensor:
+    """A target for each of N tokens."""
+    return torch.randint(sizes.V, (sizes.N,), generator=generator(device, 1), device=device)
+
+
+def generator(device: str, seed: int = 0) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def of_planes(sizes: Sizes) -> tuple[str, dict[str, int]]:
+    """How (B, T) numbers are named and counted."""
+    return f"B={sizes.B} T={sizes.T} float32", {"N": sizes.B * sizes.T, "s": 4}
+
+
+def of_logits(sizes: Sizes) -> tuple[str, dict[str, int]]:
+    return f"N={sizes.N} V={sizes.V} {short(sizes.dtype)}", {"N": sizes.N, "V": sizes.V, "s": sizes.dtype.itemsize}
+
+
+def of_hidden(sizes: Sizes) -> tuple[str, dict[str, int]]:
+    """How hidden states under a head are named and counted."""
+    shape = f"N={sizes.N} D={sizes.D} V={sizes.V} {short(sizes.dtype)}"
+    return shape, {"N": sizes.N, "D": sizes.D, "V": sizes.V, "s": sizes.dtype.itemsize}

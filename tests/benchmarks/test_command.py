@@ -14,8 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import peers, plots, tables
-from benchmarks.__main__ import bench, main, parsed, selected
-from benchmarks.cases import GROUPS, Sizes, ragged, scaling
+from benchmarks.__main__ import bench, main, parsed
+from benchmarks.cases import GROUPS, Sizes, scaling, selected
+from benchmarks.cases.sizes import ragged_rows
 from benchmarks.costs import COSTS
 from benchmarks.harness import check
 from benchmarks.results_file import ResultsError, load, regressions, source
@@ -62,7 +63,7 @@ def a_run(**contenders: dict) -> dict:
 
 
 def test_every_op_has_a_case_of_every_pass():
-    cases = selected(["bars", "ops"], "cpu", quick=True, name="", compiled=False)
+    cases = selected(["bars", "ops"], "cpu", quick=True)
     timed = {(op, case.passes != "forward") for case in cases for op in case.op.split(" + ") if op}
     asked = {(op, backward) for op in table() for backward in (False, True) if COSTS[op].backward or not backward}
     assert asked - timed == set()
@@ -78,14 +79,14 @@ def test_every_case_keeps_the_contract(group, dtype):
 
 
 def test_cases_are_told_apart_by_name_and_shape():
-    cases = [case for group in GROUPS for case in selected([group], "cpu", True, "", False)]
+    cases = [case for group in GROUPS for case in selected([group], "cpu", quick=True)]
     names = [(case.group, case.name, case.shape) for case in cases]
     assert len(names) == len(set(names))
 
 
 def test_a_ragged_mask_counts_the_share_that_its_case_says_and_its_cost_leaves_the_rest_out():
-    assert ragged.mask(8000, 0.3, "cpu").float().mean().item() == pytest.approx(0.3, abs=1e-3)
-    assert ragged.mask(8000, 0.7, "cpu").float().mean().item() == pytest.approx(0.7, abs=1e-3)
+    assert ragged_rows(8000, 0.3, "cpu").float().mean().item() == pytest.approx(0.3, abs=1e-3)
+    assert ragged_rows(8000, 0.7, "cpu").float().mean().item() == pytest.approx(0.7, abs=1e-3)
     less, more = (
         next(c for c in tiny_cases("ragged") if "trained head" in c.name and share in c.shape) for share in ("30", "70")
     )

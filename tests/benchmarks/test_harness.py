@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import clock, machine
-from benchmarks.cases import advantages, linear, op_linear, sizes
+from benchmarks.cases import advantages, head, sizes
+from benchmarks.cases.build import forward
 from benchmarks.cases.sizes import Sizes, with_gradient
 from benchmarks.costs import PASSES, Work, evaluated, floor_seconds, work
 from benchmarks.harness import Bar, Case, check, described, enough, judged, measure, print_result, spread
@@ -255,26 +256,26 @@ SMALL = Sizes(N=64, V=101, D=16, B=8, T=8, packed=256, dtype=torch.float64)
 
 @pytest.mark.parametrize("name", ["linear_logprobs", "linear_policy_loss", "linear_kl", "linear_preference_loss"])
 def test_oracles_in_row_chunks_are_those_of_all_rows(name, monkeypatch):
-    jobs = [job for job in op_linear.hidden_jobs(SMALL, "cpu") if job.op == name]
+    jobs = [job for job in head.hidden_jobs(SMALL, "cpu") if job.op == name]
     for job in jobs:
-        found = []
+        gradients = []
         for rows in (10, 1000):
             monkeypatch.setattr(sizes, "ORACLE_ROWS", rows)
-            found.append(with_gradient(job.exact, "hidden", "weight")(job.draw()))
-        for chunked, whole in zip(*found, strict=True):
+            gradients.append(with_gradient(job.exact, "hidden", "weight")(job.draw()))
+        for chunked, whole in zip(*gradients, strict=True):
             torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
 
 
 def test_an_oracle_never_holds_all_logits(monkeypatch):
     monkeypatch.setattr(sizes, "ORACLE_ROWS", 32)
-    drawn = linear.draw_samples(Sizes(N=1024, V=2048, D=8, B=8, T=8, packed=0, dtype=torch.float64), "cpu")
-    run = with_gradient(linear.exact_policy_loss, "hidden", "weight")
+    drawn = head.draw_samples(Sizes(N=1024, V=2048, D=8, B=8, T=8, packed=0, dtype=torch.float64), "cpu")
+    run = with_gradient(head.exact_policy_loss, "hidden", "weight")
     assert peak_bytes(lambda: run(drawn)) < 1024 * 2048 * 8 / 2
 
 
 def test_a_long_loop_is_timed_in_part_and_the_result_says_so(monkeypatch, capsys):
     monkeypatch.setattr(advantages, "LOOPED", 20)
-    case = advantages.packed(SMALL, "cpu")
+    case = forward(advantages.packed_gae(SMALL, "cpu"), "cpu")
     result = measure(case, "cpu", repeats=1)
     share = result["contenders"]["eager"]["timed_share"]
     done = case.contenders["eager"](case.draw())[0].shape[0]
