@@ -248,14 +248,14 @@ CASES = [
         lambda: {name: -5 * torch.rand(PAIRS) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
         | {name: torch.randint(1, 9, (PAIRS,)) for name in ("chosen_lengths", "rejected_lengths")}
         | pair_constants(PAIRS),
-        {"variant": PAIRED},
+        {"objective": PreferenceObjective(PAIRED)},
         ("chosen", "rejected"),
         label="three losses",
     ),
     Case(
         "preference_loss",
         lambda: {name: -5 * torch.rand(PAIRS) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")},
-        {"variant": "aot"},
+        {"objective": "aot"},
         ("chosen", "rejected"),
     ),
     Case(
@@ -287,7 +287,7 @@ CASES = [
             "desirable": torch.arange(PAIRS) % 3 > 0, "weights": torch.rand(PAIRS), "kl": one(0.3),
             "denominator": one(5.0),
         },
-        {"variant": "kto"},
+        {"objective": "kto"},
         ("logprobs",),
     ),
     Case(
@@ -296,7 +296,7 @@ CASES = [
             "logprobs": -5 * torch.rand(PAIRS), "ref_logprobs": -5 * torch.rand(PAIRS),
             "desirable": torch.arange(PAIRS) % 3 > 0, "reward_shift": one(0.1),
         },
-        {"variant": "bco"},
+        {"objective": "bco"},
         ("logprobs",),
     ),
     Case(

@@ -84,13 +84,14 @@ def loss_of(job: Job, config: AlgorithmConfig, references: Tensor) -> Loss[Rows]
     """The mean over a batch's pairs. references: (pairs, 2), the reference's log-probabilities of chosen and rejected,
     of all pairs that `rows.indices` count."""
 
+    objective = PreferenceObjective(config.loss_type, config.beta, config.label_smoothing, gamma=config.gamma)
+
     def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = logprobs_of(job, config, "policy", rows.batch).sum(1).chunk(2)
         ref_chosen, ref_rejected = references[rows.indices].unbind(1)
         chosen_lengths, rejected_lengths = rows.batch.mask.sum(1).chunk(2)
         return preference_loss(
-            chosen, rejected, ref_chosen, ref_rejected, variant=config.loss_type, beta=config.beta,
-            label_smoothing=config.label_smoothing, gamma=config.gamma, chosen_lengths=chosen_lengths,
+            chosen, rejected, ref_chosen, ref_rejected, objective=objective, chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths, denominator=rows.examples,
         )  # fmt: skip
 

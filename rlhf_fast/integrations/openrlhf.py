@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast import (
+    PreferenceObjective,
     discounted_returns,
     gae,
     kl_estimate,
@@ -73,6 +74,10 @@ class DPOLoss(nn.Module):
         self.beta = beta
         self.label_smoothing = label_smoothing
         self.ipo = ipo
+        if ipo:
+            self.objective = PreferenceObjective("ipo", beta)
+        else:
+            self.objective = PreferenceObjective("sigmoid", beta, label_smoothing)
 
     def forward(
         self,
@@ -83,11 +88,8 @@ class DPOLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss 0-d, chosen_rewards (B,), rejected_rewards (B,)) of log-probabilities (B,), in nats."""
         logps = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
-        options: dict[str, Any] = {"label_smoothing": self.label_smoothing}
-        if self.ipo:  # our ipo averages over tokens
-            ones = torch.ones_like(policy_chosen_logps)
-            options = {"variant": "ipo", "chosen_lengths": ones, "rejected_lengths": ones}
-        loss, _ = preference_loss(*logps, beta=self.beta, **options)
+        ones = torch.ones_like(policy_chosen_logps) if self.ipo else None  # our ipo averages over tokens
+        loss, _ = preference_loss(*logps, objective=self.objective, chosen_lengths=ones, rejected_lengths=ones)
         chosen, rejected = (self.beta * (logps[i] - logps[i + 2]).detach() for i in (0, 1))
         return loss.to(result_type(True, *logps)), chosen, rejected
 

@@ -84,6 +84,7 @@ class DPOLoss(nn.Module):
         super().__init__()
         self.beta = beta
         self.label_smoothing = label_smoothing
+        self.objective = PreferenceObjective("sigmoid", beta, label_smoothing)
 
     def forward(
         self,
@@ -93,9 +94,8 @@ class DPOLoss(nn.Module):
         reference_rejected_logps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(losses, chosen_rewards, rejected_rewards), (B,) each, of sums of log-probabilities (B,), in nats."""
-        objective = PreferenceObjective("sigmoid", self.beta, self.label_smoothing)
         return _of_each_pair(
-            objective, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+            self.objective, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
         )
 
 
@@ -105,6 +105,7 @@ class RSOLoss(nn.Module):
     def __init__(self, gamma: float = 0.1):
         super().__init__()
         self.gamma = gamma
+        self.objective = PreferenceObjective("rso", gamma)
 
     def forward(
         self,
@@ -114,9 +115,8 @@ class RSOLoss(nn.Module):
         reference_rejected_logps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `DPOLoss`."""
-        objective = PreferenceObjective("rso", self.gamma)
         return _of_each_pair(
-            objective, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+            self.objective, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
         )
 
 

@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_fast import PreferenceObjective, linear_preference_loss, preference_loss, unpaired_preference_loss
+from rlhf_fast import (
+    PreferenceObjective,
+    UnpairedPreferenceObjective,
+    linear_preference_loss,
+    preference_loss,
+    unpaired_preference_loss,
+)
 from rlhf_fast.integrations.liger._head import Head
 
 Result = tuple[Tensor, tuple[Tensor, ...]]
@@ -51,19 +57,19 @@ class _PairLoss(torch.nn.Module):
         super().__init__()
 
     def _preference(
-        self, head: Head, target: Tensor, options: dict[str, Any], *, average: bool, alpha: float,
+        self, head: Head, target: Tensor, objective: PreferenceObjective, *, average: bool, alpha: float,
         reference: Pairs | None = None,
     ) -> Result:  # fmt: skip
-        """The loss of the objective that `options` name. average: it takes averages over tokens."""
+        """average: whether the loss is of averages over tokens."""
         mask = self._mask(target)
         ref_chosen, ref_rejected = (None, None) if reference is None else reference
         shared: dict[str, Any] = {
             "ref_chosen": ref_chosen, "ref_rejected": ref_rejected,
             "reward_shift": head.hidden.new_zeros((), dtype=torch.float32),  # bco_pair's, of which the peer has none
         }  # fmt: skip
-        if not self.compute_nll_loss and (options["variant"] == "simpo" or not average):
+        if not self.compute_nll_loss and (objective.variant == "simpo" or not average):
             loss, _, logprobs = linear_preference_loss(  # type: ignore[misc]  # return_logprobs makes it three
-                *head[:2], target, objective=PreferenceObjective(**options), bias=head.bias, mask=mask,
+                *head[:2], target, objective=objective, bias=head.bias, mask=mask,
                 return_logprobs=True, **shared,
             )  # fmt: skip
             nll, answers = torch.zeros_like(loss), self._answers(logprobs, mask, average)
@@ -71,9 +77,7 @@ class _PairLoss(torch.nn.Module):
             logprobs = head.logprobs(target, mask)
             nll, answers = self._nll(head, target, logprobs), self._answers(logprobs, mask, average)
             one = torch.ones_like(answers.chosen)  # the averages are taken already
-            loss, _ = preference_loss(
-                answers.chosen, answers.rejected, **options, chosen_lengths=one, rejected_lengths=one, **shared
-            )
+            loss, _ = preference_loss(*answers, objective=objective, chosen_lengths=one, rejected_lengths=one, **shared)
             loss = loss + alpha * nll
         return loss, self._metrics(head, answers, reference, nll)
 
@@ -103,8 +107,8 @@ class _PairLoss(torch.nn.Module):
         zero = torch.zeros_like(answers.chosen)
         ref_chosen, ref_rejected = reference or (zero, zero)
         rewards = [self.beta * (answers.chosen - ref_chosen), self.beta * (answers.rejected - ref_rejected)]
-        found = (*answers, *(x.sum() / logits for x in sums), nll, *rewards)
-        return tuple(x.detach() for x in found)
+        metrics = (*answers, *(x.sum() / logits for x in sums), nll, *rewards)
+        return tuple(x.detach() for x in metrics)
 
 
 def _answer_logprobs(logprobs: Tensor, mask: Tensor, average: bool) -> Tensor:
@@ -153,7 +157,10 @@ class LigerFusedLinearDPOLoss(_PairLoss):
         if self.loss_type == "robust" and not 0 <= self.label_smoothing < 0.5:
             message = f"label_smoothing must lie in [0.0, 0.5) for loss_type='robust', got {self.label_smoothing}"
             raise ValueError(message)
-        PreferenceObjective(**self._options())
+        smoothing = self.label_smoothing if self.loss_type in ("exo_pair", "robust") else 0.0
+        self.objective = PreferenceObjective(
+            self.loss_type, self.beta, smoothing, reference_free=not self.use_ref_model, discopop_tau=self.discopop_tau
+        )
 
     def forward(
         self,
@@ -174,16 +181,9 @@ class LigerFusedLinearDPOLoss(_PairLoss):
             reference = Pairs(*scored.chunk(2))
         head = Head.of(_input, lin_weight, bias)
         loss, metrics = self._preference(
-            head, target, self._options(), average=self.average_log_prob, alpha=self.alpha, reference=reference
+            head, target, self.objective, average=self.average_log_prob, alpha=self.alpha, reference=reference
         )
         return loss + 1 if self.loss_type.startswith("apo") else loss, metrics  # ours leaves APO's constant out
-
-    def _options(self) -> dict[str, Any]:
-        smooths = self.loss_type in ("exo_pair", "robust")
-        return {
-            "variant": self.loss_type, "beta": self.beta, "reference_free": not self.use_ref_model,
-            "label_smoothing": self.label_smoothing if smooths else 0.0, "discopop_tau": self.discopop_tau,
-        }  # fmt: skip
 
 
 @dataclass(eq=False, repr=False)
@@ -201,11 +201,9 @@ class LigerFusedLinearCPOLoss(_PairLoss):
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Result:
         """lin_weight: (V, D); _input: (2 B, T, D); target: (2 B, T)."""
-        options = {
-            "variant": "sigmoid", "beta": self.beta, "label_smoothing": self.label_smoothing, "reference_free": True,
-        }  # fmt: skip
         head = Head.of(_input, lin_weight, bias)
-        return self._preference(head, target, options, average=self.average_log_prob, alpha=self.alpha)
+        objective = PreferenceObjective("sigmoid", self.beta, self.label_smoothing, reference_free=True)
+        return self._preference(head, target, objective, average=self.average_log_prob, alpha=self.alpha)
 
 
 @dataclass(eq=False, repr=False)
@@ -223,10 +221,9 @@ class LigerFusedLinearSimPOLoss(_PairLoss):
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Result:
         """lin_weight: (V, D); _input: (2 B, T, D); target: (2 B, T)."""
-        options = {
-            "variant": "simpo", "beta": self.beta, "gamma": self.gamma, "label_smoothing": self.label_smoothing,
-        }  # fmt: skip
-        return self._preference(Head.of(_input, lin_weight, bias), target, options, average=True, alpha=self.alpha)
+        head = Head.of(_input, lin_weight, bias)
+        objective = PreferenceObjective("simpo", self.beta, self.label_smoothing, gamma=self.gamma)
+        return self._preference(head, target, objective, average=True, alpha=self.alpha)
 
 
 @dataclass(eq=False, repr=False)
@@ -296,8 +293,7 @@ class LigerFusedLinearKTOLoss(torch.nn.Module):
         if self.use_ref_model:
             reference = _reference_logprobs(target, mask, self.average_log_prob, ref_input, ref_weight, ref_bias)
         shifted = reference if kl is None else reference + kl.detach()
-        loss, _ = unpaired_preference_loss(
-            logprobs, shifted, preference_labels, variant="apo_zero_unpaired", beta=self.beta
-        )
-        found = logprobs.detach(), head.logits_sums(), self.beta * (logprobs.detach() - reference)
-        return loss, tuple((x * side).sum() for x in found for side in (preference_labels, ~preference_labels))
+        objective = UnpairedPreferenceObjective("apo_zero_unpaired", self.beta)
+        loss, _ = unpaired_preference_loss(logprobs, shifted, preference_labels, objective=objective)
+        each = logprobs.detach(), head.logits_sums(), self.beta * (logprobs.detach() - reference)
+        return loss, tuple((x * side).sum() for x in each for side in (preference_labels, ~preference_labels))

@@ -210,9 +210,11 @@ def planes(pairs: Pairs, objective: PreferenceObjective, name: str) -> PairInput
 def reference(pairs: Pairs, objective: PreferenceObjective, over: Over) -> Loss:
     """By definition, differentiable any number of times; aot where no two ranks are tied."""
     names = [name for name, _ in objective.terms]
-    first = scored(pairs, objective, names[0])
-    counted = pairs if pairs.weights is None else _counted(pairs, first)
-    losses = [VARIANTS[name].loss(scored(counted, objective, name), objective) for name in names]
+    views = [scored(pairs, objective, name) for name in names]
+    first = views[0]
+    if pairs.weights is not None:
+        views = [scored(_counted(pairs, first), objective, name) for name in names]
+    losses = [VARIANTS[name].loss(view, objective) for name, view in zip(names, views, strict=True)]
     if pairs.weights is not None:
         losses = [masked_loss.product(pairs.weights.to(loss.dtype), loss) for loss in losses]
     won, lost = first.chosen_reward.detach(), first.rejected_reward.detach()

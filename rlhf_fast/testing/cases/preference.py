@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast import PreferenceObjective
 from rlhf_fast.ops.preference import preference_loss, unpaired_preference_loss
 from rlhf_fast.ops.rewards import ranking_loss, step_reward_loss
 from rlhf_fast.testing.cases.case import Case, mask, plane
@@ -20,13 +21,13 @@ def pairs() -> Tensor:
 
 def paired(variant: str) -> dict[str, Tensor]:
     """What `variant` looks at."""
-    found = preference_loss.VARIANTS[variant]
+    looks_at = preference_loss.VARIANTS[variant]
     tensors = {"chosen": pairs(), "rejected": pairs()}
-    if found.reference:
+    if looks_at.reference:
         tensors |= {"ref_chosen": pairs(), "ref_rejected": pairs()}
-    if found.averaged:
+    if looks_at.averaged:
         tensors |= {"chosen_lengths": torch.arange(PAIRS) + 3, "rejected_lengths": 9 - torch.arange(PAIRS)}
-    if found.advantages:
+    if looks_at.advantages:
         tensors |= {"chosen_advantages": torch.randn(PAIRS), "rejected_advantages": torch.randn(PAIRS)}
     return tensors
 
@@ -35,9 +36,9 @@ def with_references(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {"ref_chosen": None, "ref_rejected": None, **tensors}
 
 
-def hyper_parameters(variant: str) -> dict[str, Any]:
-    smoothing = {"label_smoothing": 0.1} if preference_loss.VARIANTS[variant].smooths else {}
-    return {"variant": variant, "beta": 0.3, **smoothing}
+def objective(variant: str) -> PreferenceObjective:
+    smoothing = 0.1 if preference_loss.VARIANTS[variant].smooths else 0.0
+    return PreferenceObjective(variant, beta=0.3, label_smoothing=smoothing)
 
 
 def unpaired() -> dict[str, Tensor]:
@@ -58,7 +59,7 @@ CASES = [
         Case(
             "preference_loss",
             lambda v=v: paired(v),
-            hyper_parameters(v),
+            {"objective": objective(v)},
             ("chosen", "rejected"),
             arguments=with_references,
             label=v,
@@ -66,11 +67,17 @@ CASES = [
         for v in preference_loss.VARIANTS
     ),
     *(
-        Case("preference_loss", lambda: paired("sigmoid"), {"divergence": d}, ("chosen", "rejected"))
+        Case(
+            "preference_loss",
+            lambda: paired("sigmoid"),
+            {"objective": PreferenceObjective(divergence_variant=d)},
+            ("chosen", "rejected"),
+            label=d,
+        )
         for d in ("forward_kl", "alpha", "js")
     ),
     *(
-        Case("unpaired_preference_loss", unpaired, {"variant": v}, ("logprobs",))
+        Case("unpaired_preference_loss", unpaired, {"objective": v}, ("logprobs",))
         for v in unpaired_preference_loss.VARIANTS
     ),
     Case("reward_loss", rewards, grads=("chosen_rewards", "rejected_rewards")),
