@@ -59,7 +59,7 @@ def losses(
     """The PPO losses from what the roles said: KL-shaped rewards, GAE, whitening, clipped losses."""
     import rlhf_fast as ops
 
-    kl = ops.kl_estimate(old, ref, estimator="k1")
+    kl = ops.kl_estimate(old, ref, variant="k1")
     rewards = ops.shaped_rewards(scores, kl, mask=mask, kl_coef=0.05)
     advantages, returns = ops.gae(rewards, old_values, mask=mask)
     policy, _ = ops.policy_loss(logprobs, old, ops.whiten(advantages, mask), mask=mask)

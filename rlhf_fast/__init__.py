@@ -4,6 +4,8 @@ from rlhf_fast.backends import BackendError, use_backend
 from rlhf_fast.integrations import patch, patched, unpatch
 from rlhf_fast.ops.advantages.gae import discounted_returns, gae, length_adaptive_lambda
 from rlhf_fast.ops.advantages.group_advantages import group_advantages
+from rlhf_fast.ops.advantages.kl_controller import AdaptiveKLController, FixedKLController
+from rlhf_fast.ops.advantages.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.advantages.vtrace import vtrace
 from rlhf_fast.ops.advantages.whiten import whiten
 from rlhf_fast.ops.core.loss import Loss
@@ -22,10 +24,8 @@ from rlhf_fast.ops.preference.unpaired_preference_loss import (
     running_reward_shift,
     unpaired_preference_loss,
 )
-from rlhf_fast.ops.rewards.kl_controller import AdaptiveKLController, FixedKLController
 from rlhf_fast.ops.rewards.ranking_loss import ranking_loss
 from rlhf_fast.ops.rewards.reward_loss import ensemble_scores, reward_loss
-from rlhf_fast.ops.rewards.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.rewards.step_reward_loss import step_reward_loss
 from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
 from rlhf_fast.ops.tokens.sample_tokens import Samples, sample_tokens

@@ -64,7 +64,7 @@ def steps(*names: str) -> dict[str, Tensor]:
 
 
 def off_policy() -> dict[str, Tensor]:
-    return {"logprobs": logprobs(), "behaviour_logprobs": logprobs()}
+    return {"logprobs": logprobs(), "sampler_logprobs": logprobs()}
 
 
 def policy_constants() -> dict[str, Tensor]:
@@ -138,29 +138,29 @@ CASES = [
     Case(
         "group_advantages",
         lambda: {"rewards": plane(ANSWERS), "group_ids": torch.arange(ANSWERS) % 5, "lengths": torch.rand(ANSWERS) + 1},
-        {"kind": "opo"},
+        {"variant": "opo"},
     ),
     *(
-        Case("group_advantages", lambda: {"rewards": plane(ANSWERS)}, {"kind": kind, "group_size": 4, **options})
-        for kind, options in {"grpo": {}, "rloo": {}, "pass_at_k": {"k": 2}, "reinforce_baseline": {}}.items()
+        Case("group_advantages", lambda: {"rewards": plane(ANSWERS)}, {"variant": variant, "group_size": 4, **options})
+        for variant, options in {"grpo": {}, "rloo": {}, "pass_at_k": {"k": 2}, "reinforce_baseline": {}}.items()
     ),
-    Case("group_advantages", lambda: {"rewards": plane(ANSWERS, REWARDS)}, {"kind": "gdpo", "group_size": 4}),
+    Case("group_advantages", lambda: {"rewards": plane(ANSWERS, REWARDS)}, {"variant": "gdpo", "group_size": 4}),
     Case(
         "group_advantages",
         lambda: {"rewards": plane(ANSWERS, REWARDS), "reward_weights": torch.rand(REWARDS) + 0.5},
-        {"kind": "gdpo", "group_size": 4},
+        {"variant": "gdpo", "group_size": 4},
         label="weighted",
     ),
-    Case("group_advantages", lambda: {"rewards": plane(ANSWERS)}, {"kind": "reinforce_pp"}),
+    Case("group_advantages", lambda: {"rewards": plane(ANSWERS)}, {"variant": "reinforce_pp"}),
     Case(
         "group_advantages",
         lambda: {"rewards": plane(ANSWERS), "baseline_rewards": plane(ANSWERS)},
-        {"kind": "remax"},
+        {"variant": "remax"},
     ),
     Case(
         "kl_estimate",
         lambda: {name: logprobs() for name in ("logprobs", "ref_logprobs", "old_logprobs")},
-        {"estimator": "k3"},
+        {"variant": "k3"},
         ("logprobs", "ref_logprobs"),
     ),
     Case(

@@ -118,8 +118,8 @@ def scans(sizes: Sizes, device: str) -> list[Job]:
             returns.append(following * mask[:, t])
         return torch.stack(returns[::-1], 1)
 
-    def vtrace(rewards: Tensor, values: Tensor, logprobs: Tensor, behaviour_logprobs: Tensor) -> list[Tensor]:
-        ratio = (logprobs - behaviour_logprobs).exp().clamp(max=1)
+    def vtrace(rewards: Tensor, values: Tensor, logprobs: Tensor, sampler_logprobs: Tensor) -> list[Tensor]:
+        ratio = (logprobs - sampler_logprobs).exp().clamp(max=1)
         zero = torch.zeros_like(rewards[:, 0])
         advantages, targets, next_value, next_target = [], [], zero, zero
         for t in reversed(range(rewards.shape[1])):
@@ -143,7 +143,7 @@ def scans(sizes: Sizes, device: str) -> list[Job]:
         ),
         Job(
             "vtrace", *of_planes(sizes),
-            lambda: planes(sizes, device, "rewards", "values", "logprobs", "behaviour_logprobs"), vtrace,
+            lambda: planes(sizes, device, "rewards", "values", "logprobs", "sampler_logprobs"), vtrace,
             partial(rlhf_fast.vtrace, gamma=GAMMA, lam=LAM), compiles=False,
         ),
     ]  # fmt: skip

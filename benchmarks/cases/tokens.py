@@ -163,7 +163,7 @@ def estimate(sizes: Sizes, device: str) -> Job:
         return log_ratio.exp() - 1 - log_ratio
 
     return Job(
-        "kl_estimate", *of_planes(sizes), near, k3, partial(rlhf_fast.kl_estimate, estimator="k3"), ("logprobs",),
+        "kl_estimate", *of_planes(sizes), near, k3, partial(rlhf_fast.kl_estimate, variant="k3"), ("logprobs",),
         label="k3", peers="kl_estimate",
     )  # fmt: skip
 

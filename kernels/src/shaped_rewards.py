@@ -1,4 +1,4 @@
-"""Per-token rewards out of scores and KL estimates; formula in rlhf_fast/ops/rewards/shaped_rewards.py.
+"""Per-token rewards out of scores and KL estimates; formula in rlhf_fast/ops/advantages/shaped_rewards.py.
 
 One program per row, which walks over time from the end, so that the last valid token is the first it meets.
 """

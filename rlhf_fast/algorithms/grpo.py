@@ -37,7 +37,7 @@ def prepare(config: AlgorithmConfig) -> Job:
 def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     """Roll out, score, compare within each group, update; repeat."""
     for step, experience in experiences(job, config, run):
-        advantages = group_advantages(experience.rewards, group_size=config.num_generations, kind=config.advantage)
+        advantages = group_advantages(experience.rewards, group_size=config.num_generations, variant=config.advantage)
         metrics = improve(job, config, experience, loss_of(config, advantages))
         groups = experience.rewards.view(-1, config.num_generations)
         # A group of equal rewards teaches nothing; many of them mean that the task is too easy or too hard.
@@ -53,7 +53,7 @@ def loss_of(config: AlgorithmConfig, advantages: Tensor) -> Loss[Rows]:
             rows.logprobs, rows.old_logprobs, advantages[rows.indices][:, None], objective=config.objective, mask=rows.mask,
             denominator=rows.tokens, sequences=rows.sequences,
         )  # fmt: skip
-        kl = kl_estimate(rows.logprobs, rows.ref_logprobs, estimator="k3").sum() / rows.tokens
+        kl = kl_estimate(rows.logprobs, rows.ref_logprobs, variant="k3").sum() / rows.tokens
         metrics |= {"policy_loss": loss, "kl_loss": kl, "entropy": rows.entropy.sum() / rows.tokens}
         return loss + config.kl_coef * kl, metrics
 

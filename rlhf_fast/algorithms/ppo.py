@@ -15,10 +15,10 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.ops.advantages.gae import gae
 from rlhf_fast.ops.advantages.group_advantages import group_advantages
+from rlhf_fast.ops.advantages.kl_controller import AdaptiveKLController, FixedKLController
+from rlhf_fast.ops.advantages.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.advantages.whiten import whiten
 from rlhf_fast.ops.policy.policy_loss import policy_loss
-from rlhf_fast.ops.rewards.kl_controller import AdaptiveKLController, FixedKLController
-from rlhf_fast.ops.rewards.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.values.value_loss import value_loss
 from rlhf_fast.rewards import write_stats
 from rlhf_fast.training.config import RolloutConfig

@@ -130,7 +130,7 @@ def compute_approx_kl(
     10) where the samples are those of an older policy.
     """
     gradient = "k2" if unbiased_gradient else None
-    kl = kl_estimate(log_probs, log_probs_base, estimator=kl_estimator, gradient=gradient, value_clip=KL_BOUND)
+    kl = kl_estimate(log_probs, log_probs_base, variant=kl_estimator, gradient=gradient, value_clip=KL_BOUND)
     if unbiased_gradient and log_probs_old is not None:  # the weight is the gradient's alone
         weight = (log_probs.float() - log_probs_old.float()).exp().clamp(max=KL_WEIGHT_BOUND).detach()
         kl = kl.detach() + weight * (kl - kl.detach())

@@ -43,7 +43,7 @@ class Experience:
     def kl(self) -> Tensor:
         """(B, T): k1 estimate of the KL to the reference, 0 behind the mask."""
         assert self.scores.logprobs is not None  # after the first minibatch
-        return kl_estimate(self.scores.logprobs, self.scores.ref_logprobs, estimator="k1")
+        return kl_estimate(self.scores.logprobs, self.scores.ref_logprobs, variant="k1")
 
     def old_logprobs(self, rows: Tensor) -> Tensor | None:
         """(rows, T), those of the policy that sampled; None in the minibatch that makes them."""

@@ -12,7 +12,7 @@ import torch
 from rlhf_fast.data.encoding import Encoder
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.peft_io import save_adapter
-from rlhf_fast.ops.rewards.kl_controller import FixedKLController
+from rlhf_fast.ops.advantages.kl_controller import FixedKLController
 from rlhf_fast.rewards import Rewards
 from rlhf_fast.training.config import Config
 

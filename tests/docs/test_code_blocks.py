@@ -22,7 +22,7 @@ import rlhf_fast
 from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
 from rlhf_fast.cli import app
 from rlhf_fast.ops import table
-from rlhf_fast.ops.advantages.group_advantages import KINDS
+from rlhf_fast.ops.advantages.group_advantages import VARIANTS as GROUP_VARIANTS
 from rlhf_fast.ops.policy import objective as _policy
 from rlhf_fast.ops.preference import objective as _preference
 
@@ -175,6 +175,6 @@ def test_every_public_name_is_on_the_page_of_functions(name):
     assert re.search(rf"`{name}`|rf\.{name}\b", TEXTS["docs/ops.md"])
 
 
-@pytest.mark.parametrize("variant", [*_policy.VARIANTS, *_preference.VARIANTS, *KINDS])
+@pytest.mark.parametrize("variant", [*_policy.VARIANTS, *_preference.VARIANTS, *GROUP_VARIANTS])
 def test_every_variant_is_on_the_page_of_functions(variant):
     assert f"`{variant}`" in TEXTS["docs/ops.md"]

@@ -265,7 +265,7 @@ def test_rewards_without_a_kl_coefficient_do_not_see_the_kl(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_k3_of_an_impossible_reference_is_infinite_with_a_finite_slope(backend):
     logprobs = torch.tensor([[-1.0]], requires_grad=True)
-    value = kl_estimate(logprobs, torch.tensor([[-INF]]), estimator="k3", backend=backend)
+    value = kl_estimate(logprobs, torch.tensor([[-INF]]), variant="k3", backend=backend)
     value.sum().backward()
     assert value.item() == INF
     assert logprobs.grad.item() == 1.0
@@ -429,5 +429,5 @@ def test_a_step_that_is_scored_right_infinitely_costs_nothing(backend):
 
 def test_the_reference_of_group_advantages_takes_no_matrix_of_pairs():
     rewards, ids = torch.randn(200_000), torch.arange(200_000) % 1000  # 4e10 pairs
-    got = group_advantages(rewards, group_ids=ids, kind="rloo", backend="reference")
-    torch.testing.assert_close(got, group_advantages(rewards, group_ids=ids, kind="rloo", backend="cpu"))
+    got = group_advantages(rewards, group_ids=ids, variant="rloo", backend="reference")
+    torch.testing.assert_close(got, group_advantages(rewards, group_ids=ids, variant="rloo", backend="cpu"))

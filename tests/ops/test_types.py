@@ -172,7 +172,7 @@ def test_any_type_of_number_scales_an_adapter_and_weighs_a_reward(number):
     assert torch.equal(*layers)
     assert torch.equal(*(linear_logprobs(x, weight, ids, head_lora=(a, b, scale)) for scale in (0.5, number)))
     weighed = [
-        group_advantages(torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), group_size=2, kind="gdpo",
+        group_advantages(torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), group_size=2, variant="gdpo",
                          reward_weights=[w, 2 * w])
         for w in (0.5, number)
     ]  # fmt: skip

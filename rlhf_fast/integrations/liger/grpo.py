@@ -186,7 +186,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         if self.beta == 0:
             return Terms(losses, None, clipped)
         reference = logprobs.detach() if reference is None else self._visible(reference, mask)
-        kl = kl_estimate(logprobs, reference, estimator="k3")
+        kl = kl_estimate(logprobs, reference, variant="k3")
         if self.use_bias_correction_kl:
             kl = kl * log_ratio.exp()
         return Terms(losses + self.beta * kl, kl, clipped)

@@ -88,8 +88,8 @@ def compute_grpo_passk_outcome_advantage(
     groups, sizes = _groups(index, token_level_rewards.device)
     if (sizes < 2).any():
         raise ValueError(f"pass@k needs two answers to every prompt, got groups of {sorted(set(sizes.tolist()))}")
-    kind = "grpo" if config.get("norm_adv_by_std_in_grpo", True) else "dr_grpo"
-    advantages = group_advantages(token_level_rewards.sum(-1), group_ids=groups, kind=kind, eps=epsilon)
+    variant = "grpo" if config.get("norm_adv_by_std_in_grpo", True) else "dr_grpo"
+    advantages = group_advantages(token_level_rewards.sum(-1), group_ids=groups, variant=variant, eps=epsilon)
     by_score = advantages.argsort(descending=True, stable=True)
     order = by_score[groups[by_score].argsort(stable=True)]  # a run for every group, its best answer first
     best = torch.nn.functional.pad(groups[order].diff() != 0, (1, 0), value=True)
@@ -120,7 +120,7 @@ def compute_rloo_vectorized_outcome_advantage(
 ) -> Pair:
     """The same, but 0 for a prompt's only answer."""
     groups, _ = _groups(index, token_level_rewards.device)
-    return _spread(group_advantages(token_level_rewards.sum(-1), group_ids=groups, kind="rloo"), response_mask)
+    return _spread(group_advantages(token_level_rewards.sum(-1), group_ids=groups, variant="rloo"), response_mask)
 
 
 def compute_opo_outcome_advantage(
@@ -292,11 +292,11 @@ def _groups(index: Any, device: torch.device) -> Pair:
     return entries.view(-1, 2).unbind(1)  # type: ignore[return-value]
 
 
-def _in_groups(kind: str, rewards: Tensor, index: Any, lengths: Tensor | None = None) -> Tensor:
-    """(B,): advantages of the scores by a kind that leaves a prompt's only answer its score."""
+def _in_groups(variant: str, rewards: Tensor, index: Any, lengths: Tensor | None = None) -> Tensor:
+    """(B,): advantages of the scores by a variant that leaves a prompt's only answer its score."""
     scores = rewards.sum(-1)
     groups, sizes = _groups(index, rewards.device)
-    advantages = group_advantages(scores, group_ids=groups, kind=kind, lengths=lengths)
+    advantages = group_advantages(scores, group_ids=groups, variant=variant, lengths=lengths)
     return torch.where(sizes == 1, scores.to(advantages.dtype), advantages).to(rewards.dtype)
 
 
@@ -304,7 +304,7 @@ def _normalised(rewards: Tensor, index: Any, epsilon: float) -> Tensor:
     """(B,): advantages of grpo; a prompt's only answer has mean 0 and standard deviation 1."""
     scores = rewards.sum(-1)
     groups, sizes = _groups(index, rewards.device)
-    advantages = group_advantages(scores, group_ids=groups, kind="grpo", eps=epsilon)
+    advantages = group_advantages(scores, group_ids=groups, variant="grpo", eps=epsilon)
     return torch.where(sizes == 1, scores.to(advantages.dtype) / (1 + epsilon), advantages).to(rewards.dtype)
 
 

@@ -167,7 +167,7 @@ def _estimator(name: str) -> str:
 def _estimate(logprob: Tensor, ref_logprob: Tensor, estimator: str, gradient: str | None = None) -> Tensor:
     clips = (20.0, 10.0) if estimator == "k3" else (None, None)
     estimate = kl_estimate(
-        logprob.reshape(-1), ref_logprob.reshape(-1), estimator=estimator, gradient=gradient, log_ratio_clip=clips[0],
+        logprob.reshape(-1), ref_logprob.reshape(-1), variant=estimator, gradient=gradient, log_ratio_clip=clips[0],
         value_clip=clips[1],
     )  # fmt: skip
     return estimate.view(logprob.shape).to(torch.promote_types(logprob.dtype, ref_logprob.dtype))

@@ -56,7 +56,7 @@ def group_advantages(
     *,
     group_size: int | None = None,
     group_ids: Tensor | None = None,
-    kind: str = "grpo",
+    variant: str = "grpo",
     eps: float = 1e-4,
     lengths: Tensor | None = None,
     baseline_rewards: Tensor | None = None,
@@ -71,7 +71,7 @@ def group_advantages(
     group_size: groups are consecutive rewards, B a multiple of it; or else
     group_ids: (B,) int64 or int32, any values in any order; equal ids make a group. reinforce_pp and remax, which have
     no groups, take neither.
-    kind: a key of KINDS, see the module's formulas.
+    variant: a key of VARIANTS, see the module's formulas.
     eps: >= 0, added to the group's standard deviation by grpo and gdpo; > 0 where the batch is whitened.
     lengths: opo needs (B,), tokens, any dtype, >= 0 (checked on the CPU).
     baseline_rewards: remax needs (B,), the greedy answer's reward.
@@ -80,20 +80,20 @@ def group_advantages(
     process_group: where the batch is whitened, over all its ranks together; every rank must call. Groups stay within
     a rank.
 
-    Raises ValueError or TypeError for shapes, types and values that do not fit, and for what the kind does not take.
+    Raises ValueError or TypeError for shapes, types and values that do not fit, and for what the variant does not take.
     """
-    _check_arguments(rewards, kind, eps, lengths, baseline_rewards, k, process_group)
-    kept = KINDS[kind]
+    _check_arguments(rewards, variant, eps, lengths, baseline_rewards, k, process_group)
+    rule = VARIANTS[variant]
     if reward_weights is not None:
-        reward_weights = _checked_weights(rewards, kind, reward_weights)
-    _check_groups(rewards, group_size, group_ids, kind)
+        reward_weights = _checked_weights(rewards, variant, reward_weights)
+    _check_groups(rewards, group_size, group_ids, variant)
     if k is not None and not 1 <= k <= (group_size or k):
         raise ValueError(f"k must be in [1, group_size], got k={k}, group_size={group_size}")
     dtype = check.compute_dtype(rewards.dtype)
     rewards = rewards.detach()
     if baseline_rewards is not None:
         return rewards.to(dtype) - baseline_rewards.detach().to(dtype)
-    if not kept.grouped:
+    if not rule.grouped:
         return whiten(rewards, eps=eps, process_group=process_group, backend=backend)
     name = resolve("group_advantages", IMPLS, rewards.device, backend)
     if name == "reference":
@@ -102,7 +102,7 @@ def group_advantages(
         if ids is None:
             ids = torch.arange(rewards.shape[0], device=rewards.device) // (group_size or 1)
         return reference(
-            rewards, ids, kind=kind, eps=eps, lengths=lengths, k=k, reward_weights=reward_weights,
+            rewards, ids, variant=variant, eps=eps, lengths=lengths, k=k, reward_weights=reward_weights,
             process_group=process_group,
         )  # fmt: skip
     weights = None if lengths is None else lengths.detach().to(dtype).contiguous()
@@ -112,13 +112,13 @@ def group_advantages(
         rewards = rewards.T.reshape(-1)
         if order is not None and offsets is not None:
             order, offsets = _of_columns(order, offsets, columns)
-    if kind == "pass_at_k":
+    if variant == "pass_at_k":
         rewards = _right(rewards)
     parameter = float(eps if k is None else k)
-    advantages = _op(rewards.contiguous(), weights, order, offsets, group_size or 0, kept.divisor, parameter, name)
+    advantages = _op(rewards.contiguous(), weights, order, offsets, group_size or 0, rule.divisor, parameter, name)
     if columns:
         advantages = masked_loss.product(_row(reward_weights, advantages)[:, None], advantages.view(columns, -1)).sum(0)
-    return _over_batch(advantages, eps, process_group) if kept.whitened else advantages
+    return _over_batch(advantages, eps, process_group) if rule.whitened else advantages
 
 
 def _right(rewards: Tensor) -> Tensor:
@@ -160,24 +160,24 @@ DIVISORS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 }
 
 
-class Kind(NamedTuple):
+class Rule(NamedTuple):
     divisor: str = "unit"
-    needs: str | None = None  # the keyword without which the kind is not defined
+    needs: str | None = None  # the keyword without which the variant is not defined
     grouped: bool = True
     whitened: bool = False  # over the batch
     columns: bool = False  # several rewards of each answer
 
 
-KINDS = {
-    "grpo": Kind("grpo"),
-    "dr_grpo": Kind(),
-    "rloo": Kind("rloo"),
-    "opo": Kind(needs="lengths"),
-    "pass_at_k": Kind("pass_at_k", needs="k"),
-    "reinforce_baseline": Kind(whitened=True),
-    "gdpo": Kind("grpo", whitened=True, columns=True),
-    "reinforce_pp": Kind(grouped=False, whitened=True),
-    "remax": Kind(needs="baseline_rewards", grouped=False),
+VARIANTS = {
+    "grpo": Rule("grpo"),
+    "dr_grpo": Rule(),
+    "rloo": Rule("rloo"),
+    "opo": Rule(needs="lengths"),
+    "pass_at_k": Rule("pass_at_k", needs="k"),
+    "reinforce_baseline": Rule(whitened=True),
+    "gdpo": Rule("grpo", whitened=True, columns=True),
+    "reinforce_pp": Rule(grouped=False, whitened=True),
+    "remax": Rule(needs="baseline_rewards", grouped=False),
 }
 
 
@@ -185,17 +185,17 @@ def reference(
     rewards: Tensor,
     group_ids: Tensor,
     *,
-    kind: str,
+    variant: str,
     eps: float = 1e-4,
     lengths: Tensor | None = None,
     k: int | None = None,
     reward_weights: Tensor | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """The advantages of a kind with groups by definition, differentiable any number of times."""
+    """The advantages of a variant with groups by definition, differentiable any number of times."""
     r = rewards.to(check.compute_dtype(rewards.dtype))
     r = r if r.dim() == 2 else r[:, None]
-    if kind == "pass_at_k":
+    if variant == "pass_at_k":
         r = _right(r)
     ids, order = group_ids.sort(stable=True)
     group = torch.cat([order.new_zeros(min(1, ids.shape[0])), (ids[1:] != ids[:-1]).cumsum(0)])
@@ -214,10 +214,10 @@ def reference(
         (total != 0).to(r.dtype), apart - over_group(apart * weights) / torch.where(total == 0, 1, total)
     )
     mean, m2 = over_group(r) / count, over_group(distance.square())
-    divisor = DIVISORS[KINDS[kind].divisor](count, mean, m2, eps if k is None else k)
+    divisor = DIVISORS[VARIANTS[variant].divisor](count, mean, m2, eps if k is None else k)
     # The divisor is 0 without eps, for equal rewards.
     advantages = masked_loss.product(_row(reward_weights, r), distance / torch.where(divisor == 0, 1, divisor)).sum(-1)
-    return _over_batch(advantages, eps, process_group) if KINDS[kind].whitened else advantages
+    return _over_batch(advantages, eps, process_group) if VARIANTS[variant].whitened else advantages
 
 
 def _row(reward_weights: Tensor | None, like: Tensor) -> Tensor:
@@ -225,9 +225,9 @@ def _row(reward_weights: Tensor | None, like: Tensor) -> Tensor:
     return like.new_ones(1) if reward_weights is None else reward_weights.to(like.dtype)
 
 
-def _checked_weights(rewards: Tensor, kind: str, reward_weights: Tensor | Sequence[float]) -> Tensor:
-    if not KINDS[kind].columns:
-        raise ValueError(f"kind {kind} takes no reward_weights")
+def _checked_weights(rewards: Tensor, variant: str, reward_weights: Tensor | Sequence[float]) -> Tensor:
+    if not VARIANTS[variant].columns:
+        raise ValueError(f"variant {variant} takes no reward_weights")
     if not isinstance(reward_weights, Tensor):
         reward_weights = [check.number("reward_weights", weight) for weight in reward_weights]
     weights = torch.as_tensor(reward_weights, device=rewards.device).detach()
@@ -262,39 +262,39 @@ def _of_columns(order: Tensor, offsets: Tensor, columns: int) -> tuple[Tensor, T
 
 def _check_arguments(
     rewards: Tensor,
-    kind: str,
+    variant: str,
     eps: float,
     lengths: Tensor | None,
     baseline_rewards: Tensor | None,
     k: int | None,
     process_group: torch.distributed.ProcessGroup | None,
 ) -> None:
-    """The kind, and what it takes and needs."""
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    kept = KINDS[kind]
+    """The variant, and what it takes and needs."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    rule = VARIANTS[variant]
     check.floating("rewards", rewards)
-    if rewards.dim() != (2 if kept.columns else 1) or (kept.columns and rewards.shape[1] < 1):
-        raise ValueError(f"rewards of kind {kind} must be {'(B, M) with M >= 1' if kept.columns else '(B,)'}, got "
-                         f"{tuple(rewards.shape)}")  # fmt: skip
-    if not (eps > 0 if kept.whitened else eps >= 0):
-        raise ValueError(f"eps must be {'> 0' if kept.whitened else '>= 0'} for kind {kind}, got {eps}")
+    if rewards.dim() != (2 if rule.columns else 1) or (rule.columns and rewards.shape[1] < 1):
+        shape = "(B, M) with M >= 1" if rule.columns else "(B,)"
+        raise ValueError(f"rewards of variant {variant} must be {shape}, got {tuple(rewards.shape)}")
+    if not (eps > 0 if rule.whitened else eps >= 0):
+        raise ValueError(f"eps must be {'> 0' if rule.whitened else '>= 0'} for variant {variant}, got {eps}")
     given = {"lengths": lengths, "baseline_rewards": baseline_rewards, "k": k}
     for name, value in given.items():
-        if (value is not None) != (name == kept.needs):
-            raise ValueError(f"kind {kind} {'needs' if value is None else 'takes no'} {name}")
+        if (value is not None) != (name == rule.needs):
+            raise ValueError(f"variant {variant} {'needs' if value is None else 'takes no'} {name}")
         if isinstance(value, Tensor):
             check.shaped(name, value, rewards.shape, "(B,)")
             check.same_device(("rewards", rewards), (name, value))
-    if process_group is not None and not kept.whitened:
-        raise ValueError(f"kind {kind} takes no process_group: it is not whitened over the batch")
+    if process_group is not None and not rule.whitened:
+        raise ValueError(f"variant {variant} takes no process_group: it is not whitened over the batch")
 
 
-def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None, kind: str) -> None:
+def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None, variant: str) -> None:
     shape = None if group_ids is None else tuple(group_ids.shape)
-    if not KINDS[kind].grouped:
+    if not VARIANTS[variant].grouped:
         if group_size is not None or group_ids is not None:
-            raise ValueError(f"kind {kind} has no groups, got group_size={group_size} and group_ids={shape}")
+            raise ValueError(f"variant {variant} has no groups, got group_size={group_size} and group_ids={shape}")
         return
     if (group_size is None) == (group_ids is None):
         raise ValueError(

@@ -1,9 +1,9 @@
 """vtrace: value targets and advantages of sequences that another policy sampled, by one backward scan over time.
 
 With r_t the reward of step t, V_t the value of the state before it, n the next step that counts, the bootstrap value
-V_T (0 where none is given) after the last step, and the importance ratio of the policy to the behaviour policy:
+V_T (0 where none is given) after the last step, and the importance ratio of the policy to the one that sampled:
 
-    ratio_t = exp(logprob_t - behaviour_logprob_t)
+    ratio_t = exp(logprob_t - sampler_logprob_t)
     rho_t = min(rho_clip, ratio_t),   c_t = lam min(c_clip, ratio_t)
     target_t = V_t + delta_t + gamma c_t (target_n - V_n),   delta_t = rho_t (r_t + gamma V_n - V_t)
     advantage_t = rho_t (r_t + gamma (V_n + lam (target_n - V_n)) - V_t)
@@ -42,7 +42,7 @@ def vtrace(
     rewards: Tensor,
     values: Tensor,
     logprobs: Tensor,
-    behaviour_logprobs: Tensor,
+    sampler_logprobs: Tensor,
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -55,7 +55,7 @@ def vtrace(
 ) -> tuple[Tensor, Tensor]:
     """V-trace advantages and value targets.
 
-    rewards, values, logprobs, behaviour_logprobs: padded (B, T), or packed (N,) with cu_seqlens; float32, float64,
+    rewards, values, logprobs, sampler_logprobs: padded (B, T), or packed (N,) with cu_seqlens; float32, float64,
     bfloat16 or float16; rows may be strided. values[t] is the value of the state before step t; log-probabilities are
     those of the sampled tokens in nats, under the policy and under the one that sampled them.
     mask, cu_seqlens, bootstrap: as in `gae`; what is behind the mask is not looked at.
@@ -66,7 +66,7 @@ def vtrace(
     Raises ValueError or TypeError for shapes, types and values that do not fit; the entries of cu_seqlens are checked
     on the CPU only.
     """
-    inputs = {"rewards": rewards, "values": values, "logprobs": logprobs, "behaviour_logprobs": behaviour_logprobs}
+    inputs = {"rewards": rewards, "values": values, "logprobs": logprobs, "sampler_logprobs": sampler_logprobs}
     tensors, mask, cu_seqlens, bootstrap = sequences.prepared(inputs, mask, cu_seqlens, bootstrap)
     for name, rate in (("gamma", gamma), ("lam", lam)):
         if not 0 <= rate <= 1:
@@ -90,7 +90,7 @@ def reference(
     rewards: Tensor,
     values: Tensor,
     logprobs: Tensor,
-    behaviour_logprobs: Tensor,
+    sampler_logprobs: Tensor,
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -105,7 +105,7 @@ def reference(
     zeros = torch.zeros_like(rewards, dtype=check.compute_dtype(rewards.dtype))
     # What is behind the mask is replaced before any arithmetic, so that nothing there gets through.
     r, v, p, q = (
-        torch.where(walk.counts, x.to(zeros.dtype), zeros) for x in (rewards, values, logprobs, behaviour_logprobs)
+        torch.where(walk.counts, x.to(zeros.dtype), zeros) for x in (rewards, values, logprobs, sampler_logprobs)
     )
     ratio = (p - q).exp()
     rho, scale = ratio.clamp(max=rho_clip), gamma * lam * ratio.clamp(max=c_clip)
@@ -136,7 +136,7 @@ def _triton(inputs: list[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None
 
 
 # impl(inputs, mask | None, cu_seqlens | None, bootstrap | None, rates, outputs), with inputs = [rewards, values,
-# logprobs, behaviour_logprobs] of one dtype and unit last stride, rates = [gamma, lam, rho_clip, c_clip] with infinity
+# logprobs, sampler_logprobs] of one dtype and unit last stride, rates = [gamma, lam, rho_clip, c_clip] with infinity
 # for no bound, outputs = [advantages, targets]
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"vtrace": tuple(IMPLS)}

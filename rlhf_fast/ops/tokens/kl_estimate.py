@@ -45,7 +45,7 @@ def kl_estimate(
     logprobs: Tensor,
     ref_logprobs: Tensor,
     *,
-    estimator: str = "k1",
+    variant: str = "k1",
     gradient: str | None = None,
     old_logprobs: Tensor | None = None,
     log_ratio_clip: float | None = None,
@@ -56,7 +56,7 @@ def kl_estimate(
     """The estimate of every token, in nats; logprobs and ref_logprobs get a gradient.
 
     logprobs, ref_logprobs: (B, T), or (N,) packed, in nats; float32, bfloat16, float16 or float64, any strides.
-    estimator: one of VARIANTS. gradient: the one whose derivative is taken instead of the estimator's own, at the
+    variant: one of VARIANTS. gradient: the one whose derivative is taken instead of the variant's own, at the
     log-ratio before any clip. old_logprobs: the shape of logprobs; those of the policy that sampled the tokens, a
     constant: estimates are weighted with w = exp(logprob - old_logprob).
     log_ratio_clip, value_clip: bounds > 0 on |log r| and on |estimate|, beyond which the own derivative is 0.
@@ -68,19 +68,17 @@ def kl_estimate(
     shape = masked_loss.per_token_shape("logprobs", logprobs)
     old = {} if old_logprobs is None else {"old_logprobs": old_logprobs}
     masked_loss.floats(shape, "the shape of logprobs", logprobs=logprobs, ref_logprobs=ref_logprobs, **old)
-    for name, given in (("estimator", estimator), ("gradient", gradient)):
+    for name, given in (("variant", variant), ("gradient", gradient)):
         if given not in VARIANTS and not (name == "gradient" and given is None):
             raise ValueError(f"{name} must be one of {', '.join(VARIANTS)}, got {given!r}")
     bounds = {"log_ratio_clip": log_ratio_clip, "value_clip": value_clip, "weight_clip": weight_clip}
     clips = {name: math.inf if x is None else check.positive(name, x) for name, x in bounds.items()}
     name = resolve("kl_estimate", IMPLS, logprobs.device, backend)
     if name == "reference":
-        return reference(
-            logprobs, ref_logprobs, estimator=estimator, gradient=gradient, old_logprobs=old_logprobs, **clips
-        )
+        return reference(logprobs, ref_logprobs, variant=variant, gradient=gradient, old_logprobs=old_logprobs, **clips)
     return _run(
         masked_loss.plane(logprobs), masked_loss.plane(ref_logprobs),
-        None if old_logprobs is None else masked_loss.plane(old_logprobs), estimator, gradient or "own",
+        None if old_logprobs is None else masked_loss.plane(old_logprobs), variant, gradient or "own",
         list(clips.values()), torch.is_grad_enabled() and ref_logprobs.requires_grad, name,
     )[0].view(shape)  # fmt: skip
 
@@ -104,7 +102,7 @@ def reference(
     logprobs: Tensor,
     ref_logprobs: Tensor,
     *,
-    estimator: str = "k1",
+    variant: str = "k1",
     gradient: str | None = None,
     old_logprobs: Tensor | None = None,
     log_ratio_clip: float = math.inf,
@@ -116,7 +114,7 @@ def reference(
     logprobs, log_ratio = logprobs.to(dtype), ref_logprobs.to(dtype) - logprobs.to(dtype)
     if value_clip < math.inf:  # where exp overflows the estimate is clipped, and inf * 0 would be its derivative
         log_ratio_clip = min(log_ratio_clip, math.log(torch.finfo(dtype).max))
-    estimate = VARIANTS[estimator](log_ratio.clamp(-log_ratio_clip, log_ratio_clip)).clamp(-value_clip, value_clip)
+    estimate = VARIANTS[variant](log_ratio.clamp(-log_ratio_clip, log_ratio_clip)).clamp(-value_clip, value_clip)
     weight = torch.ones_like(logprobs)
     if old_logprobs is not None:
         weight = (logprobs - old_logprobs.detach().to(dtype)).exp().clamp(max=weight_clip)
@@ -127,10 +125,10 @@ def reference(
     return masked_loss.product(weight.detach(), estimate.detach() + (slope - slope.detach()))
 
 
-def _cpu(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None, estimator: str, gradient: str,
+def _cpu(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None, variant: str, gradient: str,
          clips: list[float], value: Tensor, by_logprob: Tensor, by_ref: Tensor) -> None:  # fmt: skip
     native().kl_estimate(
-        estimator, gradient, [plane(x) for x in (logprobs, ref_logprobs, old_logprobs)], *value.shape, clips,
+        variant, gradient, [plane(x) for x in (logprobs, ref_logprobs, old_logprobs)], *value.shape, clips,
         value.dtype == torch.float64, [packed(x) for x in (value, by_logprob, by_ref)], threads(),
     )  # fmt: skip
 
@@ -141,7 +139,7 @@ def _triton(*args: Any) -> None:
     kernels.forward(*args)
 
 
-# (logprobs, ref_logprobs, old_logprobs | None, estimator, gradient, clips of log r, estimate and weight,
+# (logprobs, ref_logprobs, old_logprobs | None, variant, gradient, clips of log r, estimate and weight,
 #  value, by_logprob or empty, by_ref or empty), all tensors (rows, columns)
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"kl_estimate": tuple(IMPLS)}
@@ -154,10 +152,10 @@ def _empty(logprobs: Tensor, by_logprob: bool, by_ref: bool) -> list[Tensor]:
     return [logprobs.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-def _forward(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None, estimator: str, gradient: str,
+def _forward(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None, variant: str, gradient: str,
              clips: list[float], by_ref: bool, backend: str, *, by_logprob: bool = True) -> list[Tensor]:  # fmt: skip
     results = _empty(logprobs, by_logprob, by_ref)
-    IMPLS[backend](logprobs, ref_logprobs, old_logprobs, estimator, gradient, clips, *results)
+    IMPLS[backend](logprobs, ref_logprobs, old_logprobs, variant, gradient, clips, *results)
     return results
 
 
@@ -180,7 +178,7 @@ def _backward(ctx, grads):
 
 _run = registration.op(
     "kl_estimate",
-    "(Tensor logprobs, Tensor ref_logprobs, Tensor? old_logprobs, str estimator, str gradient, float[] clips, "
+    "(Tensor logprobs, Tensor ref_logprobs, Tensor? old_logprobs, str variant, str gradient, float[] clips, "
     "bool by_ref, str backend) -> Tensor[]",
     _forward,
     fake=lambda logprobs, *others: _empty(logprobs, True, others[-2]),

@@ -12,7 +12,7 @@ from rlhf_fast.testing.cases.case import B, Case, T, logprobs, mask, plane
 
 
 def vtrace_tensors() -> dict[str, Tensor]:
-    return {"rewards": plane(), "values": plane(), "logprobs": logprobs(), "behaviour_logprobs": logprobs()}
+    return {"rewards": plane(), "values": plane(), "logprobs": logprobs(), "sampler_logprobs": logprobs()}
 
 
 def by_id() -> dict[str, Tensor]:
@@ -23,8 +23,8 @@ def one_reward() -> dict[str, Tensor]:
     return {"rewards": torch.randn(12)}
 
 
-# The kinds with groups: what they take beside the groups.
-GROUP_KINDS: list[tuple[str, Callable[[], dict[str, Tensor]], dict[str, Any]]] = [
+# The variants with groups: what they take beside the groups.
+GROUPED: list[tuple[str, Callable[[], dict[str, Tensor]], dict[str, Any]]] = [
     ("grpo", one_reward, {}),
     ("dr_grpo", one_reward, {}),
     ("rloo", one_reward, {}),
@@ -70,14 +70,14 @@ CASES = [
     Case("whiten", lambda: {"x": plane(), "mask": mask()}),
     Case("whiten", lambda: {"x": plane()}, {"shift_mean": False}),
     *(
-        Case("group_advantages", lambda tensors=tensors: tensors() | by_id(), {"kind": kind, **options})
-        for kind, tensors, options in GROUP_KINDS
+        Case("group_advantages", lambda tensors=tensors: tensors() | by_id(), {"variant": variant, **options})
+        for variant, tensors, options in GROUPED
     ),
     Case("group_advantages", lambda: {"rewards": torch.randn(12)}, {"group_size": 4}, label="by size"),
-    Case("group_advantages", lambda: {"rewards": torch.randn(12)}, {"kind": "reinforce_pp"}),
+    Case("group_advantages", lambda: {"rewards": torch.randn(12)}, {"variant": "reinforce_pp"}),
     Case(
         "group_advantages",
         lambda: {"rewards": torch.randn(12), "baseline_rewards": torch.randn(12)},
-        {"kind": "remax"},
+        {"variant": "remax"},
     ),
 ]

@@ -30,10 +30,10 @@ def estimate(label: str, *names: str, **options: Any) -> Case:
 
 TRANSFORM: dict[str, Any] = {"temperature": 0.7, "logit_scale": 1.5, "softcap": 6.0}
 CASES = [
-    *(estimate(k, estimator=k) for k in ("k1", "k2", "k3")),
-    *(estimate(f"{k}-straight-through", estimator=k, gradient="k2") for k in ("k1", "k3")),
-    *(estimate(f"{k}-weighted", "old_logprobs", estimator=k) for k in ("k1", "k2", "k3")),
-    estimate("clipped", "old_logprobs", estimator="k3", log_ratio_clip=0.51, value_clip=0.0777, weight_clip=1.26),
+    *(estimate(k, variant=k) for k in ("k1", "k2", "k3")),
+    *(estimate(f"{k}-straight-through", variant=k, gradient="k2") for k in ("k1", "k3")),
+    *(estimate(f"{k}-weighted", "old_logprobs", variant=k) for k in ("k1", "k2", "k3")),
+    estimate("clipped", "old_logprobs", variant="k3", log_ratio_clip=0.51, value_clip=0.0777, weight_clip=1.26),
     *(
         Case("token_kl", both_logits, {"divergence": d, **options}, ("logits",), label=f"{d}{suffix}")
         for d in ("reverse", "forward", "js")

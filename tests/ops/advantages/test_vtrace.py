@@ -17,9 +17,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RATES = {"gamma": 0.99, "lam": 0.9, "rho_clip": 1.1, "c_clip": 0.95}
 
 
-def plain_row(r, v, logprobs, behaviour, bootstrap, gamma, lam, rho_clip, c_clip):
+def plain_row(r, v, logprobs, sampler, bootstrap, gamma, lam, rho_clip, c_clip):
     """Espeholt et al. 2018, eq. 1, with c_i = lam min(c_clip, ratio_i) (remark 2), for steps that all count."""
-    ratio = (logprobs - behaviour).exp()
+    ratio = (logprobs - sampler).exp()
     rho, c = ratio.clamp(max=rho_clip), lam * ratio.clamp(max=c_clip)
     values = torch.cat([v, bootstrap[None]])
     delta = rho * (r + gamma * values[1:] - v)
@@ -47,10 +47,10 @@ def example(shape=(3, 17), dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rewards, values = (torch.randn(shape, generator=generator) for _ in range(2))
     logprobs = -torch.rand(shape, generator=generator)
-    behaviour = logprobs + torch.randn(shape, generator=generator) / 4
+    sampler = logprobs + torch.randn(shape, generator=generator) / 4
     mask = torch.rand(shape, generator=generator) > 0.3
     bootstrap = torch.randn(shape[0], generator=generator).to(dtype)
-    return [x.to(dtype) for x in (rewards, values, logprobs, behaviour)], mask, bootstrap
+    return [x.to(dtype) for x in (rewards, values, logprobs, sampler)], mask, bootstrap
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -203,6 +203,6 @@ def test_the_registered_op_passes_opcheck_and_compiles(backend):
     ],
 )
 def test_bad_input_raises_with_the_values(change, message):
-    names = ("rewards", "values", "logprobs", "behaviour_logprobs")
+    names = ("rewards", "values", "logprobs", "sampler_logprobs")
     with pytest.raises(ValueError, match=message):
         vtrace(**{name: torch.zeros(3, 17) for name in names} | change)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast import kl_estimate
-from rlhf_fast.ops.tokens.kl_estimate import ESTIMATORS, reference
+from rlhf_fast.ops.tokens.kl_estimate import VARIANTS, reference
 from rlhf_fast.testing.numerics import assert_contract
 from tests.losses import BACKENDS, DTYPES, KERNELS, SHAPES, compiled, draw
 
@@ -19,28 +19,28 @@ def run(estimate, logprobs, ref_logprobs):
     return {"value": value.detach(), "d logprobs": leaves[0].grad, "d ref_logprobs": leaves[1].grad}
 
 
-def eager(estimator):
+def eager(variant):
     def estimate(logprobs, ref_logprobs):
         log_ratio = ref_logprobs - logprobs
-        return {"k1": -log_ratio, "k2": log_ratio**2 / 2, "k3": log_ratio.exp() - 1 - log_ratio}[estimator]
+        return {"k1": -log_ratio, "k2": log_ratio**2 / 2, "k3": log_ratio.exp() - 1 - log_ratio}[variant]
 
     return estimate
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("estimator", "values", "slopes"),
+    ("variant", "values", "slopes"),
     [
         ("k1", [-math.log(2), math.log(2)], [1.0, 1.0]),
         ("k2", [math.log(2) ** 2 / 2] * 2, [-math.log(2), math.log(2)]),
         ("k3", [1 - math.log(2), math.log(2) - 0.5], [-1.0, 0.5]),
     ],
 )
-def test_the_estimators_are_those_of_schulman_2020(backend, estimator, values, slopes):
+def test_the_estimators_are_those_of_schulman_2020(backend, variant, values, slopes):
     # r = ref / pi = 2 and 1/2: k1 = -log r, k2 = (log r)^2 / 2, k3 = (r - 1) - log r; d k3 / d logprob = 1 - r.
     logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
     ref = torch.tensor([-1.0 + math.log(2), -1.0 - math.log(2)], requires_grad=True)
-    got = kl_estimate(logprobs, ref, estimator=estimator, backend=backend)
+    got = kl_estimate(logprobs, ref, variant=variant, backend=backend)
     got.sum().backward()
     assert got.tolist() == pytest.approx(values, rel=1e-6)
     assert logprobs.grad.tolist() == pytest.approx(slopes, rel=1e-6)
@@ -48,34 +48,34 @@ def test_the_estimators_are_those_of_schulman_2020(backend, estimator, values, s
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_straight_through_has_the_estimator_s_value_and_the_slope_of_k2(backend, estimator):
+@pytest.mark.parametrize("variant", ["k1", "k3"])
+def test_straight_through_has_the_estimator_s_value_and_the_slope_of_k2(backend, variant):
     # r = 2: k1 = -log 2, k3 = 1 - log 2, and d k2 / d logprob = -log r = -log 2.
     logprobs = torch.tensor([-1.0], requires_grad=True)
     ref = torch.tensor([-1.0 + math.log(2)], requires_grad=True)
-    got = kl_estimate(logprobs, ref, estimator=estimator, gradient="k2", backend=backend)
+    got = kl_estimate(logprobs, ref, variant=variant, gradient="k2", backend=backend)
     got.sum().backward()
-    assert got.item() == pytest.approx({"k1": -math.log(2), "k3": 1 - math.log(2)}[estimator], rel=1e-6)
+    assert got.item() == pytest.approx({"k1": -math.log(2), "k3": 1 - math.log(2)}[variant], rel=1e-6)
     assert logprobs.grad.item() == pytest.approx(-math.log(2), rel=1e-6)
     assert ref.grad.item() == pytest.approx(math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("estimator", "value", "slope", "ref_slope"),
+    ("variant", "value", "slope", "ref_slope"),
     [
         ("k1", -3 * math.log(2), 3 * (1 - math.log(2)), -3.0),
         ("k2", 1.5 * math.log(2) ** 2, 3 * (math.log(2) ** 2 / 2 - math.log(2)), 3 * math.log(2)),
         ("k3", 3 * (1 - math.log(2)), -3 * math.log(2), 3.0),
     ],
 )
-def test_tokens_of_another_policy_are_weighted_as_in_deepseek_v3_2(backend, estimator, value, slope, ref_slope):
+def test_tokens_of_another_policy_are_weighted_as_in_deepseek_v3_2(backend, variant, value, slope, ref_slope):
     # The unbiased KL estimate of arXiv 2512.02556: w k with w = pi / pi_old = 3, r = 2. Its ratio is not constant:
     # d (w k) / d logprob = w (k + d k / d logprob).
     logprobs = torch.tensor([-1.0], requires_grad=True)
     ref = torch.tensor([-1.0 + math.log(2)], requires_grad=True)
     old = torch.tensor([-1.0 - math.log(3)])
-    got = kl_estimate(logprobs, ref, estimator=estimator, old_logprobs=old, backend=backend)
+    got = kl_estimate(logprobs, ref, variant=variant, old_logprobs=old, backend=backend)
     got.sum().backward()
     assert got.item() == pytest.approx(value, rel=1e-6)
     assert logprobs.grad.item() == pytest.approx(slope, rel=1e-6)
@@ -85,7 +85,7 @@ def test_tokens_of_another_policy_are_weighted_as_in_deepseek_v3_2(backend, esti
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_clipped_estimate_that_overflows_has_no_gradient(backend):
     logprobs = torch.tensor([-200.0], requires_grad=True)
-    value = kl_estimate(logprobs, torch.zeros(1), estimator="k3", value_clip=10.0, backend=backend)
+    value = kl_estimate(logprobs, torch.zeros(1), variant="k3", value_clip=10.0, backend=backend)
     value.sum().backward()
     assert (value.item(), logprobs.grad.item()) == (10.0, 0.0)
 
@@ -95,16 +95,16 @@ def test_what_is_clipped_is_a_constant(backend):
     # log r = 2 against a bound of 1: k1 = -1. log r = 1/2: k1 = -1/2. w = e^2 against a bound of 3.
     logprobs = torch.tensor([-3.0, -3.0, -3.0], requires_grad=True)
     ref = torch.tensor([-1.0, -2.5, -2.5])
-    kl_estimate(logprobs, ref, estimator="k1", log_ratio_clip=1.0, backend=backend).sum().backward()
+    kl_estimate(logprobs, ref, variant="k1", log_ratio_clip=1.0, backend=backend).sum().backward()
     assert logprobs.grad.tolist() == [0, 1, 1]
     logprobs.grad = None
-    got = kl_estimate(logprobs, ref, estimator="k1", value_clip=0.75, backend=backend)
+    got = kl_estimate(logprobs, ref, variant="k1", value_clip=0.75, backend=backend)
     got.sum().backward()
     assert got.tolist() == [-0.75, -0.5, -0.5]
     assert logprobs.grad.tolist() == [0, 1, 1]
     logprobs.grad = None
     old = torch.tensor([-5.0, -3.0, -5.0])
-    got = kl_estimate(logprobs, ref, estimator="k1", old_logprobs=old, weight_clip=3.0, backend=backend)
+    got = kl_estimate(logprobs, ref, variant="k1", old_logprobs=old, weight_clip=3.0, backend=backend)
     got.sum().backward()
     assert got.tolist() == pytest.approx([-6.0, -0.5, -1.5])
     assert logprobs.grad.tolist() == pytest.approx([3.0, 0.5, 3.0])
@@ -112,9 +112,9 @@ def test_what_is_clipped_is_a_constant(backend):
 
 @pytest.mark.parametrize(
     "options",
-    [*({"estimator": e, "gradient": g} for e in ("k1", "k3") for g in ("k2", None)),
+    [*({"variant": e, "gradient": g} for e in ("k1", "k3") for g in ("k2", None)),
      # The value of k2 is biased, and so would be the ratio's share of the gradient.
-     {"estimator": "k2", "gradient": "k2"}],
+     {"variant": "k2", "gradient": "k2"}],
     ids=str,
 )  # fmt: skip
 def test_the_weighted_gradient_is_that_of_the_kl_in_expectation_over_the_sampler(options):
@@ -127,10 +127,10 @@ def test_the_weighted_gradient_is_that_of_the_kl_in_expectation_over_the_sampler
     torch.testing.assert_close(torch.autograd.grad(sampled, logits)[0], exact)
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_the_expectation_over_the_policy_is_the_kl(estimator):
+@pytest.mark.parametrize("variant", ["k1", "k3"])
+def test_the_expectation_over_the_policy_is_the_kl(variant):
     policy, ref = (torch.log_softmax(x, -1) for x in draw((5,), 2, torch.float64))
-    expectation = (policy.exp() * kl_estimate(policy, ref, estimator=estimator)).sum()
+    expectation = (policy.exp() * kl_estimate(policy, ref, variant=variant)).sum()
     torch.testing.assert_close(expectation, (policy.exp() * (policy - ref)).sum())
 
 
@@ -140,18 +140,18 @@ def test_the_gradient_of_k2_is_that_of_the_kl_in_expectation():
     logits.requires_grad_()
     policy = torch.log_softmax(logits, -1)
     exact = torch.autograd.grad((policy.exp() * (policy - ref)).sum(), logits, retain_graph=True)[0]
-    sampled = (policy.exp().detach() * kl_estimate(policy, ref, estimator="k2")).sum()
+    sampled = (policy.exp().detach() * kl_estimate(policy, ref, variant="k2")).sum()
     torch.testing.assert_close(torch.autograd.grad(sampled, logits)[0], exact)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (1030,)], ids=str)
-@pytest.mark.parametrize("estimator", list(ESTIMATORS))
-def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, shape, estimator):
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, shape, variant):
     inputs = draw(shape, 2, dtype)
-    got = run(lambda *x: kl_estimate(*x, estimator=estimator, backend=backend), *inputs)
-    plain, exact = run(eager(estimator), *inputs), run(eager(estimator), *(x.double() for x in inputs))
+    got = run(lambda *x: kl_estimate(*x, variant=variant, backend=backend), *inputs)
+    plain, exact = run(eager(variant), *inputs), run(eager(variant), *(x.double() for x in inputs))
     for name in got:
         assert_contract(name, got[name], plain[name], exact[name])
 
@@ -161,14 +161,14 @@ def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, shape, 
 def test_k3_does_not_cancel_near_zero(backend, step):
     step = torch.tensor([step], dtype=torch.float32).item()
     exact = sum(step**k / math.factorial(k) for k in range(2, 20))
-    got = kl_estimate(torch.zeros(1), torch.tensor([step]), estimator="k3", backend=backend)
+    got = kl_estimate(torch.zeros(1), torch.tensor([step]), variant="k3", backend=backend)
     assert got.item() == pytest.approx(exact, rel=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(-80, 80, width=32), st.sampled_from(BACKENDS))
 def test_k3_is_never_negative_and_zero_only_at_equality(log_ratio, backend):
-    got = kl_estimate(torch.tensor([-log_ratio]), torch.zeros(1), estimator="k3", backend=backend).item()
+    got = kl_estimate(torch.tensor([-log_ratio]), torch.zeros(1), variant="k3", backend=backend).item()
     assert got >= 0
     if abs(log_ratio) > 1e-3:
         assert got > 0
@@ -177,21 +177,21 @@ def test_k3_is_never_negative_and_zero_only_at_equality(log_ratio, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("estimator", list(ESTIMATORS))
-def test_a_common_shift_and_strides_change_nothing(backend, estimator):
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_a_common_shift_and_strides_change_nothing(backend, variant):
     logprobs, ref = (x.double() for x in draw((4, 6), 2))
-    expected = kl_estimate(logprobs, ref, estimator=estimator, backend=backend)
-    moved = kl_estimate((logprobs + 4).T.contiguous().T, (ref + 4)[:, :], estimator=estimator, backend=backend)
+    expected = kl_estimate(logprobs, ref, variant=variant, backend=backend)
+    moved = kl_estimate((logprobs + 4).T.contiguous().T, (ref + 4)[:, :], variant=variant, backend=backend)
     torch.testing.assert_close(moved, expected)
-    one = kl_estimate(logprobs[:, :1].expand(4, 6), ref, estimator=estimator, backend=backend)
-    assert torch.equal(one, kl_estimate(logprobs[:, :1].repeat(1, 6), ref, estimator=estimator, backend=backend))
+    one = kl_estimate(logprobs[:, :1].expand(4, 6), ref, variant=variant, backend=backend)
+    assert torch.equal(one, kl_estimate(logprobs[:, :1].repeat(1, 6), ref, variant=variant, backend=backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_inputs_that_ask_get_a_gradient(backend):
     logprobs, ref = draw((3,), 2)
     logprobs.requires_grad_()
-    kl_estimate(logprobs, ref, estimator="k2", backend=backend).sum().backward()
+    kl_estimate(logprobs, ref, variant="k2", backend=backend).sum().backward()
     assert logprobs.grad is not None
     assert ref.grad is None
 
@@ -203,10 +203,10 @@ def test_no_token_gives_no_estimate(backend):
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["on-policy", "weighted"])
-@pytest.mark.parametrize("estimator", list(ESTIMATORS))
-def test_the_reference_is_differentiable_twice(estimator, weighted):
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_the_reference_is_differentiable_twice(variant, weighted):
     *leaves, old = draw((2, 3), 3, torch.float64)
-    options = {"estimator": estimator, "old_logprobs": old if weighted else None, "log_ratio_clip": 1.5}
+    options = {"variant": variant, "old_logprobs": old if weighted else None, "log_ratio_clip": 1.5}
     leaves = [x.requires_grad_() for x in leaves]
     assert torch.autograd.gradcheck(lambda *x: reference(*x, **options), leaves)
     assert torch.autograd.gradgradcheck(lambda *x: reference(*x, **options), leaves)
@@ -221,12 +221,12 @@ def test_the_registered_op_passes_opcheck(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("estimator", list(ESTIMATORS))
-def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend, estimator):
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend, variant):
     inputs = draw((2, 3), 2)
 
     def estimate(*x):
-        return kl_estimate(*x, estimator=estimator, backend=backend)
+        return kl_estimate(*x, variant=variant, backend=backend)
 
     got, expected = run(compiled(estimate), *inputs), run(estimate, *inputs)
     for name in got:
@@ -238,7 +238,7 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend, estimator)
     [
         ([torch.zeros(2, 3), torch.zeros(2)], {}, r"ref_logprobs .*\(2, 3\), got \(2,\)"),
         ([torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)], {}, r"logprobs must be \(B, T\) or \(N,\), got \(1, 2, 3\)"),
-        ([torch.zeros(2), torch.zeros(2)], {"estimator": "k4"}, "estimator must be one of k1, k2, k3, got 'k4'"),
+        ([torch.zeros(2), torch.zeros(2)], {"variant": "k4"}, "variant must be one of k1, k2, k3, got 'k4'"),
         ([torch.zeros(2), torch.zeros(2)], {"gradient": "k4"}, "gradient must be one of k1, k2, k3, got 'k4'"),
         ([torch.zeros(2), torch.zeros(2)], {"weight_clip": 0.0}, "weight_clip must be > 0, got 0.0"),
         ([torch.zeros(2), torch.zeros(2)], {"old_logprobs": torch.zeros(3)}, r"old_logprobs .*\(2,\), got \(3,\)"),

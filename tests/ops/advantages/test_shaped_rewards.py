@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast import shaped_rewards
-from rlhf_fast.ops.rewards import shaped_rewards as module
+from rlhf_fast.ops.advantages import shaped_rewards as module
 from rlhf_fast.testing.numerics import assert_contract
 
 BACKENDS = ("reference", "cpu", "triton")
