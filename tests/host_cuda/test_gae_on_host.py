@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rlhf_fast.backends import DTYPE_CODES
-from rlhf_fast.ops.advantages.gae import empty_outputs, reference
+from rlhf_fast.ops.advantages._scan import Sequences
+from rlhf_fast.ops.advantages.gae import reference
 from rlhf_fast.testing.numerics import assert_contract
 from tests.host_cuda.token_logprobs import address
 
@@ -18,8 +19,10 @@ def host(compiled):
 
 def run(host, rewards, values=None, *, mask=None, cu_seqlens=None, bootstrap=None, gamma=0.99, lam=0.95, value_lam=None,
         lams=None):  # fmt: skip
-    outputs = [x.fill_(0 if cu_seqlens is not None else torch.nan) for x in empty_outputs(rewards, values, cu_seqlens)]
-    sequences = rewards.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    batch = Sequences(mask, cu_seqlens, bootstrap)
+    outputs = batch.empty(rewards, 1 if values is None else 2)
+    outputs = [x.fill_(0 if cu_seqlens is not None else torch.nan) for x in outputs]
+    sequences = batch.count(rewards)
     strides = [rewards.stride(0), 0 if values is None else values.stride(0)]
     pointer, rates = ctypes.c_void_p, (gamma, lam, lam if value_lam is None else value_lam)
     host.gae(

@@ -41,8 +41,10 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, stream, threads
-from rlhf_fast.ops.core import check, sequences
-from rlhf_fast.ops.core.registration_by_schema import op_without_gradient
+from rlhf_fast.ops.advantages import _scan
+from rlhf_fast.ops.advantages._scan import Advantages, Sequences
+from rlhf_fast.ops.core import check, registration
+from rlhf_fast.ops.core.sequences import check_bounds
 
 
 @check.takes_numbers
@@ -57,7 +59,7 @@ def gae(
     lam: float | Tensor = 0.95,
     value_lam: float | Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Advantages:
     """Generalised advantage estimates and the value targets that go with them.
 
     rewards, values: padded (B, T), or packed (N,) with cu_seqlens; float32, float64, bfloat16 or float16; rows may be
@@ -75,8 +77,7 @@ def gae(
     tensors of lambdas are checked on the CPU only.
     """
     inputs = {"rewards": rewards, "values": values}
-    advantages, returns = _run("gae", inputs, mask, cu_seqlens, bootstrap, gamma, lam, value_lam, backend)
-    return advantages, returns
+    return Advantages(*_of("gae", inputs, mask, cu_seqlens, bootstrap, gamma, lam, value_lam, backend))
 
 
 @check.takes_numbers
@@ -91,7 +92,7 @@ def discounted_returns(
 ) -> Tensor:
     """Discounted rewards to go (gamma 1: their sum), of the shape of rewards; arguments and errors as in `gae`."""
     inputs = {"rewards": rewards}
-    return _run("discounted_returns", inputs, mask, cu_seqlens, bootstrap, gamma, 1.0, None, backend)[0]
+    return _of("discounted_returns", inputs, mask, cu_seqlens, bootstrap, gamma, 1.0, None, backend)[0]
 
 
 @check.takes_numbers
@@ -117,15 +118,15 @@ def reference(
     value_lam: float | Tensor | None = None,
 ) -> list[Tensor]:
     """[advantages, returns], or [returns] without values, by definition, differentiable any number of times."""
-    walk = sequences.walk(rewards, mask, cu_seqlens, bootstrap)
+    walk = _scan.walk(rewards, mask, cu_seqlens, bootstrap)
     zeros = torch.zeros_like(rewards, dtype=check.compute_dtype(rewards.dtype))
     # What is behind the mask is replaced before any arithmetic, so that nothing there gets through.
     r, v = (zeros if x is None else torch.where(walk.counts, x.to(zeros.dtype), zeros) for x in (rewards, values))
 
     def advantages(lam: float | Tensor) -> Tensor:
         decay = zeros + gamma * (lam[walk.sequence].to(zeros.dtype) if isinstance(lam, Tensor) else lam)
-        states, _, _ = sequences.backward(
-            walk, v, lambda t, value, advantage: r[..., t] + gamma * value - v[..., t] + decay[..., t] * advantage
+        states, _, _ = walk.back(
+            v, lambda t, value, advantage: r[..., t] + gamma * value - v[..., t] + decay[..., t] * advantage
         )
         return torch.where(walk.counts, states, zeros)
 
@@ -133,6 +134,13 @@ def reference(
     if values is None:
         return [result]
     return [result, (result if value_lam is None else advantages(value_lam)) + v]
+
+
+class Steps(NamedTuple):
+    """Of one type, with unit last stride."""
+
+    rewards: Tensor
+    values: Tensor | None  # None: discounted returns alone
 
 
 class Rates(NamedTuple):
@@ -146,103 +154,86 @@ class Rates(NamedTuple):
     lams: Tensor | None
 
 
-def _cpu(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
-         bootstrap: Tensor | None, rates: Rates, outputs: list[Tensor]) -> None:  # fmt: skip
-    native().gae(*_native_arguments(rewards, values, mask, cu_seqlens, bootstrap, rates, outputs), threads())
+def _cpu(steps: Steps, sequences: Sequences, rates: Rates, outputs: list[Tensor]) -> None:
+    native().gae(*_native_arguments(steps, sequences, rates, outputs), threads())
 
 
-def _cuda(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
-          bootstrap: Tensor | None, rates: Rates, outputs: list[Tensor]) -> None:  # fmt: skip
-    native().gae_cuda(
-        *_native_arguments(rewards, values, mask, cu_seqlens, bootstrap, rates, outputs),
-        rewards.get_device(), stream(rewards.device),
+def _cuda(steps: Steps, sequences: Sequences, rates: Rates, outputs: list[Tensor]) -> None:
+    device = steps.rewards.device
+    native().gae_cuda(*_native_arguments(steps, sequences, rates, outputs), device.index, stream(device))
+
+
+def _native_arguments(steps: Steps, sequences: Sequences, rates: Rates, outputs: list[Tensor]) -> tuple:
+    gamma, lam, value_lam, lams = rates
+    (rewards_at, reward_stride), (values_at, value_stride) = map(_scan.native_steps, steps)
+    return (
+        rewards_at, values_at, DTYPE_CODES[steps.rewards.dtype], [reward_stride, value_stride],
+        sequences.native(steps.rewards), [gamma, lam, lam if value_lam is None else value_lam], packed(lams),
+        value_lam is not None, [0 if steps.values is None else packed(outputs[0]), packed(outputs[-1])],
     )  # fmt: skip
 
 
-def _triton(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
-            bootstrap: Tensor | None, rates: Rates, outputs: list[Tensor]) -> None:  # fmt: skip
+def _triton(steps: Steps, sequences: Sequences, rates: Rates, outputs: list[Tensor]) -> None:
     from rlhf_fast.kernels import gae as kernels
 
-    kernels.gae(rewards, values, mask, cu_seqlens, bootstrap, *rates, outputs)
+    kernels.gae(*steps, *sequences, *rates, outputs)
 
 
-# impl(rewards, values | None, mask | None, cu_seqlens | None, bootstrap | None, rates, outputs)
-# with rewards and values of one dtype and unit last stride; outputs = [advantages, returns], without values [returns]
+# impl(steps, sequences, rates, outputs = [advantages, returns], without values [returns])
 IMPLS = {"cpu": _cpu, "triton": _triton, "cuda": _cuda}
 OPS = {"gae": tuple(IMPLS), "discounted_returns": tuple(IMPLS)}
 
 
-def empty_outputs(rewards: Tensor, values: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
-    """Unwritten [advantages, returns], or [returns] without values."""
-    return sequences.empty_outputs(rewards, cu_seqlens, 1 if values is None else 2)
+def _empty(steps: Steps, sequences: Sequences, rates: Rates, backend: str) -> list[Tensor]:
+    return sequences.empty(steps.rewards, 1 if steps.values is None else 2)
 
 
-@op_without_gradient("gae")
-def _op(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
-        bootstrap: Tensor | None, gamma: float, lam: float, value_lam: float | None, lams: Tensor | None,
-        backend: str) -> list[Tensor]:  # fmt: skip
-    _check_entries(rewards, cu_seqlens, lams)
-    outputs = empty_outputs(rewards, values, cu_seqlens)
-    IMPLS[backend](rewards, values, mask, cu_seqlens, bootstrap, Rates(gamma, lam, value_lam, lams), outputs)
+def _compute(steps: Steps, sequences: Sequences, rates: Rates, backend: str) -> list[Tensor]:
+    check_bounds(sequences.cu_seqlens, steps.rewards.shape[-1])
+    _check_lams(rates.lams)
+    outputs = _empty(steps, sequences, rates, backend)
+    IMPLS[backend](steps, sequences, rates, outputs)
     return outputs
 
 
-@_op.register_fake
-def _(rewards, values, mask, cu_seqlens, bootstrap, gamma, lam, value_lam, lams, backend):
-    return empty_outputs(rewards, values, cu_seqlens)
+_run = registration.op_without_gradient("gae", (Steps, Sequences, Rates), _compute, fake=_empty)
 
 
-def _run(op: str, inputs: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Tensor | None,
-         bootstrap: Tensor | None, gamma: float, lam: float | Tensor, value_lam: float | Tensor | None,
-         backend: str | None) -> list[Tensor]:  # fmt: skip
-    """Checks what both public functions share, then runs the backend. No gradient: see the module's docstring."""
-    tensors, mask, cu_seqlens, bootstrap = sequences.prepared(inputs, mask, cu_seqlens, bootstrap)
-    rewards, values = tensors[0], tensors[1] if len(tensors) > 1 else None
-    count = sequences.count(rewards, cu_seqlens)
+def _of(op: str, inputs: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Tensor | None,
+        bootstrap: Tensor | None, gamma: float, lam: float | Tensor, value_lam: float | Tensor | None,
+        backend: str | None) -> list[Tensor]:  # fmt: skip
+    """What both public functions are, `inputs` being rewards and, for gae, values."""
+    tensors, sequences = _scan.checked(inputs, mask, cu_seqlens, bootstrap)
+    steps = Steps(tensors[0], tensors[1] if len(tensors) > 1 else None)
     for name, rate in (("gamma", gamma), ("lam", lam), ("value_lam", value_lam)):
         if isinstance(rate, Tensor):
-            check.floating(name, rate)
-            check.shaped(name, rate, (count,), "(B,)" if cu_seqlens is None else "(S,)")
-            check.same_device(("rewards", rewards), (name, rate))
-        elif rate is not None and not 0 <= rate <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {rate}")
-    rates = _rates(gamma, lam, value_lam, rewards, count)
-    name = resolve(op, IMPLS, rewards.device, backend)
+            _scan.check_per_sequence(name, rate, ("rewards", steps.rewards), sequences)
+        elif rate is not None:
+            _scan.check_rate(name, rate)
+    rates = _rates(gamma, lam, value_lam, steps.rewards, sequences)
+    name = resolve(op, IMPLS, steps.rewards.device, backend)
     if name == "reference":
-        _check_entries(rewards, cu_seqlens, rates.lams)
-        return reference(
-            rewards, values, mask=mask, cu_seqlens=cu_seqlens, bootstrap=bootstrap, gamma=gamma, lam=lam,
-            value_lam=value_lam,
-        )  # fmt: skip
-    return _op(rewards, values, mask, cu_seqlens, bootstrap, *rates, name)
+        _check_lams(rates.lams)
+        return reference(*steps, **sequences._asdict(), gamma=gamma, lam=lam, value_lam=value_lam)
+    return _run(steps, sequences, rates, name)
 
 
-def _rates(gamma: float, lam: float | Tensor, value_lam: float | Tensor | None, rewards: Tensor, count: int) -> Rates:
+def _rates(
+    gamma: float, lam: float | Tensor, value_lam: float | Tensor | None, rewards: Tensor, sequences: Sequences
+) -> Rates:
     if not isinstance(lam, Tensor) and not isinstance(value_lam, Tensor):
         return Rates(gamma, lam, value_lam, None)
+    shape = (sequences.count(rewards),)
     rows = [
-        x.detach().double() if isinstance(x, Tensor) else rewards.new_full((count,), x, dtype=torch.float64)
+        x.detach().double() if isinstance(x, Tensor) else rewards.new_full(shape, x, dtype=torch.float64)
         for x in (lam, lam if value_lam is None else value_lam)
     ]
     return Rates(gamma, 1.0, None if value_lam is None else 1.0, torch.stack(rows))
 
 
-def _check_entries(rewards: Tensor, cu_seqlens: Tensor | None, lams: Tensor | None) -> None:
+def _check_lams(lams: Tensor | None) -> None:
     """Raises ValueError on the CPU; elsewhere entries are not read, which would wait for the device."""
-    sequences.check_bounds(cu_seqlens, rewards.shape[-1])
     if lams is None or lams.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if not ((lams >= 0) & (lams <= 1)).all():
         raise ValueError(f"lam and value_lam must be in [0, 1], got {lams.tolist()}")
-
-
-def _native_arguments(rewards: Tensor, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
-                      bootstrap: Tensor | None, rates: Rates, outputs: list[Tensor]) -> tuple:  # fmt: skip
-    gamma, lam, value_lam, lams = rates
-    (rewards_at, reward_stride), (values_at, value_stride) = map(sequences.native_steps, (rewards, values))
-    return (
-        rewards_at, values_at, DTYPE_CODES[rewards.dtype], [reward_stride, value_stride],
-        sequences.native_arguments(rewards, mask, cu_seqlens, bootstrap),
-        [gamma, lam, lam if value_lam is None else value_lam], packed(lams), value_lam is not None,
-        [0 if values is None else packed(outputs[0]), packed(outputs[-1])],
-    )  # fmt: skip

@@ -28,13 +28,16 @@ Sources: Espeholt et al. 2018 (IMPALA, arXiv 1802.01561), eq. 1, remark 1 (the r
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
-from rlhf_fast.ops.core import check, sequences
-from rlhf_fast.ops.core.registration_by_schema import op_without_gradient
+from rlhf_fast.ops.advantages import _scan
+from rlhf_fast.ops.advantages._scan import Advantages, Sequences
+from rlhf_fast.ops.core import check, registration
+from rlhf_fast.ops.core.sequences import check_bounds
 
 
 @check.takes_numbers
@@ -52,7 +55,7 @@ def vtrace(
     rho_clip: float | None = 1.0,
     c_clip: float | None = 1.0,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Advantages:
     """V-trace advantages and value targets.
 
     rewards, values, logprobs, sampler_logprobs: padded (B, T), or packed (N,) with cu_seqlens; float32, float64,
@@ -62,28 +65,23 @@ def vtrace(
     gamma, lam: in [0, 1].
     rho_clip, c_clip: > 0, or None for no bound: of the weights of TD errors, and of the traces that carry them back.
 
-    Returns (advantages, targets), each of the shape of rewards, float32 (float64 for float64), detached.
+    Returns (advantages, returns = the value targets), each of the shape of rewards, float32 (float64 for float64),
+    detached.
     Raises ValueError or TypeError for shapes, types and values that do not fit; the entries of cu_seqlens are checked
     on the CPU only.
     """
     inputs = {"rewards": rewards, "values": values, "logprobs": logprobs, "sampler_logprobs": sampler_logprobs}
-    tensors, mask, cu_seqlens, bootstrap = sequences.prepared(inputs, mask, cu_seqlens, bootstrap)
-    for name, rate in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= rate <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {rate}")
+    tensors, sequences = _scan.checked(inputs, mask, cu_seqlens, bootstrap)
+    steps = Steps(*tensors)
+    _scan.check_rate("gamma", gamma)
+    _scan.check_rate("lam", lam)
     rho_clip = math.inf if rho_clip is None else check.positive("rho_clip", rho_clip)
     c_clip = math.inf if c_clip is None else check.positive("c_clip", c_clip)
+    rates = Rates(gamma, lam, rho_clip, c_clip)
     name = resolve("vtrace", IMPLS, rewards.device, backend)
     if name == "reference":
-        sequences.check_bounds(cu_seqlens, rewards.shape[-1])
-        advantages, targets = reference(
-            *tensors, mask=mask, cu_seqlens=cu_seqlens, bootstrap=bootstrap, gamma=gamma, lam=lam, rho_clip=rho_clip,
-            c_clip=c_clip,
-        )  # fmt: skip
-    else:
-        rates = [float(gamma), float(lam), rho_clip, c_clip]
-        advantages, targets = _op(tensors, mask, cu_seqlens, bootstrap, rates, name)
-    return advantages, targets
+        return Advantages(*reference(*steps, **sequences._asdict(), **rates._asdict()))
+    return Advantages(*_run(steps, sequences, rates, name))
 
 
 def reference(
@@ -100,8 +98,8 @@ def reference(
     rho_clip: float = 1.0,
     c_clip: float = 1.0,
 ) -> list[Tensor]:
-    """[advantages, targets] by definition, differentiable any number of times."""
-    walk = sequences.walk(rewards, mask, cu_seqlens, bootstrap)
+    """[advantages, returns] by definition, differentiable any number of times."""
+    walk = _scan.walk(rewards, mask, cu_seqlens, bootstrap)
     zeros = torch.zeros_like(rewards, dtype=check.compute_dtype(rewards.dtype))
     # What is behind the mask is replaced before any arithmetic, so that nothing there gets through.
     r, v, p, q = (
@@ -113,44 +111,55 @@ def reference(
     def excess(t: int, next_value: Tensor, next_excess: Tensor) -> Tensor:
         return rho[..., t] * (r[..., t] + gamma * next_value - v[..., t]) + scale[..., t] * next_excess
 
-    own, next_value, next_excess = sequences.backward(walk, v, excess)
+    own, next_value, next_excess = walk.back(v, excess)
     advantages = rho * (r + gamma * (next_value + lam * next_excess) - v)
     return [torch.where(walk.counts, x, zeros) for x in (advantages, v + own)]
 
 
-def _cpu(inputs: list[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None, bootstrap: Tensor | None,
-         rates: list[float], outputs: list[Tensor]) -> None:  # fmt: skip
-    addresses, strides = zip(*map(sequences.native_steps, inputs), strict=True)
+class Steps(NamedTuple):
+    """Of one type, with unit last stride."""
+
+    rewards: Tensor
+    values: Tensor
+    logprobs: Tensor
+    sampler_logprobs: Tensor
+
+
+class Rates(NamedTuple):
+    gamma: float
+    lam: float
+    rho_clip: float  # infinity for no bound
+    c_clip: float
+
+
+def _cpu(steps: Steps, sequences: Sequences, rates: Rates, outputs: list[Tensor]) -> None:
+    addresses, strides = zip(*map(_scan.native_steps, steps), strict=True)
     native().vtrace(
-        addresses, DTYPE_CODES[inputs[0].dtype], strides,
-        sequences.native_arguments(inputs[0], mask, cu_seqlens, bootstrap), rates, [packed(x) for x in outputs],
-        threads(),
+        addresses, DTYPE_CODES[steps.rewards.dtype], strides, sequences.native(steps.rewards), rates,
+        [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 
-def _triton(inputs: list[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None, bootstrap: Tensor | None,
-            rates: list[float], outputs: list[Tensor]) -> None:  # fmt: skip
+def _triton(steps: Steps, sequences: Sequences, rates: Rates, outputs: list[Tensor]) -> None:
     from rlhf_fast.kernels import vtrace as kernels
 
-    kernels.vtrace(inputs, mask, cu_seqlens, bootstrap, rates, outputs)
+    kernels.vtrace(list(steps), *sequences, list(rates), outputs)
 
 
-# impl(inputs, mask | None, cu_seqlens | None, bootstrap | None, rates, outputs), with inputs = [rewards, values,
-# logprobs, sampler_logprobs] of one dtype and unit last stride, rates = [gamma, lam, rho_clip, c_clip] with infinity
-# for no bound, outputs = [advantages, targets]
+# impl(steps, sequences, rates, outputs = [advantages, returns])
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"vtrace": tuple(IMPLS)}
 
 
-@op_without_gradient("vtrace")
-def _op(inputs: list[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None, bootstrap: Tensor | None,
-        rates: list[float], backend: str) -> list[Tensor]:  # fmt: skip
-    sequences.check_bounds(cu_seqlens, inputs[0].shape[-1])
-    outputs = sequences.empty_outputs(inputs[0], cu_seqlens, 2)
-    IMPLS[backend](inputs, mask, cu_seqlens, bootstrap, rates, outputs)
+def _empty(steps: Steps, sequences: Sequences, rates: Rates, backend: str) -> list[Tensor]:
+    return sequences.empty(steps.rewards, 2)
+
+
+def _compute(steps: Steps, sequences: Sequences, rates: Rates, backend: str) -> list[Tensor]:
+    check_bounds(sequences.cu_seqlens, steps.rewards.shape[-1])
+    outputs = _empty(steps, sequences, rates, backend)
+    IMPLS[backend](steps, sequences, rates, outputs)
     return outputs
 
 
-@_op.register_fake
-def _(inputs, mask, cu_seqlens, bootstrap, rates, backend):
-    return sequences.empty_outputs(inputs[0], cu_seqlens, 2)
+_run = registration.op_without_gradient("vtrace", (Steps, Sequences, Rates), _compute, fake=_empty)

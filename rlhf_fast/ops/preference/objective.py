@@ -331,9 +331,7 @@ class Variant(NamedTuple):
     reference: bool = True  # the reference's log-probabilities
     averaged: bool = False  # averages over the tokens instead of sums
     smooths: bool = False  # label_smoothing
-    diverges: bool = (
-        False  # takes divergence_variant: looks at differences of rewards alone, where what is left out of a
-    )
+    diverges: bool = False  # takes divergence_variant: looks at differences of rewards alone, where what is left out of a
     # reward (a number of the prompt) cancels; or at none (sft)
     advantages: bool = False  # advantages of an auxiliary reward
     ranks: bool = False  # the order of the pairs of the call

@@ -184,7 +184,7 @@ def test_the_reference_is_differentiable_twice():
 def test_the_registered_op_passes_opcheck_and_compiles(backend):
     inputs, mask, bootstrap = example()
     op = torch.ops.rlhf_fast.vtrace.default
-    torch.library.opcheck(op, (inputs, mask.to(torch.uint8), None, bootstrap, [0.9, 0.8, 1.0, 1.0], backend))
+    torch.library.opcheck(op, (*inputs, mask.to(torch.uint8), None, bootstrap, 0.9, 0.8, 1.0, 1.0, backend))
     run = lambda *x: vtrace(*x, mask=mask, bootstrap=bootstrap, backend=backend)  # noqa: E731
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for a, b in zip(run(*inputs), compiled(*inputs), strict=True):
