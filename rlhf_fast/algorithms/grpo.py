@@ -50,8 +50,8 @@ def loss_of(config: AlgorithmConfig, advantages: Tensor) -> Loss[Rows]:
 
     def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = policy_loss(
-            rows.logprobs, rows.old_logprobs, advantages[rows.indices][:, None], objective=config.objective, mask=rows.mask,
-            denominator=rows.tokens, sequences=rows.sequences,
+            rows.logprobs, rows.old_logprobs, advantages[rows.indices][:, None], objective=config.objective,
+            mask=rows.mask, denominator=rows.tokens, sequences=rows.sequences,
         )  # fmt: skip
         kl = kl_estimate(rows.logprobs, rows.ref_logprobs, variant="k3").sum() / rows.tokens
         metrics |= {"policy_loss": loss, "kl_loss": kl, "entropy": rows.entropy.sum() / rows.tokens}

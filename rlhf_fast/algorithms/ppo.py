@@ -121,8 +121,8 @@ def loss_of(job: Job, config: AlgorithmConfig, estimates: Estimates) -> Loss[Row
 
     def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = policy_loss(
-            rows.logprobs, rows.old_logprobs, estimates.advantages[rows.indices], objective=config.objective, mask=rows.mask,
-            denominator=rows.tokens, sequences=rows.sequences,
+            rows.logprobs, rows.old_logprobs, estimates.advantages[rows.indices], objective=config.objective,
+            mask=rows.mask, denominator=rows.tokens, sequences=rows.sequences,
         )  # fmt: skip
         entropy = rows.entropy.sum() / rows.tokens
         metrics |= {"policy_loss": loss, "entropy": entropy}

@@ -93,8 +93,8 @@ def linear_policy_loss(
     inputs = Inputs(like, like if old_logprobs is None else old_logprobs, policy.per_token(advantages, shape),
                     ref_logprobs, sampler_logprobs, like if reads_entropy else None)  # fmt: skip
     inputs.check(objective)
-    plan = policy.plan(objective, like, mask=mask, overlong=overlong, cu_seqlens=cu_seqlens, denominator=denominator,
-                       sequences=sequences)  # fmt: skip
+    plan = Plan.of(objective, like, mask=mask, overlong=overlong, cu_seqlens=cu_seqlens, denominator=denominator,
+                   sequences=sequences)  # fmt: skip
     inputs = inputs.planes()
     constants = [None if old_logprobs is None else inputs.old_logprobs, *inputs[2:5]]
     name = resolve(f"linear_policy_loss of {objective.variant}", objective.kernels, hidden.device, backend)

@@ -59,6 +59,47 @@ class Plan(NamedTuple):
     denominator: Tensor | None  # (): tokens, at least 1; None: those that count here
     cu_seqlens: Tensor | None  # (S + 1,) int64, the packed sequences; None: the rows are
 
+    @classmethod
+    def of(
+        cls,
+        objective: PolicyObjective,
+        logprobs: Tensor,
+        *,
+        mask: Tensor | None = None,
+        overlong: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        denominator: Tensor | float | None = None,
+        sequences: Tensor | float | None = None,
+    ) -> Plan:
+        """The plan of a batch of the shape, dtype and device of `logprobs`; arguments as those of policy_loss."""
+        shape = tuple(logprobs.shape)
+        check.same_device(("logprobs", logprobs), ("mask", mask), ("overlong", overlong), ("cu_seqlens", cu_seqlens))
+        if mask is not None and mask.dtype == torch.uint8 and mask.shape == logprobs.shape:
+            flags: Tensor | None = mask.contiguous()
+        else:
+            flags = check.mask_bytes(mask, shape, "the shape of logprobs")
+        if cu_seqlens is not None:
+            cu_seqlens = checked_cu_seqlens(cu_seqlens, "logprobs", shape)
+            check_bounds(cu_seqlens, shape[0])
+        elif len(shape) == 1 and (objective.weighs_sequences or objective.needs_sequences or overlong is not None):
+            raise ValueError(
+                f"cu_seqlens must be given for packed logprobs {shape} with {objective.variant}, "
+                f"{objective.aggregation}"
+            )
+        if cu_seqlens is not None or overlong is not None:
+            flags = _without(flags, logprobs, overlong, cu_seqlens)
+        tokens = masked_loss.denominator_tensor(denominator, logprobs)
+        sequences = masked_loss.denominator_tensor(sequences, logprobs, "sequences")
+        plan = Plan(
+            flags=None if flags is None else masked_loss.plane(flags),
+            weights=None,
+            denominator=None if tokens is None else torch.where(tokens == 0, 1, tokens),
+            cu_seqlens=cu_seqlens,
+        )
+        if objective.aggregation == "token_mean":
+            return plan
+        return plan._replace(weights=_weights(objective, plan, masked_loss.plane(logprobs), sequences))
+
     def tile(self, columns: slice, like: Tensor) -> Plan:
         """The plan of some columns of `like`, for objectives whose tokens are not coupled."""
         flags, weights = (None if x is None else x[:, columns] for x in (self.flags, self.weights))
@@ -77,48 +118,18 @@ class Plan(NamedTuple):
         """(rows, columns) bool"""
         return torch.ones_like(like, dtype=torch.bool) if self.flags is None else self.flags != 0
 
+    def lengths(self, like: Tensor) -> Tensor:
+        """(S,) int64: the counted tokens of each sequence."""
+        counts = self.counts(like)
+        if self.cu_seqlens is None:
+            return counts.sum(1)
+        before = torch.nn.functional.pad(counts[0].cumsum(0), (1, 0))
+        return before[self.cu_seqlens].diff()
+
     def with_flag(self, tokens: Tensor, flag: int) -> Plan:
         """The plan with `flag` set on `tokens`, (rows, columns) bool, where they count."""
         flags = tokens.new_ones(tokens.shape, dtype=torch.uint8) if self.flags is None else self.flags
         return self._replace(flags=flags | torch.where(tokens & (flags != 0), flag, 0).to(torch.uint8))
-
-
-def plan(
-    objective: PolicyObjective,
-    logprobs: Tensor,
-    *,
-    mask: Tensor | None = None,
-    overlong: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    denominator: Tensor | float | None = None,
-    sequences: Tensor | float | None = None,
-) -> Plan:
-    """The plan of a batch of the shape, dtype and device of `logprobs`; arguments as those of policy_loss."""
-    shape = tuple(logprobs.shape)
-    check.same_device(("logprobs", logprobs), ("mask", mask), ("overlong", overlong), ("cu_seqlens", cu_seqlens))
-    if mask is not None and mask.dtype == torch.uint8 and mask.shape == logprobs.shape:
-        flags: Tensor | None = check.shaped("mask", mask, shape, "the shape of logprobs").contiguous()
-    else:
-        flags = check.mask_bytes(mask, shape, "the shape of logprobs")
-    per_sequence = objective.aggregation.startswith("seq") or objective.needs_sequences  # type: ignore[union-attr]
-    if cu_seqlens is not None:
-        cu_seqlens = checked_cu_seqlens(cu_seqlens, "logprobs", shape)
-        check_bounds(cu_seqlens, shape[0])
-    elif len(shape) == 1 and (per_sequence or overlong is not None):
-        raise ValueError(
-            f"cu_seqlens must be given for packed logprobs {shape} with {objective.variant}, {objective.aggregation}"
-        )
-    if cu_seqlens is not None or overlong is not None:
-        flags = _without(flags, logprobs, overlong, cu_seqlens)
-    flags = None if flags is None else masked_loss.plane(flags)
-    tokens = masked_loss.denominator_tensor(denominator, logprobs)
-    if tokens is not None:
-        tokens = torch.where(tokens == 0, 1, tokens)
-    unweighted = Plan(flags, None, tokens, cu_seqlens)
-    sequences = masked_loss.denominator_tensor(sequences, logprobs, "sequences")
-    if objective.aggregation == "token_mean":
-        return unweighted
-    return unweighted._replace(weights=_weights(objective, unweighted, masked_loss.plane(logprobs), sequences))
 
 
 def _without(flags: Tensor | None, logprobs: Tensor, overlong: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -133,21 +144,12 @@ def _without(flags: Tensor | None, logprobs: Tensor, overlong: Tensor | None, cu
     return flags.contiguous()
 
 
-def sequence_counts(plan: Plan, like: Tensor) -> Tensor:
-    """(S,) int64: the counted tokens of each sequence."""
-    counts = plan.counts(like)
-    if plan.cu_seqlens is None:
-        return counts.sum(1)
-    before = torch.nn.functional.pad(counts[0].cumsum(0), (1, 0))
-    return before[plan.cu_seqlens].diff()
-
-
 def _weights(objective: PolicyObjective, plan: Plan, like: Tensor, sequences: Tensor | None) -> Tensor:
     """Plan.weights of the objective's aggregation, which is not token_mean."""
     dtype = check.compute_dtype(like.dtype)
     if objective.aggregation == "token_sum":
         return torch.ones((), dtype=dtype, device=like.device).expand(like.shape)
-    lengths = sequence_counts(plan, like)
+    lengths = plan.lengths(like)
     if sequences is None:
         sequences = (lengths > 0).sum().to(dtype)
     share = 1 / torch.where(sequences == 0, 1, sequences)

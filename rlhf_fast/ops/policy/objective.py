@@ -121,6 +121,11 @@ class PolicyObjective(Objective):
         )
 
     @property
+    def weighs_sequences(self) -> bool:
+        """Whether the weight of a token in the loss depends on its sequence."""
+        return self.aggregation is not None and self.aggregation.startswith("seq")
+
+    @property
     def marks_tokens(self) -> bool:
         """Whether tokens are dropped or selected by what they are among those of the whole call."""
         return self.function in ("clip_cov", "kl_cov") or self.entropy_fraction < 1

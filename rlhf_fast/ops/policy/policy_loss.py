@@ -34,10 +34,10 @@ infinite; so is that of k3 to the reference, and with kl_unbiased of every estim
 advantage, a correction, the mask) takes out what it multiplies, infinities included. approx_kl = (r - 1) - log r uses
 the log-ratio as it is, by a series where it is small: exp(x) - 1 - x cancels. Where
 logprobs are old_logprobs bit for bit, r is exactly 1, approx_kl and clip_fraction exactly 0.
-Computed in float32 (float64 for float64), behind the mask nothing is read. Sums are plan in a fixed order.
+Computed in float32 (float64 for float64), behind the mask nothing is read. Sums are made in a fixed order.
 
 Cost per token: three inputs of s bytes (one more per optional input) and the mask read, 4 bytes (the gradient
-coefficient) written, about 40 FLOPs; losses plan from sequences read the first inputs once more. Backward reads the
+coefficient) written, about 40 FLOPs; losses made from sequences read the first inputs once more. Backward reads the
 coefficient and writes the gradient.
 
 Sources: PPO, arXiv 1707.06347, eq. 7; dual clip, 1912.09729, eq. 5, which for a delta >= 1 + clip_eps_high is also the
@@ -65,7 +65,7 @@ from rlhf_fast.backends import native, packed, plane, resolve, threads
 from rlhf_fast.ops.core import check, masked_loss, registration
 from rlhf_fast.ops.core.loss import Loss
 from rlhf_fast.ops.core.sequences import sequence_ids
-from rlhf_fast.ops.policy.batch import DROPPED, SELECTED, Inputs, Plan, plan, select, sequence_counts
+from rlhf_fast.ops.policy.batch import DROPPED, SELECTED, Inputs, Plan, select
 from rlhf_fast.ops.policy.objective import (
     CORRECTION_LEVELS,
     CORRECTION_MODES,
@@ -80,7 +80,7 @@ from rlhf_fast.ops.policy.objective import (
 from rlhf_fast.ops.tokens.kl_estimate import VARIANTS as KL_VARIANTS
 from rlhf_fast.ops.tokens.kl_estimate import k3
 
-__all__ = ["METRICS", "OPS", "VARIANTS", "Inputs", "Plan", "PolicyObjective", "evaluate", "plan", "policy_loss"]
+__all__ = ["METRICS", "OPS", "VARIANTS", "Inputs", "Plan", "PolicyObjective", "evaluate", "policy_loss"]
 
 METRICS = (
     "clip_fraction", "clip_fraction_low", "clip_fraction_high", "approx_kl", "ratio_mean", "ratio_max", "ratio_min",
@@ -113,7 +113,7 @@ def policy_loss(
     objective: a name of VARIANTS, with the numbers of its paper, or a PolicyObjective with any others.
     mask: the shape of logprobs, nonzero counts. Nothing counted gives a loss of 0 with gradient 0.
     ref_logprobs: the reference's, where kl_coef > 0 or to measure it. sampler_logprobs: those of the sampler, where it
-    is not the policy that plan old_logprobs. entropy: nats per token, where entropy_coef > 0 or entropy_fraction < 1,
+    is not the policy that made old_logprobs. entropy: nats per token, where entropy_coef > 0 or entropy_fraction < 1,
     or to measure it. All of the shape of logprobs. overlong: (B,) or, packed, (S,): nonzero leaves the sequence out.
     cu_seqlens: (S + 1,) int64 or int32, the packed sequences, wherever sequences matter; tokens after the last one
     do not count.
@@ -133,11 +133,11 @@ def policy_loss(
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     inputs = Inputs(logprobs, old_logprobs, per_token(advantages, shape), ref_logprobs, sampler_logprobs, entropy)
     inputs.check(objective)
-    batch = plan(
+    plan = Plan.of(
         objective, logprobs, mask=mask, overlong=overlong, cu_seqlens=cu_seqlens, denominator=denominator,
         sequences=sequences,
     )  # fmt: skip
-    return evaluate(objective, inputs.planes(), batch, backend=backend)
+    return evaluate(objective, inputs.planes(), plan, backend=backend)
 
 
 def per_token(advantages: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -244,7 +244,7 @@ def _extremes(ratio: Tensor, counts: Tensor) -> Tensor:
 def _sequence_sums(plan: Plan, like: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """(values -> per token, their sum over its sequence; per token, the length of its sequence, at least 1)"""
     ids = sequence_ids(like, plan.cu_seqlens)
-    length = sequence_counts(plan, like).clamp(min=1)[ids].to(like.dtype)
+    length = plan.lengths(like).clamp(min=1)[ids].to(like.dtype)
 
     def total(x: Tensor) -> Tensor:
         if plan.cu_seqlens is None:

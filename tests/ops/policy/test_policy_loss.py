@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rlhf_fast import BackendError, PolicyObjective, policy_loss
 from rlhf_fast.ops.policy.objective import FUNCTIONS, VARIANTS, Function, Variant
-from rlhf_fast.ops.policy.policy_loss import ALWAYS, Inputs, numbers, plan
+from rlhf_fast.ops.policy.policy_loss import ALWAYS, Inputs, Plan, numbers
 from rlhf_fast.ops.policy.policy_loss import evaluate as evaluate_plan
 from tests.losses import (
     BACKENDS,
@@ -281,7 +281,7 @@ def test_a_sequence_of_one_token_has_the_loss_of_the_token(backend):
 def test_a_tile_of_the_plan_adds_up_to_the_batch():
     inputs, mask = inputs_of((1, 12)), ragged((1, 12))
     objective = PolicyObjective("grpo")
-    whole = plan(objective, inputs[0], mask=mask)
+    whole = Plan.of(objective, inputs[0], mask=mask)
     expected, metrics = evaluate_plan(objective, Inputs(*inputs), whole)
     tiles = [slice(0, 5), slice(5, 12)]
     parts = [evaluate_plan(objective, Inputs(*(x[:, t] for x in inputs)), whole.tile(t, inputs[0])) for t in tiles]
@@ -360,7 +360,7 @@ def test_the_registered_op_passes_opcheck(backend, variant):
     logprobs, entropy, *rest = everything((3, 5), variant)
     objective = PolicyObjective(variant, **EVERYTHING)
     inputs = Inputs(logprobs.requires_grad_(), *rest, entropy.requires_grad_())
-    args = (*inputs, *plan(objective, logprobs, mask=ragged((3, 5))), *numbers(objective), backend)
+    args = (*inputs, *Plan.of(objective, logprobs, mask=ragged((3, 5))), *numbers(objective), backend)
     torch.library.opcheck(torch.ops.rlhf_fast.policy_loss.default, args)
 
 
