@@ -14,6 +14,7 @@ from benchmarks.cases.build import Job, backward, both
 from benchmarks.cases.sizes import Sizes, masked, normal, of_planes
 from benchmarks.harness import Bar, Case, Inputs
 from benchmarks.peers import BETA, CLIP, VALUE_COEF
+from rlhf_fast import PreferenceObjective, UnpairedPreferenceObjective
 
 LOW, HIGH = 1 - CLIP, 1 + CLIP
 ANSWERS, BINS = 8, 51  # to a prompt; of a distributional value
@@ -160,12 +161,13 @@ def of_answers(sizes: Sizes, device: str) -> list[Job]:
     return [
         Job(
             "preference_loss", shape, counted, lambda: drawn("chosen", "rejected", "ref_chosen", "ref_rejected"), dpo,
-            partial(rlhf_fast.preference_loss, beta=BETA), ("chosen", "rejected"), label="sigmoid",
-            peers="preference_loss",
+            partial(rlhf_fast.preference_loss, objective=PreferenceObjective(beta=BETA)), ("chosen", "rejected"),
+            label="sigmoid", peers="preference_loss",
         ),
         Job(
             "unpaired_preference_loss", shape, counted, unpaired, kto,
-            partial(rlhf_fast.unpaired_preference_loss, beta=BETA), ("logprobs",), label="kto",
+            partial(rlhf_fast.unpaired_preference_loss, objective=UnpairedPreferenceObjective(beta=BETA)),
+            ("logprobs",), label="kto",
         ),
         Job(
             "reward_loss", shape, counted, lambda: drawn("chosen_rewards", "rejected_rewards"),
