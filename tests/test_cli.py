@@ -298,7 +298,9 @@ def test_dry_run_prints_plan_and_bytes_and_writes_nothing(tmp_path):
 def test_flags_and_keys_have_the_same_names_and_flags_win(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(values_of("ppo", output_dir=str(tmp_path / "run"))))
-    result = invoke("train", str(path), "--gamma", "0.9", "lam=0.5", "--clip-eps-high=0.3", "--seed", "8", "--dry-run")
+    result = invoke(
+        "train", str(path), "--gamma", "0.9", "lam=0.5", "--objective.clip-eps-high=0.3", "--seed", "8", "--dry-run"
+    )
     assert result.exit_code == 0, result.output
     for line in ("gamma: 0.9", "lam: 0.5", "clip_eps_high: 0.3", "seed: 8"):
         assert line in result.stdout

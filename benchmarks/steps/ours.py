@@ -30,14 +30,14 @@ def prepare(workspace: Workspace, recorder: Recorder) -> tuple[Callable[[], None
         "gradient_checkpointing": setting.gradient_checkpointing,
     }  # fmt: skip
     if setting.algorithm == "dpo":
-        values |= {"beta": setting.beta}
+        values |= {"objective": {"beta": setting.beta}}
     else:
-        values |= {"max_new_tokens": setting.max_new_tokens, "kl_coef": setting.kl_coef}
+        values |= {"max_new_tokens": setting.max_new_tokens}
         values |= {"reward": REWARDS.get(setting.algorithm, str(workspace.adapter("reward")))}
     if setting.algorithm == "grpo":
-        values |= {"num_generations": setting.num_generations}
+        values |= {"num_generations": setting.num_generations, "objective": {"kl_coef": setting.kl_coef}}
     if setting.algorithm == "ppo":
-        values |= {"ppo_epochs": setting.ppo_epochs}
+        values |= {"ppo_epochs": setting.ppo_epochs, "kl_coef": setting.kl_coef}
     module = load_algorithm(setting.algorithm)
     config = parse(module.AlgorithmConfig, values)
     seed_everything(config.seed)

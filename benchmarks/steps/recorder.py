@@ -105,7 +105,7 @@ class Recorder:
         return parts
 
     def log(self, step: int, metrics: dict[str, float], *, tokens: int) -> None:
-        self.losses.append(metrics["loss"] if "loss" in metrics else metrics["policy_loss"] + metrics["value_loss"])
+        self.losses.append(metrics["loss"])
         if "reward" in metrics:
             self.rewards.append(metrics["reward"])
 

@@ -1,4 +1,4 @@
-"""The algorithms, each one file that reads from top to bottom.
+"""The algorithms, each one file that reads from top to bottom, and the table of their presets.
 
 Every module has the same five names, which the command line calls in this order:
     AlgorithmConfig          the keys of the YAML file and of the flags
@@ -9,15 +9,83 @@ Every module has the same five names, which the command line calls in this order
 """
 
 import importlib
-from types import ModuleType
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
+from typing import Any, NamedTuple
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.ops.core.check import nearest
 
-ALGORITHMS = {"sft": "sft", "reward_model": "reward_model", "ppo": "ppo", "grpo": "grpo", "dpo": "preference"}
+
+class Preset(NamedTuple):
+    """A module, and values for its keys that stand below everything a user says."""
+
+    module: str
+    defaults: Mapping[str, Any] = MappingProxyType({})
+
+
+def _policy(objective: str, **defaults: Any) -> Preset:
+    """Completions of one prompt compared, and the policy loss `objective`."""
+    return Preset("grpo", {"objective": objective, **defaults})
+
+
+def _pairs(objective: str, **numbers: float) -> Preset:
+    return Preset("preference", {"objective": {"variant": objective, **numbers}})
+
+
+# Sources: ops/policy/policy_loss.py, ops/advantages/group_advantages.py, ops/preference/preference_loss.py.
+ALGORITHMS = {
+    "sft": Preset("sft"),
+    "reward_model": Preset("reward_model"),
+    "ppo": Preset("ppo"),
+    "a2c": Preset("ppo", {"objective": "a2c", "lam": 1.0, "whiten_advantages": False, "value_clip_eps": None}),
+    # Without a critic
+    "grpo": Preset("grpo"),
+    "dr_grpo": _policy("dr_grpo", advantage="dr_grpo"),
+    "dapo": _policy("dapo"),
+    "gspo": _policy("gspo"),
+    "gspo_token": _policy("gspo_token"),
+    "luspo": _policy("luspo"),
+    "gmpo": _policy("gmpo"),
+    "cispo": _policy("cispo"),
+    "sapo": _policy("sapo"),
+    "vespo": _policy("vespo"),
+    "dppo_tv": _policy("dppo_tv"),
+    "dppo_kl": _policy("dppo_kl"),
+    "clip_cov": _policy("clip_cov"),
+    "kl_cov": _policy("kl_cov"),
+    "gpg": _policy("gpg", advantage="dr_grpo"),
+    "rloo": _policy("reinforce", advantage="rloo", kl_coef=0.05),
+    "opo": _policy("reinforce", advantage="opo"),
+    "remax": _policy("reinforce", advantage="remax", num_generations=1, kl_coef=0.05),
+    "reinforce_pp": _policy("ppo_clip", advantage="reinforce_pp", num_generations=1, kl_coef=0.05),
+    "reinforce_baseline": _policy("ppo_clip", advantage="reinforce_baseline"),
+    "pass_at_k": _policy("ppo_clip", advantage="pass_at_k", pass_k=4),
+    "gdpo": _policy("ppo_clip", advantage="gdpo"),
+    # From pairs
+    "dpo": Preset("preference"),
+    "ipo": _pairs("ipo"),
+    "hinge": _pairs("hinge"),
+    "rso": _pairs("rso"),
+    "robust": _pairs("robust", label_smoothing=0.1),
+    "exo": _pairs("exo_pair", label_smoothing=1e-3),
+    "nca": _pairs("nca_pair"),
+    "bco": _pairs("bco_pair"),
+    "sppo": _pairs("sppo_hard", beta=1e-3),
+    "aot": _pairs("aot"),
+    "aot_unpaired": _pairs("aot_unpaired"),
+    "apo_zero": _pairs("apo_zero"),
+    "apo_down": _pairs("apo_down"),
+    "discopop": _pairs("discopop"),
+    "sigmoid_norm": _pairs("sigmoid_norm"),
+    "simpo": _pairs("simpo", beta=2.0, gamma=1.0),
+    "cpo": _pairs("cpo"),
+    "orpo": _pairs("orpo"),
+}  # fmt: skip
 
 
 def load_algorithm(name: str) -> ModuleType:
     """The module of an algorithm; UserError for a name that is none."""
     if not isinstance(name, str) or name not in ALGORITHMS:
-        raise UserError(f"unknown algorithm {name!r}; there are: {', '.join(ALGORITHMS)}")
-    return importlib.import_module(f"rlhf_fast.algorithms.{ALGORITHMS[name]}")
+        raise UserError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}; `rlhf_fast keys` lists them")
+    return importlib.import_module(f"rlhf_fast.algorithms.{ALGORITHMS[name].module}")

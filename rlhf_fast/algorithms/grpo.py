@@ -1,22 +1,24 @@
-"""GRPO: several completions per prompt; each is judged against the others, so there is no critic.
+"""GRPO and its relatives: each completion is judged against others, those of its prompt or the batch; no critic.
 
-loss = policy_loss(advantages of the group) + kl_coef * k3 KL to the reference, both averaged over all tokens of the
-minibatch. Source: Shao et al. 2024 (2402.03300); `advantage` also offers Dr. GRPO (2503.20783) and RLOO (2402.14740).
+loss = policy_loss(advantages, objective). `advantage` is any variant of ops/advantages/group_advantages, of the
+rewards less kl_coef times the KL to the reference (k1, summed over the completion); a KL in the loss is
+`objective.kl_coef`. The presets are rows of the table in rlhf_fast/algorithms.
+Source: Shao et al. 2024 (2402.03300); the others at these ops.
 """
 
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from rlhf_fast.ops.advantages.group_advantages import group_advantages
+from rlhf_fast.ops.advantages.group_advantages import VARIANTS, group_advantages
 from rlhf_fast.ops.policy.policy_loss import policy_loss
-from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
 from rlhf_fast.training.config import RolloutConfig
-from rlhf_fast.training.experience import evaluate_policy
+from rlhf_fast.training.experience import Experience, collect, evaluate_policy
 from rlhf_fast.training.job import Job, save_roles
-from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve
+from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, paid
 from rlhf_fast.training.optim import Loss
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import prepare_rollouts
@@ -25,9 +27,25 @@ from rlhf_fast.training.setup import prepare_rollouts
 class AlgorithmConfig(RolloutConfig):
     """GRPO's keys."""
 
-    num_generations: int = Field(8, ge=2, description="completions per prompt; batch_size counts completions")
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference in the loss")
+    family = "grpo"
+
+    num_generations: int = Field(8, ge=1, description="completions per prompt; batch_size counts completions")
+    advantage: Literal[tuple(VARIANTS)] = Field("grpo", description="how completions are compared")  # type: ignore
+    pass_k: int | None = Field(None, ge=1, description="the k of advantage: pass_at_k")
+
+    @model_validator(mode="after")
+    def _can_be_compared(self) -> "AlgorithmConfig":
+        if VARIANTS[self.advantage].grouped and self.num_generations < 2:
+            raise ValueError(f"advantage {self.advantage} compares the completions of a prompt: num_generations is "
+                             f"{self.num_generations}, needs 2")  # fmt: skip
+        if self.advantage == "pass_at_k" and not 1 <= (self.pass_k or 0) <= self.num_generations:
+            raise ValueError(f"advantage pass_at_k needs pass_k from 1 to num_generations, got {self.pass_k} and "
+                             f"{self.num_generations}")  # fmt: skip
+        for name in ("kl_coef", "missing_eos_penalty", "reward_clip"):
+            if self.advantage == "gdpo" and getattr(self, name):
+                raise ValueError(f"advantage gdpo compares every reward by itself: there is no sum for {name}, got "
+                                 f"{getattr(self, name)}")  # fmt: skip
+        return self
 
 
 def prepare(config: AlgorithmConfig) -> Job:
@@ -35,27 +53,48 @@ def prepare(config: AlgorithmConfig) -> Job:
 
 
 def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
-    """Roll out, score, compare within each group, update; repeat."""
+    """Roll out, score, compare, update; repeat."""
     for step, experience in experiences(job, config, run):
-        advantages = group_advantages(experience.rewards, group_size=config.num_generations, variant=config.advantage)
-        metrics = improve(job, config, experience, loss_of(config, advantages))
+        metrics = improve(job, config, experience, loss_of(config, advantages_of(job, config, experience)))
         groups = experience.rewards.view(-1, config.num_generations)
         # A group of equal rewards teaches nothing; many of them mean that the task is too easy or too hard.
         metrics["equal_groups"] = float((groups == groups[:, :1]).all(1).float().mean())
         finish_step(job, config, run, step, experience, metrics)
 
 
+def advantages_of(job: Job, config: AlgorithmConfig, experience: Experience) -> Tensor:
+    """(B,): one for each completion."""
+    rewards, variant = paid(job, config, experience), VARIANTS[config.advantage]
+    given: dict[str, Any] = {}
+    if variant.grouped:
+        given["group_size"] = config.num_generations
+    if variant.columns:
+        rewards = torch.stack([part.to(job.device) for part in experience.parts.values()], dim=1)
+        given["reward_weights"] = config.reward_weights
+    if variant.needs == "k":
+        given["k"] = config.pass_k
+    if variant.needs == "lengths":
+        given["lengths"] = experience.batch.mask.sum(1)
+    if variant.needs == "baseline_rewards":
+        given["baseline_rewards"] = greedy_rewards(job, config, experience)
+    return group_advantages(rewards, variant=config.advantage, **given)
+
+
+def greedy_rewards(job: Job, config: AlgorithmConfig, experience: Experience) -> Tensor:
+    """(B,): what the greedy completion of each one's prompt is paid."""
+    prompts = experience.rollout.prompts[:: config.num_generations]
+    greedy = collect(job, config.model_copy(update={"top_k": 1}), prompts, score_policy=config.kl_coef > 0)
+    return paid(job, config, greedy).repeat_interleave(config.num_generations)
+
+
 def loss_of(config: AlgorithmConfig, advantages: Tensor) -> Loss[Rows]:
-    """advantages: (B,), of each completion."""
+    """advantages: (B,), one for each completion of the experience."""
 
     def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, metrics = policy_loss(
-            rows.logprobs, rows.old_logprobs, advantages[rows.indices][:, None], objective=config.objective,
-            mask=rows.mask, denominator=rows.tokens, sequences=rows.sequences,
+        return policy_loss(
+            rows.logprobs, rows.old_logprobs, advantages[rows.indices], objective=config.objective, mask=rows.mask,
+            ref_logprobs=rows.ref_logprobs, entropy=rows.entropy, denominator=rows.tokens, sequences=rows.sequences,
         )  # fmt: skip
-        kl = kl_estimate(rows.logprobs, rows.ref_logprobs, variant="k3").sum() / rows.tokens
-        metrics |= {"policy_loss": loss, "kl_loss": kl, "entropy": rows.entropy.sum() / rows.tokens}
-        return loss + config.kl_coef * kl, metrics
 
     return loss
 

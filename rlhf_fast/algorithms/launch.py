@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_fast.algorithms import load_algorithm
+from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
 from rlhf_fast.data.encoding import quiet_libraries
 from rlhf_fast.data.layouts import infer_algorithm, rename_columns
 from rlhf_fast.data.notes import forget
@@ -25,15 +25,15 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import (
     Config,
     FromStage,
-    field_of,
-    fold_columns,
+    folded,
+    keys_of,
+    means_something,
     merged,
     parse,
     read_yaml,
     unknown_key,
 )
 from rlhf_fast.training.folder import check_folder, claim_folder, inputs_of, saving
-from rlhf_fast.training.foreign_keys import means_something
 from rlhf_fast.training.job import Job, seed_everything
 from rlhf_fast.training.optim import check_progress
 from rlhf_fast.training.report import print_report
@@ -85,7 +85,7 @@ def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume
     check_folder(folder, resume=resume is not None, overwrite=overwrite, inputs=read)
     # Every stage is prepared once before the first one runs: a typing error in the last must not cost the others.
     for stage in stages:
-        job = prepare(before_its_time(stage, stages))
+        job = prepare(on_its_first_model(stage, stages))
         if dry_run:
             print_plan(console, stage, job)
     if dry_run:
@@ -101,7 +101,7 @@ def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume
 def single_stage(*layers: dict[str, Any]) -> Stage:
     """The stage of a run without `stages`, later layers above; the algorithm is inferred from the data where that is
     unambiguous."""
-    values = fold_columns(merged(None, Config.model_fields, *layers)[0])
+    values = folded(merged(Config, None, *layers)[0])
     if "algorithm" not in values:
         if not isinstance(values.get("data"), str):
             raise UserError("missing key 'algorithm' (or 'data', from whose columns it could be inferred)")
@@ -112,7 +112,7 @@ def single_stage(*layers: dict[str, Any]) -> Stage:
         values["algorithm"] = infer_algorithm(rows, values["data"])
     algorithm = values["algorithm"]
     module = load_algorithm(algorithm)
-    values, aliases = merged(algorithm, module.AlgorithmConfig.model_fields, *layers)
+    values, aliases = merged(module.AlgorithmConfig, algorithm, ALGORITHMS[algorithm].defaults, *layers)
     return Stage("", module, parse(module.AlgorithmConfig, {**values, "algorithm": algorithm}), aliases)
 
 
@@ -127,7 +127,7 @@ def all_stages(values: dict[str, Any], overrides: dict[str, Any]) -> list[Stage]
     for name in names:
         if Path(name).name != name or name == "..":
             raise UserError(f"stage name {name!r}: it is a folder in output_dir, so it must be one word without a path")
-    top, _ = merged(None, Config.model_fields, values, overrides)
+    top, _ = merged(Config, None, values, overrides)
     folder = top.get("output_dir", "run")
     shared, flags = ({k: v for k, v in layer.items() if k not in ("stages", "output_dir", "save_path")}
                      for layer in (values, overrides))  # fmt: skip
@@ -135,17 +135,17 @@ def all_stages(values: dict[str, Any], overrides: dict[str, Any]) -> list[Stage]
     _check_keys(names, listed, modules, [*shared, *flags])
     stages = []
     for name, module, own in zip(names, modules, listed, strict=True):
-        fields, algorithm = module.AlgorithmConfig.model_fields, own["algorithm"]
-        prefix = f"{name}."
+        config_class, algorithm, prefix = module.AlgorithmConfig, own["algorithm"], f"{name}."
         layers = [
-            {key: value for key, value in shared.items() if means_something(field_of(key), algorithm, fields)},
+            ALGORITHMS[algorithm].defaults,
+            {key: value for key, value in shared.items() if means_something(key, config_class, algorithm)},
             {key: value for key, value in own.items() if key != "name"},
-            {key: value for key, value in flags.items() if means_something(field_of(key), algorithm, fields)},
+            {key: value for key, value in flags.items() if means_something(key, config_class, algorithm)},
             {key.removeprefix(prefix): value for key, value in flags.items() if key.startswith(prefix)},
         ]
-        found, aliases = merged(algorithm, fields, *layers)
-        found["output_dir"] = str(Path(folder) / name)
-        config = parse(module.AlgorithmConfig, found, where=f"stage {name}: ")
+        of_stage, aliases = merged(config_class, algorithm, *layers)
+        of_stage["output_dir"] = str(Path(folder) / name)
+        config = parse(config_class, of_stage, where=f"stage {name}: ")
         stages.append(Stage(name, module, config, aliases))
         for reference in _references(stages[-1].config):
             if reference not in names[: len(stages) - 1]:
@@ -157,10 +157,9 @@ def _check_keys(names: list[str], listed: list[dict[str, Any]], modules: list[Mo
     """UserError for a shared key or a flag that means nothing to any stage."""
     known: set[str] = set()
     for name, stage, module in zip(names, listed, modules, strict=True):
-        fields = module.AlgorithmConfig.model_fields
-        known |= {*fields, *(f"{name}.{key}" for key in fields)}
-        own = {key: field_of(key.removeprefix(f"{name}.")) for key in given}
-        known |= {key for key in given if means_something(own[key], stage["algorithm"], fields)}
+        keys, own = keys_of(module.AlgorithmConfig), {key: key.removeprefix(f"{name}.") for key in given}
+        known |= {*keys, *(f"{name}.{key}" for key in keys)}
+        known |= {key for key in given if means_something(own[key], module.AlgorithmConfig, stage["algorithm"])}
     for key in given:
         if key not in known:
             raise UserError(unknown_key(key, known))
@@ -179,7 +178,7 @@ def resolved(stage: Stage, stages: list[Stage]) -> Stage:
     return replace(stage, config=stage.config.model_copy(update=changes))
 
 
-def before_its_time(stage: Stage, stages: list[Stage]) -> Stage:
+def on_its_first_model(stage: Stage, stages: list[Stage]) -> Stage:
     """The stage on the model that its chain of stages starts from, so that it can be checked before they ran."""
     configs: dict[str, Config] = {s.name: s.config for s in stages}
     model = stage.config.model

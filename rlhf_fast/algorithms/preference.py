@@ -1,9 +1,8 @@
 """DPO and its family: raise the chosen completion's log-probability over the rejected one's, relative to the reference.
 
 The reference's log-probabilities never change, so they are computed once, for the pairs that the run uses, before the
-first step, and kept in the run folder. `loss_type` is any
-loss of ops/preference_loss that needs no data besides the pairs. aot, aot_unpaired and bco_pair compare the pairs of a
-micro-batch.
+first step, and kept in the run folder. `objective` is any loss of ops/preference that needs no data besides the pairs.
+aot, aot_unpaired and bco_pair compare the pairs of a micro-batch.
 Sources: Rafailov et al. 2023 (2305.18290); the others in ops/preference_loss.
 """
 
@@ -11,14 +10,14 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from rlhf_fast.data.encoding import Prompt, encode_rows
-from rlhf_fast.ops.preference.preference_loss import VARIANTS, PreferenceObjective, preference_loss
+from rlhf_fast.ops.preference.preference_loss import PreferenceObjective, preference_loss
 from rlhf_fast.training import supervised
 from rlhf_fast.training.config import SamplingConfig
 from rlhf_fast.training.experience import evaluate_policy
@@ -30,21 +29,23 @@ from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import add_policy, add_rewards, build_encoder, build_model, try_rewards
 from rlhf_fast.training.supervised import Rows, logprobs_of, micro_batches, padded
 
-LOSS_TYPES = tuple(name for name, variant in VARIANTS.items() if not variant.advantages)
-
 
 class AlgorithmConfig(SamplingConfig):
     """DPO's keys; batch_size counts pairs. `reward` only judges held-out samples before and after."""
 
-    loss_type: Literal[LOSS_TYPES] = "sigmoid"  # type: ignore[valid-type]
-    beta: float = Field(0.1, gt=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    gamma: float = Field(0.5, description="target margin of simpo")
+    family = "dpo"
 
-    @model_validator(mode="after")
-    def _objective_exists(self) -> "AlgorithmConfig":
-        PreferenceObjective(self.loss_type, self.beta, self.label_smoothing, gamma=self.gamma)
-        return self
+    objective: PreferenceObjective = Field(
+        "sigmoid", validate_default=True, description="loss of a pair: its name, or a mapping of its numbers"
+    )
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective(cls, value: Any) -> PreferenceObjective:
+        objective = PreferenceObjective.of(value)
+        if objective.looks_at("advantages"):
+            raise ValueError(f"objective {objective.variant} needs advantages, which no column holds")
+        return objective
 
 
 @dataclass
@@ -84,14 +85,12 @@ def loss_of(job: Job, config: AlgorithmConfig, references: Tensor) -> Loss[Rows]
     """The mean over a batch's pairs. references: (pairs, 2), the reference's log-probabilities of chosen and rejected,
     of all pairs that `rows.indices` count."""
 
-    objective = PreferenceObjective(config.loss_type, config.beta, config.label_smoothing, gamma=config.gamma)
-
     def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = logprobs_of(job, config, "policy", rows.batch).sum(1).chunk(2)
         ref_chosen, ref_rejected = references[rows.indices].unbind(1)
         chosen_lengths, rejected_lengths = rows.batch.mask.sum(1).chunk(2)
         return preference_loss(
-            chosen, rejected, ref_chosen, ref_rejected, objective=objective, chosen_lengths=chosen_lengths,
+            chosen, rejected, ref_chosen, ref_rejected, objective=config.objective, chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths, denominator=rows.examples,
         )  # fmt: skip
 

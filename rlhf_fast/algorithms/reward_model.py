@@ -27,6 +27,8 @@ from rlhf_fast.training.supervised import Rows, hidden_of, padded
 class AlgorithmConfig(Config):
     """The reward model's keys; batch_size counts pairs."""
 
+    family = "reward_model"
+
 
 def prepare(config: AlgorithmConfig) -> Job:
     """The role 'reward': a fresh adapter, or one that starts from a saved adapter, and a head."""

@@ -28,6 +28,8 @@ LAYOUTS = [("prompt", "completion"), ("messages",), ("text",)]
 class AlgorithmConfig(Config):
     """SFT's keys."""
 
+    family = "sft"
+
     completion_only: bool = Field(True, description="false: the prompt's tokens count too")
 
 

@@ -270,20 +270,23 @@ def changed_rows(rows: Sequence[Row], change: Callable[[Row], Values], *, skip: 
     return changed
 
 
-def with_known_columns(rows: Sequence[Row], algorithm: str, data: str, *, skip: bool = False) -> list[Row]:
+def with_known_columns(
+    rows: Sequence[Row], algorithm: str, data: str, *, family: str | None = None, skip: bool = False
+) -> list[Row]:
     """The rows with what `algorithm` reads under its own names, where they have a known layout, which is said.
 
+    family: the algorithm of LAYOUTS that reads the same; default: algorithm.
     Raises UserError for a layout that the algorithm cannot use, for labels that it would look past, and, unless `skip`
     leaves it out, for a row that is not as the layout has it.
     """
-    layout, columns = recognise(rows), rows[0].values.keys()
-    if layout is not None and algorithm not in layout.algorithms:
+    layout, columns, family = recognise(rows), rows[0].values.keys(), family or algorithm
+    if layout is not None and family not in layout.algorithms:
         raise UserError(f"{rows[0].where}: {layout.name}; {algorithm} cannot learn from them: {layout.needs}"
                         if layout.needs else f"{rows[0].where}: {layout.name}; they are for "
                         f"{', '.join(layout.algorithms)}, not {algorithm}")  # fmt: skip
     used = layout.columns if layout is not None else ()
     _check_uniform(rows, {*READ, *_LABELS, *used})
-    if algorithm not in PROMPTS:
+    if family not in PROMPTS:
         _check_judgements([name for name in columns if name not in used], algorithm, rows[0].where)
     if layout is not None:
         say(f"{data}: {layout.name} -> {', '.join(layout.gives)}")

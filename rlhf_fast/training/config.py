@@ -1,20 +1,30 @@
 """Configuration: one flat set of keys, the same in YAML files and on the command line."""
 
-import difflib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.ops.policy.policy_loss import VARIANTS, PolicyObjective
-from rlhf_fast.training.foreign_keys import ACCUMULATION, ALIASES, PER_DEVICE, no_equal, renamed, with_batches
+from rlhf_fast.ops.core.check import nearest
+from rlhf_fast.ops.policy.objective import PolicyObjective
+from rlhf_fast.training.foreign_keys import (
+    ACCUMULATION,
+    ALIASES,
+    PER_DEVICE,
+    names_a_key,
+    no_equal,
+    renamed,
+    with_batches,
+)
 
 # Key -> the key that it takes the place of.
 EXCLUSIVE = {"epochs": "steps", "warmup_ratio": "warmup_steps"}
+NESTED = ("columns.", "objective.")  # what begins so is an entry of a key
 
 
 class FromStage(BaseModel):
@@ -29,7 +39,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
-    algorithm: str = Field(description="sft, reward_model, ppo, grpo or dpo")
+    family: ClassVar[str] = ""  # the algorithm that reads the same data and has the same keys
+
+    algorithm: str = Field(description="what learns; `rlhf_fast keys` lists all")
     model: str | FromStage = Field(description="model folder, adapter folder of a run, or tiny (built by code)")
     data: str = Field(description="examples: .jsonl, .json, .csv, .parquet, a folder of them, or a hub id")
     eval_data: str | None = Field(None, description="held-out examples; default: rows of data, drawn by seed")
@@ -152,22 +164,18 @@ class RolloutConfig(SamplingConfig):
         description="pkg.mod:function, file.py:function, a reward adapter or a reward model folder; or several"
     )
     num_generations: int = Field(1, ge=1, description="completions per prompt; batch_size counts completions")
-    variant: Literal[tuple(VARIANTS)] = Field("ppo_clip", description="policy loss")  # type: ignore[valid-type]
-    clip_eps_low: float | None = Field(None, gt=0, le=1, description="default: the variant's, 0.2 for ppo_clip")
-    clip_eps_high: float | None = Field(None, gt=0, description="default: the variant's, 0.2 for ppo_clip")
-    dual_clip: float | None = Field(None, gt=1)
+    objective: PolicyObjective = Field(
+        "ppo_clip", validate_default=True, description="policy loss: its name, or a mapping of its numbers"
+    )
+    reward_clip: float | None = Field(None, gt=0, description="bound on the absolute score of a completion")
+    kl_coef: float = Field(0.0, ge=0, description="weight of the KL penalty in the reward")
+    kl_target: float | None = Field(None, gt=0, description="adapt kl_coef to this KL, in nats per completion")
+    kl_horizon: float = Field(10_000, gt=0, description="completions over which kl_coef adapts")
     ppo_epochs: int = Field(1, ge=1, description="passes over each rollout")
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per epoch; 1 saves scoring the policy first")
     early_stop_kl: float | None = Field(None, gt=0, description="end a step's updates above this approximate KL")
     reference_refresh_every: int | None = Field(None, ge=1, description="copy the policy to the reference")
     reference_ema: float | None = Field(None, gt=0, lt=1, description="weight of the old reference at each step")
-
-    @property
-    def objective(self) -> PolicyObjective:
-        return PolicyObjective(
-            self.variant, fixed_length=self.max_new_tokens, clip_eps_low=self.clip_eps_low,
-            clip_eps_high=self.clip_eps_high, dual_clip=self.dual_clip,
-        )  # fmt: skip
 
     @property
     def examples_per_step(self) -> int:
@@ -177,9 +185,15 @@ class RolloutConfig(SamplingConfig):
     def scores_policy(self) -> bool:
         """Whether a rollout's old log-probabilities take a pass of their own.
 
-        One minibatch has all rows before any step: its log-probabilities are the old ones, unless it has dropout.
+        One minibatch has all rows before any step: its log-probabilities are the old ones, unless it has dropout. A
+        penalty needs them before the update.
         """
-        return self.num_minibatches > 1 or self.lora_dropout > 0
+        return self.num_minibatches > 1 or self.lora_dropout > 0 or self.kl_coef > 0
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective(cls, value: Any, info: ValidationInfo) -> PolicyObjective:
+        return PolicyObjective.of(value, fixed_length=info.data.get("max_new_tokens"))
 
     @model_validator(mode="after")
     def _divisible(self) -> "RolloutConfig":
@@ -192,47 +206,71 @@ class RolloutConfig(SamplingConfig):
 C = TypeVar("C", bound=Config)
 
 
+def keys_of(config_class: type[Config]) -> list[str]:
+    """Every key of the algorithm, those of its objective as `objective.KEY`."""
+    objective = config_class.model_fields.get("objective")
+    own = [] if objective is None else [f"objective.{field.name}" for field in fields(objective.annotation)]  # type: ignore
+    return [*config_class.model_fields, *own]
+
+
+def means_something(key: str, config_class: type[Config], algorithm: str | None) -> bool:
+    """Whether `key` is a key of the algorithm, or another trainer's name of one."""
+    if key.startswith("columns."):
+        return True
+    return names_a_key(key, (algorithm, config_class.family), keys_of(config_class))
+
+
 def merged(
-    algorithm: str | None, fields: Collection[str], *layers: Mapping[str, Any]
+    config_class: type[Config], algorithm: str | None, *layers: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """The layers' values, later ones above, under our names, and a line for each name that was another's.
 
-    A layer that sets one of two keys which exclude each other takes the other one out of the layers below.
+    A layer that sets one of two keys which exclude each other takes the other one out of the layers below. One that
+    names the objective takes out its numbers; one that has numbers alone changes those of the objective below.
     """
     values: dict[str, Any] = {}
     lines: list[str] = []
     for layer in layers:
-        own, said = renamed(layer, algorithm, fields)
+        own, said = renamed(_flat(layer), (algorithm, config_class.family), keys_of(config_class))
         rivals = {*EXCLUSIVE.items(), *((b, a) for a, b in EXCLUSIVE.items())}
         rivals |= {(PER_DEVICE, "batch_size"), (PER_DEVICE, "micro_batch_size"), (ACCUMULATION, "micro_batch_size"),
                    ("batch_size", PER_DEVICE), ("batch_size", ACCUMULATION)}  # fmt: skip
         below = {other for key, other in rivals if key in own}
+        if "objective.variant" in own:
+            below |= {key for key in values if key.startswith("objective.")}
         values = {key: value for key, value in values.items() if key not in below} | own
         lines += said
     values, said = with_batches(values)
     return values, lines + said
 
 
-def parse(config_class: type[C], values: dict[str, Any], where: str = "") -> C:
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`objective: ipo` and `objective: {beta: 0.2}` as objective.variant and objective.beta."""
+    objective = values.get("objective")
+    if isinstance(objective, str):
+        objective = {"variant": objective}
+    if not isinstance(objective, Mapping):
+        return dict(values)
+    rest = {key: value for key, value in values.items() if key != "objective"}
+    return {**{f"objective.{key}": value for key, value in objective.items()}, **rest}
+
+
+def parse(config_class: type[C], values: Mapping[str, Any], where: str = "") -> C:
     """`values` checked against `config_class`; UserError names the first bad key, with the nearest good one."""
     try:
-        return config_class.model_validate(fold_columns(values))
+        return config_class.model_validate(folded(_flat(values)))
     except ValidationError as errors:
         raise UserError(where + _one_line(config_class, errors)) from None
 
 
-def field_of(key: str) -> str:
-    """The key that a flag belongs to: `columns` for `columns.prompt`."""
-    return "columns" if key.startswith("columns.") else key
-
-
-def fold_columns(values: dict[str, Any]) -> dict[str, Any]:
-    """`columns.prompt: question`, which a flag can say, as an entry of `columns`."""
-    folded = {key: value for key, value in values.items() if field_of(key) == key}
-    entries = {key.removeprefix("columns."): value for key, value in values.items() if field_of(key) != key}
-    if entries and isinstance(folded.get("columns") or {}, dict):
-        folded["columns"] = {**(folded.get("columns") or {}), **entries}
-    return folded
+def folded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`columns.prompt: question` and `objective.beta: 0.2`, as flags say it, as entries of `columns`, `objective`."""
+    whole = {key: value for key, value in values.items() if not key.startswith(NESTED)}
+    for key, value in values.items():
+        name, _, entry = key.partition(".")
+        if key not in whole and isinstance(whole.get(name) or {}, dict):
+            whole[name] = {**(whole.get(name) or {}), entry: value}
+    return whole
 
 
 def _one_line(config_class: type[Config], errors: ValidationError) -> str:
@@ -245,9 +283,11 @@ def _one_line(config_class: type[Config], errors: ValidationError) -> str:
         return message
     key = str(error["loc"][0])
     if unknown:
-        return unknown_key(key, config_class.model_fields)
+        return unknown_key(key, keys_of(config_class))
     if error["type"] == "missing":
         return f"missing key {key!r} ({config_class.model_fields[key].description})"
+    if error["type"] == "value_error":  # our own, which has the value
+        return message if message.startswith(key) else f"{key}: {message}"
     return f"{key}: {message}, got {error['input']!r}"
 
 
@@ -256,8 +296,7 @@ def unknown_key(key: str, known: Any) -> str:
     reason = no_equal(key)
     if reason is not None:
         return f"unknown key {key!r}: {reason}"
-    near = difflib.get_close_matches(key, [*known, *ALIASES, PER_DEVICE, ACCUMULATION], n=1)
-    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"unknown key {key!r}{nearest(key, [*known, *ALIASES, PER_DEVICE, ACCUMULATION])}"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -12,13 +12,15 @@ OFFLINE, ONLINE = ("sft", "dpo", "reward_model"), ("ppo", "grpo")
 
 
 class Alias(NamedTuple):
-    """The keys that a name sets, and the algorithms that it holds for (empty: all that have the first key)."""
+    """The keys that a name sets, and the algorithms, or families of them, that it holds for (empty: all that have the
+    first key)."""
 
     keys: tuple[str, ...]
     algorithms: tuple[str, ...] = ()
 
 
-def _aliases() -> dict[str, Alias]:
+def _aliases() -> dict[str, list[Alias]]:
+    """name -> what it may mean; the first one that holds for an algorithm does."""
     table = {
         ("model",): "model_name_or_path model_name base_model pretrain",
         ("data",): "dataset dataset_name dataset_path train_file",
@@ -43,29 +45,37 @@ def _aliases() -> dict[str, Alias]:
         ("lora_targets",): "lora_target_modules target_modules lora_target",
         ("max_tokens",): "max_length max_seq_length max_seq_len max_len sequence_len cutoff_len",
         ("max_prompt_tokens",): "max_prompt_length prompt_max_len",
-        ("dual_clip",): "clip_ratio_c",
-        ("clip_eps_low", "clip_eps_high"): "epsilon cliprange clip_range clip_ratio eps_clip",
-        ("clip_eps_low",): "epsilon_low clip_ratio_low",
-        ("clip_eps_high",): "epsilon_high clip_ratio_high",
+        ("objective.dual_clip",): "clip_ratio_c",
+        ("objective.clip_eps_low", "objective.clip_eps_high"): "epsilon cliprange clip_range clip_ratio eps_clip",
+        ("objective.clip_eps_low",): "epsilon_low clip_ratio_low",
+        ("objective.clip_eps_high",): "epsilon_high clip_ratio_high",
         ("value_clip_eps",): "cliprange_value value_clip",
         ("lam",): "gae_lambda lambd",
-        ("entropy_coef",): "entropy_coeff ent_coef",
+        ("objective.entropy_coef",): "entropy_coef entropy_coeff ent_coef",
+        ("objective.kl_coef",): "kl_loss_coef",
+        ("objective.label_smoothing",): "label_smoothing",
+        ("objective.gamma",): "simpo_gamma",
+        ("objective.reference_free",): "reference_free",
         ("ppo_epochs",): "num_ppo_epochs num_iterations",
         ("num_minibatches",): "num_mini_batches",
         ("num_generations",): "n_samples_per_prompt group_size",
     }
-    aliases = {name: Alias(keys) for keys, names in table.items() for name in names.split()}
-    aliases |= {name: Alias(("epochs",)) for name in ("num_train_epochs", "num_epochs", "total_epochs")}
-    aliases["max_epochs"] = Alias(("epochs",), OFFLINE)  # of OpenRLHF, where ppo's counts something else
-    aliases |= {name: Alias(("steps",), OFFLINE) for name in ("max_steps", "max_train_steps")}
-    aliases["total_training_steps"] = Alias(("steps",))  # of verl, which counts rollouts too
-    aliases |= {name: Alias(("batch_size",), OFFLINE) for name in ("train_batch_size", "global_batch_size")}
+    aliases = {name: [Alias(keys)] for keys, names in table.items() for name in names.split()}
+    aliases |= {name: [Alias(("epochs",))] for name in ("num_train_epochs", "num_epochs", "total_epochs")}
+    aliases["max_epochs"] = [Alias(("epochs",), OFFLINE)]  # of OpenRLHF, where ppo's counts something else
+    aliases |= {name: [Alias(("steps",), OFFLINE)] for name in ("max_steps", "max_train_steps")}
+    aliases["total_training_steps"] = [Alias(("steps",))]  # of verl, which counts rollouts too
+    aliases |= {name: [Alias(("batch_size",), OFFLINE)] for name in ("train_batch_size", "global_batch_size")}
     aliases |= {
-        name: Alias(("max_new_tokens",), ONLINE)
+        name: [Alias(("max_new_tokens",), ONLINE)]
         for name in ("max_completion_length", "response_length", "max_response_length", "generate_max_len")
     }
-    aliases |= {"beta": Alias(("kl_coef",), ("grpo",)), "kl_loss_coef": Alias(("kl_coef",), ("grpo",))}
-    aliases |= {"init_kl_coef": Alias(("kl_coef",), ("ppo",)), "delta": Alias(("dual_clip",), ("grpo",))}
+    # TRL's beta is in the loss of GRPO and in the reward of RLOO.
+    in_loss = Alias(("objective.kl_coef",), ("grpo",))
+    aliases["beta"] = [Alias(("objective.beta",)), Alias(("kl_coef",), ("rloo",)), in_loss]
+    aliases["init_kl_coef"] = [Alias(("kl_coef",), ("ppo",))]
+    aliases["delta"] = [Alias(("objective.dual_clip",), ("grpo",))]
+    aliases["loss_type"] = [Alias(("objective.variant",), ("dpo",))]
     return aliases
 
 
@@ -77,7 +87,7 @@ _OTHER_POLICY = "it would sample from another distribution than is scored; there
 _ROLLOUTS = "for ppo and grpo, batch_size counts the completions of a rollout, num_minibatches the updates on it"
 _STEPS = "for ppo and grpo, steps counts rollouts, with ppo_epochs x num_minibatches updates on each"
 NO_EQUAL = {
-    "beta": "it is kl_coef for ppo and grpo, a key of its own for dpo, and nothing else has one",
+    "beta": "it is objective.kl_coef for grpo, kl_coef for rloo and ppo, objective.beta for dpo; nothing else has one",
     "max_completion_length": "only ppo and grpo sample completions: max_tokens bounds prompt and completion together",
     "max_epochs": "for ppo and grpo it is ppo_epochs (passes over a rollout) or epochs (passes over the prompts)",
     "train_batch_size": _ROLLOUTS, "global_batch_size": _ROLLOUTS, "max_steps": _STEPS, "max_train_steps": _STEPS,
@@ -88,15 +98,16 @@ NO_EQUAL = {
     "total_episodes": "steps x batch_size is what it counts",
     "per_device_eval_batch_size": "evaluations go in passes of micro_batch_size, or batch_size",
     "vf_coef": "policy and critic have adapters and optimizers of their own: critic_learning_rate",
-    "loss_type": "the policy loss is `variant`, the comparison within a group `advantage`",
-    "importance_sampling_level": "sequence-level ratios are a `variant`",
+    "loss_type": "the policy loss is `objective`, the comparison of completions `advantage`",
+    "variant": "it is `objective`",
+    "importance_sampling_level": "sequence-level ratios are an `objective`: gspo",
     "scale_rewards": "false is advantage: dr_grpo",
     "mask_truncated_completions": "missing_eos_penalty takes something off their reward instead",
     "sync_ref_model": "reference_refresh_every or reference_ema move the reference",
     "ref_model_mixup_alpha": "reference_ema is the weight of the old reference at each step",
     "ref_model_sync_steps": "reference_refresh_every copies the policy to the reference",
     "ref_model": "the reference is the model, or the adapter, that the policy starts from",
-    "reference_free": "a loss_type without a reference does that: simpo, cpo",
+    "reference_free": "the losses of pairs have it: objective.reference_free, or an objective without a reference",
     "precompute_ref_log_probs": "that is always done",
     "repetition_penalty": _OTHER_POLICY, "min_p": _OTHER_POLICY, "num_beams": _OTHER_POLICY,
     "generation_kwargs": _OTHER_POLICY,
@@ -121,38 +132,39 @@ NO_EQUAL = {
 }  # fmt: skip
 
 
-def means_something(name: str, algorithm: str | None, fields: Collection[str]) -> bool:
-    """Whether `name` is a key of the algorithm, or another's name of one."""
-    if name in fields or name in (PER_DEVICE, ACCUMULATION):
-        return True
-    keys, algorithms = ALIASES.get(name, Alias(("",)))
-    return keys[0] in fields and (not algorithms or algorithm in algorithms)
+def names_a_key(name: str, algorithm: Collection[str | None], keys: Collection[str]) -> bool:
+    """Whether `name` is one of the `keys` of an algorithm, or another's name of one. algorithm: it and its family."""
+    return name in keys or name in (PER_DEVICE, ACCUMULATION) or _meaning(name, algorithm, keys) is not None
+
+
+def _meaning(name: str, algorithm: Collection[str | None], keys: Collection[str]) -> Alias | None:
+    holding = (a for a in ALIASES.get(name, []) if not a.algorithms or not {*a.algorithms}.isdisjoint(algorithm))
+    return next((alias for alias in holding if alias.keys[0] in keys), None)
 
 
 def renamed(
-    values: Mapping[str, Any], algorithm: str | None, fields: Collection[str]
+    values: Mapping[str, Any], algorithm: Collection[str | None], keys: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """`values` under our names, and a line for each that was another's. Unknown names stay as they are.
 
-    algorithm: None where it is not known yet; then only what holds for all is renamed. fields: the keys that there are.
-    Raises UserError where two names of `values` mean one key.
+    algorithm: it and its family; None where it is not known yet, and only what holds for all is renamed. keys: those
+    that there are. Raises UserError where two names of `values` mean one key.
     """
-    # A name may be a key of one algorithm and another's name of a key of the next (beta).
-    foreign = [name for name in values if name in ALIASES and name not in fields]
-    foreign = [name for name in foreign if means_something(name, algorithm, fields)]
-    found = {key: value for key, value in values.items() if key not in foreign}
-    origin = {key: key for key in found}
+    # A name may be a key of one algorithm and another's name of a key of the next (gamma).
+    aliases = {name: _meaning(name, algorithm, keys) for name in values if name not in keys}
+    foreign = {name: alias for name, alias in aliases.items() if alias is not None}
+    ours = {key: value for key, value in values.items() if key not in foreign}
+    origin = {key: key for key in ours}
     lines = []
     # Names of several keys last: epsilon is both bounds, unless epsilon_high is there too.
-    for name in sorted(foreign, key=lambda name: len(ALIASES[name].keys)):
-        keys = ALIASES[name].keys
-        free = [key for key in keys if key not in origin]
-        if keys[0] not in free:
-            raise UserError(f"{name} and {origin[keys[0]]} are both {keys[0]}: give one of them")
-        found |= dict.fromkeys(free, values[name])
+    for name, alias in sorted(foreign.items(), key=lambda item: len(item[1].keys)):
+        free = [key for key in alias.keys if key not in origin]
+        if alias.keys[0] not in free:
+            raise UserError(f"{name} and {origin[alias.keys[0]]} are both {alias.keys[0]}: give one of them")
+        ours |= dict.fromkeys(free, values[name])
         origin |= dict.fromkeys(free, name)
         lines.append(f"{name} -> {', '.join(free)}")
-    return found, lines
+    return ours, lines
 
 
 def with_batches(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

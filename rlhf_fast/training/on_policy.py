@@ -60,6 +60,22 @@ def experiences(job: Job, config: RolloutConfig, run: Run) -> Iterator[tuple[int
         )  # fmt: skip
 
 
+def reward_kl(job: Job, experience: Experience) -> tuple[float, Tensor]:
+    """(weight, (B, T)): the KL penalty in the reward; 0 where it has no weight, since then the policy need not be
+    scored yet."""
+    assert job.kl_controller is not None
+    weight = job.kl_controller.coefficient
+    return weight, experience.kl if weight else torch.zeros_like(experience.scores.ref_logprobs)
+
+
+def paid(job: Job, config: RolloutConfig, experience: Experience) -> Tensor:
+    """(B,): the clipped reward of each completion less its KL penalty."""
+    rewards, (weight, kl) = experience.rewards, reward_kl(job, experience)
+    if config.reward_clip is not None:
+        rewards = rewards.clamp(-config.reward_clip, config.reward_clip)
+    return rewards - weight * kl.sum(1)
+
+
 def improve(job: Job, config: RolloutConfig, experience: Experience, loss: Loss[Rows]) -> dict[str, float]:
     """The epochs of minibatches over the experience, an update each; metrics averaged over the updates."""
     history = []
@@ -112,8 +128,8 @@ def finish_step(
 ) -> None:
     """Move what follows the step, the reference and the weight of the KL penalty, and record the step."""
     metrics = {**metrics, **rollout_metrics(experience), "learning_rate": learning_rate(config, step)}
-    if job.kl_controller is not None:
-        metrics["kl_coef"] = job.kl_controller.update(metrics["kl"], config.batch_size)
+    assert job.kl_controller is not None
+    metrics["kl_coef"] = job.kl_controller.update(metrics["kl"], config.batch_size)
     move_reference(job, config, step)
     run.samples(step, samples_of(experience, 2))
     run.log(step, metrics, tokens=int(experience.batch.attention_mask.sum()))

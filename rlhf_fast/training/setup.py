@@ -17,6 +17,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import embedding_rows, load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter
+from rlhf_fast.ops.advantages.kl_controller import AdaptiveKLController, FixedKLController
 from rlhf_fast.rewards import AdapterSource, Rewards, load_rewards
 from rlhf_fast.rollout import check_sampler
 from rlhf_fast.training.config import Config, FromStage, RolloutConfig, SamplingConfig
@@ -143,7 +144,7 @@ def load_rows(
 def _rows_of(config: Config, data: str, layouts: Sequence[Sequence[str]]) -> list[Row]:
     rows = rename_columns(read_rows(data), config.columns)
     skip = config.bad_rows == "skip"
-    rows = with_known_columns(rows, config.algorithm, data, skip=skip)
+    rows = with_known_columns(rows, config.algorithm, data, family=config.family, skip=skip)
     used, rows = require_columns(rows, layouts, config.algorithm, skip=skip)
     others = [names for names in layouts if set(names) <= rows[0].values.keys() and not set(names) <= set(used)]
     if others:
@@ -171,7 +172,7 @@ def _draw(config: Config, rows: list[Row], size: int) -> list[int]:
 
 
 def prepare_rollouts(config: RolloutConfig) -> Job:
-    """What ppo and grpo start from: policy, reference, rewards and prompts, tried on two short completions."""
+    """The start of learning from samples: policy, reference, rewards and prompts, tried on two short completions."""
     train, held_out = load_rows(config, [("prompt",)])
     backbone, tokenizer, saved = build_model(config)
     moving = config.reference_ema is not None or config.reference_refresh_every is not None
@@ -185,7 +186,10 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
         held_out=encode_rows(encoder, held_out, encoder.prompt, "held-out data"),
         optimizers={"policy": adamw(backbone.parameters_of("policy"), config)},
         rewards=add_rewards(backbone, config, columns=list(train[0].values)),
+        kl_controller=FixedKLController(config.kl_coef),
     )
+    if config.kl_target is not None:
+        job.kl_controller = AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
     try_rewards(job, config, job.held_out)
     return job
 

@@ -11,7 +11,7 @@ from tests.training.tiny_runs import values_of, write_jsonl
 
 OWN_KEYS = {
     "ppo": {"reference_ema": None, "kl_target": None, "lam": 1.0},
-    "grpo": {"reference_refresh_every": None, "num_generations": 8},
+    "grpo": {"reference_refresh_every": None, "num_generations": 8, "objective": "ppo_clip"},
 }
 
 

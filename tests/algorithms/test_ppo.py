@@ -6,7 +6,6 @@ from rich.console import Console
 
 from rlhf_fast.algorithms import ppo, reward_model
 from rlhf_fast.algorithms.launch import run_stage, single_stage
-from rlhf_fast.errors import UserError
 from rlhf_fast.training.experience import collect, move_reference, prompts_of_step
 from rlhf_fast.training.on_policy import improve, micro_batches
 from rlhf_fast.training.optim import accumulate
@@ -48,23 +47,6 @@ def test_the_reward_of_a_token_is_its_kl_and_at_the_end_the_score():
     expected = experience.rewards - 0.5 * experience.kl.sum(1)
     torch.testing.assert_close(returns.gather(1, first).squeeze(1), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(advantages, (returns - values) * mask, rtol=1e-4, atol=1e-5)
-
-
-def test_group_advantages_need_no_critic_and_compare_completions_of_one_prompt():
-    config = config_of("ppo", advantage="group", num_generations=2, kl_coef=0.0)
-    job = job_of(config)
-    assert set(job.optimizers) == {"policy"}
-    assert "critic" not in job.backbone.adapters
-    experience = experience_of(job, config)
-    prompts = [p.text for p in experience.rollout.prompts]
-    assert prompts[0::2] == prompts[1::2]
-    advantages, returns, values = ppo.estimate(job, config, experience)
-    assert returns is None
-    assert values is None
-    assert advantages.shape == (4, 1)
-    torch.testing.assert_close(advantages.view(2, 2).sum(1), torch.zeros(2))
-    with pytest.raises(UserError, match="num_generations is 1, needs 2"):
-        ppo.prepare(config_of("ppo", advantage="group"))
 
 
 def test_an_unfinished_completion_pays_the_penalty():

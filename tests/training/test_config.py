@@ -1,5 +1,6 @@
 import pytest
 
+from rlhf_fast import PolicyObjective
 from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import parse, parse_overrides, read_yaml
@@ -9,10 +10,11 @@ LEAST = {"algorithm": "ppo", "model": "m", "data": "d.jsonl", "reward": "r.py:f"
 
 
 def test_yaml_and_flags_give_the_same_values():
-    words = ["learning_rate=1e-3", "--clip-eps-low", "0.1", "--lora_targets=[q_proj, v_proj]", "chat=true", "lam=0.5"]
+    words = ["learning_rate=1e-3", "--objective.clip-eps-low", "0.1", "--lora_targets=[q_proj, v_proj]", "chat=true",
+             "lam=0.5"]  # fmt: skip
     config = parse(PPO, {**LEAST, **parse_overrides(words)})
     assert config.learning_rate == 1e-3
-    assert config.clip_eps_low == 0.1
+    assert config.objective == PolicyObjective(clip_eps_low=0.1, fixed_length=64)
     assert config.lora_targets == ["q_proj", "v_proj"]
     assert config.chat is True
     assert config.lam == 0.5
@@ -33,6 +35,14 @@ def test_yaml_and_flags_give_the_same_values():
         ({"columns": {"prompt": 1}}, "columns: Input should be a valid string, got 1"),
         ({"columns.prompt": [1]}, "columns: Input should be a valid string"),
         ({"reward_weights": [float("nan")]}, "reward_weights: Input should be a finite number"),
+        ({"objective": "dappo"}, r"objective: variant must be one of .*, got 'dappo'; did you mean 'dapo'\?"),
+        ({"objective": {"clip_eps_hihg": 0.3}}, "objective has no 'clip_eps_hihg', got 0.3 .* mean 'clip_eps_high'"),
+        ({"objective.clip_eps_hihg": 0.3}, "objective has no 'clip_eps_hihg', got 0.3 .* mean 'clip_eps_high'"),
+        ({"objective": {"clip_eps_low": -1}}, r"objective: clip_eps_low must be in \[0, 1\], got -1"),
+        ({"objective": {"kl_coef": "much"}}, "objective: kl_coef must be a number, got 'much'"),
+        ({"objective": 3}, "objective must be a name, a mapping or a PolicyObjective, got 3"),
+        ({"clip_eps_low": 0.1}, "unknown key 'clip_eps_low'; did you mean 'objective.clip_eps_low'?"),
+        ({"variant": "dapo"}, "unknown key 'variant': it is `objective`"),
         ({"batch_size": 10, "num_minibatches": 4}, "batch_size 10 must be a multiple of num_minibatches 4"),
     ],
 )
@@ -40,6 +50,27 @@ def test_a_bad_key_or_value_is_one_line(changes, message):
     with pytest.raises(UserError, match=message) as error:
         parse(PPO, {**LEAST, **changes})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [
+    {"objective": "gspo"}, {"objective": {"variant": "gspo"}}, {"objective.variant": "gspo"},
+    {"objective": {"variant": "gspo", "clip_eps_low": "3e-4"}}, {"objective": "gspo", "objective.clip_eps_low": 3e-4},
+], ids=str)  # fmt: skip
+def test_an_objective_is_a_name_or_a_mapping_in_the_file_and_its_numbers_are_flags(given):
+    assert parse(PPO, {**LEAST, **given}).objective == PolicyObjective("gspo", fixed_length=64)
+
+
+def test_a_loss_of_fixed_length_takes_that_of_the_completions():
+    assert parse(PPO, {**LEAST, "objective": "dr_grpo", "max_new_tokens": 9}).objective.fixed_length == 9
+    given = {"objective": {"variant": "dr_grpo", "fixed_length": 5}, "max_new_tokens": 9}
+    assert parse(PPO, {**LEAST, **given}).objective.fixed_length == 5
+
+
+def test_a_loss_of_pairs_that_needs_more_than_pairs_is_refused():
+    with pytest.raises(UserError, match="objective hpo needs advantages, which no column holds"):
+        parse(
+            load_algorithm("dpo").AlgorithmConfig, {"algorithm": "dpo", "model": "m", "data": "d", "objective": "hpo"}
+        )
 
 
 def test_a_missing_key_says_what_it_is():

@@ -1,32 +1,38 @@
 """Names of other trainers: the ones that mean the same are taken, the others are refused with the reason."""
 
+from operator import attrgetter
+
 import pytest
 
 from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
 from rlhf_fast.algorithms.launch import all_stages, single_stage
 from rlhf_fast.errors import UserError
-from rlhf_fast.training.config import Config, merged, unknown_key
-from rlhf_fast.training.foreign_keys import ALIASES, NO_EQUAL, means_something
+from rlhf_fast.training.config import Config, keys_of, means_something, merged, unknown_key
+from rlhf_fast.training.foreign_keys import ALIASES, NO_EQUAL
 
 LEAST = {"algorithm": "sft", "model": "m", "data": "d.jsonl"}
-FIELDS = {name: load_algorithm(name).AlgorithmConfig.model_fields for name in ALGORITHMS}
+CONFIGS = {name: load_algorithm(name).AlgorithmConfig for name in ALGORITHMS}
+KEYS = {name: keys_of(config_class) for name, config_class in CONFIGS.items()}
 
 
 def stage_of(*layers, algorithm="sft"):
-    reward = {"reward": "r.py:f"} if algorithm in ("ppo", "grpo") else {}
+    reward = {"reward": "r.py:f"} if "num_generations" in KEYS[algorithm] else {}
     return single_stage({**LEAST, "algorithm": algorithm, **reward}, *layers)
 
 
 @pytest.mark.parametrize("name", ALIASES)
 def test_every_alias_means_a_key_of_some_algorithm_and_is_no_key_there(name):
-    meaning = [algorithm for algorithm in ALGORITHMS if means_something(name, algorithm, FIELDS[algorithm])]
+    meaning = [a for a in ALGORITHMS if means_something(name, CONFIGS[a], a) and name not in KEYS[a]]
     assert meaning
-    assert all(key in FIELDS[a] for a in meaning for key in ALIASES[name].keys if name not in FIELDS[a])
+    for algorithm in meaning:
+        ours, lines = merged(CONFIGS[algorithm], algorithm, {name: 2})
+        assert set(ours) <= set(KEYS[algorithm])
+        assert lines == [f"{name} -> {', '.join(ours)}"]
 
 
 @pytest.mark.parametrize("name", NO_EQUAL)
 def test_a_name_without_an_equal_is_refused_with_its_reason(name):
-    refusing = [a for a in ALGORITHMS if not means_something(name, a, FIELDS[a])]
+    refusing = [a for a in ALGORITHMS if not means_something(name, CONFIGS[a], a)]
     assert refusing, "an alias or a key everywhere needs no reason"
     with pytest.raises(UserError) as error:
         stage_of({name: 1}, algorithm=refusing[0])
@@ -42,21 +48,31 @@ def test_a_name_without_an_equal_is_refused_with_its_reason(name):
     ("sft", {"per_device_train_batch_size": 2}, {"batch_size": 2, "micro_batch_size": None}),
     ("sft", {"batch_size": 8, "gradient_accumulation_steps": 4}, {"batch_size": 8, "micro_batch_size": 2}),
     ("sft", {"gradient_accumulation_steps": 4}, {"batch_size": 32, "micro_batch_size": 8}),
-    ("dpo", {"beta": 0.3, "train_batch_size": 5}, {"beta": 0.3, "batch_size": 5}),
-    ("grpo", {"beta": 0.3, "max_completion_length": 9}, {"kl_coef": 0.3, "max_new_tokens": 9}),
-    ("grpo", {"epsilon": 0.1}, {"clip_eps_low": 0.1, "clip_eps_high": 0.1}),
-    ("grpo", {"epsilon": 0.1, "epsilon_high": 0.3}, {"clip_eps_low": 0.1, "clip_eps_high": 0.3}),
-    ("ppo", {"cliprange": 0.1, "gae_lambda": 0.9}, {"clip_eps_low": 0.1, "clip_eps_high": 0.1, "lam": 0.9}),
+    ("dpo", {"beta": 0.3, "train_batch_size": 5}, {"objective.beta": 0.3, "batch_size": 5}),
+    ("dpo", {"loss_type": "ipo", "label_smoothing": 0.0}, {"objective.variant": "ipo"}),
+    ("simpo", {"beta": 3, "simpo_gamma": 1.5}, {"objective.beta": 3.0, "objective.gamma": 1.5}),
+    ("dpo", {"reference_free": True}, {"objective.reference_free": True}),
+    ("grpo", {"beta": 0.3, "max_completion_length": 9}, {"objective.kl_coef": 0.3, "max_new_tokens": 9}),
+    ("dapo", {"beta": 0.3, "delta": 4.0}, {"objective.kl_coef": 0.3, "objective.dual_clip": 4.0}),
+    ("rloo", {"beta": 0.3}, {"kl_coef": 0.3, "objective.kl_coef": 0.0}),
+    ("grpo", {"epsilon": 0.1}, {"objective.clip_eps_low": 0.1, "objective.clip_eps_high": 0.1}),
+    ("grpo", {"epsilon": 0.1, "epsilon_high": 0.3},
+     {"objective.clip_eps_low": 0.1, "objective.clip_eps_high": 0.3}),
+    ("ppo", {"cliprange": 0.1, "gae_lambda": 0.9},
+     {"objective.clip_eps_low": 0.1, "objective.clip_eps_high": 0.1, "lam": 0.9}),
+    ("ppo", {"ent_coef": 0.1}, {"objective.entropy_coef": 0.1}),
+    ("ppo", {"init_kl_coef": 0.1, "kl_loss_coef": 0.2}, {"kl_coef": 0.1, "objective.kl_coef": 0.2}),
 ], ids=str)  # fmt: skip
 def test_a_name_that_means_the_same_is_taken_and_said_aloud(algorithm, given, expected):
     stage = stage_of(given, algorithm=algorithm)
-    assert {key: getattr(stage.config, key) for key in expected} == expected
-    foreign = set(given) - set(FIELDS[algorithm])
+    assert {key: attrgetter(key)(stage.config) for key in expected} == expected
+    foreign = set(given) - set(KEYS[algorithm])
     assert all(any(name in line for line in stage.aliases) for name in foreign)
 
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"lr": 1e-4, "learning_rate": 1e-4}, "lr and learning_rate are both learning_rate: give one of them"),
+    ({"epsilon": 0.2, "objective": {"clip_eps_low": 0.1}}, "epsilon and objective.clip_eps_low are both objective"),
     ({"lr": 1e-4, "actor_lr": 1e-4}, "actor_lr and lr are both learning_rate"),
     ({"per_device_train_batch_size": 2, "batch_size": 4}, "per_device_train_batch_size already say batch_size"),
     ({"gradient_accumulation_steps": 2, "micro_batch_size": 4}, "already say micro_batch_size"),
@@ -70,7 +86,7 @@ def test_a_name_that_means_the_same_is_taken_and_said_aloud(algorithm, given, ex
 ], ids=str)  # fmt: skip
 def test_names_that_contradict_each_other_are_one_line(given, message):
     with pytest.raises(UserError, match=message) as error:
-        stage_of(given)
+        stage_of(given, algorithm="grpo" if "epsilon" in given else "sft")
     assert "\n" not in str(error.value)
 
 
@@ -93,10 +109,10 @@ def test_the_same_name_may_mean_something_else_to_another_stage():
         "stages": [{"algorithm": "sft"}, {"algorithm": "dpo"}, {"algorithm": "grpo", "reward": "r.py:f"}],
     }  # fmt: skip
     sft, dpo, grpo = all_stages(values, {"dpo.lr": 0.75, "grpo.num_train_epochs": 2})
-    assert (dpo.config.beta, grpo.config.kl_coef) == (0.25, 0.25)
+    assert (dpo.config.objective.beta, grpo.config.objective.kl_coef) == (0.25, 0.25)
     assert [stage.config.learning_rate for stage in (sft, dpo, grpo)] == [0.5, 0.75, 0.5]
     assert grpo.config.epochs == 2
-    with pytest.raises(UserError, match="unknown key 'beta': it is kl_coef"):
+    with pytest.raises(UserError, match=r"unknown key 'beta': it is objective\.kl_coef"):
         all_stages({**values, "stages": values["stages"][:1]}, {})
 
 
@@ -117,7 +133,7 @@ def test_a_config_with_epochs_survives_its_own_file():
 
 
 def test_nothing_is_renamed_that_is_only_near():
-    assert merged("sft", Config.model_fields, {"learnin_rate": 1})[0] == {"learnin_rate": 1}
+    assert merged(Config, "sft", {"learnin_rate": 1})[0] == {"learnin_rate": 1}
     assert unknown_key("learnin_rate", Config.model_fields) == (
         "unknown key 'learnin_rate'; did you mean 'learning_rate'?"
     )

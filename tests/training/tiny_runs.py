@@ -21,6 +21,11 @@ REWARD = '''
 def score(prompts, completions):
     """Longer is better, up to a point, and vowels are worth a little."""
     return [len(c) % 11 / 5.0 + 0.1 * sum(x in "aeiou" for x in c) for c in completions]
+
+
+def even(completions):
+    """Right or wrong."""
+    return [float(len(c) % 2 == 0) for c in completions]
 '''
 
 
@@ -58,7 +63,7 @@ def values_of(algorithm: str, **changes: Any) -> dict[str, Any]:
     if algorithm == "ppo":
         values |= {"kl_target": 0.5, "kl_horizon": 50, "reference_ema": 0.9}
     if algorithm == "grpo":
-        values |= {"num_generations": 2, "kl_coef": 0.1, "reference_refresh_every": 2}
+        values |= {"num_generations": 2, "objective": {"kl_coef": 0.1}, "reference_refresh_every": 2}
     return {**values, **changes}
 
 

@@ -1,0 +1,138 @@
+"""The table of algorithms: each row is a module with defaults that stand below what the user says, and trains."""
+
+import pytest
+import torch
+from rich.console import Console
+
+from rlhf_fast.algorithms import ALGORITHMS, grpo, load_algorithm
+from rlhf_fast.algorithms.launch import run_stage, single_stage
+from rlhf_fast.data.reading import read_jsonl
+from rlhf_fast.errors import UserError
+from rlhf_fast.ops.advantages.group_advantages import VARIANTS as COMPARISONS
+from rlhf_fast.ops.advantages.group_advantages import group_advantages
+from rlhf_fast.ops.policy.policy_loss import VARIANTS as POLICY_LOSSES
+from rlhf_fast.ops.preference.preference_loss import VARIANTS as PREFERENCE_LOSSES
+from rlhf_fast.training.experience import collect, prompts_of_step
+from tests.training.tiny_runs import config_of, folder, job_of, values_of
+
+# What a row needs besides its defaults, for the data and batches of tiny_runs.
+NEEDS = {"pass_at_k": {"pass_k": 1, "reward": f"{folder()}/reward.py:even"}}
+
+
+def values_of_row(name, **changes):
+    family = load_algorithm(name).AlgorithmConfig.family
+    values = values_of(family)
+    for key in ("objective", "num_generations", "kl_coef", "kl_target"):
+        values.pop(key, None)
+    if ALGORITHMS[name].module == "grpo" and "num_generations" not in ALGORITHMS[name].defaults:
+        values["num_generations"] = 2
+    return {**values, **NEEDS.get(name, {}), "algorithm": name, "steps": 1, **changes}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_row_trains(name, tmp_path):
+    values = values_of_row(name, output_dir=str(tmp_path / "run"))
+    run_stage(Console(quiet=True), single_stage(values), resume=None, overwrite=False)
+    (metrics,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert metrics["skipped"] == 0
+    assert all(value > 0 for key, value in metrics.items() if key.startswith("grad_norm")), metrics
+
+
+def test_every_comparison_and_every_loss_that_the_loop_can_feed_has_a_row():
+    defaults = {name: load_config(name) for name in ALGORITHMS}
+    comparisons = {c.advantage for c in defaults.values() if hasattr(c, "advantage")}
+    assert comparisons == set(COMPARISONS)
+    losses = {c.objective.variant for c in defaults.values() if hasattr(c, "objective")}
+    # dro's old log-probabilities are the reference's, hpo needs a second reward.
+    assert losses == {*POLICY_LOSSES, *PREFERENCE_LOSSES} - {"grpo", "dro", "sft", "hpo"}
+
+
+def load_config(name):
+    return single_stage(values_of_row(name)).config
+
+
+def test_what_the_user_says_stands_above_a_row_and_the_rest_of_the_row_stays():
+    assert load_config("dapo").objective.clip_eps_high == 0.28
+    said = single_stage(values_of_row("dapo"), {"objective.clip_eps_low": "1e-1"}).config.objective
+    assert (said.variant, said.clip_eps_low, said.clip_eps_high) == ("dapo", 0.1, 0.28)
+    said = single_stage(values_of_row("dapo", objective={"clip_eps_high": 0.5})).config.objective
+    assert (said.variant, said.clip_eps_high) == ("dapo", 0.5)
+    said = single_stage(values_of_row("simpo", objective={"variant": "ipo"})).config.objective
+    assert (said.variant, said.beta) == ("ipo", 0.1)
+    assert single_stage(values_of_row("rloo"), {"advantage": "opo"}).config.advantage == "opo"
+    assert single_stage(values_of_row("rloo", kl_coef=0.0)).config.kl_coef == 0
+
+
+def test_an_unknown_name_is_told_the_nearest_one():
+    with pytest.raises(UserError, match=r"unknown algorithm 'dr_gropo'; did you mean 'dr_grpo'\?"):
+        load_algorithm("dr_gropo")
+
+
+def experience_of(job, config):
+    torch.manual_seed(5)
+    return collect(job, config, prompts_of_step(job, config, 0))
+
+
+@pytest.mark.parametrize("variant", set(COMPARISONS) - {"remax"})
+def test_completions_are_compared_as_the_op_does_less_the_penalty(variant):
+    changes = {"pass_k": 2} if variant == "pass_at_k" else {}
+    changes |= {"reward_weights": [2.0]} if variant == "gdpo" else {"kl_coef": 0.5, "reward_clip": 1.5}
+    config = config_of("grpo", advantage=variant, **changes)
+    job = job_of(config)
+    experience = experience_of(job, config)
+    found = grpo.advantages_of(job, config, experience)
+    assert found.shape == (4,)
+    paid = experience.rewards.clamp(-1.5, 1.5) - 0.5 * experience.kl.sum(1)
+    if variant == "gdpo":
+        expected = group_advantages(experience.rewards[:, None], group_size=2, variant="gdpo", reward_weights=[2.0])
+    elif variant == "pass_at_k":
+        expected = group_advantages(paid, group_size=2, variant="pass_at_k", k=2)
+    elif variant == "opo":
+        expected = group_advantages(paid, group_size=2, variant="opo", lengths=experience.batch.counts)
+    else:
+        expected = group_advantages(paid, variant=variant, **({"group_size": 2} if COMPARISONS[variant].grouped else {}))
+    torch.testing.assert_close(found, expected)
+
+
+def test_remax_compares_with_the_greedy_answer():
+    config = config_of("grpo", advantage="remax", kl_coef=0.0)
+    job = job_of(config)
+    experience = experience_of(job, config)
+    prompts = experience.rollout.prompts
+    # So cold a sample is the greedy answer; both rows of a prompt have the same one.
+    greedy = collect(job, config.model_copy(update={"temperature": 1e-4}), prompts).rewards
+    assert torch.equal(greedy[0::2], greedy[1::2])
+    torch.testing.assert_close(grpo.advantages_of(job, config, experience), experience.rewards - greedy)
+
+
+def test_a_comparison_without_a_critic_needs_no_critic():
+    config = config_of("grpo", kl_coef=0.1)
+    job = job_of(config)
+    assert set(job.optimizers) == {"policy"}
+    assert "critic" not in job.backbone.adapters
+    prompts = [p.text for p in experience_of(job, config).rollout.prompts]
+    assert prompts[0::2] == prompts[1::2]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"num_generations": 1}, "advantage grpo compares the completions of a prompt: num_generations is 1, needs 2"),
+    ({"advantage": "pass_at_k"}, "advantage pass_at_k needs pass_k from 1 to num_generations, got None and 2"),
+    ({"advantage": "pass_at_k", "pass_k": 3}, "needs pass_k from 1 to num_generations, got 3 and 2"),
+    ({"advantage": "gdpo", "kl_coef": 0.1}, "gdpo compares every reward by itself: there is no sum for kl_coef"),
+    ({"advantage": "gae"}, "advantage: Input should be 'grpo', .*, got 'gae'"),
+], ids=str)  # fmt: skip
+def test_a_comparison_that_cannot_be_made_is_one_line(changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        single_stage(values_of("grpo", **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_several_rewards_are_compared_one_by_one(tmp_path):
+    (tmp_path / "second.py").write_text("def short(completions):\n    return [-float(len(c)) for c in completions]\n")
+    rewards = [f"{folder()}/reward.py:score", f"{tmp_path}/second.py:short"]
+    config = config_of("grpo", advantage="gdpo", reward=rewards, reward_weights=[1.0, 3.0])
+    job = job_of(config)
+    experience = experience_of(job, config)
+    columns = torch.stack([experience.parts[name] for name in rewards], dim=1)
+    expected = group_advantages(columns, group_size=2, variant="gdpo", reward_weights=[1.0, 3.0])
+    torch.testing.assert_close(grpo.advantages_of(job, config, experience), expected)
