@@ -12,8 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
 from rlhf_fast.backends import BackendError
 from rlhf_fast.errors import UserError
+from rlhf_fast.training.config import RolloutConfig, flat, parse_overrides
+from rlhf_fast.training.keys import described
 
 # One line per mistake is ours to print; Python's own tracebacks stay plain.
 app = typer.Typer(
@@ -28,8 +31,16 @@ TRAIN_HELP = """Train from a YAML file and flags.
 
     rlhf_fast train --algorithm grpo --model M --data prompts.jsonl --reward rewards.py:score
 
-Every key of the YAML file is also a flag, as key=value or --key value; `rlhf_fast keys ppo` lists them.
+Every key of the YAML file is also a flag, as key=value or --key value. `rlhf_fast keys` lists the algorithms,
+`rlhf_fast keys ppo` the keys of one.
 """
+KEYS = {key.name: key for key in described(RolloutConfig)}
+
+
+def _flag(name: str) -> Any:
+    """A key of the configuration as a flag, with the type and the description that it has there."""
+    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    return typer.Option(*spellings, metavar=KEYS[name].type, help=KEYS[name].description)
 
 
 @contextmanager
@@ -46,17 +57,18 @@ def _one_line_errors() -> Iterator[None]:
 def train(
     context: typer.Context,
     config: Annotated[str | None, typer.Option(help="YAML file; may also be the first word")] = None,
-    algorithm: Annotated[str | None, typer.Option(help="sft, reward_model, ppo, grpo or dpo")] = None,
-    model: Annotated[str | None, typer.Option(help="model or adapter folder, hub id, or tiny")] = None,
-    data: Annotated[str | None, typer.Option(help="examples: a file, a folder or a hub id")] = None,
-    reward: Annotated[str | None, typer.Option(help="file.py:function, pkg.mod:function or a folder")] = None,
-    output_dir: Annotated[str | None, typer.Option("--output_dir", "--output-dir", help="run folder")] = None,
-    steps: Annotated[str | None, typer.Option(help="training steps")] = None,
-    batch_size: Annotated[str | None, typer.Option("--batch_size", "--batch-size", help="sequences a step")] = None,
-    learning_rate: Annotated[str | None, typer.Option("--learning_rate", "--learning-rate")] = None,
-    kl_coef: Annotated[str | None, typer.Option("--kl_coef", "--kl-coef", help="ppo and grpo")] = None,
-    lora_rank: Annotated[str | None, typer.Option("--lora_rank", "--lora-rank")] = None,
-    seed: Annotated[str | None, typer.Option()] = None,
+    algorithm: Annotated[str | None, _flag("algorithm")] = None,
+    model: Annotated[str | None, _flag("model")] = None,
+    data: Annotated[str | None, _flag("data")] = None,
+    reward: Annotated[str | None, _flag("reward")] = None,
+    output_dir: Annotated[str | None, _flag("output_dir")] = None,
+    steps: Annotated[str | None, _flag("steps")] = None,
+    batch_size: Annotated[str | None, _flag("batch_size")] = None,
+    learning_rate: Annotated[str | None, _flag("learning_rate")] = None,
+    objective: Annotated[str | None, _flag("objective")] = None,
+    kl_coef: Annotated[str | None, _flag("kl_coef")] = None,
+    lora_rank: Annotated[str | None, _flag("lora_rank")] = None,
+    seed: Annotated[str | None, _flag("seed")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="print the plan; write nothing")] = False,
     resume: Annotated[str | None, typer.Option(help="auto, or a run or checkpoint folder")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in output_dir")] = False,
@@ -64,19 +76,13 @@ def train(
     words = list(context.args)
     if config is None and words and not words[0].startswith("--") and "=" not in words[0]:
         config = words.pop(0)
-    declared = {
-        "algorithm": algorithm, "model": model, "data": data, "reward": reward, "output_dir": output_dir,
-        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "kl_coef": kl_coef,
-        "lora_rank": lora_rank, "seed": seed,
-    }  # fmt: skip
-    flags: dict[str, Any] = {key: value for key, value in declared.items() if value is not None}
+    words = [f"{name}={x}" for name, x in context.params.items() if name in KEYS and x is not None] + words
     with _one_line_errors():
         from rlhf_fast.algorithms.launch import launch
-        from rlhf_fast.training.config import parse_overrides
         from rlhf_fast.training.run import Stopped
 
         try:
-            launch(config, {**flags, **parse_overrides(words)}, dry_run=dry_run, resume=resume, overwrite=overwrite)
+            launch(config, parse_overrides(words), dry_run=dry_run, resume=resume, overwrite=overwrite)
         except Stopped as stopped:
             typer.echo(str(stopped))
             raise typer.Exit(stopped.exit_code) from None
@@ -98,19 +104,24 @@ def common(
 
 
 @app.command()
-def keys(algorithm: Annotated[str, typer.Argument(help="sft, reward_model, ppo, grpo or dpo")]) -> None:
-    """List an algorithm's keys, with defaults."""
+def keys(algorithm: Annotated[str | None, typer.Argument(help="a name of the list")] = None) -> None:
+    """List the algorithms; with the name of one, its keys with types, defaults and what they are."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     with _one_line_errors():
-        from rlhf_fast.algorithms import load_algorithm
-
-        table = Table("key", "default", "what", title=algorithm)
-        for name, info in load_algorithm(algorithm).AlgorithmConfig.model_fields.items():
-            default = "(required)" if info.is_required() else str(info.default)
-            table.add_row(name, Text(default), Text(info.description or ""))
+        if algorithm is None:
+            table = Table("algorithm", "module", "what it sets")
+            for name, preset in ALGORITHMS.items():
+                defaults = ", ".join(f"{key}: {x}" for key, x in flat(preset.defaults).items())
+                table.add_row(name, preset.module, Text(defaults))
+        else:
+            table = Table("key", "type", "default", "what", title=algorithm)
+            config_class = load_algorithm(algorithm).AlgorithmConfig
+            for key in described(config_class, {**ALGORITHMS[algorithm].defaults, "algorithm": algorithm}):
+                table.add_row(*map(Text, key))
+        table.columns[0].no_wrap = True
     Console().print(table)
 
 

@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from rlhf_fast import __main__, __version__
+from rlhf_fast.algorithms import ALGORITHMS as ROWS
+from rlhf_fast.algorithms import load_algorithm
 from rlhf_fast.cli import app
+from rlhf_fast.training.config import keys_of
 from tests.house.test_packaging import PROJECT
 from tests.training.tiny_runs import ALGORITHMS, folder, values_of, write_jsonl
 
@@ -384,10 +387,49 @@ def test_doctor_lists_every_op_and_says_why_a_backend_cannot_run():
         assert op in result.stdout
 
 
-def test_keys_lists_what_a_config_may_hold():
-    result = invoke("keys", "ppo")
-    assert result.exit_code == 0
-    assert "kl_target" in result.stdout
+def cells(output: str) -> list[list[str]]:
+    """The rows of a printed table."""
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "│" in line]
+
+
+def test_keys_lists_what_a_config_may_hold_with_the_defaults_of_a_row(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    shown = {name: (kind, default) for name, kind, default, _ in cells(invoke("keys", "dapo").stdout)}
+    assert shown["kl_target"] == ("float", "-")
+    assert shown["data"] == ("str", "(required)")
+    assert shown["objective"] == ("name or mapping", "dapo")
+    assert (shown["objective.clip_eps_low"], shown["objective.clip_eps_high"]) == (("float", "0.2"), ("float", "0.28"))
+    assert set(shown) == set(keys_of(load_algorithm("dapo").AlgorithmConfig))
+
+
+def test_keys_alone_lists_every_algorithm(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    rows = {name: (module, sets) for name, module, sets in cells(invoke("keys").stdout)}
+    assert set(rows) == set(ROWS)
+    assert rows["simpo"] == ("preference", "objective.variant: simpo, objective.beta: 2.0, objective.gamma: 1.0")
+    result = invoke("keys", "dr_gropo")
+    assert result.exit_code == 2
+    message = "unknown algorithm 'dr_gropo'; did you mean 'dr_grpo'? (`rlhf_fast keys` lists them)"
+    assert result.stderr == f"error: {message}\n"
+
+
+def test_help_says_of_a_flag_what_keys_says_of_the_key(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    listed = {row[0]: row[1:] for row in cells(invoke("keys", "ppo").stdout)}
+    train_help = invoke("train", "--help").stdout
+    for name in ("steps", "batch_size", "objective", "kl_coef", "lora_rank", "output_dir"):
+        kind, _, description = listed[name]
+        (line,) = [line for line in train_help.splitlines() if re.match(rf"│ --{name}[, ]", line)]
+        _, found_kind, found_description = re.split(r"\s{2,}", line.strip("│ "))
+        assert (found_kind, found_description) == (kind, description)
+
+
+def test_a_flag_is_read_as_the_key_is(tmp_path):
+    words = words_of("dpo", output_dir=str(tmp_path / "run"))
+    for objective in (["--objective", "{variant: ipo, beta: 0.25}"], ["objective={variant: ipo, beta: 0.25}"]):
+        result = invoke("train", *words, *objective, "--dry-run")
+        assert result.exit_code == 0, result.output
+        assert "variant: ipo\n  beta: 0.25\n" in result.stdout
 
 
 def test_help_is_quick_and_names_the_common_flags():

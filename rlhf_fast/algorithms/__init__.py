@@ -87,5 +87,5 @@ ALGORITHMS = {
 def load_algorithm(name: str) -> ModuleType:
     """The module of an algorithm; UserError for a name that is none."""
     if not isinstance(name, str) or name not in ALGORITHMS:
-        raise UserError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}; `rlhf_fast keys` lists them")
+        raise UserError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)} (`rlhf_fast keys` lists them)")
     return importlib.import_module(f"rlhf_fast.algorithms.{ALGORITHMS[name].module}")

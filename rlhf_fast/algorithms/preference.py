@@ -36,7 +36,7 @@ class AlgorithmConfig(SamplingConfig):
     family = "dpo"
 
     objective: PreferenceObjective = Field(
-        "sigmoid", validate_default=True, description="loss of a pair: its name, or a mapping of its numbers"
+        "sigmoid", validate_default=True, description="the loss: its name, or a mapping of its numbers"
     )
 
     @field_validator("objective", mode="before")

@@ -51,7 +51,7 @@ class Config(BaseModel):
     )
     eval_size: int | None = Field(None, ge=1, description="rows held out; default: a tenth, at most 64")
     output_dir: str = Field("run", description="run folder: adapters, metrics, samples, curves, checkpoints")
-    seed: int = Field(0, ge=0, lt=1 << 63)
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of new adapters, samples and order")
     data_seed: int | None = Field(None, ge=0, lt=1 << 63, description="held-out draw and order; default: seed")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
@@ -70,7 +70,7 @@ class Config(BaseModel):
     micro_batch_size: int | None = Field(None, ge=1, description="rows per pass; default: all of a minibatch")
     steps: int = Field(100, ge=1, description="optimizer steps; for ppo and grpo, rollouts")
     epochs: float | None = Field(None, gt=0, description="in place of steps: passes over the examples or prompts")
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="after the warm-up")
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     warmup_ratio: float | None = Field(None, ge=0, le=1, description="in place of warmup_steps: share of the steps")
@@ -165,7 +165,7 @@ class RolloutConfig(SamplingConfig):
     )
     num_generations: int = Field(1, ge=1, description="completions per prompt; batch_size counts completions")
     objective: PolicyObjective = Field(
-        "ppo_clip", validate_default=True, description="policy loss: its name, or a mapping of its numbers"
+        "ppo_clip", validate_default=True, description="the loss: its name, or a mapping of its numbers"
     )
     reward_clip: float | None = Field(None, gt=0, description="bound on the absolute score of a completion")
     kl_coef: float = Field(0.0, ge=0, description="weight of the KL penalty in the reward")
@@ -231,7 +231,7 @@ def merged(
     values: dict[str, Any] = {}
     lines: list[str] = []
     for layer in layers:
-        own, said = renamed(_flat(layer), (algorithm, config_class.family), keys_of(config_class))
+        own, said = renamed(flat(layer), (algorithm, config_class.family), keys_of(config_class))
         rivals = {*EXCLUSIVE.items(), *((b, a) for a, b in EXCLUSIVE.items())}
         rivals |= {(PER_DEVICE, "batch_size"), (PER_DEVICE, "micro_batch_size"), (ACCUMULATION, "micro_batch_size"),
                    ("batch_size", PER_DEVICE), ("batch_size", ACCUMULATION)}  # fmt: skip
@@ -244,7 +244,7 @@ def merged(
     return values, lines + said
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """`objective: ipo` and `objective: {beta: 0.2}` as objective.variant and objective.beta."""
     objective = values.get("objective")
     if isinstance(objective, str):
@@ -258,7 +258,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 def parse(config_class: type[C], values: Mapping[str, Any], where: str = "") -> C:
     """`values` checked against `config_class`; UserError names the first bad key, with the nearest good one."""
     try:
-        return config_class.model_validate(folded(_flat(values)))
+        return config_class.model_validate(folded(flat(values)))
     except ValidationError as errors:
         raise UserError(where + _one_line(config_class, errors)) from None
 

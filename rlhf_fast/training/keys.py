@@ -1,0 +1,49 @@
+"""What a configuration may hold, from its own types, defaults and descriptions, for `rlhf_fast keys` and `--help`."""
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from rlhf_fast.ops.core.loss import Objective
+from rlhf_fast.training.config import Config, FromStage, parse
+
+
+class Key(NamedTuple):
+    name: str
+    type: str
+    default: str
+    description: str
+
+
+def described(config_class: type[Config], defaults: Mapping[str, Any] | None = None) -> Iterator[Key]:
+    """Every key of an algorithm in order, then the numbers of its objective. defaults: those of a preset."""
+    required = [name for name, info in config_class.model_fields.items() if info.is_required()]
+    config = parse(config_class, {**dict.fromkeys(required, ""), **(defaults or {})})
+    for name, info in config_class.model_fields.items():
+        value = getattr(config, name)
+        default = "(required)" if name in required else shown(getattr(value, "variant", value))
+        yield Key(name, type_name(info.annotation), default, info.description or "")
+    objective = getattr(config, "objective", None)
+    if objective is not None:
+        for field in fields(objective):
+            kind = " or ".join(part for part in field.type.split(" | ") if part != "None")
+            yield Key(f"objective.{field.name}", kind, shown(getattr(objective, field.name)), "")
+
+
+def shown(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def type_name(annotation: Any) -> str:
+    """As a person would write it: int, str or list, gae or group."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(type_name(part) for part in inner if part is not types.NoneType))
+    if origin is Literal:
+        return " or ".join(map(str, inner))
+    if annotation is FromStage:
+        return "{from: STAGE}"
+    if isinstance(annotation, type) and issubclass(annotation, Objective):
+        return "name or mapping"
+    return str((origin or annotation).__name__)
