@@ -175,8 +175,8 @@ def doctor() -> None:
                 reasons[f"{name}: {reason}"] = None
         table.add_row(op, *cells)
     console = Console()
-    found = f"rlhf_fast {version('rlhf_fast')}, torch {torch.__version__}, Python {platform.python_version()}"
-    console.print(Text(found), soft_wrap=True)
+    versions = f"rlhf_fast {version('rlhf_fast')}, torch {torch.__version__}, Python {platform.python_version()}"
+    console.print(Text(versions), soft_wrap=True)
     console.print(table)
     for line in reasons:
         console.print(Text(f"  {line}"), soft_wrap=True)

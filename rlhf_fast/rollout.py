@@ -233,8 +233,8 @@ class Recorder(LogitsProcessor):
 
 def _spread(logits: Tensor) -> Tensor:
     """(..., V) -> (): mean standard deviation over the vocabulary, less the entries that a model masks out."""
-    kept = logits.where(logits > torch.finfo(torch.float16).min, torch.nan)
-    return (kept - kept.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().mean()
+    open_entries = logits.where(logits > torch.finfo(torch.float16).min, torch.nan)
+    return (open_entries - open_entries.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().mean()
 
 
 def _placed(rows: Sequence[Tensor], batch: Batch) -> Tensor:
@@ -292,11 +292,11 @@ def _before_head(head: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 @contextmanager
 def _without_settings_of_the_checkpoint(model: PreTrainedModel) -> Iterator[None]:
     """`generate` takes each field that its caller leaves open from the model's generation_config: here an empty one."""
-    kept, model.generation_config = model.generation_config, GenerationConfig()
+    of_checkpoint, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = kept
+        model.generation_config = of_checkpoint
 
 
 def _generate(

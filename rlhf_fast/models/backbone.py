@@ -256,9 +256,9 @@ class Backbone:
     def swap_adapters(self, a: str, b: str) -> None:
         """Exchange the values of two adapters."""
         for first, second in self._paired(a, b):
-            kept = first.clone()
+            values = first.clone()
             first.copy_(second)
-            second.copy_(kept)
+            second.copy_(values)
 
     # Forward
 
@@ -354,8 +354,8 @@ class Backbone:
             self.model(**self.inputs(input_ids, attention_mask))
         hidden = traversal.hidden
         if hidden is None or hidden.shape[:2] != input_ids.shape:
-            found = "nothing" if hidden is None else f"{tuple(hidden.shape)} hidden states"
-            raise unsupported(self.model, f"its head is given {found} for {tuple(input_ids.shape)} tokens")
+            given = "nothing" if hidden is None else f"{tuple(hidden.shape)} hidden states"
+            raise unsupported(self.model, f"its head is given {given} for {tuple(input_ids.shape)} tokens")
         return hidden
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:

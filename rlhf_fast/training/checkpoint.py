@@ -44,10 +44,10 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         step, expected = manifest["step"], manifest["sha256"]
-        found = _sha256(path / "state.pt")
+        actual = _sha256(path / "state.pt")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path} is incomplete: {error!r}") from None
-    if found != expected:
+    if actual != expected:
         raise UserError(f"checkpoint {path} is damaged: its checksum does not match")
     return step, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 

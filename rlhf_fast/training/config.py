@@ -133,15 +133,6 @@ class Config(BaseModel):
         """The seed of everything that chooses among examples: which are held out, and the order of the others."""
         return self.seed if self.data_seed is None else self.data_seed
 
-    @model_validator(mode="before")
-    @classmethod
-    def _truncate_prompts(cls, values: Any) -> Any:
-        """`truncate_prompts: true`, the key before `too_long`."""
-        if not isinstance(values, dict) or "truncate_prompts" not in values:
-            return values
-        kept = {key: value for key, value in values.items() if key != "truncate_prompts"}
-        return {"too_long": "truncate", **kept} if values["truncate_prompts"] is True else kept
-
 
 class SamplingConfig(Config):
     """Keys of the algorithms that sample completions and score them, if only to compare before and after."""

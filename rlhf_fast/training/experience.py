@@ -103,9 +103,9 @@ def warn_of_another_policy(job: Job, config: SamplingConfig, rollout: Rollout) -
     shortest = torch.tensor([len(p.ids) for p in rollout.prompts]).argsort(stable=True)
     rows = shortest[: config.micro_batch_size or len(shortest)]
     sampler = SamplerView(rollout.sampler.logprobs[rows], rollout.sampler.spread)
-    found = agreement(job.backbone, rollout.batch.rows(rows), sampler, config.temperature)
-    if not found.holds:
-        print(f"warning: completions are drawn from another distribution than they are scored by; {found}",
+    comparison = agreement(job.backbone, rollout.batch.rows(rows), sampler, config.temperature)
+    if not comparison.holds:
+        print(f"warning: completions are drawn from another distribution than they are scored by; {comparison}",
               file=sys.stderr)  # fmt: skip
 
 

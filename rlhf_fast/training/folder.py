@@ -104,12 +104,12 @@ def remove_run(folder: Path) -> None:
     for name in marker["stages"]:
         if (folder / name / MARKER).is_file() and not (folder / name).is_symlink():
             remove_run(folder / name)
-    made = [folder / name for name in marker["saved"]] + [path for name in FILES for path in folder.glob(name)]
-    for path in made:
+    paths = [folder / name for name in marker["saved"]] + [path for name in FILES for path in folder.glob(name)]
+    for path in paths:
         path.unlink(missing_ok=True)
     # Last, so that a kill before leaves a folder that is known to be a run's.
     (folder / MARKER).unlink()
-    places = {place for path in made for place in path.parents if place.is_relative_to(folder)} - {folder}
+    places = {place for path in paths for place in path.parents if place.is_relative_to(folder)} - {folder}
     for place in sorted([*places, *(folder / name for name in marker["stages"])], reverse=True):
         if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
             place.rmdir()

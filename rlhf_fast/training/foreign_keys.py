@@ -128,6 +128,7 @@ NO_EQUAL = {
     "use_vllm": "rollouts come from the model that trains", "use_liger_kernel": "its kernels are always our own",
     "use_peft": "lora_rank says so",
     "dataloader_num_workers": "the examples are in memory", "remove_unused_columns": "rewards may ask for any column",
+    "truncate_prompts": "too_long: truncate",
     "trust_remote_code": "code in a model folder is never run",
 }  # fmt: skip
 
@@ -182,14 +183,14 @@ def with_batches(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             raise UserError(f"{' and '.join(given)} already say {key}: give one of them")
     steps = given.get(ACCUMULATION, 1)
     if PER_DEVICE in given:
-        made = {"batch_size": given[PER_DEVICE] * steps}
-        made |= {"micro_batch_size": given[PER_DEVICE]} if steps > 1 else {}
+        sizes = {"batch_size": given[PER_DEVICE] * steps}
+        sizes |= {"micro_batch_size": given[PER_DEVICE]} if steps > 1 else {}
     else:
         size = _whole("batch_size", rest.get("batch_size", 32))
         if size % steps:
             raise UserError(f"{ACCUMULATION} {steps} does not divide batch_size {size}")
-        made = {"micro_batch_size": size // steps}
-    return {**rest, **made}, [f"{' x '.join(given)} -> " + ", ".join(f"{key} {value}" for key, value in made.items())]
+        sizes = {"micro_batch_size": size // steps}
+    return {**rest, **sizes}, [f"{' x '.join(given)} -> " + ", ".join(f"{key} {value}" for key, value in sizes.items())]
 
 
 def _whole(key: str, value: Any) -> int:

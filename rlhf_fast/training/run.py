@@ -165,22 +165,22 @@ def _find_checkpoint(folder: Path, resume: str | None) -> tuple[int, dict[str, A
     path = Path(resume)
     if (path / "manifest.json").is_file():
         return load_checkpoint(path)
-    found = newest_good_checkpoint(path / "checkpoints")
-    if found is None:
+    newest = newest_good_checkpoint(path / "checkpoints")
+    if newest is None:
         raise UserError(f"--resume {resume}: no checkpoint there")
-    return found
+    return newest
 
 
 def _forget_after(path: Path, step: int) -> None:
     """Drop what an interrupted run recorded past its checkpoint, and a last line that was cut off."""
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in split_lines(path):
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
-        kept.append(line)
-    replace_file(path, "".join(kept))
+        lines.append(line)
+    replace_file(path, "".join(lines))
 
 
 def _append(path: Path, values: dict[str, Any]) -> None:

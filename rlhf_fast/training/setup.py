@@ -199,14 +199,14 @@ def try_rewards(job: Job, config: SamplingConfig, prompts: list[Prompt]) -> None
     distribution that it is scored by, fails here, before any folder is touched."""
     tokens = min(8, config.max_new_tokens)
     with separate_randomness(config.seed):
-        found = check_sampler(
+        comparison = check_sampler(
             job.backbone, [prompt.ids for prompt in prompts[:2]], pad=job.encoder.pad_id,
             temperature=config.temperature, new_tokens=tokens,
         )  # fmt: skip
-        if not found.holds:
+        if not comparison.holds:
             raise UserError(
-                f"the model does not sample from the distribution that it is scored by; {found} (an architecture that "
-                "is not safe under left padding, or one that changes its logits while generating)"
+                f"the model does not sample from the distribution that it is scored by; {comparison} (an architecture "
+                "that is not safe under left padding, or one that changes its logits while generating)"
             )
         collect(job, config.model_copy(update={"max_new_tokens": tokens}), prompts[:2])
 

@@ -25,6 +25,7 @@ from rlhf_fast.ops import table
 from rlhf_fast.ops.advantages.group_advantages import VARIANTS as GROUP_VARIANTS
 from rlhf_fast.ops.policy import objective as _policy
 from rlhf_fast.ops.preference import objective as _preference
+from rlhf_fast.training.config import keys_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -134,12 +135,13 @@ def check_command(words: list[str]) -> None:
 def check_ours(words: list[str]) -> None:
     command = get_command(app).commands[words[0]]  # type: ignore[attr-defined]
     options = {option for parameter in command.params for option in parameter.opts}
-    keys = {key for name in ALGORITHMS for key in load_algorithm(name).AlgorithmConfig.model_fields}
+    keys = {key for name in ALGORITHMS for key in keys_of(load_algorithm(name).AlgorithmConfig)}
     for word in words[1:]:
         if word.startswith("--"):
             assert word in options or word.removeprefix("--").replace("-", "_") in keys, words
         elif "=" in word:
-            assert word.split("=")[0].split(".")[-1] in keys, words
+            key = word.split("=")[0]
+            assert key in keys or key.partition(".")[2] in keys, words
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -152,6 +154,11 @@ def test_what_a_page_links_to_exists(page):
         assert linked.exists(), f"{page}: {target}"
         if anchor:
             assert anchor in anchors(linked), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_is_on_the_page_of_training(name):
+    assert f"`{name}`" in TEXTS["docs/start.md"]
 
 
 def anchors(page: Path) -> set[str]:

@@ -130,11 +130,3 @@ def test_a_config_survives_its_own_file(name):
 def test_data_seed_orders_the_examples_and_is_the_seed_where_it_is_left_out():
     assert parse(PPO, {**LEAST, "seed": 5}).order_seed == 5
     assert parse(PPO, {**LEAST, "seed": 5, "data_seed": 0}).order_seed == 0
-
-
-def test_truncate_prompts_is_the_old_name_of_too_long_truncate():
-    config = load_algorithm("sft").AlgorithmConfig
-    given = {"algorithm": "sft", "model": "tiny", "data": "a.jsonl"}
-    assert parse(config, given).too_long == "error"
-    assert parse(config, {**given, "truncate_prompts": False}).too_long == "error"
-    assert parse(config, {**given, "truncate_prompts": True}).too_long == "truncate"
