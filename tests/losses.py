@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_fast import PolicyObjective
+from rlhf_fast import PolicyObjective, PreferenceObjective
 from rlhf_fast.ops.policy.objective import FUNCTIONS, VARIANTS
 from rlhf_fast.testing.numerics import assert_contract
 
@@ -37,13 +38,16 @@ _FUNCTIONS = {variant.function: name for name, variant in reversed(VARIANTS.item
 EVERYWHERE = [(name, "reference") for name in VARIANTS] + [
     (name, backend) for function, name in reversed(_FUNCTIONS.items()) for backend in FUNCTIONS[function].kernels
 ]
-_NUMBERS = {field.name for field in dataclasses.fields(PolicyObjective)}
 
 
-def of_policy(**options: Any) -> dict[str, Any]:
-    """Arguments of policy_loss, those that belong to its objective as one."""
-    objective = PolicyObjective(**{name: x for name, x in options.items() if name in _NUMBERS})
-    return {"objective": objective} | {name: x for name, x in options.items() if name not in _NUMBERS}
+def with_objective(kind: type, **options: Any) -> dict[str, Any]:
+    """Arguments of a loss, those that belong to its objective as one."""
+    numbers = {field.name: options.pop(field.name) for field in dataclasses.fields(kind) if field.name in options}
+    return {"objective": kind(**numbers), **options}
+
+
+of_policy = partial(with_objective, PolicyObjective)
+of_preference = partial(with_objective, PreferenceObjective)
 
 
 def evaluate(loss: Loss, inputs: Sequence[Tensor], trained: int) -> dict[str, Tensor]:

@@ -161,9 +161,9 @@ def masked_loss(
     parameters: list[float],
     outputs: list[Tensor],
 ) -> None:
-    """Fills outputs = [loss (), metrics (4,), divisor (), a coefficient of their shape per differentiable input, or none].
+    """Fills outputs = [loss (), metrics (4,), divisor (), a coefficient per differentiable input, or none].
 
-    inputs: (rows, columns), or (N,) for one row.
+    inputs, coefficients: (rows, columns), or (N,) for one row.
     """
     function, count = VARIANTS[variant]
     loss, metrics, divisor, *coefficients = outputs

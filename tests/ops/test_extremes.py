@@ -28,7 +28,7 @@ from rlhf_fast import (
 )
 from rlhf_fast.ops.preference.objective import VARIANTS as PAIRED
 from rlhf_fast.ops.preference.objective import PreferenceObjective
-from tests.losses import BACKENDS, EVERYWHERE, evaluate, of_policy
+from tests.losses import BACKENDS, EVERYWHERE, evaluate, of_policy, of_preference
 
 INF = math.inf
 OF_POLICY = {"dr_grpo": {"fixed_length": 4.0}}
@@ -44,7 +44,8 @@ def of_pairs(chosen, rejected, variant, backend, dtype=torch.float32, **options)
     }  # fmt: skip
     if variant == "exo_pair":
         given["label_smoothing"] = 0.1
-    return evaluate(lambda a, b: preference_loss(a, b, **{**given, **options}), inputs, 2)
+    arguments = of_preference(**{**given, **options})
+    return evaluate(lambda a, b: preference_loss(a, b, **arguments), inputs, 2)
 
 
 # The limit of each loss of a pair whose rejected answer is impossible; the chosen one's log-ratio is 1, its reward 0.5.
@@ -106,7 +107,7 @@ def test_a_pair_of_weight_zero_contributes_nothing(variant, backend):
 def test_an_infinite_log_ratio_is_no_nan_under_any_divergence(divergence, ratio, backend):
     ref = torch.tensor([-INF if ratio == INF else -1.0])
     chosen = [-1.0 if ratio == INF else -INF]
-    got = of_pairs(chosen, [-1.0], "sigmoid", backend, divergence=divergence, ref_chosen=ref)
+    got = of_pairs(chosen, [-1.0], "sigmoid", backend, divergence_variant=divergence, ref_chosen=ref)
     assert not got["loss"].isnan()
     assert not got["gradient 0"].isnan().any()
 
@@ -130,7 +131,7 @@ def test_an_infinite_lead_costs_a_reward_model_nothing(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_unpaired_answer_of_weight_zero_contributes_nothing(backend):
-    given = {"variant": "bco", "reward_shift": torch.tensor(0.0), "weights": torch.tensor([1.0, 0.0])}
+    given = {"objective": "bco", "reward_shift": torch.tensor(0.0), "weights": torch.tensor([1.0, 0.0])}
     inputs, desirable = torch.tensor([-1.0, -INF]), torch.tensor([True, True])
     got = evaluate(
         lambda x: unpaired_preference_loss(x, torch.zeros(2), desirable, **given, backend=backend), [inputs], 1
@@ -235,7 +236,7 @@ def test_unpaired_losses_of_extreme_answers_are_those_of_float64(variant):
     logprobs, refs, desirable = (x[:, 0] for x in every(EXTREMES, EXTREMES, (0.0, 1.0)))
 
     def loss(dtype, backend):
-        given = {"variant": variant, "backend": backend}
+        given = {"objective": variant, "backend": backend}
         if variant != "apo_zero_unpaired":
             given["kl" if variant == "kto" else "reward_shift"] = torch.tensor(0.5, dtype=dtype)
         call = lambda x, ref: unpaired_preference_loss(x, ref, desirable != 0, **given)  # noqa: E731

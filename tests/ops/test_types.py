@@ -17,6 +17,7 @@ from rlhf_fast import (
     FixedKLController,
     PolicyObjective,
     PreferenceObjective,
+    UnpairedPreferenceObjective,
     group_advantages,
     linear_logprobs,
     linear_policy_loss,
@@ -34,10 +35,6 @@ NUMBERS: dict[str, Any] = {
     "v_max": 2.0, "cov_high": 8.0, "dual_clip": 3.0, "label_smoothing": 0.25, "correction_high": 2.0,
     "fixed_length": 8.0,
 }  # fmt: skip
-# What must stand beside it.
-BESIDE: dict[tuple[str, str], dict[str, Any]] = {
-    ("preference_loss", "label_smoothing"): {"variant": "sigmoid"},
-}
 
 
 def kinds(op: str) -> dict[str, list[str]]:
@@ -50,7 +47,7 @@ def kinds(op: str) -> dict[str, list[str]]:
 NAMES = [name for name in rlhf_fast.__all__ if inspect.isfunction(getattr(rlhf_fast, name))]
 TAKEN = [(op, name) for op in NAMES if "rlhf_fast.ops" in getattr(rlhf_fast, op).__module__ for name in kinds(op)]
 OTHERS = {
-    "ensemble_scores": lambda: {"scores": torch.rand(3, 4), "kind": "pessimistic"},
+    "ensemble_scores": lambda: {"scores": torch.rand(3, 4), "variant": "pessimistic"},
     "length_adaptive_lambda": lambda: {"lengths": torch.tensor([3, 40])},
     "length_desensitized_weights": lambda: {"mask": torch.ones(2, 3), "other_lengths": torch.tensor([1, 2])},
     "running_reward_shift": lambda: {
@@ -66,7 +63,7 @@ def arguments(op: str, name: str) -> dict[str, Any]:
         return OTHERS[op]()
     cases = [case for case in CASES if case.op == op]
     case = next((case for case in cases if name in case.options or name in case.arguments(case.tensors())), cases[0])
-    return {**case.arguments(case.tensors()), **case.options, **BESIDE.get((op, name), {})}
+    return {**case.arguments(case.tensors()), **case.options}
 
 
 def call(op: str, given: dict[str, Any], **options: Any) -> list[Tensor]:
@@ -124,7 +121,7 @@ def test_a_tensor_with_a_gradient_or_elsewhere_is_no_number(op, name):
 
 OBJECTIVES = [
     (objective, field.name)
-    for objective in (PolicyObjective, PreferenceObjective)
+    for objective in (PolicyObjective, PreferenceObjective, UnpairedPreferenceObjective)
     for field in dataclasses.fields(objective)
     if "float" in field.type.split(" | ")
 ]
@@ -155,7 +152,7 @@ def test_any_type_of_number_is_one_of_an_objective(number):
     objective = PolicyObjective(clip_eps_high=number)
     linear_policy_loss(hidden, weight, ids, None, ones, objective=objective)[0].backward()
     policy_loss(ones, ones, ones, objective=objective, denominator=np.float32(3))
-    preference_loss(*torch.zeros(4, 2), variant={"hinge": number}, beta=number)
+    preference_loss(*torch.zeros(4, 2), objective=PreferenceObjective({"hinge": number}, beta=number))
 
 
 def test_what_is_no_number_is_no_weight_of_a_variant():

@@ -324,15 +324,18 @@ def of_same_rank(x: Tensor, y: Tensor) -> Tensor:
 
 class Variant(NamedTuple):
     """loss: (B,) by definition. kernel: the name of its function in the kernels' tables, None where there is the
-    reference alone. The other fields say what the variant looks at."""
+    reference alone. The other fields say what the variant looks at.
+
+    diverges: takes divergence_variant, as a loss of differences of rewards, in which the part of a reward that only the
+    prompt knows cancels, or of no reward.
+    """
 
     loss: Callable[[Scored, PreferenceObjective], Tensor]
     kernel: str | None
     reference: bool = True  # the reference's log-probabilities
     averaged: bool = False  # averages over the tokens instead of sums
     smooths: bool = False  # label_smoothing
-    diverges: bool = False  # takes divergence_variant: looks at differences of rewards alone, where what is left out of a
-    # reward (a number of the prompt) cancels; or at none (sft)
+    diverges: bool = False
     advantages: bool = False  # advantages of an auxiliary reward
     ranks: bool = False  # the order of the pairs of the call
     parameter: str | None = None  # the field of the objective that its kernel takes

@@ -169,18 +169,18 @@ def coefficients(
 
     `pairs` as `checked` returns them; backend: one of IMPLS. Nothing here is differentiable.
     """
-    losses, all_metrics, by_chosen, by_rejected = [], [], [], []
+    losses, metrics, by_chosen, by_rejected = [], [], [], []
     for term, _ in objective.terms:
         inputs = [x.detach() for x in planes(pairs, objective, term)]
         outputs = masked_loss.empty_outputs(inputs[0], 2)
         IMPLS[backend](inputs, Over(None, denominator), objective.numbers(term), outputs)
-        loss, metrics, divisor, chosen, rejected = outputs
+        loss, values, divisor, chosen, rejected = outputs
         losses.append(loss)
-        all_metrics.append(metrics)
+        metrics.append(dict(zip(METRICS, values.unbind(0), strict=True)))
         by_chosen.append(chosen / divisor)
         by_rejected.append(rejected / divisor)
-    metrics = dict(zip(METRICS, all_metrics[0].unbind(0), strict=True))
-    return _weighted(losses, objective), metrics, _weighted(by_chosen, objective), _weighted(by_rejected, objective)
+    loss, chosen, rejected = (_weighted(terms, objective) for terms in (losses, by_chosen, by_rejected))
+    return loss, metrics[0], chosen, rejected
 
 
 def _weighted(terms: Sequence[Tensor], objective: PreferenceObjective) -> Tensor:
@@ -197,9 +197,9 @@ def planes(pairs: Pairs, objective: PreferenceObjective, name: str) -> PairInput
     zero, one = masked_loss.constants(pairs.chosen, 0.0, 1.0)
     references, lengths, shifts = (zero, zero), (one, one), (zero, zero)
     if variant.reference and not objective.reference_free:
-        references = pairs[2:4]
+        references = pairs.ref_chosen, pairs.ref_rejected  # type: ignore[assignment]  # `checked` has seen both
     if variant.averaged:
-        lengths = [x.to(zero.dtype) for x in pairs[4:6]]
+        lengths = tuple(x.to(zero.dtype) for x in (pairs.chosen_lengths, pairs.rejected_lengths))  # type: ignore
     if variant.shifts is not None:
         detached = pairs._replace(chosen=pairs.chosen.detach(), rejected=pairs.rejected.detach())
         shifts = variant.shifts(scored(detached, objective, name), objective)

@@ -176,9 +176,7 @@ def reference(inputs: Inputs, objective: UnpairedPreferenceObjective, over: Over
     of_class = torch.where(good, objective.desirable_weight * weights, objective.undesirable_weight * weights)
     reward = reward.detach()
     sums = (desirable, torch.where(good, reward, 0.0), 1 - desirable, torch.where(good, 0.0, reward))
-    loss, means = masked_loss.means(
-        masked_loss.product(of_class, losses), over, **dict(zip(_SUMS, sums, strict=True))
-    )
+    loss, means = masked_loss.means(masked_loss.product(of_class, losses), over, **dict(zip(_SUMS, sums, strict=True)))
     return Loss(loss, _metrics(**means))
 
 

@@ -59,7 +59,8 @@ def linear_value_loss(
     mask; float32 (float64 for float64 hidden states).
     Raises ValueError or TypeError for what does not fit.
     """
-    shape, meaning, old_values = _shape(hidden, weight, bias), "hidden.shape[:-1]", value_loss.looked_at(old_values, clip_eps)
+    shape, meaning = _shape(hidden, weight, bias), "hidden.shape[:-1]"
+    old_values = value_loss.looked_at(old_values, clip_eps)
     masked_loss.floats(shape, meaning, returns=returns, old_values=old_values)
     check.same_device(("hidden", hidden), ("weight", weight), ("bias", bias), ("returns", returns))
     over = masked_loss.over(("hidden", hidden), shape, meaning, mask, denominator)

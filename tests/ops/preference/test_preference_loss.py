@@ -6,15 +6,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast import PreferenceObjective, preference_loss
+from rlhf_fast.ops.core.masked_loss import Over
 from rlhf_fast.ops.preference.preference_loss import METRICS, VARIANTS, Pairs, checked, coefficients, reference
-from tests.losses import BACKENDS, KERNELS, assert_keeps_contract, assert_same, compiled, draw, evaluate
+from tests.losses import (
+    BACKENDS,
+    KERNELS,
+    assert_keeps_contract,
+    assert_same,
+    compiled,
+    draw,
+    evaluate,
+    of_preference,
+)
 
 GOOD = -math.log(0.75)  # -log sigmoid(log 3)
 LOG3 = math.log(3.0)
 DELTA = torch.tensor(LOG3, dtype=torch.float64)
 LOG4 = torch.tensor([2 * math.log(2.0)], dtype=torch.float64)
 LOSSES_OF_THE_GAP = ["sigmoid", "robust", "hinge", "discopop", "exo_pair"]
-DIVERGENCES = [("forward_kl", 0.5), ("alpha", 0.3), ("js", 0.5)]
+OF_DIVERGENCES = [
+    {"divergence_variant": d, "divergence_alpha": a} for d, a in (("forward_kl", 0.5), ("alpha", 0.3), ("js", 0.5))
+]
 
 
 def logprobs(pairs, dtype=torch.float32, seed=0):
@@ -38,14 +50,15 @@ def data(pairs, variant="sigmoid"):
 
 def run(inputs, **options):
     given = data(inputs[0].shape[0], options.get("variant"))
-    return evaluate(lambda *x: preference_loss(*x, **{**given, **options}), inputs, 2)
+    arguments = of_preference(**{**given, **options})
+    return evaluate(lambda *x: preference_loss(*x, **arguments), inputs, 2)
 
 
 def by_definition(pairs, **options):
     """The reference as a function of the four log-probabilities."""
     given = data(pairs, options.get("variant")) | {"reward_shift": options.pop("reward_shift", None)}
     objective = PreferenceObjective(**options)
-    return lambda *x: reference(checked(Pairs(*x, **given), objective), objective)
+    return lambda *x: reference(checked(Pairs(*x, **given), objective), objective, Over())
 
 
 # The log-ratios of the pair (-1, -4) against (-3, -2) are 2 and -2; every value is written out of the paper's equation.
@@ -141,7 +154,7 @@ def test_aot_unpaired_matches_the_quantiles_of_the_rewards(backend):
 )
 def test_divergences_are_those_of_f_dpo(backend, divergence, ratios, beta):
     inputs = [torch.tensor([math.log(u)]) for u in ratios] + [torch.zeros(1)] * 2
-    got = run(inputs, divergence=divergence, divergence_alpha=0.5, beta=beta, weights=None, backend=backend)
+    got = run(inputs, divergence_variant=divergence, divergence_alpha=0.5, beta=beta, weights=None, backend=backend)
     assert got["loss"].item() == pytest.approx(GOOD, rel=1e-6)
 
 
@@ -177,7 +190,7 @@ def test_a_pair_counts_with_its_weight_over_the_denominator(backend):
 @pytest.mark.parametrize("variant", ["sigmoid", "simpo"])
 def test_without_a_reference_its_log_probabilities_are_zero(backend, variant):
     chosen, rejected, *_ = logprobs(5)
-    options = {**data(5), "variant": variant, "reference_free": True, "backend": backend}
+    options = of_preference(**data(5), variant=variant, reference_free=True, backend=backend)
     got = evaluate(lambda c, r: preference_loss(c, r, None, None, **options), [chosen, rejected], 2)
     zeros = [torch.zeros(5)] * 2
     assert_same(got, run([chosen, rejected, *zeros], variant=variant, backend=backend))
@@ -207,14 +220,15 @@ def test_the_scores_of_averaging_losses_are_averaged_and_not_their_log_ratios(va
     lengths = {"chosen_lengths": torch.tensor([2]), "rejected_lengths": torch.tensor([4])}
     gap = (1 - math.exp(-0.5)) / 2 - (1 - math.exp(1.0)) / 4
     expected = math.log1p(math.exp(-0.5 * gap)) if variant == "sigmoid_norm" else (gap - 1) ** 2
-    loss, _ = preference_loss(*inputs, variant=variant, beta=0.5, divergence="forward_kl", **lengths, backend=backend)
+    objective = PreferenceObjective(variant, beta=0.5, divergence_variant="forward_kl")
+    loss, _ = preference_loss(*inputs, objective=objective, **lengths, backend=backend)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", ["forward_kl", "alpha", "js"])
 def test_no_divergence_overflows(backend, divergence):
-    got = run([torch.tensor([x]) for x in (-1e4, 0.0, 0.0, -1e4)], divergence=divergence, backend=backend)
+    got = run([torch.tensor([x]) for x in (-1e4, 0.0, 0.0, -1e4)], divergence_variant=divergence, backend=backend)
     assert all(value.isfinite().all() for value in got.values())
     assert got["gradient 0"].item() < 0
 
@@ -226,7 +240,9 @@ def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, variant
     options = hyper_parameters(variant)
     for pairs in (1, 17):
         assert_keeps_contract(
-            lambda *x, n=pairs: preference_loss(*x, **data(n, options.get("variant")), **options, backend=backend),
+            lambda *x, n=pairs: preference_loss(
+                *x, **of_preference(**data(n, options.get("variant")), **options, backend=backend)
+            ),
             by_definition(pairs, **options), logprobs(pairs, dtype), 2,
         )  # fmt: skip
 
@@ -234,13 +250,15 @@ def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, variant
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(
     "options",
-    [{"divergence": d, "divergence_alpha": a} for d, a in DIVERGENCES] + [{"variant": {"aot": 0.5, "ipo": 2.0}}],
+    [*OF_DIVERGENCES, {"variant": {"aot": 0.5, "ipo": 2.0}}],
     ids=str,
 )
 def test_divergences_and_sums_keep_the_numerics_contract(backend, options):
     for pairs in (17, 2100):
         assert_keeps_contract(
-            lambda *x, n=pairs: preference_loss(*x, **data(n, options.get("variant")), **options, backend=backend),
+            lambda *x, n=pairs: preference_loss(
+                *x, **of_preference(**data(n, options.get("variant")), **options, backend=backend)
+            ),
             by_definition(pairs, **options), draw((pairs,), 4), 2,
         )  # fmt: skip
 
@@ -312,9 +330,8 @@ def test_strided_inputs_give_the_bits_of_contiguous_ones(backend):
 
 @pytest.mark.parametrize(
     "options",
-    [hyper_parameters(variant) for variant in VARIANTS]
-    + [{"divergence": d, "divergence_alpha": a} for d, a in DIVERGENCES],
-    ids=lambda options: options.get("variant", options.get("divergence")),
+    [*(hyper_parameters(variant) for variant in VARIANTS), *OF_DIVERGENCES],
+    ids=lambda options: options.get("variant", options.get("divergence_variant")),
 )
 def test_the_reference_is_differentiable_twice(options):
     chosen, rejected, *rest = logprobs(4, torch.float64)
@@ -331,7 +348,7 @@ def test_the_registered_op_passes_opcheck(backend):
     inputs = [x[None] for x in draw((5,), 9)]
     inputs[0].requires_grad_()
     inputs[1].requires_grad_()
-    args = (*inputs, None, None, "orpo", [0.1, 0.0, 0.0, 0.0, 1.0], backend)
+    args = (*inputs, None, None, "orpo", 0.1, 0.0, 0.0, 0.0, 1.0, backend)
     torch.library.opcheck(torch.ops.rlhf_fast.preference_loss.default, args)
 
 
@@ -341,7 +358,7 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend, variant):
     inputs = logprobs(5)
 
     def loss(*x):
-        return preference_loss(*x, variant=variant, **data(5, variant), backend=backend)
+        return preference_loss(*x, objective=PreferenceObjective(variant), **data(5, variant), backend=backend)
 
     assert_same(evaluate(compiled(loss), inputs, 2), evaluate(loss, inputs, 2))
 
@@ -355,6 +372,7 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend, variant):
          r"ref_chosen must be given for sft \+ hinge"),
         (lambda x: x, {"variant": "kto"}, "variant must be one of sigmoid, .*, hpo, got 'kto'"),
         (lambda x: x, {"variant": {"ipo": math.inf}}, "the weight of variant ipo must be finite, got inf"),
+        (lambda x: x, {"variant": ["ipo"]}, r"variant must be a name or weights of several, got \['ipo'\]"),
         (lambda x: x, {"variant": {}}, "variant must name at least one loss"),
         (lambda x: x, {"beta": 0.0}, "beta must be > 0, got 0.0"),
         (lambda x: x, {"discopop_tau": 0.0}, "discopop_tau must be > 0, got 0.0"),
@@ -362,8 +380,10 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend, variant):
         (lambda x: x, {"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         (lambda x: x, {"variant": "exo_pair"}, "label_smoothing must be > 0 for exo_pair"),
         (lambda x: x, {"variant": "ipo", "label_smoothing": 0.1}, "0.1 with ipo"),
-        (lambda x: x, {"divergence": "kl"}, "divergence must be one of reverse_kl, forward_kl, alpha, js, got 'kl'"),
-        (lambda x: x, {"variant": "nca_pair", "divergence": "js"}, "divergence is not of nca_pair, got 'js'"),
+        (lambda x: x, {"divergence_variant": "kl"},
+         "divergence_variant must be one of reverse_kl, forward_kl, alpha, js, got 'kl'"),
+        (lambda x: x, {"variant": "nca_pair", "divergence_variant": "js"},
+         "divergence_variant must be reverse_kl for nca_pair, got 'js'"),
         (lambda x: x, {"variant": "ipo"}, "chosen_lengths must be given for ipo"),
         (lambda x: x, {"variant": "hpo"}, "chosen_advantages must be given for hpo"),
         (lambda x: x, {"weights": torch.ones(4)}, r"weights must be \(B,\) = \(3,\), got \(4,\)"),
@@ -375,4 +395,4 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend, variant):
 )  # fmt: skip
 def test_bad_input_raises_with_its_values(change, options, message):
     with pytest.raises(ValueError, match=message):
-        preference_loss(*change(draw((3,), 4)), **options)
+        preference_loss(*change(draw((3,), 4)), **of_preference(**options))

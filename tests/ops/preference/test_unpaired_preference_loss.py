@@ -5,9 +5,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast import mismatched_kl, running_reward_shift, unpaired_preference_loss
-from rlhf_fast.ops.preference.unpaired_preference_loss import METRICS, VARIANTS, reference
-from tests.losses import BACKENDS, DTYPES, KERNELS, assert_keeps_contract, assert_same, compiled, draw, evaluate
+from rlhf_fast import UnpairedPreferenceObjective, mismatched_kl, running_reward_shift, unpaired_preference_loss
+from rlhf_fast.ops.core.masked_loss import Over
+from rlhf_fast.ops.preference.unpaired_preference_loss import METRICS, VARIANTS, Inputs, reference
+from tests.losses import (
+    BACKENDS,
+    DTYPES,
+    KERNELS,
+    assert_keeps_contract,
+    assert_same,
+    compiled,
+    draw,
+    evaluate,
+    with_objective,
+)
 
 LOG3 = math.log(3.0)
 
@@ -24,7 +35,8 @@ def labels(answers):
 def run(inputs, desirable=None, **options):
     desirable = labels(inputs[0].shape[0]) if desirable is None else torch.tensor(desirable)
     options = {**shifts(options.get("variant", "kto")), **options}
-    return evaluate(lambda *x: unpaired_preference_loss(*x, desirable, **options), inputs, 1)
+    arguments = with_objective(UnpairedPreferenceObjective, **options)
+    return evaluate(lambda *x: unpaired_preference_loss(*x, desirable, **arguments), inputs, 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,7 +80,7 @@ def test_a_class_without_an_answer_has_a_mean_of_zero(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, variant):
-    parameters = {"desirable_weight": 0.7, "undesirable_weight": 1.3, "beta": 0.3}
+    objective = UnpairedPreferenceObjective(variant, 0.3, 0.7, 1.3)
     for answers in (1, 17, 2100):
         good, weights = labels(answers), torch.linspace(0.5, 2, answers)
         shift = torch.tensor(0.2, dtype=torch.float64).expand(answers) * (
@@ -76,12 +88,11 @@ def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, variant
         )
 
         def eager(x, ref, good=good, weights=weights, shift=shift):
-            inputs = [x, ref, good.to(x.dtype), weights, shift]
-            return reference(inputs, variant=variant, parameters=[0.3, 0.7, 1.3])
+            return reference(Inputs(x, ref, good.to(x.dtype), weights, shift), objective, Over())
 
         def loss(x, ref, good=good, weights=weights):
-            options = {**parameters, **shifts(variant), "weights": weights}
-            return unpaired_preference_loss(x, ref, good, variant=variant, **options, backend=backend)
+            options = {**shifts(variant), "weights": weights}
+            return unpaired_preference_loss(x, ref, good, objective=objective, **options, backend=backend)
 
         assert_keeps_contract(loss, eager, draw((answers,), 2, dtype), 1)
 
@@ -128,7 +139,7 @@ def test_the_reference_is_differentiable_twice(variant):
     rest = [ref, labels(5).double(), torch.ones(5).double(), torch.full((5,), 0.1).double()]
 
     def loss(x):
-        return reference([x, *rest], variant=variant, parameters=[0.3, 0.7, 1.3])[0]
+        return reference(Inputs(x, *rest), UnpairedPreferenceObjective(variant, 0.3, 0.7, 1.3), Over())[0]
 
     assert torch.autograd.gradcheck(loss, (x.requires_grad_(),))
     assert torch.autograd.gradgradcheck(loss, (x,))
@@ -174,10 +185,11 @@ def test_the_running_shift_moves_towards_the_middle_of_the_classes():
         (lambda *x: x, {"kl": torch.ones(2)}, ValueError, r"kl must be a 0-d tensor = \(\), got \(2,\)"),
         (lambda *x: x, {"variant": "bco"}, ValueError, "reward_shift must be given for bco"),
         (lambda *x: x, {"beta": -1.0}, ValueError, "beta must be > 0, got -1.0"),
-        (lambda *x: x, {"desirable_weight": -1.0}, ValueError, "must be >= 0, got -1.0 and 1.0"),
+        (lambda *x: x, {"desirable_weight": -1.0}, ValueError, "desirable_weight must be >= 0, got -1.0"),
     ],
 )
 def test_bad_input_raises_with_its_values(change, options, error, message):
     inputs = change(*draw((3,), 2), labels(3))
+    options = {"kl": torch.tensor(0.1), **options}
     with pytest.raises(error, match=message):
-        unpaired_preference_loss(*inputs, **{"kl": torch.tensor(0.1), **options})
+        unpaired_preference_loss(*inputs, **with_objective(UnpairedPreferenceObjective, **options))

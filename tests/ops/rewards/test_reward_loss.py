@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast import ensemble_scores, reward_loss
+from rlhf_fast.ops.core.masked_loss import Over
 from rlhf_fast.ops.rewards.reward_loss import reference
 from tests.losses import BACKENDS, DTYPES, KERNELS, assert_keeps_contract, assert_same, compiled, draw, evaluate
 
@@ -124,8 +125,8 @@ def test_strided_inputs_give_the_bits_of_contiguous_ones(backend):
 def test_the_reference_is_differentiable_twice():
     chosen, rejected, margin = draw((4,), 3, torch.float64)
     leaves = (chosen.requires_grad_(), rejected.requires_grad_())
-    assert torch.autograd.gradcheck(lambda c, r: reference(c, r, margin)[0], leaves)
-    assert torch.autograd.gradgradcheck(lambda c, r: reference(c, r, margin)[0], leaves)
+    assert torch.autograd.gradcheck(lambda c, r: reference(c, r, margin, Over())[0], leaves)
+    assert torch.autograd.gradgradcheck(lambda c, r: reference(c, r, margin, Over())[0], leaves)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -133,7 +134,7 @@ def test_the_registered_op_passes_opcheck(backend):
     inputs = [x[None] for x in draw((5,), 9)]
     inputs[0].requires_grad_()
     inputs[1].requires_grad_()
-    args = (*inputs, None, None, "bradley_terry", [1.0, 0.0, 0.1], backend)
+    args = (*inputs, None, None, "bradley_terry", 1.0, 0.0, 0.1, 0.0, 0.0, backend)
     torch.library.opcheck(torch.ops.rlhf_fast.reward_loss.default, args)
 
 
@@ -163,13 +164,13 @@ def test_bad_input_raises_with_its_values(inputs, options, message):
 def test_ensembles_are_a_mean_less_or_more_the_spread():
     scores = torch.tensor([[1.0, 2.0], [3.0, 2.0]], dtype=torch.float64)
     assert ensemble_scores(scores).tolist() == [2.0, 2.0]
-    assert ensemble_scores(scores, kind="pessimistic", coef=0.5).tolist() == [1.5, 2.0]
-    assert ensemble_scores(scores, kind="optimistic", coef=0.5).tolist() == [2.5, 2.0]
+    assert ensemble_scores(scores, variant="pessimistic", coef=0.5).tolist() == [1.5, 2.0]
+    assert ensemble_scores(scores, variant="optimistic", coef=0.5).tolist() == [2.5, 2.0]
 
 
 def test_models_that_agree_have_a_finite_gradient():
     scores = torch.ones(3, 2, requires_grad=True)
-    ensemble_scores(scores, kind="pessimistic").sum().backward()
+    ensemble_scores(scores, variant="pessimistic").sum().backward()
     torch.testing.assert_close(scores.grad, torch.full((3, 2), 1 / 3))
 
 
@@ -178,7 +179,7 @@ def test_models_that_agree_have_a_finite_gradient():
     [
         (torch.zeros(3), {}, r"scores must be \(M, B\) with M >= 1, got \(3,\)"),
         (torch.zeros(0, 3), {}, r"scores must be \(M, B\) with M >= 1, got \(0, 3\)"),
-        (torch.zeros(2, 3), {"kind": "min"}, "kind must be one of mean, pessimistic, optimistic, got 'min'"),
+        (torch.zeros(2, 3), {"variant": "min"}, "variant must be one of mean, pessimistic, optimistic, got 'min'"),
         (torch.zeros(2, 3), {"coef": -1.0}, "coef must be >= 0, got -1.0"),
     ],
 )

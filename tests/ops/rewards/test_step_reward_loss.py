@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rlhf_fast import step_reward_loss
+from rlhf_fast.ops.core.masked_loss import Over
 from rlhf_fast.ops.rewards.step_reward_loss import VARIANTS, reference
 from tests.losses import (
     BACKENDS,
@@ -62,7 +63,7 @@ def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, variant
         mask = ragged(shape)
 
         def eager(x, y, mask=mask):
-            return reference(x, y, mask=mask, variant=variant)
+            return reference(x, y, Over(mask), variant=variant)
 
         def loss(x, y, mask=mask):
             return step_reward_loss(x, y, mask=mask, variant=variant, backend=backend)
@@ -105,8 +106,8 @@ def test_parts_of_a_batch_add_up_with_its_denominator(backend):
 def test_the_reference_is_differentiable_twice(variant):
     scores, labels = draw_steps((5,), torch.float64)
     scores.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: reference(x, labels, variant=variant)[0], (scores,))
-    assert torch.autograd.gradgradcheck(lambda x: reference(x, labels, variant=variant)[0], (scores,))
+    assert torch.autograd.gradcheck(lambda x: reference(x, labels, Over(), variant=variant)[0], (scores,))
+    assert torch.autograd.gradgradcheck(lambda x: reference(x, labels, Over(), variant=variant)[0], (scores,))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast import distributional_value_loss
-from rlhf_fast.ops.values.distributional_value_loss import reference
+from rlhf_fast.ops.core.masked_loss import Over
+from rlhf_fast.ops.values.distributional_value_loss import Numbers, reference
 from rlhf_fast.testing.numerics import assert_contract
 from tests.losses import BACKENDS, DTYPES, KERNELS, compiled, draw, ragged
 
@@ -20,7 +21,7 @@ def inputs_of(shape, bins, dtype=torch.float32, seed=0):
 
 def run(logits, returns, op=distributional_value_loss, **options):
     leaf = logits.detach().requires_grad_()
-    loss, values, metrics = op(leaf, returns, **RANGE | options)
+    loss, metrics, values = op(leaf, returns, **RANGE | options)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return {"loss": loss.detach(), "values": values, **metrics, "gradient": gradient}
 
@@ -36,7 +37,7 @@ def eager(logits, returns, *, v_min, v_max, mask):
     values = (logits.softmax(-1).to(target.dtype) * (support[1:] + support[:-1]) / 2).sum(-1)
     outside = ((returns < v_min) | (returns > v_max)).to(target.dtype)
     loss, share = ((x * mask).sum() / mask.sum() for x in (losses, outside))
-    return loss, (values * mask).detach(), {"outside_fraction": share}
+    return loss, {"outside_fraction": share}, (values * mask).detach()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -162,7 +163,7 @@ def test_the_reference_is_differentiable_twice():
     logits, returns = inputs_of((2, 3), 5, torch.float64)
 
     def loss(x):
-        return reference(x, returns, **RANGE, sigma=0.4, mask=ragged((2, 3)))[0]
+        return reference(x, returns, Over(ragged((2, 3))), Numbers(**RANGE, sigma=0.4))[0]
 
     assert torch.autograd.gradcheck(loss, logits.requires_grad_())
     assert torch.autograd.gradgradcheck(loss, logits)

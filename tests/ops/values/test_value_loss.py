@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast import value_loss
+from rlhf_fast.ops.core.masked_loss import Over
 from rlhf_fast.ops.values.value_loss import reference
 from tests.losses import (
     BACKENDS,
@@ -131,7 +132,7 @@ def test_the_reference_is_differentiable_twice():
     values.requires_grad_()
 
     def loss(x):
-        return reference(x, old, returns, mask=ragged((2, 5)), clip_eps=0.3)[0]
+        return reference(x, old, returns, Over(ragged((2, 5))), clip_eps=0.3)[0]
 
     assert torch.autograd.gradcheck(loss, values)
     assert torch.autograd.gradgradcheck(loss, values)
@@ -139,9 +140,8 @@ def test_the_reference_is_differentiable_twice():
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_the_registered_op_passes_opcheck(backend):
-    inputs, mask = draw((3, 5), 3), ragged((3, 5)).to(torch.uint8)
-    inputs[0].requires_grad_()
-    args = (*inputs, mask, None, "value_clip", [0.2, 0.0, 0.0], backend)
+    (values, old, returns), mask = draw((3, 5), 3), ragged((3, 5)).to(torch.uint8)
+    args = (values.requires_grad_(), returns, old, mask, None, "value_clip", 0.2, backend)
     torch.library.opcheck(torch.ops.rlhf_fast.value_loss.default, args)
 
 
