@@ -28,6 +28,21 @@
 namespace py = pybind11;
 using namespace rlhf;
 
+// A NamedTuple of Python as a struct, field by field by its name.
+template <> struct py::detail::type_caster<cpu::PolicyNumbers> {
+  PYBIND11_TYPE_CASTER(cpu::PolicyNumbers, const_name("Numbers"));
+  bool load(handle source, bool) {
+#define RLHF_READ(NAME) \
+  static PyObject* const NAME##_ = PyUnicode_InternFromString(#NAME); \
+  value.NAME = py::cast<decltype(value.NAME)>(source.attr(NAME##_));
+    RLHF_POLICY_NUMBERS(RLHF_READ)
+    RLHF_READ(function) RLHF_READ(needs_sequences) RLHF_READ(marks_tokens) RLHF_READ(kl_variant) RLHF_READ(kl_unbiased)
+    RLHF_READ(correction_level) RLHF_READ(correction_mode)
+#undef RLHF_READ
+    return true;
+  }
+};
+
 namespace {
 
 using Address = uintptr_t;
@@ -190,24 +205,31 @@ PYBIND11_MODULE(_native, m) {
         cpu::masked_loss(variant, op, threads);
       },
       Release());
-  // clips = log_ratio, value, weight; outputs = value, derivative by logprob, by ref_logprob (or 0)
-  // planes = the inputs and the weights; sizes = rows, columns, sequences; terms = kl_coef, entropy_coef, the bounds of
-  // the correction, off_policy_max_kl; choices = estimator from 0, unbiased, level, reject, needs_sequences, marks,
-  // folds_correction
+  // planes = the inputs and the weights; sizes = rows, columns, sequences; outputs = loss, metrics, the coefficients
   m.def(
       "policy_loss",
-      [](const std::string& function, const std::array<PlaneArguments, 7>& planes, Address flags, Address cu_seqlens,
-         Address denominator, std::array<int64_t, 3> sizes, std::array<double, 5> parameters,
-         std::array<int, 7> choices, std::array<double, 5> terms, bool is_double, const std::vector<Address>& outputs,
-         int threads) {
-        const Address entropy_coefficient = outputs.size() > 3 ? outputs[3] : 0;
-        cpu::policy_loss(function,
-                         {plane(planes[0]), plane(planes[1]), plane(planes[2]), plane(planes[3]), plane(planes[4]),
-                          plane(planes[5]), plane(planes[6]), at<uint8_t>(flags), choices[5] != 0,
-                          at<int64_t>(cu_seqlens), at<>(denominator), sizes[0], sizes[1], sizes[2], parameters,
-                          choices[0] + 1, choices[1] != 0, choices[2], choices[3] != 0, choices[4] != 0, choices[6] != 0, terms[0],
-                          terms[1], terms[2], terms[3], terms[4], is_double, at<>(outputs[0]), at<>(outputs[1]),
-                          at<>(outputs[2]), at<>(entropy_coefficient)},
+      [](const std::array<PlaneArguments, 7>& planes, Address flags, Address cu_seqlens, Address denominator,
+         std::array<int64_t, 3> sizes, const cpu::PolicyNumbers& numbers, bool is_double,
+         const std::vector<Address>& outputs, int threads) {
+        cpu::policy_loss({.logprobs = plane(planes[0]),
+                          .old_logprobs = plane(planes[1]),
+                          .advantages = plane(planes[2]),
+                          .ref_logprobs = plane(planes[3]),
+                          .sampler_logprobs = plane(planes[4]),
+                          .entropy = plane(planes[5]),
+                          .weights = plane(planes[6]),
+                          .flags = at<uint8_t>(flags),
+                          .cu_seqlens = at<int64_t>(cu_seqlens),
+                          .denominator = at<>(denominator),
+                          .rows = sizes[0],
+                          .columns = sizes[1],
+                          .sequences = sizes[2],
+                          .numbers = numbers,
+                          .is_double = is_double,
+                          .loss = at<>(outputs[0]),
+                          .metrics = at<>(outputs[1]),
+                          .coefficient = at<>(outputs[2]),
+                          .entropy_coefficient = outputs.size() > 3 ? at<>(outputs[3]) : nullptr},
                          threads);
       },
       Release());
@@ -223,6 +245,7 @@ PYBIND11_MODULE(_native, m) {
                           threads);
       },
       Release());
+  // clips = log_ratio, value, weight; outputs = value, derivative by logprob, by ref_logprob (or 0)
   m.def(
       "kl_estimate",
       [](const std::string& estimator, const std::string& gradient, const std::array<PlaneArguments, 3>& inputs,

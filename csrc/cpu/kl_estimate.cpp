@@ -1,9 +1,8 @@
 #include "cpu/kl_estimate.h"
 
 #include <algorithm>
-#include <map>
-#include <stdexcept>
 
+#include "cpu/dispatch.h"
 #include "math/kl_estimate.h"
 
 namespace rlhf::cpu {
@@ -11,78 +10,75 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 
-struct K3 {  // here, not with the others: with the exp that the vectoriser takes
-  template <typename T> static RLHF_INLINE Slope<T> at(T x) {
-    const ExpParts<T> e = exp_parts(x);
-    const T near = e.minus_1_minus + x, far = e.exp - 1;
-    return {e.minus_1_minus, (x < T(0.5)) & (x > T(-0.5)) ? near : far};
-  }
+struct Call : KlEstimate {
+  KlVariant variant, gradient;  // of the value, of the derivative
+  bool own;                     // the derivative is that of the value, clips and weight included
 };
 
-// What is read of elements [start, start + n), once for all estimators.
-template <typename C> struct Inputs {
-  C logprobs[kBlock], ref_logprobs[kBlock], weights[kBlock];
-};
-
-template <typename E, typename G, typename C>
-RLHF_INLINE void estimates(const KlEstimate& op, int64_t start, int64_t n, const Inputs<C>& in) {
-  C unwanted[kBlock], by_ref[kBlock];
-  const bool weighted = op.old_logprobs.data;
-  const KlClips<C> clips{C(op.log_ratio_clip), C(op.value_clip), C(op.weight_clip)};
-  C* value = static_cast<C*>(op.value) + start;
-  C* by_logprob = op.by_logprob ? static_cast<C*>(op.by_logprob) + start : unwanted;
+template <typename E, typename C> RLHF_INLINE void each(const C* x, int64_t n, C* values, C* slopes) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const auto result = estimate<E, G>(in.ref_logprobs[i] - in.logprobs[i], weighted, in.weights[i], clips);
-    value[i] = result.value, by_logprob[i] = result.by_logprob, by_ref[i] = result.by_ref;
+    const Sloped<C> estimate = E::at(x[i]);
+    values[i] = estimate.value, slopes[i] = estimate.slope;
   }
-  if (op.by_ref) std::copy(by_ref, by_ref + n, static_cast<C*>(op.by_ref) + start);
+}
+template <typename C> RLHF_INLINE void estimates(KlVariant variant, const C* x, int64_t n, C* values, C* slopes) {
+  if (variant == KlVariant::k1) each<K1>(x, n, values, slopes);
+  else if (variant == KlVariant::k2) each<K2>(x, n, values, slopes);
+  else each<K3>(x, n, values, slopes);
 }
 
-const std::map<std::string, int> kEstimators = {{"k1", 0}, {"k2", 1}, {"k3", 2}};
-const std::map<std::string, int> kGradients = {{"own", 0}, {"k1", 1}, {"k2", 2}, {"k3", 3}};
-
-template <typename E, typename C>
-RLHF_INLINE void estimates_of(const KlEstimate& op, int gradient, int64_t start, int64_t n, const Inputs<C>& in) {
-  if (gradient == 0) estimates<E, Own>(op, start, n, in);
-  else if (gradient == 1) estimates<E, K1>(op, start, n, in);
-  else if (gradient == 2) estimates<E, K2>(op, start, n, in);
-  else estimates<E, K3>(op, start, n, in);
-}
-
-template <typename C>
-RLHF_INLINE void block(const KlEstimate& op, int estimator, int gradient, int64_t start, int64_t n) {
-  Inputs<C> in;
-  read(op.logprobs, op.columns, start, n, in.logprobs);
-  read(op.ref_logprobs, op.columns, start, n, in.ref_logprobs);
-  const bool weighted = op.old_logprobs.data;
-  if (weighted) read(op.old_logprobs, op.columns, start, n, in.weights);
+template <typename C> RLHF_INLINE void block(const Call& op, int64_t start, int64_t n) {
+  C logprobs[kBlock], log_ratios[kBlock], x[kBlock], weights[kBlock], values[kBlock], slopes[kBlock], unwanted[kBlock];
+  const C log_ratio_clip = C(op.log_ratio_clip), value_clip = C(op.value_clip), weight_clip = C(op.weight_clip);
+  const bool weighted = op.old_logprobs.data, through_weight = weighted & op.own;
+  read(op.logprobs, op.columns, start, n, logprobs);
+  read(op.ref_logprobs, op.columns, start, n, log_ratios);
+  if (weighted) read(op.old_logprobs, op.columns, start, n, weights);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) in.weights[i] = weighted ? exp_any(in.logprobs[i] - in.weights[i]) : C(1);
-  if (estimator == 0) estimates_of<K1>(op, gradient, start, n, in);
-  else if (estimator == 1) estimates_of<K2>(op, gradient, start, n, in);
-  else estimates_of<K3>(op, gradient, start, n, in);
+  for (int64_t i = 0; i < n; ++i) {
+    weights[i] = weighted ? exp_any(logprobs[i] - weights[i]) : C(1);
+    log_ratios[i] -= logprobs[i];
+    x[i] = bounded(log_ratios[i], -log_ratio_clip, log_ratio_clip);
+  }
+  estimates(op.variant, x, n, values, slopes);
+  if (op.own) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const bool inside = (x[i] == log_ratios[i]) & (values[i] == bounded(values[i], -value_clip, value_clip));
+      slopes[i] = inside ? slopes[i] : C(0);
+    }
+  } else {
+    estimates(op.gradient, log_ratios, n, unwanted, slopes);
+  }
+  C* out = static_cast<C*>(op.value) + start;
+  C* by_logprob = op.by_logprob ? static_cast<C*>(op.by_logprob) + start : unwanted;
+  C* by_ref = op.by_ref ? static_cast<C*>(op.by_ref) + start : unwanted;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const C value = bounded(values[i], -value_clip, value_clip);
+    const bool capped = weighted & (weights[i] > weight_clip);
+    const C weight = capped ? weight_clip : weights[i];
+    out[i] = product(weight, value);
+    by_logprob[i] = product(weight, (through_weight & !capped ? value : C(0)) - slopes[i]);
+    by_ref[i] = product(weight, slopes[i]);
+  }
 }
 
-RLHF_CLONES void block_f32(const KlEstimate& op, int estimator, int gradient, int64_t start, int64_t n) {
-  block<float>(op, estimator, gradient, start, n);
-}
-void block_f64(const KlEstimate& op, int estimator, int gradient, int64_t start, int64_t n) {
-  block<double>(op, estimator, gradient, start, n);
-}
+// Cloned per instruction set for float; double spends its time in the library's exp.
+RLHF_CLONES void block_f32(const Call& op, int64_t start, int64_t n) { block<float>(op, start, n); }
+void block_f64(const Call& op, int64_t start, int64_t n) { block<double>(op, start, n); }
 
 }  // namespace
 
-void kl_estimate(const std::string& estimator, const std::string& gradient, const KlEstimate& op, int threads) {
-  const auto e = kEstimators.find(estimator);
-  const auto g = kGradients.find(gradient);
-  if (e == kEstimators.end() || g == kGradients.end())
-    throw std::invalid_argument("no native estimator " + estimator + " with the gradient " + gradient);
-  const int of_value = e->second, of_gradient = g->second;
+void kl_estimate(const std::string& variant, const std::string& gradient, const KlEstimate& given, int threads) {
+  const bool own = gradient == "own";
+  const Call op{given, named(kKlVariants, "KL estimate", variant),
+                named(kKlVariants, "KL estimate", own ? variant : gradient), own};
   const int64_t n = op.rows * op.columns;
 #pragma omp parallel for num_threads(threads) schedule(static) if (n > kBlock)
   for (int64_t start = 0; start < n; start += kBlock)
-    (op.is_double ? block_f64 : block_f32)(op, of_value, of_gradient, start, std::min(kBlock, n - start));
+    (op.is_double ? block_f64 : block_f32)(op, start, std::min(kBlock, n - start));
 }
 
 }  // namespace rlhf::cpu

@@ -1,13 +1,14 @@
 #include "cpu/policy_loss.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
-#include <map>
-#include <stdexcept>
 #include <vector>
 
+#include "cpu/dispatch.h"
+#include "cpu/kl_estimate.h"
 #include "cpu/mask.h"
-#include "math/policy_losses.h"
+#include "math/kl_estimate.h"
 
 namespace rlhf::cpu {
 namespace {
@@ -15,6 +16,21 @@ namespace {
 constexpr int64_t kBlock = 512;
 template <typename C> constexpr DType kDType = sizeof(C) == 8 ? DType::f64 : DType::f32;
 constexpr int kParts = 64;  // partial sums, however many threads there are: the same inputs give the same bits
+
+enum class Level { token, sequence, geometric };  // of what the correction is made
+
+const std::map<std::string, Level> kLevels = {
+    {"token", Level::token}, {"sequence", Level::sequence}, {"geometric", Level::geometric}};
+const std::map<std::string, bool> kModes = {{"truncate", false}, {"mask", true}};
+
+// A call, and what follows from it.
+struct Call : PolicyLoss {
+  double tokens;  // the denominator
+  KlVariant kl;
+  Level level;
+  bool reject;            // weights outside the bounds become 0 instead of the bound
+  bool folds_correction;  // the correction is in the sum of the log-ratios instead of a weight
+};
 
 enum Metric { kLow, kHigh, kApproxKl, kRatio, kKl, kEntropy, kCorrection, kOutside, kSamplerKl, kDropped, kSums };
 
@@ -48,7 +64,7 @@ template <typename C> struct Tokens {
 };
 
 template <typename C>
-RLHF_INLINE const C* read_counted(const PolicyLoss& op, const Plane& plane, const Tokens<C>& t, int64_t start,
+RLHF_INLINE const C* read_counted(const Call& op, const Plane& plane, const Tokens<C>& t, int64_t start,
                                   int64_t n, C* copy) {
   const int64_t column = start % op.columns;
   if (t.all && plane.dtype == kDType<C> && plane.column_stride == 1 && column + n <= op.columns)
@@ -61,7 +77,7 @@ RLHF_INLINE const C* read_counted(const PolicyLoss& op, const Plane& plane, cons
 }
 
 // False where no token counts, then nothing is read: much of a ragged batch is padding.
-template <typename C> RLHF_INLINE bool read_tokens(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t) {
+template <typename C> RLHF_INLINE bool read_tokens(const Call& op, int64_t start, int64_t n, Tokens<C>& t) {
   t.all = true, t.bits = 1;
   if (op.flags) {
     const uint8_t* flags = op.flags + start;
@@ -69,12 +85,12 @@ template <typename C> RLHF_INLINE bool read_tokens(const PolicyLoss& op, int64_t
 #pragma omp simd reduction(| : any, zero)
     for (int64_t i = 0; i < n; ++i) any |= flags[i], zero |= flags[i] == 0;
     if (any == 0) return false;
-    t.all = zero == 0, t.bits = op.marks ? any : 1;
+    t.all = zero == 0, t.bits = op.numbers.marks_tokens ? any : 1;
   }
   const bool plain = t.all && t.bits == 1 && !op.weights.data;
   if (!plain || t.plain < n) {
     const C weight = 1 / C(op.tokens);
-    const int bits = op.marks ? 7 : 0;
+    const int bits = op.numbers.marks_tokens ? 7 : 0;
     for (int64_t i = 0; i < n; ++i) t.flags[i] = op.flags ? op.flags[start + i] : 1;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
@@ -98,7 +114,8 @@ template <typename C> RLHF_INLINE bool read_tokens(const PolicyLoss& op, int64_t
 template <typename C> struct Bounds {
   C low, high;
   bool reject;
-  explicit Bounds(const PolicyLoss& op) : low(C(op.correction_low)), high(C(op.correction_high)), reject(op.reject) {}
+  explicit Bounds(const Call& op)
+      : low(C(op.numbers.correction_low)), high(C(op.numbers.correction_high)), reject(op.reject) {}
   RLHF_INLINE bool outside(C ratio) const { return (ratio < low) | (ratio > high); }
   RLHF_INLINE C weight(C ratio) const { return reject & outside(ratio) ? C(0) : bounded(ratio, low, high); }
   C log_weight(C ratio) const { return std::log(std::max(weight(ratio), std::exp(C(-20)))); }
@@ -127,12 +144,12 @@ template <typename C> RLHF_INLINE void find_ratios(int64_t n, Tokens<C>& t, Sums
 
 // The correction of every token, and its statistics.
 template <typename C>
-RLHF_INLINE void correct(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
+RLHF_INLINE void correct(const Call& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
                          Sums& sums) {
   const C *sampler = read_counted(op, op.sampler_logprobs, t, start, n, t.optional), *old_logprobs = t.old_logprobs;
   t.uncorrected = 0;
   const Bounds<C> bounds(op);
-  const bool of_token = op.level == 0;
+  const bool of_token = op.level == Level::token;
   const C of_sequence = sequence.correction;
   C applied = 0, outside = 0, kl = 0;
 #pragma omp simd reduction(+ : applied, outside, kl)
@@ -166,16 +183,15 @@ RLHF_INLINE void drop(int64_t n, const Sequence<C>& sequence, Tokens<C>& t, Sums
 // A function of its own: whose address is taken within a simd loop, is no register and stops the vectoriser.
 template <typename F, typename C>
 RLHF_INLINE Outcome<C> outcome(const Tokens<C>& t, C logprob, C old_logprob, C advantage, int64_t i,
-                               const Shared<C>& shared, const C* p) {
+                               const Shared<C>& shared, const Numbers<C>& p) {
   const Token<C> token{logprob, old_logprob, advantage, t.log_ratio[i], t.ratio[i], t.flags[i] & 4 ? C(1) : C(0)};
   return F::at(token, shared, p, [](C x) { return exp_any(x); });
 }
 
 template <typename F, typename C>
-RLHF_INLINE void policy_term(const PolicyLoss& op, int64_t n, const Sequence<C>& sequence, const Tokens<C>& t,
+RLHF_INLINE void policy_term(const Call& op, int64_t n, const Sequence<C>& sequence, const Tokens<C>& t,
                              C* __restrict coefficient, Sums& sums) {
-  C p[5];
-  for (int k = 0; k < 5; ++k) p[k] = C(op.parameters[k]);
+  const Numbers<C> p = op.numbers.in<C>();
   const Shared<C> shared = sequence.shared;
   const C sequence_weight = sequence.weight;
   const C *logprobs = t.logprobs, *old_logprobs = t.old_logprobs, *advantages = t.advantages;
@@ -192,32 +208,32 @@ RLHF_INLINE void policy_term(const PolicyLoss& op, int64_t n, const Sequence<C>&
   sums.loss += loss, sums.of[kLow] += low, sums.of[kHigh] += high;
 }
 
-// The KL to the reference by k1, k2 or k3, into the loss and the coefficients.
-template <int kEstimator, typename C>
-RLHF_INLINE void reference_term(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t, C* coefficient,
-                                Sums& sums) {
+// The KL to the reference by the estimator E, into the loss and the coefficients.
+template <typename E, typename C>
+RLHF_INLINE void reference_term(const Call& op, int64_t start, int64_t n, Tokens<C>& t, C* coefficient, Sums& sums) {
+  constexpr bool is_k3 = std::is_same_v<E, K3>;
   const C *ref_logprobs = read_counted(op, op.ref_logprobs, t, start, n, t.optional), *logprobs = t.logprobs;
-  const C kl_coef = C(op.kl_coef);
-  const bool unbiased = op.unbiased;
+  const C kl_coef = C(op.numbers.kl_coef);
+  const bool unbiased = op.numbers.kl_unbiased;
   C loss = 0, kl = 0;
 #pragma omp simd reduction(+ : loss, kl)
   for (int64_t i = 0; i < n; ++i) {
     const C apart = ref_logprobs[i] - logprobs[i], within = bounded(apart, C(-20), C(20));
-    const C x = (kEstimator == 3) | unbiased ? within : apart;
-    const C k3 = exp_parts(x).minus_1_minus, k3_slope = x == apart ? k3 + x : C(0);
-    const C estimate = kEstimator == 1 ? -x : (kEstimator == 2 ? C(0.5) * x * x : k3);
-    const C slope = kEstimator == 1 ? C(-1) : (kEstimator == 2 ? x : k3_slope);  // d estimate / d x
-    const C value = unbiased ? t.ratio[i] * estimate : estimate;
+    const C x = is_k3 | unbiased ? within : apart;
+    const Sloped<C> estimate = E::at(x);
+    const C k3_slope = x == apart ? estimate.value + x : C(0);  // cheaper than the functor's: x is bounded
+    const C slope = is_k3 ? k3_slope : estimate.slope;
+    const C value = unbiased ? t.ratio[i] * estimate.value : estimate.value;
     kl += value;
     loss += t.weights[i] * value;
     coefficient[i] -= product(kl_coef * t.weights[i], unbiased ? t.ratio[i] * x : slope);
   }
   sums.of[kKl] += kl;
-  if (op.kl_coef > 0) sums.loss += op.kl_coef * loss;
+  if (op.numbers.kl_coef > 0) sums.loss += op.numbers.kl_coef * loss;
 }
 
 template <typename C>
-RLHF_INLINE void entropy_term(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t, Sums& sums) {
+RLHF_INLINE void entropy_term(const Call& op, int64_t start, int64_t n, Tokens<C>& t, Sums& sums) {
   const C* entropies = read_counted(op, op.entropy, t, start, n, t.optional);
   C loss = 0, entropy = 0;
 #pragma omp simd reduction(+ : loss, entropy)
@@ -227,14 +243,14 @@ RLHF_INLINE void entropy_term(const PolicyLoss& op, int64_t start, int64_t n, To
   }
   sums.of[kEntropy] += entropy;
   if (!op.entropy_coefficient) return;
-  sums.loss -= op.entropy_coef * loss;
+  sums.loss -= op.numbers.entropy_coef * loss;
   C* coefficient = static_cast<C*>(op.entropy_coefficient) + start;
-  for (int64_t i = 0; i < n; ++i) coefficient[i] = -C(op.entropy_coef) * t.weights[i];
+  for (int64_t i = 0; i < n; ++i) coefficient[i] = -C(op.numbers.entropy_coef) * t.weights[i];
 }
 
 // What comes before and after the policy term, whichever it is. `before` is false where no token counts.
 template <typename C>
-RLHF_INLINE bool before(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
+RLHF_INLINE bool before(const Call& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
                         Sums& sums) {
   if (!read_tokens(op, start, n, t)) return false;
   find_ratios(n, t, sums);
@@ -244,32 +260,32 @@ RLHF_INLINE bool before(const PolicyLoss& op, int64_t start, int64_t n, const Se
   return true;
 }
 template <typename C>
-RLHF_INLINE void after(const PolicyLoss& op, int64_t start, int64_t n, Tokens<C>& t, C* coefficient, Sums& sums) {
+RLHF_INLINE void after(const Call& op, int64_t start, int64_t n, Tokens<C>& t, C* coefficient, Sums& sums) {
   if (op.ref_logprobs.data) {
-    if (op.estimator == 1) reference_term<1>(op, start, n, t, coefficient, sums);
-    else if (op.estimator == 2) reference_term<2>(op, start, n, t, coefficient, sums);
-    else reference_term<3>(op, start, n, t, coefficient, sums);
+    if (op.kl == KlVariant::k1) reference_term<K1>(op, start, n, t, coefficient, sums);
+    else if (op.kl == KlVariant::k2) reference_term<K2>(op, start, n, t, coefficient, sums);
+    else reference_term<K3>(op, start, n, t, coefficient, sums);
   }
   if (op.entropy.data) entropy_term(op, start, n, t, sums);
 }
 // Cloned per instruction set for float; double spends its time in the library's exp.
-RLHF_CLONES bool begin(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<float>& s, Tokens<float>& t,
+RLHF_CLONES bool begin(const Call& op, int64_t start, int64_t n, const Sequence<float>& s, Tokens<float>& t,
                        Sums& sums) {
   return before(op, start, n, s, t, sums);
 }
-bool begin(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<double>& s, Tokens<double>& t, Sums& sums) {
+bool begin(const Call& op, int64_t start, int64_t n, const Sequence<double>& s, Tokens<double>& t, Sums& sums) {
   return before(op, start, n, s, t, sums);
 }
-RLHF_CLONES void end(const PolicyLoss& op, int64_t start, int64_t n, Tokens<float>& t, float* coefficient, Sums& sums) {
+RLHF_CLONES void end(const Call& op, int64_t start, int64_t n, Tokens<float>& t, float* coefficient, Sums& sums) {
   after(op, start, n, t, coefficient, sums);
 }
-void end(const PolicyLoss& op, int64_t start, int64_t n, Tokens<double>& t, double* coefficient, Sums& sums) {
+void end(const Call& op, int64_t start, int64_t n, Tokens<double>& t, double* coefficient, Sums& sums) {
   after(op, start, n, t, coefficient, sums);
 }
 
 // Asks memory for what the next block reads, `start` its first token, while this one is computed: a block is too short
 // for the processor to see where it leads. One input at a time: there are few misses that a core can wait for at once.
-inline void prefetch(const PolicyLoss& op, const Plane& plane, int64_t start) {
+inline void prefetch(const Call& op, const Plane& plane, int64_t start) {
   const int64_t row = start / op.columns, column = start % op.columns;
   if (row == op.rows || plane.column_stride != 1 || (op.flags && op.flags[start] == 0)) return;
   const int64_t n = std::min(kBlock, op.columns - column);
@@ -280,7 +296,7 @@ inline void prefetch(const PolicyLoss& op, const Plane& plane, int64_t start) {
 
 // Tokens [start, start + n) of one sequence, n <= kBlock.
 template <typename F, typename C>
-RLHF_INLINE void tokens(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
+RLHF_INLINE void tokens(const Call& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
                         Sums& sums) {
   C* coefficient = static_cast<C*>(op.coefficient) + start;
   prefetch(op, op.logprobs, start + n);
@@ -302,10 +318,10 @@ struct SequenceSums {
 };
 
 template <typename Statistic, typename C>
-RLHF_INLINE void add(const PolicyLoss& op, int64_t start, int64_t n, SequenceSums& sums) {
+RLHF_INLINE void add(const Call& op, int64_t start, int64_t n, SequenceSums& sums) {
   Tokens<C> t;
   if (!read_tokens(op, start, n, t)) return;
-  const bool has_sampler = op.sampler_logprobs.data, of_token = has_sampler && op.level == 0;
+  const bool has_sampler = op.sampler_logprobs.data, of_token = has_sampler && op.level == Level::token;
   const C *logprobs = t.logprobs, *old_logprobs = t.old_logprobs, *advantages = t.advantages, *sampler = old_logprobs;
   if (has_sampler) sampler = read_counted(op, op.sampler_logprobs, t, start, n, t.optional);
   const Bounds<C> bounds(op);
@@ -317,8 +333,7 @@ RLHF_INLINE void add(const PolicyLoss& op, int64_t start, int64_t n, SequenceSum
     for (int64_t i = 0; i < n; ++i)
       t.weights[i] *= bounds.weight(exp_any(bounded(old_logprobs[i] - sampler[i], C(-20), C(20))));
   }
-  C p[5];
-  for (int k = 0; k < 5; ++k) p[k] = C(op.parameters[k]);
+  const Numbers<C> p = op.numbers.in<C>();
   C count = 0, statistic = 0, advantage_sum = 0, correction = 0, kl = 0, weights = 0, weights_negative = 0;
 #pragma omp simd reduction(+ : count, statistic, advantage_sum, correction, kl, weights, weights_negative)
   for (int64_t i = 0; i < n; ++i) {
@@ -336,29 +351,28 @@ RLHF_INLINE void add(const PolicyLoss& op, int64_t start, int64_t n, SequenceSum
 }
 
 // add for float by its statistic, cloned as `begin` is.
-RLHF_CLONES void add_log_ratio(const PolicyLoss& op, int64_t start, int64_t n, SequenceSums& sums) {
+RLHF_CLONES void add_log_ratio(const Call& op, int64_t start, int64_t n, SequenceSums& sums) {
   add<LogRatio, float>(op, start, n, sums);
 }
-RLHF_CLONES void add_bounded_log_ratio(const PolicyLoss& op, int64_t start, int64_t n, SequenceSums& sums) {
+RLHF_CLONES void add_bounded_log_ratio(const Call& op, int64_t start, int64_t n, SequenceSums& sums) {
   add<BoundedLogRatio, float>(op, start, n, sums);
 }
 auto adder(LogRatio) { return add_log_ratio; }
 auto adder(BoundedLogRatio) { return add_bounded_log_ratio; }
 
-template <typename F, typename C> Sequence<C> finish(const PolicyLoss& op, const SequenceSums& sums) {
-  C p[5];
-  for (int k = 0; k < 5; ++k) p[k] = C(op.parameters[k]);
+template <typename F, typename C> Sequence<C> finish(const Call& op, const SequenceSums& sums) {
+  const Numbers<C> p = op.numbers.in<C>();
   const double length = std::max(sums.count, 1.0);
   double statistic = sums.statistic;
   Sequence<C> out;
-  if (op.level != 0 && op.sampler_logprobs.data) {
-    out.correction = bounded_exp(C(op.level == 1 ? sums.correction : sums.correction / length));
-    if (op.folds_correction) statistic += (op.level == 1 ? 1 : length) * Bounds<C>(op).log_weight(out.correction);
+  if (op.level != Level::token && op.sampler_logprobs.data) {
+    out.correction = bounded_exp(C(op.level == Level::sequence ? sums.correction : sums.correction / length));
+    if (op.folds_correction) statistic += (op.level == Level::sequence ? 1 : length) * Bounds<C>(op).log_weight(out.correction);
   }
   out.shared = F::shared(C(statistic / length), C(length), C(sums.advantage / length), p);
-  out.far = sums.kl / length > op.off_policy_max_kl;
+  out.far = sums.kl / length > op.numbers.off_policy_max_kl;
   double weight = sums.weight - (out.far ? sums.weight_negative : 0);
-  if (op.level != 0 && op.sampler_logprobs.data) weight *= Bounds<C>(op).weight(out.correction);
+  if (op.level != Level::token && op.sampler_logprobs.data) weight *= Bounds<C>(op).weight(out.correction);
   out.weight = C(weight / length);
   return out;
 }
@@ -366,19 +380,19 @@ template <typename F, typename C> Sequence<C> finish(const PolicyLoss& op, const
 struct Span {
   int64_t begin, end;
 };
-Span sequence_span(const PolicyLoss& op, int64_t sequence) {
+Span sequence_span(const Call& op, int64_t sequence) {
   if (op.cu_seqlens) return {op.cu_seqlens[sequence], op.cu_seqlens[sequence + 1]};
   return {sequence * op.columns, (sequence + 1) * op.columns};
 }
 
 template <typename C> struct Kernels {
-  void (*tokens)(const PolicyLoss&, int64_t start, int64_t n, const Sequence<C>&, Tokens<C>&, Sums&);
-  void (*add)(const PolicyLoss&, int64_t start, int64_t n, SequenceSums&);
-  Sequence<C> (*finish)(const PolicyLoss&, const SequenceSums&);
+  void (*tokens)(const Call&, int64_t start, int64_t n, const Sequence<C>&, Tokens<C>&, Sums&);
+  void (*add)(const Call&, int64_t start, int64_t n, SequenceSums&);
+  Sequence<C> (*finish)(const Call&, const SequenceSums&);
 };
 
 template <typename C>
-std::vector<Sequence<C>> all_sequences(const PolicyLoss& op, const Kernels<C>& kernels, int threads) {
+std::vector<Sequence<C>> all_sequences(const Call& op, const Kernels<C>& kernels, int threads) {
   const int64_t count = op.cu_seqlens ? op.sequences : op.rows;
   std::vector<Sequence<C>> sequences(count);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (op.rows * op.columns > 4 * kBlock)
@@ -394,14 +408,14 @@ std::vector<Sequence<C>> all_sequences(const PolicyLoss& op, const Kernels<C>& k
 
 // Tokens [begin, end), in runs of at most kBlock that stay within a sequence.
 template <typename C>
-Sums part(const PolicyLoss& op, const Kernels<C>& kernels, const std::vector<Sequence<C>>& sequences, int64_t begin,
+Sums part(const Call& op, const Kernels<C>& kernels, const std::vector<Sequence<C>>& sequences, int64_t begin,
           int64_t end) {
   Sums sums;
   Tokens<C> t;
   for (int64_t start = begin, stop; start < end; start = stop) {
     stop = std::min(end, start + kBlock);
     const Sequence<C>* sequence = &sequences[0];
-    if (op.needs_sequences) {
+    if (op.numbers.needs_sequences) {
       const int64_t count = int64_t(sequences.size());
       const int64_t s = op.cu_seqlens ? std::upper_bound(op.cu_seqlens, op.cu_seqlens + count + 1, start) - op.cu_seqlens - 1
                                       : start / op.columns;
@@ -413,12 +427,16 @@ Sums part(const PolicyLoss& op, const Kernels<C>& kernels, const std::vector<Seq
   return sums;
 }
 
-template <typename C> void run(PolicyLoss op, const Kernels<C>& kernels, int threads) {
-  const int64_t n = op.rows * op.columns;
-  if (op.denominator) op.tokens = double(*static_cast<const C*>(op.denominator));
-  else op.tokens = double(std::max<int64_t>(1, op.flags ? counted(op.flags, n) : n));
+template <typename C> void run(const PolicyLoss& given, bool folds_correction, const Kernels<C>& kernels, int threads) {
+  const int64_t n = given.rows * given.columns;
+  double denominator = double(std::max<int64_t>(1, given.flags ? counted(given.flags, n) : n));
+  if (given.denominator) denominator = double(*static_cast<const C*>(given.denominator));
+  const PolicyNumbers& numbers = given.numbers;
+  const Call op{given, denominator, named(kKlVariants, "KL estimate", numbers.kl_variant),
+                named(kLevels, "correction level", numbers.correction_level),
+                named(kModes, "correction mode", numbers.correction_mode), folds_correction};
   std::vector<Sequence<C>> sequences(1);
-  if (op.needs_sequences && n > 0) sequences = all_sequences(op, kernels, threads);
+  if (op.numbers.needs_sequences && n > 0) sequences = all_sequences(op, kernels, threads);
   Sums parts[kParts], total;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (n > 4 * kBlock)
   for (int p = 0; p < kParts; ++p) parts[p] = part(op, kernels, sequences, n * p / kParts, n * (p + 1) / kParts);
@@ -428,10 +446,9 @@ template <typename C> void run(PolicyLoss op, const Kernels<C>& kernels, int thr
     total.highest = std::max(total.highest, sums.highest);
     total.lowest = std::min(total.lowest, sums.lowest);
   }
-  const double denominator = op.tokens;
   if (!op.sampler_logprobs.data) total.of[kCorrection] = 0;
   if (total.highest < total.lowest) total.highest = total.lowest = 0;  // nothing counts
-  if (total.of[kRatio] != total.of[kRatio]) total.highest = total.lowest = total.of[kRatio];
+  if (std::isnan(total.of[kRatio])) total.highest = total.lowest = total.of[kRatio];
   const double* of = total.of;
   const double metrics[] = {(of[kLow] + of[kHigh]) / denominator, of[kLow] / denominator, of[kHigh] / denominator,
                             of[kApproxKl] / denominator, of[kRatio] / denominator, total.highest, total.lowest,
@@ -441,42 +458,42 @@ template <typename C> void run(PolicyLoss op, const Kernels<C>& kernels, int thr
   for (int m = 0; m < 13; ++m) static_cast<C*>(op.metrics)[m] = C(metrics[m]);
 }
 
+// Name and functor of every loss.
+#define RLHF_POLICY_LOSSES(X) \
+  X(ppo_clip, PpoClip) \
+  X(clip_cov, ClipCov) \
+  X(kl_cov, KlCov) \
+  X(policy_gradient, PolicyGradient) \
+  X(cispo, Cispo) \
+  X(sapo, Sapo) \
+  X(dppo_tv, DppoTv) \
+  X(dppo_kl, DppoKl) \
+  X(gspo, Gspo) \
+  X(gspo_token, GspoToken) \
+  X(gmpo, Gmpo) \
+  X(vespo, Vespo) \
+  X(dro, Dro)
+
 #define RLHF_POLICY_LOSS(NAME, F)                                                                                     \
-  RLHF_CLONES void tokens_##NAME(const PolicyLoss& op, int64_t start, int64_t n, const Sequence<float>& s,            \
+  RLHF_CLONES void tokens_##NAME(const Call& op, int64_t start, int64_t n, const Sequence<float>& s,                  \
                                  Tokens<float>& t, Sums& sums) {                                                      \
     tokens<F, float>(op, start, n, s, t, sums);                                                                       \
   }                                                                                                                   \
   void run_##NAME(const PolicyLoss& op, int threads) {                                                                \
-    if (op.is_double) run<double>(op, {tokens<F, double>, add<F::Statistic, double>, finish<F, double>}, threads);    \
-    else run<float>(op, {tokens_##NAME, adder(F::Statistic()), finish<F, float>}, threads);                           \
+    const Kernels<float> in_float{tokens_##NAME, adder(F::Statistic()), finish<F, float>};                            \
+    const Kernels<double> in_double{tokens<F, double>, add<F::Statistic, double>, finish<F, double>};                 \
+    if (op.is_double) run(op, F::folds_correction, in_double, threads);                                               \
+    else run(op, F::folds_correction, in_float, threads);                                                             \
   }
-RLHF_POLICY_LOSS(ppo_clip, PpoClip)
-RLHF_POLICY_LOSS(clip_cov, ClipCov)
-RLHF_POLICY_LOSS(kl_cov, KlCov)
-RLHF_POLICY_LOSS(policy_gradient, PolicyGradient)
-RLHF_POLICY_LOSS(cispo, Cispo)
-RLHF_POLICY_LOSS(sapo, Sapo)
-RLHF_POLICY_LOSS(dppo_tv, DppoTv)
-RLHF_POLICY_LOSS(dppo_kl, DppoKl)
-RLHF_POLICY_LOSS(gspo, Gspo)
-RLHF_POLICY_LOSS(gspo_token, GspoToken)
-RLHF_POLICY_LOSS(gmpo, Gmpo)
-RLHF_POLICY_LOSS(vespo, Vespo)
-RLHF_POLICY_LOSS(dro, Dro)
+RLHF_POLICY_LOSSES(RLHF_POLICY_LOSS)
 
-const std::map<std::string, void (*)(const PolicyLoss&, int)> kFunctions = {
-    {"ppo_clip", run_ppo_clip}, {"clip_cov", run_clip_cov}, {"kl_cov", run_kl_cov},
-    {"policy_gradient", run_policy_gradient}, {"cispo", run_cispo}, {"sapo", run_sapo}, {"dppo_tv", run_dppo_tv},
-    {"dppo_kl", run_dppo_kl}, {"gspo", run_gspo}, {"gspo_token", run_gspo_token}, {"gmpo", run_gmpo},
-    {"vespo", run_vespo}, {"dro", run_dro},
-};
+#define RLHF_ENTRY(NAME, F) {#NAME, run_##NAME},
+const std::map<std::string, void (*)(const PolicyLoss&, int)> kFunctions = {RLHF_POLICY_LOSSES(RLHF_ENTRY)};
 
 }  // namespace
 
-void policy_loss(const std::string& function, const PolicyLoss& op, int threads) {
-  const auto found = kFunctions.find(function);
-  if (found == kFunctions.end()) throw std::invalid_argument("no native policy loss " + function);
-  found->second(op, threads);
+void policy_loss(const PolicyLoss& op, int threads) {
+  named(kFunctions, "policy loss", op.numbers.function)(op, threads);
 }
 
 }  // namespace rlhf::cpu

@@ -4,11 +4,6 @@
 
 namespace rlhf {
 
-// Value and slope of a function of one number.
-template <typename T> struct Sloped {
-  T value, slope;
-};
-
 // The loss of a pair and its derivatives in the two rewards.
 template <typename T> struct PairLoss {
   T loss, chosen, rejected;

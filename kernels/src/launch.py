@@ -19,7 +19,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     for x in given:
         if isinstance(x, Tensor) and (x.is_neg() or not x.is_contiguous()):
             _check_layout(x, given)
-    device = next(x.device for x in arguments if isinstance(x, Tensor))
+    device = next(x.device for x in given if isinstance(x, Tensor))
     with torch.accelerator.device_index(None if device.type == "cpu" else device.index):
         kernel[grid](*arguments, enable_fp_fusion=True, **options)
 

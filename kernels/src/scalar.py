@@ -14,6 +14,12 @@ def log1p(x):
 
 
 @triton.jit
+def bounded(x, low, high):
+    """x within [low, high]; NaN stays NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
 def product(weight, x):
     """weight * x, where a weight of 0 takes x out: 0 times infinity is 0."""
     return tl.where(weight == 0, 0.0, weight * x)

@@ -2,7 +2,7 @@
 
 A loss is a function of the tokens (`Tokens`) and the objective that gives (loss, held low, held high) per token;
 autograd gives its gradient. Its twins are a functor of csrc/math/policy_losses.h and a function of
-rlhf_fast/kernels/policy_loss.py. Formulas and sources: rlhf_fast/ops/policy/policy_loss.py.
+rlhf_fast/kernels/policy_losses.py. Formulas and sources: rlhf_fast/ops/policy/policy_loss.py.
 """
 
 from __future__ import annotations
@@ -134,12 +134,6 @@ class PolicyObjective(Objective):
     def couples_tokens(self) -> bool:
         """Whether d loss / d logprob of one token depends on other tokens: no tile of tokens can go ahead alone."""
         return self.needs_sequences or self.marks_tokens
-
-    @property
-    def parameters(self) -> list[float]:
-        """The five numbers that the kernels' function of this variant takes."""
-        values = FUNCTIONS[self.function].parameters(self)
-        return [*values, *[0.0] * (5 - len(values))]
 
 
 def _share(x: float) -> bool:
@@ -287,7 +281,7 @@ def gspo_token(t: Tokens, o: PolicyObjective) -> Losses:
 
 
 def gmpo(t: Tokens, o: PolicyObjective) -> Losses:
-    x, (low, high) = t.log_ratio, _log_bounds(o)
+    x, low, high = t.log_ratio, -not_none(o.clip_eps_low), not_none(o.clip_eps_high)
     held_low, held_high = (t.advantages < 0) & (x < low), (t.advantages > 0) & (x > high)
     bounded = torch.where(held_low, low, torch.where(held_high, high, x))
     return -bounded_exp(t.mean(bounded)) * t.mean(t.advantages), held_low, held_high
@@ -322,39 +316,27 @@ def clip_bounds(o: PolicyObjective) -> list[float]:
     return [1 - not_none(o.clip_eps_low), 1 + not_none(o.clip_eps_high), dual_clip]
 
 
-def _log_bounds(o: PolicyObjective) -> list[float]:
-    return [-not_none(o.clip_eps_low), not_none(o.clip_eps_high)]
-
-
 class Function(NamedTuple):
     loss: Callable[[Tokens, PolicyObjective], Losses]
-    parameters: Callable[[PolicyObjective], list[float]] = (
-        lambda _: []
-    )  # what the kernels' function takes, at most five
     per_sequence: bool = False  # reads Tokens.total
     folds_correction: bool = False  # reads Tokens.log_correction: the correction is in its weight already
     kernels: tuple[str, ...] = KERNELS  # the backends that have it; "reference" always does
 
 
 FUNCTIONS = {
-    "ppo_clip": Function(ppo_clip, clip_bounds),
-    "clip_cov": Function(clip_cov, clip_bounds),
-    "kl_cov": Function(kl_cov, lambda o: [o.kl_cov_coef]),
+    "ppo_clip": Function(ppo_clip),
+    "clip_cov": Function(clip_cov),
+    "kl_cov": Function(kl_cov),
     "policy_gradient": Function(policy_gradient),
-    "cispo": Function(cispo, clip_bounds),
-    "sapo": Function(sapo, lambda o: [o.sapo_temperature_pos, o.sapo_temperature_neg]),
-    "dppo_tv": Function(dppo_tv, lambda o: [not_none(o.max_divergence), not_none(o.dual_clip)]),
-    "dppo_kl": Function(dppo_kl, lambda o: [not_none(o.max_divergence), not_none(o.dual_clip)]),
-    "gspo": Function(gspo, clip_bounds, per_sequence=True),
-    "gspo_token": Function(gspo_token, clip_bounds, per_sequence=True),
-    "gmpo": Function(gmpo, _log_bounds, per_sequence=True),
-    "vespo": Function(
-        vespo,
-        lambda o: [o.vespo_k_pos, o.vespo_lambda_pos, o.vespo_k_neg, o.vespo_lambda_neg],
-        per_sequence=True,
-        folds_correction=True,
-    ),
-    "dro": Function(dro, lambda o: [o.dro_beta], per_sequence=True),
+    "cispo": Function(cispo),
+    "sapo": Function(sapo),
+    "dppo_tv": Function(dppo_tv),
+    "dppo_kl": Function(dppo_kl),
+    "gspo": Function(gspo, per_sequence=True),
+    "gspo_token": Function(gspo_token, per_sequence=True),
+    "gmpo": Function(gmpo, per_sequence=True),
+    "vespo": Function(vespo, per_sequence=True, folds_correction=True),
+    "dro": Function(dro, per_sequence=True),
 }
 
 

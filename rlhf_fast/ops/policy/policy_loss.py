@@ -67,14 +67,13 @@ from rlhf_fast.ops.core.loss import Loss
 from rlhf_fast.ops.core.sequences import sequence_ids
 from rlhf_fast.ops.policy.batch import DROPPED, SELECTED, Inputs, Plan, select
 from rlhf_fast.ops.policy.objective import (
-    CORRECTION_LEVELS,
-    CORRECTION_MODES,
     FUNCTIONS,
     MAX_LOG_RATIO,
     VARIANTS,
     PolicyObjective,
     Tokens,
     bounded_exp,
+    clip_bounds,
     slope_alone,
 )
 from rlhf_fast.ops.tokens.kl_estimate import VARIANTS as KL_VARIANTS
@@ -274,31 +273,50 @@ def _correction(o: PolicyObjective, tokens: Tokens, sampler_logprobs: Tensor | N
 
 
 class Numbers(NamedTuple):
-    """What the kernels take of an objective."""
+    """What the kernels take of an objective, by these names in every language; infinity where it has no such bound."""
 
     function: str
-    parameters: list[float]  # of the function
-    choices: list[int]
-    terms: list[float]  # kl_coef, entropy_coef, correction_low, correction_high, off_policy_max_kl
+    needs_sequences: bool
+    marks_tokens: bool
+    kl_variant: str
+    kl_unbiased: bool
+    correction_level: str
+    correction_mode: str
+    clip_eps_low: float
+    clip_eps_high: float
+    ratio_low: float  # 1 - clip_eps_low
+    ratio_high: float  # 1 + clip_eps_high
+    dual_clip: float
+    max_divergence: float
+    kl_cov_coef: float
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
+    dro_beta: float
+    kl_coef: float
+    entropy_coef: float
+    correction_low: float
+    correction_high: float
+    off_policy_max_kl: float
 
 
 def numbers(objective: PolicyObjective) -> Numbers:
     o = objective
-    choices = [
-        list(KL_VARIANTS).index(o.kl_variant), int(o.kl_unbiased), CORRECTION_LEVELS.index(o.correction_level),
-        CORRECTION_MODES.index(o.correction_mode), int(o.needs_sequences), int(o.marks_tokens),
-        int(FUNCTIONS[o.function].folds_correction),
-    ]  # fmt: skip
-    furthest = math.inf if o.off_policy_max_kl is None else o.off_policy_max_kl
-    terms = [o.kl_coef, o.entropy_coef, o.correction_low, o.correction_high, furthest]
-    return Numbers(o.function, o.parameters, choices, terms)
+    ratio_low, ratio_high, _ = clip_bounds(o)
+    derived = {"function": o.function, "needs_sequences": o.needs_sequences, "marks_tokens": o.marks_tokens,
+               "ratio_low": ratio_low, "ratio_high": ratio_high}  # fmt: skip
+    values = vars(o) | derived
+    return Numbers(*[math.inf if values[name] is None else values[name] for name in Numbers._fields])
 
 
 def _cpu(inputs: Inputs, plan: Plan, numbers: Numbers, outputs: list[Tensor]) -> None:
     sequences = 0 if plan.cu_seqlens is None else plan.cu_seqlens.shape[0] - 1
     native().policy_loss(
-        numbers.function, [plane(x) for x in (*inputs, plan.weights)], packed(plan.flags), packed(plan.cu_seqlens),
-        packed(plan.denominator), [*inputs.logprobs.shape, sequences], *numbers[1:], outputs[0].dtype == torch.float64,
+        [plane(x) for x in (*inputs, plan.weights)], packed(plan.flags), packed(plan.cu_seqlens),
+        packed(plan.denominator), [*inputs.logprobs.shape, sequences], numbers, outputs[0].dtype == torch.float64,
         [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
@@ -306,7 +324,7 @@ def _cpu(inputs: Inputs, plan: Plan, numbers: Numbers, outputs: list[Tensor]) ->
 def _triton(inputs: Inputs, plan: Plan, numbers: Numbers, outputs: list[Tensor]) -> None:
     from rlhf_fast.kernels import policy_loss as kernels
 
-    kernels.policy_loss(inputs, plan._replace(denominator=plan.tokens(inputs.logprobs)), *numbers, outputs)
+    kernels.policy_loss(inputs, plan._replace(denominator=plan.tokens(inputs.logprobs)), numbers, outputs)
 
 
 # Planes are (rows, columns), flags contiguous.
@@ -317,7 +335,7 @@ OPS = {"policy_loss": tuple(IMPLS)}
 def _outputs(inputs: Inputs, plan: Plan, numbers: Numbers, backend: str) -> list[Tensor]:
     """[loss (), metrics (13,), d loss / d logprob (rows, columns), and d loss / d entropy where it has a weight]"""
     like, dtype = inputs.logprobs, check.compute_dtype(inputs.logprobs.dtype)
-    coefficients = 1 if inputs.entropy is None or numbers.terms[1] == 0 else 2
+    coefficients = 1 if inputs.entropy is None or numbers.entropy_coef == 0 else 2
     shapes = [(), (len(METRICS),), *[tuple(like.shape)] * coefficients]
     return [like.new_empty(shape, dtype=dtype) for shape in shapes]
 
