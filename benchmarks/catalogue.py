@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import costs, plots, tables
-from benchmarks.results_file import OURS, best_of, floor_ms, source
+from benchmarks import costs, memory, plots, tables
+from benchmarks.results_file import best_of, floor_ms, source
 from benchmarks.steps import report as steps
 from rlhf_fast.ops import table
 
@@ -17,6 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARK, END = "<!-- python -m benchmarks.catalogue writes {} -->\n", "<!-- end -->\n"
 BACKENDS = {"cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
 NOT_YET, DOES_NOT_FIT = "not yet measured", "does not fit"
+NOTHING = f"{NOT_YET.capitalize()}.\n"
 PLOTS = ROOT / "docs" / "benchmarks"
 PICTURES = {  # of docs/benchmarks.md: results -> plot -> file
     "cpu.json": {"speed": "cpu_speed", "memory": "cpu_memory", "roofline": "cpu_roofline"},
@@ -30,63 +31,60 @@ def read(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def of(name: str, write: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """What `write` makes of a run, where there is one."""
+
+    def text() -> str:
+        results = read(name)
+        return NOTHING if results is None else write(results)
+
+    return text
+
+
 def share(results: dict[str, Any], case: dict[str, Any]) -> str:
     """The machine's least time for the case over our best median."""
     floor, name = floor_ms(results, case), best_of(case, ours=True)
     return f"{floor / case['contenders'][name]['median_ms']:.0%}" if floor and name else ""
 
 
-def shares(name: str, op: str) -> str:
-    results = read(name)
-    if results is None:
-        return NOT_YET
-    found = []
+def shares(results: dict[str, Any], op: str) -> str:
+    parts = []
     for case in results["cases"]:
         first, *rest = case["case"].replace(",", "").split()
         part = share(results, case)
         if first == op and part and case["group"] in ("bars", "ops"):
             label = " ".join(rest) + (" bf16" if "bfloat16" in case["shape"] else "")
-            found.append(f"{part} {label}".strip())
-    return "<br>".join(found) or NOT_YET
+            parts.append(f"{part} {label}".strip())
+    return "<br>".join(parts) or NOT_YET
 
 
 def ops_table() -> str:
-    lines = [
-        "| op | computes | FLOPs | bytes | backends | share of the limit, CPU | GPU |",
-        "|---|---|---|---|---|---|---|",
+    runs = {device: read(name) for device, name in (("CPU", "cpu.json"), ("GPU", "gpu.json"))}
+    measured = {device: results for device, results in runs.items() if results is not None}
+    columns = [
+        "op",
+        "computes",
+        "FLOPs",
+        "bytes",
+        "backends",
+        *(f"share of the limit, {device}" for device in measured),
     ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for op, impls in sorted(table().items()):
         backends = ", ".join(BACKENDS[name] for name in impls)
         cells = [f"`{op}`", costs.COSTS[op].formula, costs.described(op, 0), costs.described(op, 1), backends]
-        lines.append(f"| {' | '.join([*cells, shares('cpu.json', op), shares('gpu.json', op)])} |")
+        lines.append(f"| {' | '.join([*cells, *(shares(results, op) for results in measured.values())])} |")
     return "\n".join(lines) + "\n"
 
 
-def timings(name: str) -> str:
-    """Every case with a bar: the medians of everyone, and what was asked of it."""
-    results = read(name)
-    if results is None:
-        return f"{NOT_YET.capitalize()}.\n"
-    lines = [tables.provenance(results), "", "| case | ours | eager | others | bars |", "|---|---:|---:|---|---|"]
-    for case in filter(in_bars, results["cases"]):
-        medians = {who: f"{row['median_ms']:.4g}" for who, row in case["contenders"].items()}
-        others = ", ".join(f"{who} {ms}" for who, ms in medians.items() if who not in (*OURS, "eager"))
-        bars = "<br>".join(line.removeprefix("bar ") for line in tables.bars_of(case))
-        ours = medians[best_of(case, ours=True)]
-        lines.append(f"| {tables.title(case)} | {ours} | {medians.get('eager', DOES_NOT_FIT)} | {others} | {bars} |")
-    return "\n".join(lines) + "\n"
-
-
-def summary(name: str) -> str:
-    """The cases with bars beside the fastest other library, and every case in which somebody else is faster."""
-    results = read(name)
-    if results is None:
-        return f"{NOT_YET.capitalize()}.\n"
-    lines = [
-        tables.provenance(results), "",
-        "| case | ours, ms | eager | fastest other library | share of the limit |", "|---|---:|---:|---|---:|",
-    ]  # fmt: skip
-    for case in filter(in_bars, results["cases"]):
+def headline(results: dict[str, Any]) -> str:
+    """The first case with a bar of every op beside the fastest other library, and how often somebody else is faster."""
+    lines = ["| case | ours, ms | eager | fastest other library | share of the limit |", "|---|---:|---:|---|---:|"]
+    ops = set()
+    for case in results["cases"]:
+        if case["group"] != "bars" or case["op"] in ops:
+            continue
+        ops.add(case["op"])
         medians = {who: row["median_ms"] for who, row in tables.others(case).items()}
         eager = medians.pop("eager", None)
         libraries = {who: ms for who, ms in medians.items() if who != "torch.compile"}
@@ -99,38 +97,28 @@ def summary(name: str) -> str:
             share(results, case),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    faster = tables.faster_elsewhere(results)
-    verdict = "Where another implementation is faster, beyond the spread:" if faster else "No other one is faster."
-    return "\n".join([*lines, "", verdict, "", *faster]).rstrip() + "\n"
+    faster, cases = len(tables.faster_elsewhere(results)), len(results["cases"])
+    verdict = f"In {faster} of the {cases} cases of this run another implementation is faster, beyond the spread."
+    return "\n".join([*lines, "", tables.origin(results), "", verdict]) + "\n"
 
 
-def in_bars(case: dict[str, Any]) -> bool:
-    return case["group"] == "bars"
-
-
-def run(name: str) -> str:
+def run(name: str) -> Callable[[], str]:
     """Machine, versions and command of a run, and its plots."""
-    results = read(name)
-    if results is None:
-        return f"{NOT_YET.capitalize()}.\n"
-    shown = [path.name for path, (made_of, _) in pictures().items() if made_of == source(RESULTS / name)]
-    images = [f"![{Path(file).stem}]({PLOTS.name}/{file})" for file in shown]
-    return "\n\n".join([tables.provenance(results), *images]) + "\n"
+
+    def text(results: dict[str, Any]) -> str:
+        shown = [path.name for path, (made_of, _) in pictures().items() if made_of == source(RESULTS / name)]
+        images = [f"![{Path(file).stem}]({PLOTS.name}/{file})" for file in shown]
+        return "\n\n".join([tables.provenance(results), *images]) + "\n"
+
+    return of(name, text)
 
 
-def results_tables(name: str) -> str:
-    results = read(name)
-    return f"{NOT_YET.capitalize()}.\n" if results is None else "\n".join(tables.sections(results, "###")) + "\n"
+def results_tables(name: str) -> Callable[[], str]:
+    return of(name, lambda results: "\n".join(tables.sections(results, "###")) + "\n")
 
 
-def better_elsewhere(name: str) -> str:
-    results = read(name)
-    return f"{NOT_YET.capitalize()}.\n" if results is None else "\n".join(tables.better_elsewhere(results)) + "\n"
-
-
-def steps_summary() -> str:
-    found = step_results()
-    return steps.summary(found) if found else f"{NOT_YET.capitalize()}.\n"
+def better_elsewhere(name: str) -> Callable[[], str]:
+    return of(name, lambda results: "\n".join(tables.better_elsewhere(results)) + "\n")
 
 
 def step_results() -> list[dict[str, Any]]:
@@ -138,26 +126,27 @@ def step_results() -> list[dict[str, Any]]:
 
 
 def whole_steps() -> str:
-    found = step_results()
-    if not found:
-        return f"{NOT_YET.capitalize()}.\n"
-    sections = [steps.section(result).replace("## ", "### ", 1) for result in found]
-    return "\n".join([steps.LEGEND, *sections, f"![loss and reward of every step]({PLOTS.name}/steps.png)\n"])
+    results = step_results()
+    if not results:
+        return NOTHING
+    sections = [steps.section(result).replace("## ", "### ", 1) for result in results]
+    curves = f"![loss and reward of every step]({PLOTS.name}/steps.png)\n"
+    return "\n".join([steps.summary(results), steps.LEGEND, *sections, curves])
 
 
 def pictures() -> dict[Path, tuple[str, Callable[[], Any]]]:
     """Path -> (what it is made of, function that makes the figure), for the results that are there."""
-    found: dict[Path, tuple[str, Callable[[], Any]]] = {}
+    drawn: dict[Path, tuple[str, Callable[[], Any]]] = {}
     for name, chosen in PICTURES.items():
         results = read(name)
         if results is not None:
             figures = plots.pictures(results)
             there = {short: figures[plot] for plot, short in chosen.items() if plot in figures}
-            found |= {PLOTS / f"{short}.png": (source(RESULTS / name), figure) for short, figure in there.items()}
+            drawn |= {PLOTS / f"{short}.png": (source(RESULTS / name), figure) for short, figure in there.items()}
     if step_results():
         made_of = source(*(RESULTS / name for name in STEPS if (RESULTS / name).exists()))
-        found[PLOTS / "steps.png"] = made_of, lambda: steps.curves(step_results())
-    return found
+        drawn[PLOTS / "steps.png"] = made_of, lambda: steps.curves(step_results())
+    return drawn
 
 
 def draw() -> None:
@@ -170,24 +159,21 @@ def draw() -> None:
 
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    ROOT / "kernels" / "README.md": {
-        "the ops": ops_table,
-        "the CPU timings": lambda: timings("cpu.json"),
-        "the GPU timings": lambda: timings("gpu.json"),
-    },
-    ROOT / "README.md": {"the CPU summary": lambda: summary("cpu.json"), "the steps' summary": steps_summary},
+    ROOT / "kernels" / "README.md": {"the ops": ops_table},
+    ROOT / "README.md": {"the headline": of("cpu.json", headline)},
     ROOT / "docs" / "benchmarks.md": {
-        "the CPU run": lambda: run("cpu.json"),
-        "what others do better on the CPU": lambda: better_elsewhere("cpu.json"),
-        "the CPU tables": lambda: results_tables("cpu.json"),
-        "the torchtune run": lambda: run("cpu_torchtune.json"),
-        "the torchtune tables": lambda: results_tables("cpu_torchtune.json"),
-        "the growing run": lambda: run("scaling_cpu.json"),
-        "the growing tables": lambda: results_tables("scaling_cpu.json"),
+        "the CPU run": run("cpu.json"),
+        "what others do better on the CPU": better_elsewhere("cpu.json"),
+        "the CPU tables": results_tables("cpu.json"),
+        "the torchtune run": run("cpu_torchtune.json"),
+        "the torchtune tables": results_tables("cpu_torchtune.json"),
+        "the growing run": run("scaling_cpu.json"),
+        "the growing tables": results_tables("scaling_cpu.json"),
         "the whole steps": whole_steps,
-        "the GPU run": lambda: run("gpu.json"),
-        "what others do better on the GPU": lambda: better_elsewhere("gpu.json"),
-        "the GPU tables": lambda: results_tables("gpu.json"),
+        "the memory of an update": of("memory.json", memory.section),
+        "the GPU run": run("gpu.json"),
+        "what others do better on the GPU": better_elsewhere("gpu.json"),
+        "the GPU tables": results_tables("gpu.json"),
     },
 }
 
@@ -195,9 +181,9 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
 def with_tables(page: Path) -> str:
     """The text of the page with its tables made anew."""
     text = page.read_text(encoding="utf-8")
-    for name, made in PAGES[page].items():
+    for name, table_of in PAGES[page].items():
         head, rest = text.split(MARK.format(name))
-        text = head + MARK.format(name) + "\n" + made() + "\n" + END + rest.split(END, 1)[1]
+        text = head + MARK.format(name) + "\n" + table_of() + "\n" + END + rest.split(END, 1)[1]
     return text
 
 

@@ -1,4 +1,4 @@
-"""Memory of one PPO update: four roles on one backbone beside four separate models; writes docs/memory.md.
+"""Memory of one PPO update: four roles on one backbone beside four separate models.
 
     python -m benchmarks.memory .cache/smollm2-135m-instruct
 
@@ -178,12 +178,10 @@ def measure(contender: str, folder: str) -> dict[str, float]:
     }
 
 
-def page(report: dict) -> str:
-    """docs/memory.md from the JSON report."""
+def section(report: dict) -> str:
+    """The report as a part of docs/benchmarks.md."""
     base = report["rows"]["separate"]
     lines = [
-        "# Memory of one PPO update",
-        "",
         f"SmolLM2-135M in float32, batch of {report['batch']} x {report['tokens']} tokens (half of them completion), "
         f"LoRA rank {report['rank']} on all linear layers, AdamW. One update = score the batch with all four roles, "
         "losses, backward, optimizer steps. Same losses, same batch, each contender in its own process.",
@@ -214,7 +212,6 @@ def main() -> None:
     parser.add_argument("model", help="folder of the converted SmolLM2-135M-Instruct")
     parser.add_argument("--contender", choices=CONTENDERS, help="measure this one and print JSON")
     parser.add_argument("--results", default="benchmarks/results/memory.json")
-    parser.add_argument("--page", default="docs/memory.md")
     options = parser.parse_args()
     if options.contender:
         print(json.dumps(measure(options.contender, options.model)))
@@ -240,8 +237,7 @@ def main() -> None:
         "commit": git("rev-parse", "--short", "HEAD"),
     }
     Path(options.results).write_text(json.dumps(report, indent=1) + "\n")
-    Path(options.page).write_text(page(report))
-    print(f"wrote {options.results} and {options.page}")
+    print(f"-> {options.results}; python -m benchmarks.catalogue writes the page")
 
 
 if __name__ == "__main__":

@@ -46,21 +46,25 @@ def bars_of(case: dict[str, Any]) -> list[str]:
     return [*map(described, case["bars"]), *described_scratch(case, OURS)]
 
 
-def provenance(results: dict[str, Any]) -> str:
-    """Machine, versions, commit, command, limits, and who is not there."""
+def origin(results: dict[str, Any], versions: str = "") -> str:
+    """Machine, versions, commit and command."""
     machine = results["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    peers = "".join(f", {name} {version}" for name, version in results["peers"].items())
     dirty = " with uncommitted changes" if machine["uncommitted_changes"] else ""
+    commit = f"commit {str(machine['commit'])[:7]}{dirty}"
+    return f"{where}; torch {machine['torch']}{versions}; {commit}; `{machine['command']}`."
+
+
+def provenance(results: dict[str, Any]) -> str:
+    """Its origin with the versions of other libraries, limits, and who is not there."""
+    peers = "".join(f", {name} {version}" for name, version in results["peers"].items())
     rates = ", ".join(
         f"{rate / 1e9:.3g} G {name.replace('_per_second', '/s').replace('_', ' ')}"
         for name, rate in results["limits"].items()
     )
     absent = ", ".join(f"{name} ({reason})" for name, reason in results["absent"].items())
-    return (
-        f"{where}; torch {machine['torch']}{peers}; commit {str(machine['commit'])[:7]}{dirty}; `{machine['command']}`."
-        f" Measured in the same run: {rates}." + (f" Not there: {absent}." if absent else "")
-    )
+    not_there = f" Not there: {absent}." if absent else ""
+    return f"{origin(results, peers)} Measured in the same run: {rates}.{not_there}"
 
 
 def rows(results: dict[str, Any], case: dict[str, Any]) -> list[str]:

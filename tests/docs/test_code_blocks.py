@@ -106,6 +106,21 @@ def run(block: Block) -> None:
             assert result.exit_code == 0, f"{command}\n{result.output}{result.exception!r}"
 
 
+def test_the_calls_that_the_readme_says_to_write_run(place):
+    table = TEXTS["README.md"].partition("| you have | write |")[2].partition("\n\n")[0]
+    calls = [call for row in table.splitlines() for call in re.findall(r"`(\w+\([^`]*\))`", row)]
+    pairs = {name: torch.randn(4) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
+    planes = {name: torch.rand(4, 6) for name in ("rewards", "values", "logprobs", "old_logprobs", "advantages")}
+    tensors = {
+        "logits": torch.randn(4, 6, 50), "hidden": torch.randn(4, 6, 8), "head": torch.randn(50, 8),
+        "ids": torch.randint(50, (4, 6)), "mask": torch.ones(4, 6), "scores": torch.randn(4),
+    }  # fmt: skip
+    assert len(calls) == 7
+    for call in calls[:-1]:
+        eval(call, vars(rlhf_fast) | pairs | planes | tensors)
+    assert calls[-1] in [f'patch("{peer.name}")' for peer in rlhf_fast.integrations.peers()]
+
+
 @pytest.mark.parametrize("page", [name for name in TEXTS if name != RUN_AS_SHOWN])
 def test_the_commands_of_a_page_exist(page):
     for words in filter(None, commands(page)):
