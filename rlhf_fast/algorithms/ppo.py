@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_fast.ops.advantages.gae import gae
+from rlhf_fast.ops.advantages.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.advantages.whiten import whiten
 from rlhf_fast.ops.policy.policy_loss import policy_loss
-from rlhf_fast.ops.advantages.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.values.value_loss import value_loss
 from rlhf_fast.rewards import write_stats
 from rlhf_fast.training.config import RolloutConfig

@@ -90,7 +90,8 @@ def test_completions_are_compared_as_the_op_does_less_the_penalty(variant):
     elif variant == "opo":
         expected = group_advantages(paid, group_size=2, variant="opo", lengths=experience.batch.counts)
     else:
-        expected = group_advantages(paid, variant=variant, **({"group_size": 2} if COMPARISONS[variant].grouped else {}))
+        grouped = {"group_size": 2} if COMPARISONS[variant].grouped else {}
+        expected = group_advantages(paid, variant=variant, **grouped)
     torch.testing.assert_close(found, expected)
 
 
