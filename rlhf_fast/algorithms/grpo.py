@@ -14,11 +14,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rlhf_fast.ops.advantages.group_advantages import VARIANTS, group_advantages
-from rlhf_fast.ops.policy.policy_loss import policy_loss
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.experience import Experience, collect, evaluate_policy
 from rlhf_fast.training.job import Job, save_roles
-from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, paid
+from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, paid, policy_term
 from rlhf_fast.training.optim import Loss
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import prepare_rollouts
@@ -91,10 +90,7 @@ def loss_of(config: AlgorithmConfig, advantages: Tensor) -> Loss[Rows]:
     """advantages: (B,), one for each completion of the experience."""
 
     def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        return policy_loss(
-            rows.logprobs, rows.old_logprobs, advantages[rows.indices], objective=config.objective, mask=rows.mask,
-            ref_logprobs=rows.ref_logprobs, entropy=rows.entropy, denominator=rows.tokens, sequences=rows.sequences,
-        )  # fmt: skip
+        return policy_term(config, rows, advantages[rows.indices])
 
     return loss
 

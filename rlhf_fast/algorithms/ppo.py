@@ -14,13 +14,12 @@ from torch import Tensor
 from rlhf_fast.ops.advantages.gae import gae
 from rlhf_fast.ops.advantages.shaped_rewards import shaped_rewards
 from rlhf_fast.ops.advantages.whiten import whiten
-from rlhf_fast.ops.policy.policy_loss import policy_loss
 from rlhf_fast.ops.values.value_loss import value_loss
 from rlhf_fast.rewards import write_stats
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.experience import Experience, evaluate_policy
 from rlhf_fast.training.job import Job, save_roles
-from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, reward_kl
+from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, policy_term, reward_kl
 from rlhf_fast.training.optim import Loss, adamw
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import prepare_rollouts
@@ -93,10 +92,7 @@ def loss_of(job: Job, config: AlgorithmConfig, estimates: Estimates) -> Loss[Row
 
     def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         advantages, returns, old_values = (x[rows.indices] for x in estimates)
-        loss, metrics = policy_loss(
-            rows.logprobs, rows.old_logprobs, advantages, objective=config.objective, mask=rows.mask,
-            ref_logprobs=rows.ref_logprobs, entropy=rows.entropy, denominator=rows.tokens, sequences=rows.sequences,
-        )  # fmt: skip
+        loss, metrics = policy_term(config, rows, advantages)
         values = reward_units(job, job.backbone.values("critic", rows.hidden["critic"]))
         critic_loss, _ = value_loss(
             values, old_values, returns, mask=rows.mask, clip_eps=config.value_clip_eps, denominator=rows.tokens

@@ -47,6 +47,10 @@ class AlgorithmConfig(SamplingConfig):
             raise ValueError(f"objective {objective.variant} needs advantages, which no column holds")
         return objective
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.objective.looks_at("reference") and not self.objective.reference_free
+
 
 @dataclass
 class PreferenceJob(Job):
@@ -76,18 +80,20 @@ def prepare(config: AlgorithmConfig) -> PreferenceJob:
 
 
 def train(job: PreferenceJob, config: AlgorithmConfig, run: Run) -> None:
-    """The reference's log-probabilities once; then batches of pairs in shuffled order."""
-    references = references_of_run(job, config, run, partial(reference_logprobs, job, config))
+    """The reference's log-probabilities once, if at all; then batches of pairs in shuffled order."""
+    references = None
+    if config.needs_reference:
+        references = references_of_run(job, config, run, partial(reference_logprobs, job, config))
     supervised.train(job, config, run, loss_of(job, config, references))
 
 
-def loss_of(job: Job, config: AlgorithmConfig, references: Tensor) -> Loss[Rows]:
+def loss_of(job: Job, config: AlgorithmConfig, references: Tensor | None) -> Loss[Rows]:
     """The mean over a batch's pairs. references: (pairs, 2), the reference's log-probabilities of chosen and rejected,
-    of all pairs that `rows.indices` count."""
+    of all pairs that `rows.indices` count; None where the objective looks at none."""
 
     def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = logprobs_of(job, config, "policy", rows.batch).sum(1).chunk(2)
-        ref_chosen, ref_rejected = references[rows.indices].unbind(1)
+        ref_chosen, ref_rejected = (None, None) if references is None else references[rows.indices].unbind(1)
         chosen_lengths, rejected_lengths = rows.batch.mask.sum(1).chunk(2)
         return preference_loss(
             chosen, rejected, ref_chosen, ref_rejected, objective=config.objective, chosen_lengths=chosen_lengths,
@@ -109,7 +115,7 @@ def reference_logprobs(job: Job, config: AlgorithmConfig, pairs: list[Pair]) -> 
 @torch.no_grad()
 def evaluate(job: PreferenceJob, config: AlgorithmConfig) -> dict[str, Any]:
     """Loss, accuracy and margin on the held-out pairs; with a reward, also samples for the held-out prompts."""
-    if job.held_out_references is None:
+    if config.needs_reference and job.held_out_references is None:
         job.held_out_references = reference_logprobs(job, config, job.held_out)
     size = config.micro_batch_size or config.batch_size
     pair_loss, totals = loss_of(job, config, job.held_out_references), defaultdict[str, float](float)

@@ -162,6 +162,9 @@ class RolloutConfig(SamplingConfig):
     kl_coef: float = Field(0.0, ge=0, description="weight of the KL penalty in the reward")
     kl_target: float | None = Field(None, gt=0, description="adapt kl_coef to this KL, in nats per completion")
     kl_horizon: float = Field(10_000, gt=0, description="completions over which kl_coef adapts")
+    sampler_correction: bool = Field(
+        False, description="weigh tokens by the sampler's own log-probabilities, see objective.correction_mode"
+    )
     ppo_epochs: int = Field(1, ge=1, description="passes over each rollout")
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per epoch; 1 saves scoring the policy first")
     early_stop_kl: float | None = Field(None, gt=0, description="end a step's updates above this approximate KL")
@@ -191,6 +194,14 @@ class RolloutConfig(SamplingConfig):
         for name in ("num_generations", "num_minibatches"):
             if self.batch_size % getattr(self, name):
                 raise ValueError(f"batch_size {self.batch_size} must be a multiple of {name} {getattr(self, name)}")
+        return self
+
+    @model_validator(mode="after")
+    def _corrects(self) -> "RolloutConfig":
+        for field in fields(self.objective):
+            value = getattr(self.objective, field.name)
+            if field.name.startswith("correction_") and value != field.default and not self.sampler_correction:
+                raise ValueError(f"objective.{field.name} is of sampler_correction: true, got {value} without it")
         return self
 
 

@@ -76,15 +76,18 @@ def collect(
     *,
     score_policy: bool = True,
     compare_sampler: bool = False,
+    keep_sampler: bool = False,
 ) -> Experience:
     """Sample a completion for each prompt and score all roles in one traversal (micro_batch_size rows at a time).
 
     score_policy: False leaves the policy's log-probabilities to the first minibatch, which must have all rows: its
     weights are still those that sampled. compare_sampler: warn where the sampler's log-probabilities are others.
+    keep_sampler: the rollout has them.
     """
     rollout = roll_out(
         job.backbone, job.encoder.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, keep_logprobs=compare_sampler,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        keep_logprobs=compare_sampler or keep_sampler,
     )  # fmt: skip
     if compare_sampler:
         warn_of_another_policy(job, config, rollout)

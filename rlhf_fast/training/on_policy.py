@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch
+from rlhf_fast.ops.policy.policy_loss import policy_loss
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.experience import (
     Experience,
@@ -30,7 +31,8 @@ class Rows(NamedTuple):
 
     indices: (M,), its rows of the experience, on the CPU. batch: their tokens. hidden: role -> (M, T, D), of every role
     that trains. logprobs, entropy: (M, T), nats, of the policy. old_logprobs: (M, T), those of the policy that sampled;
-    None: the same as logprobs. ref_logprobs: (M, T), the reference's.
+    None: the same as logprobs. ref_logprobs: (M, T), the reference's. sampler_logprobs: (M, T), those that the sampler
+    itself gave, where `sampler_correction` asks for them.
     tokens, sequences: 0-d, what counts in the whole minibatch.
     """
 
@@ -41,6 +43,7 @@ class Rows(NamedTuple):
     entropy: Tensor
     old_logprobs: Tensor | None
     ref_logprobs: Tensor
+    sampler_logprobs: Tensor | None
     tokens: Tensor
     sequences: Tensor
 
@@ -56,7 +59,8 @@ def experiences(job: Job, config: RolloutConfig, run: Run) -> Iterator[tuple[int
         set_learning_rates(job, config, step)
         prompts = prompts_of_step(job, config, step)
         yield step, collect(
-            job, config, prompts, score_policy=config.scores_policy, compare_sampler=step == run.start
+            job, config, prompts, score_policy=config.scores_policy, compare_sampler=step == run.start,
+            keep_sampler=config.sampler_correction,
         )  # fmt: skip
 
 
@@ -103,6 +107,7 @@ def micro_batches(job: Job, config: RolloutConfig, experience: Experience, parts
     batch, backbone = experience.batch, job.backbone
     mask = batch.mask[torch.cat(parts)]
     tokens, sequences = mask.sum(), mask.any(1).sum()
+    sampler = experience.rollout.sampler if config.sampler_correction else None
     first_logprobs = []
     for indices in parts:
         part = batch.rows(indices)
@@ -117,10 +122,20 @@ def micro_batches(job: Job, config: RolloutConfig, experience: Experience, parts
         )  # fmt: skip
         yield Rows(
             indices, part, hidden, logprobs, entropy, experience.old_logprobs(indices),
-            experience.scores.ref_logprobs[indices], tokens, sequences,
+            experience.scores.ref_logprobs[indices], None if sampler is None else sampler.logprobs[indices], tokens,
+            sequences,
         )  # fmt: skip
         first_logprobs.append(logprobs.detach())
     experience.keep_logprobs(parts, first_logprobs)
+
+
+def policy_term(config: RolloutConfig, rows: Rows, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """policy_loss of the rows, whose advantages are (M, T) or (M,)."""
+    return policy_loss(
+        rows.logprobs, rows.old_logprobs, advantages, objective=config.objective, mask=rows.mask,
+        ref_logprobs=rows.ref_logprobs, sampler_logprobs=rows.sampler_logprobs, entropy=rows.entropy,
+        denominator=rows.tokens, sequences=rows.sequences,
+    )  # fmt: skip
 
 
 def finish_step(

@@ -73,6 +73,16 @@ def test_what_was_scored_is_kept_and_only_what_is_missing_is_added(many_pairs, t
     assert torch.equal(more[first.isfinite()], first[first.isfinite()])
 
 
+@pytest.mark.parametrize("objective", ["simpo", {"reference_free": True}])
+def test_a_loss_without_a_reference_scores_none(objective, tmp_path, scored):
+    values = values_of("dpo", objective=objective, output_dir=str(tmp_path / "run"), steps=1)
+    run_stage(Console(quiet=True), single_stage(values), resume=None, overwrite=False)
+    assert scored == []
+    run_stage(Console(quiet=True), single_stage(values_of("dpo", output_dir=str(tmp_path / "dpo"), steps=1)),
+              resume=None, overwrite=False)  # fmt: skip
+    assert scored != []
+
+
 @pytest.mark.parametrize("change", ["data", "model", "reference", "attention", "cut off", "other file"])
 def test_what_another_run_kept_is_never_used(change, many_pairs, tmp_path, scored):
     config = config_of("dpo", data=many_pairs, steps=1)

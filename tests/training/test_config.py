@@ -40,6 +40,7 @@ def test_yaml_and_flags_give_the_same_values():
         ({"objective.clip_eps_hihg": 0.3}, "objective has no 'clip_eps_hihg', got 0.3 .* mean 'clip_eps_high'"),
         ({"objective": {"clip_eps_low": -1}}, r"objective: clip_eps_low must be in \[0, 1\], got -1"),
         ({"objective": {"kl_coef": "much"}}, "objective: kl_coef must be a number, got 'much'"),
+        ({"objective": {"correction_high": 3}}, r"objective\.correction_high is of sampler_correction: true, got 3"),
         ({"objective": 3}, "objective must be a name, a mapping or a PolicyObjective, got 3"),
         ({"clip_eps_low": 0.1}, "unknown key 'clip_eps_low'; did you mean 'objective.clip_eps_low'?"),
         ({"variant": "dapo"}, "unknown key 'variant': it is `objective`"),

@@ -91,6 +91,18 @@ def test_logprobs_that_the_update_kept_are_those_of_a_scoring_pass(algorithm):
     assert scored.kl.abs().max() > 0.01
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_the_samplers_own_logprobs_correct_the_loss_where_the_config_asks_for_it(algorithm):
+    corrected = {"sampler_correction": True, "objective": {"correction_high": 0.5}}
+    _, (plain,) = trained(algorithm, 1, kl_coef=0.0)
+    _, (metrics,) = trained(algorithm, 1, kl_coef=0.0, **corrected)
+    assert "correction_mean" not in plain
+    # The sampler is the policy: ratios of 1, all of them above this bound, so half of the policy's loss is left.
+    assert metrics["sampler_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["correction_mean"] == pytest.approx(0.5, rel=1e-5)
+    assert metrics["correction_fraction"] == pytest.approx(1.0, rel=1e-5)
+
+
 def test_a_first_minibatch_of_some_rows_cannot_make_the_old_logprobs():
     config = config_of("grpo")
     job = job_of(config)
