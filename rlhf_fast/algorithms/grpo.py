@@ -17,7 +17,7 @@ from rlhf_fast.ops.advantages.group_advantages import VARIANTS, group_advantages
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.experience import Experience, collect, evaluate_policy
 from rlhf_fast.training.job import Job, save_roles
-from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, paid, policy_term
+from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, net_rewards, policy_term
 from rlhf_fast.training.optim import Loss
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import prepare_rollouts
@@ -55,15 +55,16 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     """Roll out, score, compare, update; repeat."""
     for step, experience in experiences(job, config, run):
         metrics = improve(job, config, experience, loss_of(config, advantages_of(job, config, experience)))
-        groups = experience.rewards.view(-1, config.num_generations)
-        # A group of equal rewards teaches nothing; many of them mean that the task is too easy or too hard.
-        metrics["equal_groups"] = float((groups == groups[:, :1]).all(1).float().mean())
+        if config.num_generations > 1:
+            groups = experience.rewards.view(-1, config.num_generations)
+            # A group of equal rewards teaches nothing; many of them mean that the task is too easy or too hard.
+            metrics["equal_groups"] = float((groups == groups[:, :1]).all(1).float().mean())
         finish_step(job, config, run, step, experience, metrics)
 
 
 def advantages_of(job: Job, config: AlgorithmConfig, experience: Experience) -> Tensor:
     """(B,): one for each completion."""
-    rewards, variant = paid(job, config, experience), VARIANTS[config.advantage]
+    rewards, variant = net_rewards(job, config, experience), VARIANTS[config.advantage]
     given: dict[str, Any] = {}
     if variant.grouped:
         given["group_size"] = config.num_generations
@@ -83,7 +84,7 @@ def greedy_rewards(job: Job, config: AlgorithmConfig, experience: Experience) ->
     """(B,): what the greedy completion of each one's prompt is paid."""
     prompts = experience.rollout.prompts[:: config.num_generations]
     greedy = collect(job, config.model_copy(update={"top_k": 1}), prompts, score_policy=config.kl_coef > 0)
-    return paid(job, config, greedy).repeat_interleave(config.num_generations)
+    return net_rewards(job, config, greedy).repeat_interleave(config.num_generations)
 
 
 def loss_of(config: AlgorithmConfig, advantages: Tensor) -> Loss[Rows]:

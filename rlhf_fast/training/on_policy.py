@@ -72,7 +72,7 @@ def reward_kl(job: Job, experience: Experience) -> tuple[float, Tensor]:
     return weight, experience.kl if weight else torch.zeros_like(experience.scores.ref_logprobs)
 
 
-def paid(job: Job, config: RolloutConfig, experience: Experience) -> Tensor:
+def net_rewards(job: Job, config: RolloutConfig, experience: Experience) -> Tensor:
     """(B,): the clipped reward of each completion less its KL penalty."""
     rewards, (weight, kl) = experience.rewards, reward_kl(job, experience)
     if config.reward_clip is not None:
