@@ -8,6 +8,11 @@ GPU_PYTHON ?= python3
 # Two cores that are shared with anything else lose far more by spinning than they gain.
 export OMP_WAIT_POLICY ?= passive
 
+# CUDA kernels are compiled for every architecture where there is a GPU, for one where there is none; wheels have all.
+ifeq ($(wildcard /dev/nvidia0),)
+export RLHF_FAST_CUDA_ARCHITECTURES ?= 90a-real
+endif
+
 .PHONY: train test test-all test-peers test-suites check lint types smollm2 bench peers gpu gpu-first gpu-second
 .PHONY: sanitize sanitize-cpu aot native clean
 
@@ -100,10 +105,11 @@ sanitize:
 	    $(GPU_PYTHON) -m pytest -q -m gpu tests/gpu -k "(keep_the_contract_on_the_gpu or gradient_in_forward) and bfloat16" || exit 1; \
 	done
 
-# Registers, spills and shared memory of every Triton kernel, with the oldest Triton that was tried and a newer one.
-aot: benchmarks/results/aot_triton3.6.json benchmarks/results/aot_triton3.9.json
-benchmarks/results/aot_triton%.json: .cache/triton-% $(VENV)
-	PYTHONPATH=$< .venv/bin/python -m benchmarks.aot --out $@
+# Registers, spills and shared memory of every Triton kernel, with the oldest Triton that was tried and a newer one;
+# only what changed since the records is compiled.
+aot: aot-3.6 aot-3.9
+aot-%: .cache/triton-% $(VENV)
+	PYTHONPATH=$< .venv/bin/python -m benchmarks.aot --out benchmarks/results/aot_triton$*.json
 .cache/triton-%: | $(VENV)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ "triton==$*.*"
 

@@ -6,6 +6,9 @@ Runs every case of rlhf_fast/testing/cases, forward and backward, through the re
 specialisation that it would have run, and runs nothing. The first case that launches a kernel compiles it for every
 target and dtype; the later ones, which differ in a variant or an option, for one of each. Then the calls of
 benchmarks/production.py, at the shapes of training, for sm_90, with the blocks of a kernel that fit a multiprocessor.
+
+A row holds the fingerprint of what it was compiled from. Where a record in benchmarks/results, of the same Triton, has
+the row with the same fingerprint, it is taken from there: a changed kernel costs its own compilation.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -32,12 +36,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks import production
+from benchmarks import fingerprint, production
 from benchmarks.occupancy import blocks_per_sm
 from rlhf_fast import backends, kernels
 from rlhf_fast.ops import table
 from rlhf_fast.testing.cases import CASES, Case
 
+RESULTS = Path(__file__).parent / "results"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -105,33 +110,60 @@ def cuobjdump(option: str, cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-class Compiler:
-    """While it is entered, a launch compiles its kernel for the targets that `wanted` names, and runs nothing.
+Key = tuple[str, str, str]  # kernel, case, target
 
-    rows: (kernel, case, target) -> the worst of its specialisations.
+
+def recorded() -> dict[Key, dict[str, Any]]:
+    """The rows of the records that this Triton made."""
+    records = [json.loads(path.read_text()) for path in RESULTS.glob("aot_*.json")]
+    rows = [row for record in records if record["triton"] == triton.__version__ for row in record["rows"]]
+    return {(row["kernel"], row["case"], row["target"]): row for row in rows}
+
+
+class Compiler:
+    """While it is entered, a launch is noted for the targets that `wanted` names, and runs nothing.
+
+    At the end of a case its kernels are compiled for the targets where no record has them. rows: the worst of all
+    specialisations that a case launches.
     """
 
     def __init__(self) -> None:
         self.targets = Targets()
-        self.rows: dict[tuple[str, str, str], dict[str, int]] = {}
-        self.case = ""
+        self.recorded = recorded()
+        self.rows: dict[Key, dict[str, Any]] = {}
+        self.launches: dict[tuple[str, str], dict[str, Callable[[], Any]]] = {}  # kernel, target -> by fingerprint
         self.wanted: Callable[[str], Collection[str]] = lambda kernel: ()
         driver.set_active(self.targets)
         compiler, run = self, JITFunction.run
 
-        def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        def note_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
             name = f"{self.fn.__module__.rsplit('.', 1)[1]}.{self.fn.__name__}"
-            for compiler.targets.device, target in enumerate(TARGETS):
-                if target in compiler.wanted(name):
-                    compiler.add(name, target, resources(run(self, *args, grid=grid, warmup=True, **kwargs)))
+            launch = partial(run, self, *args, grid=grid, warmup=True, **kwargs)
+            for target in compiler.wanted(name):
+                of_target = compiler.launches.setdefault((name, target), {})
+                of_target[fingerprint.of_launch(self, args, kwargs)] = launch
 
-        JITFunction.run = compile_instead
+        JITFunction.run = note_instead
         backends.why_not = lambda *_: None  # the tensors are on the CPU, which Triton would refuse
 
-    def add(self, kernel: str, target: str, row: dict[str, int]) -> None:
-        key = (kernel, self.case, target)
-        worst = self.rows.get(key, row)
-        self.rows[key] = {what: max(row[what], worst[what]) for what in row}
+    def finish(self, case: str) -> set[str]:
+        """Makes the rows of the launches since the last case; returns the kernels that were launched."""
+        for (kernel, target), launches in self.launches.items():
+            key, compiled_from = (kernel, case, target), fingerprint.digest(sorted(launches))
+            known = self.recorded.get(key)
+            if known and known["fingerprint"] == compiled_from:
+                self.rows[key] = known
+                continue
+            self.targets.device = list(TARGETS).index(target)
+            found = [resources(launch()) for launch in launches.values()]
+            worst = {what: max(row[what] for row in found) for what in found[0]}
+            blocks = blocks_per_sm(worst["registers"], worst["warps"], worst["shared"])
+            worst |= {"blocks": blocks} if target == MAIN else {}
+            names = dict(zip(("kernel", "case", "target"), key, strict=True))
+            self.rows[key] = {**names, **worst, "fingerprint": compiled_from}
+        kernels = {kernel for kernel, _ in self.launches}
+        self.launches = {}
+        return kernels
 
     def compile_small(self, cases: list[Case]) -> None:
         first: dict[str, str] = {}  # the first case of each kernel
@@ -143,20 +175,17 @@ class Compiler:
                         return [MAIN] if (MAIN, dtype_name) == LATER else []
                     return TARGETS if dtype_name in COMMON else [MAIN]
 
-                self.case, self.wanted = f"{case.name}-{dtype_name}", wanted
+                self.wanted = wanted
                 case.run(case.inputs("cpu", dtype), "triton")
+                launched = self.finish(f"{case.name}-{dtype_name}")
+                if all(first[kernel] != case.name for kernel in launched):
+                    break  # nothing of the other types is wanted
 
     def compile_production(self) -> None:
+        self.wanted = lambda kernel: [MAIN]
         for name, call in production.calls().items():
-            self.case, self.wanted = f"{production.LABEL}{name}", lambda kernel: [MAIN]
             call("triton")
-
-    def report(self) -> list[dict[str, Any]]:
-        found = []
-        for (kernel, case, target), row in sorted(self.rows.items()):
-            blocks = {"blocks": blocks_per_sm(row["registers"], row["warps"], row["shared"])} if target == MAIN else {}
-            found.append({"kernel": kernel, "case": case, "target": target, **row, **blocks})
-        return found
+            self.finish(f"{production.LABEL}{name}")
 
 
 def main() -> None:
@@ -169,11 +198,12 @@ def main() -> None:
     compiler = Compiler()
     compiler.compile_small([case for case in CASES if case.op in with_triton])
     compiler.compile_production()
-    rows = compiler.report()
+    rows = [row for _, row in sorted(compiler.rows.items())]
     head = json.dumps({"triton": triton.__version__, "kernels": kernel_names()})
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     out.write_text(f'{head[:-1]},\n "rows": [\n  {lines}\n]}}\n')
-    print(f"{len(rows)} rows -> {out}")
+    fresh = sum(row is not compiler.recorded.get((row["kernel"], row["case"], row["target"])) for row in rows)
+    print(f"{len(rows)} rows, {fresh} of them compiled -> {out}")
 
 
 if __name__ == "__main__":

@@ -24,24 +24,41 @@ def test_case_names_are_unique():
     assert sorted(set(names)) == sorted(names)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "backend"), PAIRS)
+def result(case, backend):
+    """What `case` gives in float32, run once; the tests of its bits run it again."""
+    if (case.name, backend) not in RESULTS:
+        RESULTS[case.name, backend] = case.run(case.inputs("cpu", torch.float32), backend)
+    return RESULTS[case.name, backend]
+
+
+RESULTS: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+
+# Interpreted, float16 differs from bfloat16 in what is read and written alone: a kernel's first case shows that.
+IN_TYPES = [
+    pytest.param(*pair.values, dtype, id=f"{pair.id}-{dtype}")
+    for pair in PAIRS
+    for dtype in DTYPES
+    if not (pair.values[1] == "triton" and dtype == torch.float16 and pair.values[0] not in FIRST_OF_OP)
+]
+
+
+@pytest.mark.parametrize(("case", "backend", "dtype"), IN_TYPES)
 def test_values_and_gradients_keep_the_numerics_contract(case, backend, dtype):
     assert_keeps_contract(case, "cpu", backend, dtype)
 
 
 @pytest.mark.parametrize(("case", "backend"), PAIRS)
 def test_the_same_inputs_give_the_same_bits(case, backend):
-    first, second = (case.run(case.inputs("cpu", torch.float32), backend) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    first, again = result(case, backend), case.run(case.inputs("cpu", torch.float32), backend)
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.parametrize(("case", "backend"), [p for p in PAIRS if p.values[0].grads])
 def test_a_pass_without_gradients_gives_the_same_bits(case, backend):
-    results = case.call(case.inputs("cpu", torch.float32), backend)
     with torch.no_grad():
         again = case.call(case.inputs("cpu", torch.float32), backend)
-    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+    with_gradients = [x for name, x in result(case, backend).items() if name.startswith("result")]
+    assert all(torch.equal(a, b) for a, b in zip(with_gradients, again, strict=True))
 
 
 # Ops without products whose operands autocast rounds: see test_autocast for the others.
@@ -50,7 +67,7 @@ IN_FLOAT32 = [case for case in FIRST_OF_OP if case.op == "linear_value_loss" or 
 
 @pytest.mark.parametrize("case", [case for case in IN_FLOAT32 if "cpu" in OPS[case.op]], ids=lambda case: case.name)
 def test_autocast_changes_neither_values_nor_gradients(case):
-    expected = case.run(case.inputs("cpu", torch.float32), "cpu")
+    expected = result(case, "cpu")
     with torch.autocast("cpu", torch.bfloat16):
         found = case.run(case.inputs("cpu", torch.float32), "cpu")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -69,13 +86,13 @@ MASKED = [p for p in PAIRS if "mask" in p.values[0].tensors()]
 
 @pytest.mark.parametrize(("case", "backend"), MASKED)
 def test_nothing_behind_the_mask_is_looked_at(case, backend):
-    clean, poisoned = (case.inputs("cpu", torch.float32) for _ in range(2))
+    poisoned = case.inputs("cpu", torch.float32)
     mask = poisoned["mask"] != 0
     with torch.no_grad():
         for name, x in poisoned.items():
             if name != "mask" and x.shape[: mask.dim()] == mask.shape:
                 x[~mask] = float("nan") if x.is_floating_point() else -1
-    expected, found = case.run(clean, backend), case.run(poisoned, backend)
+    expected, found = result(case, backend), case.run(poisoned, backend)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

@@ -226,8 +226,9 @@ def long_sequences(variant, terms, backend, fused, **options):
     return call
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("variant", ["gspo", "luspo", "dro"])
+@pytest.mark.parametrize(("variant", "backend"), [
+    ("gspo", "cpu"), ("luspo", "cpu"), ("dro", "cpu"), ("gspo", "triton"),
+])  # fmt: skip
 def test_sequences_beyond_the_budget_are_summed_and_made_once(variant, backend):
     tensors = head(LONG)
     found = run(long_sequences(variant, {}, backend, fused=True, scratch_bytes=BUDGET, chunk_tokens=10), tensors)
