@@ -46,8 +46,8 @@ from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
 from rlhf_fast.ops.advantages.whiten import whiten
-from rlhf_fast.ops.core import check, masked_loss
-from rlhf_fast.ops.core.registration_by_schema import op_without_gradient
+from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.core.groups import Groups, check_groups, ids_of, in_order
 
 
 @check.takes_numbers
@@ -82,43 +82,53 @@ def group_advantages(
 
     Raises ValueError or TypeError for shapes, types and values that do not fit, and for what the variant does not take.
     """
-    _check_arguments(rewards, variant, eps, lengths, baseline_rewards, k, process_group)
+    check.one_of("variant", variant, VARIANTS)
     rule = VARIANTS[variant]
-    if reward_weights is not None:
-        reward_weights = _checked_weights(rewards, variant, reward_weights)
-    _check_groups(rewards, group_size, group_ids, variant)
+    _check_rewards(rewards, variant, eps)
+    _check_options(rewards, variant, lengths=lengths, baseline_rewards=baseline_rewards, k=k)
+    if process_group is not None and not rule.whitened:
+        raise ValueError(f"variant {variant} takes no process_group: it is not whitened over the batch")
+    weights = None if reward_weights is None else _checked_weights(rewards, variant, reward_weights)
+    if rule.grouped:
+        check_groups(("rewards", rewards), group_size, group_ids)
+    elif group_size is not None or group_ids is not None:
+        shape = None if group_ids is None else tuple(group_ids.shape)
+        raise ValueError(f"variant {variant} has no groups, got group_size={group_size} and group_ids={shape}")
     if k is not None and not 1 <= k <= (group_size or k):
         raise ValueError(f"k must be in [1, group_size], got k={k}, group_size={group_size}")
-    dtype = check.compute_dtype(rewards.dtype)
     rewards = rewards.detach()
     if baseline_rewards is not None:
+        dtype = check.compute_dtype(rewards.dtype)
         return rewards.to(dtype) - baseline_rewards.detach().to(dtype)
     if not rule.grouped:
         return whiten(rewards, eps=eps, process_group=process_group, backend=backend)
     name = resolve("group_advantages", IMPLS, rewards.device, backend)
     if name == "reference":
         _check_lengths(lengths)
-        ids = group_ids
-        if ids is None:
-            ids = torch.arange(rewards.shape[0], device=rewards.device) // (group_size or 1)
         return reference(
-            rewards, ids, variant=variant, eps=eps, lengths=lengths, k=k, reward_weights=reward_weights,
-            process_group=process_group,
+            rewards, ids_of(rewards, group_size, group_ids), variant=variant, eps=eps, lengths=lengths, k=k,
+            reward_weights=weights, process_group=process_group,
         )  # fmt: skip
-    weights = None if lengths is None else lengths.detach().to(dtype).contiguous()
-    order, offsets = (None, None) if group_ids is None else _by_group(check.ids("group_ids", group_ids))
-    columns = rewards.dim() == 2 and rewards.shape[1]
-    if columns:
-        rewards = rewards.T.reshape(-1)
-        if order is not None and offsets is not None:
-            order, offsets = _of_columns(order, offsets, columns)
-    if variant == "pass_at_k":
-        rewards = _right(rewards)
-    parameter = float(eps if k is None else k)
-    advantages = _op(rewards.contiguous(), weights, order, offsets, group_size or 0, rule.divisor, parameter, name)
-    if columns:
-        advantages = masked_loss.product(_row(reward_weights, advantages)[:, None], advantages.view(columns, -1)).sum(0)
+    groups, distance = Groups.of(group_size, group_ids), Distance(rule.divisor, float(eps if k is None else k))
+    if rule.columns:
+        each = _of_columns(rewards, groups, distance, name)
+        advantages = masked_loss.product(_row(weights, each)[:, None], each).sum(0)
+    else:
+        answers = _right(rewards) if variant == "pass_at_k" else rewards
+        lengths = None if lengths is None else lengths.detach().to(check.compute_dtype(rewards.dtype)).contiguous()
+        (advantages,) = _run(Answers(answers.contiguous(), lengths), groups, distance, name)
     return _over_batch(advantages, eps, process_group) if rule.whitened else advantages
+
+
+def _of_columns(rewards: Tensor, groups: Groups, distance: Distance, backend: str) -> Tensor:
+    """(M, B): the advantages of each of several rewards (B, M), which have the same groups."""
+    size, columns = rewards.shape
+    if groups.order is not None and groups.offsets is not None:
+        begin = (torch.arange(columns, device=rewards.device) * size)[:, None]
+        offsets = torch.cat([(groups.offsets[:-1] + begin).view(-1), groups.offsets[-1:] + begin[-1]])
+        groups = Groups((groups.order + begin).view(-1), offsets, 0)
+    (advantages,) = _run(Answers(rewards.T.reshape(-1), None), groups, distance, backend)
+    return advantages.view(columns, -1)
 
 
 def _right(rewards: Tensor) -> Tensor:
@@ -197,9 +207,8 @@ def reference(
     r = r if r.dim() == 2 else r[:, None]
     if variant == "pass_at_k":
         r = _right(r)
-    ids, order = group_ids.sort(stable=True)
-    group = torch.cat([order.new_zeros(min(1, ids.shape[0])), (ids[1:] != ids[:-1]).cumsum(0)])
-    group = torch.empty_like(group).scatter(0, order, group)  # of every answer, from 0
+    order, group = in_order(group_ids)
+    group = torch.empty_like(order).scatter(0, order, group)  # of every answer, from 0
 
     def over_group(x: Tensor) -> Tensor:
         """Per answer, the sum of x (B, M) over its group."""
@@ -244,34 +253,8 @@ def _over_batch(advantages: Tensor, eps: float, process_group: torch.distributed
     return advantages * scale.to(advantages.dtype)
 
 
-def _by_group(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(order (B,), offsets (B + 1,)): group g is at order[offsets[g]:offsets[g + 1]]; unused groups come last, empty.
-
-    As many groups as there could be, since their true number is known to the device alone.
-    """
-    ids, order = ids.sort(stable=True)
-    group = torch.cat([ids.new_zeros(min(1, ids.shape[0])), (ids[1:] != ids[:-1]).cumsum(0)])
-    return order, torch.searchsorted(group, torch.arange(ids.shape[0] + 1, device=ids.device))
-
-
-def _of_columns(order: Tensor, offsets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """The same groups in every one of `columns` runs of B rewards."""
-    begin = (torch.arange(columns, device=order.device) * order.shape[0])[:, None]
-    return (order + begin).view(-1), torch.cat([(offsets[:-1] + begin).view(-1), offsets[-1:] + begin[-1]])
-
-
-def _check_arguments(
-    rewards: Tensor,
-    variant: str,
-    eps: float,
-    lengths: Tensor | None,
-    baseline_rewards: Tensor | None,
-    k: int | None,
-    process_group: torch.distributed.ProcessGroup | None,
-) -> None:
-    """The variant, and what it takes and needs."""
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+def _check_rewards(rewards: Tensor, variant: str, eps: float) -> None:
+    """Raises where the rewards or eps are not what the variant takes."""
     rule = VARIANTS[variant]
     check.floating("rewards", rewards)
     if rewards.dim() != (2 if rule.columns else 1) or (rule.columns and rewards.shape[1] < 1):
@@ -279,33 +262,16 @@ def _check_arguments(
         raise ValueError(f"rewards of variant {variant} must be {shape}, got {tuple(rewards.shape)}")
     if not (eps > 0 if rule.whitened else eps >= 0):
         raise ValueError(f"eps must be {'> 0' if rule.whitened else '>= 0'} for variant {variant}, got {eps}")
-    given = {"lengths": lengths, "baseline_rewards": baseline_rewards, "k": k}
-    for name, value in given.items():
-        if (value is not None) != (name == rule.needs):
+
+
+def _check_options(rewards: Tensor, variant: str, **options: Tensor | int | None) -> None:
+    """Raises for an option that the variant needs and that is not given, or the other way round, or does not fit."""
+    for name, value in options.items():
+        if (value is not None) != (name == VARIANTS[variant].needs):
             raise ValueError(f"variant {variant} {'needs' if value is None else 'takes no'} {name}")
         if isinstance(value, Tensor):
             check.shaped(name, value, rewards.shape, "(B,)")
             check.same_device(("rewards", rewards), (name, value))
-    if process_group is not None and not rule.whitened:
-        raise ValueError(f"variant {variant} takes no process_group: it is not whitened over the batch")
-
-
-def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None, variant: str) -> None:
-    shape = None if group_ids is None else tuple(group_ids.shape)
-    if not VARIANTS[variant].grouped:
-        if group_size is not None or group_ids is not None:
-            raise ValueError(f"variant {variant} has no groups, got group_size={group_size} and group_ids={shape}")
-        return
-    if (group_size is None) == (group_ids is None):
-        raise ValueError(
-            f"exactly one of group_size and group_ids is needed, got group_size={group_size} and group_ids={shape}"
-        )
-    if group_ids is not None:
-        check.shaped("group_ids", group_ids, rewards.shape[:1], "(B,)")
-        check.same_device(("rewards", rewards), ("group_ids", group_ids))
-        check.ids("group_ids", group_ids)
-    if group_size is not None and (group_size < 1 or rewards.shape[0] % group_size != 0):
-        raise ValueError(f"B must be a multiple of group_size >= 1, got B={rewards.shape[0]}, group_size={group_size}")
 
 
 def _check_lengths(lengths: Tensor | None) -> None:
@@ -316,37 +282,46 @@ def _check_lengths(lengths: Tensor | None) -> None:
         raise ValueError(f"lengths must be >= 0, got {lengths.min().item()}")
 
 
-def _cpu(rewards: Tensor, weights: Tensor | None, order: Tensor | None, offsets: Tensor | None, group_size: int,
-         divisor: str, parameter: float, advantages: Tensor) -> None:  # fmt: skip
-    groups = rewards.shape[0] // group_size if offsets is None else offsets.shape[0] - 1
+class Answers(NamedTuple):
+    rewards: Tensor  # (B,), contiguous
+    weights: Tensor | None  # (B,), of the results' type: of each answer in the mean of its group
+
+
+class Distance(NamedTuple):
+    """What the distance to the group's mean is divided by."""
+
+    divisor: str  # one of DIVISORS
+    parameter: float
+
+
+def _cpu(answers: Answers, groups: Groups, distance: Distance, advantages: Tensor) -> None:
+    rewards, weights = answers
     native().group_advantages(
-        packed(rewards), DTYPE_CODES[rewards.dtype], packed(weights), groups, group_size, packed(order),
-        packed(offsets), list(DIVISORS).index(divisor), parameter, packed(advantages), threads(),
+        packed(rewards), DTYPE_CODES[rewards.dtype], packed(weights), groups.count(rewards), groups.size,
+        packed(groups.order), packed(groups.offsets), list(DIVISORS).index(distance.divisor), distance.parameter,
+        packed(advantages), threads(),
     )  # fmt: skip
 
 
-def _triton(rewards: Tensor, weights: Tensor | None, order: Tensor | None, offsets: Tensor | None, group_size: int,
-            divisor: str, parameter: float, advantages: Tensor) -> None:  # fmt: skip
+def _triton(answers: Answers, groups: Groups, distance: Distance, advantages: Tensor) -> None:
     from rlhf_fast.kernels import group_advantages as kernels
 
-    kernels.group_advantages(rewards, weights, order, offsets, group_size, divisor, parameter, advantages)
+    kernels.group_advantages(*answers, *groups, *distance, advantages)
 
 
-# impl(rewards, weights | None, order | None, offsets | None, group_size (0 with offsets), divisor, parameter,
-# advantages)
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"group_advantages": tuple(IMPLS)}
 
 
-@op_without_gradient("group_advantages")
-def _op(rewards: Tensor, weights: Tensor | None, order: Tensor | None, offsets: Tensor | None, group_size: int,
-        divisor: str, parameter: float, backend: str) -> Tensor:  # fmt: skip
-    _check_lengths(weights)
-    advantages = torch.empty_like(rewards, dtype=check.compute_dtype(rewards.dtype))
-    IMPLS[backend](rewards, weights, order, offsets, group_size, divisor, parameter, advantages)
-    return advantages
+def _empty(answers: Answers, groups: Groups, distance: Distance, backend: str) -> list[Tensor]:
+    return [torch.empty_like(answers.rewards, dtype=check.compute_dtype(answers.rewards.dtype))]
 
 
-@_op.register_fake
-def _(rewards, weights, order, offsets, group_size, divisor, parameter, backend):
-    return torch.empty_like(rewards, dtype=check.compute_dtype(rewards.dtype))
+def _compute(answers: Answers, groups: Groups, distance: Distance, backend: str) -> list[Tensor]:
+    _check_lengths(answers.weights)
+    (advantages,) = _empty(answers, groups, distance, backend)
+    IMPLS[backend](answers, groups, distance, advantages)
+    return [advantages]
+
+
+_run = registration.op_without_gradient("group_advantages", (Answers, Groups, Distance), _compute, fake=_empty)

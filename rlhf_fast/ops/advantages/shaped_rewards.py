@@ -15,13 +15,13 @@ Source: the KL penalty inside the reward, Ouyang et al. 2022 (arXiv 2203.02155),
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, strided, threads
-from rlhf_fast.ops.core import check, masked_loss
-from rlhf_fast.ops.core.registration_by_schema import op_without_gradient
+from rlhf_fast.ops.core import check, masked_loss, registration
 
 
 @check.takes_numbers
@@ -59,7 +59,7 @@ def shaped_rewards(
     name = resolve("shaped_rewards", IMPLS, kl.device, backend)
     if name == "reference":
         return reference(scores, kl, mask=counts, kl_coef=kl_coef, clip=clip)
-    return _op(scores, check.unit_stride(kl), counts, kl_coef, clip, name)
+    return _run(Inputs(scores, check.unit_stride(kl), counts, kl_coef, clip), name)[0]
 
 
 def reference(scores: Tensor, kl: Tensor, *, mask: Tensor, kl_coef: float, clip: float = math.inf) -> Tensor:
@@ -72,31 +72,40 @@ def reference(scores: Tensor, kl: Tensor, *, mask: Tensor, kl_coef: float, clip:
     return penalty + torch.where(last, score, torch.zeros_like(score))
 
 
-def _cpu(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, clip: float, rewards: Tensor) -> None:
+class Inputs(NamedTuple):
+    scores: Tensor  # in the type of the rewards
+    kl: Tensor  # with unit last stride
+    mask: Tensor  # uint8
+    kl_coef: float
+    clip: float
+
+
+def _cpu(inputs: Inputs, rewards: Tensor) -> None:
+    scores, kl, mask, kl_coef, clip = inputs
     at, code, (batch, stride) = strided(kl)
     native().shaped_rewards(
         packed(scores), at, code, [batch, kl.shape[1], stride], packed(mask), kl_coef, clip, packed(rewards), threads()
     )
 
 
-def _triton(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, clip: float, rewards: Tensor) -> None:
+def _triton(inputs: Inputs, rewards: Tensor) -> None:
     from rlhf_fast.kernels import shaped_rewards as kernels
 
-    kernels.shaped_rewards(scores, kl, mask, kl_coef, clip, rewards)
+    kernels.shaped_rewards(*inputs, rewards)
 
 
-# impl(scores, kl, mask, kl_coef, clip, rewards), scores in the dtype of rewards
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"shaped_rewards": tuple(IMPLS)}
 
 
-@op_without_gradient("shaped_rewards")
-def _op(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, clip: float, backend: str) -> Tensor:
-    rewards = kl.new_empty(kl.shape, dtype=check.compute_dtype(kl.dtype))
-    IMPLS[backend](scores, kl, mask, kl_coef, clip, rewards)
-    return rewards
+def _empty(inputs: Inputs, backend: str) -> list[Tensor]:
+    return [inputs.kl.new_empty(inputs.kl.shape, dtype=check.compute_dtype(inputs.kl.dtype))]
 
 
-@_op.register_fake
-def _(scores, kl, mask, kl_coef, clip, backend):
-    return kl.new_empty(kl.shape, dtype=check.compute_dtype(kl.dtype))
+def _compute(inputs: Inputs, backend: str) -> list[Tensor]:
+    (rewards,) = _empty(inputs, backend)
+    IMPLS[backend](inputs, rewards)
+    return [rewards]
+
+
+_run = registration.op_without_gradient("shaped_rewards", (Inputs,), _compute, fake=_empty)

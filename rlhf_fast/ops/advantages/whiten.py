@@ -23,12 +23,13 @@ inside the root are those of the PPO trainers of the field, after Ziegler et al.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
-from rlhf_fast.ops.core import check
-from rlhf_fast.ops.core.registration_by_schema import op_without_gradient
+from rlhf_fast.ops.core import check, registration
 
 _SPAN, _PARTS = 4096, 512  # the statistics are of at most _PARTS spans, of at least _SPAN numbers where there are more
 
@@ -59,12 +60,13 @@ def whiten(
     mask = check.mask_bytes(mask, x.shape, "x.shape")
     name = resolve("whiten", IMPLS, x.device, backend)
     x = x.detach().contiguous()
-    moments = reference_moments(x, mask) if name == "reference" else _moments_op(x, mask, name)
+    numbers = Numbers(x, mask)
+    moments = reference_moments(x, mask) if name == "reference" else _moments(numbers, name)[0]
     if process_group is not None:
         moments = _of_all_ranks(moments, process_group)
     if name == "reference":
         return reference(x, mask, shift_mean=shift_mean, eps=eps, moments=moments)
-    return _op(x, mask, moments, shift_mean, eps, name)
+    return _run(numbers, Whitening(moments, shift_mean, eps), name)[0]
 
 
 def reference(
@@ -111,61 +113,69 @@ def _of_all_ranks(moments: Tensor, group: torch.distributed.ProcessGroup) -> Ten
     return table
 
 
-def _cpu_moments(x: Tensor, mask: Tensor | None, moments: Tensor) -> None:
-    native().whiten_moments(
-        packed(x), DTYPE_CODES[x.dtype], x.numel(), packed(mask), packed(moments), moments.shape[0], threads()
-    )
+class Numbers(NamedTuple):
+    x: Tensor
+    mask: Tensor | None
 
 
-def _cpu_whiten(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float, out: Tensor) -> None:
-    native().whiten(
-        packed(x), DTYPE_CODES[x.dtype], x.numel(), packed(mask), packed(moments), moments.shape[0], shift_mean,
-        eps, packed(out), threads(),
-    )  # fmt: skip
+class Whitening(NamedTuple):
+    moments: Tensor  # (P, 3) float64
+    shift_mean: bool
+    eps: float
 
 
-def _triton_moments(x: Tensor, mask: Tensor | None, moments: Tensor) -> None:
+def _cpu_moments(numbers: Numbers, moments: Tensor) -> None:
+    native().whiten_moments(*_native_arguments(numbers, moments), threads())
+
+
+def _cpu_whiten(numbers: Numbers, whitening: Whitening, out: Tensor) -> None:
+    moments, shift_mean, eps = whitening
+    native().whiten(*_native_arguments(numbers, moments), shift_mean, eps, packed(out), threads())
+
+
+def _native_arguments(numbers: Numbers, moments: Tensor) -> tuple[int, ...]:
+    x, mask = numbers
+    return packed(x), DTYPE_CODES[x.dtype], x.numel(), packed(mask), packed(moments), moments.shape[0]
+
+
+def _triton_moments(numbers: Numbers, moments: Tensor) -> None:
     from rlhf_fast.kernels import whiten as kernels
 
-    kernels.whiten_moments(x, mask, moments)
+    kernels.whiten_moments(*numbers, moments)
 
 
-def _triton_whiten(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float, out: Tensor) -> None:
+def _triton_whiten(numbers: Numbers, whitening: Whitening, out: Tensor) -> None:
     from rlhf_fast.kernels import whiten as kernels
 
-    kernels.whiten(x, mask, moments, shift_mean, eps, out)
+    kernels.whiten(*numbers, *whitening, out)
 
 
-# moments(x, mask | None, moments (P, 3)) and whiten(x, mask | None, moments (P, 3), shift_mean, eps, out)
+# moments(numbers, moments (P, 3)) and whiten(numbers, whitening, out)
 IMPLS = {"cpu": (_cpu_moments, _cpu_whiten), "triton": (_triton_moments, _triton_whiten)}
 OPS = {"whiten": tuple(IMPLS)}
 
 
-def empty_moments(x: Tensor) -> Tensor:
-    """Unwritten (P, 3) float64; P depends on the number of elements alone, so the bits do too."""
-    parts = torch.sym_max(1, torch.sym_min(_PARTS, (x.numel() + _SPAN - 1) // _SPAN))
-    return x.new_empty((parts, 3), dtype=torch.float64)
+def _empty_moments(numbers: Numbers, backend: str) -> list[Tensor]:
+    """[(P, 3) float64], unwritten; P depends on the number of elements alone, so the bits do too."""
+    parts = torch.sym_max(1, torch.sym_min(_PARTS, (numbers.x.numel() + _SPAN - 1) // _SPAN))
+    return [numbers.x.new_empty((parts, 3), dtype=torch.float64)]
 
 
-@op_without_gradient("whiten_moments")
-def _moments_op(x: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    moments = empty_moments(x)
-    IMPLS[backend][0](x, mask, moments)
-    return moments
+def _compute_moments(numbers: Numbers, backend: str) -> list[Tensor]:
+    (moments,) = _empty_moments(numbers, backend)
+    IMPLS[backend][0](numbers, moments)
+    return [moments]
 
 
-@_moments_op.register_fake
-def _(x, mask, backend):
-    return empty_moments(x)
+def _empty(numbers: Numbers, whitening: Whitening, backend: str) -> list[Tensor]:
+    return [torch.empty_like(numbers.x, dtype=check.compute_dtype(numbers.x.dtype))]
 
 
-@op_without_gradient("whiten")
-def _op(x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float, backend: str) -> Tensor:
-    out = torch.empty_like(x, dtype=check.compute_dtype(x.dtype))
-    IMPLS[backend][1](x, mask, moments, shift_mean, eps, out)
-    return out
+def _compute(numbers: Numbers, whitening: Whitening, backend: str) -> list[Tensor]:
+    (out,) = _empty(numbers, whitening, backend)
+    IMPLS[backend][1](numbers, whitening, out)
+    return [out]
 
 
-@_op.register_fake
-def _(x, mask, moments, shift_mean, eps, backend):
-    return torch.empty_like(x, dtype=check.compute_dtype(x.dtype))
+_moments = registration.op_without_gradient("whiten_moments", (Numbers,), _compute_moments, fake=_empty_moments)
+_run = registration.op_without_gradient("whiten", (Numbers, Whitening), _compute, fake=_empty)

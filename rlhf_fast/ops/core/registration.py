@@ -11,6 +11,7 @@ one, those of torch.func, vmap.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -69,7 +70,10 @@ class _Fields:
 
     def apart(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """The fields one after the other, and the backend, of (*NamedTuples, backend)."""
-        return (*[x for inputs in arguments[:-1] for x in inputs], arguments[-1])
+        flat: tuple[Any, ...] = ()
+        for inputs in arguments[:-1]:
+            flat += inputs  # faster than a comprehension
+        return flat + arguments[-1:]
 
     def together(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         """(*NamedTuples, backend) of what `apart` gives."""
@@ -80,11 +84,13 @@ class _Fields:
             start = stop
         return (*arguments, flat[-1])
 
-    def among(self, flat: Sequence[Any], places: Iterable[int]) -> list[Any]:
-        """The tensors, or None, at these places of `flat`, those of lists among them."""
-        if not self.lists:
-            return [flat[i] for i in places]
-        return [x for i in places for x in (flat[i] if i in self.lists else (flat[i],))]
+    def picks(self, places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+        """flat -> the tensors, or None, at these places of it, those of lists among them."""
+        if self.lists.intersection(places):
+            return lambda flat: [x for i in places for x in (flat[i] if i in self.lists else (flat[i],))]
+        if len(places) > 1:
+            return itemgetter(*places)  # faster than a comprehension
+        return lambda flat: [flat[i] for i in places]
 
 
 def only_autograd_looks(tensors: Iterable[Any]) -> bool:
@@ -121,10 +127,13 @@ def op_without_gradient(
     )  # fmt: skip
     registered.register_fake(lambda *flat: fake(*fields.together(flat)))
     _refuse_vmap(name, instead_of_vmap)
+    pick_tensors = fields.picks(fields.tensors)
 
     def call(*arguments: Any) -> Any:
         flat = fields.apart(arguments)
-        return compute(*arguments) if only_autograd_looks(fields.among(flat, fields.tensors)) else registered(*flat)
+        if torch.compiler.is_compiling() or not only_autograd_looks(pick_tensors(flat)):
+            return registered(*flat)
+        return compute(*arguments)
 
     return call
 
@@ -155,10 +164,11 @@ def op(
     fields = _Fields(name, takes)
     places = [fields.names.index(field) for field in differentiable]
     saved_places = [fields.names.index(field) for field in saves]
+    pick_tensors, pick_differentiable, pick_saved = map(fields.picks, (fields.tensors, places, saved_places))
 
     def save(ctx: Any, flat: Sequence[Any], results: Sequence[Tensor]) -> None:
         ctx.set_materialize_grads(False)
-        tensors = fields.among(flat, saved_places)
+        tensors = pick_saved(flat)
         ctx.save_for_backward(*tensors, *results[saves_results])
         ctx.saved_inputs = len(tensors)
         ctx.lengths = {i: len(flat[i]) for i in fields.lists}
@@ -228,7 +238,7 @@ def op(
             return registered(*flat)
 
     def differentiated(*flat: Any) -> list[Tensor]:
-        inputs = fields.among(flat, places)
+        inputs = pick_differentiable(flat)
         _refuse_tangents(name, inputs)
         if torch._C._are_functorch_transforms_active():
             _refuse_torch_func(name, inputs)
@@ -242,10 +252,10 @@ def op(
 
     def call(*arguments: Any) -> list[Tensor]:
         flat = fields.apart(arguments)
-        if not only_autograd_looks(fields.among(flat, fields.tensors)):
+        if torch.compiler.is_compiling() or not only_autograd_looks(pick_tensors(flat)):
             return registered(*flat)
         if torch.is_grad_enabled():
-            inputs = fields.among(flat, places)
+            inputs = pick_differentiable(flat)
             if any([x is not None and x.requires_grad for x in inputs]):
                 return Differentiable.apply(*inputs, flat, lambda _: compute(*arguments))
         return (without_gradient or compute)(*arguments)

@@ -42,6 +42,7 @@ from torch.nn.functional import softplus
 
 from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
 from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.core.groups import Groups, check_groups, ids_of
 from rlhf_fast.ops.core.loss import Loss
 
 
@@ -74,18 +75,20 @@ def ranking_loss(
     check.shaped("ranks", ranks, tuple(rewards.shape), "(N,)")
     ranks = check.ids("ranks", ranks)
     check.one_of("variant", variant, VARIANTS)
-    groups = _groups(rewards, group_size, group_ids)
-    check.same_device(("rewards", rewards), ("ranks", ranks), ("group_ids", group_ids))
-    if denominator is not None:
-        groups = groups._replace(denominator=masked_loss.denominator_tensor(denominator, rewards))
+    check.same_device(("rewards", rewards), ("ranks", ranks))
+    check_groups(("rewards", rewards), group_size, group_ids)
+    groups = Groups.of(group_size, group_ids)
+    total = masked_loss.denominator_tensor(denominator, rewards)
+    if total is None and groups.offsets is not None:
+        total = (groups.offsets[:-1] < rewards.shape[0]).sum().to(check.compute_dtype(rewards.dtype))
+    function = Function(variant, total)
     name = resolve("ranking_loss", IMPLS, rewards.device, backend)
     if name == "reference":
-        ids = torch.arange(rewards.shape[0], device=rewards.device) // groups.size if group_ids is None else group_ids
-        loss, accuracy = reference(rewards, ranks, ids, variant=variant)
-        total = groups.total(rewards)
-        total = total if isinstance(total, Tensor) else loss.new_full((), total)
-        return Loss(loss / total, {"accuracy": (accuracy / total).detach()})
-    loss, accuracy, _ = _run(Answers(rewards.contiguous(), ranks), groups, Function(variant), name)
+        loss, accuracy = reference(rewards, ranks, ids_of(rewards, group_size, group_ids), variant=variant)
+        divisor = function.divisor(groups.count(rewards))
+        divisor = divisor if isinstance(divisor, Tensor) else loss.new_full((), divisor)
+        return Loss(loss / divisor, {"accuracy": (accuracy / divisor).detach()})
+    loss, accuracy, _ = _run(Answers(rewards.contiguous(), ranks), groups, function, name)
     return Loss(loss, {"accuracy": accuracy.detach()})
 
 
@@ -94,46 +97,13 @@ class Answers(NamedTuple):
     ranks: Tensor  # (N,) int64
 
 
-class Groups(NamedTuple):
-    """The prompts: consecutive answers, or order[offsets[g] : offsets[g + 1]]; the last ones of these may be empty."""
-
-    order: Tensor | None  # (N,) int64
-    offsets: Tensor | None  # (N + 1,) int64
-    size: int  # 0 where there are offsets
-    denominator: Tensor | None  # (): what the sums are divided by; the number of prompts where it is None
-
-    def count(self, answers: Tensor) -> int:
-        return answers.shape[0] // (self.size or 1)
-
-    def total(self, answers: Tensor) -> Tensor | int:
-        """What the sums are divided by, 1 for 0: where there is no answer, every sum is 0."""
-        if self.denominator is None:
-            return max(self.count(answers), 1)
-        return torch.where(self.denominator == 0, 1, self.denominator)
-
-
 class Function(NamedTuple):
     variant: str
+    denominator: Tensor | None  # (): what the sums are divided by; the number of prompts where it is None
 
-
-def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> Groups:
-    n = rewards.shape[0]
-    if (group_size is None) == (group_ids is None):
-        given = "None" if group_ids is None else tuple(group_ids.shape)
-        raise ValueError(
-            f"exactly one of group_size and group_ids is needed, got group_size={group_size} and group_ids={given}"
-        )
-    if group_ids is None:
-        if group_size is None or group_size < 1 or n % group_size != 0:
-            raise ValueError(f"N must be a multiple of group_size >= 1, got N={n}, group_size={group_size}")
-        return Groups(None, None, group_size, None)
-    check.shaped("group_ids", group_ids, (n,), "(N,)")
-    # As many groups as there could be, since their true number is known to the device alone; the last ones are empty.
-    ids, order = check.ids("group_ids", group_ids).sort(stable=True)
-    first = torch.cat([ids.new_ones(min(1, n)), (ids[1:] != ids[:-1]).to(ids.dtype)])
-    group = first.cumsum(0) - 1
-    offsets = torch.searchsorted(group, torch.arange(n + 1, device=ids.device))
-    return Groups(order, offsets, 0, first.sum().to(check.compute_dtype(rewards.dtype)))
+    def divisor(self, prompts: int) -> Tensor | int:
+        """What the sums are divided by, 1 for 0: where there is no answer, every sum is 0."""
+        return max(prompts, 1) if self.denominator is None else torch.where(self.denominator == 0, 1, self.denominator)
 
 
 def reference(rewards: Tensor, ranks: Tensor, group_ids: Tensor, *, variant: str) -> tuple[Tensor, Tensor]:
@@ -170,25 +140,25 @@ def pairwise(gap: Tensor, worse: Tensor, tied: Tensor, pairs: Tensor) -> Tensor:
 VARIANTS = {"plackett_luce": plackett_luce, "breslow": breslow, "pairwise": pairwise}
 
 
-def _cpu(answers: Answers, groups: Groups, variant: str, outputs: list[Tensor]) -> None:
+def _cpu(answers: Answers, groups: Groups, function: Function, outputs: list[Tensor]) -> None:
     rewards, ranks = answers
     native().ranking_loss(
-        variant, packed(rewards), DTYPE_CODES[rewards.dtype], packed(ranks), packed(groups.order),
-        packed(groups.offsets), groups.size, groups.count(rewards), packed(groups.denominator),
+        function.variant, packed(rewards), DTYPE_CODES[rewards.dtype], packed(ranks), packed(groups.order),
+        packed(groups.offsets), groups.size, groups.count(rewards), packed(function.denominator),
         [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 
-def _triton(answers: Answers, groups: Groups, variant: str, outputs: list[Tensor]) -> None:
+def _triton(answers: Answers, groups: Groups, function: Function, outputs: list[Tensor]) -> None:
     from rlhf_fast.kernels import ranking_loss as kernels
 
     loss, accuracy, gradient = outputs
     of_groups = gradient.new_empty(2, groups.count(gradient))
-    kernels.ranking_loss(*answers, groups.order, groups.offsets, groups.size, variant, [*of_groups, gradient])
-    total = groups.total(gradient)
+    kernels.ranking_loss(*answers, *groups, function.variant, [*of_groups, gradient])
+    divisor = function.divisor(groups.count(gradient))
     for mean, parts in zip((loss, accuracy), of_groups, strict=True):
-        torch.div(parts.sum(), total, out=mean)
-    gradient.div_(total)
+        torch.div(parts.sum(), divisor, out=mean)
+    gradient.div_(divisor)
 
 
 IMPLS = {"cpu": _cpu, "triton": _triton}
@@ -203,7 +173,7 @@ def _outputs(answers: Answers, *_: object) -> list[Tensor]:
 
 def _compute(answers: Answers, groups: Groups, function: Function, backend: str) -> list[Tensor]:
     outputs = _outputs(answers)
-    IMPLS[backend](answers, groups, function.variant, outputs)
+    IMPLS[backend](answers, groups, function, outputs)
     return outputs
 
 

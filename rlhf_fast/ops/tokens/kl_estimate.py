@@ -30,14 +30,15 @@ estimate of DeepSeek-V3.2 (arXiv 2512.02556).
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, plane, resolve, threads
-from rlhf_fast.ops.core import check, masked_loss
-from rlhf_fast.ops.core import registration_by_schema as registration
+from rlhf_fast.ops.core import check, masked_loss, registration
 
 
 @check.takes_numbers
@@ -68,19 +69,20 @@ def kl_estimate(
     shape = masked_loss.per_token_shape("logprobs", logprobs)
     old = {} if old_logprobs is None else {"old_logprobs": old_logprobs}
     masked_loss.floats(shape, "the shape of logprobs", logprobs=logprobs, ref_logprobs=ref_logprobs, **old)
-    for name, given in (("variant", variant), ("gradient", gradient)):
-        if given not in VARIANTS and not (name == "gradient" and given is None):
-            raise ValueError(f"{name} must be one of {', '.join(VARIANTS)}, got {given!r}")
+    check.one_of("variant", variant, VARIANTS)
+    if gradient is not None:
+        check.one_of("gradient", gradient, VARIANTS)
     bounds = {"log_ratio_clip": log_ratio_clip, "value_clip": value_clip, "weight_clip": weight_clip}
     clips = {name: math.inf if x is None else check.positive(name, x) for name, x in bounds.items()}
     name = resolve("kl_estimate", IMPLS, logprobs.device, backend)
     if name == "reference":
         return reference(logprobs, ref_logprobs, variant=variant, gradient=gradient, old_logprobs=old_logprobs, **clips)
-    return _run(
+    tokens = Tokens(
         masked_loss.plane(logprobs), masked_loss.plane(ref_logprobs),
-        None if old_logprobs is None else masked_loss.plane(old_logprobs), variant, gradient or "own",
-        list(clips.values()), torch.is_grad_enabled() and ref_logprobs.requires_grad, name,
-    )[0].view(shape)  # fmt: skip
+        None if old_logprobs is None else masked_loss.plane(old_logprobs),
+    )  # fmt: skip
+    by_ref = torch.is_grad_enabled() and ref_logprobs.requires_grad
+    return _run(tokens, Estimate(variant, gradient or "own", *clips.values(), by_ref), name)[0].view(shape)
 
 
 def k1(log_ratio: Tensor) -> Tensor:
@@ -125,66 +127,75 @@ def reference(
     return masked_loss.product(weight.detach(), estimate.detach() + (slope - slope.detach()))
 
 
-def _cpu(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None, variant: str, gradient: str,
-         clips: list[float], value: Tensor, by_logprob: Tensor, by_ref: Tensor) -> None:  # fmt: skip
+class Tokens(NamedTuple):
+    """(rows, columns)"""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    old_logprobs: Tensor | None
+
+
+class Estimate(NamedTuple):
+    variant: str
+    gradient: str  # "own" or one of VARIANTS
+    log_ratio_clip: float  # infinity for no bound
+    value_clip: float
+    weight_clip: float
+    by_ref: bool  # whether ref_logprobs get a gradient
+
+    @property
+    def clips(self) -> list[float]:
+        return [self.log_ratio_clip, self.value_clip, self.weight_clip]
+
+
+def _cpu(tokens: Tokens, estimate: Estimate, results: list[Tensor]) -> None:
+    value = results[0]
     native().kl_estimate(
-        variant, gradient, [plane(x) for x in (logprobs, ref_logprobs, old_logprobs)], *value.shape, clips,
-        value.dtype == torch.float64, [packed(x) for x in (value, by_logprob, by_ref)], threads(),
+        estimate.variant, estimate.gradient, [plane(x) for x in tokens], *value.shape, estimate.clips,
+        value.dtype == torch.float64, [packed(x) for x in results], threads(),
     )  # fmt: skip
 
 
-def _triton(*args: Any) -> None:
+def _triton(tokens: Tokens, estimate: Estimate, results: list[Tensor]) -> None:
     from rlhf_fast.kernels import kl_estimate as kernels
 
-    kernels.forward(*args)
+    kernels.forward(*tokens, estimate.variant, estimate.gradient, estimate.clips, *results)
 
 
-# (logprobs, ref_logprobs, old_logprobs | None, variant, gradient, clips of log r, estimate and weight,
-#  value, by_logprob or empty, by_ref or empty), all tensors (rows, columns)
+# impl(tokens, estimate, results of _empty)
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"kl_estimate": tuple(IMPLS)}
 
 
-def _empty(logprobs: Tensor, by_logprob: bool, by_ref: bool) -> list[Tensor]:
+def _empty(tokens: Tokens, estimate: Estimate, backend: str, *, by_logprob: bool = True) -> list[Tensor]:
     """[estimates, their derivatives by logprobs and by ref_logprobs, empty where not wanted]"""
-    dtype = check.compute_dtype(logprobs.dtype)
-    shapes = [logprobs.shape if wanted else (0,) for wanted in (True, by_logprob, by_ref)]
+    logprobs, dtype = tokens.logprobs, check.compute_dtype(tokens.logprobs.dtype)
+    shapes = [logprobs.shape if wanted else (0,) for wanted in (True, by_logprob, estimate.by_ref)]
     return [logprobs.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-def _forward(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None, variant: str, gradient: str,
-             clips: list[float], by_ref: bool, backend: str, *, by_logprob: bool = True) -> list[Tensor]:  # fmt: skip
-    results = _empty(logprobs, by_logprob, by_ref)
-    IMPLS[backend](logprobs, ref_logprobs, old_logprobs, variant, gradient, clips, *results)
+def _compute(tokens: Tokens, estimate: Estimate, backend: str, *, by_logprob: bool = True) -> list[Tensor]:
+    results = _empty(tokens, estimate, backend, by_logprob=by_logprob)
+    IMPLS[backend](tokens, estimate, results)
     return results
 
 
-def _without_gradient(*arguments: Any) -> list[Tensor]:
-    return _forward(*arguments, by_logprob=False)  # without by_ref either: ref_logprobs requires no gradient
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = [x.dtype for x in inputs[:2]]
-    ctx.save_for_backward(*output[1:])
-
-
-def _backward(ctx, grads):
-    if grads[0] is None:
-        return None, None
-    wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-    return [masked_loss.scaled_gradient(slope, grads[0], dtype) if needs else None for slope, dtype, needs in wanted]
+def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> dict[str, registration.Gradient]:
+    assert upstream[0] is not None  # of the only result that callers see
+    return {
+        name: masked_loss.scaled_gradient(slope, upstream[0], saved.dtypes[name]) if saved.needs[name] else None
+        for name, slope in zip(("logprobs", "ref_logprobs"), saved.results, strict=True)
+    }
 
 
 _run = registration.op(
     "kl_estimate",
-    "(Tensor logprobs, Tensor ref_logprobs, Tensor? old_logprobs, str variant, str gradient, float[] clips, "
-    "bool by_ref, str backend) -> Tensor[]",
-    _forward,
-    fake=lambda logprobs, *others: _empty(logprobs, True, others[-2]),
-    differentiable=(0, 1),
-    setup_context=_setup_context,
+    (Tokens, Estimate),
+    _compute,
+    fake=_empty,
+    differentiable=("logprobs", "ref_logprobs"),
+    saves_results=slice(1, None),
     backward=_backward,
     returned=1,
-    without_gradient=_without_gradient,
+    without_gradient=partial(_compute, by_logprob=False),  # and without by_ref: ref_logprobs requires none
 )

@@ -37,10 +37,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, strided, threads
-from rlhf_fast.ops.core import check
+from rlhf_fast.ops.core import check, registration
 from rlhf_fast.ops.core.philox import philox
-from rlhf_fast.ops.core.registration_by_schema import op_without_gradient
-from rlhf_fast.ops.tokens import token_logprobs as rows
+from rlhf_fast.ops.tokens.token_logprobs import Transform, checked_transform, transformed
 
 
 class Samples(NamedTuple):
@@ -87,27 +86,36 @@ def sample_tokens(
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p must be in [0, 1], got {min_p}")
     count, vocabulary = logits.shape
-    transform = rows.checked_transform(temperature, logit_scale, softcap, logits.shape[:1], ("logits", logits))
+    transform = checked_transform(temperature, logit_scale, softcap, logits.shape[:1], ("logits", logits))
     if row_ids is None:
         row_ids = torch.arange(count, device=logits.device)
     check.shaped("row_ids", row_ids, (count,), "(B,)")
     check.same_device(("logits", logits), ("row_ids", row_ids))
     counters = [_number(name, value, logits) for name, value in (("seed", seed), ("step", step))]
     name = resolve("sample_tokens", IMPLS, logits.device, backend)
-    logits = logits.detach()
-    k = vocabulary if top_k is None else min(top_k, vocabulary)
-    return Samples(
-        *_forward(
-            check.unit_stride(logits),
-            *transform,
-            check.ids("row_ids", row_ids),
-            *counters,
-            k,
-            float(top_p),
-            float(min_p),
-            name,
-        )
-    )
+    draw = Draw(check.ids("row_ids", row_ids), *counters)
+    rule = Rule(vocabulary if top_k is None else min(top_k, vocabulary), float(top_p), float(min_p))
+    return Samples(*_run(Logits(check.unit_stride(logits.detach())), transform, draw, rule, name))
+
+
+class Logits(NamedTuple):
+    logits: Tensor  # (B, V) with unit last stride
+
+
+class Draw(NamedTuple):
+    """What the random numbers are made of, int64."""
+
+    row_ids: Tensor  # (B,)
+    seed: Tensor  # ()
+    step: Tensor  # ()
+
+
+class Rule(NamedTuple):
+    """Which tokens are kept."""
+
+    top_k: int  # at most V
+    top_p: float
+    min_p: float
 
 
 def _number(name: str, value: int | Tensor, like: Tensor) -> Tensor:
@@ -118,13 +126,11 @@ def _number(name: str, value: int | Tensor, like: Tensor) -> Tensor:
     return check.ids(name, value)
 
 
-def reference(
-    logits: Tensor, transform: rows.Transform, row_ids: Tensor, seed: Tensor, step: Tensor, top_k: int, top_p: float,
-    min_p: float, outputs: list[Tensor],
-) -> None:  # fmt: skip
+def reference(rows: Logits, transform: Transform, draw: Draw, rule: Rule, outputs: list[Tensor]) -> None:
     """Fills outputs = [ids, logprobs, full_logprobs] by definition, with a sort."""
+    (logits,), (row_ids, seed, step), (top_k, top_p, min_p) = rows, draw, rule
     temperature, temperatures, logit_scale, softcap = transform
-    capped = rows.transformed(logits, logit_scale=logit_scale, softcap=softcap or None)
+    capped = transformed(logits, logit_scale=logit_scale, softcap=softcap or None)
     row_max = capped.amax(-1, keepdim=True)
     divisor = temperature if temperatures is None else temperatures[:, None].to(capped.dtype)
     # z - max z: only differences meet a tiny temperature; + 0: -0. is no other number than 0.
@@ -138,14 +144,14 @@ def reference(
         lowest = torch.maximum(lowest, order.values.gather(-1, enough))
     if min_p > 0:
         lowest = torch.maximum(lowest, torch.full_like(row_max, min_p).log())
-    kept = torch.where(z >= lowest, weights, 0.0)
-    cumulative, total = kept.cumsum(-1), kept.sum(-1, keepdim=True)
+    remaining = torch.where(z >= lowest, weights, 0.0)
+    cumulative, total = remaining.cumsum(-1), remaining.sum(-1, keepdim=True)
     a, b, _, _ = philox(seed, row_ids, row_ids >> 32, step, step >> 32)
     uniform = ((a >> 5) * 2.0**26 + (b >> 6)).double() / 2.0**53
-    reached = (kept > 0) & (cumulative > uniform[:, None] * total)
+    reached = (remaining > 0) & (cumulative > uniform[:, None] * total)
     positions = torch.arange(z.shape[1], device=z.device)
     first = torch.where(reached, positions, z.shape[1]).amin(-1)
-    chosen = torch.minimum(first, torch.where(kept > 0, positions, 0).amax(-1))
+    chosen = torch.minimum(first, torch.where(remaining > 0, positions, 0).amax(-1))
     below = z.gather(-1, chosen[:, None]).double()
     valid = torch.isfinite(row_max[:, 0])  # the maximum of a row with NaN is NaN
     outputs[0].copy_(torch.where(valid, chosen, 0))
@@ -153,50 +159,39 @@ def reference(
         out.copy_(torch.where(valid, (below - torch.log1p(sum_of - 1))[:, 0], torch.nan))
 
 
-def _cpu(
-    logits: Tensor, transform: rows.Transform, row_ids: Tensor, seed: Tensor, step: Tensor, top_k: int, top_p: float,
-    min_p: float, outputs: list[Tensor],
-) -> None:  # fmt: skip
+def _cpu(rows: Logits, transform: Transform, draw: Draw, rule: Rule, outputs: list[Tensor]) -> None:
     temperature, temperatures, logit_scale, softcap = transform
-    at, code, (count, stride) = strided(logits)
+    at, code, (count, stride) = strided(rows.logits)
     native().sample_tokens(
-        at, code, (count, logits.shape[1], stride),
-        (temperature, packed(temperatures), logit_scale, softcap), packed(row_ids), packed(seed), packed(step),
-        top_k, top_p, min_p, [packed(x) for x in outputs], threads(),
+        at, code, (count, rows.logits.shape[1], stride), (temperature, packed(temperatures), logit_scale, softcap),
+        *[packed(x) for x in draw], *rule, [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 
-def _triton(
-    logits: Tensor, transform: rows.Transform, row_ids: Tensor, seed: Tensor, step: Tensor, top_k: int, top_p: float,
-    min_p: float, outputs: list[Tensor],
-) -> None:  # fmt: skip
+def _triton(rows: Logits, transform: Transform, draw: Draw, rule: Rule, outputs: list[Tensor]) -> None:
     from rlhf_fast.kernels import sample_tokens as kernels
 
-    kernels.sample(logits, transform, row_ids, seed, step, top_k, top_p, min_p, outputs)
+    kernels.sample(rows.logits, transform, *draw, *rule, outputs)
 
 
-# (logits, transform, row_ids, seed, step, top_k, top_p, min_p, outputs = [ids, logprobs, full_logprobs])
+# impl(rows, transform, draw, rule, outputs = [ids, logprobs, full_logprobs])
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"sample_tokens": tuple(IMPLS)}
 
 
-def _empty(logits: Tensor) -> list[Tensor]:
-    new, shape, dtype = logits.new_empty, logits.shape[:1], check.compute_dtype(logits.dtype)
+def _empty(rows: Logits, transform: Transform, draw: Draw, rule: Rule, backend: str) -> list[Tensor]:
+    new, shape, dtype = rows.logits.new_empty, rows.logits.shape[:1], check.compute_dtype(rows.logits.dtype)
     return [new(shape, dtype=torch.int64), new(shape, dtype=dtype), new(shape, dtype=dtype)]
 
 
-@op_without_gradient("sample_tokens", instead_of_vmap="its rows are a batch: give it all of them")
-def _forward(logits: Tensor, temperature: float, temperatures: Tensor | None, logit_scale: float, softcap: float,
-             row_ids: Tensor, seed: Tensor, step: Tensor, top_k: int, top_p: float, min_p: float,
-             backend: str) -> list[Tensor]:  # fmt: skip
-    check.positive_rows("temperature", temperatures, None)
-    outputs = _empty(logits)
-    transform = rows.Transform(temperature, temperatures, logit_scale, softcap)
-    run = reference if backend == "reference" else IMPLS[backend]
-    run(logits, transform, row_ids, seed, step, top_k, top_p, min_p, outputs)
+def _compute(rows: Logits, transform: Transform, draw: Draw, rule: Rule, backend: str) -> list[Tensor]:
+    check.positive_rows("temperature", transform.temperatures, None)
+    outputs = _empty(rows, transform, draw, rule, backend)
+    (reference if backend == "reference" else IMPLS[backend])(rows, transform, draw, rule, outputs)
     return outputs
 
 
-@_forward.register_fake
-def _(logits, temperature, temperatures, logit_scale, softcap, row_ids, seed, step, top_k, top_p, min_p, backend):
-    return _empty(logits)
+_run = registration.op_without_gradient(
+    "sample_tokens", (Logits, Transform, Draw, Rule), _compute, fake=_empty,
+    instead_of_vmap="its rows are a batch: give it all of them",
+)  # fmt: skip

@@ -121,7 +121,7 @@ def test_the_registered_ops_pass_opcheck_and_compile(backend):
     x, mask = example((3, 17))
     ops, bytes_ = torch.ops.rlhf_fast, mask.to(torch.uint8)
     torch.library.opcheck(ops.whiten_moments.default, (x, bytes_, backend))
-    moments = ops.whiten_moments(x, bytes_, backend)
+    (moments,) = ops.whiten_moments(x, bytes_, backend)
     torch.library.opcheck(ops.whiten.default, (x, None, moments, False, 1e-8, backend))
     run = lambda x: whiten(x, mask, backend=backend)  # noqa: E731
     assert torch.equal(run(x), torch.compile(run, fullgraph=True, backend="aot_eager")(x))

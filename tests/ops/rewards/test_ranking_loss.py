@@ -168,7 +168,7 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_the_registered_op_passes_opcheck(backend):
-    args = (draw((6,), 1)[0].requires_grad_(), torch.arange(6), None, None, 3, None, "plackett_luce", backend)
+    args = (draw((6,), 1)[0].requires_grad_(), torch.arange(6), None, None, 3, "plackett_luce", None, backend)
     torch.library.opcheck(torch.ops.rlhf_fast.ranking_loss.default, args)
 
 
@@ -188,7 +188,7 @@ def test_the_compiled_graph_is_whole_and_gives_the_same_bits(backend):
         (torch.zeros(2, 2), {"group_size": 2}, r"rewards must be \(N,\), got \(2, 2\)"),
         (torch.zeros(3), {"group_size": 2}, r"ranks must be \(N,\) = \(3,\), got \(4,\)"),
         (torch.zeros(4), {}, "exactly one of group_size and group_ids is needed, got group_size=None"),
-        (torch.zeros(4), {"group_size": 3}, "N must be a multiple of group_size >= 1, got N=4, group_size=3"),
+        (torch.zeros(4), {"group_size": 3}, "group_size must be >= 1 and divide the 4 rewards, got 3"),
         (torch.zeros(4), {"group_ids": torch.zeros(5, dtype=torch.int64)}, r"group_ids must be \(N,\) = \(4,\)"),
         (torch.zeros(4), {"group_size": 2, "variant": "x"}, "variant must be one of plackett_luce, breslow, pairwise"),
     ],
