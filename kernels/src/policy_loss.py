@@ -347,11 +347,11 @@ def _metrics_kernel(
     highest = tl.max(tl.load(partials + SUMS * programs + part, mask=there, other=float("-inf")), 0)
     lowest = tl.min(tl.load(partials + (SUMS + 1) * programs + part, mask=there, other=float("inf")), 0)
     nothing = highest < lowest
+    tokens = tl.load(denominator)
     total = ()
     for k in tl.static_range(SUMS):
         total += (sum_parts(partials, k, programs, PARTS),)
     total = Sums(*total)
-    tokens = tl.load(denominator)
     broken = tl.where(total.ratio != total.ratio, total.ratio, 0.0)  # NaN is no maximum
     in_order = (
         divide(total.low + total.high, tokens), divide(total.low, tokens), divide(total.high, tokens),

@@ -68,7 +68,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     tables = [_policy.VARIANTS, _policy.FUNCTIONS]
     if find_spec("triton") is not None:
-        tables.append(import_module("rlhf_fast.kernels.policy_loss").FUNCTIONS)
+        tables.append(import_module("rlhf_fast.kernels.policy_losses").FUNCTIONS)
     with ExitStack() as stack:
         for changed in tables:
             stack.enter_context(patch.dict(changed))

@@ -21,7 +21,8 @@ namespace rlhf {
 %s
 }
 int main() {
-  const double p[] = {0.2};
+  rlhf::Numbers<double> p{};
+  p.clip_eps_high = 0.2;
   for (double ratio : {0.5, 1.0, 1.1, 1.2, 1.5})
     for (double advantage : {-2.0, 1.0}) {
       const rlhf::Token<double> token{0, 0, advantage, std::log(ratio), ratio, 0};

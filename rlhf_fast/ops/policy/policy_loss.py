@@ -73,7 +73,6 @@ from rlhf_fast.ops.policy.objective import (
     PolicyObjective,
     Tokens,
     bounded_exp,
-    clip_bounds,
     slope_alone,
 )
 from rlhf_fast.ops.tokens.kl_estimate import VARIANTS as KL_VARIANTS
@@ -304,12 +303,13 @@ class Numbers(NamedTuple):
 
 
 def numbers(objective: PolicyObjective) -> Numbers:
-    o = objective
-    ratio_low, ratio_high, _ = clip_bounds(o)
-    derived = {"function": o.function, "needs_sequences": o.needs_sequences, "marks_tokens": o.marks_tokens,
-               "ratio_low": ratio_low, "ratio_high": ratio_high}  # fmt: skip
-    values = vars(o) | derived
-    return Numbers(*[math.inf if values[name] is None else values[name] for name in Numbers._fields])
+    values = {name: math.inf if value is None else value for name, value in vars(objective).items()}
+    values |= {
+        "function": objective.function, "needs_sequences": objective.needs_sequences,
+        "marks_tokens": objective.marks_tokens, "ratio_low": 1 - values["clip_eps_low"],
+        "ratio_high": 1 + values["clip_eps_high"],
+    }  # fmt: skip
+    return Numbers._make([values[name] for name in Numbers._fields])
 
 
 def _cpu(inputs: Inputs, plan: Plan, numbers: Numbers, outputs: list[Tensor]) -> None:

@@ -1,5 +1,6 @@
 import math
 from functools import partial
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlhf_fast import BackendError, PolicyObjective, policy_loss
 from rlhf_fast.ops.policy.objective import FUNCTIONS, VARIANTS, Function, Variant
-from rlhf_fast.ops.policy.policy_loss import ALWAYS, Inputs, Plan, numbers
+from rlhf_fast.ops.policy.policy_loss import ALWAYS, Inputs, Numbers, Plan, numbers
 from rlhf_fast.ops.policy.policy_loss import evaluate as evaluate_plan
 from tests.losses import (
     BACKENDS,
@@ -432,3 +433,8 @@ def test_bad_input_raises_with_its_values(change, options, message):
 def test_integer_logprobs_raise():
     with pytest.raises(TypeError, match=r"old_logprobs must be float32.*got torch.int64"):
         policy_loss(torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.zeros(2))
+
+
+def test_the_triton_kernels_take_the_numbers_by_the_names_of_the_op():
+    kernels = pytest.importorskip("rlhf_fast.kernels.policy_losses")
+    assert kernels.Numbers._fields == tuple(name for name, kind in get_type_hints(Numbers).items() if kind is float)
