@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,11 @@ _FUNCTIONS = {variant.function: name for name, variant in reversed(VARIANTS.item
 EVERYWHERE = [(name, "reference") for name in VARIANTS] + [
     (name, backend) for function, name in reversed(_FUNCTIONS.items()) for backend in FUNCTIONS[function].kernels
 ]
+
+
+def on_backends(variants: Mapping[str, Any], backends: Sequence[str] = BACKENDS) -> list[tuple[str, str]]:
+    """(variant, backend) of preference losses: of each variant "reference", and where it has a kernel the others."""
+    return [(v, b) for v, variant in variants.items() for b in backends if b == "reference" or variant.kernel]
 
 
 def with_objective(kind: type, **options: Any) -> dict[str, Any]:

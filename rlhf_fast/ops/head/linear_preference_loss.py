@@ -95,7 +95,8 @@ def linear_preference_loss(
         hidden, weight, targets, bias, head_lora, temperature, logit_scale, softcap, mask, mask_count,
         chunk_tokens, scratch_bytes,
     )  # fmt: skip
-    shape, name = targets.shape, resolve("linear_preference_loss", preference.IMPLS, hidden.device, backend)
+    shape = targets.shape
+    name = resolve(f"linear_preference_loss of {objective.name}", objective.kernels, hidden.device, backend)
     check.same_device(("hidden", hidden), ("mask", mask), ("cu_seqlens", cu_seqlens))
     cu_seqlens = _checked_sequences(shape, cu_seqlens)
     mask = check.mask_bytes(mask, shape, "the shape of targets")

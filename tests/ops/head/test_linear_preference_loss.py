@@ -49,14 +49,13 @@ def fused(chosen, *, targets=TARGETS, mask=MASK, backend="cpu", **options):
 
 def composed(chosen, mask=MASK):
     """The same from logits that are there as a whole."""
-    fields = {name: getattr(chosen, name) for name in chosen.__dataclass_fields__}
 
     def call(hidden, weight, **head):
         logprobs = linear_logprobs(hidden, weight, TARGETS, mask=mask, **TRANSFORM, **head, backend="reference")
         chosen_sum, rejected_sum = logprobs.sum(1).chunk(2)
         lengths = dict(zip(("chosen_lengths", "rejected_lengths"), mask.sum(1).chunk(2), strict=True))
         return preference_loss(
-            chosen_sum, rejected_sum, **REFERENCE, **ADVANTAGES, **fields, **lengths, backend="reference"
+            chosen_sum, rejected_sum, objective=chosen, **REFERENCE, **ADVANTAGES, **lengths, backend="reference"
         )
 
     return call

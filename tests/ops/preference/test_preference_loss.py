@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast import PreferenceObjective, preference_loss
+from rlhf_fast import BackendError, PreferenceObjective, preference_loss
 from rlhf_fast.ops.core.masked_loss import Over
+from rlhf_fast.ops.preference.objective import Variant
 from rlhf_fast.ops.preference.preference_loss import METRICS, VARIANTS, Pairs, checked, coefficients, reference
 from tests.losses import (
     BACKENDS,
@@ -17,6 +18,7 @@ from tests.losses import (
     draw,
     evaluate,
     of_preference,
+    on_backends,
 )
 
 GOOD = -math.log(0.75)  # -log sigmoid(log 3)
@@ -204,8 +206,7 @@ def test_confident_pairs_keep_their_value_and_gradient(backend, gap):
     assert got["gradient 0"].item() == pytest.approx(-math.exp(-60) if gap > 0 else -1.0, rel=2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize(("variant", "backend"), on_backends(VARIANTS))
 def test_no_variant_overflows(backend, variant):
     inputs = [torch.tensor(x) for x in ([0.0, -1e4], [-1e4, 0.0], [-1.0, -1.0], [-1.0, -1.0])]
     got = run(inputs, **hyper_parameters(variant), backend=backend)
@@ -233,9 +234,8 @@ def test_no_divergence_overflows(backend, divergence):
     assert got["gradient 0"].item() < 0
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("variant", "backend"), on_backends(VARIANTS, KERNELS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", list(VARIANTS))
 def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, variant):
     options = hyper_parameters(variant)
     for pairs in (1, 17):
@@ -274,6 +274,16 @@ def test_coefficients_are_the_gradient(backend, variant):
     torch.testing.assert_close({"loss": loss, **metrics, "gradient 0": chosen, "gradient 1": rejected}, expected)
 
 
+def test_a_loss_without_kernels_runs_on_the_reference(monkeypatch):
+    monkeypatch.setitem(VARIANTS, "square_hinge", Variant(lambda s, o: torch.relu(1 - s.gap).square(), kernel=None))
+    inputs = [torch.tensor([x]) for x in PAIR]
+    got = run(inputs, variant="square_hinge", beta=0.125, weights=None)
+    assert got["loss"].item() == 0.25
+    assert got["gradient 0"].item() == -0.125
+    with pytest.raises(BackendError, match=r"preference_loss of sft \+ square_hinge: .* no cpu implementation"):
+        run(inputs, variant={"sft": 1.0, "square_hinge": 1.0}, backend="cpu")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_sequence_counts_as_one_token(backend):
     inputs = logprobs(2)
@@ -283,8 +293,7 @@ def test_an_empty_sequence_counts_as_one_token(backend):
     assert_same(got, run(inputs, variant="ipo", **clamped, backend=backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"bco_pair"}))
+@pytest.mark.parametrize(("variant", "backend"), [each for each in on_backends(VARIANTS) if each[0] != "bco_pair"])
 def test_no_pair_gives_a_connected_zero(backend, variant):
     got = run([torch.empty(0)] * 4, **hyper_parameters(variant), backend=backend)
     assert [got[name].item() for name in ("loss", *METRICS)] == [0.0] * 5
