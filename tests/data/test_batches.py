@@ -1,3 +1,5 @@
+import torch
+
 from rlhf_fast.data.batches import held_out_indices, pad_batch, shuffled_indices
 from rlhf_fast.data.encoding import Example
 
@@ -8,11 +10,13 @@ def test_rows_are_padded_on_the_right_and_only_completions_count():
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
     # Nothing predicts the first token, so it never counts.
     assert batch.mask.tolist() == [[0, 1, 1], [0, 1, 0], [0, 0, 0]]
+    assert (batch.counts.tolist(), batch.count) == ([2, 1, 0], 3)
 
 
 def test_rows_of_a_batch_keep_its_padding():
     batch = pad_batch([Example([5, 6, 7], 1), Example([8, 9], 1)], pad=0)
     assert batch.rows(slice(1, 2)).input_ids.tolist() == [[8, 9, 0]]
+    assert batch.rows(torch.tensor([1, 0])).counts.tolist() == batch.rows(torch.tensor([1, 0])).mask.sum(1).tolist()
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
