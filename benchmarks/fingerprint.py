@@ -45,9 +45,10 @@ def _reach(function: JITFunction, reached: dict[str, str]) -> None:
         return
     tree = ast.parse(function.src)
     reached[name] = ast.dump(tree)
+    of_module = {n: x for n, x in function.fn.__globals__.items() if n not in function.fn.__code__.co_varnames}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id in function.fn.__globals__:
-            value = function.fn.__globals__[node.id]
+        if isinstance(node, ast.Name) and node.id in of_module:
+            value = of_module[node.id]
             if isinstance(value, JITFunction):
                 _reach(value, reached)
             elif isinstance(value, type):
