@@ -31,8 +31,9 @@ def bench(arguments: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available() and (sized_by_gpu or not arguments.dry_run):
         raise ResultsError("PyTorch finds no GPU here")
     old = load(arguments.compare) if arguments.compare else None
-    found = (arguments.group, device, arguments.quick, arguments.case, arguments.compile, arguments.peer)
-    cases = selected(*found, shape=arguments.shape)
+    cases = selected(
+        arguments.group, device, arguments.quick, arguments.case, arguments.compile, arguments.peer, arguments.shape
+    )
     if not cases:
         reason = peers.absent().get(arguments.peer)
         shaped = f" and {arguments.shape!r} in its shape" if arguments.shape else ""

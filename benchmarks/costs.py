@@ -69,9 +69,9 @@ def evaluated(amount: str, sizes: Mapping[str, int]) -> int:
     """The value of a sum such as "2 Ns + 9 N". Raises KeyError for a letter without a size."""
     total = 0
     for term in amount.split(" + "):
-        found = re.fullmatch(r"(?:(\d+) )?([A-Zs]+)", term)
-        assert found, f"{amount!r}: {term!r} is not a number and sizes"
-        total += int(found[1] or 1) * math.prod(product(sizes) if x == "P" else sizes[x] for x in found[2])
+        parts = re.fullmatch(r"(?:(\d+) )?([A-Zs]+)", term)
+        assert parts, f"{amount!r}: {term!r} is not a number and sizes"
+        total += int(parts[1] or 1) * math.prod(product(sizes) if x == "P" else sizes[x] for x in parts[2])
     return total
 
 

@@ -178,8 +178,7 @@ def outcomes(printed: str) -> dict[str, Any]:
     lines = [*of_workers, *((word, test) for test, word in alone)]
     counts = {name: sum(word.lower() == name for word, _ in lines) for name in OUTCOMES}
     failed = sorted({test for word, test in lines if word in ("FAILED", "ERROR")})
-    found: dict[str, Any] = {name: count for name, count in counts.items() if count}
-    return found | ({"which": failed[:40]} if failed else {})
+    return {name: count for name, count in counts.items() if count} | ({"which": failed[:40]} if failed else {})
 
 
 def native_is_there() -> bool:

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
     budget = BAR_BUDGET if case.bars else BUDGET
     while not enough(turn - 1, repeats, time.perf_counter() - started, budget):
         for name, (contender, inputs) in runs.items():
-            milliseconds = clocks[name].time(lambda run=contender, given=inputs: run(given))
+            milliseconds = clocks[name].time(partial(contender, inputs))
             if turn >= 1:
                 times[name].append(milliseconds / shares.get(name, 1))
         turn += 1
@@ -137,8 +138,8 @@ def spread(milliseconds: list[float]) -> dict[str, float]:
 
 def judged(bar: Bar, times: dict[str, list[float]]) -> dict[str, Any]:
     """The better of the interleaved repeats of both; None where the other one did not run."""
-    found = None if bar.against not in times else min(times[bar.against]) / min(times[bar.ours])
-    return {"ours": bar.ours, "against": bar.against, "bar": bar.ratio, "measured": found}
+    ratio = None if bar.against not in times else min(times[bar.against]) / min(times[bar.ours])
+    return {"ours": bar.ours, "against": bar.against, "bar": bar.ratio, "measured": ratio}
 
 
 def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:

@@ -26,29 +26,29 @@ LEAST_ERROR = 1e-10  # where an exact result is drawn on a logarithmic axis
 
 def draw(results: Run, folder: Path, source: str) -> list[Path]:
     """Writes the plots for which the run has cases; returns their paths. source: what they say they are made of."""
-    made = []
+    paths = []
     for name, picture in pictures(results).items():
-        made.append(folder / f"{name}.png")
-        save(picture(), made[-1], source)
-    return made
+        paths.append(folder / f"{name}.png")
+        save(picture(), paths[-1], source)
+    return paths
 
 
 def pictures(results: Run) -> dict[str, Callable[[], Any]]:
     """Name -> function that makes the figure, for the plots for which the run has cases."""
     single = [case for case in results["cases"] if case["group"] != "scaling"]
     growing = [case for case in results["cases"] if case["group"] == "scaling"]
-    found: dict[str, Callable[[], Any]] = {}
+    figures: dict[str, Callable[[], Any]] = {}
     if single:
-        found["speed"] = lambda: dots(single, speed, "time of eager / time (bars: p10 to p90)", line=1.0)
-        found["memory"] = lambda: dots(single, memory, "MiB held at a time beside inputs and results")
-        found["error"] = lambda: dots(single, error, f"greatest error against float64 (at least {LEAST_ERROR:g})")
+        figures["speed"] = lambda: dots(single, speed, "time of eager / time (bars: p10 to p90)", line=1.0)
+        figures["memory"] = lambda: dots(single, memory, "MiB held at a time beside inputs and results")
+        figures["error"] = lambda: dots(single, error, f"greatest error against float64 (at least {LEAST_ERROR:g})")
     if any(floor_ms(results, case) for case in single):
-        found["roofline"] = lambda: roofline(results, single)
+        figures["roofline"] = lambda: roofline(results, single)
     for axis, title in (("context", "tokens"), ("vocabulary", "vocabulary")):
         chosen = {name: cases for name, cases in curves(growing, axis).items() if len(cases) > 1}
         if chosen:
-            found[f"scaling_{axis}"] = partial(scaling, chosen, axis, title)
-    return found
+            figures[f"scaling_{axis}"] = partial(scaling, chosen, axis, title)
+    return figures
 
 
 Value = Callable[[Run, Run], tuple[float, float, float] | None]  # (case, row) -> low, middle, high
@@ -79,11 +79,11 @@ def dots(cases: list[Run], value: Value, label: str, line: float | None = None) 
     for name, colour in colours(cases).items():
         there = [(i, case) for i, case in enumerate(cases) if name in case["contenders"]]
         valued = [(i, value(case, case["contenders"][name])) for i, case in there]
-        points = [(i, found) for i, found in valued if found is not None]
+        points = [(i, values) for i, values in valued if values is not None]
         if not points:
             continue
-        rows, found = zip(*points, strict=True)
-        low, middle, high = (list(part) for part in zip(*found, strict=True))
+        rows, values = zip(*points, strict=True)
+        low, middle, high = (list(part) for part in zip(*values, strict=True))
         reach = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
         marker = "D" if name in OURS else "o"
         axes.errorbar(middle, rows, xerr=reach, fmt=marker, color=colour, label=name, markersize=5, alpha=0.85)
@@ -127,14 +127,14 @@ def roofline(results: Run, cases: list[Run]) -> Any:
 
 def curves(cases: list[Run], axis: str) -> dict[str, list[Run]]:
     """Cases of one name in the order of what grows, the other size at its least."""
-    found: dict[str, list[Run]] = {}
+    families: dict[str, list[Run]] = {}
     for case in cases:
-        found.setdefault(case["case"], []).append(case)
+        families.setdefault(case["case"], []).append(case)
     other = "vocabulary" if axis == "context" else "context"
-    for name, family in found.items():
+    for name, family in families.items():
         least = min(size(case, other) for case in family)
-        found[name] = sorted((c for c in family if size(c, other) == least), key=lambda case: size(case, axis))
-    return found
+        families[name] = sorted((c for c in family if size(c, other) == least), key=lambda case: size(case, axis))
+    return families
 
 
 def size(case: Run, axis: str) -> int:

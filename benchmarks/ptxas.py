@@ -44,11 +44,11 @@ def compiled(source: Path, architecture: str) -> tuple[list[dict[str, Any]], str
         r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
         re.DOTALL,
     )
-    found = list(pattern.finditer(text))
-    assert found, f"no report from {' '.join(command)}:\n{text}"
-    names = demangled([match["name"] for match in found])
+    reports = list(pattern.finditer(text))
+    assert reports, f"no report from {' '.join(command)}:\n{text}"
+    names = demangled([match["name"] for match in reports])
     rows = []
-    for name, match in zip(names, found, strict=True):
+    for name, match in zip(names, reports, strict=True):
         shared = re.search(r"(\d+) bytes smem", match["rest"])
         rows.append(
             {

@@ -69,7 +69,7 @@ def provenance(results: dict[str, Any]) -> str:
 
 def rows(results: dict[str, Any], case: dict[str, Any]) -> list[str]:
     floor, eager = floor_ms(results, case), case["contenders"].get("eager")
-    made = []
+    lines = []
     for name, row in case["contenders"].items():
         cells = [
             title(case),
@@ -81,10 +81,10 @@ def rows(results: dict[str, Any], case: dict[str, Any]) -> list[str]:
             f"{row['scratch_bytes'] / 2**20:.1f}",
             "" if row["max_error"] is None else f"{row['max_error']:.1e}",
         ]
-        made.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
     for name, reason in case["failed"].items():
-        made.append(f"| {title(case)} | {name} | {reason} | | | | | |")
-    return made
+        lines.append(f"| {title(case)} | {name} | {reason} | | | | | |")
+    return lines
 
 
 def sampled(row: dict[str, Any]) -> str:
@@ -111,8 +111,8 @@ def faster_elsewhere(results: dict[str, Any]) -> list[str]:
         ours = case["contenders"][name] if name else {"p10_ms": 0}
         faster = {who: row for who, row in others(case).items() if row["p90_ms"] < ours["p10_ms"]}
         if faster:
-            found = [f"{who} {ours['median_ms'] / row['median_ms']:.2f} x as fast" for who, row in faster.items()]
-            lines.append(f"- {title(case)}: {', '.join(found)}")
+            ratios = [f"{who} {ours['median_ms'] / row['median_ms']:.2f} x as fast" for who, row in faster.items()]
+            lines.append(f"- {title(case)}: {', '.join(ratios)}")
     return lines
 
 
@@ -125,15 +125,15 @@ def better_elsewhere(results: dict[str, Any]) -> list[str]:
             continue
         ours = case["contenders"][name]
         for other, row in others(case).items():
-            found = []
+            advantages = []
             if row["median_ms"] < ours["median_ms"]:
                 within = "" if row["p90_ms"] < ours["p10_ms"] else " (within the spread)"
-                found.append(f"{ours['median_ms'] / row['median_ms']:.2f} x as fast{within}")
+                advantages.append(f"{ours['median_ms'] / row['median_ms']:.2f} x as fast{within}")
             if ours["scratch_bytes"] - row["scratch_bytes"] > 2**20:
                 less = (ours["scratch_bytes"] - row["scratch_bytes"]) / 2**20
-                found.append(f"{less:.0f} MiB less beside its results")
+                advantages.append(f"{less:.0f} MiB less beside its results")
             if 2 * row["max_error"] < ours["max_error"] and ours["max_error"] > ROUNDING:
-                found.append(f"error {row['max_error']:.1e} against {ours['max_error']:.1e}")
-            if found:
-                lines.append(f"- {other}, {title(case)}: {'; '.join(found)}")
+                advantages.append(f"error {row['max_error']:.1e} against {ours['max_error']:.1e}")
+            if advantages:
+                lines.append(f"- {other}, {title(case)}: {'; '.join(advantages)}")
     return lines or ["Nothing in this run."]

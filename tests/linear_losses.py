@@ -37,9 +37,9 @@ def run(
     return {"loss": loss.detach(), **metrics, **{f"d {name}": leaves[name].grad for name in trained}}
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_close(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """In float64: to rounding."""
-    for name, value in found.items():
+    for name, value in results.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 

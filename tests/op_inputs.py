@@ -81,9 +81,9 @@ def head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_lora(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    given: dict[str, Any] = dict(tensors)
-    given["head_lora"] = (given.pop("lora_a"), given.pop("lora_b"), 0.5)
-    return given
+    arguments: dict[str, Any] = dict(tensors)
+    arguments["head_lora"] = (arguments.pop("lora_a"), arguments.pop("lora_b"), 0.5)
+    return arguments
 
 
 def scored() -> dict[str, Tensor]:
@@ -364,14 +364,14 @@ CASES = [
 
 def missing() -> dict[str, list[str]]:
     """op -> those of its arguments that can be a tensor and that no case gives."""
-    found = {}
+    lacking_of = {}
     for op in OPS:
         parameters = inspect.signature(getattr(rlhf_fast, op)).parameters.values()
-        given = {name for case in CASES if case.op == op for name in case.arguments(case.tensors())}
-        lacking = [p.name for p in parameters if "Tensor" in str(p.annotation) and p.name not in given]
+        names = {name for case in CASES if case.op == op for name in case.arguments(case.tensors())}
+        lacking = [p.name for p in parameters if "Tensor" in str(p.annotation) and p.name not in names]
         if lacking:
-            found[op] = lacking
-    return found
+            lacking_of[op] = lacking
+    return lacking_of
 
 
 FIRST = list({case.op: case for case in reversed(CASES)}.values())

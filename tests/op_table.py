@@ -29,9 +29,9 @@ def assert_keeps_contract(case: Case, device: str, backend: str, dtype: torch.dt
     exact = {k: x.detach().cpu().double() if x.is_floating_point() else x.cpu() for k, x in inputs.items()}
     oracle = case.run({k: x.requires_grad_(k in case.grads) for k, x in exact.items()}, "reference")
     eager = case.run(case.inputs(device, dtype), "reference")
-    found = case.run(inputs, backend)
-    assert found.keys() == oracle.keys()
-    for name, value in found.items():
+    results = case.run(inputs, backend)
+    assert results.keys() == oracle.keys()
+    for name, value in results.items():
         if value.is_floating_point():
             assert_contract(f"{case.name}, {name}", value.cpu(), eager[name].cpu(), oracle[name].double())
         else:

@@ -24,9 +24,9 @@ EOS, PAD = 258, 256
 
 @pytest.fixture
 def backbone() -> Backbone:
-    made = Backbone(tiny(0, hidden_size=32, layers=2, heads=2)[0])
-    made.add_adapter("policy", rank=2, seed=0)
-    return made
+    backbone = Backbone(tiny(0, hidden_size=32, layers=2, heads=2)[0])
+    backbone.add_adapter("policy", rank=2, seed=0)
+    return backbone
 
 
 @pytest.fixture

@@ -21,14 +21,14 @@ _reasons: dict[str, str] = {}  # of the last one that was not there
 
 def find(job: str) -> dict[str, Function]:
     """The peers that can do `job` here."""
-    found = {}
+    functions = {}
     for name, load in JOBS[job].items():
         try:
-            found[name] = load()
+            functions[name] = load()
         except ImportError as error:
             _reasons[name] = str(error).splitlines()[0]
-    _found.update(found)
-    return found
+    _found.update(functions)
+    return functions
 
 
 def absent() -> dict[str, str]:
@@ -38,13 +38,13 @@ def absent() -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """The version of every peer that is installed."""
-    found = {}
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 JOBS: dict[str, dict[str, Callable[[], Function]]] = {

@@ -25,8 +25,8 @@ def torchrl_gae() -> Function:
         done = torch.zeros_like(rewards, dtype=torch.bool)
         done[:, -1] = True
         following = torch.nn.functional.pad(values[:, 1:], (0, 1))
-        given = [x[..., None] for x in (values, following, rewards, done)]
-        return [x[..., 0] for x in vec_generalized_advantage_estimate(GAMMA, LAM, *given)]
+        columns = [x[..., None] for x in (values, following, rewards, done)]
+        return [x[..., 0] for x in vec_generalized_advantage_estimate(GAMMA, LAM, *columns)]
 
     return torchrl
 

@@ -115,8 +115,8 @@ def summary(results: list[dict[str, Any]]) -> str:
         contenders = result["contenders"]
         if THEIRS not in contenders:
             continue
-        found = ratios(row_of(contenders[OURS]), row_of(contenders[THEIRS]))
-        cells = {column: f"**{r:.2f}**" if r > 1 else f"{r:.2f}" for column, r in found.items()}
+        shares = ratios(row_of(contenders[OURS]), row_of(contenders[THEIRS]))
+        cells = {column: f"**{r:.2f}**" if r > 1 else f"{r:.2f}" for column, r in shares.items()}
         title = f"{result['setting']['algorithm'].upper()}, TRL {contenders[THEIRS]['version']}"
         lines.append(f"| {title} | {' | '.join(cells.get(column, '') for column in columns)} |")
     return "\n".join(lines) + "\n"
@@ -124,9 +124,9 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 def verdict(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     """Our figure over theirs in every column, the worse ones first."""
-    found = ratios(ours, theirs)
-    worse = [f"{column} {r:.2f} x" for column, r in found.items() if r > 1]
-    better = [f"{column} {r:.2f} x" for column, r in found.items() if r <= 1]
+    shares = ratios(ours, theirs)
+    worse = [f"{column} {r:.2f} x" for column, r in shares.items() if r > 1]
+    better = [f"{column} {r:.2f} x" for column, r in shares.items() if r <= 1]
     return "\n".join(
         f"- {what}: {', '.join(columns)}."
         for what, columns in (("**rlhf_fast takes more**", worse), ("rlhf_fast takes as much or less", better))
@@ -146,13 +146,13 @@ def curves(results: list[dict[str, Any]]) -> Any:
     panels = []
     for result in results:
         for what, key in (("loss", "losses"), ("mean reward", "rewards")):
-            found = {name: c["repeats"][0][key] for name, c in result["contenders"].items()}
-            if any(found.values()):
-                panels.append((f"{result['setting']['algorithm'].upper()}: {what}", found))
+            series = {name: c["repeats"][0][key] for name, c in result["contenders"].items()}
+            if any(series.values()):
+                panels.append((f"{result['setting']['algorithm'].upper()}: {what}", series))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained")
     styles = {OURS: {"linewidth": 5, "alpha": 0.4}, THEIRS: {"linewidth": 1.5, "linestyle": "--", "color": "black"}}
-    for axis, (title, found) in zip(axes[0], panels, strict=True):
-        for name, values in found.items():
+    for axis, (title, series) in zip(axes[0], panels, strict=True):
+        for name, values in series.items():
             axis.plot(range(1, len(values) + 1), values, label=name, **styles[name])
         axis.set(title=title, xlabel="step")
         axis.legend(frameon=False)

@@ -72,10 +72,10 @@ def arguments(workspace: Workspace, setting: Setting) -> dict[str, Any]:
     }  # fmt: skip
 
 
-Made = tuple[Any, nn.Module, list[nn.Module]]  # trainer, policy, everything that stays in memory
+Parts = tuple[Any, nn.Module, list[nn.Module]]  # trainer, policy, everything that stays in memory
 
 
-def dpo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Made:
+def dpo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Parts:
     from trl import DPOConfig, DPOTrainer
 
     setting = workspace.setting
@@ -88,7 +88,7 @@ def dpo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Mad
     return trainer, trainer.model, [trainer.model]
 
 
-def grpo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Made:
+def grpo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Parts:
     from trl import GRPOConfig, GRPOTrainer
 
     setting = workspace.setting
@@ -108,7 +108,7 @@ def grpo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Ma
     return trainer, trainer.model, [trainer.model]
 
 
-def ppo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Made:
+def ppo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Parts:
     """The critic trains a LoRA as ours does; the reward model has its adapter merged."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 

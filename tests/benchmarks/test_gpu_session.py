@@ -33,8 +33,8 @@ def test_the_gpu_tests_are_all_in_one_folder():
 
 
 def test_both_commands_are_targets_of_the_makefile():
-    made = subprocess.run(["make", "-n", "gpu", "OUT=there"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.findall(r"-m benchmarks.gpu_session (\w+) --out there", made.stdout) == ["first", "second"]
+    printed = subprocess.run(["make", "-n", "gpu", "OUT=there"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"-m benchmarks.gpu_session (\w+) --out there", printed.stdout) == ["first", "second"]
 
 
 @pytest.mark.parametrize("which", COMMANDS)
@@ -133,7 +133,7 @@ def test_a_fact_is_on_the_disk_before_the_next_one_is_measured(tmp_path):
     out = tmp_path / "facts.jsonl"
     command = [PYTHON, "-m", "benchmarks.roofline", "--device", "cpu", "--seconds", "0", "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    found = lines(tmp_path)
-    assert set(found[0]) >= {"device", "copy_bytes_per_second"}
-    assert len(found) > 8
-    assert all(line["left_out"] == "no time" for line in found[1:])
+    facts = lines(tmp_path)
+    assert set(facts[0]) >= {"device", "copy_bytes_per_second"}
+    assert len(facts) > 8
+    assert all(line["left_out"] == "no time" for line in facts[1:])

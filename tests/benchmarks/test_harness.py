@@ -174,9 +174,9 @@ def test_without_a_gpu_one_line_says_so(rest):
 
 def test_without_git_results_have_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    found = machine.machine("cpu")
-    assert found["commit"] is None
-    assert found["uncommitted_changes"] is None
+    info = machine.machine("cpu")
+    assert info["commit"] is None
+    assert info["uncommitted_changes"] is None
 
 
 def test_outside_a_checkout_results_have_no_commit(monkeypatch, tmp_path):

@@ -44,7 +44,7 @@ class Block(NamedTuple):
 
 def blocks(page: str) -> list[Block]:
     fence = r"(?:^`([\w./]+)`:\n\n)?^```(\w+)\n(.*?)^```$"
-    return [Block(*found) for found in re.findall(fence, TEXTS[page], re.DOTALL | re.MULTILINE)]
+    return [Block(*parts) for parts in re.findall(fence, TEXTS[page], re.DOTALL | re.MULTILINE)]
 
 
 def commands(page: str) -> Iterator[list[str]]:

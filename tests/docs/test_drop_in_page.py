@@ -26,10 +26,10 @@ NEEDED = {"trl": "trl", "verl": "verl"}  # whose replacements() look at the peer
 def test_the_page_names_what_is_replaced(peer):
     if peer in NEEDED and find_spec(NEEDED[peer]) is None:
         pytest.skip(f"needs {peer} (make peers)")
-    said, made = page.part(TEXT, f"names of {peer}"), page.names(peer)
+    said, replaced = page.part(TEXT, f"names of {peer}"), page.names(peer)
     if peer == "openrlhf" and find_spec("vllm") is None:
-        assert said == made
-    assert set(re.findall(r"`([^`]+)`", made)) <= set(re.findall(r"`([^`]+)`", said))
+        assert said == replaced
+    assert set(re.findall(r"`([^`]+)`", replaced)) <= set(re.findall(r"`([^`]+)`", said))
 
 
 def test_the_page_shows_the_committed_results_of_every_suite():

@@ -17,28 +17,28 @@ COMPARES = {"models/lora.py"}
 
 def addresses_taken(source: str) -> list[tuple[str, int]]:
     """(innermost function, line) of every address that is taken from a tensor or a storage."""
-    found: list[tuple[str, int]] = []
+    places: list[tuple[str, int]] = []
 
     def walk(node: ast.AST, function: str) -> None:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             function = node.name
         if isinstance(node, ast.Attribute) and node.attr in ("data_ptr", "_data_ptr", "const_data_ptr"):
-            found.append((function, node.lineno))
+            places.append((function, node.lineno))
         for child in ast.iter_child_nodes(node):
             walk(child, function)
 
     walk(ast.parse(source), "")
-    return found
+    return places
 
 
 def test_only_one_function_takes_the_address_of_a_tensor():
-    found = {
+    functions = {
         (path.relative_to(PACKAGE).as_posix(), function)
         for path in PACKAGE.rglob("*.py")
         if path.relative_to(PACKAGE).as_posix() not in COMPARES
         for function, _ in addresses_taken(path.read_text())
     }
-    assert found == {("backends.py", "_address")}
+    assert functions == {("backends.py", "_address")}
 
 
 def test_the_walk_finds_an_address_wherever_it_is_taken():

@@ -51,9 +51,9 @@ def test_the_docstring_of_the_module_has_formula_derivative_cost_and_sources(op)
 def test_a_module_reads_public_function_then_reference_then_backends(op):
     source = inspect.getsource(module_of(op))
     marks = {f"def {op}": rf"^def {op}\(", "a reference": r"^def \w*reference\w*\(", "OPS": r"^OPS\b"}
-    found = {what: re.search(pattern, source, re.MULTILINE) for what, pattern in marks.items()}
-    assert [what for what, match in found.items() if match is None] == []
-    places = [match.start() for match in found.values() if match]
+    matches = {what: re.search(pattern, source, re.MULTILINE) for what, pattern in marks.items()}
+    assert [what for what, match in matches.items() if match is None] == []
+    places = [match.start() for match in matches.values() if match]
     assert places == sorted(places)
 
 
@@ -77,10 +77,10 @@ def test_no_file_names_a_path_of_somebody_s_machine():
     if listing.returncode != 0:
         pytest.skip("not a git checkout")
     private = re.compile(rb"(?<![\w.])/(?:work|home|Users|root)\b|/tmp/brief|\.\./shared")
-    found = []
+    named = []
     for name in filter(None, listing.stdout.split("\0")):
         path = ROOT / name
         if path == Path(__file__) or not path.is_file():
             continue
-        found += [f"{name}: {hit.group().decode()}" for hit in private.finditer(path.read_bytes())]
-    assert found == []
+        named += [f"{name}: {hit.group().decode()}" for hit in private.finditer(path.read_bytes())]
+    assert named == []

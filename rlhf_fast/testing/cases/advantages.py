@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ def vtrace_tensors() -> dict[str, Tensor]:
     return {"rewards": plane(), "values": plane(), "logprobs": logprobs(), "sampler_logprobs": logprobs()}
 
 
-def by_id() -> dict[str, Tensor]:
-    return {"group_ids": torch.arange(12) % 5}
+def grouped(tensors: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    return tensors() | {"group_ids": torch.arange(12) % 5}
 
 
 def one_reward() -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ CASES = [
     Case("whiten", lambda: {"x": plane(), "mask": mask()}),
     Case("whiten", lambda: {"x": plane()}, {"shift_mean": False}),
     *(
-        Case("group_advantages", lambda tensors=tensors: tensors() | by_id(), {"variant": variant, **options})
+        Case("group_advantages", partial(grouped, tensors), {"variant": variant, **options})
         for variant, tensors, options in GROUPED
     ),
     Case("group_advantages", lambda: {"rewards": torch.randn(12)}, {"group_size": 4}, label="by size"),

@@ -45,14 +45,14 @@ class Case:
     def run(self, inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
         """Every result by its place, and the gradient of each of `grads` under fixed upstream gradients."""
         results = self.call(inputs, backend)
-        found = {f"result {i}": x.detach() for i, x in enumerate(results)}
+        values = {f"result {i}": x.detach() for i, x in enumerate(results)}
         through = [x for x in results if x.requires_grad]
         if self.grads:
             upstream = [torch.linspace(0.5, 1.5, x.numel(), device=x.device).to(x.dtype).view(x.shape) for x in through]
             leaves = [inputs[name] for name in self.grads]
             gradients = torch.autograd.grad(through, leaves, upstream)
-            found |= {f"gradient of {name}": g for name, g in zip(self.grads, gradients, strict=True)}
-        return found
+            values |= {f"gradient of {name}": g for name, g in zip(self.grads, gradients, strict=True)}
+        return values
 
 
 def flatten(results: Any) -> list[Tensor]:

@@ -21,9 +21,9 @@ def drawn_lora() -> dict[str, Tensor]:
 
 
 def with_lora(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    given: dict[str, Any] = dict(tensors)
-    given["head_lora"] = (given.pop("lora_a"), given.pop("lora_b"), 2.0)
-    return given
+    arguments: dict[str, Any] = dict(tensors)
+    arguments["head_lora"] = (arguments.pop("lora_a"), arguments.pop("lora_b"), 2.0)
+    return arguments
 
 
 CASES = [

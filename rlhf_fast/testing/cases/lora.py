@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ def lora_arguments(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {name: tensors[name] for name in ("x", "weight", "bias")} | {
         "bank": bank, "segments": [(0, 4 * part), (-1, part), (1, rest), (2, part)]
     }  # fmt: skip
+
+
+def bin_logits(bins: int) -> dict[str, Tensor]:
+    return {"logits": torch.randn(B, T, bins), "returns": plane(), "mask": mask()}
 
 
 LORA = ("x", *(f"{part}{i}" for part in "ab" for i in range(len(RANKS))))
@@ -83,7 +88,7 @@ CASES = [
     *(
         Case(
             "distributional_value_loss",
-            lambda bins=bins: {"logits": torch.randn(B, T, bins), "returns": plane(), "mask": mask()},
+            partial(bin_logits, bins),
             {"v_min": -1.5, "v_max": 2.0},
             ("logits",),
             label=f"{bins} bins",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,20 +36,20 @@ def tokens(variant: str) -> dict[str, Tensor]:
 
 
 def everything(variant: str) -> dict[str, Tensor]:
-    given = tokens(variant)
-    old = given["old_logprobs"]
+    drawn = tokens(variant)
+    old = drawn["old_logprobs"]
     others = {"ref_logprobs": near(old, LOG_RATIO), "sampler_logprobs": near(old, LOG_RATIO)}
-    return given | others | {"entropy": torch.rand(B, T)}
+    return drawn | others | {"entropy": torch.rand(B, T)}
 
 
 CASES = [
     *(
-        Case("policy_loss", lambda v=v: tokens(v), objective(v, fixed_length=T), ("logprobs",), label=v)
+        Case("policy_loss", partial(tokens, v), objective(v, fixed_length=T), ("logprobs",), label=v)
         for v in WITH_KERNELS
     ),
     *(
         Case(
-            "policy_loss", lambda v=v: everything(v), objective(v, **TERMS), ("logprobs", "entropy"),
+            "policy_loss", partial(everything, v), objective(v, **TERMS), ("logprobs", "entropy"),
             label=f"{v}-with_every_term",
         )
         for v in WITH_KERNELS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ CASES = [
     *(
         Case(
             "preference_loss",
-            lambda v=v: paired(v),
+            partial(paired, v),
             {"objective": objective(v)},
             ("chosen", "rejected"),
             arguments=with_references,
