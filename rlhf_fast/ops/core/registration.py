@@ -177,15 +177,15 @@ def op(
         for i in fields.tensors:
             ctx.others[i] = None
 
-    def restored(ctx: Any) -> Saved:
-        tensors = iter(ctx.saved_tensors[: ctx.saved_inputs])
+    def restored(ctx: Any, saved_tensors: Sequence[Tensor]) -> Saved:
+        tensors = iter(saved_tensors[: ctx.saved_inputs])
         for i in saved_places:
             ctx.others[i] = [next(tensors) for _ in range(ctx.lengths[i])] if i in fields.lists else next(tensors)
         *inputs, backend = fields.together(ctx.others)
         for i in saved_places:
             ctx.others[i] = None
         needs = _by_field(iter(ctx.needs_input_grad), ctx.lengths)
-        return Saved(tuple(inputs), backend, ctx.saved_tensors[ctx.saved_inputs :], ctx.dtypes, needs)
+        return Saved(tuple(inputs), backend, saved_tensors[ctx.saved_inputs :], ctx.dtypes, needs)
 
     def _by_field(each: Any, lengths: Mapping[int, int]) -> dict[str, Any]:
         return {
@@ -219,12 +219,13 @@ def op(
 
         @staticmethod
         def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-            saved = restored(ctx)
+            saved_tensors = ctx.saved_tensors  # read once: a recomputed pass gives them no second time
+            saved = restored(ctx, saved_tensors)
             if not torch.is_grad_enabled():
                 return *gradients(ctx, saved, upstream), None, None
             with torch.no_grad():
                 each = gradients(ctx, saved, upstream)
-            return *_once(name, each, (*upstream, *ctx.saved_tensors)), None, None
+            return *_once(name, each, (*upstream, *saved_tensors)), None, None
 
     qualified = f"rlhf_fast::{name}"
     torch.library.define(qualified, fields.schema("Tensor[]"))
