@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -11,7 +11,19 @@ from torch import Tensor
 
 from rlhf_fast.ops.core import check
 
+F = TypeVar("F", bound=Callable[..., Any])
 O = TypeVar("O", bound="Objective")  # noqa: E741
+
+
+def once(function: F) -> F:
+    """`function`, called once for the same hashable arguments; torch.compile traces through it instead."""
+    remembered = lru_cache(function)
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        return function(*arguments) if torch.compiler.is_compiling() else remembered(*arguments)
+
+    return call  # type: ignore[return-value]
 
 
 class Loss(NamedTuple):
@@ -34,8 +46,8 @@ class Objective:
         if isinstance(given, cls):
             return given
         if isinstance(given, str):
-            if not defaults and not torch.compiler.is_compiling():
-                return _preset(cls, given)  # type: ignore[return-value, arg-type]
+            if not defaults:
+                return _preset(cls, given)
             given = {"variant": given}
         if not isinstance(given, Mapping):
             raise ValueError(f"objective must be a name, a mapping or a {cls.__name__}, got {given!r}")
@@ -52,8 +64,8 @@ class Objective:
             raise ValueError(str(error)) from None
 
 
-@lru_cache
-def _preset(cls: type[Objective], name: str) -> Objective:
+@once
+def _preset(cls: type[O], name: str) -> O:
     return cls(variant=name)  # type: ignore[call-arg]
 
 

@@ -63,7 +63,7 @@ from torch import Tensor
 
 from rlhf_fast.backends import native, packed, plane, resolve, threads
 from rlhf_fast.ops.core import check, masked_loss, registration
-from rlhf_fast.ops.core.loss import Loss
+from rlhf_fast.ops.core.loss import Loss, once
 from rlhf_fast.ops.core.sequences import sequence_ids
 from rlhf_fast.ops.policy.batch import DROPPED, SELECTED, Inputs, Plan, select
 from rlhf_fast.ops.policy.objective import (
@@ -302,6 +302,7 @@ class Numbers(NamedTuple):
     off_policy_max_kl: float
 
 
+@once
 def numbers(objective: PolicyObjective) -> Numbers:
     values = {name: math.inf if value is None else value for name, value in vars(objective).items()}
     values |= {
@@ -342,7 +343,7 @@ def _outputs(inputs: Inputs, plan: Plan, numbers: Numbers, backend: str) -> list
 
 def _compute(inputs: Inputs, plan: Plan, numbers: Numbers, backend: str) -> list[Tensor]:
     outputs = _outputs(inputs, plan, numbers, backend)
-    if plan.flags is not None:
+    if plan.flags is not None and not plan.flags.is_contiguous():
         plan = plan._replace(flags=plan.flags.contiguous())
     IMPLS[backend](inputs, plan, numbers, outputs)
     return outputs

@@ -56,10 +56,12 @@ def extras(inputs, seed=1):
 def with_everything(mask, variant, backend, **options):
     """A loss of logprobs, entropy, old_logprobs, advantages, ref_logprobs and sampler_logprobs."""
 
+    chosen = of_policy(**{"variant": variant, **EVERYTHING, **options})
+
     def loss(logprobs, entropy, old_logprobs, advantages, ref, sampler):
         return policy_loss(
             logprobs, old_logprobs, advantages, mask=mask, ref_logprobs=ref, sampler_logprobs=sampler,
-            entropy=entropy, backend=backend, **of_policy(**{"variant": variant, **EVERYTHING, **options}),
+            entropy=entropy, backend=backend, **chosen,
         )  # fmt: skip
 
     return loss
