@@ -115,11 +115,12 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def without_autocast(function: _F) -> _F:
-    """`function`, whose first argument is a tensor: its products are in the types it asks for, inside autocast too."""
+    """`function`, whose first argument is a tensor, or a tuple that begins with one: its products are in the types it
+    asks for, inside autocast too."""
 
     @wraps(function)
-    def run(first: torch.Tensor, *others: Any, **options: Any) -> Any:
-        device = first.device.type
+    def run(first: Any, *others: Any, **options: Any) -> Any:
+        device = (first[0] if isinstance(first, tuple) else first).device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
             return function(first, *others, **options)
         with torch.autocast(device, enabled=False):

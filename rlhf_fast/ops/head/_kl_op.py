@@ -1,287 +1,277 @@
 """The registered op behind linear_kl, whose docstring has the formulas and the costs.
 
-Forward goes once over the tiles of logits and saves both U (N, D), or the logits (2 N, V), or nothing for the backward
-pass; backward reads the logits, or makes the tiles again. (With U it is two row scales, and no op of its own.)
+Forward goes once over the tiles of logits, of which each row has two, the policy's and the reference's, and saves both
+U (N, D), or the logits (2 N, V), or nothing for the backward pass; backward reads the logits, or makes the tiles again.
+(With U it is two row scales, and no op of its own.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import prefer_huge_pages, without_autocast
-from rlhf_fast.ops.core import check
-from rlhf_fast.ops.core import registration_by_schema as registration
-from rlhf_fast.ops.head import tiles as _head
-from rlhf_fast.ops.head._logprobs_op import KEPT_BYTES
-from rlhf_fast.ops.tokens import token_kl as divergences
-from rlhf_fast.ops.tokens import token_logprobs as rows
+from rlhf_fast.ops.core import check, registration
+from rlhf_fast.ops.head._logprobs_op import empty_gradients, kept_bytes
+from rlhf_fast.ops.head.head import Head, HeadGradients
+from rlhf_fast.ops.head.tiles import Rows, Tile, Tiles, by_row, chunks, counted_rows, zero_behind
+from rlhf_fast.ops.tokens import token_kl, token_logprobs
+from rlhf_fast.ops.tokens.token_kl import Divergence
+from rlhf_fast.ops.tokens.token_logprobs import empty_stats
+from rlhf_fast.ops.tokens.transform import Transform
 
 
-class Call(NamedTuple):
-    """What forward and backward have in common, in the order of the registered ops' arguments."""
+class Reference(NamedTuple):
+    """Where the divergence is from, a constant."""
 
-    hidden: Tensor  # (N, D)
     ref_hidden: Tensor  # (N, E)
-    weight: Tensor
-    bias: Tensor | None
-    ref_weight: Tensor | None  # None: the reference uses weight and bias
+    ref_weight: Tensor | None  # None: the reference uses the policy's head
     ref_bias: Tensor | None
-    targets: Tensor | None  # (N,)
-    mask: Tensor | None
-    temperatures: Tensor | None
-    temperature: float
-    logit_scale: float
-    softcap: float
-    divergence: str
-    js_weight: float
-    top_k: int | None
-    mask_count: int | None
-    chunk_tokens: int
-    backend: str
-
-    def head(self) -> _head.Head:
-        return _head.Head(self.weight, self.bias)
 
 
-_CALL = (
-    "Tensor hidden, Tensor ref_hidden, Tensor weight, Tensor? bias, Tensor? ref_weight, Tensor? ref_bias, "
-    "Tensor? targets, Tensor? mask, Tensor? temperatures, float temperature, float logit_scale, float softcap, "
-    "str divergence, float js_weight, SymInt? top_k, SymInt? mask_count, SymInt chunk_tokens, "
-    "str backend"
-)
-_FIELDS, _TENSORS = len(Call._fields), 9
+class Options(NamedTuple):
+    top_k: int | None  # the tokens of the divergence; None: all
+    want_entropy: bool
+    save: str  # what forward makes for the backward pass: "U", "logits" or nothing
 
 
-def to_save(call: Call) -> str:
-    """What the forward pass makes for the backward pass: "U", "logits" or nothing."""
-    trained = any(p is not None and p.requires_grad for p in call.head()[:2])
-    if not torch.is_grad_enabled() or not (trained or call.hidden.requires_grad):
+class _ForBackward(NamedTuple):
+    stats: list[Tensor]
+    logits: Tensor | None  # None where the tiles are to be made again
+
+
+class _Upstream(NamedTuple):
+    grad_kl: Tensor | None
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+
+
+class _Needs(NamedTuple):
+    """Whether each of hidden, weight and bias wants a gradient."""
+
+    needs: list[bool]
+
+
+def what_to_save(head: Head, rows: Rows) -> str:
+    """See Options.save."""
+    if not torch.is_grad_enabled() or not (head.trained or rows.hidden.requires_grad):
         return ""
-    if not trained:
+    if not head.trained:
         return "U"
-    size = 2 * call.hidden.shape[0] * call.weight.shape[0] * check.compute_dtype(call.weight.dtype).itemsize
-    return "logits" if size <= KEPT_BYTES.get(call.weight.device.type, KEPT_BYTES["cuda"]) else ""
+    size = 2 * rows.hidden.shape[0] * head.weight.shape[0] * check.compute_dtype(head.weight.dtype).itemsize
+    return "logits" if size <= kept_bytes(head.weight.device) else ""
 
 
-class _Tile(NamedTuple):
-    """n rows. The gradients' places may be those of the logits: whoever writes one has no more need of the other."""
+class _Halves(NamedTuple):
+    """A tile's two halves, (1, n, V) each. The gradients' places may be those of the logits: whoever writes one has no
+    more need of the other."""
 
-    where: Tensor | slice  # which of the N rows
-    hidden: Tensor  # (n, D)
-    logits: Tensor  # (1, n, V)
-    ref_logits: Tensor  # (1, n, V)
-    gradients: Tensor  # (2 n, V): of what is made of the logits alone, then of the divergence
-    targets: Tensor  # (1, n), zeros where there are none
-    mask: Tensor | None  # (1, n)
-    transform: rows.Transform
-
-    def gradient(self, k: int) -> Tensor:
-        """The first or second half of `gradients` as (1, n, V)."""
-        n = self.hidden.shape[0]
-        return self.gradients[None, k * n : (k + 1) * n]
+    tile: Tile
+    logits: Tensor
+    ref_logits: Tensor
+    gradient: Tensor  # the place for that of what is made of the logits alone
+    kl_gradient: Tensor  # the place for that of the divergence
 
 
-def _tiles(call: Call, kept: Tensor | None = None, made: bool = False) -> Iterator[_Tile]:
-    """The rows that count. kept: (2 N, V), a place for the logits of all of them; made: they are there."""
-    vocabulary, index = call.weight.shape[0], _head.counted_rows(call.mask, call.mask_count)
-    count = call.hidden.shape[0] if index is None else index.shape[0]
-    chunks = _head.chunks(count, call.chunk_tokens)
-    dtype, height = check.compute_dtype(call.weight.dtype), chunks[0].stop if chunks else 0
-    buffer = _head.tile_buffer(call.hidden, 2 * height, vocabulary, dtype)
-    gradients = torch.empty_like(buffer, dtype=call.weight.dtype) if call.weight.is_cuda else buffer
-    if kept is not None and not made:
-        kept[2 * count :].zero_()
-    for chunk in chunks:
-        n, where = chunk.stop - chunk.start, chunk if index is None else index[chunk]
-        hidden, ref_hidden, mask = call.hidden[where], call.ref_hidden[where], None
-        if call.mask is not None:
-            mask = call.mask[where]
-            hidden, ref_hidden = (torch.where(mask[:, None] != 0, h, torch.zeros_like(h)) for h in (hidden, ref_hidden))
-        logits = buffer[: 2 * n] if kept is None else kept[2 * chunk.start : 2 * chunk.stop]
-        if not made:
-            _make_logits(call, hidden, ref_hidden, logits)
-        ids = hidden.new_zeros(n, dtype=torch.int64) if call.targets is None else call.targets[where]
-        temperatures = None if call.temperatures is None else call.temperatures[where]
-        transform = rows.Transform(call.temperature, temperatures, call.logit_scale, call.softcap)
-        yield _Tile(
-            where, hidden, logits[None, :n], logits[None, n:], gradients[: 2 * n], ids[None],
-            None if mask is None else mask[None], transform,
-        )  # fmt: skip
+def _halves(tile: Tile) -> _Halves:
+    n = tile.hidden.shape[0]
+    return _Halves(
+        tile, tile.logits[:, :n], tile.logits[:, n:], tile.gradient[:, :n], tile.gradient[:, n:]
+    )  # fmt: skip
 
 
-def _make_logits(call: Call, hidden: Tensor, ref_hidden: Tensor, out: Tensor) -> None:
-    """out (2 n, V): the policy's logits, then the reference's; one product where they have the same head."""
-    n = hidden.shape[0]
-    if call.ref_weight is None:
-        call.head().logits(torch.cat([hidden, ref_hidden]), out)
+def _make_logits(head: Head, reference: Reference, tile: Tile) -> None:
+    """Writes tile.logits; one product where policy and reference have the same head."""
+    n, out = tile.hidden.shape[0], tile.logits[0]
+    ref_hidden = zero_behind(None if tile.mask is None else tile.mask[0], reference.ref_hidden[tile.where])
+    if reference.ref_weight is None:
+        head.logits(torch.cat([tile.hidden, ref_hidden]), out)
     else:
-        call.head().logits(hidden, out[:n])
-        _head.Head(call.ref_weight, call.ref_bias).logits(ref_hidden, out[n:])
+        head.logits(tile.hidden, out[:n])
+        Head(reference.ref_weight, reference.ref_bias).logits(ref_hidden, out[n:])
 
 
-class _Divergence:
-    """The divergence of a tile, over the reference's top_k tokens where the call asks for it."""
+class _TileDivergence:
+    """The divergence of a tile, over the reference's top_k tokens where there are so many."""
 
-    def __init__(self, call: Call, tile: _Tile) -> None:
-        self.tile, self.index = tile, None
-        self.logits, self.ref_logits = tile.logits, tile.ref_logits
-        if call.top_k is not None:
-            self.logits, self.ref_logits, self.index = divergences.restricted(self.logits, self.ref_logits, call.top_k)
-        self.options = (tile.mask, tile.transform, call.divergence, call.js_weight)
-        self.backend = call.backend
+    def __init__(self, tile: _Halves, divergence: Divergence, top_k: int | None, backend: str) -> None:
+        self.logits, self.ref_logits, self.index = tile.logits, tile.ref_logits, None
+        if top_k is not None:
+            self.logits, self.ref_logits, self.index = token_kl.restricted(self.logits, self.ref_logits, top_k)
+        self.of_rows = tile.tile.mask, tile.tile.transform
+        self.place, self.divergence, self.backend = tile.kl_gradient, divergence, backend
 
-    def forward(self, stats: list[Tensor]) -> list[Tensor]:
-        """[kl, mean, logsum, ref_logsum]; `stats` are the last two over the whole vocabulary."""
+    def forward(self, logsum: Tensor, ref_logsum: Tensor) -> list[Tensor]:
+        """[kl, mean, logsum, ref_logsum], from the last two over the whole vocabulary."""
         if self.index is not None:
-            stats = [divergences.logsum(x, *self.options[:2], self.backend) for x in (self.logits, self.ref_logits)]
-        stats = [torch.empty_like(stats[0]), torch.empty_like(stats[0]), *stats]
-        divergences.IMPLS[self.backend][0](self.logits, self.ref_logits, *self.options, stats)
+            logsum, ref_logsum = (
+                token_kl.logsum(x, *self.of_rows, self.backend) for x in (self.logits, self.ref_logits)
+            )
+        stats = [torch.empty_like(logsum), torch.empty_like(logsum), logsum, ref_logsum]
+        token_kl.IMPLS[self.backend].forward(self.logits, self.ref_logits, *self.of_rows, *self.divergence, stats)
         return stats
 
     def backward(self, stats: list[Tensor], grad_kl: Tensor) -> None:
-        """Writes grad_kl * d kl / d logits to the tile's second place."""
-        place = self.tile.gradient(1)
-        out = place if self.index is None else self.logits
-        arguments = (self.logits, self.ref_logits, *self.options, stats, grad_kl, out)
-        divergences.IMPLS[self.backend][1](*arguments)
+        """Writes grad_kl * d kl / d logits to its place."""
+        out = self.place if self.index is None else self.logits
+        token_kl.IMPLS[self.backend].backward(
+            self.logits, self.ref_logits, *self.of_rows, *self.divergence, stats, grad_kl, out
+        )
         if self.index is not None:
-            place.zero_().scatter_(-1, self.index, out.to(place.dtype))
+            self.place.zero_().scatter_(-1, self.index, out.to(self.place.dtype))
 
 
-def _zero_results(call: Call, want_entropy: bool, save: str) -> list[Tensor]:
-    """[kl, logprobs, ref_logprobs, entropy, row_max, row_logsum, mean, logsum, ref_logsum (N,), U_kl, U_logprob (N, D),
-    logits (2 N, V), which are unwritten]
+class _Stats(NamedTuple):
+    """Of rows (n,), what is not wanted empty. The last three are the divergence's, see token_kl."""
 
-    with those not wanted empty; `mean` and the last two logsums are the divergence's.
-    """
-    targets, dtype = call.targets is not None, check.compute_dtype(call.hidden.dtype)
-    wanted = [True, targets, targets, want_entropy, *[True] * 5]
-    stats = [call.hidden.new_zeros(call.hidden.shape[0] if w else 0, dtype=dtype) for w in wanted]
-    shapes = [call.hidden.shape if save == "U" and w else (0,) for w in (True, targets)]
-    kept = (2 * call.hidden.shape[0], call.weight.shape[0]) if save == "logits" else (0,)
-    through = [call.hidden.new_zeros(shape) for shape in shapes]
-    return [*stats, *through, call.hidden.new_empty(kept, dtype=dtype)]
+    kl: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    row_max: Tensor
+    row_logsum: Tensor
+    mean: Tensor
+    kl_logsum: Tensor
+    kl_ref_logsum: Tensor
+
+    def of(self, tile: Tile) -> _Stats:
+        """Those of a tile, (1, n)."""
+        return _Stats(*[x[tile.where][None] if x.numel() else x for x in self])
+
+
+def _empty_results(head: Head, rows: Rows, options: Options) -> list[Tensor]:
+    """[*_Stats of all rows, U of kl and of logprob (N, D), logits (2 N, V), which are unwritten]"""
+    targets, (count, width) = rows.targets is not None, rows.hidden.shape
+    dtype, new = check.compute_dtype(rows.hidden.dtype), rows.hidden.new_zeros
+    wanted = [True, targets, targets, options.want_entropy, *[True] * 5]
+    stats = [new(count if w else 0, dtype=dtype) for w in wanted]
+    through = [new((count, width) if options.save == "U" and w else (0,)) for w in (True, targets)]
+    logits = (2 * count, head.weight.shape[0]) if options.save == "logits" else (0,)
+    return [*stats, *through, rows.hidden.new_empty(logits, dtype=dtype)]
+
+
+def _tiles(head: Head, rows: Rows, transform: Transform, logits: Tensor | None, backend: str) -> Tiles:
+    order = counted_rows(rows.hidden.shape[0], rows.mask, rows.mask_count)
+    slices = chunks(order.count, rows.chunk_tokens)
+    return Tiles(head, rows, transform, order, slices, backend, depth=2, all_logits=logits)
 
 
 @without_autocast
-def _forward(*arguments: Any) -> list[Tensor]:
-    call, (want_entropy, save) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    if call.targets is not None:
-        check.targets_inside(call.targets, call.mask, call.weight.shape[0])
-    check.counted_within(call.mask, call.mask_count)
-    check.positive_rows("temperature", call.temperatures, call.mask)
-    *results, kept = _zero_results(call, want_entropy, save)
-    forward, backward = rows.IMPLS[call.backend]
-    for tile in _tiles(call, prefer_huge_pages(kept) if save == "logits" else None):
-        shared = (tile.targets, tile.mask, tile.transform)
-        stats, ref_stats = rows.empty_stats(tile.logits, want_entropy), rows.empty_stats(tile.logits, False)
-        forward(tile.logits, *shared, want_entropy, stats, None)
-        forward(tile.ref_logits, *shared, False, ref_stats, None)
-        divergence = _Divergence(call, tile)
-        kl, *centring = kl_stats = divergence.forward([stats[3], ref_stats[3]])
+def _forward(
+    head: Head, rows: Rows, transform: Transform, reference: Reference, divergence: Divergence, options: Options,
+    backend: str,
+) -> list[Tensor]:  # fmt: skip
+    rows.check_values(transform, head.weight.shape[0])
+    *results, logits = _empty_results(head, rows, options)
+    kernels = token_logprobs.IMPLS[backend]
+    tiles = _tiles(head, rows, transform, prefer_huge_pages(logits) if options.save == "logits" else None, backend)
+    if options.save == "logits":
+        logits[2 * tiles.order.count :].zero_()
+    for tile in tiles:
+        _make_logits(head, reference, tile)
+        halves, of_rows = _halves(tile), (tile.targets, tile.mask, tile.transform)
+        stats, ref_stats = empty_stats(halves.logits, options.want_entropy), empty_stats(halves.ref_logits, False)
+        kernels.forward(halves.logits, *of_rows, options.want_entropy, stats, None)
+        kernels.forward(halves.ref_logits, *of_rows, False, ref_stats, None)
+        of_tile = _TileDivergence(halves, divergence, options.top_k, backend)
+        kl, *centring = kl_stats = of_tile.forward(stats[3], ref_stats[3])
         parts = [kl, stats[0], ref_stats[0], *stats[1:4], *centring]
-        if save == "U":
+        if options.save == "U":
             ones = torch.ones_like(kl)
-            divergence.backward(kl_stats, ones)
-            n = tile.hidden.shape[0]
-            if call.targets is not None:
-                backward(tile.logits, *shared, stats, ones, None, None, tile.gradient(0))
-                u_logprob, u_kl = call.head().through(tile.gradients).view(2, n, -1)
-                parts += [u_kl[None], u_logprob[None]]
+            of_tile.backward(kl_stats, ones)
+            if rows.targets is None:
+                parts.append(head.through(halves.kl_gradient[0])[None])
             else:
-                parts.append(call.head().through(tile.gradients[n:])[None])
+                kernels.backward(halves.logits, *of_rows, stats, ones, None, None, halves.gradient)
+                u_logprob, u_kl = head.through(tile.gradient[0]).chunk(2)
+                parts += [u_kl[None], u_logprob[None]]
         for whole, part in zip(results, parts, strict=False):
             if whole.numel():
                 whole[tile.where] = part[0]
-    return [*results, kept]
+    return [*results, logits]
 
 
 @without_autocast
-def _backward(*arguments: Any) -> list[Tensor]:
-    """Gradients of (hidden, weight, bias), empty where not needed; kept: the logits, else made again tile by tile."""
-    call, (stats, kept, grad_kl, grad_logprobs, grad_entropy, needs) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    head = call.head()
-    grad_hidden = torch.zeros_like(call.hidden) if needs[0] else call.hidden.new_empty(0)
-    totals = _head.HeadGradients(head, [*needs[1:], False, False])
-    for tile in _tiles(call, kept, made=kept is not None):
-        part = [x[tile.where][None] if x.numel() else x for x in stats]
-        given = (grad_kl, grad_logprobs, grad_entropy)
-        parts, scale = _head.by_row(tile.mask, *(None if g is None else g[tile.where] for g in given))
-        upstream = [None if part is None else part[None] for part in parts]
-        if upstream[0] is not None:
-            _Divergence(call, tile).backward([part[0], *part[6:9]], upstream[0])
-            gradient = tile.gradient(1)[0]
-        if upstream[1] is not None or upstream[2] is not None:
-            row_stats = [part[1], *part[3:6], part[1].new_empty(0)]
-            alone = tile.gradient(0)
-            rows.IMPLS[call.backend][1](
-                tile.logits, tile.targets, tile.mask, tile.transform, row_stats, *upstream[1:], None, alone
-            )
-            gradient = alone[0] if upstream[0] is None else alone[0].add_(gradient)
-        if needs[0]:
+def _backward(
+    head: Head, rows: Rows, transform: Transform, reference: Reference, divergence: Divergence, options: Options,
+    saved: _ForBackward, upstream: _Upstream, needs: _Needs, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of (hidden, weight, bias), empty where not needed."""
+    hidden_needs, *head_needs = needs.needs
+    grad_hidden = torch.zeros_like(rows.hidden) if hidden_needs else rows.hidden.new_empty(0)
+    totals = HeadGradients(head, [*head_needs, False, False])
+    for tile in _tiles(head, rows, transform, saved.logits, backend):
+        if saved.logits is None:
+            _make_logits(head, reference, tile)
+        parts, scale = by_row(tile, *upstream)
+        stats = _Stats(*saved.stats).of(tile)
+        gradient = _gradient_of_tile(_halves(tile), stats, parts, divergence, options.top_k, backend)
+        if hidden_needs:
             through = head.through(gradient, check.compute_dtype(gradient.dtype))
             grad_hidden[tile.where] = (through * scale[:, None]).to(grad_hidden.dtype)
         totals.add(gradient, tile.hidden, scale)
     return [grad_hidden, *totals.results()[:2]]
 
 
-def _backward_fake(*arguments: Any) -> list[Tensor]:
-    call, needs = Call(*arguments[:_FIELDS]), arguments[-1]
-    return [
-        torch.empty_like(p) if need and p is not None else call.hidden.new_empty(0)
-        for p, need in zip((call.hidden, call.weight, call.bias), needs, strict=True)
-    ]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    call = Call(*inputs[:_FIELDS])
-    ctx.want_entropy, ctx.save = inputs[_FIELDS:]
-    ctx.settings = call[_TENSORS:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*call[:_TENSORS], *output)
-
-
-def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    call, stats, (u_kl, u_logprob, kept) = Call(*saved[:_TENSORS], *ctx.settings), saved[_TENSORS:-3], saved[-3:]
-    nothing = (None,) * 3
-    grad_kl, grad_logprobs, _, grad_entropy = (None if g is None else g.contiguous() for g in grads[:4])
-    if call.targets is None:  # empty outputs, not results
-        grad_logprobs = None
-    if not ctx.want_entropy:
-        grad_entropy = None
-    if grad_kl is None and grad_logprobs is None and grad_entropy is None:
-        return nothing
-    if grad_entropy is None and ctx.save == "U":
-        total = torch.zeros_like(u_kl, dtype=stats[0].dtype)
-        for g, u in ((grad_kl, u_kl), (grad_logprobs, u_logprob)):
-            if g is not None:
-                total += (g if call.mask is None else torch.where(call.mask != 0, g, 0))[:, None] * u
-        return (total.to(u_kl.dtype), *nothing[1:])
-    needs = list(ctx.needs_input_grad[:3])
-    found = torch.ops.rlhf_fast.linear_kl_backward(
-        *call, list(stats), kept if ctx.save == "logits" else None, grad_kl, grad_logprobs, grad_entropy, needs
+def _gradient_of_tile(
+    halves: _Halves, stats: _Stats, upstream: list[Tensor | None], divergence: Divergence, top_k: int | None,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """d loss / d logits (n, V)"""
+    grad_kl, grad_logprobs, grad_entropy = upstream
+    if grad_kl is not None:
+        kl_stats = [stats.kl, stats.mean, stats.kl_logsum, stats.kl_ref_logsum]
+        _TileDivergence(halves, divergence, top_k, backend).backward(kl_stats, grad_kl)
+        if grad_logprobs is None and grad_entropy is None:
+            return halves.kl_gradient[0]
+    tile, none = halves.tile, stats.kl.new_empty(0)
+    row_stats = [stats.logprobs, stats.entropy, stats.row_max, stats.row_logsum, none]
+    token_logprobs.IMPLS[backend].backward(
+        halves.logits, tile.targets, tile.mask, tile.transform, row_stats, grad_logprobs, grad_entropy, None, halves.gradient
     )
-    return tuple(g if need else None for g, need in zip(found, needs, strict=True))
+    return halves.gradient[0] if grad_kl is None else halves.gradient[0].add_(halves.kl_gradient[0])
 
+
+_CALL = (Head, Rows, Transform, Reference, Divergence, Options)
+_run_backward = registration.op_without_gradient(
+    "linear_kl_backward", (*_CALL, _ForBackward, _Upstream, _Needs), _backward,
+    fake=lambda head, rows, *others: empty_gradients(rows.hidden, head.parameters[:2], others[-2].needs),
+)  # fmt: skip
+
+
+def _gradients(saved: registration.Saved, gradients: Sequence[Tensor | None]) -> Mapping[str, Tensor]:
+    head, rows, *_, options = saved.inputs
+    *stats, u_kl, u_logprob, logits = saved.results
+    grad_kl, grad_logprobs, _, grad_entropy = (None if g is None else g.contiguous() for g in gradients[:4])
+    upstream = _Upstream(
+        grad_kl, None if rows.targets is None else grad_logprobs, grad_entropy if options.want_entropy else None
+    )
+    if all(g is None for g in upstream):
+        return {}
+    if upstream.grad_entropy is None and options.save == "U":
+        total = torch.zeros_like(u_kl, dtype=stats[0].dtype)
+        for g, u in ((upstream.grad_kl, u_kl), (upstream.grad_logprobs, u_logprob)):
+            if g is not None:
+                total += (g if rows.mask is None else torch.where(rows.mask != 0, g, 0))[:, None] * u
+        return {"hidden": total.to(u_kl.dtype)}
+    for_backward = _ForBackward(stats, logits if options.save == "logits" else None)
+    needs = _Needs([saved.needs[name] for name in DIFFERENTIABLE])
+    each = _run_backward(*saved.inputs, for_backward, upstream, needs, saved.backend)
+    return dict(zip(DIFFERENTIABLE, each, strict=True))
+
+
+DIFFERENTIABLE = ("hidden", "weight", "bias")
 
 run = registration.op(
     "linear_kl",
-    f"({_CALL}, bool want_entropy, str save) -> Tensor[]",
+    _CALL,
     _forward,
-    fake=lambda *arguments: _zero_results(Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]),
-    differentiable=(0, 2, 3),
-    setup_context=_setup_context,
-    backward=_autograd,
+    fake=lambda head, rows, *others: _empty_results(head, rows, others[-2]),
+    differentiable=DIFFERENTIABLE,
+    saves=(*DIFFERENTIABLE, *Reference._fields, "targets", "mask", "temperatures"),
+    backward=_gradients,
     returned=4,
 )
-linear_kl_backward = torch.library.custom_op(
-    "rlhf_fast::linear_kl_backward", _backward, mutates_args=(),
-    schema=f"({_CALL}, Tensor[] stats, Tensor? kept, Tensor? grad_kl, Tensor? grad_logprobs, Tensor? grad_entropy, "
-    "bool[] needs) -> Tensor[]",
-)  # fmt: skip
-linear_kl_backward.register_fake(_backward_fake)

@@ -16,30 +16,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops.head.tiles import chunks, counted_rows
+from rlhf_fast.ops.head.tiles import Order, chunks, counted_rows
 
 
 class Plan(NamedTuple):
-    """order: indices of the rows to take, unit by unit (None: all rows as they stand); groups: tiles of that order.
+    """Groups of tiles of an order that goes unit by unit.
 
-    summed: the units to sum, as the tiles of each of their sequences. masked: whether rows behind the mask may be among
-    those that are taken.
+    summed: the units to sum, as the tiles of each of their sequences.
     """
 
-    order: Tensor | None
+    order: Order
     groups: list[list[slice]]
     summed: list[list[list[slice]]]
-    masked: bool
-
-    def rows(self, tile: slice) -> slice | Tensor:
-        """What picks the rows of `tile` out of a tensor over all rows."""
-        return tile if self.order is None else self.order[tile]
 
     @property
-    def height(self) -> int:
-        """The rows of the highest tile."""
+    def slices(self) -> list[slice]:
+        """All tiles."""
         groups = [*self.groups, *(tiles for unit in self.summed for tiles in unit)]
-        return max((tile.stop - tile.start for group in groups for tile in group), default=0)
+        return [tile for group in groups for tile in group]
 
 
 def make(coupling: str, shape: Sequence[int], cu_seqlens: Tensor | None, mask: Tensor | None, device: torch.device,
@@ -51,53 +45,56 @@ def make(coupling: str, shape: Sequence[int], cu_seqlens: Tensor | None, mask: T
     nor cu_seqlens can be read without waiting: packed sequences are one unit, and all rows are taken, or with
     `mask_count`, an upper bound of those that count, so many of them with these first.
     """
-    count = int(torch.Size(shape).numel())
-    if device.type == "cpu":
-        order, ends, cuts = _units_by_value(coupling, shape, cu_seqlens, mask)
-    else:
-        counted = counted_rows(None if mask is None else mask.view(-1), mask_count)
-        order, ends, cuts = _units_by_shape(coupling, shape, cu_seqlens, counted, device)
-    count = count if order is None else order.shape[0]
-    masked = device.type != "cpu" and mask is not None
+    mask = None if mask is None else mask.view(-1)
+    by_value = device.type == "cpu"
+    units = _units_by_value if by_value else _units_by_shape
+    index, ends, cuts = units(coupling, shape, cu_seqlens, mask, mask_count, device)
+    count = int(torch.Size(shape).numel()) if index is None else index.shape[0]
+    order = Order(index, count, masked=not by_value and mask is not None)
     if coupling == "token":
-        return Plan(order, [[tile] for tile in chunks(count, tile_rows)], [], masked)
+        return Plan(order, [[tile] for tile in chunks(count, tile_rows)], [])
     groups, summed = [], []
     for start, stop in _joined([count] if ends is None else ends, tile_rows):
         if stop - start <= held_rows or not summed_rows or cuts is None:
-            groups.append(_tiles(start, stop, held_rows))
+            groups.append(chunks(stop - start, held_rows, start))
         else:
             bounds = [start, *(cut for cut in cuts if start < cut < stop), stop]
-            summed.append([_tiles(a, b, summed_rows) for a, b in pairwise(bounds)])
-    return Plan(order, groups, summed, masked)
+            summed.append([chunks(b - a, summed_rows, a) for a, b in pairwise(bounds)])
+    return Plan(order, groups, summed)
 
 
-# Order, where each unit ends in it (None: all rows are one), where each sequence ends in it (None: not known).
+# Index of the order, where each unit ends in it (None: all rows are one), where each sequence does (None: not known).
 _Units = tuple[Tensor | None, Sequence[int] | None, Sequence[int] | None]
 
 
-def _units_by_value(coupling: str, shape: Sequence[int], cu_seqlens: Tensor | None, mask: Tensor | None) -> _Units:
+def _units_by_value(
+    coupling: str, shape: Sequence[int], cu_seqlens: Tensor | None, mask: Tensor | None, mask_count: int | None,
+    device: torch.device,
+) -> _Units:  # fmt: skip
     """Of the rows that count."""
     if coupling in ("token", "batch"):
-        return None if mask is None else mask.view(-1).nonzero()[:, 0], None, None
+        return None if mask is None else mask.nonzero()[:, 0], None, None
     lengths = torch.full((shape[0],), shape[-1]) if cu_seqlens is None else cu_seqlens.diff()
     sequence = torch.arange(lengths.shape[0]).repeat_interleave(lengths)
     unit = sequence % max(1, lengths.shape[0] // 2) if coupling == "pair" else sequence
-    order = unit.argsort(stable=True)
+    index = unit.argsort(stable=True)
     if mask is not None:
-        order = order[mask.view(-1)[order] != 0]
-    cuts = sequence[order].unique_consecutive(return_counts=True)[1].cumsum(0)
-    return order, unit[order].bincount().cumsum(0).tolist(), cuts.tolist()
+        index = index[mask[index] != 0]
+    cuts = sequence[index].unique_consecutive(return_counts=True)[1].cumsum(0)
+    return index, unit[index].bincount().cumsum(0).tolist(), cuts.tolist()
 
 
 def _units_by_shape(
-    coupling: str, shape: Sequence[int], cu_seqlens: Tensor | None, counted: Tensor | None, device: torch.device
-) -> _Units:
-    """Of the rows `counted` as one unit, or of all rows (None).
+    coupling: str, shape: Sequence[int], cu_seqlens: Tensor | None, mask: Tensor | None, mask_count: int | None,
+    device: torch.device,
+) -> _Units:  # fmt: skip
+    """Of the rows that `mask_count` leaves as one unit, or of all rows.
 
-    Where sequences end among the counted rows is not known, and one unit that is too long costs up to 4P, sequences 3P:
-    with known sequences all rows are taken unless fewer than three quarters count.
+    Where sequences end among fewer rows is not known, and one unit that is too long costs up to 4P, sequences 3P: with
+    known sequences all rows are taken unless fewer than three quarters count.
     """
     count = int(torch.Size(shape).numel())
+    counted = counted_rows(count, mask, mask_count).index
     if coupling in ("token", "batch") or cu_seqlens is not None:
         return counted, None, None
     if counted is not None and 4 * counted.shape[0] < 3 * count:
@@ -105,12 +102,8 @@ def _units_by_shape(
     cuts = range(shape[1], count + 1, shape[1])
     if coupling == "sequence":
         return None, cuts, cuts
-    order = torch.arange(count, device=device).view(2, -1, shape[1]).transpose(0, 1).reshape(-1)
-    return order, range(2 * shape[1], count + 1, 2 * shape[1]), cuts
-
-
-def _tiles(start: int, stop: int, rows: int) -> list[slice]:
-    return [slice(start + c.start, start + c.stop) for c in chunks(stop - start, rows)]
+    index = torch.arange(count, device=device).view(2, -1, shape[1]).transpose(0, 1).reshape(-1)
+    return index, range(2 * shape[1], count + 1, 2 * shape[1]), cuts
 
 
 def _joined(ends: Sequence[int], rows: int) -> Iterator[tuple[int, int]]:

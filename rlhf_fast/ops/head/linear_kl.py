@@ -37,10 +37,13 @@ from torch import Tensor
 
 from rlhf_fast.backends import operands, resolve, without_autocast
 from rlhf_fast.ops.core import check
-from rlhf_fast.ops.head import _kl_op as _linear_kl_call
-from rlhf_fast.ops.head import tiles as _head
-from rlhf_fast.ops.tokens import token_kl as divergences
-from rlhf_fast.ops.tokens import token_logprobs as rows
+from rlhf_fast.ops.head import _kl_op
+from rlhf_fast.ops.head._kl_op import Options, Reference, what_to_save
+from rlhf_fast.ops.head.head import Head, checked_head
+from rlhf_fast.ops.head.tiles import Rows, checked_rows, zero_behind
+from rlhf_fast.ops.tokens import token_kl, token_logprobs
+from rlhf_fast.ops.tokens.token_kl import Divergence
+from rlhf_fast.ops.tokens.transform import Transform, checked_transform
 
 
 class LinearKl(NamedTuple):
@@ -67,7 +70,7 @@ def linear_kl(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    divergence: str = "reverse",
+    variant: str = "reverse",
     js_weight: float = 0.5,
     top_k: int | None = None,
     return_entropy: bool = False,
@@ -82,8 +85,8 @@ def linear_kl(
     mask: (...) any dtype, nonzero counts; elsewhere results and gradients are 0 and nothing is read. mask_count: as in
     linear_logprobs, how many rows count, or an upper bound, with which a GPU leaves the others out.
     temperature (one number or (...) one per row), logit_scale, softcap: as in token_logprobs, for both.
-    divergence, js_weight, top_k: as in token_kl. return_entropy: also the policy's entropy, differentiable.
-    chunk_tokens: rows of both logits held at a time (default: from the byte budget TILE_BYTES in _head.py).
+    variant, js_weight, top_k: as in token_kl. return_entropy: also the policy's entropy, differentiable.
+    chunk_tokens: rows of both logits held at a time (default: from the byte budget tiles.TILE_BYTES).
     Whether the head is frozen is read from weight.requires_grad and bias.requires_grad.
 
     Returns a LinearKl, float32 (float64 for float64).
@@ -93,106 +96,56 @@ def linear_kl(
     hidden, ref_hidden, weight, ref_weight, bias, ref_bias = operands(
         hidden, ref_hidden, weight, ref_weight, bias, ref_bias
     )
-    name = resolve("linear_kl", divergences.IMPLS, hidden.device, backend)
-    shape = _checked(hidden, ref_hidden, weight, ref_weight, bias, ref_bias, targets, mask, chunk_tokens)
-    check.mask_count(mask, mask_count)
-    divergences.checked_divergence(divergence, js_weight, top_k, weight.shape[0])
-    transform = rows.checked_transform(temperature, logit_scale, softcap, shape, ("hidden", hidden))
-    ids = None if targets is None else check.ids("targets", targets)
-    mask = check.mask_bytes(mask, shape, "hidden.shape[:-1]")
-    if ref_weight is None and ref_bias is not None:
-        ref_weight = weight
-    constants = [None if x is None else x.detach() for x in (ref_weight, ref_bias)]
-    if name == "reference":
-        kl, logprobs, ref_logprobs, entropy = reference(
-            hidden, ref_hidden, weight, ids, ref_weight=constants[0], bias=bias, ref_bias=constants[1], mask=mask,
-            temperature=temperature, logit_scale=logit_scale, softcap=softcap, divergence=divergence,
-            js_weight=js_weight, top_k=top_k,
-        )  # fmt: skip
-        return LinearKl(kl, logprobs, ref_logprobs, entropy if return_entropy else None)
-    call = _linear_kl_call.Call(
-        check.rows(hidden), check.rows(ref_hidden.detach()), weight, bias,
-        constants[0], constants[1], None if ids is None else ids.view(-1), None if mask is None else mask.view(-1),
-        None if transform.temperatures is None else transform.temperatures.view(-1), transform.temperature,
-        transform.logit_scale, transform.softcap, divergence, js_weight, top_k, mask_count,
-        chunk_tokens or max(8, _head.chunk_tokens(weight) // 2), name,
-    )  # fmt: skip
-    found = _linear_kl_call.run(*call, return_entropy, _linear_kl_call.to_save(call))
-    kl, logprobs, ref_logprobs, entropy = (x.view(shape) if x.numel() == call.hidden.shape[0] else x for x in found[:4])
+    name = resolve("linear_kl", token_kl.IMPLS, hidden.device, backend)
+    head, shape = checked_head(hidden, weight, bias), hidden.shape[:-1]
+    reference_head = _checked_reference(hidden, head, ref_hidden, ref_weight, ref_bias)
+    rows = checked_rows(hidden, weight, targets, mask, mask_count, chunk_tokens)
+    rows = rows._replace(chunk_tokens=chunk_tokens or max(8, rows.chunk_tokens // 2))
+    divergence = token_kl.checked_divergence(variant, js_weight, top_k, weight.shape[0])
+    transform = checked_transform(temperature, logit_scale, softcap, shape, ("hidden", hidden)).of_rows()
+    options = Options(top_k, return_entropy, what_to_save(head, rows))
+    run = reference if name == "reference" else _kl_op.run
+    kl, logprobs, ref_logprobs, entropy, *_ = run(head, rows, transform, reference_head, divergence, options, name)
     return LinearKl(
-        kl,
-        None if targets is None else logprobs,
-        None if targets is None else ref_logprobs.detach(),
-        entropy if return_entropy else None,
+        kl.view(shape),
+        None if targets is None else logprobs.view(shape),
+        None if targets is None else ref_logprobs.detach().view(shape),
+        entropy.view(shape) if return_entropy else None,
     )
+
+
+def _checked_reference(
+    hidden: Tensor, head: Head, ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None
+) -> Reference:
+    """A constant. Raises ValueError or TypeError for what does not fit."""
+    own = ref_weight is not None or ref_bias is not None
+    ref_weight, ref_bias = (head.weight if ref_weight is None else ref_weight, ref_bias) if own else head[:2]
+    checked_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    check.shaped("ref_hidden", ref_hidden, (*hidden.shape[:-1], ref_hidden.shape[-1]), "(*hidden.shape[:-1], D)")
+    check.shaped("ref_weight", ref_weight, (head.weight.shape[0], ref_weight.shape[1]), "(V, D)")
+    if ref_hidden.dtype != hidden.dtype:
+        raise TypeError(f"ref_hidden must have the type of hidden, {hidden.dtype}, got {ref_hidden.dtype}")
+    check.same_device(("hidden", hidden), ("ref_hidden", ref_hidden))
+    constants = [x.detach() if own and x is not None else None for x in (ref_weight, ref_bias)]
+    return Reference(check.rows(ref_hidden.detach()), *constants)
 
 
 @without_autocast
 def reference(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor | None,
-    *,
-    ref_weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    divergence: str = "reverse",
-    js_weight: float = 0.5,
-    top_k: int | None = None,
-) -> LinearKl:
-    """The same by definition, through all the logits, differentiable any number of times."""
-    if ref_weight is None:
-        ref_weight, ref_bias = weight.detach(), None if bias is None else bias.detach()
-    transform: dict[str, Any] = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
-    both = []
-    for h, w, b in ((hidden, weight, bias), (ref_hidden.detach(), ref_weight, ref_bias)):
-        if mask is not None:
-            h = torch.where((mask != 0)[..., None], h, torch.zeros_like(h))
-        dtype = check.compute_dtype(h.dtype)
-        both.append(torch.nn.functional.linear(h.to(dtype), w.to(dtype), None if b is None else b.to(dtype)))
-    kl = divergences.reference(
-        *both, divergence=divergence, js_weight=js_weight, top_k=top_k, mask=mask, **transform
-    )  # fmt: skip
-    ids = torch.zeros(kl.shape, dtype=torch.int64, device=kl.device) if targets is None else targets
-    (logprobs, entropy), (ref_logprobs, _) = (rows.reference(x, ids, mask=mask, **transform) for x in both)
-    if targets is None:
-        return LinearKl(kl, None, None, entropy)
-    return LinearKl(kl, logprobs, ref_logprobs, entropy)
+    head: Head, rows: Rows, transform: Transform, reference: Reference, divergence: Divergence, options: Options,
+    backend: str = "reference",
+) -> list[Tensor]:  # fmt: skip
+    """[kl, logprobs, ref_logprobs, entropy] by definition, through all the logits, differentiable any number of times."""
+    ref_weight, ref_bias = head[:2] if reference.ref_weight is None else reference[1:]
+    ref_head = Head(*(None if p is None else p.detach() for p in (ref_weight, ref_bias)))  # type: ignore[arg-type]
+    both = [
+        h.reference_logits(zero_behind(rows.mask, x)) for h, x in ((head, rows.hidden), (ref_head, reference.ref_hidden))
+    ]
+    given: dict[str, Any] = {**transform.options(), "mask": rows.mask}
+    kl = token_kl.reference(*both, **divergence._asdict(), top_k=options.top_k, **given)
+    ids = torch.zeros(kl.shape, dtype=torch.int64, device=kl.device) if rows.targets is None else rows.targets
+    (logprobs, entropy), (ref_logprobs, _) = (token_logprobs.reference(x, ids, **given) for x in both)
+    return [kl, logprobs, ref_logprobs, entropy]
 
 
-def _checked(
-    hidden: Tensor, ref_hidden: Tensor, weight: Tensor, ref_weight: Tensor | None, bias: Tensor | None,
-    ref_bias: Tensor | None, targets: Tensor | None, mask: Tensor | None, chunk: int | None,
-) -> torch.Size:  # fmt: skip
-    check.floating("hidden", hidden)
-    ref_head = weight if ref_weight is None else ref_weight
-    for h, w, names in ((hidden, weight, "hidden weight"), (ref_hidden, ref_head, "ref_hidden ref_weight")):
-        if h.dim() < 1 or w.dim() != 2 or h.shape[-1] != w.shape[1] or not w.numel():
-            first, second = names.split()
-            raise ValueError(
-                f"{first} must be (..., D) and {second} (V, D) with V and D >= 1, "
-                f"got {tuple(h.shape)} and {tuple(w.shape)}"
-            )
-    shape = hidden.shape[:-1]
-    check.shaped("ref_hidden", ref_hidden, (*shape, ref_hidden.shape[-1]), "(*hidden.shape[:-1], D)")
-    check.shaped("ref_weight", ref_head, (weight.shape[0], ref_head.shape[1]), "(V, D)")
-    others = {"ref_hidden": ref_hidden, "weight": weight, "ref_weight": ref_weight, "bias": bias, "ref_bias": ref_bias}
-    for name, x in others.items():
-        if x is not None and x.dtype != hidden.dtype:
-            raise TypeError(f"{name} must have the type of hidden, {hidden.dtype}, got {x.dtype}")
-        if x is not None and name.endswith("bias"):
-            check.shaped(name, x, (weight.shape[0],), "(V,)")
-    if targets is not None:
-        check.shaped("targets", targets, shape, "hidden.shape[:-1]")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk_tokens must be >= 1, got {chunk}")
-    check.same_device(("hidden", hidden), *others.items(), ("targets", targets), ("mask", mask))
-    return shape
-
-
-OPS = {"linear_kl": tuple(divergences.IMPLS)}
+OPS = {"linear_kl": tuple(token_kl.IMPLS)}

@@ -42,23 +42,79 @@ Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import resolve, without_autocast
 from rlhf_fast.ops.core import check
-from rlhf_fast.ops.head import _logprobs_op as _linear_call
-from rlhf_fast.ops.head import tiles as _head
+from rlhf_fast.ops.head import _logprobs_op
 from rlhf_fast.ops.head._shards import Shards
-from rlhf_fast.ops.tokens import token_logprobs as rows
+from rlhf_fast.ops.head.head import Head, HeadLora, checked_head, operands
+from rlhf_fast.ops.head.tiles import Rows, checked_rows, zero_behind
+from rlhf_fast.ops.tokens.results import (
+    Scored,
+    WithAll,
+    WithEntropy,
+    WithEntropyLse,
+    WithEntropyStats,
+    WithLse,
+    WithLseStats,
+    WithStats,
+)
+from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Wanted, Yes, reference_results
+from rlhf_fast.ops.tokens.transform import Transform, checked_transform
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _SHARD_CHUNK = 1024  # rows per tile of a sharded head: every rank must make the same tiles, whatever its shard's size
 
-HeadLora = tuple[Tensor, Tensor, float]
+
+class Options(TypedDict, total=False):
+    """The options of linear_logprobs that do not change what it returns."""
+
+    bias: Tensor | None
+    mask: Tensor | None
+    mask_count: int | None
+    temperature: float | Tensor
+    logit_scale: float
+    softcap: float | None
+    head_lora: HeadLora | None
+    process_group: torch.distributed.ProcessGroup | None
+    chunk_tokens: int | None
+    backend: str | None
 
 
+# fmt: off
+@overload
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Unpack[Options]) -> Tensor: ...
+@overload
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, return_entropy: Yes,
+                    **options: Unpack[Options]) -> WithEntropy: ...
+@overload
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, return_lse: Yes,
+                    **options: Unpack[Options]) -> WithLse: ...
+@overload
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, return_stats: Yes,
+                    **options: Unpack[Options]) -> WithStats: ...
+@overload
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, return_entropy: Yes, return_lse: Yes,
+                    **options: Unpack[Options]) -> WithEntropyLse: ...
+@overload
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, return_entropy: Yes, return_stats: Yes,
+                    **options: Unpack[Options]) -> WithEntropyStats: ...
+@overload
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, return_lse: Yes, return_stats: Yes,
+                    **options: Unpack[Options]) -> WithLseStats: ...
+@overload
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, return_entropy: Yes, return_lse: Yes,
+                    return_stats: Yes, **options: Unpack[Options]) -> WithAll: ...
+@overload
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, return_entropy: bool = ...,
+                    return_lse: bool = ..., return_stats: bool = ..., **options: Unpack[Options]) -> Scored: ...
+# fmt: on
 @check.takes_numbers
 def linear_logprobs(
     hidden: Tensor,
@@ -78,7 +134,7 @@ def linear_logprobs(
     process_group: torch.distributed.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
     backend: str | None = None,
-) -> Any:
+) -> Scored:
     """Log-probabilities of `targets` under softmax(softcap(logit_scale * logits) / temperature), in nats.
 
     hidden: (..., D); weight: (V, D), the type of hidden (float32, bfloat16, float16, float64); bias: (V,) or None.
@@ -93,115 +149,47 @@ def linear_logprobs(
     return_stats: also a RowStats, without gradient, which costs nothing.
     process_group: weight, bias and B are this rank's rows of the head, in rank order, of at least one row each; targets
     are ids of the whole vocabulary. Every rank makes the same call on the same rows, and the same backward pass.
-    chunk_tokens: rows of logits held at a time (default: from a byte budget, TILE_BYTES in _head.py; with a
+    chunk_tokens: rows of logits held at a time (default: from a byte budget, tiles.TILE_BYTES; with a
     process_group 1024).
     Whether the head is frozen is read from requires_grad of weight, bias, A and B.
 
     Returns logprobs in the shape of `targets`, float32 (float64 for float64); with return_entropy, return_lse or
-    return_stats a tuple of those asked for, in the order (logprobs, entropy, lse, stats), entropy and lse (...).
+    return_stats a NamedTuple of those asked for, in the order (logprobs, entropy, lse, stats), entropy and lse (...).
     Raises ValueError or TypeError for what does not fit, IndexError on the CPU for a counted target outside [0, V).
     A GPU would have to wait for that: there such a target's result is NaN, unless RLHF_FAST_DEBUG=1 makes it raise.
     """
-    name = resolve("linear_logprobs", rows.IMPLS, hidden.device, backend)
-    hidden, weight, bias, head_lora = _head.operands(hidden, weight, bias, head_lora)
-    lora_a, lora_b, lora_scale = head_lora or (None, None, 1.0)
-    head = _head.Head(weight, bias, lora_a, lora_b, check.number("the scale of head_lora", lora_scale))
-    shape = _checked(hidden, head, targets, mask, mask_count, chunk_tokens)
-    transform = rows.checked_transform(temperature, logit_scale, softcap, shape, ("hidden", hidden))
-    ids, mask = check.ids("targets", targets), check.mask_bytes(mask, shape, "hidden.shape[:-1]")
-    if name == "reference":
-        if process_group is not None:
-            raise ValueError("linear_logprobs: the reference needs the whole head, it takes no process_group")
-        return reference(
-            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, logit_scale=logit_scale,
-            softcap=softcap, head_lora=head_lora, return_entropy=return_entropy, return_lse=return_lse,
-            return_stats=return_stats,
-        )  # fmt: skip
+    name = resolve("linear_logprobs", IMPLS, hidden.device, backend)
+    hidden, weight, bias, head_lora = operands(hidden, weight, bias, head_lora)
+    head, shape = checked_head(hidden, weight, bias, head_lora), hidden.shape[:-1]
+    rows = checked_rows(hidden, weight, targets, mask, mask_count, chunk_tokens, several_targets=True)
+    transform = checked_transform(temperature, logit_scale, softcap, shape, ("hidden", hidden)).of_rows()
     shards = Shards()
     if process_group is not None:
+        if name == "reference":
+            raise ValueError("linear_logprobs: the reference needs the whole head, it takes no process_group")
         shards = Shards(process_group.group_name, process_group.size(), process_group.rank())
-    temperatures = None if transform.temperatures is None else transform.temperatures.view(-1)
-    call = _linear_call.Call(
-        check.rows(hidden), *head[:4], ids.view(shape.numel(), *targets.shape[len(shape) :]),
-        None if mask is None else mask.view(-1), temperatures, head.lora_scale, transform.temperature,
-        transform.logit_scale, transform.softcap, mask_count,
-        chunk_tokens or (_SHARD_CHUNK if shards.group else _head.chunk_tokens(weight)), *shards, name,
-    )  # fmt: skip
-    wanted = (return_entropy, return_stats, return_lse, _linear_call.to_save(call, return_lse))
-    logprobs, entropy, *stats, lse, _ = _linear_call.run(*call, *wanted)
-    results: list[Any] = [logprobs.view(targets.shape)]
-    if return_entropy:
-        results.append(entropy.view(shape))
-    if return_lse:
-        results.append(lse.view(shape))
-    if return_stats:
-        row_max, row_logsum, squares = (s.detach().view(shape) for s in stats)
-        results.append(rows.row_stats(row_max, row_logsum, squares, mask))
-    return tuple(results) if len(results) > 1 else results[0]
+        rows = rows._replace(chunk_tokens=chunk_tokens or _SHARD_CHUNK)
+    wanted = Wanted(return_entropy, return_stats, return_lse)
+    results = scored(head, rows, transform, wanted, name, shards)
+    return wanted.named(results, shape, targets.shape, None if rows.mask is None else rows.mask.view(shape))
+
+
+def scored(
+    head: Head, rows: Rows, transform: Transform, wanted: Wanted, backend: str, shards: Shards = Shards()  # noqa: B008
+) -> list[Tensor]:  # fmt: skip
+    """linear_logprobs of what is checked: [logprobs (N,) or (N, K), entropy, row_max, row_logsum, sum_p_squared, lse]."""
+    if backend == "reference":
+        return reference(head, rows, transform, wanted)
+    saves = _logprobs_op.what_to_save(head, rows, wanted, backend)
+    return _logprobs_op.run(head, rows, transform, shards, wanted, saves, backend)[:6]
 
 
 @without_autocast
-def reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    head_lora: HeadLora | None = None,
-    return_entropy: bool = False,
-    return_lse: bool = False,
-    return_stats: bool = False,
-) -> Any:
+def reference(head: Head, rows: Rows, transform: Transform, wanted: Wanted) -> list[Tensor]:
     """The same by definition, through all the logits, differentiable any number of times."""
-    dtype = check.compute_dtype(hidden.dtype)
-    if mask is not None:
-        hidden = torch.where((mask != 0)[..., None], hidden, torch.zeros_like(hidden))
-    hidden = hidden.to(dtype)
-    logits = torch.nn.functional.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
-    if head_lora is not None:
-        lora_a, lora_b, scale = head_lora
-        logits = logits + scale * (hidden @ lora_a.to(dtype).t()) @ lora_b.to(dtype).t()
-    return rows.token_logprobs(
-        logits, targets, temperature=temperature, logit_scale=logit_scale, softcap=softcap, mask=mask,
-        return_entropy=return_entropy, return_lse=return_lse, return_stats=return_stats, backend="reference",
-    )  # fmt: skip
+    assert rows.targets is not None
+    logits = head.reference_logits(zero_behind(rows.mask, rows.hidden))
+    return reference_results(logits, rows.targets, rows.mask, transform, wanted)
 
 
-def _checked(
-    hidden: Tensor, head: _head.Head, targets: Tensor, mask: Tensor | None, mask_count: int | None, chunk: int | None
-) -> torch.Size:
-    weight, bias, lora_a, lora_b, _ = head
-    check.floating("hidden", hidden)
-    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or not weight.numel():
-        raise ValueError(
-            f"hidden must be (..., D) and weight (V, D) with V and D >= 1, "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
-        given = f"weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
-        raise TypeError(f"weight and bias must have the type of hidden, got hidden {hidden.dtype}, {given}")
-    if bias is not None:
-        check.shaped("bias", bias, (weight.shape[0],), "(V,)")
-    if lora_a is not None and lora_b is not None:
-        check.floating("head_lora A", lora_a), check.floating("head_lora B", lora_b)
-        rank = lora_a.shape[0] if lora_a.dim() else 0
-        check.shaped("head_lora A", lora_a, (rank, weight.shape[1]), "(R, D)")
-        check.shaped("head_lora B", lora_b, (weight.shape[0], rank), "(V, R)")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk_tokens must be >= 1, got {chunk}")
-    check.mask_count(mask, mask_count)
-    shape = hidden.shape[:-1]
-    if targets.dim() != hidden.dim() or targets.shape[:-1] != shape or targets.shape[-1] == 0:
-        check.shaped("targets", targets, shape, "hidden.shape[:-1] (or that and K)")
-    check.same_device(
-        ("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias), ("mask", mask),
-        ("head_lora A", lora_a), ("head_lora B", lora_b),
-    )  # fmt: skip
-    return shape
-
-
-OPS = {"linear_logprobs": tuple(rows.IMPLS)}
+OPS = {"linear_logprobs": tuple(IMPLS)}

@@ -39,7 +39,7 @@ from torch import Tensor
 from rlhf_fast.backends import native, packed, resolve, strided, threads
 from rlhf_fast.ops.core import check, registration
 from rlhf_fast.ops.core.philox import philox
-from rlhf_fast.ops.tokens.token_logprobs import Transform, checked_transform, transformed
+from rlhf_fast.ops.tokens.transform import Transform, checked_transform, transformed
 
 
 class Samples(NamedTuple):

@@ -31,16 +31,17 @@ generalised Jensen-Shannon divergence with beta = b); Lin 1991, "Divergence meas
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, strided, threads
-from rlhf_fast.ops.core import check
-from rlhf_fast.ops.core import registration_by_schema as registration
-from rlhf_fast.ops.tokens import token_logprobs as rows
-from rlhf_fast.ops.tokens.token_logprobs import Transform
+from rlhf_fast.ops.core import check, registration
+from rlhf_fast.ops.tokens import token_logprobs
+from rlhf_fast.ops.tokens.token_logprobs import planes
+from rlhf_fast.ops.tokens.transform import Transform, checked_transform, transformed
 
 
 @check.takes_numbers
@@ -48,7 +49,7 @@ def token_kl(
     logits: Tensor,
     ref_logits: Tensor,
     *,
-    divergence: str = "reverse",
+    variant: str = "reverse",
     js_weight: float = 0.5,
     top_k: int | None = None,
     temperature: float | Tensor = 1.0,
@@ -60,7 +61,7 @@ def token_kl(
     """The divergence of softmax(z) from the reference's, per token, in nats, differentiable by `logits`.
 
     logits, ref_logits: (..., V) of one type, float32, bfloat16, float16 or float64; leading dimensions may be strided.
-    divergence: one of DIVERGENCES. js_weight: the reference's share of the mixture of `js`, in (0, 1).
+    variant: one of VARIANTS. js_weight: the reference's share of the mixture of `js`, in (0, 1).
     top_k: only the reference's k most probable tokens, 1 <= k <= V; None for all.
     temperature (one number or (...) one per row), logit_scale, softcap: as in token_logprobs, for both.
     mask: (...) any dtype, nonzero counts; elsewhere result and gradient are 0 and the logits are not read.
@@ -75,44 +76,45 @@ def token_kl(
     if ref_logits.dtype != logits.dtype:
         raise TypeError(f"ref_logits must have the type of logits, {logits.dtype}, got {ref_logits.dtype}")
     check.same_device(("logits", logits), ("ref_logits", ref_logits), ("mask", mask))
-    checked_divergence(divergence, js_weight, top_k, logits.shape[-1])
+    divergence = checked_divergence(variant, js_weight, top_k, logits.shape[-1])
     shape = logits.shape[:-1]
-    transform = rows.checked_transform(temperature, logit_scale, softcap, shape, ("logits", logits))
+    transform = checked_transform(temperature, logit_scale, softcap, shape, ("logits", logits))
     mask = check.mask_bytes(mask, shape, "logits.shape[:-1]")
     ref_logits = ref_logits.detach()
     name = resolve("token_kl", IMPLS, logits.device, backend)
     if name == "reference":
         return reference(
-            logits, ref_logits, divergence=divergence, js_weight=js_weight, top_k=top_k, temperature=temperature,
+            logits, ref_logits, variant=variant, js_weight=js_weight, top_k=top_k, temperature=temperature,
             logit_scale=logit_scale, softcap=softcap, mask=mask,
         )  # fmt: skip
     if top_k is not None:
         logits, ref_logits = restricted(logits, ref_logits, top_k)[:2]
-    planes = _plane(logits), _plane(ref_logits)
-    flat_mask = None if mask is None else mask.view(planes[0].shape[:-1])
-    results = _run(*planes, flat_mask, *transform, divergence, js_weight, name)
-    return results[0].view(shape)
+    rows, ref_rows = planes(logits), planes(ref_logits)
+    both = _Rows(rows, ref_rows, None if mask is None else mask.view(rows.shape[:-1]))
+    return _run(both, transform, divergence, name)[0].view(shape)
 
 
-def checked_divergence(divergence: str, js_weight: float, top_k: int | None, vocabulary: int) -> None:
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+class Divergence(NamedTuple):
+    """Which divergence, as the kernels take it."""
+
+    variant: str
+    js_weight: float
+
+
+def checked_divergence(variant: str, js_weight: float, top_k: int | None, vocabulary: int) -> Divergence:
+    """Raises ValueError for what is outside its bounds."""
+    check.one_of("variant", variant, VARIANTS)
     if not 0 < js_weight < 1:
         raise ValueError(f"js_weight must be in (0, 1), got {js_weight}")
     if top_k is not None and not 1 <= top_k <= vocabulary:
         raise ValueError(f"top_k must be in [1, V] = [1, {vocabulary}], got {top_k}")
+    return Divergence(variant, js_weight)
 
 
 def restricted(logits: Tensor, ref_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Both logits (..., top_k) at the reference's most probable tokens, and which these are (..., top_k)."""
     values, index = ref_logits.topk(top_k, dim=-1)
     return logits.gather(-1, index), values, index
-
-
-def _plane(logits: Tensor) -> Tensor:
-    """A (outer, inner, V) view, whatever the strides of the leading dimensions; V is contiguous."""
-    x = logits.flatten(0, -3) if logits.dim() > 3 else logits[(None,) * (3 - logits.dim())]
-    return check.unit_stride(x)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor, js_weight: float) -> Tensor:
 
 
 # (log p, log q, js_weight) -> divergence per row
-DIVERGENCES = {
+VARIANTS = {
     "reverse": lambda log_p, log_q, js_weight: _kl(log_p, log_q),
     "forward": lambda log_p, log_q, js_weight: _kl(log_q, log_p),
     "js": _jensen_shannon,
@@ -140,7 +142,7 @@ def reference(
     logits: Tensor,
     ref_logits: Tensor,
     *,
-    divergence: str = "reverse",
+    variant: str = "reverse",
     js_weight: float = 0.5,
     top_k: int | None = None,
     temperature: float | Tensor = 1.0,
@@ -150,13 +152,13 @@ def reference(
 ) -> Tensor:
     """The divergence by definition, differentiable any number of times."""
     both = [
-        rows.transformed(x, temperature=temperature, logit_scale=logit_scale, softcap=softcap, mask=mask)
+        transformed(x, temperature=temperature, logit_scale=logit_scale, softcap=softcap, mask=mask)
         for x in (logits, ref_logits.detach())
     ]
     if top_k is not None:
         both = list(restricted(both[0], both[1], top_k)[:2])
     log_p, log_q = (torch.log_softmax(z, -1) for z in both)
-    kl = DIVERGENCES[divergence](log_p, log_q, js_weight)
+    kl = VARIANTS[variant](log_p, log_q, js_weight)
     return kl if mask is None else torch.where(mask != 0, kl, torch.zeros_like(kl))
 
 
@@ -170,17 +172,17 @@ def _native_arguments(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t
     )  # fmt: skip
 
 
-def _cpu_forward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, transform: Transform, divergence: str,
+def _cpu_forward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, transform: Transform, variant: str,
                  js_weight: float, stats: list[Tensor]) -> None:  # fmt: skip
     arguments = _native_arguments(logits, ref_logits, mask, transform, js_weight, stats)
-    native().token_kl_forward(divergence, *arguments, threads())
+    native().token_kl_forward(variant, *arguments, threads())
 
 
-def _cpu_backward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, transform: Transform, divergence: str,
+def _cpu_backward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, transform: Transform, variant: str,
                   js_weight: float, stats: list[Tensor], grad_kl: Tensor, gradient: Tensor) -> None:  # fmt: skip
     arguments = _native_arguments(logits, ref_logits, mask, transform, js_weight, stats)
     at, _, sizes = strided(gradient)
-    native().token_kl_backward(divergence, *arguments, packed(grad_kl), at, sizes, threads())
+    native().token_kl_backward(variant, *arguments, packed(grad_kl), at, sizes, threads())
 
 
 def _triton_forward(*args: Any) -> None:
@@ -195,83 +197,82 @@ def _triton_backward(*args: Any) -> None:
     kernels.backward(*args)
 
 
-# The row kernels, which linear_kl shares, over logits and ref_logits (outer, inner, V) with unit last stride.
-# forward(logits, ref_logits, mask, transform, divergence, js_weight, stats): fills kl and mean of
-#   stats = [kl, mean, logsum, ref_logsum], each (outer, inner); mean is what the gradient is centred by, and the two
-#   logsums are those of token_logprobs.
-# backward(logits, ref_logits, mask, transform, divergence, js_weight, stats, grad_kl, gradient): `gradient` may be the
-#   logits or the reference's.
-IMPLS = {"cpu": (_cpu_forward, _cpu_backward), "triton": (_triton_forward, _triton_backward)}
+class RowKernels(NamedTuple):
+    """The kernels on rows of logits and ref_logits (outer, inner, V) with unit last stride, which linear_kl shares.
+
+    forward(logits, ref_logits, mask, transform, *divergence, stats): fills kl and mean of
+        stats = [kl, mean, logsum, ref_logsum], each (outer, inner); mean is what the gradient is centred by, and the
+        two logsums are those of token_logprobs.
+    backward(logits, ref_logits, mask, transform, *divergence, stats, grad_kl, gradient): `gradient` may be the logits
+        or the reference's.
+    """
+
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+
+
+IMPLS = {"cpu": RowKernels(_cpu_forward, _cpu_backward), "triton": RowKernels(_triton_forward, _triton_backward)}
 OPS = {"token_kl": tuple(IMPLS)}
 
 
 def logsum(logits: Tensor, mask: Tensor | None, transform: Transform, backend: str) -> Tensor:
     """(outer, inner): log-sum-exp of the transformed logits (outer, inner, V) less their maximum."""
-    stats = rows.empty_stats(logits, False)
+    stats = token_logprobs.empty_stats(logits, False)
     targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    rows.IMPLS[backend][0](logits, targets, mask, transform, False, stats, None)
+    token_logprobs.IMPLS[backend].forward(logits, targets, mask, transform, False, stats, None)
     return stats[3]
 
 
-def _empty_stats(logits: Tensor) -> list[Tensor]:
-    return [logits.new_empty(logits.shape[:-1], dtype=check.compute_dtype(logits.dtype)) for _ in range(4)]
+class _Rows(NamedTuple):
+    logits: Tensor  # (outer, inner, V)
+    ref_logits: Tensor
+    mask: Tensor | None
 
 
-def _forward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
-             logit_scale: float, softcap: float, divergence: str, js_weight: float,
-             backend: str) -> list[Tensor]:  # fmt: skip
-    check.positive_rows("temperature", temperatures, mask)
-    transform = Transform(temperature, temperatures, logit_scale, softcap)
-    stats = _empty_stats(logits)[:2]
-    stats += [logsum(x, mask, transform, backend) for x in (logits, ref_logits)]
-    IMPLS[backend][0](logits, ref_logits, mask, transform, divergence, js_weight, stats)
+class _Upstream(NamedTuple):
+    stats: list[Tensor]
+    grad_kl: Tensor
+
+
+def _empty_stats(rows: _Rows, *_: Any) -> list[Tensor]:
+    shape, dtype = rows.logits.shape[:-1], check.compute_dtype(rows.logits.dtype)
+    return [rows.logits.new_empty(shape, dtype=dtype) for _ in range(4)]
+
+
+def _forward(rows: _Rows, transform: Transform, divergence: Divergence, backend: str) -> list[Tensor]:
+    check.positive_rows("temperature", transform.temperatures, rows.mask)
+    stats = _empty_stats(rows)[:2]
+    stats += [logsum(x, rows.mask, transform, backend) for x in (rows.logits, rows.ref_logits)]
+    IMPLS[backend].forward(*rows, transform, *divergence, stats)
     return stats
 
 
-def _fake(logits, ref_logits, mask, temperature, temperatures, logit_scale, softcap, divergence, js_weight, backend):
-    return _empty_stats(logits)
+def _backward(rows: _Rows, transform: Transform, divergence: Divergence, upstream: _Upstream,
+              backend: str) -> list[Tensor]:  # fmt: skip
+    gradient = torch.empty_like(rows.logits, memory_format=torch.contiguous_format)
+    IMPLS[backend].backward(*rows, transform, *divergence, *upstream, gradient)
+    return [gradient]
 
 
-@torch.library.custom_op("rlhf_fast::token_kl_backward", mutates_args=())
-def _backward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
-              logit_scale: float, softcap: float, divergence: str, js_weight: float, stats: list[Tensor],
-              grad_kl: Tensor, backend: str) -> Tensor:  # fmt: skip
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    transform = Transform(temperature, temperatures, logit_scale, softcap)
-    IMPLS[backend][1](logits, ref_logits, mask, transform, divergence, js_weight, stats, grad_kl, gradient)
-    return gradient
+_run_backward = registration.op_without_gradient(
+    "token_kl_backward", (_Rows, Transform, Divergence, _Upstream), _backward,
+    fake=lambda rows, *_: [torch.empty_like(rows.logits, memory_format=torch.contiguous_format)],
+)  # fmt: skip
 
 
-@_backward.register_fake
-def _(logits, ref_logits, mask, temperature, temperatures, logit_scale, softcap, divergence, js_weight, stats, grad_kl,
-      backend):  # fmt: skip
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx, inputs, output):
-    logits, ref_logits, mask, ctx.temperature, temperatures, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, ref_logits, mask, temperatures, *output)
-
-
-def _autograd(ctx, grads):
-    if grads[0] is None:
-        return (None,)
-    logits, ref_logits, mask, temperatures, *stats = ctx.saved_tensors
-    *options, backend = ctx.options
-    gradient = torch.ops.rlhf_fast.token_kl_backward(
-        logits, ref_logits, mask, ctx.temperature, temperatures, *options, stats, grads[0].contiguous(), backend
-    )
-    return (gradient,)
+def _gradients(saved: registration.Saved, gradients: Sequence[Tensor | None]) -> Mapping[str, Tensor]:
+    assert gradients[0] is not None
+    upstream = _Upstream(list(saved.results), gradients[0].contiguous())
+    return {"logits": _run_backward(*saved.inputs, upstream, saved.backend)[0]}
 
 
 _run = registration.op(
     "token_kl",
-    None,
+    (_Rows, Transform, Divergence),
     _forward,
-    fake=_fake,
-    differentiable=(0,),
-    setup_context=_setup_context,
-    backward=_autograd,
+    fake=_empty_stats,
+    differentiable=("logits",),
+    saves=("logits", "ref_logits", "mask", "temperatures"),
+    backward=_gradients,
     returned=1,
 )

@@ -27,37 +27,74 @@ PPO, Schulman et al. 2017 (arXiv 1707.06347); softcap as in Gemma 2, 2024 (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import native, packed, resolve, stream, strided, threads
-from rlhf_fast.ops.core import check
-from rlhf_fast.ops.core import registration_by_schema as registration
+from rlhf_fast.ops.core import check, registration
+from rlhf_fast.ops.tokens.results import (
+    RowStats,
+    Scored,
+    WithAll,
+    WithEntropy,
+    WithEntropyLse,
+    WithEntropyStats,
+    WithLse,
+    WithLseStats,
+    WithStats,
+    row_stats,
+    scored,
+)
+from rlhf_fast.ops.tokens.transform import Transform, checked_transform, transformed
 
-COLDEST = 1e-30  # a float32 temperature below it counts as this: logits of up to 1e8 over it are still numbers
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["IMPLS", "OPS", "RowStats", "Transform", "empty_stats", "token_logprobs"]
+
+Yes = Literal[True]
 
 
-class Transform(NamedTuple):
-    """What is done to a row of logits before the softmax: z = softcap(logit_scale * logits) / temperature."""
+class Options(TypedDict, total=False):
+    """The options of token_logprobs that do not change what it returns."""
 
-    temperature: float = 1.0
-    temperatures: Tensor | None = None  # one per row, contiguous float32, in place of `temperature`
-    logit_scale: float = 1.0
-    softcap: float = 0.0  # 0 for none
-
-
-class RowStats(NamedTuple):
-    """Statistics of softmax(z) per row, each (...) in the type of the log-probabilities, without gradient."""
-
-    lse: Tensor  # log sum_j exp(z_j), nats
-    max: Tensor  # the greatest z
-    p_max: Tensor  # the greatest probability
-    sum_p_squared: Tensor  # sum_j p_j^2: the collision probability, 1 / the effective number of tokens
+    temperature: float | Tensor
+    logit_scale: float
+    softcap: float | None
+    mask: Tensor | None
+    inplace_backward: bool
+    backend: str | None
 
 
+# fmt: off
+@overload
+def token_logprobs(logits: Tensor, targets: Tensor, **options: Unpack[Options]) -> Tensor: ...
+@overload
+def token_logprobs(logits: Tensor, targets: Tensor, *, return_entropy: Yes,
+                   **options: Unpack[Options]) -> WithEntropy: ...
+@overload
+def token_logprobs(logits: Tensor, targets: Tensor, *, return_lse: Yes, **options: Unpack[Options]) -> WithLse: ...
+@overload
+def token_logprobs(logits: Tensor, targets: Tensor, *, return_stats: Yes, **options: Unpack[Options]) -> WithStats: ...
+@overload
+def token_logprobs(logits: Tensor, targets: Tensor, *, return_entropy: Yes, return_lse: Yes,
+                   **options: Unpack[Options]) -> WithEntropyLse: ...
+@overload
+def token_logprobs(logits: Tensor, targets: Tensor, *, return_entropy: Yes, return_stats: Yes,
+                   **options: Unpack[Options]) -> WithEntropyStats: ...
+@overload
+def token_logprobs(logits: Tensor, targets: Tensor, *, return_lse: Yes, return_stats: Yes,
+                   **options: Unpack[Options]) -> WithLseStats: ...
+@overload
+def token_logprobs(logits: Tensor, targets: Tensor, *, return_entropy: Yes, return_lse: Yes, return_stats: Yes,
+                   **options: Unpack[Options]) -> WithAll: ...
+@overload
+def token_logprobs(logits: Tensor, targets: Tensor, *, return_entropy: bool = ..., return_lse: bool = ...,
+                   return_stats: bool = ..., **options: Unpack[Options]) -> Scored: ...
+# fmt: on
 @check.takes_numbers
 def token_logprobs(
     logits: Tensor,
@@ -72,7 +109,7 @@ def token_logprobs(
     return_stats: bool = False,
     inplace_backward: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> Scored:
     """Log-probabilities of `targets` under softmax(softcap(logit_scale * logits) / temperature), in nats.
 
     logits: (..., V) float32, bfloat16, float16 or float64; leading dimensions may be strided (`logits[:, :-1]` is not
@@ -87,7 +124,7 @@ def token_logprobs(
     their elements may be one in memory, as in an expanded tensor.
 
     Returns logprobs in the shape of `targets`, float32 (float64 for float64 logits); with return_entropy, return_lse
-    or return_stats a tuple of those asked for, in the order (logprobs, entropy, lse, stats), entropy and lse (...).
+    or return_stats a NamedTuple of those asked for, in the order (logprobs, entropy, lse, stats), entropy and lse (...).
     Raises ValueError or TypeError for shapes, types and values that do not fit, IndexError on the CPU for a target
     outside [0, V) that counts. A GPU would have to wait for that: there such a target's result is NaN, and with
     RLHF_FAST_DEBUG=1 it raises as well.
@@ -105,67 +142,21 @@ def token_logprobs(
     ids = check.ids("targets", targets)
     mask = check.mask_bytes(mask, shape, "logits.shape[:-1]")
     name = resolve("token_logprobs", IMPLS, logits.device, backend)
+    wanted = Wanted(return_entropy, return_stats, return_lse)
     if name == "reference":
-        if not torch.compiler.is_compiling():  # a graph cannot raise for a value
-            _checked_values(logits, ids, transform, mask)
-        given: dict[str, Any] = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
-        results = list(reference(logits, ids, **given, mask=mask))
-        lse = reference_lse(transformed(logits, **given, mask=mask), mask) if return_lse else results[1]
-        if return_stats:
-            results += _reference_stats(transformed(logits.detach(), **given, mask=mask), mask)
+        results = reference_results(logits, ids, mask, transform, wanted)
     else:
-        # (outer, inner, V): a view of up to three dimensions, whatever the strides of the leading ones.
-        rows = logits.flatten(0, -3) if logits.dim() > 3 else logits[(None,) * (3 - logits.dim())]
-        rows = check.unit_stride(rows)
+        rows = planes(logits)
         flat = rows.shape[:-1]
-        *results, lse = _run(
-            rows, ids.view(*flat, *targets.shape[len(shape) :]), None if mask is None else mask.view(flat), *transform,
-            return_entropy, return_stats, return_lse, inplace_backward, name,
-        )  # fmt: skip
-    logprobs, entropy, *stats = results
-    wanted: list[Any] = [logprobs.view(targets.shape)]
-    if return_entropy:
-        wanted.append(entropy.view(shape))
-    if return_lse:
-        wanted.append(lse.view(shape))
-    if return_stats:
-        row_max, row_logsum, sum_p_squared = (s.detach().view(shape) for s in stats)
-        wanted.append(row_stats(row_max, row_logsum, sum_p_squared, mask))
-    return tuple(wanted) if len(wanted) > 1 else wanted[0]
+        ids, flat_mask = ids.view(*flat, *targets.shape[len(shape) :]), None if mask is None else mask.view(flat)
+        results = _run(_Rows(rows, ids, flat_mask), transform, wanted, _Inplace(inplace_backward), name)
+    return wanted.named(results, shape, targets.shape, mask)
 
 
-def checked_transform(
-    temperature: float | Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    shape: torch.Size,
-    beside: tuple[str, Tensor],
-) -> Transform:
-    """The transform of rows of `shape`, for every op that has these three arguments; `beside` names the device."""
-    rest = check.positive("logit_scale", logit_scale), 0.0 if softcap is None else check.positive("softcap", softcap)
-    dtype = check.compute_dtype(beside[1].dtype)
-    if not isinstance(temperature, Tensor):
-        return Transform(_warm(check.positive("temperature", temperature), dtype), None, *rest)
-    check.shaped("temperature", check.floating("temperature", temperature), shape, "one number or one per row")
-    check.same_device(beside, ("temperature", temperature))
-    return Transform(1.0, _warm(temperature.detach().to(torch.float32), dtype).contiguous(), *rest)
-
-
-def _warm(temperature: Any, dtype: torch.dtype) -> Any:
-    """A float32 temperature (a number or a tensor) of at least COLDEST, but no bad one."""
-    if dtype == torch.float64:
-        return temperature
-    if isinstance(temperature, Tensor):
-        return torch.where(temperature > 0, temperature.clamp_min(COLDEST), temperature)
-    return max(temperature, COLDEST)
-
-
-def row_stats(row_max: Tensor, row_logsum: Tensor, sum_p_squared: Tensor, mask: Tensor | None) -> RowStats:
-    p_max = torch.exp(-row_logsum)
-    if mask is not None:
-        p_max = torch.where(mask != 0, p_max, torch.zeros_like(p_max))
-    # The backward pass reads what is copied here: callers may write into their statistics.
-    return RowStats(row_max + row_logsum, row_max.clone(), p_max, sum_p_squared.clone())
+def planes(logits: Tensor) -> Tensor:
+    """(outer, inner, V) of logits (..., V): a view, whatever the strides of the leading dimensions; V is contiguous."""
+    rows = logits.flatten(0, -3) if logits.dim() > 3 else logits[(None,) * (3 - logits.dim())]
+    return check.unit_stride(rows)
 
 
 def reference(
@@ -196,33 +187,6 @@ def reference(
     return logprobs.view(targets.shape), entropy
 
 
-def transformed(
-    logits: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """z = softcap(logit_scale * logits) / temperature in the type of computation; 0 in masked rows: NaN ends there."""
-    z = logits.to(check.compute_dtype(logits.dtype)) * logit_scale
-    if mask is not None:
-        z = torch.where((mask != 0)[..., None], z, torch.zeros_like(z))
-    if softcap is not None:
-        z = softcap * _tanh(z / softcap)
-    temperature = _warm(temperature, z.dtype)
-    if isinstance(temperature, Tensor):
-        if mask is not None:
-            temperature = torch.where(mask != 0, temperature, torch.ones_like(temperature))
-        temperature = temperature.detach().to(z.dtype)[..., None]
-    return z / temperature
-
-
-def _tanh(x: Tensor) -> Tensor:
-    """tanh(x), whose derivative away from 0 is 4 s (1 - s) of s = sigmoid(-2 |x|): 1 - tanh^2 would cancel."""
-    return torch.where(x.abs() < 1, torch.tanh(x), x.sign() * (1 - 2 * torch.sigmoid(-2 * x.abs())))
-
-
 def reference_lse(z: Tensor, mask: Tensor | None) -> Tensor:
     """log sum_j exp(z_j) of rows z (..., V), 0 behind the mask; tokens of -inf get gradient 0, not NaN."""
     top = z.amax(-1, keepdim=True).detach()
@@ -232,11 +196,24 @@ def reference_lse(z: Tensor, mask: Tensor | None) -> Tensor:
     return lse if mask is None else torch.where(mask != 0, lse, torch.zeros_like(lse))
 
 
-def _reference_stats(z: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """The greatest z, lse - that, and the sum of p^2."""
-    top = z.amax(-1)
-    stats = [top, torch.logsumexp(z - top[..., None], -1), torch.softmax(z, -1).square().sum(-1)]
-    return stats if mask is None else [torch.where(mask != 0, s, torch.zeros_like(s)) for s in stats]
+def reference_results(
+    logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, wanted: Wanted
+) -> list[Tensor]:
+    """By definition what the op returns, see Wanted.and_lse."""
+    if not torch.compiler.is_compiling():  # a graph cannot raise for a value
+        _check_values(_Rows(logits, targets, mask), transform)
+    options = transform.options()
+    logprobs, entropy = reference(logits, targets, mask=mask, **options)
+    nothing = logprobs.new_empty(0)
+    stats, lse = [nothing] * 3, nothing
+    if wanted.want_stats:
+        z = transformed(logits.detach(), mask=mask, **options)
+        top = z.amax(-1)
+        stats = [top, torch.logsumexp(z - top[..., None], -1), torch.softmax(z, -1).square().sum(-1)]
+        stats = stats if mask is None else [torch.where(mask != 0, s, torch.zeros_like(s)) for s in stats]
+    if wanted.want_lse:
+        lse = reference_lse(transformed(logits, mask=mask, **options), mask)
+    return [logprobs, entropy, *stats, lse]
 
 
 def _native_arguments(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform,
@@ -311,18 +288,26 @@ def _cuda_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, transfo
     )  # fmt: skip
 
 
-# The row kernels, which every op on logits shares.
-# forward(logits, targets, mask, transform, want_entropy, stats, gradient | None): fills `stats`; `gradient`, with the
-#   strides of the logits and possibly the logits themselves, receives d (sum of a row's logprobs) / d logits.
-# backward(logits, targets, mask, transform, stats, grad_logprobs | None, grad_entropy | None, grad_lse | None,
-#   gradient)
-# logits (outer, inner, V) with unit last stride; targets (outer, inner) or (outer, inner, K), contiguous int64;
-# mask (outer, inner) contiguous uint8 or None; stats from empty_stats. A target outside [0, V) is none in this row:
-# the statistics are complete, its logprob is NaN, and the backward pass is the softmax's term alone.
+class RowKernels(NamedTuple):
+    """The kernels on rows of logits, which every op on logits shares.
+
+    forward(logits, targets, mask, transform, want_entropy, stats, gradient | None): fills `stats`; `gradient`, with the
+        strides of the logits and possibly the logits themselves, receives d (sum of a row's logprobs) / d logits.
+    backward(logits, targets, mask, transform, stats, *upstream, gradient)
+    logits (outer, inner, V) with unit last stride; targets (outer, inner) or (outer, inner, K), contiguous int64;
+    mask (outer, inner) contiguous uint8 or None; stats from empty_stats; upstream as in Upstream. A target outside
+    [0, V) is none in this row: the statistics are complete, its logprob is NaN, and the backward pass is the softmax's
+    term alone.
+    """
+
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+
+
 IMPLS = {
-    "cpu": (_cpu_forward, _cpu_backward),
-    "triton": (_triton_forward, _triton_backward),
-    "cuda": (_cuda_forward, _cuda_backward),
+    "cpu": RowKernels(_cpu_forward, _cpu_backward),
+    "triton": RowKernels(_triton_forward, _triton_backward),
+    "cuda": RowKernels(_cuda_forward, _cuda_backward),
 }
 OPS = {"token_logprobs": tuple(IMPLS)}
 
@@ -339,88 +324,110 @@ def empty_stats(
     return [new(shape, dtype=check.compute_dtype(logits.dtype)) for shape in shapes]
 
 
-def with_lse(stats: list[Tensor], want_lse: bool) -> list[Tensor]:
-    """`stats` and the rows' lse, empty where it is not wanted."""
-    return [*stats, stats[2] + stats[3] if want_lse else stats[2].new_empty(0)]
+class Wanted(NamedTuple):
+    """What a call wants beside the log-probabilities."""
+
+    want_entropy: bool
+    want_stats: bool
+    want_lse: bool
+
+    def and_lse(self, stats: list[Tensor]) -> list[Tensor]:
+        """`stats` and the rows' lse, empty where it is not wanted: the results of an op."""
+        return [*stats, stats[2] + stats[3] if self.want_lse else stats[2].new_empty(0)]
+
+    def upstream(self, gradients: Sequence[Tensor | None]) -> Upstream:
+        """Out of the gradients of an op's results those of what it was asked for."""
+        by_entropy, by_lse = gradients[1] if self.want_entropy else None, gradients[5] if self.want_lse else None
+        return Upstream(*[None if g is None else g.contiguous() for g in (gradients[0], by_entropy, by_lse)])
+
+    def named(self, results: Sequence[Tensor], shape: Sequence[int], ids: Sequence[int], mask: Tensor | None) -> Scored:
+        """What a caller gets of an op's results: rows of `shape`, their targets of `ids`."""
+        logprobs, entropy, row_max, row_logsum, squares, lse, *_ = results
+        statistics = None
+        if self.want_stats:
+            statistics = row_stats(*[s.detach().view(shape) for s in (row_max, row_logsum, squares)], mask)
+        return scored(
+            logprobs.view(ids), entropy.view(shape) if self.want_entropy else None,
+            lse.view(shape) if self.want_lse else None, statistics,
+        )  # fmt: skip
 
 
-def upstream(grads: Sequence[Tensor | None], want_entropy: bool, want_lse: bool) -> list[Tensor | None]:
-    """Gradients of (logprobs, entropy, lse), out of those of what `with_lse` gives; None of what is empty there."""
-    chosen = grads[0], grads[1] if want_entropy else None, grads[5] if want_lse else None
-    return [None if g is None else g.contiguous() for g in chosen]
+class Upstream(NamedTuple):
+    """d loss / d (logprobs, entropy, lse); None where there is none."""
+
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+    grad_lse: Tensor | None
 
 
-def _checked_values(logits: Tensor, targets: Tensor, transform: Transform, mask: Tensor | None) -> None:
-    per_row = targets.shape[-1] if targets.dim() == logits.dim() else 1
-    check.targets_inside(targets, mask, logits.shape[-1], per_row)
-    check.positive_rows("temperature", transform.temperatures, mask)
+class _Rows(NamedTuple):
+    logits: Tensor  # (outer, inner, V)
+    targets: Tensor
+    mask: Tensor | None
 
 
-def _forward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
-             logit_scale: float, softcap: float, want_entropy: bool, want_squares: bool, want_lse: bool,
-             inplace_backward: bool, backend: str) -> list[Tensor]:  # fmt: skip
-    transform = Transform(temperature, temperatures, logit_scale, softcap)
-    _checked_values(logits, targets, transform, mask)
-    stats = empty_stats(logits, want_entropy, want_squares, targets.shape[2:])
-    IMPLS[backend][0](logits, targets, mask, transform, want_entropy, stats, None)
-    return with_lse(stats, want_lse)
+class _Inplace(NamedTuple):
+    inplace_backward: bool
 
 
-def _fake(logits, targets, mask, temperature, temperatures, logit_scale, softcap, want_entropy, want_squares, want_lse,
-          inplace_backward, backend):  # fmt: skip
-    return with_lse(empty_stats(logits, want_entropy, want_squares, targets.shape[2:]), want_lse)
+class _Stats(NamedTuple):
+    stats: list[Tensor]
 
 
-@torch.library.custom_op("rlhf_fast::token_logprobs_backward", mutates_args=())
-def _backward(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
-              logit_scale: float, softcap: float, stats: list[Tensor], grad_logprobs: Tensor | None,
-              grad_entropy: Tensor | None, grad_lse: Tensor | None, backend: str) -> Tensor:  # fmt: skip
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    transform = Transform(temperature, temperatures, logit_scale, softcap)
-    IMPLS[backend][1](logits, targets, mask, transform, stats, grad_logprobs, grad_entropy, grad_lse, gradient)
-    return gradient
+def _check_values(rows: _Rows, transform: Transform) -> None:
+    per_row = rows.targets.shape[-1] if rows.targets.dim() == rows.logits.dim() else 1
+    check.targets_inside(rows.targets, rows.mask, rows.logits.shape[-1], per_row)
+    check.positive_rows("temperature", transform.temperatures, rows.mask)
 
 
-@_backward.register_fake
-def _(logits, targets, mask, temperature, temperatures, logit_scale, softcap, stats, grad_logprobs, grad_entropy,
-      grad_lse, backend):  # fmt: skip
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _forward(rows: _Rows, transform: Transform, wanted: Wanted, inplace: _Inplace, backend: str) -> list[Tensor]:
+    _check_values(rows, transform)
+    stats = _empty_stats(rows, wanted)
+    IMPLS[backend].forward(*rows, transform, wanted.want_entropy, stats, None)
+    return wanted.and_lse(stats)
 
 
-@torch.library.custom_op("rlhf_fast::token_logprobs_backward_", mutates_args={"logits"})
-def _backward_inplace(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float,
-                      temperatures: Tensor | None, logit_scale: float, softcap: float, stats: list[Tensor],
-                      grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None,
-                      backend: str) -> None:  # fmt: skip
-    transform = Transform(temperature, temperatures, logit_scale, softcap)
-    IMPLS[backend][1](logits, targets, mask, transform, stats, grad_logprobs, grad_entropy, grad_lse, logits)
+def _empty_stats(rows: _Rows, wanted: Wanted) -> list[Tensor]:
+    return empty_stats(rows.logits, wanted.want_entropy, wanted.want_stats, rows.targets.shape[2:])
 
 
-def _setup_context(ctx, inputs, output):
-    logits, targets, mask, ctx.temperature, temperatures, ctx.logit_scale, ctx.softcap, *rest = inputs
-    ctx.want_entropy, _, ctx.want_lse, ctx.inplace, ctx.backend = rest
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, mask, temperatures, *output[:-1])
+def _backward(rows: _Rows, transform: Transform, stats: _Stats, upstream: Upstream, backend: str) -> list[Tensor]:
+    gradient = torch.empty_like(rows.logits, memory_format=torch.contiguous_format)
+    IMPLS[backend].backward(*rows, transform, stats.stats, *upstream, gradient)
+    return [gradient]
 
 
-def _autograd(ctx, grads):
-    logits, targets, mask, temperatures, *stats = ctx.saved_tensors
-    gradients = upstream(grads, ctx.want_entropy, ctx.want_lse)
-    run = _backward_inplace if ctx.inplace else _backward
-    gradient = run(
-        logits, targets, mask, ctx.temperature, temperatures, ctx.logit_scale, ctx.softcap, stats, *gradients,
-        ctx.backend,
-    )  # fmt: skip
-    return (logits if ctx.inplace else gradient,)
+def _backward_inplace(rows: _Rows, transform: Transform, stats: _Stats, upstream: Upstream, backend: str) -> None:
+    IMPLS[backend].backward(*rows, transform, stats.stats, *upstream, rows.logits)
+
+
+_run_backward = registration.op_without_gradient(
+    "token_logprobs_backward", (_Rows, Transform, _Stats, Upstream), _backward,
+    fake=lambda rows, *_: [torch.empty_like(rows.logits, memory_format=torch.contiguous_format)],
+)  # fmt: skip
+_run_backward_inplace = registration.op_without_gradient(
+    "token_logprobs_backward_", (_Rows, Transform, _Stats, Upstream), _backward_inplace, fake=lambda *_: None,
+    mutates=("logits",),
+)  # fmt: skip
+
+
+def _gradients(saved: registration.Saved, gradients: Sequence[Tensor | None]) -> Mapping[str, Tensor]:
+    rows, transform, wanted, inplace = saved.inputs
+    arguments = rows, transform, _Stats(list(saved.results)), wanted.upstream(gradients), saved.backend
+    if not inplace.inplace_backward:
+        return {"logits": _run_backward(*arguments)[0]}
+    _run_backward_inplace(*arguments)
+    return {"logits": rows.logits}
 
 
 _run = registration.op(
     "token_logprobs",
-    None,
+    (_Rows, Transform, Wanted, _Inplace),
     _forward,
-    fake=_fake,
-    differentiable=(0,),
-    setup_context=_setup_context,
-    backward=_autograd,
+    fake=lambda rows, transform, wanted, *_: wanted.and_lse(_empty_stats(rows, wanted)),
+    differentiable=("logits",),
+    saves=("logits", "targets", "mask", "temperatures"),
+    saves_results=slice(5),
+    backward=_gradients,
     returned=2,
 )

@@ -1,0 +1,236 @@
+"""The matrix products of an LM head over tiles of tokens, for every op that never holds all the logits.
+
+    logits = hidden @ weight^T + lora_scale * (hidden @ lora_a^T) @ lora_b^T + bias
+
+With G = d loss / d logits of a tile:
+
+    d loss / d hidden = G @ weight + lora_scale * (G @ lora_b) @ lora_a
+    d loss / d weight = G^T @ hidden,                      d loss / d bias = G^T @ 1
+    d loss / d lora_a = lora_scale * (G @ lora_b)^T @ hidden
+    d loss / d lora_b = lora_scale * G^T @ (hidden @ lora_a^T)
+
+Each of the three large products is 2 n D V FLOPs for a tile of n rows (P, when summed over all N rows); LoRA of rank R
+adds R / D of that. Logits are accumulated and kept in float32 (float64 for float64). On a GPU G is of the weight's
+type, on the CPU of the logits'; gradients of parameters are accumulated in float32 across tiles. No atomics.
+
+Source: tiling over tokens as in Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"
+(arXiv 2411.09009); LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import backends
+from rlhf_fast.ops.core import check
+from rlhf_fast.ops.head import _products
+
+VOCABULARY_BLOCK = 8192  # half-precision heads are widened to float32 in blocks of this many rows on the CPU
+
+HeadLora = tuple[Tensor, Tensor, float]
+
+
+def operands(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, head_lora: HeadLora | None
+) -> tuple[Tensor, Tensor, Tensor | None, HeadLora | None]:
+    """The same in the types of their products, see backends.operands."""
+    lora_a, lora_b, scale = head_lora or (None, None, 1.0)
+    hidden, weight, bias, lora_a, lora_b = backends.operands(hidden, weight, bias, lora_a, lora_b)
+    return hidden, weight, bias, None if head_lora is None else (lora_a, lora_b, scale)
+
+
+class Head(NamedTuple):
+    """weight (V, D); bias (V,) or None; lora_a (R, D) and lora_b (V, R), or both None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    lora_scale: float = 1.0
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return self[:4]
+
+    @property
+    def trained(self) -> bool:
+        """Whether a part of it is, whatever the grad mode: both modes must give the same bits."""
+        return any(p is not None and p.requires_grad for p in self.parameters)
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """out (n, V) float32 (float64) = the logits of hidden (n, D)."""
+        weight = self.weight
+        if weight.dtype == out.dtype:
+            torch.mm(hidden, weight.t(), out=out)
+        elif weight.is_cuda:
+            _products.multiply(hidden, weight.t(), out.dtype, out)
+        else:
+            wide = hidden.to(out.dtype)
+            for block in _vocabulary_blocks(weight):
+                out[:, block] = wide @ weight[block].to(out.dtype).t()
+        if self.lora_b is not None:
+            _accumulate(out, self.lora_hidden(hidden), self.lora_b.t(), self.lora_scale)
+        if self.bias is not None:
+            out += self.bias
+
+    def reference_logits(self, hidden: Tensor) -> Tensor:
+        """The same by definition, differentiable any number of times."""
+        dtype = check.compute_dtype(hidden.dtype)
+        weight, bias, lora_a, lora_b = (None if p is None else p.to(dtype) for p in self.parameters)
+        hidden = hidden.to(dtype)
+        logits = torch.nn.functional.linear(hidden, weight, bias)  # type: ignore[arg-type]
+        if lora_a is not None and lora_b is not None:
+            logits = logits + self.lora_scale * (hidden @ lora_a.t()) @ lora_b.t()
+        return logits
+
+    def lora_hidden(self, hidden: Tensor) -> Tensor:
+        """hidden @ lora_a^T (n, R)."""
+        assert self.lora_a is not None
+        return _product(hidden, self.lora_a.t())
+
+    def through(self, gradient: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """d loss / d hidden (n, D) in `dtype` (default: the weight's), of d loss / d logits (n, V)."""
+        weight, dtype = self.weight, dtype or self.weight.dtype
+        if weight.is_cuda:
+            gradient = gradient.to(weight.dtype)
+        if gradient.dtype == weight.dtype == dtype:
+            result = gradient @ weight
+        elif weight.is_cuda:
+            result = _products.multiply(gradient, weight, dtype)
+        else:
+            result = gradient.new_zeros(gradient.shape[0], weight.shape[1])
+            for block in _vocabulary_blocks(weight):
+                result.addmm_(gradient[:, block], weight[block].to(gradient.dtype))
+        if self.lora_a is not None and self.lora_b is not None:
+            _accumulate(result, _product(gradient, self.lora_b), self.lora_a, self.lora_scale)
+        return result.to(dtype)
+
+
+def checked_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, head_lora: HeadLora | None = None, prefix: str = ""
+) -> Head:
+    """The head of `hidden` (..., D). Raises ValueError or TypeError for what does not fit; prefix: of their names."""
+    check.floating(f"{prefix}hidden", hidden)
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or not weight.numel():
+        raise ValueError(
+            f"{prefix}hidden must be (..., D) and {prefix}weight (V, D) with V and D >= 1, "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    for name, x in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the type of {prefix}hidden, {hidden.dtype}, got {x.dtype}")
+    if bias is not None:
+        check.shaped(f"{prefix}bias", bias, (weight.shape[0],), "(V,)")
+    lora_a, lora_b, scale = head_lora or (None, None, 1.0)
+    if lora_a is not None and lora_b is not None:
+        check.floating("head_lora A", lora_a), check.floating("head_lora B", lora_b)
+        rank = lora_a.shape[0] if lora_a.dim() else 0
+        check.shaped("head_lora A", lora_a, (rank, weight.shape[1]), "(R, D)")
+        check.shaped("head_lora B", lora_b, (weight.shape[0], rank), "(V, R)")
+    check.same_device(
+        (f"{prefix}hidden", hidden), (f"{prefix}weight", weight), (f"{prefix}bias", bias), ("head_lora A", lora_a),
+        ("head_lora B", lora_b),
+    )  # fmt: skip
+    return Head(weight, bias, lora_a, lora_b, check.number("the scale of head_lora", scale))
+
+
+class HeadGradients:
+    """Sums over tiles of the gradients of (weight, bias, lora_a, lora_b), those that are needed."""
+
+    def __init__(self, head: Head, needs: list[bool]) -> None:
+        """needs: whether each of (weight, bias, lora_a, lora_b) wants a gradient."""
+        self.head, self.empty = head, True
+        self.unit: Tensor | None = None  # what the totals are yet to be multiplied by, for float16, see `add`
+        self.totals = [
+            None if p is None or not need else p.new_empty(p.shape, dtype=check.compute_dtype(p.dtype))
+            for p, need in zip(head.parameters, needs, strict=True)
+        ]
+
+    def add(self, gradient: Tensor, hidden: Tensor, scale: Tensor | None = None) -> None:
+        """Add what d loss / d logits = scale (n,) * gradient (n, V) of the rows `hidden` (n, D) gives."""
+        head = self.head
+        weight, bias, lora_a, lora_b = self.totals
+        if head.weight.is_cuda:
+            gradient = gradient.to(head.weight.dtype)
+        if scale is None:
+            scale = gradient.new_ones(gradient.shape[0])
+        else:
+            scale = self._in_units(scale) if head.weight.dtype == torch.float16 and scale.numel() else scale
+            hidden = (hidden * scale[:, None]).to(hidden.dtype)  # (n, D) numbers to scale instead of (n, V)
+        old, self.empty = (0.0 if self.empty else 1.0), False
+        if weight is not None:
+            _accumulate(weight, gradient.t(), hidden, old=old)
+        if bias is not None:
+            _accumulate(bias[:, None], gradient.t(), scale[:, None], old=old)
+        if lora_a is not None and head.lora_b is not None:
+            _accumulate(lora_a, _product(gradient, head.lora_b).t(), hidden, head.lora_scale, old)
+        if lora_b is not None:
+            _accumulate(lora_b, gradient.t(), head.lora_hidden(hidden), head.lora_scale, old)
+
+    def _in_units(self, scale: Tensor) -> Tensor:
+        """`scale` over the greatest one so far, which the totals are brought to: 1 / N and less are no float16."""
+        greatest = scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        unit = greatest if self.unit is None or self.empty else torch.maximum(greatest, self.unit)
+        if self.unit is not None and not self.empty:
+            for total in self.totals:
+                if total is not None:
+                    total *= self.unit / unit
+        self.unit = unit
+        return scale / unit
+
+    def _settle(self) -> None:
+        """Brings the totals to their own unit."""
+        if self.unit is not None and not self.empty:
+            for total in self.totals:
+                if total is not None:
+                    total *= self.unit
+        self.unit = None
+
+    def add_sums(self, other: HeadGradients, scale: Tensor) -> None:
+        """Add scale (1,) times what was added to `other`, of the same head."""
+        if other.empty:
+            return
+        self._settle()
+        other._settle()
+        for total, part in zip(self.totals, other.totals, strict=True):
+            if total is not None and part is not None:
+                torch.mul(part, scale, out=total) if self.empty else total.addcmul_(part, scale)
+        self.empty = False
+
+    def sums(self) -> list[Tensor]:
+        """The four gradients as they were accumulated, in float32 (float64), empty where not needed."""
+        self._settle()
+        if self.empty:
+            for total in self.totals:
+                if total is not None:
+                    total.zero_()
+        dtype = check.compute_dtype(self.head.weight.dtype)
+        return [self.head.weight.new_empty(0, dtype=dtype) if total is None else total for total in self.totals]
+
+    def results(self) -> list[Tensor]:
+        """The four gradients in their parameters' types, empty where not needed."""
+        types = [self.head.weight.dtype if p is None else p.dtype for p in self.head.parameters]
+        return [total.to(dtype) for total, dtype in zip(self.sums(), types, strict=True)]
+
+
+def _vocabulary_blocks(weight: Tensor) -> Iterator[slice]:
+    for start in range(0, weight.shape[0], VOCABULARY_BLOCK):
+        yield slice(start, start + VOCABULARY_BLOCK)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in a's type on a GPU; widened to float32 (float64) on the CPU."""
+    dtype = a.dtype if a.is_cuda else check.compute_dtype(a.dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, old: float = 1.0) -> None:
+    """total = old * total + scale * a @ b, accumulated in the total's type; with old = 0 it may be unwritten."""
+    if a.is_cuda and a.dtype != total.dtype:
+        _products.add(total, a, b.to(a.dtype), scale, old)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=old, alpha=scale)
