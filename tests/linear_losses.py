@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops.head import _loss as _linear_loss
-from rlhf_fast.ops.head import _plan as _linear_plan
+from rlhf_fast.ops.head import _plan
+from rlhf_fast.ops.head.tiles import Order
 
 D, V, R = 16, 97, 3
 PARAMETERS = ("hidden", "weight", "bias", "lora_a", "lora_b")
@@ -55,11 +55,17 @@ def products(function: Callable[[], Any]) -> int:
 def plan_as_on_a_gpu(monkeypatch: Any) -> None:
     """The losses from hidden states plan their rows as on a GPU, where the mask cannot be read."""
 
-    def counted(mask: Tensor | None, count: int | None) -> Tensor | None:
-        return None if mask is None or count is None else mask.argsort(descending=True, stable=True)[:count]
+    make = _plan.make
 
-    def make(coupling: str, shape: Any, cu_seqlens: Any, mask: Any, device: Any, *rest: Any) -> _linear_plan.Plan:
-        return _linear_plan.make(coupling, shape, cu_seqlens, mask, torch.device("meta"), *rest)
+    def make_on_a_gpu(coupling: str, shape: Any, cu_seqlens: Any, mask: Any, device: Any, *rest: Any) -> _plan.Plan:
+        return make(coupling, shape, cu_seqlens, mask, torch.device("meta"), *rest)
 
-    monkeypatch.setattr(_linear_plan, "counted_rows", counted)
-    monkeypatch.setattr(_linear_loss, "make", make)
+    monkeypatch.setattr(_plan, "counted_rows", counted_as_on_a_gpu)
+    monkeypatch.setattr(_plan, "make", make_on_a_gpu)
+
+
+def counted_as_on_a_gpu(count: int, mask: Tensor | None, mask_count: int | None) -> Order:
+    """What tiles.counted_rows gives on a GPU, where it must not look at the mask."""
+    if mask is None or mask_count is None:
+        return Order(None, count, masked=mask is not None)
+    return Order(mask.argsort(descending=True, stable=True)[:mask_count], min(mask_count, count), masked=True)

@@ -173,7 +173,7 @@ CASES = [
         ("logits",),
         label="rows",
     ),
-    Case("token_kl", lambda: {"logits": plane(B, V), "ref_logits": plane(B, V)}, {"divergence": "js"}, ("logits",)),
+    Case("token_kl", lambda: {"logits": plane(B, V), "ref_logits": plane(B, V)}, {"variant": "js"}, ("logits",)),
     Case("token_kl", lambda: {"logits": plane(B, V), "ref_logits": plane(B, V)}, {"top_k": 4}, ("logits",)),
     Case(
         "token_logprobs",

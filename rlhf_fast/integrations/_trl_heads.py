@@ -12,7 +12,8 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast import linear_kl, linear_logprobs, token_kl, token_logprobs
-from rlhf_fast.ops.head import tiles as _head
+from rlhf_fast.ops.head.head import Head
+from rlhf_fast.ops.head.tiles import chunks, default_chunk_tokens
 
 _TILE_ROWS = 512  # of two tiles of logits that autograd makes
 _Transform = tuple[float, float | None]  # logit_scale, softcap
@@ -113,13 +114,13 @@ def diverged(
     teacher_bias: Tensor | None,
     *,
     types: tuple[torch.dtype, torch.dtype],
-    divergence: str,
+    variant: str,
     js_weight: float,
     temperature: float,
     transforms: tuple[_Transform, _Transform],
 ) -> tuple[Tensor, Tensor]:
     """The two outputs of ChunkedDivergenceFunction."""
-    options: dict[str, Any] = {"divergence": divergence, "js_weight": js_weight, "temperature": temperature}
+    options: dict[str, Any] = {"variant": variant, "js_weight": js_weight, "temperature": temperature}
     scale, softcap = transforms[0]
     with torch.autocast(student_hidden.device.type, enabled=False):
         student = _cast(types[0], student_hidden, student_weight, student_bias)
@@ -166,10 +167,10 @@ def _transformed(logits: Tensor, logit_scale: float, softcap: float | None) -> T
 
 def logit_tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their logits (n, V) in float32 or float64), a tile of the byte budget at a time."""
-    for rows in _head.chunks(hidden.shape[0], _head.chunk_tokens(weight)):
+    for rows in chunks(hidden.shape[0], default_chunk_tokens(weight)):
         shape = (rows.stop - rows.start, weight.shape[0])
         logits = hidden.new_empty(shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        _head.Head(weight, bias).logits(hidden[rows], logits)
+        Head(weight, bias).logits(hidden[rows], logits)
         yield rows, logits
 
 

@@ -90,7 +90,7 @@ def _logprobs_and_entropy(
     one_per_row = index.dim() == logits.dim() - 1
     mask = row_mask if one_per_row else None
     found = token_logprobs(logits, index, temperature=temperature, mask=mask, return_entropy=want_entropy)
-    logprobs, entropy = found if want_entropy else (found, found)
+    logprobs, entropy = (found, found) if isinstance(found, Tensor) else found
     if row_mask is not None and not one_per_row:  # TRL's mask then has the shape of the ids, one entry for each
         logprobs = logprobs.masked_fill(row_mask == 0, 0.0)
     return logprobs, entropy
@@ -168,7 +168,7 @@ class ChunkedDivergenceFunction:
         compute = partial(
             _trl_heads.diverged,
             types=(_trl_heads.compute_type(student_hidden), _trl_heads.compute_type(teacher_hidden)),
-            divergence={0.0: "forward", 1.0: "reverse"}.get(beta, "js"),
+            variant={0.0: "forward", 1.0: "reverse"}.get(beta, "js"),
             js_weight=0.5 if beta in (0, 1) else beta,
             temperature=temperature,
             transforms=(

@@ -420,9 +420,9 @@ class Backbone:
             **self.logit_transform,
             return_entropy=return_entropy,
         )
-        if return_entropy:
-            return tuple(F.pad(values[:, :-1], (1, 0)) for values in result)  # type: ignore[return-value]
-        return F.pad(result[:, :-1], (1, 0))
+        if isinstance(result, Tensor):
+            return F.pad(result[:, :-1], (1, 0))
+        return F.pad(result.logprobs[:, :-1], (1, 0)), F.pad(result.entropy[:, :-1], (1, 0))
 
     def values(self, role: str, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T), fp32: at t the value before token t, from hidden state t - 1; 0 at t = 0."""

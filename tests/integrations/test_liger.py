@@ -18,7 +18,7 @@ from torch import Tensor
 
 import rlhf_fast.integrations as integrations
 from rlhf_fast.integrations import liger
-from rlhf_fast.ops.head import _logprobs_op as _linear_call
+from rlhf_fast.ops.head import _logprobs_op
 from rlhf_fast.testing.numerics import TOLERANCE, assert_contract
 from tests.linear_losses import products
 
@@ -263,7 +263,7 @@ def test_grpo_says_what_does_not_fit(options, changes, message):
 
 @pytest.mark.parametrize("changes", [{}, ON_POLICY], ids=["off policy", "on policy"])
 def test_grpo_takes_three_products_where_the_log_probabilities_alone_take_four(changes, monkeypatch):
-    monkeypatch.setitem(_linear_call.KEPT_BYTES, "cpu", 0)
+    monkeypatch.setitem(_logprobs_op.KEPT_BYTES, "cpu", 0)
     inputs = grpo_inputs(padded=False) | {"bias": None} | changes
     assert products(lambda: outcome(liger.LigerFusedLinearGRPOLoss(), inputs)) == 3 * B * T * D * V
 

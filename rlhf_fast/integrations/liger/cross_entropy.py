@@ -43,7 +43,7 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         if selected_token_ids is not None:
             ids = torch.cat([target[:, None], selected_token_ids.expand(target.shape[0], -1)], 1)
         found = linear_logprobs(_input, weight, ids, mask=mask, temperature=temperature, return_entropy=return_entropy)
-        logprobs, entropy = found if return_entropy else (found, None)
+        logprobs, entropy = (found, None) if isinstance(found, Tensor) else found
         nll, selected = (-logprobs, None) if selected_token_ids is None else (-logprobs[:, 0], logprobs[:, 1:])
         results = [nll, None if entropy is None else entropy.to(_input.dtype), selected]
         given = tuple(x for x in results if x is not None)
@@ -76,7 +76,7 @@ class LigerFusedLinearScaledCrossEntropyTPFunction:
             _input, weight, target, mask=target != ignore_index, temperature=temperature,
             return_entropy=return_entropy, process_group=group,
         )  # fmt: skip
-        return (-found[0], found[1]) if return_entropy else -found
+        return -found if isinstance(found, Tensor) else (-found.logprobs, found.entropy)
 
 
 def _check_rows(hidden: Tensor, weight: Tensor, target: Tensor) -> None:

@@ -58,12 +58,12 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         missing = teacher.weight.shape[0] - student.weight.shape[0]
         wants_hard = self.weight_hard_loss != 0 or self.return_soft_hard_loss
         one_pass = wants_hard and self.temperature == 1 and missing == 0
-        divergence = "forward" if self.beta == 0 else "reverse" if self.beta == 1 else "js"
+        variant = "forward" if self.beta == 0 else "reverse" if self.beta == 1 else "js"
         found = linear_kl(
             student.hidden, teacher.hidden, pad(student.weight, (0, 0, 0, missing)), true_labels if one_pass else None,
             ref_weight=teacher.weight, bias=None if student.bias is None else pad(student.bias, (0, missing)),
-            ref_bias=teacher.bias, mask=mask, temperature=self.temperature, divergence=divergence,
-            js_weight=self.beta if divergence == "js" else 0.5,
+            ref_bias=teacher.bias, mask=mask, temperature=self.temperature, variant=variant,
+            js_weight=self.beta if variant == "js" else 0.5,
         )  # fmt: skip
         soft, hard = found.kl.sum() / count, torch.zeros_like(found.kl[:0].sum())
         if wants_hard:

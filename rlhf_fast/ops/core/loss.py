@@ -63,6 +63,13 @@ class Objective:
         except TypeError as error:
             raise ValueError(str(error)) from None
 
+    def values(self) -> tuple[Any, ...]:
+        """The fields as an op takes them: a variant that may be weights of several losses is weights of one or more."""
+        fields: dict[str, Any] = self.__dataclass_fields__  # type: ignore[attr-defined]
+        values = [getattr(self, name) for name in fields]
+        weighted = [isinstance(x, str) and "Mapping" in f.type for x, f in zip(values, fields.values(), strict=True)]
+        return tuple({x: 1.0} if several else x for x, several in zip(values, weighted, strict=True))
+
 
 @once
 def _preset(cls: type[O], name: str) -> O:

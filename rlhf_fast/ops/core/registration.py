@@ -27,7 +27,7 @@ _TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", list[Tensor | None]: "Tensor?[]",
     float: "float", float | None: "float?", list[float]: "float[]",
     int: "SymInt", int | None: "SymInt?", list[int]: "SymInt[]",
-    bool: "bool", list[bool]: "bool[]", str: "str",
+    bool: "bool", list[bool]: "bool[]", str: "str", str | None: "str?", str | Mapping[str, float]: "Dict(str, float)",
 }  # fmt: skip
 
 Gradient = Tensor | list[Tensor | None] | None
@@ -50,8 +50,9 @@ class _Fields:
     """The fields of the NamedTuples that an op takes: as a schema, and how they go there and back."""
 
     def __init__(self, op: str, takes: Sequence[type]) -> None:
-        self.takes = takes
-        fields = [(name, kind) for inputs in takes for name, kind in get_type_hints(inputs).items()]
+        hints = [get_type_hints(inputs) for inputs in takes]
+        self.takes = [(inputs, len(of_inputs)) for inputs, of_inputs in zip(takes, hints, strict=True)]
+        fields = [field for of_inputs in hints for field in of_inputs.items()]
         self.names = [name for name, _ in fields]
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"{op}: two inputs have one name among {', '.join(self.names)}")
@@ -72,16 +73,15 @@ class _Fields:
         """The fields one after the other, and the backend, of (*NamedTuples, backend)."""
         flat: tuple[Any, ...] = ()
         for inputs in arguments[:-1]:
-            flat += inputs  # faster than a comprehension
+            flat += inputs if isinstance(inputs, tuple) else inputs.values()  # faster than a comprehension
         return flat + arguments[-1:]
 
     def together(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         """(*NamedTuples, backend) of what `apart` gives."""
         arguments, start = [], 0
-        for inputs in self.takes:
-            stop = start + len(inputs._fields)  # type: ignore[attr-defined]
-            arguments.append(inputs._make(flat[start:stop]))  # type: ignore[attr-defined]
-            start = stop
+        for inputs, count in self.takes:
+            arguments.append(inputs(*flat[start : start + count]))
+            start += count
         return (*arguments, flat[-1])
 
     def picks(self, places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -153,7 +153,8 @@ def op(
 ) -> Callable[..., list[Tensor]]:
     """Registers ``rlhf_fast::<name>`` and returns how to call it, as compute: (*inputs, backend) -> results.
 
-    takes: the NamedTuples of the inputs. Their fields, in order, are the schema, and after them the backend's name.
+    takes: the NamedTuples of the inputs, or an Objective. Their fields, in order, are the schema, and after them the
+    backend's name.
     compute, fake: -> the results, and empty ones of their shapes.
     differentiable: the fields that may have a gradient, tensors or lists of them.
     backward(saved, gradients of the results, not all of them None) -> the gradient of each field that has one, by name.

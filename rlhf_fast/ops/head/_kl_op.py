@@ -155,7 +155,7 @@ def _empty_results(head: Head, rows: Rows, options: Options) -> list[Tensor]:
 
 def _tiles(head: Head, rows: Rows, transform: Transform, logits: Tensor | None, backend: str) -> Tiles:
     order = counted_rows(rows.hidden.shape[0], rows.mask, rows.mask_count)
-    slices = chunks(order.count, rows.chunk_tokens)
+    slices = chunks(order.length, rows.chunk_tokens)
     return Tiles(head, rows, transform, order, slices, backend, depth=2, all_logits=logits)
 
 
@@ -169,7 +169,7 @@ def _forward(
     kernels = token_logprobs.IMPLS[backend]
     tiles = _tiles(head, rows, transform, prefer_huge_pages(logits) if options.save == "logits" else None, backend)
     if options.save == "logits":
-        logits[2 * tiles.order.count :].zero_()
+        logits[2 * tiles.order.length :].zero_()
     for tile in tiles:
         _make_logits(head, reference, tile)
         halves, of_rows = _halves(tile), (tile.targets, tile.mask, tile.transform)
@@ -230,7 +230,15 @@ def _gradient_of_tile(
     tile, none = halves.tile, stats.kl.new_empty(0)
     row_stats = [stats.logprobs, stats.entropy, stats.row_max, stats.row_logsum, none]
     token_logprobs.IMPLS[backend].backward(
-        halves.logits, tile.targets, tile.mask, tile.transform, row_stats, grad_logprobs, grad_entropy, None, halves.gradient
+        halves.logits,
+        tile.targets,
+        tile.mask,
+        tile.transform,
+        row_stats,
+        grad_logprobs,
+        grad_entropy,
+        None,
+        halves.gradient,
     )
     return halves.gradient[0] if grad_kl is None else halves.gradient[0].add_(halves.kl_gradient[0])
 
@@ -243,7 +251,7 @@ _run_backward = registration.op_without_gradient(
 
 
 def _gradients(saved: registration.Saved, gradients: Sequence[Tensor | None]) -> Mapping[str, Tensor]:
-    head, rows, *_, options = saved.inputs
+    _, rows, *_, options = saved.inputs
     *stats, u_kl, u_logprob, logits = saved.results
     grad_kl, grad_logprobs, _, grad_entropy = (None if g is None else g.contiguous() for g in gradients[:4])
     upstream = _Upstream(

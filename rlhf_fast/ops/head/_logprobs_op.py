@@ -17,7 +17,7 @@ from rlhf_fast.ops.core import registration
 from rlhf_fast.ops.core.check import compute_dtype
 from rlhf_fast.ops.head._shards import Shards
 from rlhf_fast.ops.head.head import Head, HeadGradients
-from rlhf_fast.ops.head.tiles import Order, Rows, Tiles, by_row, chunks, counted_rows, gradient_dtype, zero_behind
+from rlhf_fast.ops.head.tiles import Rows, Tiles, by_row, chunks, counted_rows, gradient_dtype, zero_behind
 from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Upstream, Wanted, empty_stats
 from rlhf_fast.ops.tokens.transform import Transform
 
@@ -89,11 +89,11 @@ def _forward(
     rows = _local(head, rows, transform, shards)
     *results, saved = _empty_results(head, rows, wanted, saves, backend)
     order = counted_rows(rows.hidden.shape[0], rows.mask, rows.mask_count)
-    if order.index is not None:
-        for x in (*results, saved[order.count :] if saves.save == "G" else saved):
+    if order.rows is not None:
+        for x in (*results, saved[order.length :] if saves.save == "G" else saved):
             x.zero_()
     all_gradients = prefer_huge_pages(saved) if saves.save == "G" else None
-    slices = chunks(order.count, rows.chunk_tokens)
+    slices = chunks(order.length, rows.chunk_tokens)
     for tile in Tiles(head, rows, transform, order, slices, backend, all_gradients=all_gradients):
         head.logits(tile.hidden, tile.logits[0])
         stats = empty_stats(tile.logits, wanted.want_entropy, wanted.want_stats, tile.targets.shape[2:])
@@ -158,7 +158,7 @@ def _remade(
     """Makes the tiles of logits again, of the rows that count and have an upstream gradient."""
     rows = rows._replace(mask=_alive(rows.mask, *upstream))
     order = counted_rows(rows.hidden.shape[0], rows.mask, rows.mask_count)
-    for tile in Tiles(head, rows, transform, order, chunks(order.count, rows.chunk_tokens), backend):
+    for tile in Tiles(head, rows, transform, order, chunks(order.length, rows.chunk_tokens), backend):
         head.logits(tile.hidden, tile.logits[0])
         of_tile = [s[tile.where][None] if s.numel() else s for s in stats]
         parts, scale = by_row(tile, *upstream)
@@ -171,10 +171,11 @@ def _remade(
 def _remembered(rows: Rows, gradients: Tensor, upstream: Upstream) -> _RowGradients:
     """Reads G, whose rows are those that forward took, in its order; leaves out the same rows as _remade."""
     alive = _alive(rows.mask, upstream.grad_logprobs)
+    assert upstream.grad_logprobs is not None
     scale = torch.where(alive != 0, upstream.grad_logprobs, 0)
     taken = counted_rows(rows.hidden.shape[0], rows.mask, rows.mask_count)
-    living: Order = counted_rows(taken.count, alive[taken.pick(slice(None))], None)
-    for places in chunks(living.count, rows.chunk_tokens):
+    living = counted_rows(taken.length, alive[taken.pick(slice(None))], None)
+    for places in chunks(living.length, rows.chunk_tokens):
         at = living.pick(places)
         where = taken.pick(at)
         yield where, zero_behind(alive[where], rows.hidden[where]), gradients[at], scale[where]

@@ -1,206 +1,173 @@
 """What the losses from hidden states share: their arguments, their scratch budget, and the op around a sweep.
 
-The gradient is made in forward (_linear_sweep, which has the costs), so backward is a scale.
+The gradient is made in forward (_sweep, which has the costs), so backward is a scale.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import without_autocast
-from rlhf_fast.ops.core import check, masked_loss
-from rlhf_fast.ops.core import registration_by_schema as registration
-from rlhf_fast.ops.head import _products
-from rlhf_fast.ops.head._plan import make
-from rlhf_fast.ops.head._sweep import Sweep, differentiate, empty_results
-from rlhf_fast.ops.head.tiles import VOCABULARY_BLOCK, Head
-from rlhf_fast.ops.head.tiles import chunk_tokens as default_chunk_tokens
-from rlhf_fast.ops.tokens import token_logprobs as rows
+from rlhf_fast.ops.core import check, masked_loss, registration
+from rlhf_fast.ops.core.loss import Loss
+from rlhf_fast.ops.head import _plan, _products
+from rlhf_fast.ops.head._sweep import Sweep, empty
+from rlhf_fast.ops.head.head import VOCABULARY_BLOCK, Head, HeadLora, checked_head, operands
+from rlhf_fast.ops.head.linear_logprobs import scored
+from rlhf_fast.ops.head.tiles import Rows, Tiles, checked_rows
+from rlhf_fast.ops.tokens.token_logprobs import Wanted
+from rlhf_fast.ops.tokens.transform import Transform, checked_transform
 
 SCRATCH_BYTES = 1 << 30
 _ROW_BYTES = 128  # per row of the call: log-probabilities, statistics, and what the loss makes of them
-
-# (objective, tensors, backend, logprobs (N,), entropy (N,) or None)
-#   -> [loss (), metrics, d loss / d logprobs (N,), and d loss / d entropy (N,) where it has a weight]
-Evaluate = Callable[[str, list[Any], str, Tensor, Tensor | None], list[Tensor]]
+_DIFFERENTIABLE = ("hidden", "weight", "bias", "lora_a", "lora_b")
 
 
-def register(op: str, evaluate: Evaluate, metrics: int) -> Callable[..., list[Tensor]]:
-    """Registers ``rlhf_fast::<op>`` and returns how to call it.
+class Coupling(NamedTuple):
+    """Which rows a loss takes together, and how many at a time: arguments of _plan.make."""
 
-    Its loss has gradients to hidden, weight, bias, lora_a, lora_b, as `needs` says.
+    coupling: str
+    shape: list[int]  # (B, T) or (N,)
+    bounds: Tensor | None  # cu_seqlens
+    held_rows: int
+    summed_rows: int = 0
 
-    coupling, shape, cu_seqlens, mask_count, tile_rows, held_rows, summed_rows: see _linear_plan.make. tensors,
-    objective: what `evaluate` takes. Returns what `differentiate` does.
+
+class _Wanted(NamedTuple):
+    want_entropy: bool
+    needs: list[bool]  # whether each of hidden and the head's parameters wants a gradient
+
+
+def register(
+    name: str, takes: Sequence[type], evaluate: Callable[..., list[Tensor]], metrics: int
+) -> Callable[..., list[Tensor]]:
+    """Registers ``rlhf_fast::<name>``, a loss of log-probabilities and of the inputs that it `takes`.
+
+    evaluate(logprobs (N,), entropy (N,) or None, *inputs, backend) -> [loss (), metrics (`metrics`,),
+    d loss / d logprobs (N,), and d loss / d entropy (N,) where it has a weight]
     """
 
-    def forward(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
-        lora_scale: float, targets: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
-        logit_scale: float, softcap: float, tensors: list[Tensor | None], objective: str, coupling: str,
-        shape: list[int], cu_seqlens: Tensor | None, mask_count: int | None, tile_rows: int, held_rows: int,
-        summed_rows: int, want_entropy: bool, needs: list[bool], backend: str,
-    ) -> list[Tensor]:  # fmt: skip
-        check.targets_inside(targets, mask, weight.shape[0])
-        check.counted_within(mask, mask_count)
-        check.positive_rows("temperature", temperatures, mask)
-        head = Head(weight, bias, lora_a, lora_b, lora_scale)
-        transform = rows.Transform(temperature, temperatures, logit_scale, softcap)
-        heights = (tile_rows, held_rows, summed_rows)
-        plan = make(coupling, shape, cu_seqlens, mask, hidden.device, *heights, mask_count)
-        behind = mask if plan.masked else None
-        sweep = Sweep(head, hidden, targets, behind, transform, plan, want_entropy, backend)
-        return differentiate(sweep, partial(evaluate, objective, tensors, backend), needs)
+    @without_autocast
+    def compute(
+        head: Head, rows: Rows, transform: Transform, coupling: Coupling, wanted: _Wanted, *others: Any
+    ) -> list[Tensor]:
+        *inputs, backend = others
+        rows.check_values(transform, head.weight.shape[0])
+        kind, shape, bounds, held_rows, summed_rows = coupling
+        heights = rows.chunk_tokens, held_rows, summed_rows
+        plan = _plan.make(kind, shape, bounds, rows.mask, rows.hidden.device, *heights, rows.mask_count)
+        tiles = Tiles(head, rows, transform, plan.order, plan.slices, backend)
 
-    def fake(hidden, weight, bias, lora_a, lora_b, lora_scale, targets, mask, temperature, temperatures, logit_scale,
-             softcap, tensors, objective, coupling, shape, cu_seqlens, mask_count, tile_rows, held_rows, summed_rows,
-             want_entropy, needs, backend):  # fmt: skip
-        return empty_results(Head(weight, bias, lora_a, lora_b, lora_scale), hidden, want_entropy, needs, metrics)
+        def loss(logprobs: Tensor, entropy: Tensor | None) -> list[Tensor]:
+            return evaluate(logprobs, entropy, *inputs, backend)
 
-    def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:5]]
-        ctx.save_for_backward(*output[4:])
+        return Sweep(head, tiles, loss, *wanted, backend).run(plan)
 
-    def autograd(ctx, grads):
-        results: list[Any] = [None] * 5
-        if grads[0] is not None:
-            for k, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
-                if ctx.needs_input_grad[k]:
-                    results[k] = masked_loss.scaled_gradient(gradient, grads[0], dtype)
-        return results
+    def fake(head: Head, rows: Rows, _: Transform, coupling: Coupling, wanted: _Wanted, *inputs: Any) -> list[Tensor]:
+        numbers = [rows.hidden.new_empty(s, dtype=check.compute_dtype(rows.hidden.dtype)) for s in ((), (metrics,))]
+        logprobs, entropy, grad_hidden, head_gradients = empty(head, rows.hidden, *wanted)
+        return [*numbers, logprobs, entropy, grad_hidden, *head_gradients.sums()]
+
+    def backward(saved: registration.Saved, gradients: Sequence[Tensor | None]) -> Mapping[str, Tensor]:
+        if gradients[0] is None:
+            return {}
+        return {
+            field: masked_loss.scaled_gradient(gradient, gradients[0], saved.dtypes[field])
+            for field, gradient in zip(_DIFFERENTIABLE, saved.results, strict=True)
+            if saved.needs[field]
+        }
 
     return registration.op(
-        op,
-        torch.library.infer_schema(forward, mutates_args=()),
-        without_autocast(forward),
-        fake=fake,
-        differentiable=range(5),
-        setup_context=setup_context,
-        backward=autograd,
-        returned=4,
-    )
+        name, (Head, Rows, Transform, Coupling, _Wanted, *takes), compute, fake=fake, differentiable=_DIFFERENTIABLE,
+        saves_results=slice(4, None), backward=backward, returned=4,
+    )  # fmt: skip
 
 
 # --- What the public functions share ----------------------------------------------------------------------------------
 
 
-def encoded(objective: Any) -> str:
-    """The fields of a dataclass as JSON, which an op can take as an argument."""
-    return _json({name: getattr(objective, name) for name in objective.__dataclass_fields__})
+class LossAndLogprobs(NamedTuple):
+    """What a loss from hidden states returns with return_logprobs."""
+
+    loss: Tensor  # 0-d
+    metrics: dict[str, Tensor]  # by name: 0-d, detached
+    logprobs: Tensor  # in the shape of targets, without gradient
 
 
-def _json(fields: dict[str, Any]) -> str:
-    return json.dumps(fields)
+class Call(NamedTuple):
+    """The checked arguments of a loss from hidden states, but for those of the loss."""
 
-
-# json is opaque to torch.compile; the plain values that it gets here are constants of the graph (see backends.resolve).
-_json._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of every loss from hidden states, checked: rows (N, ...), and how many of them a tile has."""
-
-    hidden: Tensor
     head: Head
-    targets: Tensor
-    transform: rows.Transform
-    tile_rows: int
-    held_rows: int
+    rows: Rows  # chunk_tokens: of what is taken row by row
+    transform: Transform
+    shape: torch.Size  # (B, T) or (N,)
+    held_rows: int  # how many rows of logits the scratch budget holds
     scratch_bytes: int
-    mask_count: int | None
 
-    @property
-    def needs(self) -> list[bool]:
-        """Whether each of (hidden, *head[:4]) wants a gradient."""
-        wanted = [x is not None and x.requires_grad for x in (self.hidden, *self.head[:4])]
-        return [x and torch.is_grad_enabled() for x in wanted]
+    def mask(self) -> Tensor | None:
+        return None if self.rows.mask is None else self.rows.mask.view(self.shape)
 
-    @property
-    def frozen(self) -> bool:
-        """Whether no part of the head is trained, whatever the grad mode: both modes must give the same bits."""
-        return not any(p is not None and p.requires_grad for p in self.head[:4])
+    def of_mask(self, flags: Tensor | None) -> Call:
+        """The call in which the rows count that `flags` says."""
+        return self._replace(rows=self.rows._replace(mask=None if flags is None else flags.reshape(-1)))
 
-    def run(
-        self, op: Callable[..., list[Tensor]], mask: Tensor | None, tensors: list[Tensor | None], objective: str,
-        coupling: str, one_slope: bool, shape: Sequence[int], cu_seqlens: Tensor | None, want_entropy: bool,
-        backend: str,
-    ) -> list[Tensor]:  # fmt: skip
-        """The results of `op`, see `register`.
-
-        one_slope: whether d loss / d logprob is the same for all rows of a sequence, and nothing else has a derivative.
-        """
-        summed_rows = self._summed_rows({"sequence": 1, "pair": 2}[coupling]) if one_slope else 0
-        # In a list with a None among them, the dispatcher leaves a negated view as it is.
-        tensors = [None if x is None else x.resolve_neg() for x in tensors]
-        return op(
-            self.hidden, *self.head, self.targets, mask, *self.transform, tensors, objective, coupling, list(shape),
-            cu_seqlens, self.mask_count, self.tile_rows, self.held_rows, summed_rows, want_entropy, self.needs, backend,
-        )  # fmt: skip
+    def coupling(self, kind: str, cu_seqlens: Tensor | None, one_slope: bool) -> Coupling:
+        """one_slope: whether d loss / d logprob is the same for all rows of a sequence, and nothing else has one."""
+        summed_rows = self._summed_rows({"sequence": 1, "pair": 2}[kind]) if one_slope else 0
+        return Coupling(kind, list(self.shape), cu_seqlens, self.held_rows, summed_rows)
 
     def _summed_rows(self, sequences: int) -> int:
         """The rows in a tile beside the head's gradients of so many sequences; 0 where few would be left."""
-        trained = [p.numel() for p in self.head[:4] if p is not None and p.requires_grad]
-        sums = sequences * sum(trained) * check.compute_dtype(self.hidden.dtype).itemsize
-        fixed, row = _scratch(self.head, self.hidden.shape[0])
-        left = (self.scratch_bytes - fixed - sums) // row
-        return min(left, self.tile_rows) if 2 * left >= self.tile_rows else 0
+        trained = [p.numel() for p in self.head.parameters if p is not None and p.requires_grad]
+        sums = sequences * sum(trained) * check.compute_dtype(self.rows.hidden.dtype).itemsize
+        fixed, row = _scratch(self.head, self.rows.hidden.shape[0])
+        left, most = (self.scratch_bytes - fixed - sums) // row, self.rows.chunk_tokens
+        return min(left, most) if 2 * left >= most else 0
 
 
 def checked(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
-    head_lora: tuple[Tensor, Tensor, float] | None, temperature: float | Tensor, logit_scale: float,
-    softcap: float | None, mask: Tensor | None, mask_count: int | None, chunk_tokens: int | None,
-    scratch_bytes: int | None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, head_lora: HeadLora | None,
+    temperature: float | Tensor, logit_scale: float, softcap: float | None, mask: Tensor | None,
+    mask_count: int | None, chunk_tokens: int | None, scratch_bytes: int | None,
 ) -> Call:  # fmt: skip
     """Raises ValueError or TypeError for what does not fit."""
-    check.mask_count(mask, mask_count)
-    head = _checked_head(hidden, weight, bias, head_lora)
-    shape = hidden.shape[:-1]
-    check.shaped("targets", targets, shape, "hidden.shape[:-1]")
-    check.same_device(("hidden", hidden), ("targets", targets))
-    transform = rows.checked_transform(temperature, logit_scale, softcap, shape, ("hidden", hidden))
-    if transform.temperatures is not None:
-        transform = transform._replace(temperatures=transform.temperatures.view(-1))
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be >= 1, got {chunk_tokens}")
+    hidden, weight, bias, head_lora = operands(hidden, weight, bias, head_lora)
+    head, shape = checked_head(hidden, weight, bias, head_lora), hidden.shape[:-1]
+    rows = checked_rows(hidden, weight, targets, mask, mask_count, chunk_tokens)
+    if len(shape) not in (1, 2):
+        raise ValueError(f"hidden must be (B, T, D) or (N, D), got {tuple(hidden.shape)}")
+    transform = checked_transform(temperature, logit_scale, softcap, shape, ("hidden", hidden)).of_rows()
     scratch_bytes = SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
     held = rows_that_fit(head, shape.numel(), scratch_bytes)
-    tile = min(held, chunk_tokens or default_chunk_tokens(weight))
-    ids = check.ids("targets", targets).view(-1)
-    return Call(check.rows(hidden), head, ids, transform, tile, held, scratch_bytes, mask_count)
+    rows = rows._replace(chunk_tokens=min(held, rows.chunk_tokens))
+    return Call(head, rows, transform, shape, held, scratch_bytes)
 
 
-def _checked_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, head_lora: tuple[Tensor, Tensor, float] | None
-) -> Head:
-    check.floating("hidden", hidden)
-    if hidden.dim() not in (2, 3) or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or not weight.numel():
-        raise ValueError(
-            "hidden must be (B, T, D) or (N, D) and weight (V, D) with V and D >= 1, "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    lora_a, lora_b, scale = (None, None, 1.0) if head_lora is None else head_lora
-    parameters = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
-    for name, x in parameters.items():
-        if x is not None and x.dtype != hidden.dtype:
-            raise TypeError(f"{name} must have the type of hidden, {hidden.dtype}, got {x.dtype}")
-    if bias is not None:
-        check.shaped("bias", bias, (weight.shape[0],), "(V,)")
-    if lora_a is not None and lora_b is not None:
-        rank = lora_a.shape[0] if lora_a.dim() else 0
-        check.shaped("lora_a", lora_a, (rank, weight.shape[1]), "(R, D)")
-        check.shaped("lora_b", lora_b, (weight.shape[0], rank), "(V, R)")
-    check.same_device(("hidden", hidden), *parameters.items())
-    return Head(weight, bias, lora_a, lora_b, check.number("the scale of head_lora", scale))
+def loss_and_logprobs(
+    call: Call, op: Callable[..., list[Tensor]], inputs: tuple[Any, ...], coupling: Coupling,
+    of_logprobs: Callable[[Tensor, Tensor | None], Loss],
+    named: Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]], backend: str, *, want_entropy: bool = False,
+    weighs_entropy: bool = False,
+) -> LossAndLogprobs:  # fmt: skip
+    """The loss of `op`, which `register` made, and of its `inputs`.
+
+    of_logprobs(logprobs, entropy): the same loss for autograd. named(values, logprobs, entropy): the op's metrics.
+    """
+    head, rows, transform, *_ = call
+    if backend == "reference" or not (head.trained or weighs_entropy):
+        # With a frozen head linear_logprobs has its gradient from one sweep as well, in which no row waits for another.
+        logprobs, entropy, *_ = scored(head, rows, transform, Wanted(want_entropy, False, False), backend)
+        loss, metrics = of_logprobs(logprobs, entropy if want_entropy else None)
+    else:
+        needs = [p is not None and p.requires_grad and torch.is_grad_enabled() for p in (rows.hidden, *head.parameters)]
+        wanted = _Wanted(want_entropy, needs)
+        loss, values, logprobs, entropy = op(head, rows, transform, coupling, wanted, *inputs, backend)[:4]
+        metrics = named(values.detach(), logprobs.detach(), entropy.detach() if want_entropy else None)
+    return LossAndLogprobs(loss, metrics, logprobs.detach().view(call.shape))
 
 
 def rows_that_fit(head: Head, count: int, scratch_bytes: int) -> int:

@@ -94,7 +94,7 @@ def _units_by_shape(
     known sequences all rows are taken unless fewer than three quarters count.
     """
     count = int(torch.Size(shape).numel())
-    counted = counted_rows(count, mask, mask_count).index
+    counted = counted_rows(count, mask, mask_count).rows
     if coupling in ("token", "batch") or cu_seqlens is not None:
         return counted, None, None
     if counted is not None and 4 * counted.shape[0] < 3 * count:

@@ -20,7 +20,7 @@ Source: tiling over tokens as in Wijmans et al. 2024, "Cut Your Losses in Large-
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,7 +31,21 @@ from rlhf_fast.ops.head import _products
 
 VOCABULARY_BLOCK = 8192  # half-precision heads are widened to float32 in blocks of this many rows on the CPU
 
-HeadLora = tuple[Tensor, Tensor, float]
+HeadLora = tuple[Tensor, Tensor, float]  # A (R, D), B (V, R), scale
+
+
+class HeadOptions(TypedDict, total=False):
+    """The options that most ops on a head take and that do not change what they return."""
+
+    bias: Tensor | None
+    head_lora: HeadLora | None
+    mask: Tensor | None
+    mask_count: int | None
+    temperature: float | Tensor
+    logit_scale: float
+    softcap: float | None
+    chunk_tokens: int | None
+    backend: str | None
 
 
 def operands(

@@ -135,14 +135,15 @@ def reference(
     head: Head, rows: Rows, transform: Transform, reference: Reference, divergence: Divergence, options: Options,
     backend: str = "reference",
 ) -> list[Tensor]:  # fmt: skip
-    """[kl, logprobs, ref_logprobs, entropy] by definition, through all the logits, differentiable any number of times."""
+    """[kl, logprobs, ref_logprobs, entropy] by definition, through all the logits, differentiable at any order."""
     ref_weight, ref_bias = head[:2] if reference.ref_weight is None else reference[1:]
     ref_head = Head(*(None if p is None else p.detach() for p in (ref_weight, ref_bias)))  # type: ignore[arg-type]
     both = [
-        h.reference_logits(zero_behind(rows.mask, x)) for h, x in ((head, rows.hidden), (ref_head, reference.ref_hidden))
+        h.reference_logits(zero_behind(rows.mask, x))
+        for h, x in ((head, rows.hidden), (ref_head, reference.ref_hidden))
     ]
     given: dict[str, Any] = {**transform.options(), "mask": rows.mask}
-    kl = token_kl.reference(*both, **divergence._asdict(), top_k=options.top_k, **given)
+    kl = token_kl.reference(both[0], both[1], **divergence._asdict(), top_k=options.top_k, **given)
     ids = torch.zeros(kl.shape, dtype=torch.int64, device=kl.device) if rows.targets is None else rows.targets
     (logprobs, entropy), (ref_logprobs, _) = (token_logprobs.reference(x, ids, **given) for x in both)
     return [kl, logprobs, ref_logprobs, entropy]

@@ -42,7 +42,7 @@ Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict, overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ from rlhf_fast.backends import resolve, without_autocast
 from rlhf_fast.ops.core import check
 from rlhf_fast.ops.head import _logprobs_op
 from rlhf_fast.ops.head._shards import Shards
-from rlhf_fast.ops.head.head import Head, HeadLora, checked_head, operands
+from rlhf_fast.ops.head.head import Head, HeadLora, HeadOptions, checked_head, operands
 from rlhf_fast.ops.head.tiles import Rows, checked_rows, zero_behind
 from rlhf_fast.ops.tokens.results import (
     Scored,
@@ -72,19 +72,10 @@ if TYPE_CHECKING:
 _SHARD_CHUNK = 1024  # rows per tile of a sharded head: every rank must make the same tiles, whatever its shard's size
 
 
-class Options(TypedDict, total=False):
-    """The options of linear_logprobs that do not change what it returns."""
+class Options(HeadOptions, total=False):
+    """The options that do not change what linear_logprobs returns."""
 
-    bias: Tensor | None
-    mask: Tensor | None
-    mask_count: int | None
-    temperature: float | Tensor
-    logit_scale: float
-    softcap: float | None
-    head_lora: HeadLora | None
     process_group: torch.distributed.ProcessGroup | None
-    chunk_tokens: int | None
-    backend: str | None
 
 
 # fmt: off
@@ -111,6 +102,9 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, return_l
 @overload
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, return_entropy: Yes, return_lse: Yes,
                     return_stats: Yes, **options: Unpack[Options]) -> WithAll: ...
+@overload
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, return_entropy: bool,
+                    **options: Unpack[Options]) -> Tensor | WithEntropy: ...
 @overload
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, return_entropy: bool = ...,
                     return_lse: bool = ..., return_stats: bool = ..., **options: Unpack[Options]) -> Scored: ...
@@ -177,7 +171,7 @@ def linear_logprobs(
 def scored(
     head: Head, rows: Rows, transform: Transform, wanted: Wanted, backend: str, shards: Shards = Shards()  # noqa: B008
 ) -> list[Tensor]:  # fmt: skip
-    """linear_logprobs of what is checked: [logprobs (N,) or (N, K), entropy, row_max, row_logsum, sum_p_squared, lse]."""
+    """The results of the op, see Wanted.and_lse, of what is checked."""
     if backend == "reference":
         return reference(head, rows, transform, wanted)
     saves = _logprobs_op.what_to_save(head, rows, wanted, backend)

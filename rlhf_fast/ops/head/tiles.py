@@ -80,13 +80,13 @@ def default_chunk_tokens(weight: Tensor) -> int:
 class Order(NamedTuple):
     """Which rows of a call are taken, in which order."""
 
-    index: Tensor | None  # None: all of them, as they stand
-    count: int
+    rows: Tensor | None  # None: all of them, as they stand
+    length: int
     masked: bool  # whether rows behind the mask may be among them
 
     def pick(self, places: slice | Tensor) -> slice | Tensor:
         """What picks the rows at some places of the order out of a tensor over all rows."""
-        return places if self.index is None else self.index[places]
+        return places if self.rows is None else self.rows[places]
 
 
 def counted_rows(count: int, mask: Tensor | None, mask_count: int | None) -> Order:
@@ -127,7 +127,7 @@ class Tiles:
     """The rows of `order` in tiles, each some of its places, with the places for their logits.
 
     backend: of the row kernels. depth: 2 where every row has two rows of logits, its own and a reference's.
-    all_logits, all_gradients: (depth order.count, V), what keeps those of all tiles, in place of a buffer for one.
+    all_logits, all_gradients: (depth order.length, V), what keeps those of all tiles, in place of a buffer for one.
     """
 
     def __init__(

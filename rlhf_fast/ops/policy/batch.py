@@ -28,8 +28,7 @@ class Inputs(NamedTuple):
     def check(self, objective: PolicyObjective) -> None:
         """Raises where a tensor does not fit, or one that the objective needs is missing."""
         masked_loss.floats(self.logprobs.shape, "the shape of logprobs", **self._asdict())
-        if objective.kl_coef > 0 and self.ref_logprobs is None:
-            raise ValueError(f"ref_logprobs must be given for kl_coef {objective.kl_coef}")
+        check_reference(objective, self.ref_logprobs)
         if (objective.entropy_coef > 0 or objective.entropy_fraction < 1) and self.entropy is None:
             raise ValueError(
                 f"entropy must be given for entropy_coef {objective.entropy_coef}, "
@@ -45,6 +44,11 @@ class Inputs(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """`function` of every tensor that is there."""
         return Inputs(*[None if x is None else function(x) for x in self])  # type: ignore[arg-type]
+
+
+def check_reference(objective: PolicyObjective, ref_logprobs: Tensor | None) -> None:
+    if objective.kl_coef > 0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs must be given for kl_coef {objective.kl_coef}")
 
 
 class Plan(NamedTuple):

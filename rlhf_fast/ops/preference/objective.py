@@ -119,8 +119,21 @@ class PreferenceObjective(Objective):
             raise ValueError(f"divergence_variant must be reverse_kl for {fixed[0]}, got {self.divergence_variant!r}")
 
 
+class PairConstants(NamedTuple):
+    """What a loss of B pairs takes beside their log-probabilities: (B,) each, reward_shift ()."""
+
+    ref_chosen: Tensor | None = None
+    ref_rejected: Tensor | None = None
+    chosen_lengths: Tensor | None = None
+    rejected_lengths: Tensor | None = None
+    weights: Tensor | None = None
+    reward_shift: Tensor | None = None
+    chosen_advantages: Tensor | None = None
+    rejected_advantages: Tensor | None = None
+
+
 class Pairs(NamedTuple):
-    """What the loss of B pairs may look at: (B,) each, reward_shift ()."""
+    """What the loss of B pairs may look at: (B,) each, reward_shift (); the constants are those of PairConstants."""
 
     chosen: Tensor
     rejected: Tensor

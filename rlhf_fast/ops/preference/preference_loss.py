@@ -68,7 +68,15 @@ from rlhf_fast.backends import resolve
 from rlhf_fast.ops.core import check, masked_loss
 from rlhf_fast.ops.core.loss import Loss
 from rlhf_fast.ops.core.masked_loss import IMPLS, Over, PairInputs, PairNumbers
-from rlhf_fast.ops.preference.objective import VARIANTS, Pairs, PreferenceObjective, Scored, reward_shift, scored
+from rlhf_fast.ops.preference.objective import (
+    VARIANTS,
+    PairConstants,
+    Pairs,
+    PreferenceObjective,
+    Scored,
+    reward_shift,
+    scored,
+)
 
 METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 
@@ -118,22 +126,31 @@ def preference_loss(
 
 def checked(pairs: Pairs, objective: PreferenceObjective) -> Pairs:
     """`pairs` with what `objective` does not look at left out. Raises for what is missing or does not fit."""
-    if pairs.chosen.dim() != 1:
-        raise ValueError(f"chosen must be (B,), got {tuple(pairs.chosen.shape)}")
+    chosen, rejected, *constants = pairs
+    if chosen.dim() != 1:
+        raise ValueError(f"chosen must be (B,), got {tuple(chosen.shape)}")
+    masked_loss.floats(tuple(chosen.shape), "(B,)", chosen=chosen, rejected=rejected)
+    return Pairs(chosen, rejected, *checked_constants(PairConstants(*constants), ("chosen", chosen), objective))
+
+
+def checked_constants(
+    constants: PairConstants, like: tuple[str, Tensor], objective: PreferenceObjective
+) -> PairConstants:
+    """The same for the constants of pairs of which `like` has one number each."""
     wanted = {
         "ref_chosen": not objective.reference_free and objective.looks_at("reference"),
         "chosen_lengths": objective.looks_at("averaged"),
         "chosen_advantages": objective.looks_at("advantages"),
     }
-    tensors = pairs._asdict()
+    tensors = constants._asdict()
     for of_chosen, needed in wanted.items():
         for name in (of_chosen, of_chosen.replace("chosen", "rejected")):
             if needed and tensors[name] is None:
                 raise ValueError(f"{name} must be given for {objective.name}")
             tensors[name] = tensors[name] if needed else None
-    if pairs.weights is not None and objective.looks_at("ranks"):
+    if constants.weights is not None and objective.looks_at("ranks"):
         raise ValueError(f"weights are not of {objective.name}, which takes its pairs apart")
-    shape = tuple(pairs.chosen.shape)
+    shape = tuple(like[1].shape)
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -141,10 +158,9 @@ def checked(pairs: Pairs, objective: PreferenceObjective) -> Pairs:
         check.shaped(name, tensor, expected, meaning)
         if not name.endswith("lengths"):
             check.floating(name, tensor)
-        check.same_device(("chosen", pairs.chosen), (name, tensor))
-        if name not in ("chosen", "rejected"):
-            tensors[name] = masked_loss.constant(tensor)
-    return Pairs(**tensors)
+        check.same_device(like, (name, tensor))
+        tensors[name] = masked_loss.constant(tensor)
+    return PairConstants(**tensors)
 
 
 def evaluate(

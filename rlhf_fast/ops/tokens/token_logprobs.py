@@ -92,6 +92,9 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, return_lse: Yes, return_s
 def token_logprobs(logits: Tensor, targets: Tensor, *, return_entropy: Yes, return_lse: Yes, return_stats: Yes,
                    **options: Unpack[Options]) -> WithAll: ...
 @overload
+def token_logprobs(logits: Tensor, targets: Tensor, *, return_entropy: bool,
+                   **options: Unpack[Options]) -> Tensor | WithEntropy: ...
+@overload
 def token_logprobs(logits: Tensor, targets: Tensor, *, return_entropy: bool = ..., return_lse: bool = ...,
                    return_stats: bool = ..., **options: Unpack[Options]) -> Scored: ...
 # fmt: on
@@ -124,7 +127,7 @@ def token_logprobs(
     their elements may be one in memory, as in an expanded tensor.
 
     Returns logprobs in the shape of `targets`, float32 (float64 for float64 logits); with return_entropy, return_lse
-    or return_stats a NamedTuple of those asked for, in the order (logprobs, entropy, lse, stats), entropy and lse (...).
+    or return_stats a NamedTuple of what was asked for, in the order (logprobs, entropy, lse, stats), each (...).
     Raises ValueError or TypeError for shapes, types and values that do not fit, IndexError on the CPU for a target
     outside [0, V) that counts. A GPU would have to wait for that: there such a target's result is NaN, and with
     RLHF_FAST_DEBUG=1 it raises as well.
@@ -345,7 +348,8 @@ class Wanted(NamedTuple):
         logprobs, entropy, row_max, row_logsum, squares, lse, *_ = results
         statistics = None
         if self.want_stats:
-            statistics = row_stats(*[s.detach().view(shape) for s in (row_max, row_logsum, squares)], mask)
+            row_max, row_logsum, squares = (s.detach().view(shape) for s in (row_max, row_logsum, squares))
+            statistics = row_stats(row_max, row_logsum, squares, mask)
         return scored(
             logprobs.view(ids), entropy.view(shape) if self.want_entropy else None,
             lse.view(shape) if self.want_lse else None, statistics,

@@ -5,7 +5,7 @@ With softcap(u) = c tanh(u / c), or u where there is none. For every op that has
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from rlhf_fast.ops.core import check
 
 COLDEST = 1e-30  # a float32 temperature below it counts as this: logits of up to 1e8 over it are still numbers
-_Temperature = TypeVar("_Temperature", float, Tensor)
 
 
 class Transform(NamedTuple):
@@ -55,8 +54,8 @@ def checked_transform(
     return Transform(1.0, _warm(temperature.detach().to(torch.float32), dtype).contiguous(), *rest)
 
 
-def _warm(temperature: _Temperature, dtype: torch.dtype) -> _Temperature:
-    """A float32 temperature of at least COLDEST, but no bad one."""
+def _warm(temperature: Any, dtype: torch.dtype) -> Any:
+    """A float32 temperature (a number or a tensor) of at least COLDEST, but no bad one."""
     if dtype == torch.float64:
         return temperature
     if isinstance(temperature, Tensor):

@@ -35,26 +35,26 @@ CASES = [
     *(estimate(f"{k}-weighted", "old_logprobs", variant=k) for k in ("k1", "k2", "k3")),
     estimate("clipped", "old_logprobs", variant="k3", log_ratio_clip=0.51, value_clip=0.0777, weight_clip=1.26),
     *(
-        Case("token_kl", both_logits, {"divergence": d, **options}, ("logits",), label=f"{d}{suffix}")
+        Case("token_kl", both_logits, {"variant": d, **options}, ("logits",), label=f"{d}{suffix}")
         for d in ("reverse", "forward", "js")
         for suffix, options in (("", {}), ("-transformed", {**TRANSFORM, "js_weight": 0.2}))
     ),
     *(
-        Case("linear_kl", both_hidden, {"divergence": d}, ("hidden",), label=f"{d}-frozen")
+        Case("linear_kl", both_hidden, {"variant": d}, ("hidden",), label=f"{d}-frozen")
         for d in ("reverse", "forward", "js")
     ),
     Case(
         "linear_kl",
         lambda: both_hidden() | {"bias": torch.randn(V), "temperature": 0.5 + torch.rand(B, T)},
-        {"divergence": "js", "js_weight": 0.3, "return_entropy": True, "logit_scale": 1.5, "softcap": 6.0},
+        {"variant": "js", "js_weight": 0.3, "return_entropy": True, "logit_scale": 1.5, "softcap": 6.0},
         ("hidden", "weight", "bias"),
         label="trained",
     ),
-    Case("linear_kl", both_hidden, {"divergence": "forward", "top_k": 20}, ("hidden",), label="top-k"),
+    Case("linear_kl", both_hidden, {"variant": "forward", "top_k": 20}, ("hidden",), label="top-k"),
     Case(
         "linear_kl",
         lambda: both_hidden() | {"ref_weight": torch.randn(V, D) / 4, "ref_bias": torch.randn(V)},
-        {"divergence": "reverse", "chunk_tokens": 5},
+        {"variant": "reverse", "chunk_tokens": 5},
         ("hidden", "weight"),
         label="two-heads",
     ),

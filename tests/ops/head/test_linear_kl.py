@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from rlhf_fast import linear_kl, linear_logprobs, token_kl
-from rlhf_fast.ops.head import _kl_op as _linear_kl_call
-from rlhf_fast.ops.head import tiles as _head
+from rlhf_fast.ops.head import _kl_op, _logprobs_op
+from rlhf_fast.ops.head.head import Head
 from rlhf_fast.ops.head.linear_kl import LinearKl
-from rlhf_fast.ops.tokens.token_kl import DIVERGENCES
+from rlhf_fast.ops.head.tiles import Rows
+from rlhf_fast.ops.tokens.token_kl import VARIANTS, Divergence
+from rlhf_fast.ops.tokens.transform import Transform
+from tests.linear_losses import counted_as_on_a_gpu
 from rlhf_fast.testing.numerics import assert_contract
 from tests.losses import BACKENDS, DTYPES, KERNELS, compiled
 
@@ -27,7 +30,7 @@ def draw(shape=(2, 3), width=8, vocabulary=37, dtype=torch.float32, seed=0):
     return tensors | {"targets": torch.randint(0, vocabulary, shape, generator=g)}
 
 
-def eager(hidden, ref_hidden, weight, targets, bias, temperature, divergence="reverse", **_):
+def eager(hidden, ref_hidden, weight, targets, bias, temperature, variant="reverse", **_):
     """What a user would have written: softmax over all the logits, in their own type."""
     log_p = torch.log_softmax(torch.nn.functional.linear(hidden, weight, bias) / temperature, -1)
     with torch.no_grad():
@@ -37,7 +40,7 @@ def eager(hidden, ref_hidden, weight, targets, bias, temperature, divergence="re
         "reverse": lambda: (log_p.exp() * (log_p - log_q)).sum(-1),
         "forward": lambda: (log_q.exp() * (log_q - log_p)).sum(-1),
         "js": lambda: 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1),
-    }[divergence]()
+    }[variant]()
     logprobs, ref_logprobs = (x.gather(-1, targets[..., None])[..., 0] for x in (log_p, log_q))
     return LinearKl(kl, logprobs, ref_logprobs, -(log_p.exp() * log_p).sum(-1))
 
@@ -76,13 +79,13 @@ def test_a_head_of_two_rows_gives_the_divergence_of_two_coins(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("trained", "divergence", "entropy"),
+    ("trained", "variant", "entropy"),
     [((), "reverse", False), ((), "forward", True), (("weight", "bias"), "js", True)],
     ids=["frozen", "frozen with an entropy gradient", "trained"],
 )
-def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, trained, divergence, entropy):
+def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, trained, variant, entropy):
     tensors = draw(dtype=dtype)
-    options = {"temperature": 0.7, "divergence": divergence}
+    options = {"temperature": 0.7, "variant": variant}
     kind = {"trained": trained, "through": ("kl", "logprobs", "entropy") if entropy else ("kl", "logprobs")}
     exact = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
     own, oracle = run(eager, tensors, **kind, **options), run(eager, exact, **kind, **options)
@@ -97,7 +100,7 @@ def test_values_and_gradients_keep_the_numerics_contract(backend, dtype, trained
 def test_it_equals_token_kl_and_linear_logprobs(backend, top_k, trained):
     tensors = draw(dtype=torch.float64)
     shared = {"temperature": 0.5 + torch.rand(2, 3), "logit_scale": 1.5, "softcap": 6.0, "mask": MASK}
-    options = {"divergence": "js", "js_weight": 0.3, "top_k": top_k}
+    options = {"variant": "js", "js_weight": 0.3, "top_k": top_k}
 
     def composed(hidden, ref_hidden, weight, bias, targets):
         logits, ref = (torch.nn.functional.linear(h, weight, bias) for h in (hidden, ref_hidden))
@@ -121,10 +124,10 @@ def test_a_reference_with_a_head_of_its_own_may_have_another_width(backend):
     hidden = tensors["hidden"].requires_grad_()
     found = linear_kl(
         hidden, other["ref_hidden"], tensors["weight"], None, ref_weight=other["weight"], bias=tensors["bias"],
-        divergence="forward", backend=backend,
+        variant="forward", backend=backend,
     )  # fmt: skip
     logits = torch.nn.functional.linear(hidden, tensors["weight"], tensors["bias"])
-    expected = token_kl(logits, other["ref_hidden"] @ other["weight"].t(), divergence="forward")
+    expected = token_kl(logits, other["ref_hidden"] @ other["weight"].t(), variant="forward")
     torch.testing.assert_close(found.kl, expected, rtol=1e-5, atol=1e-6)
     slope, exact = (torch.autograd.grad(x.sum(), hidden)[0] for x in (found.kl, expected))
     torch.testing.assert_close(slope, exact, rtol=1e-5, atol=1e-6)
@@ -149,9 +152,9 @@ def test_the_reference_is_a_constant_even_through_a_shared_head(backend):
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_policy_at_its_reference_has_no_divergence(backend):
     tensors = draw((7,))
-    for divergence in DIVERGENCES:
+    for variant in VARIANTS:
         same = {**tensors, "ref_hidden": tensors["hidden"].clone()}
-        found = run(linear_kl, same, divergence=divergence, through=("kl",), backend=backend)
+        found = run(linear_kl, same, variant=variant, through=("kl",), backend=backend)
         assert (found["kl"] >= 0).all()
         assert (found["kl"] < 1e-12).all()
         assert found["d hidden"].abs().max() < 1e-6
@@ -186,7 +189,7 @@ def test_logits_that_are_kept_and_logits_made_again_give_the_same_bits(backend, 
     options = {"trained": ("weight", "bias"), "through": ("kl", "logprobs", "entropy"), "return_entropy": True}
     options |= {"mask": MASK, "top_k": top_k, "softcap": 3.0, "chunk_tokens": 3, "backend": backend}
     kept = run(linear_kl, draw(), **options)
-    monkeypatch.setitem(_linear_kl_call.KEPT_BYTES, "cpu", 0)
+    monkeypatch.setitem(_logprobs_op.KEPT_BYTES, "cpu", 0)
     for name, value in run(linear_kl, draw(), **options).items():
         assert torch.equal(kept[name], value), name
 
@@ -229,7 +232,7 @@ LOGITS = 2 * 8 * 37 * 4  # bytes of both logits of the test below
          "frozen with an entropy gradient 7P"],
 )  # fmt: skip
 def test_the_products_are_those_of_the_cost_model(trained, targets, through, budget, products, monkeypatch):
-    monkeypatch.setitem(_linear_kl_call.KEPT_BYTES, "cpu", budget)
+    monkeypatch.setitem(_logprobs_op.KEPT_BYTES, "cpu", budget)
     tensors = draw((8,))
     del tensors["bias"]
     if not targets:
@@ -269,7 +272,7 @@ def test_with_mask_count_a_gpu_takes_so_many_rows(mask_count, trained, monkeypat
         return [found.kl.detach(), found.logprobs.detach(), *grads]
 
     expected = gradients()
-    monkeypatch.setattr(_head, "counted_rows", lambda m, n: m.argsort(descending=True, stable=True)[:n])
+    monkeypatch.setattr(_kl_op, "counted_rows", counted_as_on_a_gpu)
     heights, real_mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **o: (heights.append(a.shape[0]), real_mm(a, b, **o))[1])
     found = gradients(mask_count=mask_count)
@@ -284,11 +287,14 @@ def test_the_registered_op_passes_opcheck(backend, trained, top_k):
     t = draw((3,), dtype=torch.float64)
     mask = torch.tensor([1, 0, 1], dtype=torch.uint8)
     call = (
-        t["hidden"].requires_grad_(), t["ref_hidden"], t["weight"].requires_grad_(trained), t["bias"], None, None,
-        t["targets"], mask, None, 0.7, 1.5, 6.0, "reverse", 0.5, top_k, 2, 2, backend, True,
-        "logits" if trained else "U",
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.rlhf_fast.linear_kl.default, call)
+        *Head(t["weight"].requires_grad_(trained), t["bias"]),
+        *Rows(t["hidden"].requires_grad_(), t["targets"], mask, 2, 2),
+        *Transform(0.7, None, 1.5, 6.0),
+        *_kl_op.Reference(t["ref_hidden"], None, None),
+        *Divergence("reverse", 0.5),
+        *_kl_op.Options(top_k, True, "logits" if trained else "U"),
+    )
+    torch.library.opcheck(torch.ops.rlhf_fast.linear_kl.default, (*call, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -316,7 +322,7 @@ def changed(**changes):
         (changed(bias=torch.zeros(36)), ValueError, r"bias must be \(V,\) = \(37,\), got \(36,\)"),
         (changed(targets=torch.zeros(2, 2, dtype=torch.int64)), ValueError, r"targets must be .* got \(2, 2\)"),
         (changed(chunk_tokens=0), ValueError, "chunk_tokens must be >= 1, got 0"),
-        (changed(divergence="kl"), ValueError, "divergence must be one of reverse, forward, js, got 'kl'"),
+        (changed(variant="kl"), ValueError, "variant must be one of reverse, forward, js, got 'kl'"),
         (changed(top_k=38), ValueError, r"top_k must be in \[1, V\] = \[1, 37\], got 38"),
         (changed(weight=torch.zeros(37, 8).bfloat16()), TypeError, "weight must have the type of hidden"),
         (changed(targets=torch.full((2, 3), 37)), IndexError, r"row 0 is 37, outside \[0, 37\)"),

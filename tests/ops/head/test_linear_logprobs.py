@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from rlhf_fast import linear_logprobs, token_logprobs
-from rlhf_fast.ops.head import _logprobs_op as _linear_call
-from rlhf_fast.ops.head import tiles as _head
+from rlhf_fast.ops.head import _logprobs_op, head, tiles
+from rlhf_fast.ops.head._shards import Shards
+from rlhf_fast.ops.tokens.token_logprobs import Wanted
+from rlhf_fast.ops.tokens.transform import Transform
+from tests.linear_losses import counted_as_on_a_gpu
 from rlhf_fast.testing.memory import peak_bytes
 from rlhf_fast.testing.numerics import assert_contract
 
@@ -156,7 +159,7 @@ def test_a_z_loss_keeps_the_numerics_contract(backend, dtype, frozen):
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_a_half_precision_head_wider_than_one_block_is_exact(backend, monkeypatch):
-    monkeypatch.setattr(_head, "VOCABULARY_BLOCK", 20)
+    monkeypatch.setattr(head, "VOCABULARY_BLOCK", 20)
     inputs = draw(dtype=torch.bfloat16)
     op = lambda *a, **o: linear_logprobs(*a, return_entropy=True, backend=backend, **o)  # noqa: E731
     kernel, own = run(op, *inputs, frozen=False), run(eager, *inputs, frozen=False)
@@ -286,7 +289,7 @@ def test_the_products_are_those_of_the_cost_model(trained, column, products, mon
         for parameter in parameters:
             parameter.requires_grad_(name in trained and column > 0)
     if column == 2:
-        monkeypatch.setitem(_linear_call.KEPT_BYTES, "cpu", 8 * 97 * 4 - 1)
+        monkeypatch.setitem(_logprobs_op.KEPT_BYTES, "cpu", 8 * 97 * 4 - 1)
     logprobs, other = linear_logprobs(
         hidden, weight, targets, bias=bias, head_lora=(*lora, 2.0) if "lora" in trained else None,
         chunk_tokens=3, return_entropy=column < 4, return_lse=column == 4, backend="cpu",
@@ -306,7 +309,7 @@ def test_several_targets_per_row_cost_three_products_with_a_frozen_head(products
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "remade"])
 def test_rows_without_an_upstream_gradient_cost_no_product_in_backward(kept, products, monkeypatch):
     if not kept:
-        monkeypatch.setitem(_linear_call.KEPT_BYTES, "cpu", 0)
+        monkeypatch.setitem(_logprobs_op.KEPT_BYTES, "cpu", 0)
     hidden, weight, _, targets, _ = draw((8,))
     mask = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1])
     upstream = torch.tensor([0.0, 1, 0, 1, 2, 0, 0, 0])  # two rows count and have a gradient
@@ -328,13 +331,6 @@ def test_masked_rows_cost_no_product(products):
     assert products == [3]
 
 
-def on_a_gpu(mask, mask_count):
-    """What _head.counted_rows gives on a GPU, where it must not look at the mask."""
-    if mask is None or mask_count is None:
-        return None
-    return torch.argsort(mask, descending=True, stable=True)[:mask_count]
-
-
 @pytest.mark.parametrize("mask_count", [None, 4, 7], ids=["all rows", "exact", "upper bound"])
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("kind", ["frozen", "kept", "remade"])
@@ -344,7 +340,7 @@ def test_masked_rows_change_nothing_where_a_gpu_cannot_leave_them_out(kind, back
     hidden[mask == 0] = torch.nan
     upstream[:, mask == 0] = torch.nan
     if kind == "remade":
-        monkeypatch.setitem(_linear_call.KEPT_BYTES, "cpu", 0)
+        monkeypatch.setitem(_logprobs_op.KEPT_BYTES, "cpu", 0)
 
     def op(*a, **o):
         return linear_logprobs(*a, mask=mask, mask_count=mask_count, return_entropy=True, backend=backend, **o)
@@ -352,7 +348,7 @@ def test_masked_rows_change_nothing_where_a_gpu_cannot_leave_them_out(kind, back
     options = {"frozen": kind == "frozen", "entropy_gradient": False, "chunk_tokens": 3}
     expected = run(op, hidden, weight, bias, targets, upstream, **options)
     products.clear()
-    monkeypatch.setattr(_head, "counted_rows", on_a_gpu)
+    monkeypatch.setattr(_logprobs_op, "counted_rows", counted_as_on_a_gpu)
     found = run(op, hidden, weight, bias, targets, upstream, **options)
     assert sum(products) == (mask_count or 8) * {"frozen": 2, "kept": 3, "remade": 4}[kind]
     for name, value in expected.items():
@@ -362,8 +358,8 @@ def test_masked_rows_change_nothing_where_a_gpu_cannot_leave_them_out(kind, back
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_memory_beside_the_results_stays_within_the_budgets(trained, monkeypatch):
-    monkeypatch.setitem(_head.TILE_BYTES, "cpu", 1 << 20)
-    monkeypatch.setitem(_linear_call.KEPT_BYTES, "cpu", 0)
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(_logprobs_op.KEPT_BYTES, "cpu", 0)
     hidden, weight, _, targets, _ = draw((1000,), vocabulary=4099)  # 16 MiB of logits
     hidden.requires_grad_()
     weight.requires_grad_(trained)
@@ -382,10 +378,15 @@ def test_the_registered_op_passes_opcheck(backend, save):
     for parameter in (weight, bias, lora_a, lora_b):
         parameter.requires_grad_(save != "U")
     mask, temperatures = torch.tensor([1, 0, 1], dtype=torch.uint8), torch.tensor([0.7, 1.0, 2.0])
-    call = _linear_call.Call(
-        hidden, weight, bias, lora_a, lora_b, targets, mask, temperatures, 0.5, 1.0, 1.1, 3.0, 2, 2, "", 1, 0, backend
+    call = (
+        *head.Head(weight, bias, lora_a, lora_b, 0.5),
+        *tiles.Rows(hidden, targets, mask, 2, 2),
+        *Transform(1.0, temperatures, 1.1, 3.0),
+        *Shards(),
+        *Wanted(True, True, True),
+        *_logprobs_op.Saves(save),
     )
-    torch.library.opcheck(torch.ops.rlhf_fast.linear_logprobs.default, (*call, True, True, True, save))
+    torch.library.opcheck(torch.ops.rlhf_fast.linear_logprobs.default, (*call, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -437,7 +438,7 @@ def test_bad_input_raises_with_the_shapes_in_the_message():
         match=r"hidden must be \(\.\.\., D\) and weight \(V, D\) with V and D >= 1, got \(2, 5, 16\) and \(16, 97\)",
     ):
         linear_logprobs(hidden, weight.t(), targets)
-    with pytest.raises(TypeError, match=r"hidden torch.float32, weight torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"weight must have the type of hidden, torch.float32, got torch.bfloat16"):
         linear_logprobs(hidden, weight.bfloat16(), targets)
     with pytest.raises(ValueError, match=r"bias must be \(V,\) = \(97,\), got \(96,\)"):
         linear_logprobs(hidden, weight, targets, bias=bias[1:])

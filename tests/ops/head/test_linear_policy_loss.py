@@ -399,7 +399,7 @@ def test_bad_input_raises_with_the_shapes_in_the_message():
         linear_policy_loss(hidden, weight, TARGETS[:, 1:], OLD, ADVANTAGES)
     with pytest.raises(ValueError, match=r"old_logprobs must be .* got \(4, 6\)"):
         linear_policy_loss(hidden, weight, TARGETS, OLD[:, 1:], ADVANTAGES)
-    with pytest.raises(ValueError, match=r"lora_b must be \(V, R\) = \(97, 3\), got \(96, 3\)"):
+    with pytest.raises(ValueError, match=r"head_lora B must be \(V, R\) = \(97, 3\), got \(96, 3\)"):
         linear_policy_loss(hidden, weight, TARGETS, OLD, ADVANTAGES, head_lora=(_LORA[0], _LORA[1][1:], 1.0))
     with pytest.raises(TypeError, match=r"weight must have the type of hidden, torch.float64, got torch.float32"):
         linear_policy_loss(hidden, weight.float(), TARGETS, OLD, ADVANTAGES)

@@ -3,14 +3,14 @@ import torch
 
 from rlhf_fast.ops.head._loss import rows_that_fit
 from rlhf_fast.ops.head._plan import make
-from rlhf_fast.ops.head.tiles import Head
+from rlhf_fast.ops.head.head import Head
 
 CPU, GPU = torch.device("cpu"), torch.device("meta")
 
 
 def groups(plan):
     """The rows of every tile of every group."""
-    return [[torch.arange(100)[plan.rows(tile)].tolist() for tile in group] for group in plan.groups]
+    return [[torch.arange(100)[plan.order.pick(tile)].tolist() for tile in group] for group in plan.groups]
 
 
 def test_a_pair_is_taken_with_both_of_its_sequences_and_without_masked_rows():
@@ -33,9 +33,9 @@ def test_a_unit_beyond_the_budget_is_summed_by_its_sequences_where_that_is_asked
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0, 1]], dtype=torch.uint8)
     plan = make("pair", (4, 3), None, mask, CPU, 2, 4, 2)
     assert groups(plan) == [[[3, 9, 11]]]
-    units = [[[torch.arange(12)[plan.rows(tile)].tolist() for tile in tiles] for tiles in unit] for unit in plan.summed]
+    units = [[[torch.arange(12)[plan.order.pick(tile)].tolist() for tile in tiles] for tiles in unit] for unit in plan.summed]
     assert units == [[[[0, 1], [2]], [[7, 8]]]]
-    assert plan.height == 3
+    assert max(tile.stop - tile.start for tile in plan.slices) == 3
 
 
 def test_on_a_device_sequences_of_summed_units_are_known_by_shape():
@@ -67,7 +67,7 @@ def test_on_a_device_units_are_known_by_shape_alone():
     ]  # fmt: skip
     pairs = make("pair", (4, 3), None, None, GPU, 6, 100)
     assert pairs.groups == [[slice(0, 6)], [slice(6, 12)]]
-    assert pairs.order.shape == (12,)
+    assert pairs.order.rows.shape == (12,)
     assert make("pair", (7,), torch.zeros(5, device=GPU), None, GPU, 6, 100).groups == [[slice(0, 7)]]
 
 
@@ -88,8 +88,8 @@ def test_on_a_device_known_sequences_are_given_up_where_few_rows_count(coupling,
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 def test_rows_behind_the_mask_are_taken_on_a_device_alone(device):
-    assert make("token", (2, 3), None, torch.ones(2, 3, device=device), device, 4, 100).masked is (device == GPU)
-    assert not make("token", (2, 3), None, None, device, 4, 100).masked
+    assert make("token", (2, 3), None, torch.ones(2, 3, device=device), device, 4, 100).order.masked is (device == GPU)
+    assert not make("token", (2, 3), None, None, device, 4, 100).order.masked
 
 
 @pytest.mark.parametrize("coupling", ["token", "sequence", "pair", "batch"])

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rlhf_fast import linear_logprobs
-from rlhf_fast.ops.head import _logprobs_op as _linear_call
+from rlhf_fast.ops.head import _logprobs_op
 
 WORLD = 4
 N, D, V, R = 9, 8, 41, 2
@@ -56,7 +56,7 @@ def run(case, ids=slice(None), group=None, dtype=torch.float32):
     for name in ("hidden", *trained):
         tensors[name].requires_grad_()
     lora = (tensors["lora_a"], tensors["lora_b"], 0.5) if "lora_a" in trained else None
-    _linear_call.KEPT_BYTES["cpu"] = budget
+    _logprobs_op.KEPT_BYTES["cpu"] = budget
     logprobs, entropy, stats = linear_logprobs(
         tensors["hidden"], tensors["weight"], targets, bias=tensors["bias"], head_lora=lora, return_entropy=True,
         return_stats=True, process_group=group, backend="cpu", **options,
@@ -119,7 +119,7 @@ RANKS = [(n, r) for n in SPLITS for r in range(n)]
 
 @pytest.fixture(autouse=True)
 def same_budget(monkeypatch):
-    monkeypatch.setitem(_linear_call.KEPT_BYTES, "cpu", 0)  # restored after `run` has set it
+    monkeypatch.setitem(_logprobs_op.KEPT_BYTES, "cpu", 0)  # restored after `run` has set it
 
 
 @pytest.mark.parametrize("case", CASES)
