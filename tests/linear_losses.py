@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops.head import _plan
+from rlhf_fast.ops.head import _logprobs_op, _plan, tiles
 from rlhf_fast.ops.head.tiles import Order
 
 D, V, R = 16, 97, 3
@@ -60,12 +60,17 @@ def plan_as_on_a_gpu(monkeypatch: Any) -> None:
     def make_on_a_gpu(coupling: str, shape: Any, cu_seqlens: Any, mask: Any, device: Any, *rest: Any) -> _plan.Plan:
         return make(coupling, shape, cu_seqlens, mask, torch.device("meta"), *rest)
 
-    monkeypatch.setattr(_plan, "counted_rows", counted_as_on_a_gpu)
     monkeypatch.setattr(_plan, "make", make_on_a_gpu)
+    count_as_on_a_gpu(monkeypatch)
 
 
-def counted_as_on_a_gpu(count: int, mask: Tensor | None, mask_count: int | None) -> Order:
-    """What tiles.counted_rows gives on a GPU, where it must not look at the mask."""
-    if mask is None or mask_count is None:
-        return Order(None, count, masked=mask is not None)
-    return Order(mask.argsort(descending=True, stable=True)[:mask_count], min(mask_count, count), masked=True)
+def count_as_on_a_gpu(monkeypatch: Any) -> None:
+    """counted_rows gives what it does on a GPU, where it must not look at the mask."""
+
+    def counted_rows(count: int, mask: Tensor | None, mask_count: int | None) -> Order:
+        if mask is None or mask_count is None:
+            return Order(None, count, masked=mask is not None)
+        return Order(mask.argsort(descending=True, stable=True)[:mask_count], min(mask_count, count), masked=True)
+
+    for module in (tiles, _plan, _logprobs_op):
+        monkeypatch.setattr(module, "counted_rows", counted_rows)

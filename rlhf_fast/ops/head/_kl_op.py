@@ -7,7 +7,7 @@ U (N, D), or the logits (2 N, V), or nothing for the backward pass; backward rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rlhf_fast.backends import prefer_huge_pages, without_autocast
 from rlhf_fast.ops.core import check, registration
-from rlhf_fast.ops.head._logprobs_op import empty_gradients, kept_bytes
-from rlhf_fast.ops.head.head import Head, HeadGradients
-from rlhf_fast.ops.head.tiles import Rows, Tile, Tiles, by_row, chunks, counted_rows, zero_behind
+from rlhf_fast.ops.head._logprobs_op import kept_bytes
+from rlhf_fast.ops.head.head import Head, RowGradients, empty_gradients, summed_gradients
+from rlhf_fast.ops.head.tiles import Rows, Tile, by_row, counted_tiles, zero_behind
 from rlhf_fast.ops.tokens import token_kl, token_logprobs
 from rlhf_fast.ops.tokens.token_kl import Divergence
 from rlhf_fast.ops.tokens.token_logprobs import empty_stats
@@ -41,18 +41,13 @@ class Options(NamedTuple):
 class _ForBackward(NamedTuple):
     stats: list[Tensor]
     logits: Tensor | None  # None where the tiles are to be made again
+    needs: list[bool]  # whether each of hidden and the head's parameters wants a gradient
 
 
 class _Upstream(NamedTuple):
     grad_kl: Tensor | None
     grad_logprobs: Tensor | None
     grad_entropy: Tensor | None
-
-
-class _Needs(NamedTuple):
-    """Whether each of hidden, weight and bias wants a gradient."""
-
-    needs: list[bool]
 
 
 def what_to_save(head: Head, rows: Rows) -> str:
@@ -69,7 +64,6 @@ class _Halves(NamedTuple):
     """A tile's two halves, (1, n, V) each. The gradients' places may be those of the logits: whoever writes one has no
     more need of the other."""
 
-    tile: Tile
     logits: Tensor
     ref_logits: Tensor
     gradient: Tensor  # the place for that of what is made of the logits alone
@@ -78,9 +72,7 @@ class _Halves(NamedTuple):
 
 def _halves(tile: Tile) -> _Halves:
     n = tile.hidden.shape[0]
-    return _Halves(
-        tile, tile.logits[:, :n], tile.logits[:, n:], tile.gradient[:, :n], tile.gradient[:, n:]
-    )  # fmt: skip
+    return _Halves(tile.logits[:, :n], tile.logits[:, n:], tile.gradient[:, :n], tile.gradient[:, n:])
 
 
 def _make_logits(head: Head, reference: Reference, tile: Tile) -> None:
@@ -97,12 +89,12 @@ def _make_logits(head: Head, reference: Reference, tile: Tile) -> None:
 class _TileDivergence:
     """The divergence of a tile, over the reference's top_k tokens where there are so many."""
 
-    def __init__(self, tile: _Halves, divergence: Divergence, top_k: int | None, backend: str) -> None:
-        self.logits, self.ref_logits, self.index = tile.logits, tile.ref_logits, None
+    def __init__(self, tile: Tile, divergence: Divergence, top_k: int | None, backend: str) -> None:
+        self.logits, self.ref_logits, _, self.place = _halves(tile)
+        self.index: Tensor | None = None
         if top_k is not None:
             self.logits, self.ref_logits, self.index = token_kl.restricted(self.logits, self.ref_logits, top_k)
-        self.of_rows = tile.tile.mask, tile.tile.transform
-        self.place, self.divergence, self.backend = tile.kl_gradient, divergence, backend
+        self.of_rows, self.divergence, self.backend = (tile.mask, tile.transform), divergence, backend
 
     def forward(self, logsum: Tensor, ref_logsum: Tensor) -> list[Tensor]:
         """[kl, mean, logsum, ref_logsum], from the last two over the whole vocabulary."""
@@ -153,12 +145,6 @@ def _empty_results(head: Head, rows: Rows, options: Options) -> list[Tensor]:
     return [*stats, *through, rows.hidden.new_empty(logits, dtype=dtype)]
 
 
-def _tiles(head: Head, rows: Rows, transform: Transform, logits: Tensor | None, backend: str) -> Tiles:
-    order = counted_rows(rows.hidden.shape[0], rows.mask, rows.mask_count)
-    slices = chunks(order.length, rows.chunk_tokens)
-    return Tiles(head, rows, transform, order, slices, backend, depth=2, all_logits=logits)
-
-
 @without_autocast
 def _forward(
     head: Head, rows: Rows, transform: Transform, reference: Reference, divergence: Divergence, options: Options,
@@ -167,7 +153,8 @@ def _forward(
     rows.check_values(transform, head.weight.shape[0])
     *results, logits = _empty_results(head, rows, options)
     kernels = token_logprobs.IMPLS[backend]
-    tiles = _tiles(head, rows, transform, prefer_huge_pages(logits) if options.save == "logits" else None, backend)
+    all_logits = prefer_huge_pages(logits) if options.save == "logits" else None
+    tiles = counted_tiles(head, rows, transform, backend, depth=2, all_logits=all_logits)
     if options.save == "logits":
         logits[2 * tiles.order.length :].zero_()
     for tile in tiles:
@@ -176,7 +163,7 @@ def _forward(
         stats, ref_stats = empty_stats(halves.logits, options.want_entropy), empty_stats(halves.ref_logits, False)
         kernels.forward(halves.logits, *of_rows, options.want_entropy, stats, None)
         kernels.forward(halves.ref_logits, *of_rows, False, ref_stats, None)
-        of_tile = _TileDivergence(halves, divergence, options.top_k, backend)
+        of_tile = _TileDivergence(tile, divergence, options.top_k, backend)
         kl, *centring = kl_stats = of_tile.forward(stats[3], ref_stats[3])
         parts = [kl, stats[0], ref_stats[0], *stats[1:4], *centring]
         if options.save == "U":
@@ -197,56 +184,44 @@ def _forward(
 @without_autocast
 def _backward(
     head: Head, rows: Rows, transform: Transform, reference: Reference, divergence: Divergence, options: Options,
-    saved: _ForBackward, upstream: _Upstream, needs: _Needs, backend: str,
+    saved: _ForBackward, upstream: _Upstream, backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of (hidden, weight, bias), empty where not needed."""
-    hidden_needs, *head_needs = needs.needs
-    grad_hidden = torch.zeros_like(rows.hidden) if hidden_needs else rows.hidden.new_empty(0)
-    totals = HeadGradients(head, [*head_needs, False, False])
-    for tile in _tiles(head, rows, transform, saved.logits, backend):
-        if saved.logits is None:
-            _make_logits(head, reference, tile)
-        parts, scale = by_row(tile, *upstream)
-        stats = _Stats(*saved.stats).of(tile)
-        gradient = _gradient_of_tile(_halves(tile), stats, parts, divergence, options.top_k, backend)
-        if hidden_needs:
-            through = head.through(gradient, check.compute_dtype(gradient.dtype))
-            grad_hidden[tile.where] = (through * scale[:, None]).to(grad_hidden.dtype)
-        totals.add(gradient, tile.hidden, scale)
-    return [grad_hidden, *totals.results()[:2]]
+    """Gradients of hidden and the head's parameters, empty where not needed."""
+
+    def each() -> Iterator[RowGradients]:
+        for tile in counted_tiles(head, rows, transform, backend, depth=2, all_logits=saved.logits):
+            if saved.logits is None:
+                _make_logits(head, reference, tile)
+            parts, scale = by_row(tile, *upstream)
+            stats = _Stats(*saved.stats).of(tile)
+            gradient = _gradient_of_tile(tile, stats, parts, divergence, options.top_k, backend)
+            yield tile.where, tile.hidden, gradient, scale
+
+    return summed_gradients(head, rows.hidden, saved.needs, each())
 
 
 def _gradient_of_tile(
-    halves: _Halves, stats: _Stats, upstream: list[Tensor | None], divergence: Divergence, top_k: int | None,
-    backend: str,
+    tile: Tile, stats: _Stats, upstream: list[Tensor | None], divergence: Divergence, top_k: int | None, backend: str
 ) -> Tensor:  # fmt: skip
     """d loss / d logits (n, V)"""
     grad_kl, grad_logprobs, grad_entropy = upstream
+    logits, _, gradient, kl_gradient = _halves(tile)
     if grad_kl is not None:
         kl_stats = [stats.kl, stats.mean, stats.kl_logsum, stats.kl_ref_logsum]
-        _TileDivergence(halves, divergence, top_k, backend).backward(kl_stats, grad_kl)
+        _TileDivergence(tile, divergence, top_k, backend).backward(kl_stats, grad_kl)
         if grad_logprobs is None and grad_entropy is None:
-            return halves.kl_gradient[0]
-    tile, none = halves.tile, stats.kl.new_empty(0)
-    row_stats = [stats.logprobs, stats.entropy, stats.row_max, stats.row_logsum, none]
-    token_logprobs.IMPLS[backend].backward(
-        halves.logits,
-        tile.targets,
-        tile.mask,
-        tile.transform,
-        row_stats,
-        grad_logprobs,
-        grad_entropy,
-        None,
-        halves.gradient,
-    )
-    return halves.gradient[0] if grad_kl is None else halves.gradient[0].add_(halves.kl_gradient[0])
+            return kl_gradient[0]
+    row_stats = [stats.logprobs, stats.entropy, stats.row_max, stats.row_logsum, stats.kl.new_empty(0)]
+    _, *of_rows = tile.of_kernels
+    upstream = [grad_logprobs, grad_entropy, None]
+    token_logprobs.IMPLS[backend].backward(logits, *of_rows, row_stats, *upstream, gradient)
+    return gradient[0] if grad_kl is None else gradient[0].add_(kl_gradient[0])
 
 
 _CALL = (Head, Rows, Transform, Reference, Divergence, Options)
 _run_backward = registration.op_without_gradient(
-    "linear_kl_backward", (*_CALL, _ForBackward, _Upstream, _Needs), _backward,
-    fake=lambda head, rows, *others: empty_gradients(rows.hidden, head.parameters[:2], others[-2].needs),
+    "linear_kl_backward", (*_CALL, _ForBackward, _Upstream), _backward,
+    fake=lambda head, rows, *others: empty_gradients(head, rows.hidden, others[-3].needs),
 )  # fmt: skip
 
 
@@ -265,10 +240,10 @@ def _gradients(saved: registration.Saved, gradients: Sequence[Tensor | None]) ->
             if g is not None:
                 total += (g if rows.mask is None else torch.where(rows.mask != 0, g, 0))[:, None] * u
         return {"hidden": total.to(u_kl.dtype)}
-    for_backward = _ForBackward(stats, logits if options.save == "logits" else None)
-    needs = _Needs([saved.needs[name] for name in DIFFERENTIABLE])
-    each = _run_backward(*saved.inputs, for_backward, upstream, needs, saved.backend)
-    return dict(zip(DIFFERENTIABLE, each, strict=True))
+    needs = [*(saved.needs[name] for name in DIFFERENTIABLE), False, False]
+    for_backward = _ForBackward(stats, logits if options.save == "logits" else None, needs)
+    each = _run_backward(*saved.inputs, for_backward, upstream, saved.backend)
+    return dict(zip(DIFFERENTIABLE, each, strict=False))
 
 
 DIFFERENTIABLE = ("hidden", "weight", "bias")

@@ -16,8 +16,8 @@ from rlhf_fast.backends import prefer_huge_pages, without_autocast
 from rlhf_fast.ops.core import registration
 from rlhf_fast.ops.core.check import compute_dtype
 from rlhf_fast.ops.head._shards import Shards
-from rlhf_fast.ops.head.head import Head, HeadGradients
-from rlhf_fast.ops.head.tiles import Rows, Tiles, by_row, chunks, counted_rows, gradient_dtype, zero_behind
+from rlhf_fast.ops.head.head import Head, RowGradients, empty_gradients, summed_gradients
+from rlhf_fast.ops.head.tiles import Rows, by_row, chunks, counted_rows, counted_tiles, gradient_dtype, zero_behind
 from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Upstream, Wanted, empty_stats
 from rlhf_fast.ops.tokens.transform import Transform
 
@@ -33,12 +33,7 @@ class Saves(NamedTuple):
 class _ForBackward(NamedTuple):
     stats: list[Tensor]
     gradients: Tensor | None  # G; None where the tiles are to be made again
-
-
-class _Needs(NamedTuple):
-    """Whether each of hidden and the head's parameters wants a gradient."""
-
-    needs: list[bool]
+    needs: list[bool]  # whether each of hidden and the head's parameters wants a gradient
 
 
 def kept_bytes(device: torch.device) -> int:
@@ -88,27 +83,26 @@ def _forward(
     """Wanted.and_lse of all rows, and U or G or nothing."""
     rows = _local(head, rows, transform, shards)
     *results, saved = _empty_results(head, rows, wanted, saves, backend)
-    order = counted_rows(rows.hidden.shape[0], rows.mask, rows.mask_count)
-    if order.rows is not None:
-        for x in (*results, saved[order.length :] if saves.save == "G" else saved):
-            x.zero_()
     all_gradients = prefer_huge_pages(saved) if saves.save == "G" else None
-    slices = chunks(order.length, rows.chunk_tokens)
-    for tile in Tiles(head, rows, transform, order, slices, backend, all_gradients=all_gradients):
+    tiles = counted_tiles(head, rows, transform, backend, all_gradients=all_gradients)
+    if tiles.order.rows is not None:
+        for x in (*results, saved[tiles.order.length :] if saves.save == "G" else saved):
+            x.zero_()
+    for tile in tiles:
         head.logits(tile.hidden, tile.logits[0])
         stats = empty_stats(tile.logits, wanted.want_entropy, wanted.want_stats, tile.targets.shape[2:])
-        of_rows = tile.logits, tile.targets, tile.mask, tile.transform
         gradient = tile.gradient if saves.save and not shards.group else None
-        IMPLS[backend].forward(*of_rows, wanted.want_entropy, stats, gradient)
+        IMPLS[backend].forward(*tile.of_kernels, wanted.want_entropy, stats, gradient)
         if shards.group:
             stats = shards.merged(stats, tile.mask)
             if saves.save:
-                IMPLS[backend].backward(*of_rows, stats, torch.ones_like(stats[0]), None, None, tile.gradient)
+                IMPLS[backend].backward(*tile.of_kernels, stats, torch.ones_like(stats[0]), None, None, tile.gradient)
         for whole, part in zip(results, stats, strict=True):
             if part.numel():
                 whole[tile.where] = part[0]
         if saves.save == "U":
-            saved[tile.where] = _summed_through(head, shards, tile.gradient[0]).to(saved.dtype)
+            through = shards.sum(head.through(tile.gradient[0], compute_dtype(head.weight.dtype)))
+            saved[tile.where] = through.to(saved.dtype)
     return [*wanted.and_lse(results), saved]
 
 
@@ -119,56 +113,32 @@ def _local(head: Head, rows: Rows, transform: Transform, shards: Shards) -> Rows
     return rows._replace(targets=shards.local_ids(rows.targets, rows.mask, head.weight.shape[0]))
 
 
-def _summed_through(head: Head, shards: Shards, gradient: Tensor) -> Tensor:
-    """d loss / d hidden of a tile, over all the vocabulary, in float32 (float64): rounded after its scale."""
-    return shards.sum(head.through(gradient, compute_dtype(head.weight.dtype)))
-
-
 @without_autocast
 def _backward(
-    head: Head, rows: Rows, transform: Transform, shards: Shards, saved: _ForBackward, upstream: Upstream,
-    needs: _Needs, backend: str,
+    head: Head, rows: Rows, transform: Transform, shards: Shards, saved: _ForBackward, upstream: Upstream, backend: str
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of hidden and the head's parameters, empty where not needed."""
-    hidden_needs, *head_needs = needs.needs
-    grad_hidden = torch.zeros_like(rows.hidden) if hidden_needs else rows.hidden.new_empty(0)
-    totals = HeadGradients(head, head_needs)
     if saved.gradients is None:
         each = _remade(head, _local(head, rows, transform, shards), transform, saved.stats, upstream, backend)
     else:
         each = _remembered(rows, saved.gradients, upstream)
-    for where, hidden, gradient, scale in each:
-        if hidden_needs:
-            through = _summed_through(head, shards, gradient)
-            grad_hidden[where] = (through * scale[:, None]).to(grad_hidden.dtype)
-        totals.add(gradient, hidden, scale)
-    grad_weight, grad_bias, grad_lora_a, grad_lora_b = totals.results()
-    if needs.needs[3]:
-        grad_lora_a = shards.sum(grad_lora_a)
-    return [grad_hidden, grad_weight, grad_bias, grad_lora_a, grad_lora_b]
-
-
-# Of some rows: which, their hidden states (n, D), gradient of the logits (n, V), and factors (n,) that it yet lacks.
-_RowGradients = Iterator[tuple[Tensor | slice, Tensor, Tensor, Tensor]]
+    return summed_gradients(head, rows.hidden, saved.needs, each, shards.sum)
 
 
 def _remade(
     head: Head, rows: Rows, transform: Transform, stats: list[Tensor], upstream: Upstream, backend: str
-) -> _RowGradients:
+) -> Iterator[RowGradients]:
     """Makes the tiles of logits again, of the rows that count and have an upstream gradient."""
     rows = rows._replace(mask=_alive(rows.mask, *upstream))
-    order = counted_rows(rows.hidden.shape[0], rows.mask, rows.mask_count)
-    for tile in Tiles(head, rows, transform, order, chunks(order.length, rows.chunk_tokens), backend):
+    for tile in counted_tiles(head, rows, transform, backend):
         head.logits(tile.hidden, tile.logits[0])
         of_tile = [s[tile.where][None] if s.numel() else s for s in stats]
         parts, scale = by_row(tile, *upstream)
-        IMPLS[backend].backward(
-            tile.logits, tile.targets, tile.mask, tile.transform, of_tile, *parts, tile.gradient
-        )  # fmt: skip
+        IMPLS[backend].backward(*tile.of_kernels, of_tile, *parts, tile.gradient)
         yield tile.where, tile.hidden, tile.gradient[0], scale
 
 
-def _remembered(rows: Rows, gradients: Tensor, upstream: Upstream) -> _RowGradients:
+def _remembered(rows: Rows, gradients: Tensor, upstream: Upstream) -> Iterator[RowGradients]:
     """Reads G, whose rows are those that forward took, in its order; leaves out the same rows as _remade."""
     alive = _alive(rows.mask, upstream.grad_logprobs)
     assert upstream.grad_logprobs is not None
@@ -188,17 +158,9 @@ def _alive(mask: Tensor | None, *upstream: Tensor | None) -> Tensor:
     return (alive if mask is None else alive & (mask != 0)).to(torch.uint8)
 
 
-def empty_gradients(hidden: Tensor, parameters: Sequence[Tensor | None], needs: list[bool]) -> list[Tensor]:
-    """Unwritten gradients of hidden and of parameters, empty where not needed."""
-    return [
-        torch.empty_like(x) if need and x is not None else hidden.new_empty(0)
-        for x, need in zip((hidden, *parameters), needs, strict=True)
-    ]
-
-
 _run_backward = registration.op_without_gradient(
-    "linear_logprobs_backward", (Head, Rows, Transform, Shards, _ForBackward, Upstream, _Needs), _backward,
-    fake=lambda head, rows, *others: empty_gradients(rows.hidden, head.parameters, others[-2].needs),
+    "linear_logprobs_backward", (Head, Rows, Transform, Shards, _ForBackward, Upstream), _backward,
+    fake=lambda head, rows, _, shards, saved, *others: empty_gradients(head, rows.hidden, saved.needs),
 )  # fmt: skip
 
 
@@ -214,9 +176,9 @@ def _gradients(saved: registration.Saved, gradients: Sequence[Tensor | None]) ->
         if rows.mask is not None:
             scale = torch.where(rows.mask != 0, scale, 0)
         return {"hidden": (scale[:, None] * kept).to(kept.dtype)}
-    for_backward = _ForBackward(stats, kept if by_logprob_alone and saves.save == "G" else None)
-    needs = _Needs([saved.needs[name] for name in DIFFERENTIABLE])
-    each = _run_backward(head, rows, transform, shards, for_backward, upstream, needs, saved.backend)
+    needs = [saved.needs[name] for name in DIFFERENTIABLE]
+    for_backward = _ForBackward(stats, kept if by_logprob_alone and saves.save == "G" else None, needs)
+    each = _run_backward(head, rows, transform, shards, for_backward, upstream, saved.backend)
     return dict(zip(DIFFERENTIABLE, each, strict=True))
 
 

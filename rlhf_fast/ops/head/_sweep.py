@@ -126,8 +126,7 @@ class Sweep:
         self.head.logits(tile.hidden, tile.logits[0])
         self.held = None if of_logprobs else places
         stats = empty_stats(tile.logits, self.want_entropy)
-        of_rows = tile.logits, tile.targets, tile.mask, tile.transform
-        self.kernels.forward(*of_rows, self.want_entropy, stats, tile.gradient if of_logprobs else None)
+        self.kernels.forward(*tile.of_kernels, self.want_entropy, stats, tile.gradient if of_logprobs else None)
         for whole, part in zip((self.logprobs, self.entropy), stats, strict=False):
             if part.numel():
                 whole[tile.where] = part[0]
@@ -149,8 +148,7 @@ class Sweep:
         self.held = None
         parts, scale = by_row(tile, *upstream)
         by_logprob, by_entropy, *_ = [*parts, None]
-        of_rows = tile.logits, tile.targets, tile.mask, tile.transform
-        self.kernels.backward(*of_rows, stats, by_logprob, by_entropy, None, tile.gradient)
+        self.kernels.backward(*tile.of_kernels, stats, by_logprob, by_entropy, None, tile.gradient)
         return tile, scale
 
     def _live(self, where: slice | Tensor, upstream: Sequence[Tensor]) -> Tensor | None:

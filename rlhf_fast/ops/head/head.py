@@ -19,7 +19,7 @@ Source: tiling over tokens as in Wijmans et al. 2024, "Cut Your Losses in Large-
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -229,6 +229,34 @@ class HeadGradients:
         """The four gradients in their parameters' types, empty where not needed."""
         types = [self.head.weight.dtype if p is None else p.dtype for p in self.head.parameters]
         return [total.to(dtype) for total, dtype in zip(self.sums(), types, strict=True)]
+
+
+# Of some rows: which, their hidden states (n, D), d loss / d logits (n, V), and factors (n,) that it yet lacks.
+RowGradients = tuple[slice | Tensor, Tensor, Tensor, Tensor]
+
+
+def summed_gradients(
+    head: Head, hidden: Tensor, needs: list[bool], each: Iterable[RowGradients],
+    over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of hidden and of the head's parameters, empty where not needed. over_ranks: the sum over its shards."""
+    grad_hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
+    sums = HeadGradients(head, needs[1:])
+    for where, of_rows, gradient, scale in each:
+        if needs[0]:  # in float32 (float64): rounded after its scale
+            through = over_ranks(head.through(gradient, check.compute_dtype(head.weight.dtype)))
+            grad_hidden[where] = (through * scale[:, None]).to(grad_hidden.dtype)
+        sums.add(gradient, of_rows, scale)
+    grad_weight, grad_bias, grad_lora_a, grad_lora_b = sums.results()
+    return [grad_hidden, grad_weight, grad_bias, over_ranks(grad_lora_a) if needs[3] else grad_lora_a, grad_lora_b]
+
+
+def empty_gradients(head: Head, hidden: Tensor, needs: list[bool]) -> list[Tensor]:
+    """The same, unwritten."""
+    return [
+        torch.empty_like(x) if need and x is not None else hidden.new_empty(0)
+        for x, need in zip((hidden, *head.parameters), needs, strict=True)
+    ]
 
 
 def _vocabulary_blocks(weight: Tensor) -> Iterator[slice]:

@@ -122,6 +122,11 @@ class Tile(NamedTuple):
     logits: Tensor  # (1, depth n, V): the place for them
     gradient: Tensor  # the same for their gradient, possibly the same place
 
+    @property
+    def of_kernels(self) -> tuple[Tensor, Tensor, Tensor | None, Transform]:
+        """The first arguments of the row kernels."""
+        return self.logits, self.targets, self.mask, self.transform
+
 
 class Tiles:
     """The rows of `order` in tiles, each some of its places, with the places for their logits.
@@ -184,6 +189,16 @@ def by_row(tile: Tile, *upstream: Tensor | None) -> tuple[list[Tensor | None], T
     scale = torch.where(scale == 0 if tile.mask is None else (scale == 0) | (tile.mask[0] == 0), 1, scale)
     parts = [None if g is None else (g / (scale if g.dim() == 1 else scale[:, None]))[None] for g in of_tile]
     return parts, scale
+
+
+def counted_tiles(
+    head: Head, rows: Rows, transform: Transform, backend: str, *, depth: int = 1, all_logits: Tensor | None = None,
+    all_gradients: Tensor | None = None,
+) -> Tiles:  # fmt: skip
+    """Tiles of equal height of the rows that count."""
+    order = counted_rows(rows.hidden.shape[0], rows.mask, rows.mask_count)
+    places = {"depth": depth, "all_logits": all_logits, "all_gradients": all_gradients}
+    return Tiles(head, rows, transform, order, chunks(order.length, rows.chunk_tokens), backend, **places)  # type: ignore[arg-type]
 
 
 def zero_behind(mask: Tensor | None, x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from rlhf_fast.ops.head.linear_kl import LinearKl
 from rlhf_fast.ops.head.tiles import Rows
 from rlhf_fast.ops.tokens.token_kl import VARIANTS, Divergence
 from rlhf_fast.ops.tokens.transform import Transform
-from tests.linear_losses import counted_as_on_a_gpu
 from rlhf_fast.testing.numerics import assert_contract
+from tests.linear_losses import count_as_on_a_gpu
 from tests.losses import BACKENDS, DTYPES, KERNELS, compiled
 
 MASK = torch.tensor([[1, 0, 1], [0, 1, 1]])
@@ -272,7 +272,7 @@ def test_with_mask_count_a_gpu_takes_so_many_rows(mask_count, trained, monkeypat
         return [found.kl.detach(), found.logprobs.detach(), *grads]
 
     expected = gradients()
-    monkeypatch.setattr(_kl_op, "counted_rows", counted_as_on_a_gpu)
+    count_as_on_a_gpu(monkeypatch)
     heights, real_mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **o: (heights.append(a.shape[0]), real_mm(a, b, **o))[1])
     found = gradients(mask_count=mask_count)

@@ -8,9 +8,9 @@ from rlhf_fast.ops.head import _logprobs_op, head, tiles
 from rlhf_fast.ops.head._shards import Shards
 from rlhf_fast.ops.tokens.token_logprobs import Wanted
 from rlhf_fast.ops.tokens.transform import Transform
-from tests.linear_losses import counted_as_on_a_gpu
 from rlhf_fast.testing.memory import peak_bytes
 from rlhf_fast.testing.numerics import assert_contract
+from tests.linear_losses import count_as_on_a_gpu
 
 BACKENDS = ["reference", "cpu", "triton"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -348,7 +348,7 @@ def test_masked_rows_change_nothing_where_a_gpu_cannot_leave_them_out(kind, back
     options = {"frozen": kind == "frozen", "entropy_gradient": False, "chunk_tokens": 3}
     expected = run(op, hidden, weight, bias, targets, upstream, **options)
     products.clear()
-    monkeypatch.setattr(_logprobs_op, "counted_rows", counted_as_on_a_gpu)
+    count_as_on_a_gpu(monkeypatch)
     found = run(op, hidden, weight, bias, targets, upstream, **options)
     assert sum(products) == (mask_count or 8) * {"frozen": 2, "kept": 3, "remade": 4}[kind]
     for name, value in expected.items():

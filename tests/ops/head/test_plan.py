@@ -33,7 +33,9 @@ def test_a_unit_beyond_the_budget_is_summed_by_its_sequences_where_that_is_asked
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0, 1]], dtype=torch.uint8)
     plan = make("pair", (4, 3), None, mask, CPU, 2, 4, 2)
     assert groups(plan) == [[[3, 9, 11]]]
-    units = [[[torch.arange(12)[plan.order.pick(tile)].tolist() for tile in tiles] for tiles in unit] for unit in plan.summed]
+    units = [
+        [[torch.arange(12)[plan.order.pick(tile)].tolist() for tile in tiles] for tiles in unit] for unit in plan.summed
+    ]
     assert units == [[[[0, 1], [2]], [[7, 8]]]]
     assert max(tile.stop - tile.start for tile in plan.slices) == 3
 
