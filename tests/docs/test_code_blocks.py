@@ -107,7 +107,7 @@ def run(block: Block) -> None:
 
 
 def test_the_calls_that_the_readme_says_to_write_run(place):
-    table = TEXTS["README.md"].partition("| you have | write |")[2].partition("\n\n")[0]
+    table = TEXTS["README.md"].partition("| you have | write, `from rlhf_fast import` |")[2].partition("\n\n")[0]
     calls = [call for row in table.splitlines() for call in re.findall(r"`(\w+\([^`]*\))`", row)]
     pairs = {name: torch.randn(4) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
     planes = {name: torch.rand(4, 6) for name in ("rewards", "values", "logprobs", "old_logprobs", "advantages")}
