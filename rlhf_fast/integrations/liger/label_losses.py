@@ -12,7 +12,8 @@ forward and again in backward, from copies of hidden states and head in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -57,11 +58,11 @@ class LigerCrossEntropyFunction:
         options = Options(weight, label_smoothing, lse_square_scale, ignore_index=ignore_index)
         logits = _input if softcap is None else softcap * torch.tanh(_wide(_input) / softcap)
         loss, z_loss = reduced(*cross_entropy(logits, target, options), target, options, reduction)
-        predicted = None
-        if return_token_accuracy or return_predicted_tokens:
-            predicted = _input.detach().argmax(1)
-        found = _predictions(predicted, target, ignore_index, reduction, return_token_accuracy, return_predicted_tokens)
-        return loss.to(_input.dtype), z_loss.to(_input.dtype) if return_z_loss else None, *found
+        predictions = _predictions(
+            lambda: _input.detach().argmax(1), target, ignore_index, reduction, return_token_accuracy,
+            return_predicted_tokens,
+        )  # fmt: skip
+        return loss.to(_input.dtype), z_loss.to(_input.dtype) if return_z_loss else None, *predictions
 
 
 class LigerFusedLinearCrossEntropyFunction:
@@ -100,11 +101,10 @@ class LigerFusedLinearCrossEntropyFunction:
         if use_token_scaling:
             losses, z_losses = losses * logprobs.exp(), z_losses * logprobs.exp()
         loss, z_loss = reduced(losses, z_losses, target, options, reduction)
-        predicted = None
-        if return_token_accuracy or return_predicted_tokens:
-            predicted = _greatest(head)
-        found = _predictions(predicted, target, ignore_index, reduction, return_token_accuracy, return_predicted_tokens)
-        return loss, z_loss.to(_input.dtype) if return_z_loss else None, *found
+        predictions = _predictions(
+            lambda: _greatest(head), target, ignore_index, reduction, return_token_accuracy, return_predicted_tokens
+        )
+        return loss, z_loss.to(_input.dtype) if return_z_loss else None, *predictions
 
 
 def _from_head(head: Head, target: Tensor, options: Options, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,8 +148,8 @@ def _smoothed(head: Head, target: Tensor, options: Options, softcap: float | Non
 @torch.no_grad()
 def _greatest(head: Head) -> Tensor:
     """(N,): the id of the greatest logit, which a softcap leaves the greatest."""
-    found = [logits.argmax(1) for _, logits in logit_tiles(head.hidden, head.weight, head.bias)]
-    return torch.cat(found) if found else head.hidden.new_zeros(0, dtype=torch.int64)
+    tiles = [logits.argmax(1) for _, logits in logit_tiles(head.hidden, head.weight, head.bias)]
+    return torch.cat(tiles) if tiles else head.hidden.new_zeros(0, dtype=torch.int64)
 
 
 def _check(reduction: str, softcap: float | None) -> None:
@@ -164,12 +164,12 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _predictions(
-    predicted: Tensor | None, target: Tensor, ignore_index: int, reduction: str, accuracy: bool, ids: bool
+    predict: Callable[[], Tensor], target: Tensor, ignore_index: int, reduction: str, accuracy: bool, ids: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(accuracy, predicted ids (N,), -1 for an ignored label)"""
-    if predicted is None:
+    """(accuracy, predicted ids (N,), -1 for an ignored label), None for what is not asked for."""
+    if not (accuracy or ids):
         return None, None
-    counts = target != ignore_index
+    predicted, counts = predict(), target != ignore_index
     right = ((predicted == target) & counts).float()
     mean = right if reduction == "none" else right.sum() / counts.sum().clamp(min=1)
     return mean if accuracy else None, torch.where(counts, predicted, -1) if ids else None
@@ -188,13 +188,29 @@ class CrossEntropyOutput:
     predicted_tokens: Tensor | None = None
 
 
-def _asked_for(module: Any, result: Result) -> Any:
-    more = module.return_z_loss or module.return_token_accuracy or module.return_predicted_tokens
-    return CrossEntropyOutput(*result) if more else result[0]
+class _CrossEntropyLoss(torch.nn.Module):
+    """A module whose fields are the options of its function, in that order."""
+
+    reduction: str
+    softcap: float | None
+    return_z_loss: bool
+    return_token_accuracy: bool
+    return_predicted_tokens: bool
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        _check(self.reduction, self.softcap)
+
+    def _options(self) -> list[Any]:
+        return [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+
+    def _asked_for(self, result: Result) -> Any:
+        more = self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens
+        return CrossEntropyOutput(*result) if more else result[0]
 
 
 @dataclass(eq=False, repr=False)
-class LigerCrossEntropyLoss(torch.nn.Module):
+class LigerCrossEntropyLoss(_CrossEntropyLoss):
     """The cross-entropy of logits; options as in LigerCrossEntropyFunction."""
 
     weight: Tensor | None = None
@@ -207,21 +223,13 @@ class LigerCrossEntropyLoss(torch.nn.Module):
     return_token_accuracy: bool = False
     return_predicted_tokens: bool = False
 
-    def __post_init__(self) -> None:
-        super().__init__()
-        _check(self.reduction, self.softcap)
-
     def forward(self, _input: Tensor, target: Tensor) -> Any:
         """The loss of logits (N, V) and labels (N,), or a CrossEntropyOutput."""
-        result = LigerCrossEntropyFunction.apply(
-            _input, target, self.weight, self.ignore_index, self.lse_square_scale, self.label_smoothing,
-            self.reduction, self.softcap, self.return_z_loss, self.return_token_accuracy, self.return_predicted_tokens,
-        )  # fmt: skip
-        return _asked_for(self, result)
+        return self._asked_for(LigerCrossEntropyFunction.apply(_input, target, *self._options()))
 
 
 @dataclass(eq=False, repr=False)
-class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
+class LigerFusedLinearCrossEntropyLoss(_CrossEntropyLoss):
     """The same from hidden states; options as in LigerFusedLinearCrossEntropyFunction."""
 
     ce_weight: Tensor | None = None
@@ -236,15 +244,7 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
     return_token_accuracy: bool = False
     return_predicted_tokens: bool = False
 
-    def __post_init__(self) -> None:
-        super().__init__()
-        _check(self.reduction, self.softcap)
-
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Any:
         """The loss of hidden states (N, D), head (V, D) and labels (N,), or a CrossEntropyOutput."""
-        result = LigerFusedLinearCrossEntropyFunction.apply(
-            _input, lin_weight, target, bias, self.ce_weight, self.ignore_index, self.lse_square_scale,
-            self.label_smoothing, self.reduction, self.softcap, self.return_z_loss, self.accum_dtype,
-            self.use_token_scaling, self.return_token_accuracy, self.return_predicted_tokens,
-        )  # fmt: skip
-        return _asked_for(self, result)
+        result = LigerFusedLinearCrossEntropyFunction.apply(_input, lin_weight, target, bias, *self._options())
+        return self._asked_for(result)

@@ -58,9 +58,9 @@ def triton_grpo_loss(
         vespo_lambda_neg=vespo_lambda_neg, temperature=temperature,
     )  # fmt: skip
     given = logits, old_logp, ref_logp, completion_ids, advantages, completion_mask, vllm_is_ratio
+    value, kl, clipped = _results(loss, *given, inplace=inplace, reduce=reduce, num_items_in_batch=num_items_in_batch)
     if not reduce:
-        return _tokens(loss, *given, inplace=inplace)
-    value, kl, clipped = _reduced(loss, *given, inplace=inplace, num_items_in_batch=num_items_in_batch)
+        return value, kl, clipped
     return value, [clipped] if kl is None else [kl, clipped]
 
 
@@ -104,9 +104,7 @@ class GrpoLossFunction:
             temperature=temperature, phi=None if phi_seq is None else phi_seq.detach().reshape(-1, 1),
         )  # fmt: skip
         given = logits, old_logp, ref_logp, completion_ids, advantages, completion_mask, vllm_is_ratio
-        if not reduce:
-            return _tokens(loss, *given, inplace=inplace)
-        return _reduced(loss, *given, inplace=inplace, num_items_in_batch=num_items_in_batch)
+        return _results(loss, *given, inplace=inplace, reduce=reduce, num_items_in_batch=num_items_in_batch)
 
 
 class _FromLogits(LigerFusedLinearGRPOLoss):
@@ -152,16 +150,14 @@ def _terms(
     return loss.terms(scored[:, :-1], batch), mask
 
 
-def _tokens(loss: LigerFusedLinearGRPOLoss, *given: Any, inplace: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    terms, mask = _terms(loss, *given, inplace=inplace)
-    losses = torch.where(mask != 0, terms.losses, 0.0)
-    return losses, None if terms.kl is None else terms.kl.detach() * mask, terms.clipped * mask
-
-
-def _reduced(
-    loss: LigerFusedLinearGRPOLoss, *given: Any, inplace: bool, num_items_in_batch: Tensor | float | None
+def _results(
+    loss: LigerFusedLinearGRPOLoss, *given: Any, inplace: bool, reduce: bool, num_items_in_batch: Tensor | float | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(loss, KL or None, clipped) of every token, or with reduce of all of them."""
     terms, mask = _terms(loss, *given, inplace=inplace)
+    if not reduce:
+        losses = torch.where(mask != 0, terms.losses, 0.0)
+        return losses, None if terms.kl is None else terms.kl.detach() * mask, terms.clipped * mask
     value = loss.reduced(terms.losses, mask, loss.denominator(mask, num_items_in_batch))
     *kl, clipped = loss.metrics(terms, mask)
     return value, kl[0] if kl else None, clipped

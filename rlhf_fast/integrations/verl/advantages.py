@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,30 @@ def _carried_back(x: Tensor, mask: Tensor) -> Tensor:
 # --- Scores of answers to one prompt ----------------------------------------------------------------------------------
 
 
+def _named_like(function: Callable[..., Any], compute: Callable[..., Pair]) -> Callable[..., Pair]:
+    """`compute`, whose signature is verl's, with the name and the docstring of `function`."""
+    compute.__name__, compute.__qualname__, compute.__doc__ = (
+        function.__name__, function.__qualname__, function.__doc__,
+    )  # fmt: skip
+    return compute
+
+
+def _outcome_advantage(advantages: Callable[[Tensor, Tensor, Any], Tensor]) -> Callable[..., Pair]:
+    """Gives a function of (rewards, mask, index) verl's signature, and its advantages (B,) to the answers' tokens."""
+
+    def compute(
+        token_level_rewards: Tensor,
+        response_mask: Tensor,
+        index: Any,
+        epsilon: float = 1e-6,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> Pair:
+        return _spread(advantages(token_level_rewards, response_mask, index), response_mask)
+
+    return _named_like(advantages, compute)
+
+
 def compute_grpo_outcome_advantage(
     token_level_rewards: Tensor,
     response_mask: Tensor,
@@ -53,9 +77,8 @@ def compute_grpo_outcome_advantage(
     config: Any = None,
 ) -> Pair:
     """(score - mean) / (std + epsilon) of the group, or the numerator alone. index: (B,), equal entries are a group."""
-    if not norm_adv_by_std_in_grpo:
-        return _spread(_in_groups("dr_grpo", token_level_rewards, index), response_mask)
-    return _spread(_normalised(token_level_rewards, index, epsilon), response_mask)
+    variant = "grpo" if norm_adv_by_std_in_grpo else "dr_grpo"
+    return _spread(_in_groups(variant, token_level_rewards, index, epsilon=epsilon), response_mask)
 
 
 def compute_grpo_vectorized_outcome_advantage(
@@ -98,41 +121,23 @@ def compute_grpo_passk_outcome_advantage(
     return _spread(leads.to(token_level_rewards.dtype), response_mask)
 
 
-def compute_rloo_outcome_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    epsilon: float = 1e-6,
-    config: Any = None,
-    **kwargs: Any,
-) -> Pair:
+@_outcome_advantage
+def compute_rloo_outcome_advantage(rewards: Tensor, mask: Tensor, index: Any) -> Tensor:
     """score - mean of the group's others."""
-    return _spread(_in_groups("rloo", token_level_rewards, index), response_mask)
+    return _in_groups("rloo", rewards, index)
 
 
-def compute_rloo_vectorized_outcome_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    epsilon: float = 1e-6,
-    config: Any = None,
-    **kwargs: Any,
-) -> Pair:
+@_outcome_advantage
+def compute_rloo_vectorized_outcome_advantage(rewards: Tensor, mask: Tensor, index: Any) -> Tensor:
     """The same, but 0 for a prompt's only answer."""
-    groups, _ = _groups(index, token_level_rewards.device)
-    return _spread(group_advantages(token_level_rewards.sum(-1), group_ids=groups, variant="rloo"), response_mask)
+    groups, _ = _groups(index, rewards.device)
+    return group_advantages(rewards.sum(-1), group_ids=groups, variant="rloo")
 
 
-def compute_opo_outcome_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    epsilon: float = 1e-6,
-    config: Any = None,
-    **kwargs: Any,
-) -> Pair:
+@_outcome_advantage
+def compute_opo_outcome_advantage(rewards: Tensor, mask: Tensor, index: Any) -> Tensor:
     """score - mean of the group weighted by length."""
-    return _spread(_in_groups("opo", token_level_rewards, index, lengths=response_mask.sum(-1)), response_mask)
+    return _in_groups("opo", rewards, index, lengths=mask.sum(-1))
 
 
 def compute_gpg_outcome_advantage(
@@ -193,91 +198,88 @@ def compute_remax_outcome_advantage(
 # --- Optimal token baselines ------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def compute_optimal_token_baseline_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    old_log_probs: Tensor,
-    sum_pi_squared: Tensor,
-    rollout_is_weights: Tensor | None = None,
-    handle_zero_tail: bool = True,
-    epsilon: float = 1e-8,
-    **kwargs: Any,
-) -> Pair:
+class Steps(NamedTuple):
+    """Those of the answers, (B, T) each, and the prompts that the answers are of, (B,)."""
+
+    returns: Tensor  # rewards to go
+    energy: Tensor  # the sum of a step's and all earlier steps' squared score norms
+    mask: Tensor
+    groups: Tensor
+    sizes: Tensor  # of the groups
+
+    def baselines(self, lengths: Tensor | None, epsilon: float) -> Tensor:
+        """(B, T): the group's mean of the returns by the energy, step by step, none for a prompt's only answer.
+
+        lengths: (B,), to have none either where only the longest answer has steps.
+        """
+        (rows, steps), groups = self.returns.shape, self.groups
+        sums, totals = (
+            torch.zeros_like(self.energy).index_add_(0, groups, x.to(self.energy.dtype))
+            for x in (self.returns * self.energy, self.energy)
+        )
+        means = (sums / (totals + epsilon))[groups]
+        none = (self.sizes < 2)[:, None].expand(rows, steps)
+        if lengths is not None and rows > 0:
+            longest = torch.zeros_like(lengths).scatter_reduce(0, groups, lengths, "amax")[groups]
+            at_longest = lengths == longest
+            number = torch.zeros_like(groups).index_add_(0, groups, at_longest.to(groups.dtype))[groups]
+            second = torch.zeros_like(lengths).scatter_reduce(0, groups, torch.where(at_longest, 0, lengths), "amax")
+            alone = at_longest & (number == 1)
+            place = torch.arange(steps, device=groups.device)
+            none = none | (alone[:, None] & (place >= second[groups][:, None]))
+        return torch.where(none, 0, means).to(self.returns.dtype)
+
+
+def _token_baseline(advantages: Callable[[Steps, bool, float], Tensor]) -> Callable[..., Pair]:
+    """Gives a function of (steps, handle_zero_tail, epsilon) verl's signature; (its advantages, the rewards to go)."""
+
+    @torch.no_grad()
+    def compute(
+        token_level_rewards: Tensor,
+        response_mask: Tensor,
+        index: Any,
+        old_log_probs: Tensor,
+        sum_pi_squared: Tensor,
+        rollout_is_weights: Tensor | None = None,
+        handle_zero_tail: bool = True,
+        epsilon: float = 1e-8,
+        **kwargs: Any,
+    ) -> Pair:
+        returns = discounted_returns(token_level_rewards * response_mask)
+        returns = returns.to(_dtype(token_level_rewards, response_mask))
+        norms = 1 - 2 * old_log_probs.exp() + sum_pi_squared
+        if rollout_is_weights is not None:
+            norms = norms * rollout_is_weights.square()
+        energy = torch.where(response_mask.bool(), norms * response_mask, 0).cumsum(-1)
+        steps = Steps(returns, energy, response_mask, *_groups(index, returns.device))
+        return advantages(steps, handle_zero_tail, epsilon) * response_mask, returns
+
+    return _named_like(advantages, compute)
+
+
+@_token_baseline
+def compute_optimal_token_baseline_advantage(steps: Steps, handle_zero_tail: bool, epsilon: float) -> Tensor:
     """Rewards to go minus a baseline per step and prompt, their mean weighted by the energy W of the steps so far.
 
     W_t = sum over s <= t of w_s, w = 1 - 2 p + sum of the squared probabilities, times rollout_is_weights squared; all
     (B, T), p = exp(old_log_probs). handle_zero_tail: no baseline where only the longest answer has steps. A prompt's
     only answer has none. Returns (advantages, rewards to go).
     """
-    returns, energy = _returns_and_energy(
-        token_level_rewards, response_mask, old_log_probs, sum_pi_squared, rollout_is_weights
-    )
-    groups, sizes = _groups(index, returns.device)
-    lengths = response_mask.sum(-1)
-    weights = energy * response_mask
-    baselines = _baselines(returns, weights, groups, sizes, lengths if handle_zero_tail else None, epsilon)
-    return (returns - baselines) * response_mask, returns
+    weighed = steps._replace(energy=steps.energy * steps.mask)
+    return steps.returns - weighed.baselines(steps.mask.sum(-1) if handle_zero_tail else None, epsilon)
 
 
-@torch.no_grad()
-def compute_multi_turn_optimal_token_baseline_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    old_log_probs: Tensor,
-    sum_pi_squared: Tensor,
-    rollout_is_weights: Tensor | None = None,
-    handle_zero_tail: bool = True,
-    epsilon: float = 1e-8,
-    **kwargs: Any,
-) -> Pair:
+@_token_baseline
+def compute_multi_turn_optimal_token_baseline_advantage(steps: Steps, handle_zero_tail: bool, epsilon: float) -> Tensor:
     """The same with the steps of an answer counted by its own tokens: what the mask leaves out takes no step."""
-    returns, energy = _returns_and_energy(
-        token_level_rewards, response_mask, old_log_probs, sum_pi_squared, rollout_is_weights
-    )
-    counts = response_mask.bool()
+    counts, groups = steps.mask.bool(), steps.groups
     order = counts.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)  # an answer's own tokens first
     own = counts.gather(1, order)
-    packed_returns, weights = (torch.where(own, x.gather(1, order), 0) for x in (returns, energy))
-    groups, _ = _groups(index, returns.device)
+    returns, energy = (torch.where(own, x.gather(1, order), 0) for x in (steps.returns, steps.energy))
     lengths = counts.sum(-1)
     sizes = torch.zeros_like(lengths).index_add_(0, groups, (lengths > 0).to(lengths.dtype))[groups]
-    baselines = _baselines(packed_returns, weights, groups, sizes, lengths if handle_zero_tail else None, epsilon)
-    advantages = torch.zeros_like(returns).scatter(1, order, torch.where(own, packed_returns - baselines, 0))
-    return advantages * response_mask, returns
-
-
-def _returns_and_energy(
-    rewards: Tensor, mask: Tensor, logprobs: Tensor, sum_pi_squared: Tensor, sample_weights: Tensor | None
-) -> Pair:
-    """(B, T) each: rewards to go, and the sum of a step's and all earlier steps' squared score norms."""
-    returns = discounted_returns(rewards * mask).to(_dtype(rewards, mask))
-    norms = 1 - 2 * logprobs.exp() + sum_pi_squared
-    if sample_weights is not None:
-        norms = norms * sample_weights.square()
-    return returns, torch.where(mask.bool(), norms * mask, 0).cumsum(-1)
-
-
-def _baselines(
-    returns: Tensor, weights: Tensor, groups: Tensor, sizes: Tensor, lengths: Tensor | None, epsilon: float
-) -> Tensor:
-    """(B, T): the group's mean of the returns by the weights, step by step; with lengths (B,) 0 in the longest tail."""
-    rows, steps = returns.shape
-    totals = [
-        torch.zeros_like(weights).index_add_(0, groups, x.to(weights.dtype)) for x in (returns * weights, weights)
-    ]
-    means = (totals[0] / (totals[1] + epsilon))[groups]
-    none = (sizes < 2)[:, None].expand(rows, steps)
-    if lengths is not None and rows > 0:
-        longest = torch.zeros_like(lengths).scatter_reduce(0, groups, lengths, "amax")[groups]
-        at_longest = lengths == longest
-        number = torch.zeros_like(groups).index_add_(0, groups, at_longest.to(groups.dtype))[groups]
-        second = torch.zeros_like(lengths).scatter_reduce(0, groups, torch.where(at_longest, 0, lengths), "amax")
-        alone = at_longest & (number == 1)
-        none = none | (alone[:, None] & (torch.arange(steps, device=returns.device) >= second[groups][:, None]))
-    return torch.where(none, 0, means).to(returns.dtype)
+    baselines = Steps(returns, energy, own, groups, sizes).baselines(lengths if handle_zero_tail else None, epsilon)
+    return torch.zeros_like(returns).scatter(1, order, torch.where(own, returns - baselines, 0))
 
 
 # --- What they share --------------------------------------------------------------------------------------------------
@@ -292,20 +294,15 @@ def _groups(index: Any, device: torch.device) -> Pair:
     return entries.view(-1, 2).unbind(1)  # type: ignore[return-value]
 
 
-def _in_groups(variant: str, rewards: Tensor, index: Any, lengths: Tensor | None = None) -> Tensor:
-    """(B,): advantages of the scores by a variant that leaves a prompt's only answer its score."""
+def _in_groups(
+    variant: str, rewards: Tensor, index: Any, *, lengths: Tensor | None = None, epsilon: float = 0.0
+) -> Tensor:
+    """(B,): advantages of the scores; for grpo, a prompt's only answer has mean 0 and standard deviation 1."""
     scores = rewards.sum(-1)
     groups, sizes = _groups(index, rewards.device)
-    advantages = group_advantages(scores, group_ids=groups, variant=variant, lengths=lengths)
-    return torch.where(sizes == 1, scores.to(advantages.dtype), advantages).to(rewards.dtype)
-
-
-def _normalised(rewards: Tensor, index: Any, epsilon: float) -> Tensor:
-    """(B,): advantages of grpo; a prompt's only answer has mean 0 and standard deviation 1."""
-    scores = rewards.sum(-1)
-    groups, sizes = _groups(index, rewards.device)
-    advantages = group_advantages(scores, group_ids=groups, variant="grpo", eps=epsilon)
-    return torch.where(sizes == 1, scores.to(advantages.dtype) / (1 + epsilon), advantages).to(rewards.dtype)
+    advantages = group_advantages(scores, group_ids=groups, variant=variant, eps=epsilon, lengths=lengths)
+    only = scores.to(advantages.dtype) / (1 + epsilon if variant == "grpo" else 1)
+    return torch.where(sizes == 1, only, advantages).to(rewards.dtype)
 
 
 def _spread(advantages: Tensor, mask: Tensor) -> Pair:
