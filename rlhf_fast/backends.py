@@ -139,16 +139,6 @@ def operands(first: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
         return [x if x is None or x.dtype not in _ROUNDED else x.to(dtype) for x in tensors]
 
 
-def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """torch.library.custom_op of a function that changes none of its arguments, whatever autocast says."""
-
-    def define(function: Callable[..., Any]) -> Any:
-        schema = torch.library.infer_schema(function, mutates_args=())
-        return torch.library.custom_op(name, without_autocast(function), mutates_args=(), schema=schema)
-
-    return define
-
-
 # --- How a tensor is handed to the native module: never an address without what says where its elements are -----------
 
 DTYPE_CODES = {
