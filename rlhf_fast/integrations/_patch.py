@@ -94,11 +94,11 @@ def patched(peer: str) -> Iterator[list[str]]:
 
 def peers() -> list[Peer]:
     """Every library that can be patched, with what is installed and what is replaced in this process."""
-    found = []
+    libraries = []
     for name in _known():
         module = _integration(name)
-        found.append(Peer(name, module.PEER, module.TESTED, _installed(module), list(_replaced.get(name, []))))
-    return found
+        libraries.append(Peer(name, module.PEER, module.TESTED, _installed(module), list(_replaced.get(name, []))))
+    return libraries
 
 
 def _known() -> list[str]:

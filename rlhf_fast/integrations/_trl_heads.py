@@ -47,8 +47,8 @@ def scored(
     with torch.autocast(hidden.device.type, enabled=False):  # which would round the logits
         hidden, weight, bias = _cast(dtype, hidden, weight, bias)
         wanted: dict[str, Any] = {"return_entropy": "entropy" in outputs, "return_stats": want_stats}
-        found = linear_logprobs(hidden, weight, targets, bias=bias, **wanted, **transform)
-        logprobs, *rest = found if isinstance(found, tuple) else (found,)
+        scored = linear_logprobs(hidden, weight, targets, bias=bias, **wanted, **transform)
+        logprobs, *rest = scored if isinstance(scored, tuple) else (scored,)
         entropy = rest.pop(0).float() if "entropy" in outputs else None
         squares = mean = is_top1 = None
         with torch.no_grad():

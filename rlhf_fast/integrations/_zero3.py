@@ -38,8 +38,8 @@ class _Regathered(torch.autograd.Function):
             needed = [x.requires_grad_() for x, need in zip(inputs, needs, strict=True) if x is not None and need]
             pairs = [(x, g) for x, g in zip(ctx.compute(*inputs), grads, strict=True) if g is not None]
             results, upstream = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(results, needed, upstream, allow_unused=True))
-        return None, None, *(next(found) if need else None for need in needs)
+            gradients = iter(torch.autograd.grad(results, needed, upstream, allow_unused=True))
+        return None, None, *(next(gradients) if need else None for need in needs)
 
 
 def _gathered(tensors: tuple[Tensor | None, ...]) -> Any:

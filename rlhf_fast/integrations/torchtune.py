@@ -77,14 +77,10 @@ class PPOLoss(nn.Module):
         return loss, by_policy.detach(), by_values.detach(), ratios, clipfrac
 
 
-class DPOLoss(nn.Module):
-    """DPO, its label_smoothing in [0, 0.5)."""
+class _PairLoss(nn.Module):
+    """A loss of each pair."""
 
-    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0):
-        super().__init__()
-        self.beta = beta
-        self.label_smoothing = label_smoothing
-        self.objective = PreferenceObjective("sigmoid", beta, label_smoothing)
+    objective: PreferenceObjective
 
     def forward(
         self,
@@ -99,25 +95,23 @@ class DPOLoss(nn.Module):
         )
 
 
-class RSOLoss(nn.Module):
+class DPOLoss(_PairLoss):
+    """DPO, its label_smoothing in [0, 0.5)."""
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0):
+        super().__init__()
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+        self.objective = PreferenceObjective("sigmoid", beta, label_smoothing)
+
+
+class RSOLoss(_PairLoss):
     """The hinge of RSO, gamma in the place of DPO's beta."""
 
     def __init__(self, gamma: float = 0.1):
         super().__init__()
         self.gamma = gamma
         self.objective = PreferenceObjective("rso", gamma)
-
-    def forward(
-        self,
-        policy_chosen_logps: Tensor,
-        policy_rejected_logps: Tensor,
-        reference_chosen_logps: Tensor,
-        reference_rejected_logps: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `DPOLoss`."""
-        return _of_each_pair(
-            self.objective, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
-        )
 
 
 def _of_each_pair(objective: PreferenceObjective, *logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,8 +89,8 @@ def _logprobs_and_entropy(
     """(logprobs, entropy) in float32 (float64); entropy is logprobs where it is not wanted."""
     one_per_row = index.dim() == logits.dim() - 1
     mask = row_mask if one_per_row else None
-    found = token_logprobs(logits, index, temperature=temperature, mask=mask, return_entropy=want_entropy)
-    logprobs, entropy = (found, found) if isinstance(found, Tensor) else found
+    scored = token_logprobs(logits, index, temperature=temperature, mask=mask, return_entropy=want_entropy)
+    logprobs, entropy = (scored, scored) if isinstance(scored, Tensor) else scored
     if row_mask is not None and not one_per_row:  # TRL's mask then has the shape of the ids, one entry for each
         logprobs = logprobs.masked_fill(row_mask == 0, 0.0)
     return logprobs, entropy

@@ -42,8 +42,8 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         mask, ids = target != ignore_index, target
         if selected_token_ids is not None:
             ids = torch.cat([target[:, None], selected_token_ids.expand(target.shape[0], -1)], 1)
-        found = linear_logprobs(_input, weight, ids, mask=mask, temperature=temperature, return_entropy=return_entropy)
-        logprobs, entropy = (found, None) if isinstance(found, Tensor) else found
+        scored = linear_logprobs(_input, weight, ids, mask=mask, temperature=temperature, return_entropy=return_entropy)
+        logprobs, entropy = (scored, None) if isinstance(scored, Tensor) else scored
         nll, selected = (-logprobs, None) if selected_token_ids is None else (-logprobs[:, 0], logprobs[:, 1:])
         results = [nll, None if entropy is None else entropy.to(_input.dtype), selected]
         given = tuple(x for x in results if x is not None)
@@ -72,11 +72,11 @@ class LigerFusedLinearScaledCrossEntropyTPFunction:
         _check_rows(_input, weight, target)
         _check_options(temperature, "tiles_per_reduce", tiles_per_reduce, return_entropy)
         group = torch.distributed.group.WORLD if tp_group is None else tp_group
-        found = linear_logprobs(
+        scored = linear_logprobs(
             _input, weight, target, mask=target != ignore_index, temperature=temperature,
             return_entropy=return_entropy, process_group=group,
         )  # fmt: skip
-        return -found if isinstance(found, Tensor) else (-found.logprobs, found.entropy)
+        return -scored if isinstance(scored, Tensor) else (-scored.logprobs, scored.entropy)
 
 
 def _check_rows(hidden: Tensor, weight: Tensor, target: Tensor) -> None:

@@ -59,15 +59,15 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         wants_hard = self.weight_hard_loss != 0 or self.return_soft_hard_loss
         one_pass = wants_hard and self.temperature == 1 and missing == 0
         variant = "forward" if self.beta == 0 else "reverse" if self.beta == 1 else "js"
-        found = linear_kl(
+        divergence = linear_kl(
             student.hidden, teacher.hidden, pad(student.weight, (0, 0, 0, missing)), true_labels if one_pass else None,
             ref_weight=teacher.weight, bias=None if student.bias is None else pad(student.bias, (0, missing)),
             ref_bias=teacher.bias, mask=mask, temperature=self.temperature, variant=variant,
             js_weight=self.beta if variant == "js" else 0.5,
         )  # fmt: skip
-        soft, hard = found.kl.sum() / count, torch.zeros_like(found.kl[:0].sum())
+        soft, hard = divergence.kl.sum() / count, torch.zeros_like(divergence.kl[:0].sum())
         if wants_hard:
-            logprobs = found.logprobs if one_pass else student.logprobs(true_labels, mask)
+            logprobs = divergence.logprobs if one_pass else student.logprobs(true_labels, mask)
             assert logprobs is not None
             hard = -logprobs.sum() / count
         loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft

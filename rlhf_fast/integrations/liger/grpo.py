@@ -199,15 +199,15 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         self, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """(L before the correction, whether a bound holds it)"""
-        ratio, never = log_ratio.exp(), torch.zeros_like(log_ratio, dtype=torch.bool)
+        ratio, none_held = log_ratio.exp(), torch.zeros_like(log_ratio, dtype=torch.bool)
         if self.loss_type == "cispo":
             bounded = ratio.detach().clamp(max=self.epsilon_high)
             return -bounded * advantages * logprobs, (ratio > self.epsilon_high) & (advantages > 0)
         if self.loss_type == "sapo":
             tau = torch.where(advantages > 0, self.sapo_temperature_pos, self.sapo_temperature_neg)
-            return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages, never
+            return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages, none_held
         if self.loss_type == "vespo":
-            return -self._vespo_weight(log_ratio.detach(), batch) * advantages * logprobs, never
+            return -self._vespo_weight(log_ratio.detach(), batch) * advantages * logprobs, none_held
         low, high = 1 - self.epsilon_low, 1 + self.epsilon_high
         clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
         bounded = ratio if self.delta is None else ratio.clamp(max=self.delta)
@@ -226,30 +226,30 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
     def _same_gradient(self, batch: Batch) -> PolicyObjective | None:
         """The objective whose gradient at `_folded` inputs is that of this loss; None where there is none."""
-        kind = self.loss_type if self.loss_type in TOKEN_ONLY else "clip"
-        bounded_below = kind == "clip" and self.delta is not None and self.delta <= max(1, 1 + self.epsilon_high)
+        function = self.loss_type if self.loss_type in TOKEN_ONLY else "clip"
+        bounded_below = function == "clip" and self.delta is not None and self.delta <= max(1, 1 + self.epsilon_high)
         if (
             self.loss_type == "luspo"
             or bounded_below
-            or (kind == "cispo" and self.epsilon_high < 1)
+            or (function == "cispo" and self.epsilon_high < 1)
             or (self._per_sequence and self.use_bias_correction_kl)
         ):
             return None
         low, high = min(self.epsilon_low, 1.0), self.epsilon_high
         variant = "gspo" if self._per_sequence else "ppo_clip"
-        if kind == "cispo":
+        if function == "cispo":
             low, high = 1.0, self.epsilon_high - 1
         if batch.on_policy:
             variant = "gpg"
-        elif kind != "clip":
-            variant = kind
+        elif function != "clip":
+            variant = function
         unbiased = self.use_bias_correction_kl
         return PolicyObjective(
             variant=variant,
             aggregation="seq_mean_token_mean" if self.loss_type in ("grpo", "sapo") else "token_mean",
             clip_eps_low=low,
             clip_eps_high=high,
-            dual_clip=self.delta if kind == "clip" else None,
+            dual_clip=self.delta if function == "clip" else None,
             sapo_temperature_pos=self.sapo_temperature_pos,
             sapo_temperature_neg=self.sapo_temperature_neg,
             vespo_k_pos=self.vespo_k_pos,

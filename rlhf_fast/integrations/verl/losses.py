@@ -75,8 +75,8 @@ def _total(given: int | None, name: str, here: Tensor, dp_size: int) -> Tensor |
 
 def result_dtype(mode: str, *tensors: Tensor) -> torch.dtype:
     """The type of verl's loss: that of its tensors together, float32 at least for means over sequences."""
-    kinds = [x.dtype for x in tensors] + ([torch.float32] if mode.startswith("seq") else [])
-    return reduce(torch.promote_types, kinds)
+    dtypes = [x.dtype for x in tensors] + ([torch.float32] if mode.startswith("seq") else [])
+    return reduce(torch.promote_types, dtypes)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

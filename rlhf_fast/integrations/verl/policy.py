@@ -110,8 +110,8 @@ def _policy_loss(loss_agg_mode: str = "token-mean") -> Callable[[Callable[[Batch
 def _floats(ppo_kl: Tensor, pg_clipfrac: Tensor | None = None, pg_clipfrac_lower: Tensor | None = None) -> dict:
     """verl's metrics, those given, read from the device at once."""
     given = {"pg_clipfrac": pg_clipfrac, "ppo_kl": ppo_kl, "pg_clipfrac_lower": pg_clipfrac_lower}
-    kept = {f"actor/{name}": value for name, value in given.items() if value is not None}
-    return dict(zip(kept, torch.stack([x.float() for x in kept.values()]).tolist(), strict=True))
+    metrics = {f"actor/{name}": value for name, value in given.items() if value is not None}
+    return dict(zip(metrics, torch.stack([x.float() for x in metrics.values()]).tolist(), strict=True))
 
 
 # --- The losses -------------------------------------------------------------------------------------------------------
@@ -231,10 +231,10 @@ def compute_policy_loss_clip_cov(batch: Batch) -> Loss:
     covariance = (advantages - batch.mean(advantages)) * (logprobs - batch.mean(logprobs))
     drawn_from = (counts & ~held & (covariance > lowest) & (covariance < highest)).nonzero()
     drawn = drawn_from[torch.randperm(len(drawn_from))[: max(int(share * batch.mask.sum().item()), 1)]]
-    kept = torch.ones_like(advantages)
-    kept[drawn[:, 0], drawn[:, 1]] = 0
-    loss, _ = batch.loss(PolicyObjective("ppo_clip", clip_eps_low=low, clip_eps_high=high), kept)
-    return loss, _floats(-batch.mean(batch.log_ratio()), batch.mean(kept == 0))
+    weights = torch.ones_like(advantages)
+    weights[drawn[:, 0], drawn[:, 1]] = 0
+    loss, _ = batch.loss(PolicyObjective("ppo_clip", clip_eps_low=low, clip_eps_high=high), weights)
+    return loss, _floats(-batch.mean(batch.log_ratio()), batch.mean(weights == 0))
 
 
 @_policy_loss()
