@@ -7,8 +7,8 @@
 #include "cpu/simd.h"
 #include "native.h"
 
-// X(T) for every element type. A kernel that is cloned per instruction set is a function of its own for each, an overload
-// by a first argument of the type: clones cannot be made of a template.
+// X(T) for every element type. Clones per instruction set cannot be made of a template: a kernel has an overload for each
+// type, which its first argument picks.
 #define RLHF_FOR_DTYPES(X) X(float) X(double) X(bf16) X(f16)
 
 namespace rlhf::cpu {

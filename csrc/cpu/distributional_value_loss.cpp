@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/dispatch.h"
 #include "cpu/mask.h"
-#include "cpu/simd.h"
 
 namespace rlhf::cpu {
 namespace {
@@ -96,21 +96,15 @@ RLHF_INLINE Sums part(const DistributionalValueLoss& op, int64_t begin, int64_t 
   return sums;
 }
 
-#define RLHF_FOR_DTYPE(T)                                                                                            \
+#define RLHF_PART(T)                                                                                            \
   RLHF_CLONES Sums part_of(T, const DistributionalValueLoss& op, int64_t begin, int64_t end, Compute<T>::type share) { \
     return part<T>(op, begin, end, share);                                                                           \
   }
-RLHF_FOR_DTYPE(float)
-RLHF_FOR_DTYPE(double)
-RLHF_FOR_DTYPE(bf16)
-RLHF_FOR_DTYPE(f16)
+RLHF_FOR_DTYPES(RLHF_PART)
 
 template <typename T> void run(const DistributionalValueLoss& op, int threads) {
   using C = typename Compute<T>::type;
-  double denominator = double(op.rows);
-  if (op.denominator) denominator = double(*static_cast<const C*>(op.denominator));
-  else if (op.mask) denominator = double(counted(op.mask, op.rows));
-  if (denominator == 0) denominator = 1;  // nothing counts: every sum is 0
+  const double denominator = denominator_of<C>(op.denominator, op.mask, op.rows);
   Sums parts[kParts], total;
 #pragma omp parallel for num_threads(threads) schedule(static) if (op.rows > kParts)
   for (int64_t i = 0; i < kParts; ++i)
@@ -127,12 +121,7 @@ template <typename T> void run(const DistributionalValueLoss& op, int threads) {
 }  // namespace
 
 void distributional_value_loss(const DistributionalValueLoss& op, int threads) {
-  switch (op.dtype) {
-    case DType::f32: return run<float>(op, threads);
-    case DType::f64: return run<double>(op, threads);
-    case DType::bf16: return run<bf16>(op, threads);
-    case DType::f16: return run<f16>(op, threads);
-  }
+  dispatch(op.dtype, [&](auto type) { run<decltype(type)>(op, threads); });
 }
 
 }  // namespace rlhf::cpu

@@ -81,24 +81,13 @@ template <typename T> RLHF_INLINE void sequence(const Gae& op, int64_t i) {
   }
 }
 
-#define RLHF_FOR_DTYPE(NAME, T) \
-  RLHF_CLONES void sequence_##NAME(const Gae& op, int64_t i) { sequence<T>(op, i); }
-RLHF_FOR_DTYPE(f32, float)
-RLHF_FOR_DTYPE(f64, double)
-RLHF_FOR_DTYPE(bf16, bf16)
-RLHF_FOR_DTYPE(f16, f16)
-
-// In the order of DType.
-constexpr decltype(&sequence_f32) kSequence[] = {sequence_f32, sequence_f64, sequence_bf16, sequence_f16};
+#define RLHF_SEQUENCE(T) RLHF_CLONES void sequence(T, const Gae& op, int64_t i) { sequence<T>(op, i); }
+RLHF_FOR_DTYPES(RLHF_SEQUENCE)
 
 }  // namespace
 
 int64_t gae(const Gae& op, int threads) {
-  const int64_t at = misfit(op.sequences);
-  if (at >= 0) return at;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t i = 0; i < op.sequences.count; ++i) kSequence[int(op.dtype)](op, i);
-  return -1;
+  return for_each_sequence(op.sequences, op.dtype, threads, [&](auto type, int64_t i) { sequence(type, op, i); });
 }
 
 }  // namespace rlhf::cpu

@@ -1,6 +1,6 @@
 #include "cpu/group_advantages.h"
 
-#include "cpu/simd.h"
+#include "cpu/dispatch.h"
 #include "math/group_advantages.h"
 
 namespace rlhf::cpu {
@@ -37,14 +37,13 @@ template <typename T> void group(const GroupAdvantages& op, int64_t g) {
     static_cast<C*>(op.advantages)[position(i)] = ((reward(i) - first) - mean) / divisor;
 }
 
-// In the order of DType.
-constexpr decltype(&group<float>) kGroup[] = {group<float>, group<double>, group<bf16>, group<f16>};
-
 }  // namespace
 
 void group_advantages(const GroupAdvantages& op, int threads) {
+  dispatch(op.dtype, [&](auto type) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t g = 0; g < op.groups; ++g) kGroup[int(op.dtype)](op, g);
+    for (int64_t g = 0; g < op.groups; ++g) group<decltype(type)>(op, g);
+  });
 }
 
 }  // namespace rlhf::cpu

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/dispatch.h"
 #include "cpu/mask.h"
-#include "cpu/simd.h"
 #include "math/losses.h"
 
 namespace rlhf::cpu {
@@ -78,22 +78,16 @@ RLHF_INLINE Sums part(const LinearValueLoss& op, int64_t begin, int64_t end, C s
   return sums;
 }
 
-#define RLHF_FOR_DTYPE(T)                                                                                 \
+#define RLHF_PART(T)                                                                                 \
   RLHF_CLONES Sums part_of(T, const LinearValueLoss& op, int64_t begin, int64_t end, Compute<T>::type share, \
                            Compute<T>::type* weight_sums) {                                               \
     return part<T>(op, begin, end, share, weight_sums);                                                   \
   }
-RLHF_FOR_DTYPE(float)
-RLHF_FOR_DTYPE(double)
-RLHF_FOR_DTYPE(bf16)
-RLHF_FOR_DTYPE(f16)
+RLHF_FOR_DTYPES(RLHF_PART)
 
 template <typename T> void run(const LinearValueLoss& op, int threads) {
   using C = typename Compute<T>::type;
-  double denominator = double(op.rows);
-  if (op.denominator) denominator = double(*static_cast<const C*>(op.denominator));
-  else if (op.mask) denominator = double(counted(op.mask, op.rows));
-  if (denominator == 0) denominator = 1;  // nothing counts: every sum is 0
+  const double denominator = denominator_of<C>(op.denominator, op.mask, op.rows);
   Sums parts[kParts], total;
   std::vector<C> weight_sums(op.weight_sums ? kParts * op.width : 0);
 #pragma omp parallel for num_threads(threads) schedule(static) if (op.rows * op.width > kAlone)
@@ -119,12 +113,7 @@ template <typename T> void run(const LinearValueLoss& op, int threads) {
 }  // namespace
 
 void linear_value_loss(const LinearValueLoss& op, int threads) {
-  switch (op.dtype) {
-    case DType::f32: return run<float>(op, threads);
-    case DType::f64: return run<double>(op, threads);
-    case DType::bf16: return run<bf16>(op, threads);
-    case DType::f16: return run<f16>(op, threads);
-  }
+  dispatch(op.dtype, [&](auto type) { run<decltype(type)>(op, threads); });
 }
 
 }  // namespace rlhf::cpu

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/dispatch.h"
 #include "math/philox.h"
 
 namespace rlhf::cpu {
@@ -28,13 +29,13 @@ template <typename T, typename C> void copy_row(const Plane& matrix, int64_t row
 }
 
 template <typename C> Packed<C> pack(const LowRank& adapter, int64_t width, int threads) {
-  constexpr decltype(&copy_row<float, C>) copies[] = {copy_row<float, C>, copy_row<double, C>, copy_row<bf16, C>,
-                                                      copy_row<f16, C>};  // in the order of DType
   const int64_t padded = (adapter.rank + kRanks - 1) / kRanks * kRanks;
   Packed<C> packed{std::vector<C>(padded * width), adapter.rank, padded, C(adapter.scale)};
+  dispatch(adapter.matrix.dtype, [&](auto type) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (adapter.rank * width >= kParallelPack)
-  for (int64_t r = 0; r < adapter.rank; ++r)
-    copies[int(adapter.matrix.dtype)](adapter.matrix, r, width, packed.data.data() + r * width);
+    for (int64_t r = 0; r < adapter.rank; ++r)
+      copy_row<decltype(type)>(adapter.matrix, r, width, packed.data.data() + r * width);
+  });
   return packed;
 }
 
@@ -164,17 +165,14 @@ RLHF_CLONES void drop(uint16_t, const Dropout& op, int64_t row) { drop_row<uint1
 RLHF_CLONES void drop(uint32_t, const Dropout& op, int64_t row) { drop_row<uint32_t>(op, row); }
 RLHF_CLONES void drop(uint64_t, const Dropout& op, int64_t row) { drop_row<uint64_t>(op, row); }
 
-#define RLHF_FOR_DTYPE(T)                                                                                     \
+#define RLHF_ROWS(T)                                                                                    \
   RLHF_CLONES void shrink(T, const LoraLinear& op, const Packed<Compute<T>::type>& matrix, Span rows) { \
-    shrink_rows<T>(op, matrix, rows.start, rows.stop);                                                        \
-  }                                                                                                           \
+    shrink_rows<T>(op, matrix, rows.start, rows.stop);                                                  \
+  }                                                                                                     \
   RLHF_CLONES void expand(T, const LoraLinear& op, const Packed<Compute<T>::type>& matrix, Span rows) { \
-    expand_rows<T>(op, matrix, rows.start, rows.stop);                                                        \
+    expand_rows<T>(op, matrix, rows.start, rows.stop);                                                  \
   }
-RLHF_FOR_DTYPE(float)
-RLHF_FOR_DTYPE(double)
-RLHF_FOR_DTYPE(bf16)
-RLHF_FOR_DTYPE(f16)
+RLHF_FOR_DTYPES(RLHF_ROWS)
 
 template <typename T> void run(const LoraLinear& op, bool shrinks, int threads) {
   using C = typename Compute<T>::type;
@@ -191,12 +189,7 @@ template <typename T> void run(const LoraLinear& op, bool shrinks, int threads) 
 }
 
 void run(const LoraLinear& op, bool shrinks, int threads) {
-  switch (op.dtype) {
-    case DType::f32: return run<float>(op, shrinks, threads);
-    case DType::f64: return run<double>(op, shrinks, threads);
-    case DType::bf16: return run<bf16>(op, shrinks, threads);
-    case DType::f16: return run<f16>(op, shrinks, threads);
-  }
+  dispatch(op.dtype, [&](auto type) { run<decltype(type)>(op, shrinks, threads); });
 }
 
 template <typename Bits> void run(const Dropout& op, int threads) {

@@ -1,9 +1,9 @@
 #include "cpu/losses.h"
 
 #include <algorithm>
-#include <map>
 #include <stdexcept>
 
+#include "cpu/dispatch.h"
 #include "cpu/mask.h"
 #include "math/preference_losses.h"
 #include "math/unpaired_preference_losses.h"
@@ -63,7 +63,7 @@ void fill(const Loss& op, int inputs, const double* p, int64_t start, int64_t n,
   if (inputs == kInputs) prepare(n, p, e);
 }
 
-// A function of its own: whose address is taken within a simd loop, is no register and stops the vectoriser.
+// Apart from its loop: an object whose address is taken within a simd loop stops the vectoriser.
 template <typename F, typename C> RLHF_INLINE Terms<C> terms_of(const Elements<C>& e, int64_t i, const C* p) {
   C x[F::inputs];
   for (int k = 0; k < F::inputs; ++k) x[k] = e.x[k][i];
@@ -111,9 +111,7 @@ template <typename C> Sums part(const Loss& op, int inputs, Add<C> add, C scale,
 
 template <typename C> void run(const Loss& op, int inputs, Add<C> add, int threads) {
   const int64_t n = op.rows * op.columns;
-  double denominator = op.denominator ? double(*static_cast<const C*>(op.denominator))
-                                      : double(op.mask ? counted(op.mask, n) : n);
-  if (denominator == 0) denominator = 1;  // nothing counts: every sum is 0
+  const double denominator = denominator_of<C>(op.denominator, op.mask, n);
   const C scale = C(1 / denominator);
   const int64_t count = std::min(kParts, (n + kBlock - 1) / kBlock);
   Sums parts[kParts], total;
@@ -176,9 +174,7 @@ const std::map<std::string, void (*)(const Loss&, int)> kVariants = {RLHF_LOSSES
 }  // namespace
 
 void masked_loss(const std::string& variant, const Loss& op, int threads) {
-  const auto found = kVariants.find(variant);
-  if (found == kVariants.end()) throw std::invalid_argument("no native loss variant " + variant);
-  found->second(op, threads);
+  named(kVariants, "loss variant", variant)(op, threads);
 }
 
 }  // namespace rlhf::cpu

@@ -47,8 +47,8 @@ template <typename C> struct Sequence {
   bool far = false;  // from the sampler: negative advantages are dropped
 };
 
-// A block: some tokens in a row of one sequence, 0 where a token does not count. The blocks of a part go through the same
-// one: what most of them have in common is written once.
+// A block: consecutive tokens of one sequence, 0 where a token does not count. A part of the batch uses one such struct
+// for all of its blocks, so that what they have in common is written once: see `plain` and `uncorrected`.
 template <typename C> struct Tokens {
   const C *logprobs, *old_logprobs, *advantages;  // the input itself where it can be read as it is
   C copies[3][kBlock], optional[kBlock];          // where not
@@ -59,8 +59,8 @@ template <typename C> struct Tokens {
   int32_t flags[kBlock];                          // as wide as C, for the vectoriser
   bool all;                                       // whether every token counts
   int bits;                                       // of any flag
-  int64_t plain = 0;        // so many flags and counts are 1 and weights those of the mean over all tokens
-  int64_t uncorrected = 0;  // so many corrections are 1
+  int64_t plain = 0;        // the first so many flags and counts are 1, their weights 1 / tokens
+  int64_t uncorrected = 0;  // the first so many corrections are 1
 };
 
 template <typename C>
@@ -180,7 +180,7 @@ RLHF_INLINE void drop(int64_t n, const Sequence<C>& sequence, Tokens<C>& t, Sums
   sums.of[kDropped] += dropped;
 }
 
-// A function of its own: whose address is taken within a simd loop, is no register and stops the vectoriser.
+// Apart from its loop: an object whose address is taken within a simd loop stops the vectoriser.
 template <typename F, typename C>
 RLHF_INLINE Outcome<C> outcome(const Tokens<C>& t, C logprob, C old_logprob, C advantage, int64_t i,
                                const Shared<C>& shared, const Numbers<C>& p) {
@@ -248,7 +248,7 @@ RLHF_INLINE void entropy_term(const Call& op, int64_t start, int64_t n, Tokens<C
   for (int64_t i = 0; i < n; ++i) coefficient[i] = -C(op.numbers.entropy_coef) * t.weights[i];
 }
 
-// What comes before and after the policy term, whichever it is. `before` is false where no token counts.
+// What comes before the policy term, whichever it is; false where no token counts. Then what comes after it.
 template <typename C>
 RLHF_INLINE bool before(const Call& op, int64_t start, int64_t n, const Sequence<C>& sequence, Tokens<C>& t,
                         Sums& sums) {
@@ -327,7 +327,8 @@ RLHF_INLINE void add(const Call& op, int64_t start, int64_t n, SequenceSums& sum
   const Bounds<C> bounds(op);
   if (of_token && op.folds_correction) {
     for (int64_t i = 0; i < n; ++i)
-      if (t.flags[i]) sums.statistic += bounds.log_weight(exp_any(bounded(old_logprobs[i] - sampler[i], C(-20), C(20))));
+      if (t.flags[i])
+        sums.statistic += bounds.log_weight(exp_any(bounded(old_logprobs[i] - sampler[i], C(-20), C(20))));
   } else if (of_token) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i)
@@ -367,7 +368,8 @@ template <typename F, typename C> Sequence<C> finish(const Call& op, const Seque
   Sequence<C> out;
   if (op.level != Level::token && op.sampler_logprobs.data) {
     out.correction = bounded_exp(C(op.level == Level::sequence ? sums.correction : sums.correction / length));
-    if (op.folds_correction) statistic += (op.level == Level::sequence ? 1 : length) * Bounds<C>(op).log_weight(out.correction);
+    if (op.folds_correction)
+      statistic += (op.level == Level::sequence ? 1 : length) * Bounds<C>(op).log_weight(out.correction);
   }
   out.shared = F::shared(C(statistic / length), C(length), C(sums.advantage / length), p);
   out.far = sums.kl / length > op.numbers.off_policy_max_kl;
@@ -416,9 +418,8 @@ Sums part(const Call& op, const Kernels<C>& kernels, const std::vector<Sequence<
     stop = std::min(end, start + kBlock);
     const Sequence<C>* sequence = &sequences[0];
     if (op.numbers.needs_sequences) {
-      const int64_t count = int64_t(sequences.size());
-      const int64_t s = op.cu_seqlens ? std::upper_bound(op.cu_seqlens, op.cu_seqlens + count + 1, start) - op.cu_seqlens - 1
-                                      : start / op.columns;
+      const int64_t count = int64_t(sequences.size()), *ends = op.cu_seqlens;
+      const int64_t s = ends ? std::upper_bound(ends, ends + count + 1, start) - ends - 1 : start / op.columns;
       if (s < count) stop = std::min(stop, sequence_span(op, s).end);
       sequence += std::min(s, count - 1);  // tokens after the last sequence do not count
     }
@@ -429,8 +430,7 @@ Sums part(const Call& op, const Kernels<C>& kernels, const std::vector<Sequence<
 
 template <typename C> void run(const PolicyLoss& given, bool folds_correction, const Kernels<C>& kernels, int threads) {
   const int64_t n = given.rows * given.columns;
-  double denominator = double(std::max<int64_t>(1, given.flags ? counted(given.flags, n) : n));
-  if (given.denominator) denominator = double(*static_cast<const C*>(given.denominator));
+  const double denominator = denominator_of<C>(given.denominator, given.flags, n);
   const PolicyNumbers& numbers = given.numbers;
   const Call op{given, denominator, named(kKlVariants, "KL estimate", numbers.kl_variant),
                 named(kLevels, "correction level", numbers.correction_level),

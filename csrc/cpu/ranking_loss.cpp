@@ -1,11 +1,10 @@
 #include "cpu/ranking_loss.h"
 
 #include <algorithm>
-#include <map>
-#include <stdexcept>
 #include <vector>
 
-#include "cpu/simd.h"
+#include "cpu/dispatch.h"
+#include "cpu/mask.h"
 #include "math/ranking_losses.h"
 
 namespace rlhf::cpu {
@@ -61,7 +60,8 @@ template <typename Ties> struct Draw {
       const C* other = batch.rewards.data() + i * kLanes;
       C* terms = batch.terms.data() + i * kLanes;
       RLHF_LANES {
-        const C below = other[l] == greatest[l] ? C(0) : other[l] - greatest[l], tied = better[l] == drawn[l] ? left[l] : C(0);
+        const C below = other[l] == greatest[l] ? C(0) : other[l] - greatest[l];
+        const C tied = better[l] == drawn[l] ? left[l] : C(0);
         const C weight = better[l] > drawn[l] ? C(1) : tied;
         terms[l] = product(weight, exp_neg(below > 0 ? C(0) : below));
         others[l] += i == j ? C(0) : terms[l];
@@ -183,8 +183,7 @@ Sums part(const RankingLoss& op, int64_t begin, int64_t end, double denominator)
 
 template <typename Variant, typename T> void run(const RankingLoss& op, int threads) {
   using C = typename Compute<T>::type;
-  double denominator = op.denominator ? double(*static_cast<const C*>(op.denominator)) : double(op.groups);
-  if (denominator == 0) denominator = 1;  // no answer: every sum is 0
+  const double denominator = denominator_of<C>(op.denominator, nullptr, op.groups);
   const int64_t batches = (op.groups + kLanes - 1) / kLanes;
   const auto bound = [&](int64_t i) { return std::min(batches * i / kParts * kLanes, op.groups); };
   Sums parts[kParts], total;
@@ -197,12 +196,7 @@ template <typename Variant, typename T> void run(const RankingLoss& op, int thre
 }
 
 template <typename Variant> void run_any(const RankingLoss& op, int threads) {
-  switch (op.dtype) {
-    case DType::f32: return run<Variant, float>(op, threads);
-    case DType::f64: return run<Variant, double>(op, threads);
-    case DType::bf16: return run<Variant, bf16>(op, threads);
-    case DType::f16: return run<Variant, f16>(op, threads);
-  }
+  dispatch(op.dtype, [&](auto type) { run<Variant, decltype(type)>(op, threads); });
 }
 
 const std::map<std::string, void (*)(const RankingLoss&, int)> kVariants = {
@@ -211,9 +205,7 @@ const std::map<std::string, void (*)(const RankingLoss&, int)> kVariants = {
 }  // namespace
 
 void ranking_loss(const std::string& variant, const RankingLoss& op, int threads) {
-  const auto found = kVariants.find(variant);
-  if (found == kVariants.end()) throw std::invalid_argument("no native ranking loss " + variant);
-  found->second(op, threads);
+  named(kVariants, "ranking loss", variant)(op, threads);
 }
 
 }  // namespace rlhf::cpu

@@ -4,7 +4,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/simd.h"
+#include "cpu/dispatch.h"
 #include "math/philox.h"
 
 namespace rlhf::cpu {
@@ -108,20 +108,16 @@ template <typename T> RLHF_INLINE void sample_row(const SampleTokens& op, int64_
   static_cast<C*>(op.full_logprobs)[row] = C(below - std::log1p(full - 1));
 }
 
-#define RLHF_FOR_DTYPE(NAME, T) \
-  RLHF_CLONES void sample_##NAME(const SampleTokens& op, int64_t row) { sample_row<T>(op, row); }
-RLHF_FOR_DTYPE(f32, float)
-RLHF_FOR_DTYPE(f64, double)
-RLHF_FOR_DTYPE(bf16, bf16)
-RLHF_FOR_DTYPE(f16, f16)
-
-constexpr decltype(&sample_f32) kSample[] = {sample_f32, sample_f64, sample_bf16, sample_f16};  // in the order of DType
+#define RLHF_SAMPLE(T) RLHF_CLONES void sample(T, const SampleTokens& op, int64_t row) { sample_row<T>(op, row); }
+RLHF_FOR_DTYPES(RLHF_SAMPLE)
 
 }  // namespace
 
 void sample_tokens(const SampleTokens& op, int threads) {
+  dispatch(op.dtype, [&](auto type) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t row = 0; row < op.rows; ++row) kSample[int(op.dtype)](op, row);
+    for (int64_t row = 0; row < op.rows; ++row) sample(type, op, row);
+  });
 }
 
 }  // namespace rlhf::cpu

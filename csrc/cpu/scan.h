@@ -6,9 +6,21 @@
 #pragma once
 #include <algorithm>
 
-#include "cpu/simd.h"
+#include "cpu/dispatch.h"
+#include "cpu/gae.h"
 
 namespace rlhf::cpu {
+
+// one(T(), i) for every sequence i, T the type of their elements. Returns as misfit does.
+template <typename F> int64_t for_each_sequence(const Sequences& sequences, DType dtype, int threads, F one) {
+  const int64_t at = misfit(sequences);
+  if (at >= 0) return at;
+  dispatch(dtype, [&](auto type) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t i = 0; i < sequences.count; ++i) one(type, i);
+  });
+  return -1;
+}
 
 constexpr int64_t kWindow = 8;  // 2^3: three doublings
 

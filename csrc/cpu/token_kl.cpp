@@ -2,10 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
-#include <stdexcept>
 
-#include "cpu/simd.h"
+#include "cpu/dispatch.h"
 #include "math/token_kl.h"
 
 namespace rlhf::cpu {
@@ -22,7 +20,7 @@ template <typename C> struct Elements {
   void (*write)(void* x, int64_t start, int64_t n, const C* values);
 };
 
-#define RLHF_FOR_DTYPE(T)                                                                                              \
+#define RLHF_ELEMENTS(T)                                                                                               \
   RLHF_CLONES void read_##T(const void* x, int64_t start, int64_t n, bool capped, Compute<T>::type inner,              \
                             Compute<T>::type* s) {                                                                     \
     const T* from = static_cast<const T*>(x) + start;                                                                  \
@@ -42,10 +40,7 @@ template <typename C> struct Elements {
     for (int64_t i = 0; i < n; ++i) store(out[i], values[i]);                                                          \
   }                                                                                                                    \
   constexpr Elements<Compute<T>::type> k_##T{sizeof(T), read_##T, times_slope_##T, write_##T};
-RLHF_FOR_DTYPE(float)
-RLHF_FOR_DTYPE(double)
-RLHF_FOR_DTYPE(bf16)
-RLHF_FOR_DTYPE(f16)
+RLHF_FOR_DTYPES(RLHF_ELEMENTS)
 
 template <typename C> const Elements<C>& elements(DType dtype);
 template <> const Elements<double>& elements(DType) { return k_double; }
@@ -191,9 +186,7 @@ RLHF_FOR_DIVERGENCE(JensenShannon)
 const Functions& functions(const std::string& divergence, DType dtype) {
   static const std::map<std::string, const Functions*> table = {
       {"reverse", kReverseKl}, {"forward", kForwardKl}, {"js", kJensenShannon}};
-  const auto found = table.find(divergence);
-  if (found == table.end()) throw std::invalid_argument("no native divergence " + divergence);
-  return found->second[dtype == DType::f64];
+  return named(table, "divergence", divergence)[dtype == DType::f64];
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/simd.h"
+#include "cpu/dispatch.h"
 
 namespace rlhf::cpu {
 namespace {
@@ -186,36 +186,32 @@ RLHF_INLINE void backward_row(const TokenLogprobs& op, const void* grad_logprobs
   row_gradient(part<T>(op.logits, op.rows.offset(row)), out, op.vocabulary, RowTransform<C>(op.transform, row), up);
 }
 
-#define RLHF_FOR_DTYPE(NAME, T)                                                                                  \
-  RLHF_CLONES void forward_##NAME(const TokenLogprobs& op, void* gradient, int64_t row) {                        \
-    forward_row<T>(op, gradient, row);                                                                           \
-  }                                                                                                              \
-  RLHF_CLONES void backward_##NAME(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy, \
-                                   const void* grad_lse, void* gradient, const Rows& gradient_rows,              \
-                                   int64_t row) {                                                                \
-    backward_row<T>(op, grad_logprobs, grad_entropy, grad_lse, gradient, gradient_rows, row);                    \
+#define RLHF_ROWS(T)                                                                                              \
+  RLHF_CLONES void forward(T, const TokenLogprobs& op, void* gradient, int64_t row) {                             \
+    forward_row<T>(op, gradient, row);                                                                            \
+  }                                                                                                               \
+  RLHF_CLONES void backward(T, const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy,      \
+                            const void* grad_lse, void* gradient, const Rows& gradient_rows, int64_t row) {       \
+    backward_row<T>(op, grad_logprobs, grad_entropy, grad_lse, gradient, gradient_rows, row);                     \
   }
-RLHF_FOR_DTYPE(f32, float)
-RLHF_FOR_DTYPE(f64, double)
-RLHF_FOR_DTYPE(bf16, bf16)
-RLHF_FOR_DTYPE(f16, f16)
-
-// In the order of DType.
-constexpr decltype(&forward_f32) kForward[] = {forward_f32, forward_f64, forward_bf16, forward_f16};
-constexpr decltype(&backward_f32) kBackward[] = {backward_f32, backward_f64, backward_bf16, backward_f16};
+RLHF_FOR_DTYPES(RLHF_ROWS)
 
 }  // namespace
 
 void token_logprobs_forward(const TokenLogprobs& op, void* gradient, int threads) {
+  dispatch(op.dtype, [&](auto type) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < op.rows.count(); ++row) kForward[int(op.dtype)](op, gradient, row);
+    for (int64_t row = 0; row < op.rows.count(); ++row) forward(type, op, gradient, row);
+  });
 }
 
 void token_logprobs_backward(const TokenLogprobs& op, const void* grad_logprobs, const void* grad_entropy,
                              const void* grad_lse, void* gradient, Rows gradient_rows, int threads) {
+  dispatch(op.dtype, [&](auto type) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < op.rows.count(); ++row)
-    kBackward[int(op.dtype)](op, grad_logprobs, grad_entropy, grad_lse, gradient, gradient_rows, row);
+    for (int64_t row = 0; row < op.rows.count(); ++row)
+      backward(type, op, grad_logprobs, grad_entropy, grad_lse, gradient, gradient_rows, row);
+  });
 }
 
 }  // namespace rlhf::cpu

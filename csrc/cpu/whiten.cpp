@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/simd.h"
+#include "cpu/dispatch.h"
 #include "math/moments.h"
 
 namespace rlhf::cpu {
@@ -78,40 +78,38 @@ RLHF_INLINE void span_whiten(const Whiten& op, int64_t begin, int64_t end, doubl
   for (int64_t i = begin; i < end; ++i) y[i] = op.mask[i] ? y[i] : C(0);
 }
 
-#define RLHF_FOR_DTYPE(NAME, T)                                                                                  \
-  RLHF_CLONES void moments_##NAME(const Whiten& op, int64_t begin, int64_t end, double* out) {                   \
-    span_moments<T>(op, begin, end, out);                                                                        \
-  }                                                                                                              \
-  RLHF_CLONES void whiten_##NAME(const Whiten& op, int64_t begin, int64_t end, double mean, double scale,        \
-                                 double shift, void* out) {                                                      \
-    span_whiten<T>(op, begin, end, mean, scale, shift, out);                                                     \
+#define RLHF_SPANS(T)                                                                                           \
+  RLHF_CLONES void moments(T, const Whiten& op, int64_t begin, int64_t end, double* out) {                      \
+    span_moments<T>(op, begin, end, out);                                                                       \
+  }                                                                                                             \
+  RLHF_CLONES void whitened(T, const Whiten& op, int64_t begin, int64_t end, double mean, double scale,         \
+                            double shift, void* out) {                                                          \
+    span_whiten<T>(op, begin, end, mean, scale, shift, out);                                                    \
   }
-RLHF_FOR_DTYPE(f32, float)
-RLHF_FOR_DTYPE(f64, double)
-RLHF_FOR_DTYPE(bf16, bf16)
-RLHF_FOR_DTYPE(f16, f16)
-
-// In the order of DType.
-constexpr decltype(&moments_f32) kMoments[] = {moments_f32, moments_f64, moments_bf16, moments_f16};
-constexpr decltype(&whiten_f32) kWhiten[] = {whiten_f32, whiten_f64, whiten_bf16, whiten_f16};
+RLHF_FOR_DTYPES(RLHF_SPANS)
 
 }  // namespace
 
-void whiten_moments(const Whiten& op, double* moments, int64_t parts, int threads) {
+void whiten_moments(const Whiten& op, double* out, int64_t parts, int threads) {
   const int64_t span = (op.count + parts - 1) / parts;
+  dispatch(op.dtype, [&](auto type) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t p = 0; p < parts; ++p)
-    kMoments[int(op.dtype)](op, std::min(p * span, op.count), std::min((p + 1) * span, op.count), moments + 3 * p);
+    for (int64_t p = 0; p < parts; ++p)
+      moments(type, op, std::min(p * span, op.count), std::min((p + 1) * span, op.count), out + 3 * p);
+  });
 }
 
-void whiten(const Whiten& op, const double* moments, int64_t parts, bool shift_mean, double eps, void* out, int threads) {
+void whiten(const Whiten& op, const double* moments, int64_t parts, bool shift_mean, double eps, void* out,
+            int threads) {
   Moments<double> all{0, 0, 0};
   for (int64_t p = 0; p < parts; ++p)
     all = merge(all, Moments<double>{moments[3 * p], moments[3 * p + 1], moments[3 * p + 2]});
   const double scale = 1 / std::sqrt(all.variance() + eps), shift = shift_mean ? 0 : all.mean;
+  dispatch(op.dtype, [&](auto type) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < op.count; i += kBlock)
-    kWhiten[int(op.dtype)](op, i, std::min(i + kBlock, op.count), all.mean, scale, shift, out);
+    for (int64_t i = 0; i < op.count; i += kBlock)
+      whitened(type, op, i, std::min(i + kBlock, op.count), all.mean, scale, shift, out);
+  });
 }
 
 }  // namespace rlhf::cpu

@@ -16,6 +16,7 @@ void whiten_moments(const Whiten& op, double* moments, int64_t parts, int thread
 
 // out (float, or double where x is double) = (x - mean) / sqrt(variance + eps), plus the mean where it is kept, of all
 // that `moments` (parts, 3) describe together; 0 behind the mask.
-void whiten(const Whiten& op, const double* moments, int64_t parts, bool shift_mean, double eps, void* out, int threads);
+void whiten(const Whiten& op, const double* moments, int64_t parts, bool shift_mean, double eps, void* out,
+            int threads);
 
 }  // namespace rlhf::cpu

@@ -1,4 +1,4 @@
-// Per-token KL estimators of x = ref_logprob - logprob, with their slopes by x; see rlhf_fast/ops/tokens/kl_estimate.py.
+// Per-token KL estimates of x = ref_logprob - logprob and their slopes by x; rlhf_fast/ops/tokens/kl_estimate.py.
 #pragma once
 #include "math/scalar.h"
 

@@ -101,8 +101,8 @@ struct KlCov : TokenLoss {
     const T weight = t.selected > 0 ? p.kl_cov_coef : T(0);
     const T rises = t.log_ratio > 0 ? T(1) : T(0), sign = t.log_ratio < 0 ? T(-1) : rises;
     const T surrogate = t.ratio * t.advantage;
-    return {product(weight, std::fabs(t.log_ratio)) - surrogate, weight * sign - unless_saturated(t.log_ratio, surrogate), T(0),
-            t.selected > 0 ? T(1) : T(0)};
+    return {product(weight, std::fabs(t.log_ratio)) - surrogate, weight * sign - unless_saturated(t.log_ratio, surrogate),
+            T(0), t.selected > 0 ? T(1) : T(0)};
   }
 };
 
@@ -128,7 +128,8 @@ struct Sapo : TokenLoss {
     const T tau = t.advantage > 0 ? p.sapo_temperature_pos : p.sapo_temperature_neg;
     const T z = tau * (t.ratio - 1), e = exp(-std::fabs(z));
     const T gate = (z < 0 ? e : T(1)) / (1 + e), slope = e / ((1 + e) * (1 + e));  // sigmoid(z), its derivative
-    return {-4 / tau * gate * t.advantage, unless_saturated(t.log_ratio, -4 * slope * t.ratio * t.advantage), T(0), T(0)};
+    return {-4 / tau * gate * t.advantage, unless_saturated(t.log_ratio, -4 * slope * t.ratio * t.advantage), T(0),
+            T(0)};
   }
 };
 
@@ -217,7 +218,8 @@ struct Dro : TokenLoss {
   static constexpr bool of_sequence = true;
   template <typename T> static RLHF_HD Shared<T> shared(T mean, T length, T advantage, const Numbers<T>& p) {
     const T sum = mean * length;
-    return {(T(0.5) * p.dro_beta * sum - advantage) * sum, length * (p.dro_beta * sum - advantage), T(0), T(0), T(0), T(0)};
+    const T loss = (T(0.5) * p.dro_beta * sum - advantage) * sum;
+    return {loss, length * (p.dro_beta * sum - advantage), T(0), T(0), T(0), T(0)};
   }
   template <typename T, typename E>
   static RLHF_HD Outcome<T> at(const Token<T>&, const Shared<T>& s, const Numbers<T>&, E) {

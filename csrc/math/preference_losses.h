@@ -20,7 +20,7 @@ template <typename T> struct Rewards {
 
 // Beyond exp(20) the exponential goes on along its tangent: value exp(x) - 1.
 template <typename T> RLHF_HD Sloped<T> tamed_expm1(T x) {
-  const T bounded = x < T(20) ? x : (x != x ? x : T(20));
+  const T bounded = x > T(20) ? T(20) : x;  // NaN stays NaN
   const T e = exp_any(bounded);
   return {expm1_any(bounded) + (x > T(20) ? e * (x - T(20)) : T(0)), e};
 }

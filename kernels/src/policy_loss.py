@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.kl_estimate import ESTIMATORS
+from rlhf_fast.kernels.kl_estimate import VARIANTS as KL_VARIANTS
 from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.plane import Plane, plane, read
 from rlhf_fast.kernels.policy_losses import FUNCTIONS, Numbers, Shared, Token, bounded_exp, in_type
@@ -399,7 +399,7 @@ def policy_loss(inputs: Any, plan: Any, numbers: Any, outputs: list[Tensor]) -> 
         _tokens_kernel, (programs,),
         planes, plan.flags, weights, ids, plan.denominator, shared, coefficients[0], *(coefficients[1:] or [None]),
         partials, logprobs.numel(), columns, sequences, *values, LOSS=function.token, OF_SEQUENCE=function.of_sequence,
-        KL=ESTIMATORS[numbers.kl_variant], IS_K3=numbers.kl_variant == "k3", UNBIASED=numbers.kl_unbiased,
+        KL=KL_VARIANTS[numbers.kl_variant], IS_K3=numbers.kl_variant == "k3", UNBIASED=numbers.kl_unbiased,
         num_warps=8, **options,
     )  # fmt: skip
     launch(_metrics_kernel, (1,), partials, plan.denominator, loss, metrics, programs, PARTS=PARTS)
