@@ -86,13 +86,14 @@ def takes_numbers(function: _F) -> _F:
     kinds = {p.name: str(p.annotation) for p in parameters if takes_number(str(p.annotation))}
     plain = {name: _PLAIN if "float" in kind.split(" | ") else _PLAIN[1:-1] for name, kind in kinds.items()}
     order = [p.name for p in parameters]
+    first = min((i for i, name in enumerate(order) if name in kinds), default=len(order))  # number by position
 
     @wraps(function)
     def run(*given: Any, **options: Any) -> Any:
         for name, value in options.items():
             if name in kinds and type(value) not in plain[name]:
                 options[name] = _converted(name, value, kinds[name])
-        if any(name in kinds for name in order[: len(given)]):
+        if len(given) > first:
             given = (
                 tuple(
                     _converted(name, value, kinds[name]) if name in kinds and type(value) not in plain[name] else value

@@ -18,6 +18,7 @@ from rlhf_fast.ops.core import check
 from rlhf_fast.ops.core.loss import Objective
 from rlhf_fast.ops.core.masked_loss import IMPLS, PairNumbers, product
 
+KERNELS = tuple(IMPLS)
 MAX_EXPONENT = 20.0  # beyond it an exponential goes on along its tangent: one pair cannot end a run
 MAX_MEAN_LOGPROB = -1e-6  # orpo: the odds of an all but certain sequence stay finite
 # The kernels' code, and the exponent alpha (None: the objective's own).
@@ -79,16 +80,16 @@ class PreferenceObjective(Objective):
     @property
     def name(self) -> str:
         """The losses of the sum."""
-        return " + ".join(name for name, _ in self.terms)
+        return self.variant if isinstance(self.variant, str) else " + ".join(self.variant)
 
     def looks_at(self, what: str) -> bool:
         """Whether some variant of the sum has the flag `what`: "reference", "averaged", "smooths", ..."""
-        return any(getattr(VARIANTS[name], what) for name, _ in self.terms)
+        return any([getattr(VARIANTS[name], what) for name, _ in self.terms])
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """The backends that have every loss of the sum beside "reference"."""
-        return tuple(IMPLS) if all(VARIANTS[name].kernel for name, _ in self.terms) else ()
+        return () if any([VARIANTS[name].kernel is None for name, _ in self.terms]) else KERNELS
 
     def numbers(self, name: str) -> PairNumbers:
         """What the kernel of variant `name` takes."""

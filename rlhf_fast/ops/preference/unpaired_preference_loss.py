@@ -128,7 +128,6 @@ def _inputs(
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable must be bool, got {desirable.dtype}")
     check.shaped("desirable", desirable, shape, "(B,)")
-    check.same_device(("logprobs", logprobs), ("desirable", desirable))
     zero, one = masked_loss.constants(logprobs, 0.0, 1.0)
     weights, shift = one if weights is None else weights, zero
     masked_loss.floats(shape, "(B,)", logprobs=logprobs, ref_logprobs=ref_logprobs, weights=weights)
@@ -138,8 +137,8 @@ def _inputs(
         if given is None:
             raise ValueError(f"{source} must be given for {objective.variant}")
         check.shaped(source, check.floating(source, given), (), "a 0-d tensor")
-        check.same_device(("logprobs", logprobs), (source, given))
         shift = (given.detach().to(dtype) * (objective.beta if source == "kl" else 1.0)).expand(shape)
+    check.same_device(("logprobs", logprobs), ("desirable", desirable), (str(source), shift))
     return Inputs(logprobs, ref_logprobs.detach(), desirable.to(dtype), weights.detach(), shift)
 
 
