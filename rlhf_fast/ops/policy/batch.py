@@ -78,8 +78,8 @@ class Plan(NamedTuple):
         """The plan of a batch of the shape, dtype and device of `logprobs`; arguments as those of policy_loss."""
         shape = tuple(logprobs.shape)
         check.same_device(("logprobs", logprobs), ("mask", mask), ("overlong", overlong), ("cu_seqlens", cu_seqlens))
-        if mask is not None and mask.dtype == torch.uint8 and mask.shape == logprobs.shape:
-            flags: Tensor | None = mask.contiguous()
+        if mask is not None and mask.dtype in (torch.uint8, torch.bool) and mask.shape == logprobs.shape:
+            flags: Tensor | None = mask.contiguous().view(torch.uint8)
         else:
             flags = check.mask_bytes(mask, shape, "the shape of logprobs")
         if cu_seqlens is not None:

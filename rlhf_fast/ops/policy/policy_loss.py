@@ -140,9 +140,9 @@ def policy_loss(
 
 def per_token(advantages: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(B,) or (B, 1) as (B, T) by stride 0."""
-    if len(shape) == 2 and tuple(advantages.shape) in ((shape[0],), (shape[0], 1)):
-        return advantages.reshape(shape[0], 1).expand(shape)
-    return advantages
+    if len(shape) == 2 and advantages.shape == shape[:1]:
+        advantages = advantages[:, None]
+    return advantages.expand(shape) if len(shape) == 2 and advantages.shape == (shape[0], 1) else advantages
 
 
 def evaluate(objective: PolicyObjective, inputs: Inputs, plan: Plan, *, backend: str | None = None) -> Loss:
@@ -159,12 +159,14 @@ def evaluate(objective: PolicyObjective, inputs: Inputs, plan: Plan, *, backend:
 def named_metrics(objective: PolicyObjective, inputs: Inputs, values: Tensor) -> dict[str, Tensor]:
     """Those of the op's (13,) metrics whose inputs are there, by name."""
     drops = objective.entropy_fraction < 1 or objective.off_policy_max_kl is not None
-    there = (
-        *[True] * len(ALWAYS), inputs.ref_logprobs is not None, inputs.entropy is not None,
-        *[inputs.sampler_logprobs is not None] * 3, drops,
+    optional = (
+        inputs.ref_logprobs is not None, inputs.entropy is not None, *[inputs.sampler_logprobs is not None] * 3, drops,
     )  # fmt: skip
-    each = zip(METRICS, values.detach().unbind(0), there, strict=True)  # one call; an index each takes as long
-    return {name: value for name, value, is_there in each if is_there}
+    values = values.detach()
+    if not any(optional):
+        return dict(zip(ALWAYS, values[: len(ALWAYS)].unbind(0), strict=True))
+    there = (*[True] * len(ALWAYS), *optional)
+    return {name: value for name, value, is_there in zip(METRICS, values.unbind(0), there, strict=True) if is_there}
 
 
 def reference(objective: PolicyObjective, inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
