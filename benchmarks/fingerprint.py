@@ -1,5 +1,7 @@
-"""What a launch of a Triton kernel is compiled from, as a short hash: benchmarks/aot.py keeps it beside what it measured,
-and compiles again only where it changed. The same for every version of Triton."""
+"""What a launch of a Triton kernel is compiled from, as a short hash, the same for every version of Triton.
+
+benchmarks/aot.py keeps it beside what it measured, and compiles again only where it changed.
+"""
 
 from __future__ import annotations
 

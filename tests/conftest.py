@@ -1,6 +1,7 @@
 """Triton kernels run in the interpreter where there is no GPU; this must be set before triton is imported."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# The files that take longest, in the order in which they start: one that came last would leave the other worker idle.
+LONGEST = (
+    "ops/test_contract.py", "docs/test_code_blocks.py", "house/test_packaging.py", "ops/test_nan.py",
+    "training/test_resume.py", "ops/policy/test_policy_loss.py", "ops/tokens/test_token_kl.py",
+    "ops/tokens/test_token_logprobs.py", "ops/tokens/test_sample_tokens.py", "ops/head/test_linear_preference_loss.py",
+    "ops/head/test_linear_policy_loss.py", "benchmarks/test_aot.py", "benchmarks/test_ptxas.py",
+    "benchmarks/test_command.py", "ops/head/test_linear_kl.py", "ops/test_extremes.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` are skipped where PyTorch finds no GPU."""
+    """The longest files come first; tests marked `gpu` are skipped where PyTorch finds no GPU."""
+    rank = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
     if torch.cuda.is_available():
         return
     for item in items:
