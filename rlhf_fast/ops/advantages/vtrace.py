@@ -80,7 +80,9 @@ def vtrace(
     rates = Rates(gamma, lam, rho_clip, c_clip)
     name = resolve("vtrace", IMPLS, rewards.device, backend)
     if name == "reference":
-        return Advantages(*reference(*steps, **sequences._asdict(), **rates._asdict()))
+        return Advantages(
+            *reference(*steps, **sequences._asdict(), gamma=gamma, lam=lam, rho_clip=rho_clip, c_clip=c_clip)
+        )
     return Advantages(*_run(steps, sequences, rates, name))
 
 

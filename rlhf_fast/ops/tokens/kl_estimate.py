@@ -82,7 +82,7 @@ def kl_estimate(
         None if old_logprobs is None else masked_loss.plane(old_logprobs),
     )  # fmt: skip
     by_ref = torch.is_grad_enabled() and ref_logprobs.requires_grad
-    return _run(tokens, Estimate(variant, gradient or "own", *clips.values(), by_ref), name)[0].view(shape)
+    return _run(tokens, Estimate(variant, gradient or "own", list(clips.values()), by_ref), name)[0].view(shape)
 
 
 def k1(log_ratio: Tensor) -> Tensor:
@@ -138,14 +138,8 @@ class Tokens(NamedTuple):
 class Estimate(NamedTuple):
     variant: str
     gradient: str  # "own" or one of VARIANTS
-    log_ratio_clip: float  # infinity for no bound
-    value_clip: float
-    weight_clip: float
+    clips: list[float]  # of log r, the estimate and w; infinity for no bound
     by_ref: bool  # whether ref_logprobs get a gradient
-
-    @property
-    def clips(self) -> list[float]:
-        return [self.log_ratio_clip, self.value_clip, self.weight_clip]
 
 
 def _cpu(tokens: Tokens, estimate: Estimate, results: list[Tensor]) -> None:

@@ -228,8 +228,8 @@ def test_two_processes_whiten_as_one_does(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group_size": 4}, "B=6, group_size=4"),
-        ({"group_size": 0}, "B=6, group_size=0"),
+        ({"group_size": 4}, "group_size must be >= 1 and divide the 6 rewards, got 4"),
+        ({"group_size": 0}, "group_size must be >= 1 and divide the 6 rewards, got 0"),
         ({}, "exactly one of group_size and group_ids"),
         ({"group_size": 3, "group_ids": torch.zeros(6, dtype=torch.int64)}, "got group_size=3"),
         ({"group_ids": torch.zeros(5, dtype=torch.int64)}, r"\(6,\), got \(5,\)"),

@@ -216,7 +216,7 @@ def test_the_reference_is_differentiable_twice(variant, weighted):
 def test_the_registered_op_passes_opcheck(backend):
     *leaves, old = draw((2, 3), 3)
     clips = [1.0, math.inf, 2.0]
-    arguments = (*(x.requires_grad_() for x in leaves), old, "k3", "own", *clips, True, backend)
+    arguments = (*(x.requires_grad_() for x in leaves), old, "k3", "own", clips, True, backend)
     torch.library.opcheck(torch.ops.rlhf_fast.kl_estimate.default, arguments)
 
 
