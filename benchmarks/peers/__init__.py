@@ -15,25 +15,29 @@ from benchmarks.peers.settings import BETA, CLIP, GAMMA, LAM, VALUE_COEF, Functi
 __all__ = ["BETA", "CLIP", "GAMMA", "JOBS", "LAM", "VALUE_COEF", "absent", "find", "versions"]
 
 PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl", "openrlhf", "torchrl", "torchtune")
-_found: set[str] = set()
-_reasons: dict[str, str] = {}  # of the last one that was not there
 
 
 def find(job: str) -> dict[str, Function]:
     """The peers that can do `job` here."""
-    functions = {}
+    return loaded(job)[0]
+
+
+def absent() -> dict[str, str]:
+    """The peers that can do none of the jobs, with the reason."""
+    functions, reasons = zip(*map(loaded, JOBS), strict=True)
+    there = {name for of_job in functions for name in of_job}
+    return {name: reason for of_job in reasons for name, reason in of_job.items() if name not in there}
+
+
+def loaded(job: str) -> tuple[dict[str, Function], dict[str, str]]:
+    """The peers that can do `job`, and of the others why not."""
+    functions, reasons = {}, {}
     for name, load in JOBS[job].items():
         try:
             functions[name] = load()
         except ImportError as error:
-            _reasons[name] = str(error).splitlines()[0]
-    _found.update(functions)
-    return functions
-
-
-def absent() -> dict[str, str]:
-    """The peers that were asked for and could do none of the jobs, with the reason."""
-    return {name: reason for name, reason in _reasons.items() if name not in _found}
+            reasons[name] = str(error).splitlines()[0]
+    return functions, reasons
 
 
 def versions() -> dict[str, str]:
