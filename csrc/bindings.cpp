@@ -58,56 +58,33 @@ using TransformArguments = std::tuple<double, Address, double, double>;
 using StatsArguments = std::array<Address, 5>;
 
 Transform transform(const TransformArguments& t) {
-  return {.temperature = std::get<0>(t),
-          .temperatures = at<float>(std::get<1>(t)),
-          .logit_scale = std::get<2>(t),
+  return {.temperature = std::get<0>(t), .temperatures = at<float>(std::get<1>(t)), .logit_scale = std::get<2>(t),
           .softcap = std::get<3>(t)};
 }
 
 cpu::TokenLogprobs token_logprobs(Address logits, int dtype, const RowSizes& sizes, int64_t vocabulary, Address targets,
                                   int64_t targets_per_row, Address mask, const TransformArguments& t,
                                   const StatsArguments& stats) {
-  return {.logits = at<>(logits),
-          .dtype = DType(dtype),
-          .rows = rows(sizes),
-          .vocabulary = vocabulary,
-          .targets = at<int64_t>(targets),
-          .targets_per_row = targets_per_row,
-          .mask = at<uint8_t>(mask),
-          .transform = transform(t),
-          .logprobs = at<>(stats[0]),
-          .entropy = at<>(stats[1]),
-          .row_max = at<>(stats[2]),
-          .row_logsum = at<>(stats[3]),
-          .sum_p_squared = at<>(stats[4])};
+  return {.logits = at<>(logits), .dtype = DType(dtype), .rows = rows(sizes), .vocabulary = vocabulary,
+          .targets = at<int64_t>(targets), .targets_per_row = targets_per_row, .mask = at<uint8_t>(mask),
+          .transform = transform(t), .logprobs = at<>(stats[0]), .entropy = at<>(stats[1]),
+          .row_max = at<>(stats[2]), .row_logsum = at<>(stats[3]), .sum_p_squared = at<>(stats[4])};
 }
 
 // number of sequences, time, mask, cu_seqlens, bootstrap
 using SequencesArguments = std::tuple<int64_t, int64_t, Address, Address, Address>;
 cpu::Sequences sequences(const SequencesArguments& s) {
-  return {.count = std::get<0>(s),
-          .time = std::get<1>(s),
-          .mask = at<uint8_t>(std::get<2>(s)),
-          .cu_seqlens = at<int64_t>(std::get<3>(s)),
-          .bootstrap = at<>(std::get<4>(s))};
+  return {.count = std::get<0>(s), .time = std::get<1>(s), .mask = at<uint8_t>(std::get<2>(s)),
+          .cu_seqlens = at<int64_t>(std::get<3>(s)), .bootstrap = at<>(std::get<4>(s))};
 }
 
 // strides = reward_stride, value_stride; rates = gamma, lam, value_lam; outputs = advantages (or 0), returns
 cpu::Gae gae_call(Address rewards, Address values, int dtype, const std::array<int64_t, 2>& strides,
                   const SequencesArguments& s, const std::array<double, 3>& rates, Address lams, bool decoupled,
                   const std::array<Address, 2>& outputs) {
-  return {.rewards = at<>(rewards),
-          .values = at<>(values),
-          .dtype = DType(dtype),
-          .reward_stride = strides[0],
-          .value_stride = strides[1],
-          .sequences = sequences(s),
-          .gamma = rates[0],
-          .lam = rates[1],
-          .value_lam = rates[2],
-          .lams = at<double>(lams),
-          .decoupled = decoupled,
-          .advantages = at<>(outputs[0]),
+  return {.rewards = at<>(rewards), .values = at<>(values), .dtype = DType(dtype), .reward_stride = strides[0],
+          .value_stride = strides[1], .sequences = sequences(s), .gamma = rates[0], .lam = rates[1],
+          .value_lam = rates[2], .lams = at<double>(lams), .decoupled = decoupled, .advantages = at<>(outputs[0]),
           .returns = at<>(outputs[1])};
 }
 
@@ -122,14 +99,8 @@ using LowRankArguments = std::tuple<PlaneArguments, int64_t, double>;
 cpu::LoraLinear lora_linear(Address wide, Address narrow, int dtype, const std::array<int64_t, 3>& sizes,
                             const std::vector<LowRankArguments>& bank,
                             const std::vector<std::array<int64_t, 3>>& spans) {
-  cpu::LoraLinear op{.wide = at<>(wide),
-                     .narrow = at<>(narrow),
-                     .dtype = DType(dtype),
-                     .width = sizes[0],
-                     .wide_stride = sizes[1],
-                     .narrow_stride = sizes[2],
-                     .bank = {},
-                     .spans = {}};
+  cpu::LoraLinear op{.wide = at<>(wide), .narrow = at<>(narrow), .dtype = DType(dtype), .width = sizes[0],
+                     .wide_stride = sizes[1], .narrow_stride = sizes[2], .bank = {}, .spans = {}};
   for (const auto& [matrix, rank, scale] : bank) op.bank.push_back({plane(matrix), rank, scale});
   for (const auto& [adapter, start, stop] : spans) op.spans.push_back({adapter, start, stop});
   return op;
@@ -139,19 +110,10 @@ cpu::LoraLinear lora_linear(Address wide, Address narrow, int dtype, const std::
 cpu::TokenKl token_kl(Address logits, Address ref_logits, int dtype, const RowSizes& sizes, const RowSizes& ref_sizes,
                       int64_t vocabulary, Address mask, const TransformArguments& t, double js_weight,
                       const std::array<Address, 4>& stats) {
-  return {.logits = at<>(logits),
-          .ref_logits = at<>(ref_logits),
-          .dtype = DType(dtype),
-          .rows = rows(sizes),
-          .ref_rows = rows(ref_sizes),
-          .vocabulary = vocabulary,
-          .mask = at<uint8_t>(mask),
-          .transform = transform(t),
-          .js_weight = js_weight,
-          .logsum = at<>(stats[2]),
-          .ref_logsum = at<>(stats[3]),
-          .kl = at<>(stats[0]),
-          .mean = at<>(stats[1])};
+  return {.logits = at<>(logits), .ref_logits = at<>(ref_logits), .dtype = DType(dtype), .rows = rows(sizes),
+          .ref_rows = rows(ref_sizes), .vocabulary = vocabulary, .mask = at<uint8_t>(mask),
+          .transform = transform(t), .js_weight = js_weight, .logsum = at<>(stats[2]), .ref_logsum = at<>(stats[3]),
+          .kl = at<>(stats[0]), .mean = at<>(stats[1])};
 }
 
 }  // namespace
@@ -235,15 +197,9 @@ PYBIND11_MODULE(_native, m) {
       [](std::array<Address, 4> inputs, int dtype, std::array<int64_t, 4> strides, const SequencesArguments& s,
          std::array<double, 4> rates, std::array<Address, 2> outputs, int threads) {
         return cpu::vtrace({.inputs = {at<>(inputs[0]), at<>(inputs[1]), at<>(inputs[2]), at<>(inputs[3])},
-                            .dtype = DType(dtype),
-                            .strides = {strides[0], strides[1], strides[2], strides[3]},
-                            .sequences = sequences(s),
-                            .gamma = rates[0],
-                            .lam = rates[1],
-                            .rho_clip = rates[2],
-                            .c_clip = rates[3],
-                            .advantages = at<>(outputs[0]),
-                            .targets = at<>(outputs[1])},
+                            .dtype = DType(dtype), .strides = {strides[0], strides[1], strides[2], strides[3]},
+                            .sequences = sequences(s), .gamma = rates[0], .lam = rates[1], .rho_clip = rates[2],
+                            .c_clip = rates[3], .advantages = at<>(outputs[0]), .targets = at<>(outputs[1])},
                            threads);
       },
       Release());
@@ -254,16 +210,9 @@ PYBIND11_MODULE(_native, m) {
       [](const std::string& variant, const std::vector<PlaneArguments>& inputs, Address mask, Address denominator,
          const std::vector<double>& parameters, int64_t rows, int64_t columns, bool is_double,
          const std::vector<Address>& outputs, int threads) {
-        cpu::Loss op{.inputs = {},
-                     .mask = at<uint8_t>(mask),
-                     .denominator = at<>(denominator),
-                     .parameters = parameters,
-                     .rows = rows,
-                     .columns = columns,
-                     .is_double = is_double,
-                     .loss = at<>(outputs[0]),
-                     .metrics = at<>(outputs[1]),
-                     .divisor = at<>(outputs[2]),
+        cpu::Loss op{.inputs = {}, .mask = at<uint8_t>(mask), .denominator = at<>(denominator),
+                     .parameters = parameters, .rows = rows, .columns = columns, .is_double = is_double,
+                     .loss = at<>(outputs[0]), .metrics = at<>(outputs[1]), .divisor = at<>(outputs[2]),
                      .coefficients = {}};
         for (const auto& input : inputs) op.inputs.push_back(plane(input));
         for (size_t k = 3; k < outputs.size(); ++k) op.coefficients.push_back(at<>(outputs[k]));
@@ -276,24 +225,13 @@ PYBIND11_MODULE(_native, m) {
       [](const std::array<PlaneArguments, 7>& planes, Address flags, Address cu_seqlens, Address denominator,
          std::array<int64_t, 3> sizes, const cpu::PolicyNumbers& numbers, bool is_double,
          const std::vector<Address>& outputs, int threads) {
-        cpu::policy_loss({.logprobs = plane(planes[0]),
-                          .old_logprobs = plane(planes[1]),
-                          .advantages = plane(planes[2]),
-                          .ref_logprobs = plane(planes[3]),
-                          .sampler_logprobs = plane(planes[4]),
-                          .entropy = plane(planes[5]),
-                          .weights = plane(planes[6]),
-                          .flags = at<uint8_t>(flags),
-                          .cu_seqlens = at<int64_t>(cu_seqlens),
-                          .denominator = at<>(denominator),
-                          .rows = sizes[0],
-                          .columns = sizes[1],
-                          .sequences = sizes[2],
-                          .numbers = numbers,
-                          .is_double = is_double,
-                          .loss = at<>(outputs[0]),
-                          .metrics = at<>(outputs[1]),
-                          .coefficient = at<>(outputs[2]),
+        cpu::policy_loss({.logprobs = plane(planes[0]), .old_logprobs = plane(planes[1]),
+                          .advantages = plane(planes[2]), .ref_logprobs = plane(planes[3]),
+                          .sampler_logprobs = plane(planes[4]), .entropy = plane(planes[5]),
+                          .weights = plane(planes[6]), .flags = at<uint8_t>(flags),
+                          .cu_seqlens = at<int64_t>(cu_seqlens), .denominator = at<>(denominator), .rows = sizes[0],
+                          .columns = sizes[1], .sequences = sizes[2], .numbers = numbers, .is_double = is_double,
+                          .loss = at<>(outputs[0]), .metrics = at<>(outputs[1]), .coefficient = at<>(outputs[2]),
                           .entropy_coefficient = outputs.size() > 3 ? at<>(outputs[3]) : nullptr},
                          threads);
       },
@@ -304,17 +242,10 @@ PYBIND11_MODULE(_native, m) {
       [](const std::string& variant, Address rewards, int dtype, Address ranks, Address order, Address offsets,
          int64_t group_size, int64_t groups, Address denominator, std::array<Address, 3> outputs, int threads) {
         cpu::ranking_loss(variant,
-                          {.rewards = at<>(rewards),
-                           .dtype = DType(dtype),
-                           .ranks = at<int64_t>(ranks),
-                           .order = at<int64_t>(order),
-                           .offsets = at<int64_t>(offsets),
-                           .group_size = group_size,
-                           .groups = groups,
-                           .denominator = at<>(denominator),
-                           .loss = at<>(outputs[0]),
-                           .accuracy = at<>(outputs[1]),
-                           .gradient = at<>(outputs[2])},
+                          {.rewards = at<>(rewards), .dtype = DType(dtype), .ranks = at<int64_t>(ranks),
+                           .order = at<int64_t>(order), .offsets = at<int64_t>(offsets), .group_size = group_size,
+                           .groups = groups, .denominator = at<>(denominator), .loss = at<>(outputs[0]),
+                           .accuracy = at<>(outputs[1]), .gradient = at<>(outputs[2])},
                           threads);
       },
       Release());
@@ -325,17 +256,10 @@ PYBIND11_MODULE(_native, m) {
          int64_t rows, int64_t columns, std::array<double, 3> clips, bool is_double, std::array<Address, 3> outputs,
          int threads) {
         cpu::kl_estimate(variant, gradient,
-                         {.logprobs = plane(inputs[0]),
-                          .ref_logprobs = plane(inputs[1]),
-                          .old_logprobs = plane(inputs[2]),
-                          .rows = rows,
-                          .columns = columns,
-                          .log_ratio_clip = clips[0],
-                          .value_clip = clips[1],
-                          .weight_clip = clips[2],
-                          .is_double = is_double,
-                          .value = at<>(outputs[0]),
-                          .by_logprob = at<>(outputs[1]),
+                         {.logprobs = plane(inputs[0]), .ref_logprobs = plane(inputs[1]),
+                          .old_logprobs = plane(inputs[2]), .rows = rows, .columns = columns,
+                          .log_ratio_clip = clips[0], .value_clip = clips[1], .weight_clip = clips[2],
+                          .is_double = is_double, .value = at<>(outputs[0]), .by_logprob = at<>(outputs[1]),
                           .by_ref = at<>(outputs[2])},
                          threads);
       },
@@ -368,16 +292,9 @@ PYBIND11_MODULE(_native, m) {
       "shaped_rewards",
       [](Address scores, Address kl, int dtype, std::array<int64_t, 3> sizes, Address mask, double kl_coef, double clip,
          Address rewards, int threads) {
-        cpu::shaped_rewards({.scores = at<>(scores),
-                             .kl = at<>(kl),
-                             .dtype = DType(dtype),
-                             .batch = sizes[0],
-                             .time = sizes[1],
-                             .kl_stride = sizes[2],
-                             .mask = at<uint8_t>(mask),
-                             .kl_coef = kl_coef,
-                             .clip = clip,
-                             .rewards = at<>(rewards)},
+        cpu::shaped_rewards({.scores = at<>(scores), .kl = at<>(kl), .dtype = DType(dtype), .batch = sizes[0],
+                             .time = sizes[1], .kl_stride = sizes[2], .mask = at<uint8_t>(mask), .kl_coef = kl_coef,
+                             .clip = clip, .rewards = at<>(rewards)},
                             threads);
       },
       Release());
@@ -400,15 +317,9 @@ PYBIND11_MODULE(_native, m) {
       "group_advantages",
       [](Address rewards, int dtype, Address weights, int64_t groups, int64_t group_size, Address order,
          Address offsets, int divisor, double parameter, Address advantages, int threads) {
-        cpu::group_advantages({.rewards = at<>(rewards),
-                               .dtype = DType(dtype),
-                               .weights = at<>(weights),
-                               .groups = groups,
-                               .group_size = group_size,
-                               .order = at<int64_t>(order),
-                               .offsets = at<int64_t>(offsets),
-                               .divisor = divisor,
-                               .parameter = parameter,
+        cpu::group_advantages({.rewards = at<>(rewards), .dtype = DType(dtype), .weights = at<>(weights),
+                               .groups = groups, .group_size = group_size, .order = at<int64_t>(order),
+                               .offsets = at<int64_t>(offsets), .divisor = divisor, .parameter = parameter,
                                .advantages = at<>(advantages)},
                               threads);
       },
@@ -420,24 +331,13 @@ PYBIND11_MODULE(_native, m) {
       "linear_value_loss",
       [](Address hidden, int dtype, std::array<int64_t, 3> sizes, std::array<Address, 6> inputs, double clip_eps,
          std::array<Address, 7> outputs, int threads) {
-        cpu::linear_value_loss({.hidden = at<>(hidden),
-                                .dtype = DType(dtype),
-                                .rows = sizes[0],
-                                .width = sizes[1],
-                                .row_stride = sizes[2],
-                                .weight = at<>(inputs[0]),
-                                .bias = at<>(inputs[1]),
-                                .old_values = at<>(inputs[2]),
-                                .returns = at<>(inputs[3]),
-                                .mask = at<uint8_t>(inputs[4]),
-                                .denominator = at<>(inputs[5]),
-                                .clip_eps = clip_eps,
-                                .loss = at<>(outputs[0]),
-                                .clip_fraction = at<>(outputs[1]),
-                                .values = at<>(outputs[2]),
-                                .divisor = at<>(outputs[3]),
-                                .coefficients = at<>(outputs[4]),
-                                .weight_sums = at<>(outputs[5]),
+        cpu::linear_value_loss({.hidden = at<>(hidden), .dtype = DType(dtype), .rows = sizes[0], .width = sizes[1],
+                                .row_stride = sizes[2], .weight = at<>(inputs[0]), .bias = at<>(inputs[1]),
+                                .old_values = at<>(inputs[2]), .returns = at<>(inputs[3]),
+                                .mask = at<uint8_t>(inputs[4]), .denominator = at<>(inputs[5]),
+                                .clip_eps = clip_eps, .loss = at<>(outputs[0]), .clip_fraction = at<>(outputs[1]),
+                                .values = at<>(outputs[2]), .divisor = at<>(outputs[3]),
+                                .coefficients = at<>(outputs[4]), .weight_sums = at<>(outputs[5]),
                                 .bias_sum = at<>(outputs[6])},
                                threads);
       },
@@ -448,21 +348,12 @@ PYBIND11_MODULE(_native, m) {
       "distributional_value_loss",
       [](Address logits, int dtype, std::array<int64_t, 3> sizes, std::array<Address, 3> inputs,
          std::array<double, 3> parameters, std::array<Address, 5> outputs, int threads) {
-        cpu::distributional_value_loss({.logits = at<>(logits),
-                                        .dtype = DType(dtype),
-                                        .rows = sizes[0],
-                                        .bins = sizes[1],
-                                        .row_stride = sizes[2],
-                                        .returns = at<>(inputs[0]),
-                                        .mask = at<uint8_t>(inputs[1]),
-                                        .denominator = at<>(inputs[2]),
-                                        .v_min = parameters[0],
-                                        .v_max = parameters[1],
-                                        .sigma = parameters[2],
-                                        .loss = at<>(outputs[0]),
-                                        .outside = at<>(outputs[1]),
-                                        .values = at<>(outputs[2]),
-                                        .divisor = at<>(outputs[3]),
+        cpu::distributional_value_loss({.logits = at<>(logits), .dtype = DType(dtype), .rows = sizes[0],
+                                        .bins = sizes[1], .row_stride = sizes[2], .returns = at<>(inputs[0]),
+                                        .mask = at<uint8_t>(inputs[1]), .denominator = at<>(inputs[2]),
+                                        .v_min = parameters[0], .v_max = parameters[1], .sigma = parameters[2],
+                                        .loss = at<>(outputs[0]), .outside = at<>(outputs[1]),
+                                        .values = at<>(outputs[2]), .divisor = at<>(outputs[3]),
                                         .coefficients = at<>(outputs[4])},
                                        threads);
       },
@@ -473,15 +364,9 @@ PYBIND11_MODULE(_native, m) {
       "lora_dropout",
       [](Address x, Address out, int dtype, std::array<int64_t, 4> sizes, Address seed, uint32_t threshold,
          int threads) {
-        cpu::lora_dropout({.x = at<>(x),
-                           .out = at<>(out),
-                           .dtype = DType(dtype),
-                           .rows = sizes[0],
-                           .width = sizes[1],
-                           .x_stride = sizes[2],
-                           .out_stride = sizes[3],
-                           .seed = *at<uint64_t>(seed),
-                           .threshold = threshold},
+        cpu::lora_dropout({.x = at<>(x), .out = at<>(out), .dtype = DType(dtype), .rows = sizes[0],
+                           .width = sizes[1], .x_stride = sizes[2], .out_stride = sizes[3],
+                           .seed = *at<uint64_t>(seed), .threshold = threshold},
                           threads);
       },
       Release());
@@ -506,20 +391,10 @@ PYBIND11_MODULE(_native, m) {
       [](Address logits, int dtype, std::array<int64_t, 3> sizes, const TransformArguments& t, Address row_ids,
          Address seed, Address step, int64_t top_k, double top_p, double min_p, std::array<Address, 3> outputs,
          int threads) {
-        cpu::sample_tokens({.logits = at<>(logits),
-                            .dtype = DType(dtype),
-                            .rows = sizes[0],
-                            .vocabulary = sizes[1],
-                            .row_stride = sizes[2],
-                            .transform = transform(t),
-                            .row_ids = at<int64_t>(row_ids),
-                            .seed = at<int64_t>(seed),
-                            .step = at<int64_t>(step),
-                            .top_k = top_k,
-                            .top_p = top_p,
-                            .min_p = min_p,
-                            .ids = at<int64_t>(outputs[0]),
-                            .logprobs = at<>(outputs[1]),
+        cpu::sample_tokens({.logits = at<>(logits), .dtype = DType(dtype), .rows = sizes[0], .vocabulary = sizes[1],
+                            .row_stride = sizes[2], .transform = transform(t), .row_ids = at<int64_t>(row_ids),
+                            .seed = at<int64_t>(seed), .step = at<int64_t>(step), .top_k = top_k, .top_p = top_p,
+                            .min_p = min_p, .ids = at<int64_t>(outputs[0]), .logprobs = at<>(outputs[1]),
                             .full_logprobs = at<>(outputs[2])},
                            threads);
       },

@@ -14,24 +14,13 @@ import triton
 import triton.language as tl
 from rlhf_fast.kernels.kl_estimate import VARIANTS as KL_VARIANTS
 from rlhf_fast.kernels.launch import launch
-from rlhf_fast.kernels.plane import Plane, plane, read
+from rlhf_fast.kernels.plane import plane, read
 from rlhf_fast.kernels.policy_losses import FUNCTIONS, Numbers, Shared, Token, bounded_exp, in_type
 from rlhf_fast.kernels.scalar import bounded, divide, exp_minus_1_minus, product, sum_parts
 from torch import Tensor
 
 BLOCK = 512
 PARTS = 128  # partial sums at most
-
-
-class Planes(NamedTuple):
-    """Inputs of rlhf_fast/ops/policy/batch.py."""
-
-    logprobs: Plane
-    old_logprobs: Plane
-    advantages: Plane
-    ref_logprobs: Plane | None
-    sampler_logprobs: Plane | None
-    entropy: Plane | None
 
 
 class Flags(NamedTuple):
@@ -161,7 +150,7 @@ def _sequence(rows, sequences, counts):
 
 @triton.jit
 def _sequences_kernel(
-    inputs,  # Planes
+    logprobs, old_logprobs, advantages, sampler_logprobs,  # Planes; the last one may be None
     flags,  # (rows * columns,) uint8, or None
     weights,  # Plane, or None
     cu_seqlens,  # (S + 1,) int64, or None: the rows are the sequences
@@ -191,16 +180,16 @@ def _sequences_kernel(
         i = start + tl.arange(0, BLOCK)
         counts, dropped, _selected = _flags(flags, i, i < end, MARKS)
         row, column = i // columns, i % columns
-        lp = read(inputs.logprobs, row, column, counts, acc)
-        old = read(inputs.old_logprobs, row, column, counts, acc)
-        a = read(inputs.advantages, row, column, counts, acc)
+        lp = read(logprobs, row, column, counts, acc)
+        old = read(old_logprobs, row, column, counts, acc)
+        a = read(advantages, row, column, counts, acc)
         weight = _weight(weights, denominator, row, column, counts, acc)
         if MARKS:
             weight = tl.where(dropped, 0.0, weight)
         statistic = STATISTIC(lp - old, a, p)
         source = old
-        if inputs.sampler_logprobs is not None:
-            source = read(inputs.sampler_logprobs, row, column, counts, acc)
+        if sampler_logprobs is not None:
+            source = read(sampler_logprobs, row, column, counts, acc)
             if LEVEL == "token":
                 ratio = bounded_exp(old - source)
                 if FOLDS:
@@ -226,7 +215,7 @@ def _sequences_kernel(
     if LEVEL == "geometric":
         ratio = ratio / length
     ratio = bounded_exp(ratio)
-    if inputs.sampler_logprobs is not None and LEVEL != "token":
+    if sampler_logprobs is not None and LEVEL != "token":
         weight *= _corrected(ratio, p, MODE)[0]
         if FOLDS:
             statistic += tl.where(LEVEL == "sequence", 1.0, length) * _log_corrected(ratio, p, MODE)
@@ -238,7 +227,7 @@ def _sequences_kernel(
 
 @triton.jit
 def _tokens_kernel(
-    inputs,  # Planes
+    logprobs, old_logprobs, advantages, ref_logprobs, sampler_logprobs, entropy,  # Planes; the last three may be None
     flags,  # (rows * columns,) uint8, or None
     weights,  # Plane, or None
     sequence_ids,  # (columns,) int64 of packed tokens, or None: the rows are the sequences
@@ -254,7 +243,8 @@ def _tokens_kernel(
     vespo_lambda_neg: tl.float64, dro_beta: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64,
     correction_low: tl.float64, correction_high: tl.float64, off_policy_max_kl: tl.float64,
     LOSS: tl.constexpr, OF_SEQUENCE: tl.constexpr, FOLDS: tl.constexpr, LEVEL: tl.constexpr, MODE: tl.constexpr,
-    MARKS: tl.constexpr, KL: tl.constexpr, IS_K3: tl.constexpr, UNBIASED: tl.constexpr, BLOCK: tl.constexpr,
+    MARKS: tl.constexpr, KL: tl.constexpr, IS_K3: tl.constexpr, UNBIASED: tl.constexpr, BONUS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = partials.dtype.element_ty
     p = in_type(
@@ -270,9 +260,9 @@ def _tokens_kernel(
         inside = i < N
         counts, dropped, selected = _flags(flags, i, inside, MARKS)
         row, column = i // columns, i % columns
-        lp = read(inputs.logprobs, row, column, counts, acc)
-        old = read(inputs.old_logprobs, row, column, counts, acc)
-        a = read(inputs.advantages, row, column, counts, acc)
+        lp = read(logprobs, row, column, counts, acc)
+        old = read(old_logprobs, row, column, counts, acc)
+        a = read(advantages, row, column, counts, acc)
         w = _weight(weights, denominator, row, column, counts, acc)
         sequence = Sequence(Shared(), 0.0, 0.0, 0.0)
         if shared is not None:
@@ -287,8 +277,8 @@ def _tokens_kernel(
 
         policy_weight = tl.where(dropped, 0.0, w)
         correction, outside, sampler_kl = None, None, None
-        if inputs.sampler_logprobs is not None:
-            apart = old - read(inputs.sampler_logprobs, row, column, counts, acc)
+        if sampler_logprobs is not None:
+            apart = old - read(sampler_logprobs, row, column, counts, acc)
             to_sampler = sequence.ratio
             if LEVEL == "token":
                 to_sampler = bounded_exp(apart)
@@ -302,22 +292,22 @@ def _tokens_kernel(
             slope = tl.where(counts, product(sequence.weight, out.slope), 0.0)
         else:
             slope = tl.where(policy_weight == 0, 0.0, policy_weight * out.slope)
-        kl, entropy = None, None
-        if inputs.ref_logprobs is not None:
-            apart = read(inputs.ref_logprobs, row, column, counts, acc) - lp
+        kl, h = None, None
+        if ref_logprobs is not None:
+            apart = read(ref_logprobs, row, column, counts, acc) - lp
             kl, kl_slope = _kl_to_ref(apart, ratio, KL, IS_K3, UNBIASED)
             loss += w * product(p.kl_coef, kl)
             slope += tl.where(counts, product(w * p.kl_coef, kl_slope), 0.0)
-        if inputs.entropy is not None:
-            entropy = read(inputs.entropy, row, column, counts, acc)
-            if entropy_coefficient is not None:
-                loss -= w * (p.entropy_coef * entropy)
+        if entropy is not None:
+            h = read(entropy, row, column, counts, acc)
+            if BONUS:
+                loss -= w * (p.entropy_coef * h)
                 tl.store(entropy_coefficient + i, -p.entropy_coef * w, mask=inside)
         tl.store(coefficient + i, slope, mask=inside)
         terms = Sums(
             loss=loss, low=tl.where(counts & out.low, 1.0, 0.0), high=tl.where(counts & out.high, 1.0, 0.0),
             approx_kl=exp_minus_1_minus(x), ratio=tl.where(counts, ratio, 0.0),
-            dropped=tl.where(counts & dropped, 1.0, 0.0), kl=kl, entropy=entropy, correction=correction,
+            dropped=tl.where(counts & dropped, 1.0, 0.0), kl=kl, entropy=h, correction=correction,
             outside=outside, sampler_kl=sampler_kl,
         )  # fmt: skip
         total = ()
@@ -376,7 +366,8 @@ def policy_loss(inputs: Any, plan: Any, numbers: Any, outputs: list[Tensor]) -> 
     sequences = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     function = FUNCTIONS[numbers.function]
     values = [getattr(numbers, name) for name in Numbers._fields]
-    planes, weights = Planes(*[plane(x) for x in inputs]), plane(plan.weights)
+    planes, weights = [plane(x) for x in inputs], plane(plan.weights)
+    lp, old, advantages, _ref, sampler, _entropy = planes
     options = {
         "FOLDS": function.folds_correction, "LEVEL": numbers.correction_level, "MODE": numbers.correction_mode,
         "MARKS": numbers.marks_tokens, "BLOCK": BLOCK,
@@ -390,16 +381,16 @@ def policy_loss(inputs: Any, plan: Any, numbers: Any, outputs: list[Tensor]) -> 
         if logprobs.numel():
             launch(
                 _sequences_kernel, (sequences,),
-                planes, plan.flags, weights, cu_seqlens, plan.denominator, shared, columns, *values,
-                STATISTIC=function.statistic, SHARED_OF=function.shared, **options,
+                lp, old, advantages, sampler, plan.flags, weights, cu_seqlens, plan.denominator, shared, columns,
+                *values, STATISTIC=function.statistic, SHARED_OF=function.shared, **options,
             )  # fmt: skip
     programs = max(1, min(PARTS, triton.cdiv(logprobs.numel(), BLOCK)))
     partials = metrics.new_empty(SUMS.value + 2, programs)
     launch(
         _tokens_kernel, (programs,),
-        planes, plan.flags, weights, ids, plan.denominator, shared, coefficients[0], *(coefficients[1:] or [None]),
+        *planes, plan.flags, weights, ids, plan.denominator, shared, coefficients[0], *(coefficients[1:] or [None]),
         partials, logprobs.numel(), columns, sequences, *values, LOSS=function.token, OF_SEQUENCE=function.of_sequence,
         KL=KL_VARIANTS[numbers.kl_variant], IS_K3=numbers.kl_variant == "k3", UNBIASED=numbers.kl_unbiased,
-        num_warps=8, **options,
+        BONUS=len(coefficients) > 1, num_warps=8, **options,
     )  # fmt: skip
     launch(_metrics_kernel, (1,), partials, plan.denominator, loss, metrics, programs, PARTS=PARTS)
