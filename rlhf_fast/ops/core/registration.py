@@ -11,8 +11,9 @@ one, those of torch.func, vmap.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -33,17 +34,23 @@ _TYPES = {
 Gradient = Tensor | list[Tensor | None] | None
 
 
-class Saved(NamedTuple):
+@dataclass(slots=True)
+class Saved:
     """What backward gets: the inputs of an op, those tensors None that it does not save, and the results it saves.
 
     dtypes, needs: by the name of a differentiable field, a list where the field is one.
     """
 
-    inputs: tuple[Any, ...]
+    together: Callable[[], tuple[Any, ...]]
     backend: str
     results: Sequence[Tensor]
     dtypes: Mapping[str, Any]
     needs: Mapping[str, Any]
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """The NamedTuples; put together only where backward asks for them."""
+        return self.together()[:-1]
 
 
 class _Fields:
@@ -58,6 +65,7 @@ class _Fields:
             raise ValueError(f"{op}: two inputs have one name among {', '.join(self.names)}")
         self.kinds = [_TYPES[kind] for _, kind in fields]
         self.tensors = [i for i, kind in enumerate(self.kinds) if kind.startswith("Tensor")]
+        self.others = [i for i in range(len(self.names) + 1) if i not in self.tensors]  # and the backend
         self.lists = {i for i in self.tensors if self.kinds[i].endswith("[]")}
 
     def schema(self, results: str, mutates: Sequence[str] = ()) -> str:
@@ -165,6 +173,7 @@ def op(
     fields = _Fields(name, takes)
     places = [fields.names.index(field) for field in differentiable]
     saved_places = [fields.names.index(field) for field in saves]
+    has_lists = not fields.lists.isdisjoint(places)
     pick_tensors, pick_differentiable, pick_saved = map(fields.picks, (fields.tensors, places, saved_places))
 
     def save(ctx: Any, flat: Sequence[Any], results: Sequence[Tensor]) -> None:
@@ -172,41 +181,52 @@ def op(
         tensors = pick_saved(flat)
         ctx.save_for_backward(*tensors, *results[saves_results])
         ctx.saved_inputs = len(tensors)
-        ctx.lengths = {i: len(flat[i]) for i in fields.lists}
-        ctx.dtypes = {fields.names[i]: _dtype(flat[i]) for i in places}
-        ctx.others = list(flat)
-        for i in fields.tensors:
-            ctx.others[i] = None
+        ctx.dtypes = [None if x is None else x.dtype for x in pick_differentiable(flat)]
+        ctx.others = [flat[i] for i in fields.others]
+        if fields.lists:
+            ctx.lengths = {i: len(flat[i]) for i in fields.lists}
 
-    def restored(ctx: Any, saved_tensors: Sequence[Tensor]) -> Saved:
-        tensors = iter(saved_tensors[: ctx.saved_inputs])
+    def together(ctx: Any, saved_tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        tensors = iter(saved_tensors)
+        flat: list[Any] = [None] * (len(fields.names) + 1)
+        for i, x in zip(fields.others, ctx.others, strict=True):
+            flat[i] = x
         for i in saved_places:
-            ctx.others[i] = [next(tensors) for _ in range(ctx.lengths[i])] if i in fields.lists else next(tensors)
-        *inputs, backend = fields.together(ctx.others)
-        for i in saved_places:
-            ctx.others[i] = None
-        needs = _by_field(iter(ctx.needs_input_grad), ctx.lengths)
-        return Saved(tuple(inputs), backend, saved_tensors[ctx.saved_inputs :], ctx.dtypes, needs)
+            flat[i] = [next(tensors) for _ in range(ctx.lengths[i])] if i in fields.lists else next(tensors)
+        return fields.together(flat)
 
-    def _by_field(each: Any, lengths: Mapping[int, int]) -> dict[str, Any]:
+    def by_field(ctx: Any, each: Sequence[Any]) -> dict[str, Any]:
+        """`each`, one for each differentiable tensor, by the names of the fields."""
+        if not has_lists:
+            return dict(zip(differentiable, each, strict=True))
+        rest = iter(each)
         return {
-            fields.names[i]: [next(each) for _ in range(lengths[i])] if i in fields.lists else next(each)
-            for i in places
+            field: [next(rest) for _ in range(ctx.lengths[i])] if i in fields.lists else next(rest)
+            for field, i in zip(differentiable, places, strict=True)
         }
 
-    def gradients(ctx: Any, saved: Saved, upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def gradients(ctx: Any, saved_tensors: Sequence[Tensor], upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
         """In the order of the differentiable fields, the tensors of a list one after the other."""
-        by_name = {} if all([g is None for g in upstream]) else backward(saved, upstream)
-        padded: list[Tensor | None] = []
-        for i in places:
-            field = fields.names[i]
-            gradient, needs = by_name.get(field), saved.needs[field]
-            if i in fields.lists:
-                each: Any = [None] * len(needs) if gradient is None else gradient
-                padded += [g if needed else None for g, needed in zip(each, needs, strict=True)]
+        needs = ctx.needs_input_grad[:-2]
+        if all([g is None for g in upstream]):
+            return [None] * len(needs)
+        by_name = backward(
+            Saved(
+                lambda: together(ctx, saved_tensors), ctx.others[-1], saved_tensors[ctx.saved_inputs :],
+                by_field(ctx, ctx.dtypes), by_field(ctx, needs),
+            ),
+            upstream,
+        )  # fmt: skip
+        if not has_lists:
+            return [by_name.get(field) if needed else None for field, needed in zip(differentiable, needs, strict=True)]  # type: ignore[misc]
+        padded: list[Any] = []
+        for field, i in zip(differentiable, places, strict=True):
+            gradient = by_name.get(field)
+            if i not in fields.lists:
+                padded.append(gradient)
             else:
-                padded.append(gradient if needs else None)  # type: ignore[arg-type]
-        return padded
+                padded += [None] * ctx.lengths[i] if gradient is None else gradient
+        return [gradient if needed else None for gradient, needed in zip(padded, needs, strict=True)]
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -221,11 +241,10 @@ def op(
         @staticmethod
         def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
             saved_tensors = ctx.saved_tensors  # read once: a recomputed pass gives them no second time
-            saved = restored(ctx, saved_tensors)
             if not torch.is_grad_enabled():
-                return *gradients(ctx, saved, upstream), None, None
+                return *gradients(ctx, saved_tensors, upstream), None, None
             with torch.no_grad():
-                each = gradients(ctx, saved, upstream)
+                each = gradients(ctx, saved_tensors, upstream)
             return *_once(name, each, (*upstream, *saved_tensors)), None, None
 
     qualified = f"rlhf_fast::{name}"
@@ -263,12 +282,6 @@ def op(
         return (without_gradient or compute)(*arguments)
 
     return call
-
-
-def _dtype(x: Any) -> Any:
-    if isinstance(x, list):
-        return [None if y is None else y.dtype for y in x]
-    return None if x is None else x.dtype
 
 
 def _refuse_tangents(name: str, tensors: Iterable[Any]) -> None:
