@@ -123,7 +123,7 @@ def linear_policy_loss(
     together = call.coupling(coupling(objective), plan.cu_seqlens, one_slope(objective, sampler_logprobs))
 
     def of_logprobs(logprobs: Tensor, entropy: Tensor | None) -> Loss:
-        return policy.evaluate(objective, constants.inputs(logprobs, entropy), plan, backend=name)
+        return reference(logprobs, entropy, constants, plan, objective, name)
 
     def named(values: Tensor, logprobs: Tensor, entropy: Tensor | None) -> dict[str, Tensor]:
         return policy.named_metrics(objective, constants.inputs(logprobs, entropy), values)
@@ -134,6 +134,14 @@ def linear_policy_loss(
         weighs_entropy=objective.entropy_coef > 0,
     )  # fmt: skip
     return result if return_logprobs else Loss(*result[:2])
+
+
+def reference(
+    logprobs: Tensor, entropy: Tensor | None, constants: _Constants, plan: Plan, objective: PolicyObjective,
+    backend: str = "reference",
+) -> Loss:  # fmt: skip
+    """By definition, from what linear_logprobs gives; with a frozen head nothing is faster."""
+    return policy.evaluate(objective, constants.inputs(logprobs, entropy), plan, backend=backend)
 
 
 class _Constants(NamedTuple):
