@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.launch import launch
-from rlhf_fast.kernels.plane import plane, read
-from rlhf_fast.kernels.scalar import bounded, exp_minus_1_minus, expm1, product
+from rlhf_fast.kernels.scalar import exp_minus_1_minus, expm1, product
 from torch import Tensor
 
 BLOCK = 1024
@@ -32,36 +31,52 @@ VARIANTS = {"k1": k1, "k2": k2, "k3": k3}
 
 
 @triton.jit
+def _clipped(x, bound):
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+
+
+@triton.jit
 def _kernel(
-    logprobs,  # Plane
-    ref_logprobs,  # Plane
-    old_logprobs,  # Plane, or None
+    logprobs,  # (rows, columns), any strides
+    ref_logprobs,  # (rows, columns), any strides
+    old_logprobs,  # (rows, columns), any strides
     values,  # (rows, columns) contiguous
-    by_logprob,  # (rows, columns) contiguous, or None
-    by_ref,  # (rows, columns) contiguous, or None
+    by_logprob,  # (rows, columns) contiguous
+    by_ref,  # (rows, columns) contiguous
     log_ratio_clip,
     value_clip,
     weight_clip,
     N,
     columns,
-    ESTIMATE: tl.constexpr,
-    GRADIENT: tl.constexpr,  # an estimate, None for ESTIMATE's own
+    row_stride,
+    column_stride,
+    ref_row_stride,
+    ref_column_stride,
+    old_row_stride,
+    old_column_stride,
+    ESTIMATOR: tl.constexpr,
+    GRADIENT: tl.constexpr,  # an estimator, None for ESTIMATOR's own
+    HAS_OLD: tl.constexpr,
+    HAS_BY_LOGPROB: tl.constexpr,
+    HAS_BY_REF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     acc = values.dtype.element_ty
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < N
     row, column = i // columns, i % columns
-    logprob = read(logprobs, row, column, inside, acc)
-    log_ratio = read(ref_logprobs, row, column, inside, acc) - logprob
+    logprob = tl.load(logprobs + row * row_stride + column * column_stride, mask=inside, other=0.0).to(acc)
+    reference = ref_logprobs + row * ref_row_stride + column * ref_column_stride
+    log_ratio = tl.load(reference, mask=inside, other=0.0).to(acc) - logprob
 
-    x = bounded(log_ratio, -log_ratio_clip, log_ratio_clip)
-    raw, slope = ESTIMATE(x)
-    value = bounded(raw, -value_clip, value_clip)
+    x = _clipped(log_ratio, log_ratio_clip)
+    raw, slope = ESTIMATOR(x)
+    value = _clipped(raw, value_clip)
     weight = tl.full([BLOCK], 1.0, acc)
     through_weight = tl.zeros([BLOCK], acc)
-    if old_logprobs is not None:
-        weight = tl.exp(logprob - read(old_logprobs, row, column, inside, acc))
+    if HAS_OLD:
+        old = old_logprobs + row * old_row_stride + column * old_column_stride
+        weight = tl.exp(logprob - tl.load(old, mask=inside, other=0.0).to(acc))
         through_weight = tl.where(weight > weight_clip, 0.0, value)
         weight = tl.where(weight > weight_clip, weight_clip, weight)
     if GRADIENT is None:
@@ -70,9 +85,9 @@ def _kernel(
         _unused, slope = GRADIENT(log_ratio)
         through_weight = tl.zeros([BLOCK], acc)
     tl.store(values + i, product(weight, value), mask=inside)
-    if by_logprob is not None:
+    if HAS_BY_LOGPROB:
         tl.store(by_logprob + i, product(weight, through_weight - slope), mask=inside)
-    if by_ref is not None:
+    if HAS_BY_REF:
         tl.store(by_ref + i, product(weight, slope), mask=inside)
 
 
@@ -90,9 +105,10 @@ def forward(
     """Fills the estimates and their derivatives, (rows, columns) like the inputs; empty ones are left out."""
     if value.numel() == 0:
         return
-    derivatives = [x if x.numel() else None for x in (by_logprob, by_ref)]
     launch(
         _kernel, (triton.cdiv(value.numel(), BLOCK),),
-        plane(logprobs), plane(ref_logprobs), plane(old_logprobs), value, *derivatives, *clips, value.numel(),
-        value.shape[1], ESTIMATE=VARIANTS[variant], GRADIENT=VARIANTS.get(gradient), BLOCK=BLOCK,
+        logprobs, ref_logprobs, old_logprobs, value, by_logprob, by_ref, *clips, value.numel(), value.shape[1],
+        *logprobs.stride(), *ref_logprobs.stride(), *((0, 0) if old_logprobs is None else old_logprobs.stride()),
+        ESTIMATOR=VARIANTS[variant], GRADIENT=VARIANTS.get(gradient), HAS_OLD=old_logprobs is not None,
+        HAS_BY_LOGPROB=by_logprob.numel() > 0, HAS_BY_REF=by_ref.numel() > 0, BLOCK=BLOCK,
     )  # fmt: skip

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.launch import launch
-from rlhf_fast.kernels.plane import plane, read
 from rlhf_fast.kernels.preference_losses import PAIRED, UNPAIRED
 from rlhf_fast.kernels.scalar import divide, product, sigmoid, softplus, sum_parts
 from torch import Tensor
@@ -74,10 +73,11 @@ VARIANTS = {
 
 @triton.jit
 def _elements_kernel(
-    inputs,  # a tuple of Planes
-    mask,  # (rows * columns,) uint8, or None
-    coefficient0,  # (rows * columns,), or None
-    coefficient1,  # (rows * columns,), or None
+    inputs,  # a tuple of (rows, columns) of any strides
+    strides,  # their (row, column) strides
+    mask,  # (rows * columns,) uint8
+    coefficient0,  # (rows * columns,)
+    coefficient1,  # (rows * columns,)
     partials,  # (6, programs): sums of loss, four metrics, count
     p0: tl.float64,
     p1: tl.float64,
@@ -87,6 +87,8 @@ def _elements_kernel(
     N,
     columns,
     FUNCTION: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     acc: tl.constexpr = partials.dtype.element_ty
@@ -104,16 +106,17 @@ def _elements_kernel(
         i = tl.full([], block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < N
         counts = inside
-        if mask is not None:
+        if HAS_MASK:
             counts = inside & (tl.load(mask + i, mask=inside, other=0) != 0)
         row, column = i // columns, i % columns
         x = ()
         for k in tl.static_range(len(inputs)):
-            x += (read(inputs[k], row, column, counts, acc),)
+            at = inputs[k] + row * strides[k][0] + column * strides[k][1]
+            x += (tl.load(at, mask=counts, other=0.0).to(acc),)
         loss, g0, g1, m0, m1, m2, m3 = FUNCTION(x, p)
-        if coefficient0 is not None:
+        if COEFFICIENTS > 0:
             tl.store(coefficient0 + i, tl.where(counts, g0, 0.0), mask=inside)
-        if coefficient1 is not None:
+        if COEFFICIENTS > 1:
             tl.store(coefficient1 + i, tl.where(counts, g1, 0.0), mask=inside)
         loss_sum += tl.where(counts, loss, 0.0)
         count += tl.where(counts, 1.0, 0.0)
@@ -137,10 +140,11 @@ def _means_kernel(
     metrics,  # (4,)
     divisor,  # (): what the coefficients have yet to be divided by
     programs,
+    HAS_DENOMINATOR: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     count = sum_parts(partials, 5, programs, PARTS)
-    if denominator is not None:
+    if HAS_DENOMINATOR:
         count = tl.load(denominator)
     count = tl.where(count == 0, 1.0, count)  # nothing counts: every sum is 0
     tl.store(loss, divide(sum_parts(partials, 0, programs, PARTS), count))
@@ -164,13 +168,19 @@ def masked_loss(
     function, count = VARIANTS[variant]
     loss, metrics, divisor, *coefficients = outputs
     n, columns = inputs[0].numel(), inputs[0].shape[-1]
-    first, second = (*coefficients, None, None)[:2]
+    first, last = (coefficients[0], coefficients[-1]) if coefficients else (loss, loss)
     block = BLOCK if count <= 5 else BLOCK // 4
     programs = max(1, min(PARTS, triton.cdiv(n, block)))
     partials = loss.new_empty(6, programs)
+    inputs = inputs[:count]
+    strides = tuple(x.stride() if x.dim() == 2 else (0, x.stride(0)) for x in inputs)
     launch(
         _elements_kernel, (programs,),
-        tuple(plane(x) for x in inputs[:count]), mask, first, second, partials,
-        *parameters, *[0.0] * (PARAMETERS - len(parameters)), n, columns, FUNCTION=function, BLOCK=block,
+        tuple(inputs), strides, mask, first, last, partials,
+        *parameters, *[0.0] * (PARAMETERS - len(parameters)), n, columns,
+        FUNCTION=function, COEFFICIENTS=len(coefficients), HAS_MASK=mask is not None, BLOCK=block,
     )  # fmt: skip
-    launch(_means_kernel, (1,), partials, denominator, loss, metrics, divisor, programs, PARTS=PARTS)
+    launch(
+        _means_kernel, (1,),
+        partials, denominator, loss, metrics, divisor, programs, HAS_DENOMINATOR=denominator is not None, PARTS=PARTS,
+    )  # fmt: skip

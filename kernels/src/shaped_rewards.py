@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.launch import launch
-from rlhf_fast.kernels.scalar import bounded, product
+from rlhf_fast.kernels.scalar import product
 from torch import Tensor
 
 BLOCK = 1024
@@ -30,7 +30,8 @@ def _shaped_rewards_kernel(
     acc = rewards.dtype.element_ty
     kl_coef = tl.full([], kl_coef, acc)
     clip = tl.full([], clip, acc)
-    score = bounded(tl.load(scores + row), -clip, clip)
+    score = tl.load(scores + row)
+    score = tl.where(score > clip, clip, tl.where(score < -clip, -clip, score))  # NaN stays NaN
     pending = True  # the last valid token is still to come
     for block in range(0, tl.cdiv(time, BLOCK)):
         steps = time - (block + 1) * BLOCK + tl.arange(0, BLOCK)
