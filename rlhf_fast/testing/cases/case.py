@@ -66,6 +66,10 @@ def flatten(results: Any) -> list[Tensor]:
     return [x for part in results for x in flatten(part)]
 
 
+def drawn(draw: Callable[[], Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: draw() for name in names}
+
+
 def plane() -> Tensor:
     return torch.randn(B, T)
 

@@ -33,15 +33,11 @@ CASES = [
     Case(
         "linear_logprobs",
         lambda: drawn() | {"bias": torch.randn(V), "temperature": torch.rand(B, T) + 0.5, "mask": mask()},
-        {"logit_scale": 0.5, "softcap": 3.0, "return_stats": True},
-        ("hidden", "weight", "bias"),
+        {"logit_scale": 0.5, "softcap": 3.0, "return_stats": True}, ("hidden", "weight", "bias"),
         label="softcap and temperatures",
     ),
     Case(
-        "linear_logprobs",
-        lambda: drawn() | {"targets": ids(B, T, 3), "mask": mask()},
-        {"return_entropy": True, "chunk_tokens": 16},
-        ("hidden",),
-        label="three targets",
+        "linear_logprobs", lambda: drawn() | {"targets": ids(B, T, 3), "mask": mask()},
+        {"return_entropy": True, "chunk_tokens": 16}, ("hidden",), label="three targets",
     ),
-]
+]  # fmt: skip

@@ -15,13 +15,10 @@ def head() -> dict[str, Tensor]:
     return {"weight": torch.randn(V, D) / 8, "bias": torch.randn(V)}
 
 
-def old_logprobs() -> Tensor:
-    return -6 - 2 * torch.rand(B, T)  # near those of a random head over V tokens
-
-
 def samples() -> dict[str, Tensor]:
     tensors = {"hidden": torch.randn(B, T, D), **head(), "targets": ids(B, T), "mask": mask()}
-    return tensors | {"old_logprobs": old_logprobs(), "advantages": plane()}
+    old = -6 - 2 * torch.rand(B, T)  # near those of a random head over V tokens
+    return tensors | {"old_logprobs": old, "advantages": plane()}
 
 
 def pairs() -> dict[str, Tensor]:
@@ -46,11 +43,7 @@ CASES = [
     policy("frozen", ("hidden",), PolicyObjective("cispo")),
     *(
         Case(
-            "linear_policy_loss",
-            samples,
-            {"objective": PolicyObjective()},
-            grads,
-            on_policy,
+            "linear_policy_loss", samples, {"objective": PolicyObjective()}, grads, on_policy,
             f"on_policy-{'_'.join(grads)}",
         )
         for grads in (("hidden",), TRAINED)
@@ -59,4 +52,4 @@ CASES = [
     preference("averaged", TRAINED, PreferenceObjective("ipo")),
     preference("batch", TRAINED, PreferenceObjective("aot")),
     preference("frozen", ("hidden",), PreferenceObjective("sigmoid")),
-]
+]  # fmt: skip

@@ -23,14 +23,21 @@ def lora_tensors(rows: int) -> dict[str, Tensor]:
 def lora_arguments(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The adapters in turn over ragged segments, one of them without an adapter."""
     magnitudes = (None, tensors.get("magnitude"), None)
-    bank = [
-        Adapter(tensors[f"a{i}"], tensors[f"b{i}"], 2.0 / (i + 1), magnitude) for i, magnitude in enumerate(magnitudes)
-    ]
+    bank = [Adapter(tensors[f"a{i}"], tensors[f"b{i}"], 2.0 / (i + 1), m) for i, m in enumerate(magnitudes)]
     part = len(tensors["x"]) // 8
     rest = len(tensors["x"]) - 6 * part
     return {name: tensors[name] for name in ("x", "weight", "bias")} | {
         "bank": bank, "segments": [(0, 4 * part), (-1, part), (1, rest), (2, part)]
     }  # fmt: skip
+
+
+def old_values() -> dict[str, Tensor]:
+    return {"old_values": plane(), "returns": plane(), "mask": mask()}
+
+
+def linear_values() -> dict[str, Tensor]:
+    head = {"hidden": torch.randn(B, T, D), "weight": torch.randn(D) / 8, "bias": torch.randn(1)}
+    return head | old_values()
 
 
 def bin_logits(bins: int) -> dict[str, Tensor]:
@@ -44,55 +51,27 @@ CASES = [
     Case("lora_linear", lambda: lora_tensors(9), {}, (), lora_arguments, "few rows"),
     Case("lora_linear", lambda: lora_tensors(75), {"dropout": 0.3, "seed": 5}, LORA, lora_arguments, "dropout"),
     Case(
-        "lora_linear",
-        lambda: lora_tensors(75) | {"magnitude": 1 + torch.rand(V)},
-        {},
-        (*LORA, "magnitude"),
-        lora_arguments,
-        "magnitude",
-    ),
-    Case(
-        "value_loss",
-        lambda: {"values": plane(), "old_values": plane(), "returns": plane(), "mask": mask()},
-        grads=("values",),
-    ),
-    Case(
-        "value_loss",
-        lambda: {"values": plane(), "old_values": plane(), "returns": plane(), "mask": mask()},
-        {"clip_eps": 0.2},
-        ("values",),
+        "lora_linear", lambda: lora_tensors(75) | {"magnitude": 1 + torch.rand(V)}, {}, (*LORA, "magnitude"),
+        lora_arguments, "magnitude",
     ),
     *(
-        Case(
-            "linear_value_loss",
-            lambda: {
-                "hidden": torch.randn(B, T, D),
-                "weight": torch.randn(D) / 8,
-                "bias": torch.randn(1),
-                "old_values": plane(),
-                "returns": plane(),
-                "mask": mask(),
-            },
-            options,
-            ("hidden", "weight", "bias"),
-        )
+        Case("value_loss", lambda: {"values": plane(), **old_values()}, options, ("values",))
+        for options in ({}, {"clip_eps": 0.2})
+    ),
+    *(
+        Case("linear_value_loss", linear_values, options, ("hidden", "weight", "bias"))
         for options in ({}, {"clip_eps": 0.2})
     ),
     Case(
         "linear_value_loss",
         lambda: {"hidden": torch.randn(B, D), "weight": torch.randn(D), "returns": torch.randn(B)},
-        {"old_values": None},
-        ("hidden",),
-        label="frozen head",
+        {"old_values": None}, ("hidden",), label="frozen head",
     ),
     *(
         Case(
-            "distributional_value_loss",
-            partial(bin_logits, bins),
-            {"v_min": -1.5, "v_max": 2.0},
-            ("logits",),
+            "distributional_value_loss", partial(bin_logits, bins), {"v_min": -1.5, "v_max": 2.0}, ("logits",),
             label=f"{bins} bins",
         )
         for bins in (51, 255)
     ),
-]
+]  # fmt: skip

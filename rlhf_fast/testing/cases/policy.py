@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +20,6 @@ TERMS: dict[str, Any] = {
 }  # fmt: skip
 LOG_RATIO = 0.2
 WITH_KERNELS = [v for v in VARIANTS if PolicyObjective(v, fixed_length=T).kernels == KERNELS]
-
-
-def objective(variant: str = "ppo_clip", **numbers: Any) -> dict[str, PolicyObjective]:
-    return {"objective": PolicyObjective(variant, **numbers)}
 
 
 def near(old: Tensor, scale: float) -> Tensor:
@@ -42,27 +40,21 @@ def everything(variant: str) -> dict[str, Tensor]:
     return drawn | others | {"entropy": torch.rand(B, T)}
 
 
+def case(
+    label: str, draw: Callable[[str], dict[str, Tensor]], grads: tuple[str, ...], variant: str = "ppo_clip", **of: Any
+) -> Case:
+    """Of the objective that has the variant and numbers `of`."""
+    return Case(
+        "policy_loss", partial(draw, variant), {"objective": PolicyObjective(variant, **of)}, grads, label=label
+    )
+
+
 CASES = [
+    *(case(v, tokens, ("logprobs",), v, fixed_length=T) for v in WITH_KERNELS),
+    *(case(f"{v}-with_every_term", everything, ("logprobs", "entropy"), v, **TERMS) for v in WITH_KERNELS),
     *(
-        Case("policy_loss", partial(tokens, v), objective(v, fixed_length=T), ("logprobs",), label=v)
-        for v in WITH_KERNELS
-    ),
-    *(
-        Case(
-            "policy_loss", partial(everything, v), objective(v, **TERMS), ("logprobs", "entropy"),
-            label=f"{v}-with_every_term",
-        )
-        for v in WITH_KERNELS
-    ),
-    *(
-        Case(
-            "policy_loss", lambda: everything("ppo_clip"), objective(correction_level=level, correction_high=1.2),
-            ("logprobs",), label=f"{level}_correction",
-        )
+        case(f"{level}_correction", everything, ("logprobs",), correction_level=level, correction_high=1.2)
         for level in ("sequence", "geometric")
     ),
-    Case(
-        "policy_loss", lambda: everything("ppo_clip"), objective(**TERMS), ("logprobs", "entropy"), on_policy,
-        "on_policy",
-    ),
-]  # fmt: skip
+    replace(case("on_policy", everything, ("logprobs", "entropy"), **TERMS), arguments=on_policy),
+]

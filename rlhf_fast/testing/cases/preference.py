@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast import PreferenceObjective
 from rlhf_fast.ops.preference import preference_loss, unpaired_preference_loss
 from rlhf_fast.ops.rewards import ranking_loss, step_reward_loss
-from rlhf_fast.testing.cases.case import Case, mask, plane
+from rlhf_fast.testing.cases.case import Case, drawn, mask, plane
 
 PAIRS = 6
 
@@ -23,9 +23,9 @@ def pairs() -> Tensor:
 def paired(variant: str) -> dict[str, Tensor]:
     """What `variant` looks at."""
     looks_at = preference_loss.VARIANTS[variant]
-    tensors = {"chosen": pairs(), "rejected": pairs()}
+    tensors = drawn(pairs, "chosen", "rejected")
     if looks_at.reference:
-        tensors |= {"ref_chosen": pairs(), "ref_rejected": pairs()}
+        tensors |= drawn(pairs, "ref_chosen", "ref_rejected")
     if looks_at.averaged:
         tensors |= {"chosen_lengths": torch.arange(PAIRS) + 3, "rejected_lengths": 9 - torch.arange(PAIRS)}
     if looks_at.advantages:
@@ -47,6 +47,10 @@ def unpaired() -> dict[str, Tensor]:
     return answers | {"weights": torch.rand(PAIRS), "kl": torch.rand(()), "reward_shift": torch.rand(())}
 
 
+def steps() -> dict[str, Tensor]:
+    return {"scores": plane(), "labels": torch.rand_like(plane()), "mask": mask()}
+
+
 def rewards() -> dict[str, Tensor]:
     return {"chosen_rewards": torch.randn(PAIRS), "rejected_rewards": torch.randn(PAIRS)}
 
@@ -58,23 +62,16 @@ def ranked() -> dict[str, Tensor]:
 CASES = [
     *(
         Case(
-            "preference_loss",
-            partial(paired, v),
-            {"objective": objective(v)},
-            ("chosen", "rejected"),
-            arguments=with_references,
-            label=v,
+            "preference_loss", partial(paired, v), {"objective": objective(v)}, ("chosen", "rejected"),
+            with_references, v,
         )
         for v, variant in preference_loss.VARIANTS.items()
         if variant.kernel
     ),
     *(
         Case(
-            "preference_loss",
-            lambda: paired("sigmoid"),
-            {"objective": PreferenceObjective(divergence_variant=d)},
-            ("chosen", "rejected"),
-            label=d,
+            "preference_loss", lambda: paired("sigmoid"), {"objective": PreferenceObjective(divergence_variant=d)},
+            ("chosen", "rejected"), label=d,
         )
         for d in ("forward_kl", "alpha", "js")
     ),
@@ -85,20 +82,10 @@ CASES = [
     ),
     Case("reward_loss", rewards, grads=("chosen_rewards", "rejected_rewards")),
     Case(
-        "reward_loss",
-        lambda: rewards() | {"margin": torch.rand(PAIRS)},
-        {"label_smoothing": 0.1, "centring": 0.01},
+        "reward_loss", lambda: rewards() | {"margin": torch.rand(PAIRS)}, {"label_smoothing": 0.1, "centring": 0.01},
         ("chosen_rewards", "rejected_rewards"),
     ),
-    *(
-        Case(
-            "step_reward_loss",
-            lambda: {"scores": plane(), "labels": torch.rand_like(plane()), "mask": mask()},
-            {"variant": v},
-            ("scores",),
-        )
-        for v in step_reward_loss.VARIANTS
-    ),
+    *(Case("step_reward_loss", steps, {"variant": v}, ("scores",)) for v in step_reward_loss.VARIANTS),
     *(Case("ranking_loss", ranked, {"group_size": 4, "variant": v}, ("rewards",)) for v in ranking_loss.VARIANTS),
     Case("ranking_loss", lambda: ranked() | {"group_ids": torch.arange(12) % 5}, grads=("rewards",), label="group_ids"),
-]
+]  # fmt: skip

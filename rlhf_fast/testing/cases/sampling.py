@@ -19,7 +19,6 @@ CASES = [
     Case(
         "sample_tokens",
         lambda: logits() | {"temperature": torch.rand(B * 2) + 0.5, "row_ids": torch.arange(B * 2) + 2**33},
-        {"seed": 2**40},
-        label="per row",
+        {"seed": 2**40}, label="per row",
     ),
-]
+]  # fmt: skip
