@@ -13,6 +13,8 @@ Numerics: those of token_logprobs: neither the loss nor the gradient of a confid
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -50,16 +52,29 @@ def cross_entropy(logits: Tensor, labels: Tensor, options: Options) -> tuple[Ten
     counts = labels != options.ignore_index
     if options.ranks > 1 or options.label_smoothing != 0:
         return _Smoothed.apply(logits, labels, counts, options)
-    shared: dict[str, Any] = {"logit_scale": options.logit_scale, "inplace_backward": options.inplace_backward}
-    if options.lse_square_scale == 0:
-        losses = -token_logprobs(logits, labels, mask=counts, **shared)
-        z_losses = torch.zeros_like(losses)
-    else:
-        logprobs, lse = token_logprobs(logits, labels, mask=counts, return_lse=True, **shared)
-        losses, z_losses = -logprobs, options.lse_square_scale * lse.square()
-    if options.weight is not None:
-        losses = losses * of_labels(options.weight, labels, counts).to(losses.dtype)
+    score = partial(
+        token_logprobs, logits, labels, mask=counts, logit_scale=options.logit_scale,
+        inplace_backward=options.inplace_backward,
+    )  # fmt: skip
+    losses, z_losses, _ = from_logprobs(score, labels, options)
     return losses, z_losses
+
+
+def from_logprobs(score: Callable[..., Any], labels: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, z_losses, log-probabilities without gradient), (N,) each, not smoothed.
+
+    score: an op that is given all but `return_lse`, with a mask of what counts.
+    """
+    if options.lse_square_scale == 0:
+        logprobs = score()
+        z_losses = torch.zeros_like(logprobs)
+    else:
+        logprobs, lse = score(return_lse=True)
+        z_losses = options.lse_square_scale * lse.square()
+    losses = -logprobs
+    if options.weight is not None:
+        losses = losses * of_labels(options.weight, labels, labels != options.ignore_index).to(losses.dtype)
+    return losses, z_losses, logprobs.detach()
 
 
 def reduced(

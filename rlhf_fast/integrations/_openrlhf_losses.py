@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast import PolicyObjective, policy_loss, token_logprobs, value_loss
+from rlhf_fast.integrations._tensors import wide
 
 # --- Reductions ------------------------------------------------------------------------------------------------------
 
@@ -122,10 +123,6 @@ def counted(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(mask != 0, x, torch.zeros_like(x)).to(torch.promote_types(x.dtype, mask.dtype))
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 # --- Policy and values -----------------------------------------------------------------------------------------------
 
 _CHOICES = {
@@ -136,6 +133,7 @@ _CHOICES = {
 }
 
 
+@dataclass(eq=False, repr=False)
 class PolicyLoss(nn.Module):
     """The loss of PPO or GSPO, and its correction for samples of another engine.
 
@@ -146,31 +144,19 @@ class PolicyLoss(nn.Module):
     Raises ValueError for a combination that OpenRLHF does not have.
     """
 
-    def __init__(
-        self,
-        clip_eps_low: float = 0.2,
-        clip_eps_high: float = 0.2,
-        dual_clip: float | None = None,
-        token_level_loss: bool = True,
-        policy_loss_type: str = "ppo",
-        is_correction_level: str = "off",
-        is_correction_mode: str = "mask",
-        is_correction_gating: str = "ratio",
-        is_correction_threshold: tuple[float, float] | list[float] = (0.5, 5.0),
-    ) -> None:
-        super().__init__()
-        self.clip_eps_low = clip_eps_low
-        self.clip_eps_high = clip_eps_high
-        self.dual_clip = dual_clip
-        self.token_level_loss = token_level_loss and policy_loss_type != "gspo"
-        self.policy_loss_type = policy_loss_type
-        self.is_correction_level = is_correction_level
-        self.is_correction_mode = is_correction_mode
-        self.is_correction_gating = is_correction_gating
-        self.is_correction_threshold = is_correction_threshold
-        self._check()
+    clip_eps_low: float = 0.2
+    clip_eps_high: float = 0.2
+    dual_clip: float | None = None
+    token_level_loss: bool = True
+    policy_loss_type: str = "ppo"
+    is_correction_level: str = "off"
+    is_correction_mode: str = "mask"
+    is_correction_gating: str = "ratio"
+    is_correction_threshold: tuple[float, float] | list[float] = (0.5, 5.0)
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.token_level_loss = self.token_level_loss and self.policy_loss_type != "gspo"
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -178,9 +164,8 @@ class PolicyLoss(nn.Module):
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be > 1 or None, got {self.dual_clip}")
         if self.is_correction_mode == "clip" and (level == "seq" or gating != "ratio"):
-            raise ValueError(
-                f"is_correction_mode 'clip' is of level 'token', gating 'ratio', got {level!r}, {gating!r}"
-            )
+            message = "is_correction_mode 'clip' is of level 'token', gating 'ratio'"
+            raise ValueError(f"{message}, got {level!r}, {gating!r}")
         if level != "off" and gating != "ratio" and self.is_correction_threshold[0] > 0:
             raise ValueError(
                 f"is_correction_gating={gating} takes an upper bound only, (0, bound) as is_correction_threshold, "
@@ -219,9 +204,8 @@ class PolicyLoss(nn.Module):
             weighted, correction, filtered = self._corrected(old_log_probs, sampler, advantages, action_mask)
         low = min(self.clip_eps_low, 1.0)  # a ratio is never below 0
         clip = PolicyObjective("ppo_clip", clip_eps_low=low, clip_eps_high=self.clip_eps_high)
-        objective = replace(
-            clip, aggregation=AGGREGATIONS[self.token_level_loss], dual_clip=self.dual_clip, **correction
-        )
+        aggregation = AGGREGATIONS[self.token_level_loss]
+        objective = replace(clip, aggregation=aggregation, dual_clip=self.dual_clip, **correction)
         loss, metrics = policy_loss(
             new, old, weighted, objective=objective, mask=action_mask, sampler_logprobs=sampler,
             sequences=of_rank(global_batch_size, dp_size),
@@ -252,7 +236,7 @@ class PolicyLoss(nn.Module):
             mode = "truncate" if self.is_correction_mode == "clip" else "mask"
             bounds = {"correction_mode": mode, "correction_low": low, "correction_high": high}
             return advantages, bounds, None
-        gap = _GAPS[self.is_correction_gating](_wide(old), _wide(rollout))
+        gap = _GAPS[self.is_correction_gating](wide(old), wide(rollout))
         if seq_level:
             gap = masked_mean(gap, mask, dim=-1)[:, None]
         gap = gap.exp() if self.is_correction_gating == "ratio" else gap
@@ -264,7 +248,7 @@ class PolicyLoss(nn.Module):
 
 def _sequence_log_ratios(new: Tensor, behaviour: Tensor, mask: Tensor | None) -> Tensor:
     """(B, T): the mean of new - behaviour over the sequence of a token."""
-    log_ratio = counted(_wide(new) - behaviour, mask)
+    log_ratio = counted(wide(new) - behaviour, mask)
     count = new.shape[-1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)
     return (log_ratio.sum(-1, keepdim=True) / count).expand_as(new)
 
@@ -323,9 +307,9 @@ class ValueLoss(nn.Module):
 
 
 def _squares(values: Tensor, old_values: Tensor, returns: Tensor, clip_eps: float | None) -> Tensor:
-    values = _wide(values)
+    values = wide(values)
     squares = (values - returns).square()
     if clip_eps is None:
         return squares
-    old = _wide(old_values)
+    old = wide(old_values)
     return torch.maximum(squares, (values.clamp(old - clip_eps, old + clip_eps) - returns).square())

@@ -36,6 +36,7 @@ from rlhf_fast.integrations._openrlhf_losses import (
     masked_normalize,
     result_type,
 )
+from rlhf_fast.integrations._tensors import entropy_of_logits
 
 PEER = "openrlhf"
 TESTED = "0.11.2"
@@ -193,6 +194,4 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
 
 def compute_entropy(logits: Tensor) -> Tensor:
     """Entropy (...) of softmax(logits), in nats, in the type of the logits."""
-    ids = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    _, entropy = token_logprobs(logits, ids, return_entropy=True)
-    return entropy.to(logits.dtype)
+    return entropy_of_logits(logits).to(logits.dtype)

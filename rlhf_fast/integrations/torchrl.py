@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import discounted_returns, vtrace
+from rlhf_fast.integrations._tensors import wide
 
 PEER = "torchrl"
 TESTED = "0.14.1"
@@ -51,7 +52,7 @@ def vec_generalized_advantage_estimate(
     """
     terminated = done if terminated is None else terminated
     _same_shapes(state_value, next_state_value, reward, done, terminated)
-    td_errors = _wide(reward) + gamma * _unless(terminated, next_state_value) - state_value
+    td_errors = wide(reward) + gamma * _unless(terminated, next_state_value) - state_value
     advantages = _trajectory_sums(td_errors, gamma * lmbda, done, time_dim)
     return advantages, advantages + state_value
 
@@ -80,7 +81,7 @@ def vec_td_lambda_return_estimate(
         )
         raise NotImplementedError(f"{message}, got {type(gamma).__name__} and {type(lmbda).__name__}")
     discounted = gamma * _unless(terminated, next_state_value)
-    one_step = _wide(reward) + discounted - _unless(_ends(done, time_dim), lmbda * discounted)
+    one_step = wide(reward) + discounted - _unless(_ends(done, time_dim), lmbda * discounted)
     return _trajectory_sums(one_step, gamma * lmbda, done, time_dim)
 
 
@@ -105,14 +106,14 @@ def vtrace_advantage_estimate(
     terminated = done if terminated is None else terminated
     _same_shapes(state_value, next_state_value, reward, done, terminated)
     next_value = gamma * _unless(terminated, next_state_value)
-    td_errors = _wide(reward) + next_value - state_value
-    ratio = (_wide(log_pi) - log_mu).exp()
+    td_errors = wide(reward) + next_value - state_value
+    ratio = (wide(log_pi) - log_mu).exp()
     rho = ratio.clamp(max=rho_thresh)
     numbers = gamma, rho_thresh, c_thresh
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (td_errors, ratio))
     if all(_is_number(x) for x in numbers) and not differentiated:
         discount, rho_clip, c_clip = (float(x) for x in numbers)
-        packed = [_packed(x.expand_as(done), time_dim) for x in (td_errors, _wide(log_pi), _wide(log_mu))]
+        packed = [_packed(x.expand_as(done), time_dim) for x in (td_errors, wide(log_pi), wide(log_mu))]
         _, excess = vtrace(
             packed[0], torch.zeros_like(packed[0]), *packed[1:], cu_seqlens=_cu_seqlens(done, time_dim), gamma=discount,
             rho_clip=rho_clip, c_clip=c_clip,
@@ -123,7 +124,7 @@ def vtrace_advantage_estimate(
     targets = excess + state_value
     following = gamma * _unless(terminated, targets.roll(-1, time_dim))
     following = torch.where(_ends(done, time_dim), next_value, following)
-    return rho * (_wide(reward) + following - state_value), targets
+    return rho * (wide(reward) + following - state_value), targets
 
 
 # --- Sums along trajectories -----------------------------------------------------------------------------------------
@@ -192,10 +193,6 @@ def _is_number(x: float | Tensor) -> bool:
     return not isinstance(x, Tensor) or x.numel() == 1
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _unless(condition: Tensor, x: Tensor) -> Tensor:
     """x in float32 at least, 0 where the condition holds."""
-    return torch.where(condition, 0, _wide(x))
+    return torch.where(condition, 0, wide(x))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast import PolicyObjective, PreferenceObjective, gae, policy_loss, token_logprobs, value_loss
-from rlhf_fast.integrations._moments import moments
+from rlhf_fast.integrations._tensors import moments
 from rlhf_fast.ops.preference.objective import VARIANTS, Pairs, scored
 
 PEER = "torchtune"
@@ -78,7 +78,7 @@ class PPOLoss(nn.Module):
 
 
 class _PairLoss(nn.Module):
-    """A loss of each pair."""
+    """A loss of each pair by its definition: preference_loss has the mean alone, which torchtune's recipes take."""
 
     objective: PreferenceObjective
 
@@ -90,9 +90,13 @@ class _PairLoss(nn.Module):
         reference_rejected_logps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(losses, chosen_rewards, rejected_rewards), (B,) each, of sums of log-probabilities (B,), in nats."""
-        return _of_each_pair(
-            self.objective, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
-        )
+        ((name, _),) = self.objective.terms
+        logps = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+        pairs = scored(Pairs(*logps), self.objective, name)
+        losses = VARIANTS[name].loss(pairs, self.objective)
+        rewards = pairs.chosen_reward.detach(), pairs.rejected_reward.detach()
+        dtype = policy_chosen_logps.dtype
+        return losses.to(dtype), rewards[0].to(dtype), rewards[1].to(dtype)
 
 
 class DPOLoss(_PairLoss):
@@ -112,16 +116,6 @@ class RSOLoss(_PairLoss):
         super().__init__()
         self.gamma = gamma
         self.objective = PreferenceObjective("rso", gamma)
-
-
-def _of_each_pair(objective: PreferenceObjective, *logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition: preference_loss has the mean alone, and torchtune's recipes take it themselves."""
-    ((name, _),) = objective.terms
-    pairs = scored(Pairs(*logps), objective, name)
-    losses = VARIANTS[name].loss(pairs, objective)
-    rewards = pairs.chosen_reward.detach(), pairs.rejected_reward.detach()
-    dtype = logps[0].dtype
-    return losses.to(dtype), rewards[0].to(dtype), rewards[1].to(dtype)
 
 
 # --- Advantages and rewards ------------------------------------------------------------------------------------------

@@ -33,60 +33,31 @@ from rlhf_fast.integrations.liger.preference import (
     LigerFusedLinearSimPOLoss,
 )
 
-__all__ = [
-    "PEER",
-    "TESTED",
-    "CrossEntropyOutput",
-    "GrpoLossFunction",
-    "LigerCrossEntropyFunction",
-    "LigerCrossEntropyLoss",
-    "LigerFusedLinearCPOLoss",
-    "LigerFusedLinearCrossEntropyFunction",
-    "LigerFusedLinearCrossEntropyLoss",
-    "LigerFusedLinearDPOLoss",
-    "LigerFusedLinearGRPOLoss",
-    "LigerFusedLinearJSDLoss",
-    "LigerFusedLinearKTOLoss",
-    "LigerFusedLinearORPOLoss",
-    "LigerFusedLinearScaledCrossEntropyFunction",
-    "LigerFusedLinearScaledCrossEntropyTPFunction",
-    "LigerFusedLinearSimPOLoss",
-    "fused_selective_log_softmax",
-    "replacements",
-    "triton_grpo_loss",
-]
-
 PEER = "liger-kernel"
 TESTED = "0.8.5"
 
 
 def replacements() -> dict[str, Any]:
     """The peer's defining modules and names -> our objects."""
-    chunked = {
-        "CPO": LigerFusedLinearCPOLoss,
-        "DPO": LigerFusedLinearDPOLoss,
-        "GRPO": LigerFusedLinearGRPOLoss,
-        "JSD": LigerFusedLinearJSDLoss,
-        "KTO": LigerFusedLinearKTOLoss,
-        "ORPO": LigerFusedLinearORPOLoss,
-        "SimPO": LigerFusedLinearSimPOLoss,
-    }
-    places: dict[str, Any] = {
-        "ops.cross_entropy": LigerCrossEntropyFunction,
-        "ops.fused_linear_cross_entropy": LigerFusedLinearCrossEntropyFunction,
-        "transformers.cross_entropy": LigerCrossEntropyLoss,
-        "transformers.fused_linear_cross_entropy": LigerFusedLinearCrossEntropyLoss,
-        "ops.grpo_loss": GrpoLossFunction,
-        "transformers.grpo_loss": triton_grpo_loss,
-    }
-    names = {f"{place}.{ours.__name__}": ours for place, ours in places.items()}
-    names["ops.grpo_loss.fused_selective_log_softmax"] = fused_selective_log_softmax
-    ours: type
-    for ours in (LigerFusedLinearScaledCrossEntropyFunction, LigerFusedLinearScaledCrossEntropyTPFunction):
-        names[f"ops.fused_linear_scaled_cross_entropy.{ours.__name__}"] = ours
-    for name, loss in chunked.items():
-        for ours in (loss, FUNCTIONS[name]):
-            names[f"chunked_loss.{name.lower()}_loss.{ours.__name__}"] = ours
-    names["transformers.functional.CrossEntropyOutput"] = CrossEntropyOutput
+    places: dict[str, tuple[Any, ...]] = {
+        "ops.cross_entropy": (LigerCrossEntropyFunction,),
+        "ops.fused_linear_cross_entropy": (LigerFusedLinearCrossEntropyFunction,),
+        "ops.fused_linear_scaled_cross_entropy": (
+            LigerFusedLinearScaledCrossEntropyFunction, LigerFusedLinearScaledCrossEntropyTPFunction,
+        ),
+        "ops.grpo_loss": (GrpoLossFunction, fused_selective_log_softmax),
+        "transformers.cross_entropy": (LigerCrossEntropyLoss,),
+        "transformers.functional": (CrossEntropyOutput,),
+        "transformers.fused_linear_cross_entropy": (LigerFusedLinearCrossEntropyLoss,),
+        "transformers.grpo_loss": (triton_grpo_loss,),
+        "chunked_loss.cpo_loss": (LigerFusedLinearCPOLoss, FUNCTIONS["CPO"]),
+        "chunked_loss.dpo_loss": (LigerFusedLinearDPOLoss, FUNCTIONS["DPO"]),
+        "chunked_loss.grpo_loss": (LigerFusedLinearGRPOLoss, FUNCTIONS["GRPO"]),
+        "chunked_loss.jsd_loss": (LigerFusedLinearJSDLoss, FUNCTIONS["JSD"]),
+        "chunked_loss.kto_loss": (LigerFusedLinearKTOLoss, FUNCTIONS["KTO"]),
+        "chunked_loss.orpo_loss": (LigerFusedLinearORPOLoss, FUNCTIONS["ORPO"]),
+        "chunked_loss.simpo_loss": (LigerFusedLinearSimPOLoss, FUNCTIONS["SimPO"]),
+    }  # fmt: skip
+    names = {f"{place}.{ours.__name__}": ours for place, objects in places.items() for ours in objects}
     names |= {f"chunked_loss.functional.{name}": apply for name, apply in FUNCTIONAL.items()}
     return {f"liger_kernel.{name}": ours for name, ours in names.items()}

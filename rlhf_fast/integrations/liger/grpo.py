@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import PolicyObjective, kl_estimate, linear_policy_loss
+from rlhf_fast.integrations._tensors import wide
 from rlhf_fast.integrations.liger._head import Head
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -308,11 +309,6 @@ class Batch(NamedTuple):
         if self.ratio is None:
             return self.mask.new_zeros(self.mask.shape[0], 1)
         return self.ratio.float().log().clamp(LOWEST, HIGHEST).sum(1, keepdim=True)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def correction(ratio: Tensor | None, mask: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast import linear_logprobs
-from rlhf_fast.integrations._cross_entropy import Options, check_weight, cross_entropy, of_labels, reduced
+from rlhf_fast.integrations._cross_entropy import Options, check_weight, cross_entropy, from_logprobs, reduced
+from rlhf_fast.integrations._tensors import wide
 from rlhf_fast.integrations._trl_heads import logit_tiles
 from rlhf_fast.integrations.liger._head import Head
 
@@ -56,7 +58,7 @@ class LigerCrossEntropyFunction:
         """
         _check(reduction, softcap)
         options = Options(weight, label_smoothing, lse_square_scale, ignore_index=ignore_index)
-        logits = _input if softcap is None else softcap * torch.tanh(_wide(_input) / softcap)
+        logits = _input if softcap is None else softcap * torch.tanh(wide(_input) / softcap)
         loss, z_loss = reduced(*cross_entropy(logits, target, options), target, options, reduction)
         predictions = _predictions(
             lambda: _input.detach().argmax(1), target, ignore_index, reduction, return_token_accuracy,
@@ -111,26 +113,17 @@ def _from_head(head: Head, target: Tensor, options: Options, softcap: float | No
     """(losses, z_losses, log-probabilities without gradient), (N,) each."""
     check_weight(options, head.weight.shape[0])
     counts = target != options.ignore_index
-    shared: dict[str, Any] = {"bias": head.bias, "mask": counts, "softcap": softcap}
-    if options.label_smoothing != 0:
-        with torch.no_grad():
-            logprobs = linear_logprobs(head.hidden, head.weight, target, **shared)
-        return *_smoothed(head, target, options, softcap), logprobs
-    if options.lse_square_scale == 0:
-        logprobs = linear_logprobs(head.hidden, head.weight, target, **shared)
-        z_losses = torch.zeros_like(logprobs)
-    else:
-        logprobs, lse = linear_logprobs(head.hidden, head.weight, target, return_lse=True, **shared)
-        z_losses = options.lse_square_scale * lse.square()
-    losses = -logprobs
-    if options.weight is not None:
-        losses = losses * of_labels(options.weight, target, counts).to(losses.dtype)
-    return losses, z_losses, logprobs.detach()
+    score = partial(linear_logprobs, *head[:2], target, bias=head.bias, mask=counts, softcap=softcap)
+    if options.label_smoothing == 0:
+        return from_logprobs(score, target, options)
+    with torch.no_grad():
+        logprobs = score()
+    return *_smoothed(head, target, options, softcap), logprobs
 
 
 def _smoothed(head: Head, target: Tensor, options: Options, softcap: float | None) -> tuple[Tensor, Tensor]:
     """(losses, z_losses): a tile of logits at a time, in float32, whose gradients are rounded once, at the end."""
-    hidden, weight, bias = (None if x is None else _wide(x) for x in head)
+    hidden, weight, bias = (None if x is None else wide(x) for x in head)
     assert hidden is not None
 
     def tile(rows: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -157,10 +150,6 @@ def _check(reduction: str, softcap: float | None) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0 or None, got {softcap}")
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _predictions(

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rlhf_fast import token_logprobs
-from rlhf_fast.integrations.liger.grpo import TOKEN_ONLY, Batch, LigerFusedLinearGRPOLoss, Terms, correction, wide
+from rlhf_fast.integrations._tensors import wide
+from rlhf_fast.integrations.liger.grpo import TOKEN_ONLY, Batch, LigerFusedLinearGRPOLoss, correction
 
 
 def triton_grpo_loss(
@@ -48,17 +49,14 @@ def triton_grpo_loss(
     Returns (losses, KL or None, clipped), (B, L) float32 and 0 behind the mask; with reduce (loss, [kl?, clip ratio]).
     Raises ValueError for values and combinations that do not fit.
     """
-    columns = completion_ids.shape[1]
-    loss = _FromLogits(
-        beta=beta, epsilon_low=eps_low, epsilon_high=eps_high, loss_type=loss_type,
-        max_completion_length=columns if max_completion_length is None else max_completion_length,
-        importance_sampling_level=importance_sampling_level, sapo_temperature_pos=sapo_temperature_pos,
-        sapo_temperature_neg=sapo_temperature_neg, delta=delta, use_bias_correction_kl=use_bias_correction_kl,
-        vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos, vespo_k_neg=vespo_k_neg,
-        vespo_lambda_neg=vespo_lambda_neg, temperature=temperature,
-    )  # fmt: skip
     given = logits, old_logp, ref_logp, completion_ids, advantages, completion_mask, vllm_is_ratio
-    value, kl, clipped = _results(loss, *given, inplace=inplace, reduce=reduce, num_items_in_batch=num_items_in_batch)
+    value, kl, clipped = _results(
+        _FromLogits, given, inplace, reduce, num_items_in_batch, max_completion_length, beta=beta, epsilon_low=eps_low,
+        epsilon_high=eps_high, loss_type=loss_type, importance_sampling_level=importance_sampling_level,
+        sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg, delta=delta,
+        use_bias_correction_kl=use_bias_correction_kl, vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos,
+        vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg, temperature=temperature,
+    )  # fmt: skip
     if not reduce:
         return value, kl, clipped
     return value, [clipped] if kl is None else [kl, clipped]
@@ -95,16 +93,14 @@ class GrpoLossFunction:
         """As triton_grpo_loss; with reduce (loss, KL or None, clip ratio). phi_seq: (B,) or (B, 1), vespo's weights."""
         if loss_type == "vespo" and phi_seq is None:
             raise ValueError("phi_seq must be given for loss_type vespo, got None: triton_grpo_loss makes it")
-        columns = completion_ids.shape[1]
-        loss = _WeighedSequences(
-            beta=beta, epsilon_low=eps_low, epsilon_high=eps_high, loss_type=loss_type,
-            max_completion_length=columns if max_completion_length is None else max_completion_length,
+        given = logits, old_logp, ref_logp, completion_ids, advantages, completion_mask, vllm_is_ratio
+        return _results(
+            _WeighedSequences, given, inplace, reduce, num_items_in_batch, max_completion_length, beta=beta,
+            epsilon_low=eps_low, epsilon_high=eps_high, loss_type=loss_type,
             importance_sampling_level=importance_sampling_level, sapo_temperature_pos=sapo_temperature_pos,
             sapo_temperature_neg=sapo_temperature_neg, delta=delta, use_bias_correction_kl=use_bias_correction_kl,
             temperature=temperature, phi=None if phi_seq is None else phi_seq.detach().reshape(-1, 1),
         )  # fmt: skip
-        given = logits, old_logp, ref_logp, completion_ids, advantages, completion_mask, vllm_is_ratio
-        return _results(loss, *given, inplace=inplace, reduce=reduce, num_items_in_batch=num_items_in_batch)
 
 
 class _FromLogits(LigerFusedLinearGRPOLoss):
@@ -128,12 +124,14 @@ class _WeighedSequences(_FromLogits):
         return self.phi
 
 
-def _terms(
-    loss: LigerFusedLinearGRPOLoss, logits: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None,
-    completion_ids: Tensor, advantages: Tensor, completion_mask: Tensor | None, vllm_is_ratio: Tensor | None, *,
-    inplace: bool,
-) -> tuple[Terms, Tensor]:  # fmt: skip
-    """The loss of every token, and the mask (B, L) float32."""
+def _results(
+    kind: type[_FromLogits], given: tuple[Any, ...], inplace: bool, reduce: bool,
+    num_items_in_batch: Tensor | float | None, max_completion_length: int | None, **options: Any,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """(loss, KL or None, clipped) of every token, or with reduce of all of them."""
+    logits, old_logp, ref_logp, completion_ids, advantages, completion_mask, vllm_is_ratio = given
+    length = completion_ids.shape[1] if max_completion_length is None else max_completion_length
+    loss = kind(max_completion_length=length, **options)
     if loss.delta is not None and loss.loss_type in TOKEN_ONLY:
         raise ValueError(f"delta must be None for loss_type {loss.loss_type}, got {loss.delta}")
     if loss.beta != 0 and ref_logp is None:
@@ -147,14 +145,7 @@ def _terms(
     scored = token_logprobs(logits, ids, temperature=loss.temperature, mask=counted, inplace_backward=inplace)
     old, reference = (None if x is None else wide(x) for x in (old_logp, ref_logp))
     batch = Batch(mask, wide(advantages), old, reference, correction(vllm_is_ratio, mask))
-    return loss.terms(scored[:, :-1], batch), mask
-
-
-def _results(
-    loss: LigerFusedLinearGRPOLoss, *given: Any, inplace: bool, reduce: bool, num_items_in_batch: Tensor | float | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(loss, KL or None, clipped) of every token, or with reduce of all of them."""
-    terms, mask = _terms(loss, *given, inplace=inplace)
+    terms = loss.terms(scored[:, :-1], batch)
     if not reduce:
         losses = torch.where(mask != 0, terms.losses, 0.0)
         return losses, None if terms.kl is None else terms.kl.detach() * mask, terms.clipped * mask

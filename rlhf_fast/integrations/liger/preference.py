@@ -158,7 +158,7 @@ class LigerFusedLinearDPOLoss(_PairLoss):
             message = f"label_smoothing must lie in [0.0, 0.5) for loss_type='robust', got {self.label_smoothing}"
             raise ValueError(message)
         smoothing = self.label_smoothing if self.loss_type in ("exo_pair", "robust") else 0.0
-        self.objective = PreferenceObjective(
+        self._objective = PreferenceObjective(
             self.loss_type, self.beta, smoothing, reference_free=not self.use_ref_model, discopop_tau=self.discopop_tau
         )
 
@@ -181,7 +181,7 @@ class LigerFusedLinearDPOLoss(_PairLoss):
             reference = Pairs(*scored.chunk(2))
         head = Head.of(_input, lin_weight, bias)
         loss, metrics = self._preference(
-            head, target, self.objective, average=self.average_log_prob, alpha=self.alpha, reference=reference
+            head, target, self._objective, average=self.average_log_prob, alpha=self.alpha, reference=reference
         )
         return loss + 1 if self.loss_type.startswith("apo") else loss, metrics  # ours leaves APO's constant out
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import linear_logprobs, token_logprobs
+from rlhf_fast.integrations._tensors import entropy_of_logits
 
 IGNORED = -100  # the label that flash-attn's cross-entropy, verl's choice on a GPU, counts as 0
 
@@ -57,17 +58,12 @@ def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits) in nats, (...), in the type of the logits (..., V)."""
-    return _entropy(logits).to(logits.dtype)
+    return entropy_of_logits(logits).to(logits.dtype)
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
     """The same in float32. chunk_size bounds verl's copies in float32; ours makes none and does not look at it."""
-    return _entropy(logits).float()
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    any_id = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return token_logprobs(logits, any_id, return_entropy=True)[1]
+    return entropy_of_logits(logits).float()
 
 
 # --- From hidden states -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.integrations._moments import moments
+from rlhf_fast.integrations._tensors import moments, wide
 
 Axis = int | tuple[int, ...] | None
 
@@ -29,8 +29,8 @@ def masked_mean(values: Tensor, mask: Tensor, axis: Axis = None) -> Tensor:
 
 def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     """The variance, (), over n - 1 with `unbiased`, which raises ValueError on the CPU for fewer than two counted."""
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    variance = masked_mean((wide - masked_mean(wide, mask)).square(), mask)
+    centred = wide(values) - masked_mean(wide(values), mask)
+    variance = masked_mean(centred.square(), mask)
     if unbiased:
         check_two_counted(mask)
         total = mask.sum()
@@ -60,8 +60,8 @@ def check_two_counted(mask: Tensor) -> None:
 
 def _weighed_sum(values: Tensor, mask: Tensor, axis: Axis) -> Tensor:
     counted = torch.where(mask.bool(), values, 0)
-    wide = torch.promote_types(_product_type(values, mask), torch.float32) if values.is_floating_point() else None
-    weighed = (counted if wide is None else counted.to(wide)) * mask
+    dtype = torch.promote_types(_product_type(values, mask), torch.float32) if values.is_floating_point() else None
+    weighed = (counted if dtype is None else counted.to(dtype)) * mask
     return weighed.sum() if axis is None else weighed.sum(dim=axis)
 
 

@@ -25,6 +25,7 @@ from rlhf_fast.ops.policy.policy_loss import Inputs, Plan, evaluate
 
 Loss = tuple[Tensor, dict[str, float]]
 MAX_LOG_RATIO = 20.0
+LOSSES: dict[str, Callable[..., Loss]] = {}  # by their names in verl's registry
 
 
 class Batch(NamedTuple):
@@ -82,7 +83,7 @@ class Batch(NamedTuple):
 
 
 def _policy_loss(loss_agg_mode: str = "token-mean") -> Callable[[Callable[[Batch], Loss]], Callable[..., Loss]]:
-    """Gives a function of a Batch verl's signature, with the default aggregation."""
+    """Gives a function of a Batch verl's signature, with the default aggregation, and a place among LOSSES."""
     default = loss_agg_mode
 
     def decorator(function: Callable[[Batch], Loss]) -> Callable[..., Loss]:
@@ -102,6 +103,7 @@ def _policy_loss(loss_agg_mode: str = "token-mean") -> Callable[[Callable[[Batch
             return function(batch)
 
         loss.__name__, loss.__qualname__, loss.__doc__ = function.__name__, function.__qualname__, function.__doc__
+        LOSSES[loss.__name__.removeprefix("compute_policy_loss_")] = loss
         return loss
 
     return decorator
@@ -301,18 +303,4 @@ def compute_policy_loss_reinforce(
     return loss, _floats(masked_mean((rollout_log_prob - log_prob).detach(), response_mask))
 
 
-# The names of verl's registry.
-LOSSES: dict[str, Callable[..., Loss]] = {
-    "vanilla": compute_policy_loss_vanilla,
-    "dppo_tv": compute_policy_loss_dppo_tv,
-    "dppo_kl": compute_policy_loss_dppo_kl,
-    "gspo": compute_policy_loss_gspo,
-    "sapo": compute_policy_loss_sapo,
-    "gpg": compute_policy_loss_gpg,
-    "clip_cov": compute_policy_loss_clip_cov,
-    "kl_cov": compute_policy_loss_kl_cov,
-    "geo_mean": compute_policy_loss_geo_mean,
-    "dro": compute_policy_loss_dro,
-    "cispo": compute_policy_loss_cispo,
-}
 FUNCTIONS: tuple[Callable[..., Any], ...] = (compute_policy_loss, compute_policy_loss_reinforce, *LOSSES.values())

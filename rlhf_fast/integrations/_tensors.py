@@ -1,9 +1,22 @@
-"""Mean and variance of what a mask counts, for the peers that whiten what it does not count as well."""
+"""Computations on tensors that several integrations share."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from rlhf_fast import token_logprobs
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def entropy_of_logits(logits: Tensor) -> Tensor:
+    """Entropy (...) of softmax(logits), in nats; float32 (float64 for float64 logits)."""
+    any_id = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return token_logprobs(logits, any_id, return_entropy=True)[1]
 
 
 def moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
