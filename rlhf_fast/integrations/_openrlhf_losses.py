@@ -31,13 +31,9 @@ def result_type(token_level: bool, *tensors: Tensor | None) -> torch.dtype:
 
 
 def aggregate_loss(
-    loss: Tensor,
-    loss_mask: Tensor | None,
-    token_level_loss: bool = True,
-    dp_size: int = 1,
-    batch_num_tokens: float | None = None,
-    global_batch_size: float | None = None,
-) -> Tensor:
+    loss: Tensor, loss_mask: Tensor | None, token_level_loss: bool = True, dp_size: int = 1,
+    batch_num_tokens: float | None = None, global_batch_size: float | None = None,
+) -> Tensor:  # fmt: skip
     """The 0-d mean of losses (B, T) over the tokens that count, or over sequences of their means over tokens.
 
     batch_num_tokens, global_batch_size: the tokens or sequences of the whole batch, which `dp_size` ranks share: the
@@ -90,13 +86,9 @@ class SFTLoss(nn.Module):
         self.token_level_loss = token_level_loss
 
     def forward(
-        self,
-        per_token_logps: Tensor,
-        loss_mask: Tensor,
-        dp_size: int = 1,
-        batch_num_tokens: float | None = None,
+        self, per_token_logps: Tensor, loss_mask: Tensor, dp_size: int = 1, batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         losses = -per_token_logps
         return aggregate_loss(losses, loss_mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
 
@@ -173,16 +165,10 @@ class PolicyLoss(nn.Module):
             )
 
     def forward(
-        self,
-        log_probs: Tensor,
-        old_log_probs: Tensor,
-        advantages: Tensor,
-        action_mask: Tensor | None = None,
-        rollout_log_probs: Tensor | None = None,
-        dp_size: int = 1,
-        batch_num_tokens: float | None = None,
+        self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None, dp_size: int = 1, batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """(loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio), 0-d each, the last two None without a correction.
 
         All inputs (B, T), log-probabilities in nats. Only the loss has a gradient; the KLs are k1, in nats. The last
@@ -285,15 +271,9 @@ class ValueLoss(nn.Module):
         self.token_level_loss = token_level_loss
 
     def forward(
-        self,
-        values: Tensor,
-        old_values: Tensor,
-        returns: Tensor,
-        action_mask: Tensor | None = None,
-        dp_size: int = 1,
-        batch_num_tokens: float | None = None,
-        global_batch_size: float | None = None,
-    ) -> Tensor:
+        self, values: Tensor, old_values: Tensor, returns: Tensor, action_mask: Tensor | None = None, dp_size: int = 1,
+        batch_num_tokens: float | None = None, global_batch_size: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """0-d. All inputs (B, T)."""
         if not self.token_level_loss:
             losses = 0.5 * _squares(values, old_values, returns, self.clip_eps)

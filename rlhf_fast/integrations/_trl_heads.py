@@ -4,7 +4,7 @@ ChunkedDivergenceFunction in trl.py."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,18 @@ from rlhf_fast.ops.head.head import Head
 from rlhf_fast.ops.head.tiles import chunks, default_chunk_tokens
 
 _TILE_ROWS = 512  # of two tiles of logits that autograd makes
-_Transform = tuple[float, float | None]  # logit_scale, softcap
 _Projection = tuple[Tensor, Tensor, Tensor | None]  # hidden, weight, bias
+
+
+class Transform(NamedTuple):
+    """What is done to logits before the temperature."""
+
+    logit_scale: float
+    softcap: float | None
+
+    def of(self, logits: Tensor) -> Tensor:
+        logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def compute_type(hidden: Tensor) -> torch.dtype:
@@ -27,27 +37,21 @@ def compute_type(hidden: Tensor) -> torch.dtype:
 
 
 def scored(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    targets: Tensor,
-    dtype: torch.dtype,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    outputs: tuple[str, ...],
-) -> tuple[Tensor | None, ...]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, targets: Tensor, dtype: torch.dtype, temperature: float,
+    transform: Transform, outputs: tuple[str, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The five outputs of ChunkedLogProbFunction."""
-    if logit_scale <= 0:  # TRL takes any; 0 and -1 are exact factors in every type
-        sign = -1.0 if logit_scale < 0 else 0.0
-        hidden, bias, logit_scale = hidden * sign, None if bias is None else bias * sign, abs(logit_scale) or 1.0
-    transform: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    scale = transform.logit_scale
+    if scale <= 0:  # TRL takes any; 0 and -1 are exact factors in every type
+        sign = -1.0 if scale < 0 else 0.0
+        hidden, bias = hidden * sign, None if bias is None else bias * sign
+        transform = transform._replace(logit_scale=abs(scale) or 1.0)
+    options: dict[str, Any] = {"temperature": temperature, **transform._asdict()}
     want_stats = "log_sum_sq_probs" in outputs or "is_top1" in outputs
     with torch.autocast(hidden.device.type, enabled=False):  # which would round the logits
         hidden, weight, bias = _cast(dtype, hidden, weight, bias)
         wanted: dict[str, Any] = {"return_entropy": "entropy" in outputs, "return_stats": want_stats}
-        scored = linear_logprobs(hidden, weight, targets, bias=bias, **wanted, **transform)
+        scored = linear_logprobs(hidden, weight, targets, bias=bias, **wanted, **options)
         logprobs, *rest = scored if isinstance(scored, tuple) else (scored,)
         entropy = rest.pop(0).float() if "entropy" in outputs else None
         squares = mean = is_top1 = None
@@ -55,43 +59,29 @@ def scored(
             if "log_sum_sq_probs" in outputs:
                 squares = rest[0].sum_p_squared.log().float()
             if "mean_logits" in outputs:
-                mean = _mean_logits(hidden, weight, bias, **transform)
+                mean = _mean_logits(hidden, weight, bias, transform, temperature)
             if "is_top1" in outputs:
-                is_top1 = _is_top1(hidden, weight, bias, targets, logprobs, rest[0].p_max, **transform)
+                is_top1 = _is_top1(hidden, weight, bias, targets, logprobs, rest[0].p_max, transform)
     return logprobs.float(), entropy, squares, mean, is_top1
 
 
 def _mean_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, temperature: float
 ) -> Tensor:
     """(N,) float32: the mean of z over the vocabulary, without gradient."""
-    if softcap is None:  # the mean of linear functions is one
+    if transform.softcap is None:  # the mean of linear functions is one
         mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
-        return (mean if bias is None else mean + bias.float().mean()) * (logit_scale / temperature)
+        return (mean if bias is None else mean + bias.float().mean()) * (transform.logit_scale / temperature)
     result = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     for rows, logits in logit_tiles(hidden, weight, bias):
-        result[rows] = _transformed(logits, logit_scale, softcap).mean(-1) / temperature
+        result[rows] = transform.of(logits).mean(-1) / temperature
     return result
 
 
 def _is_top1(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    logprobs: Tensor,
-    p_max: Tensor,
-    *,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logprobs: Tensor, p_max: Tensor,
+    transform: Transform,
+) -> Tensor:  # fmt: skip
     """(N,) bool: whether the target's logit is the greatest, and the first of those that equal it.
 
     A target with more than half of the probability has no equal. Of the others, only rows where it is the greatest to
@@ -100,27 +90,17 @@ def _is_top1(
     is_top1 = logprobs > -0.693  # just above log(1 / 2)
     open_rows = (~is_top1 & (logprobs > p_max.log() - 1e-4)).nonzero()[:, 0]
     for rows, logits in logit_tiles(hidden[open_rows], weight, bias):
-        best = _transformed(logits, logit_scale, softcap).argmax(-1)
+        best = transform.of(logits).argmax(-1)
         is_top1[open_rows[rows]] = best == targets[open_rows[rows]]
     return is_top1
 
 
 def diverged(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    *,
-    types: tuple[torch.dtype, torch.dtype],
-    variant: str,
-    js_weight: float,
-    temperature: float,
-    transforms: tuple[_Transform, _Transform],
-) -> tuple[Tensor, Tensor]:
-    """The two outputs of ChunkedDivergenceFunction."""
-    options: dict[str, Any] = {"variant": variant, "js_weight": js_weight, "temperature": temperature}
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher_hidden: Tensor,
+    teacher_weight: Tensor, teacher_bias: Tensor | None, *, types: tuple[torch.dtype, torch.dtype],
+    transforms: tuple[Transform, Transform], **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The two outputs of ChunkedDivergenceFunction; options: variant, js_weight and temperature, as of linear_kl."""
     scale, softcap = transforms[0]
     with torch.autocast(student_hidden.device.type, enabled=False):
         student = _cast(types[0], student_hidden, student_weight, student_bias)
@@ -140,15 +120,15 @@ def diverged(
 
 
 def _diverged_by_tiles(
-    student: _Projection, teacher: _Projection, transforms: tuple[_Transform, _Transform], options: dict[str, Any]
+    student: _Projection, teacher: _Projection, transforms: tuple[Transform, Transform], options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """The same for logits that are transformed differently: a tile of both at a time, made again in backward."""
     wide = torch.promote_types(torch.promote_types(student[0].dtype, teacher[0].dtype), torch.float32)
     (hidden, *head), (ref_hidden, *ref_head) = _cast(wide, *student), _cast(wide, *teacher)
 
     def tile(rows: Tensor, weight: Tensor, bias: Tensor | None, ref_rows: Tensor) -> tuple[Tensor, Tensor]:
-        logits = _transformed(linear(rows, weight, bias), *transforms[0])
-        ref_logits = _transformed(linear(ref_rows, *ref_head), *transforms[1])
+        logits = transforms[0].of(linear(rows, weight, bias))
+        ref_logits = transforms[1].of(linear(ref_rows, *ref_head))
         ids = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
         _, entropy = token_logprobs(logits.detach(), ids, temperature=options["temperature"], return_entropy=True)
         return token_kl(logits, ref_logits, **options).float(), entropy.float()
@@ -158,11 +138,6 @@ def _diverged_by_tiles(
         for i in range(0, max(1, hidden.shape[0]), _TILE_ROWS)
     ]
     return torch.cat([kl for kl, _ in parts]), torch.cat([entropy for _, entropy in parts])
-
-
-def _transformed(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
-    logits = logits * logit_scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def logit_tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:

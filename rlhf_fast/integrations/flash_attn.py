@@ -58,18 +58,10 @@ def uninstall() -> None:
 
 
 def cross_entropy_loss(
-    logits: Tensor,
-    labels: Tensor,
-    precomputed_lse: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
-    lse_square_scale: float = 0.0,
-    ignore_index: int = -100,
-    inplace_backward: bool = False,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    *,
-    weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None = None, label_smoothing: float = 0.0,
+    logit_scale: float = 1.0, lse_square_scale: float = 0.0, ignore_index: int = -100, inplace_backward: bool = False,
+    process_group: torch.distributed.ProcessGroup | None = None, *, weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(losses, z_losses), (N,) each, float32 (float64 for float64 logits); z_losses are in losses and have no gradient.
 
     logits: (N, V); with a process_group this rank's V / ranks columns, in rank order. labels: (N,), ids of the whole
@@ -92,18 +84,11 @@ class CrossEntropyLoss(torch.nn.Module):
     """flash_attn.losses.cross_entropy.CrossEntropyLoss, on the CPU as well; weight as in `cross_entropy_loss`."""
 
     def __init__(
-        self,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        logit_scale: float = 1.0,
-        lse_square_scale: float = 0.0,
-        inplace_backward: bool = False,
-        process_group: torch.distributed.ProcessGroup | None = None,
-        return_z_loss: bool = False,
-        *,
+        self, ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0, logit_scale: float = 1.0,
+        lse_square_scale: float = 0.0, inplace_backward: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None, return_z_loss: bool = False, *,
         weight: Tensor | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if reduction not in ("mean", "none", "sum"):
             raise NotImplementedError(f"reduction must be mean, none or sum, got {reduction!r}")

@@ -81,12 +81,9 @@ class DPOLoss(nn.Module):
             self.objective = PreferenceObjective("sigmoid", beta, label_smoothing)
 
     def forward(
-        self,
-        policy_chosen_logps: Tensor,
-        policy_rejected_logps: Tensor,
-        reference_chosen_logps: Tensor,
+        self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, reference_chosen_logps: Tensor,
         reference_rejected_logps: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """(loss 0-d, chosen_rewards (B,), rejected_rewards (B,)) of log-probabilities (B,), in nats."""
         logps = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
         ones = torch.ones_like(policy_chosen_logps) if self.ipo else None  # our ipo averages over tokens
@@ -119,12 +116,9 @@ class LogExpLoss(nn.Module):
 
 
 def compute_approx_kl(
-    log_probs: Tensor,
-    log_probs_base: Tensor,
-    log_probs_old: Tensor | None = None,
-    kl_estimator: str = "k1",
+    log_probs: Tensor, log_probs_base: Tensor, log_probs_old: Tensor | None = None, kl_estimator: str = "k1",
     unbiased_gradient: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """k1, k2 or k3 per token of (B, T), within +-10 nats, in float32.
 
     unbiased_gradient: with the gradient of the KL itself, that of k2, weighted with min(exp(log_probs - log_probs_old),
@@ -139,12 +133,9 @@ def compute_approx_kl(
 
 
 def compute_reward(
-    r: Tensor,
-    kl_coef: float,
-    kl: Tensor,
-    action_mask: Tensor | None = None,
+    r: Tensor, kl_coef: float, kl: Tensor, action_mask: Tensor | None = None,
     reward_clip_range: tuple[float, float] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """-kl_coef * kl per token (B, T), also behind the mask, and the score of (B,) at the last token that counts.
 
     reward_clip_range: (lowest, highest) score. A kl_coef below 0 is 0. The result is detached, in the type of kl. A

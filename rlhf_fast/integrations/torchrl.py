@@ -35,16 +35,9 @@ def replacements() -> dict[str, Any]:
 
 
 def vec_generalized_advantage_estimate(
-    gamma: float | Tensor,
-    lmbda: float | Tensor,
-    state_value: Tensor,
-    next_state_value: Tensor,
-    reward: Tensor,
-    done: Tensor,
-    terminated: Tensor | None = None,
-    *,
-    time_dim: int = -2,
-) -> tuple[Tensor, Tensor]:
+    gamma: float | Tensor, lmbda: float | Tensor, state_value: Tensor, next_state_value: Tensor, reward: Tensor,
+    done: Tensor, terminated: Tensor | None = None, *, time_dim: int = -2,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(advantages, value targets) of the common shape of the inputs, (*batch, time, *features), float32 at least.
 
     gamma, lmbda: numbers, or tensors that broadcast to that shape. done ends a trajectory, terminated (done where it is
@@ -58,16 +51,9 @@ def vec_generalized_advantage_estimate(
 
 
 def vec_td_lambda_return_estimate(
-    gamma: float | Tensor,
-    lmbda: float | Tensor,
-    next_state_value: Tensor,
-    reward: Tensor,
-    done: Tensor,
-    terminated: Tensor | None = None,
-    rolling_gamma: bool | None = None,
-    *,
-    time_dim: int = -2,
-) -> Tensor:
+    gamma: float | Tensor, lmbda: float | Tensor, next_state_value: Tensor, reward: Tensor, done: Tensor,
+    terminated: Tensor | None = None, rolling_gamma: bool | None = None, *, time_dim: int = -2,
+) -> Tensor:  # fmt: skip
     """TD(lambda) returns; arguments as in `vec_generalized_advantage_estimate`.
 
     rolling_gamma=False, a gamma of the step for all that follows it, raises NotImplementedError for tensors of gamma or
@@ -86,18 +72,10 @@ def vec_td_lambda_return_estimate(
 
 
 def vtrace_advantage_estimate(
-    gamma: float | Tensor,
-    log_pi: Tensor,
-    log_mu: Tensor,
-    state_value: Tensor,
-    next_state_value: Tensor,
-    reward: Tensor,
-    done: Tensor,
-    terminated: Tensor | None = None,
-    rho_thresh: float | Tensor = 1.0,
-    c_thresh: float | Tensor = 1.0,
-    time_dim: int = -2,
-) -> tuple[Tensor, Tensor]:
+    gamma: float | Tensor, log_pi: Tensor, log_mu: Tensor, state_value: Tensor, next_state_value: Tensor,
+    reward: Tensor, done: Tensor, terminated: Tensor | None = None, rho_thresh: float | Tensor = 1.0,
+    c_thresh: float | Tensor = 1.0, time_dim: int = -2,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(advantages, value targets) by V-trace; arguments as in `vec_generalized_advantage_estimate`.
 
     log_pi, log_mu: log-probabilities of the actions, in nats, under the policy and under the one that sampled them.

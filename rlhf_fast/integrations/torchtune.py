@@ -48,16 +48,10 @@ class PPOLoss(nn.Module):
         self.value_coeff = value_coeff
 
     def forward(
-        self,
-        pi_old_logprobs: Tensor,
-        pi_logprobs: Tensor,
-        advantages: Tensor,
-        phi_old_values: Tensor,
-        phi_values: Tensor,
-        returns: Tensor,
-        padding_masks: Tensor | None = None,
+        self, pi_old_logprobs: Tensor, pi_logprobs: Tensor, advantages: Tensor, phi_old_values: Tensor,
+        phi_values: Tensor, returns: Tensor, padding_masks: Tensor | None = None,
         value_padding_masks: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """(loss, policy_loss, value_loss, ratios, clipfrac), 0-d each, all but the loss without gradient.
 
         All inputs (B, T), log-probabilities in nats. `ratios` is their mean over all tokens, those behind the mask too.
@@ -83,12 +77,9 @@ class _PairLoss(nn.Module):
     objective: PreferenceObjective
 
     def forward(
-        self,
-        policy_chosen_logps: Tensor,
-        policy_rejected_logps: Tensor,
-        reference_chosen_logps: Tensor,
+        self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, reference_chosen_logps: Tensor,
         reference_rejected_logps: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """(losses, chosen_rewards, rejected_rewards), (B,) each, of sums of log-probabilities (B,), in nats."""
         ((name, _),) = self.objective.terms
         logps = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps

@@ -64,12 +64,9 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
 
 
 def selective_log_softmax_and_entropy(
-    logits: Tensor,
-    index: Tensor,
-    entropy_requires_grad: bool = True,
-    temperature: float = 1.0,
+    logits: Tensor, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0,
     row_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`selective_log_softmax` and the entropy of the same distribution, from one read of the logits."""
     logprobs, entropy = _logprobs_and_entropy(logits, index, temperature, row_mask)
     dtype = _result_type(logits, index)
@@ -110,16 +107,10 @@ class ChunkedLogProbFunction:
 
     @staticmethod
     def apply(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int,
+        final_logit_softcapping: float | None = None, logit_scale: float = 1.0,
         outputs: tuple[str, ...] = OPTIONAL_OUTPUTS,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), each (N,), None for those not in `outputs`.
 
         hidden (N, D); weight (V, D); bias (V,) or None; targets (N,) ids in [0, V). The products are made in the type
@@ -129,14 +120,9 @@ class ChunkedLogProbFunction:
         Raises IndexError on the CPU for a target outside [0, V), which TRL scores as a logit of 0.
         """
         compute = partial(
-            _trl_heads.scored,
-            targets=targets,
-            dtype=_trl_heads.compute_type(hidden),
-            temperature=temperature,
-            softcap=final_logit_softcapping,
-            logit_scale=logit_scale,
-            outputs=outputs,
-        )
+            _trl_heads.scored, targets=targets, dtype=_trl_heads.compute_type(hidden), temperature=temperature,
+            transform=_trl_heads.Transform(logit_scale, final_logit_softcapping), outputs=outputs,
+        )  # fmt: skip
         return with_whole_heads(compute, 2, hidden, weight, bias)
 
 
@@ -145,19 +131,11 @@ class ChunkedDivergenceFunction:
 
     @staticmethod
     def apply(
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        student_bias: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        teacher_bias: Tensor | None,
-        beta: float,
-        temperature: float = 1.0,
-        student_logit_scale: float = 1.0,
-        student_final_logit_softcapping: float | None = None,
-        teacher_logit_scale: float = 1.0,
-        teacher_final_logit_softcapping: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher_hidden: Tensor,
+        teacher_weight: Tensor, teacher_bias: Tensor | None, beta: float, temperature: float = 1.0,
+        student_logit_scale: float = 1.0, student_final_logit_softcapping: float | None = None,
+        teacher_logit_scale: float = 1.0, teacher_final_logit_softcapping: float | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(divergence, the student's entropy), each (N,) float32. The divergence has a gradient, to the student alone.
 
         hidden (N, D) and weight (V, D) of each, with a D of its own; bias (V,) or None. beta: 0 for KL(teacher ||
@@ -165,16 +143,14 @@ class ChunkedDivergenceFunction:
         beta. Where both models agree it keeps its digits, which a difference of two means of logits does not.
         Where scale or softcap of the two differ, autograd makes tiles of both logits, in forward and in backward.
         """
-        compute = partial(
-            _trl_heads.diverged,
-            types=(_trl_heads.compute_type(student_hidden), _trl_heads.compute_type(teacher_hidden)),
-            variant={0.0: "forward", 1.0: "reverse"}.get(beta, "js"),
-            js_weight=0.5 if beta in (0, 1) else beta,
-            temperature=temperature,
-            transforms=(
-                (student_logit_scale, student_final_logit_softcapping),
-                (teacher_logit_scale, teacher_final_logit_softcapping),
-            ),
+        transforms = (
+            _trl_heads.Transform(student_logit_scale, student_final_logit_softcapping),
+            _trl_heads.Transform(teacher_logit_scale, teacher_final_logit_softcapping),
         )
+        compute = partial(
+            _trl_heads.diverged, transforms=transforms, temperature=temperature,
+            types=(_trl_heads.compute_type(student_hidden), _trl_heads.compute_type(teacher_hidden)),
+            variant={0.0: "forward", 1.0: "reverse"}.get(beta, "js"), js_weight=0.5 if beta in (0, 1) else beta,
+        )  # fmt: skip
         student = (student_hidden, student_weight, student_bias)
         return with_whole_heads(compute, 1, *student, teacher_hidden, teacher_weight, teacher_bias)

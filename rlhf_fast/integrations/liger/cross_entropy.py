@@ -17,15 +17,9 @@ class LigerFusedLinearScaledCrossEntropyFunction:
 
     @staticmethod
     def apply(
-        _input: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        temperature: float = 1.0,
-        ignore_index: int = -100,
-        m_tiles_per_cluster: int = 1,
-        return_entropy: bool = False,
-        selected_token_ids: Tensor | None = None,
-    ) -> Any:
+        _input: Tensor, weight: Tensor, target: Tensor, temperature: float = 1.0, ignore_index: int = -100,
+        m_tiles_per_cluster: int = 1, return_entropy: bool = False, selected_token_ids: Tensor | None = None,
+    ) -> Any:  # fmt: skip
         """nll (M,) of `target` (M,) under softmax(_input @ weightᵀ / temperature), float32, 0 where it is ignore_index.
 
         _input: (M, H), weight: (V, H), of one type. return_entropy: also the entropy (M,), in the type of _input.
@@ -55,15 +49,9 @@ class LigerFusedLinearScaledCrossEntropyTPFunction:
 
     @staticmethod
     def apply(
-        _input: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        tp_group: torch.distributed.ProcessGroup | None,
-        temperature: float = 1.0,
-        ignore_index: int = -100,
-        tiles_per_reduce: int = 1,
-        return_entropy: bool = False,
-    ) -> Any:
+        _input: Tensor, weight: Tensor, target: Tensor, tp_group: torch.distributed.ProcessGroup | None,
+        temperature: float = 1.0, ignore_index: int = -100, tiles_per_reduce: int = 1, return_entropy: bool = False,
+    ) -> Any:  # fmt: skip
         """The same for a head of which `weight` (V / ranks, H) is this rank's rows; target has ids of the whole.
 
         tp_group: None for all ranks. The gradient of _input is summed over the ranks, that of weight stays local.

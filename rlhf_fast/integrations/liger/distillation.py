@@ -38,15 +38,9 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
             raise ValueError(f"beta must be in [0, 1], got {self.beta}")
 
     def forward(
-        self,
-        student_input: Tensor,
-        student_weight: Tensor,
-        teacher_input: Tensor,
-        teacher_weight: Tensor,
-        true_labels: Tensor,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        self, student_input: Tensor, student_weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor,
+        true_labels: Tensor, student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """student_input: (N, D), student_weight: (V, D), teacher_input: (N, E), teacher_weight: (>= V, E), labels (N,).
 
         A student with a smaller vocabulary has logits of 0 for the teacher's further tokens, in the divergence alone.

@@ -67,21 +67,12 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 raise ValueError(f"{name} must be positive, got {value}")
 
     def forward(
-        self,
-        _input: Tensor,
-        lin_weight: Tensor,
-        selected_token_ids: Tensor,
-        attention_mask: Tensor,
-        advantages: Tensor,
-        bias: Tensor | None = None,
-        ref_per_token_logps: Tensor | None = None,
-        old_per_token_logps: Tensor | None = None,
-        ref_input: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        vllm_is_ratio: Tensor | None = None,
+        self, _input: Tensor, lin_weight: Tensor, selected_token_ids: Tensor, attention_mask: Tensor,
+        advantages: Tensor, bias: Tensor | None = None, ref_per_token_logps: Tensor | None = None,
+        old_per_token_logps: Tensor | None = None, ref_input: Tensor | None = None, ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None, vllm_is_ratio: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
         """(loss, (kl where beta is not 0, clip ratio)), the metrics means over the mask.
 
         _input: (B, T, D); lin_weight: (V, D); bias: (V,) or None. selected_token_ids, attention_mask: (B, T);

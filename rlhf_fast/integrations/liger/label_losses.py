@@ -38,18 +38,11 @@ class LigerCrossEntropyFunction:
 
     @staticmethod
     def apply(
-        _input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        lse_square_scale: float = 0.0,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        softcap: float | None = None,
-        return_z_loss: bool = False,
-        return_token_accuracy: bool = False,
+        _input: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = -100,
+        lse_square_scale: float = 0.0, label_smoothing: float = 0.0, reduction: str = "mean",
+        softcap: float | None = None, return_z_loss: bool = False, return_token_accuracy: bool = False,
         return_predicted_tokens: bool = False,
-    ) -> Result:
+    ) -> Result:  # fmt: skip
         """(loss, z_loss, token accuracy, predicted ids (N,)) of logits (N, V), None for those that are not asked for.
 
         target: (N,) ids or ignore_index; weight: (V,) of the classes. loss and z_loss: () or, for "none", (N,), in the
@@ -72,25 +65,12 @@ class LigerFusedLinearCrossEntropyFunction:
 
     @staticmethod
     def apply(
-        _input: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None = None,
-        ce_weight: Tensor | None = None,
-        ignore_index: int = -100,
-        lse_square_scale: float = 0.0,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        softcap: float | None = None,
-        return_z_loss: bool = False,
-        accum_dtype: torch.dtype | None = None,
-        use_token_scaling: bool = False,
-        return_token_accuracy: bool = False,
-        return_predicted_tokens: bool = False,
-        ce_impl: Any = None,
-        ce_mode: Any = None,
-        chunk_mem_const: int = 1,
-    ) -> Result:
+        _input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, ce_weight: Tensor | None = None,
+        ignore_index: int = -100, lse_square_scale: float = 0.0, label_smoothing: float = 0.0, reduction: str = "mean",
+        softcap: float | None = None, return_z_loss: bool = False, accum_dtype: torch.dtype | None = None,
+        use_token_scaling: bool = False, return_token_accuracy: bool = False, return_predicted_tokens: bool = False,
+        ce_impl: Any = None, ce_mode: Any = None, chunk_mem_const: int = 1,
+    ) -> Result:  # fmt: skip
         """The same from hidden states _input (N, D), weight (V, D) and bias (V,); ce_weight: (V,) of the classes.
 
         loss is float32, z_loss of the type of _input. accum_dtype, the last three and their like are settings of the

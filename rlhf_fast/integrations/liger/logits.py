@@ -16,32 +16,14 @@ from rlhf_fast.integrations.liger.grpo import TOKEN_ONLY, Batch, LigerFusedLinea
 
 
 def triton_grpo_loss(
-    logits: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    completion_ids: Tensor,
-    advantages: Tensor,
-    completion_mask: Tensor | None = None,
-    temperature: float = 0.9,
-    beta: float = 0.04,
-    eps_low: float = 0.2,
-    eps_high: float = 0.4,
-    inplace: bool = True,
-    loss_type: str = "dapo",
-    max_completion_length: int | None = None,
-    importance_sampling_level: str = "token",
-    reduce: bool = False,
-    sapo_temperature_pos: float = 1.0,
-    sapo_temperature_neg: float = 1.05,
-    vllm_is_ratio: Tensor | None = None,
-    delta: float | None = None,
-    use_bias_correction_kl: bool = False,
-    num_items_in_batch: Tensor | float | None = None,
-    vespo_k_pos: float = 2.0,
-    vespo_lambda_pos: float = 3.0,
-    vespo_k_neg: float = 3.0,
-    vespo_lambda_neg: float = 2.0,
-) -> tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, list[Tensor]]:
+    logits: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, completion_ids: Tensor, advantages: Tensor,
+    completion_mask: Tensor | None = None, temperature: float = 0.9, beta: float = 0.04, eps_low: float = 0.2,
+    eps_high: float = 0.4, inplace: bool = True, loss_type: str = "dapo", max_completion_length: int | None = None,
+    importance_sampling_level: str = "token", reduce: bool = False, sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05, vllm_is_ratio: Tensor | None = None, delta: float | None = None,
+    use_bias_correction_kl: bool = False, num_items_in_batch: Tensor | float | None = None, vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0, vespo_k_neg: float = 3.0, vespo_lambda_neg: float = 2.0,
+) -> tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The GRPO losses from logits (B, L + 1, V), whose last row is not looked at; runs on the CPU as well.
 
     old_logp, ref_logp, completion_mask: (B, L) or None (ref_logp: where beta is 0); completion_ids: (B, L);
@@ -67,29 +49,13 @@ class GrpoLossFunction:
 
     @staticmethod
     def apply(
-        logits: Tensor,
-        old_logp: Tensor | None,
-        ref_logp: Tensor | None,
-        completion_ids: Tensor,
-        advantages: Tensor,
-        completion_mask: Tensor | None,
-        temperature: float,
-        beta: float,
-        eps_low: float,
-        eps_high: float,
-        inplace: bool,
-        loss_type: str = "grpo",
-        max_completion_length: int | None = None,
-        reduce: bool = True,
-        importance_sampling_level: str = "token",
-        sapo_temperature_pos: float = 1.0,
-        sapo_temperature_neg: float = 1.05,
-        vllm_is_ratio: Tensor | None = None,
-        delta: float | None = None,
-        use_bias_correction_kl: bool = False,
-        num_items_in_batch: Tensor | float | None = None,
-        phi_seq: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        logits: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, completion_ids: Tensor, advantages: Tensor,
+        completion_mask: Tensor | None, temperature: float, beta: float, eps_low: float, eps_high: float, inplace: bool,
+        loss_type: str = "grpo", max_completion_length: int | None = None, reduce: bool = True,
+        importance_sampling_level: str = "token", sapo_temperature_pos: float = 1.0, sapo_temperature_neg: float = 1.05,
+        vllm_is_ratio: Tensor | None = None, delta: float | None = None, use_bias_correction_kl: bool = False,
+        num_items_in_batch: Tensor | float | None = None, phi_seq: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
         """As triton_grpo_loss; with reduce (loss, KL or None, clip ratio). phi_seq: (B,) or (B, 1), vespo's weights."""
         if loss_type == "vespo" and phi_seq is None:
             raise ValueError("phi_seq must be given for loss_type vespo, got None: triton_grpo_loss makes it")

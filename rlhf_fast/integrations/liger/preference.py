@@ -163,15 +163,9 @@ class LigerFusedLinearDPOLoss(_PairLoss):
         )
 
     def forward(
-        self,
-        lin_weight: Tensor,
-        _input: Tensor,
-        target: Tensor,
-        bias: Tensor | None = None,
-        ref_input: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-    ) -> Result:
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None,
+        ref_input: Tensor | None = None, ref_weight: Tensor | None = None, ref_bias: Tensor | None = None,
+    ) -> Result:  # fmt: skip
         """lin_weight: (V, D); _input: (2 B, T, D); target: (2 B, T); ref_input: (2 B, T, E); ref_weight: (V, E)."""
         reference = None
         if self.use_ref_model:
@@ -269,17 +263,10 @@ class LigerFusedLinearKTOLoss(torch.nn.Module):
         super().__init__()
 
     def forward(
-        self,
-        _input: Tensor,
-        lin_weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None = None,
-        preference_labels: Tensor | None = None,
-        ref_input: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        kl: Tensor | None = None,
-    ) -> Result:
+        self, _input: Tensor, lin_weight: Tensor, target: Tensor, bias: Tensor | None = None,
+        preference_labels: Tensor | None = None, ref_input: Tensor | None = None, ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None, kl: Tensor | None = None,
+    ) -> Result:  # fmt: skip
         """_input: (B, T, D); lin_weight: (V, D); target: (B, T); preference_labels: (B,) bool, True for desirable.
 
         ref_input: (B, T, E); ref_weight: (V, E). kl: (), (1,) or (B,) in nats, a constant; where it is (B,) every

@@ -56,53 +56,36 @@ def _outcome_advantage(advantages: Callable[[Tensor, Tensor, Any], Tensor]) -> C
     """Gives a function of (rewards, mask, index) verl's signature, and its advantages (B,) to the answers' tokens."""
 
     def compute(
-        token_level_rewards: Tensor,
-        response_mask: Tensor,
-        index: Any,
-        epsilon: float = 1e-6,
-        config: Any = None,
+        token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6, config: Any = None,
         **kwargs: Any,
-    ) -> Pair:
+    ) -> Pair:  # fmt: skip
         return _spread(advantages(token_level_rewards, response_mask, index), response_mask)
 
     return _named_like(advantages, compute)
 
 
 def compute_grpo_outcome_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    epsilon: float = 1e-6,
-    norm_adv_by_std_in_grpo: bool = True,
-    config: Any = None,
-) -> Pair:
+    token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True, config: Any = None,
+) -> Pair:  # fmt: skip
     """(score - mean) / (std + epsilon) of the group, or the numerator alone. index: (B,), equal entries are a group."""
     variant = "grpo" if norm_adv_by_std_in_grpo else "dr_grpo"
     return _spread(_in_groups(variant, token_level_rewards, index, epsilon=epsilon), response_mask)
 
 
 def compute_grpo_vectorized_outcome_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    epsilon: float = 1e-6,
-    norm_adv_by_std_in_grpo: bool = True,
-    config: Any = None,
-) -> Pair:
+    token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True, config: Any = None,
+) -> Pair:  # fmt: skip
     """The same, at least in float32."""
     rewards = token_level_rewards.to(_dtype(token_level_rewards, torch.float32))
     return compute_grpo_outcome_advantage(rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo)
 
 
 def compute_grpo_passk_outcome_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    epsilon: float = 1e-6,
-    norm_adv_by_std_in_grpo: bool = True,
-    config: Any = None,
-    **kwargs: Any,
-) -> Pair:
+    token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True, config: Any = None, **kwargs: Any,
+) -> Pair:  # fmt: skip
     """The best answer's lead over the second, (/ (std + epsilon)); 0 for all others. Normalised as `config` says."""
     if config is None:
         raise ValueError(
@@ -141,15 +124,9 @@ def compute_opo_outcome_advantage(rewards: Tensor, mask: Tensor, index: Any) -> 
 
 
 def compute_gpg_outcome_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    epsilon: float = 1e-6,
-    f_norm: float = 1.0,
-    alpha: float = 1.0,
-    config: Any = None,
-    **kwargs: Any,
-) -> Pair:
+    token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6, f_norm: float = 1.0,
+    alpha: float = 1.0, config: Any = None, **kwargs: Any,
+) -> Pair:  # fmt: skip
     """(score - mean of the group) / f_norm, times the answers per score that is not 0, as verl has it for any alpha."""
     scores = token_level_rewards.sum(-1)
     alpha_of_batch = scores.shape[0] / scores.count_nonzero().clamp(min=1)
@@ -157,13 +134,9 @@ def compute_gpg_outcome_advantage(
 
 
 def compute_reinforce_plus_plus_baseline_outcome_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    epsilon: float = 1e-6,
-    config: Any = None,
+    token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6, config: Any = None,
     **kwargs: Any,
-) -> Pair:
+) -> Pair:  # fmt: skip
     """score - mean of the group, whitened over the batch's tokens."""
     check_two_counted(response_mask)
     tokens, _ = _spread(_in_groups("dr_grpo", token_level_rewards, index), response_mask)
@@ -235,16 +208,9 @@ def _token_baseline(advantages: Callable[[Steps, bool, float], Tensor]) -> Calla
 
     @torch.no_grad()
     def compute(
-        token_level_rewards: Tensor,
-        response_mask: Tensor,
-        index: Any,
-        old_log_probs: Tensor,
-        sum_pi_squared: Tensor,
-        rollout_is_weights: Tensor | None = None,
-        handle_zero_tail: bool = True,
-        epsilon: float = 1e-8,
-        **kwargs: Any,
-    ) -> Pair:
+        token_level_rewards: Tensor, response_mask: Tensor, index: Any, old_log_probs: Tensor, sum_pi_squared: Tensor,
+        rollout_is_weights: Tensor | None = None, handle_zero_tail: bool = True, epsilon: float = 1e-8, **kwargs: Any,
+    ) -> Pair:  # fmt: skip
         returns = discounted_returns(token_level_rewards * response_mask)
         returns = returns.to(_dtype(token_level_rewards, response_mask))
         norms = 1 - 2 * old_log_probs.exp() + sum_pi_squared

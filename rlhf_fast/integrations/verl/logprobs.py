@@ -70,13 +70,9 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    temperature: float = 1.0,
-    reduction: str = "none",
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, reduction: str = "none",
     dist_process_group: torch.distributed.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(log-probabilities, entropies) of hidden (..., D) under the head weight (V, D), both (N,) float32, in nats.
 
     labels: (...), N in all. reduction: none, or sum or mean of the log-probabilities, (); the entropies stay (N,).
@@ -150,12 +146,9 @@ class FusedLinearForPPOFunction:
 
     @staticmethod
     def apply(
-        hidden_states: Tensor,
-        vocab_weights: Tensor,
-        input_ids: Tensor,
-        temperature: float = 1.0,
+        hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0,
         chunk_size: int = 512,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if hidden_states.dim() not in (2, 3):
             raise ValueError(f"hidden_states must be (N, D) or (B, T, D), got {tuple(hidden_states.shape)}")
         entropy_dtype = hidden_states.dtype

@@ -12,14 +12,9 @@ from rlhf_fast.integrations.verl.logprobs import entropy_from_logits
 
 
 def agg_loss(
-    loss_mat: Tensor,
-    loss_mask: Tensor,
-    loss_agg_mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
-    loss_scale_factor: int | None = None,
-) -> Tensor:
+    loss_mat: Tensor, loss_mask: Tensor, loss_agg_mode: str, dp_size: int = 1, batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None, loss_scale_factor: int | None = None,
+) -> Tensor:  # fmt: skip
     """The loss of a micro-batch, (), from those of its tokens, (B, T), so that ranks and micro-batches add up.
 
     loss_agg_mode: token-mean, token-sum, seq-mean-token-sum, seq-mean-token-sum-norm (over loss_scale_factor, default
@@ -36,14 +31,9 @@ def agg_loss(
 
 
 def aggregation_weights(
-    mask: Tensor,
-    dtype: torch.dtype,
-    mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
-    loss_scale_factor: int | None = None,
-) -> Tensor:
+    mask: Tensor, dtype: torch.dtype, mode: str, dp_size: int = 1, batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None, loss_scale_factor: int | None = None,
+) -> Tensor:  # fmt: skip
     """(B, T) of `dtype`: what agg_loss multiplies every token's loss with; 0 behind the mask."""
     counts = mask.to(dtype)
     lengths = counts.sum(-1, keepdim=True)
@@ -91,17 +81,10 @@ def compute_entropy_loss(logits: Tensor, response_mask: Tensor, loss_agg_mode: s
 
 
 def compute_value_loss(
-    vpreds: Tensor,
-    returns: Tensor,
-    values: Tensor,
-    response_mask: Tensor,
-    cliprange_value: float,
-    loss_agg_mode: str = "token-mean",
-    dp_size: int = 1,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
-    loss_scale_factor: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    vpreds: Tensor, returns: Tensor, values: Tensor, response_mask: Tensor, cliprange_value: float,
+    loss_agg_mode: str = "token-mean", dp_size: int = 1, batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None, loss_scale_factor: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(half the clipped squared error, aggregated as by agg_loss; the share of tokens whose clipped term is greater).
 
     All (B, T); values: the old ones; cliprange_value > 0. Only vpreds gets a gradient.

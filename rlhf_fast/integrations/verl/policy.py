@@ -88,14 +88,9 @@ def _policy_loss(loss_agg_mode: str = "token-mean") -> Callable[[Callable[[Batch
 
     def decorator(function: Callable[[Batch], Loss]) -> Callable[..., Loss]:
         def loss(
-            old_log_prob: Tensor,
-            log_prob: Tensor,
-            advantages: Tensor,
-            response_mask: Tensor,
-            loss_agg_mode: str = default,
-            config: Any = None,
-            rollout_is_weights: Tensor | None = None,
-        ) -> Loss:
+            old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
+            loss_agg_mode: str = default, config: Any = None, rollout_is_weights: Tensor | None = None,
+        ) -> Loss:  # fmt: skip
             if config is None:
                 raise ValueError(f"{function.__name__} needs a config, got None")
             weights = None if rollout_is_weights is None else rollout_is_weights.detach()
@@ -127,16 +122,10 @@ def compute_policy_loss_vanilla(batch: Batch) -> Loss:
 
 
 def compute_policy_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    cliprange: float | None = None,
-    cliprange_low: float | None = None,
-    cliprange_high: float | None = None,
-    clip_ratio_c: float = 3.0,
+    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, cliprange: float | None = None,
+    cliprange_low: float | None = None, cliprange_high: float | None = None, clip_ratio_c: float = 3.0,
     loss_agg_mode: str = "token-mean",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The same by numbers instead of a config: (loss, clip fraction, KL, fraction held by the dual clip)."""
     low, high = (cliprange if x is None else x for x in (cliprange_low, cliprange_high))
     if low is None or high is None:
@@ -288,14 +277,9 @@ def compute_policy_loss_cispo(batch: Batch) -> Loss:
 
 
 def compute_policy_loss_reinforce(
-    rollout_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "seq-mean-token-sum",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> Loss:
+    rollout_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
+    loss_agg_mode: str = "seq-mean-token-sum", config: Any = None, rollout_is_weights: Tensor | None = None,
+) -> Loss:  # fmt: skip
     """-A logprob, weighted by rollout_is_weights; the KL is the one to the rollout's policy."""
     loss, _ = compute_policy_loss_gpg(
         rollout_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights
