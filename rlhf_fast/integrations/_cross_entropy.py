@@ -56,8 +56,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, options: Options) -> tuple[Ten
         token_logprobs, logits, labels, mask=counts, logit_scale=options.logit_scale,
         inplace_backward=options.inplace_backward,
     )  # fmt: skip
-    losses, z_losses, _ = from_logprobs(score, labels, options)
-    return losses, z_losses
+    return from_logprobs(score, labels, options)[:2]
 
 
 def from_logprobs(score: Callable[..., Any], labels: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:

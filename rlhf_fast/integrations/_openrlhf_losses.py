@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -222,7 +221,7 @@ class PolicyLoss(nn.Module):
             mode = "truncate" if self.is_correction_mode == "clip" else "mask"
             bounds = {"correction_mode": mode, "correction_low": low, "correction_high": high}
             return advantages, bounds, None
-        gap = _GAPS[self.is_correction_gating](wide(old), wide(rollout))
+        gap = _gap(self.is_correction_gating, wide(old), wide(rollout))
         if seq_level:
             gap = masked_mean(gap, mask, dim=-1)[:, None]
         gap = gap.exp() if self.is_correction_gating == "ratio" else gap
@@ -239,27 +238,14 @@ def _sequence_log_ratios(new: Tensor, behaviour: Tensor, mask: Tensor | None) ->
     return (log_ratio.sum(-1, keepdim=True) / count).expand_as(new)
 
 
-def _probabilities(old: Tensor, rollout: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the sampled token in the rollout's policy and the old one, away from 0 and 1, where logarithms end."""
-    return rollout.exp().clamp(1e-6, 1 - 1e-6), old.exp().clamp(1e-6, 1 - 1e-6)
-
-
-def _binary_kl(old: Tensor, rollout: Tensor) -> Tensor:
-    p, q = _probabilities(old, rollout)
+def _gap(gating: str, old: Tensor, rollout: Tensor) -> Tensor:
+    """What is held against the threshold, of the sampled token; of the ratio the logarithm."""
+    if gating == "ratio":
+        return old - rollout
+    p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))  # away from 0 and 1, where logarithms end
+    if gating == "tv":
+        return (p - q).abs()
     return p * (p.log() - q.log()) + (1 - p) * (torch.log1p(-p) - torch.log1p(-q))
-
-
-def _total_variation(old: Tensor, rollout: Tensor) -> Tensor:
-    p, q = _probabilities(old, rollout)
-    return (p - q).abs()
-
-
-# (old, rollout) log-probabilities -> what is held against the threshold; of the ratio the logarithm
-_GAPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ratio": torch.sub,
-    "binary_kl": _binary_kl,
-    "tv": _total_variation,
-}
 
 
 class ValueLoss(nn.Module):

@@ -3,7 +3,7 @@ ChunkedDivergenceFunction in trl.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from rlhf_fast import linear_kl, linear_logprobs, token_kl, token_logprobs
 from rlhf_fast.ops.head.head import Head
 from rlhf_fast.ops.head.tiles import chunks, default_chunk_tokens
 
-_TILE_ROWS = 512  # of two tiles of logits that autograd makes
+_TILE_ROWS = 512  # of tiles of logits that autograd makes
 _Projection = tuple[Tensor, Tensor, Tensor | None]  # hidden, weight, bias
 
 
@@ -126,18 +126,24 @@ def _diverged_by_tiles(
     wide = torch.promote_types(torch.promote_types(student[0].dtype, teacher[0].dtype), torch.float32)
     (hidden, *head), (ref_hidden, *ref_head) = _cast(wide, *student), _cast(wide, *teacher)
 
-    def tile(rows: Tensor, weight: Tensor, bias: Tensor | None, ref_rows: Tensor) -> tuple[Tensor, Tensor]:
+    def tile(rows: Tensor, ref_rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = transforms[0].of(linear(rows, weight, bias))
         ref_logits = transforms[1].of(linear(ref_rows, *ref_head))
         ids = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
         _, entropy = token_logprobs(logits.detach(), ids, temperature=options["temperature"], return_entropy=True)
         return token_kl(logits, ref_logits, **options).float(), entropy.float()
 
-    parts = [
-        checkpoint(tile, hidden[i : i + _TILE_ROWS], *head, ref_hidden[i : i + _TILE_ROWS], use_reentrant=False)
-        for i in range(0, max(1, hidden.shape[0]), _TILE_ROWS)
-    ]
-    return torch.cat([kl for kl, _ in parts]), torch.cat([entropy for _, entropy in parts])
+    return by_tiles(tile, (hidden, ref_hidden), *head)
+
+
+def by_tiles(
+    compute: Callable[..., tuple[Tensor, Tensor]], rows: tuple[Tensor, Tensor], *others: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """compute(*rows, *others) for a tile of the rows at a time, which backward makes again."""
+    starts = range(0, max(1, rows[0].shape[0]), _TILE_ROWS)
+    tiles = [[x[i : i + _TILE_ROWS] for x in rows] for i in starts]
+    first, second = zip(*(checkpoint(compute, *tile, *others, use_reentrant=False) for tile in tiles), strict=True)
+    return torch.cat(first), torch.cat(second)
 
 
 def logit_tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:

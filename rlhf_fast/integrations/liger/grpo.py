@@ -237,22 +237,15 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             variant = function
         unbiased = self.use_bias_correction_kl
         return PolicyObjective(
-            variant=variant,
+            variant=variant, clip_eps_low=low, clip_eps_high=high, dual_clip=self.delta if function == "clip" else None,
             aggregation="seq_mean_token_mean" if self.loss_type in ("grpo", "sapo") else "token_mean",
-            clip_eps_low=low,
-            clip_eps_high=high,
-            dual_clip=self.delta if function == "clip" else None,
-            sapo_temperature_pos=self.sapo_temperature_pos,
-            sapo_temperature_neg=self.sapo_temperature_neg,
-            vespo_k_pos=self.vespo_k_pos,
-            vespo_lambda_pos=max(self.vespo_lambda_pos, 1e-4),
-            vespo_k_neg=self.vespo_k_neg,
-            vespo_lambda_neg=max(self.vespo_lambda_neg, 1e-4),
+            sapo_temperature_pos=self.sapo_temperature_pos, sapo_temperature_neg=self.sapo_temperature_neg,
+            vespo_k_pos=self.vespo_k_pos, vespo_lambda_pos=max(self.vespo_lambda_pos, 1e-4),
+            vespo_k_neg=self.vespo_k_neg, vespo_lambda_neg=max(self.vespo_lambda_neg, 1e-4),
             kl_coef=0.0 if batch.reference is None else self.beta,
             # d (r k3) is that of the unbiased estimate, r (logprob - ref logprob): with r = 1 the derivative of k2
-            kl_variant="k2" if unbiased and batch.on_policy else "k3",
-            kl_unbiased=unbiased and not batch.on_policy,
-        )
+            kl_variant="k2" if unbiased and batch.on_policy else "k3", kl_unbiased=unbiased and not batch.on_policy,
+        )  # fmt: skip
 
     def _folded(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(old logprobs, advantages), (B, T) each, that carry the correction.

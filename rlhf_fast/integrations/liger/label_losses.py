@@ -20,17 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast import linear_logprobs
 from rlhf_fast.integrations._cross_entropy import Options, check_weight, cross_entropy, from_logprobs, reduced
 from rlhf_fast.integrations._tensors import wide
-from rlhf_fast.integrations._trl_heads import logit_tiles
+from rlhf_fast.integrations._trl_heads import by_tiles, logit_tiles
 from rlhf_fast.integrations.liger._head import Head
 
 Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 REDUCTIONS = ("mean", "sum", "none")
-_TILE_ROWS = 512
 
 
 class LigerCrossEntropyFunction:
@@ -110,12 +108,7 @@ def _smoothed(head: Head, target: Tensor, options: Options, softcap: float | Non
         logits = linear(rows, weight, bias)
         return cross_entropy(logits if softcap is None else softcap * torch.tanh(logits / softcap), ids, options)
 
-    parts = [
-        checkpoint(tile, hidden[start : start + _TILE_ROWS], target[start : start + _TILE_ROWS], weight, bias,
-                   use_reentrant=False)
-        for start in range(0, max(1, hidden.shape[0]), _TILE_ROWS)
-    ]  # fmt: skip
-    return torch.cat([losses for losses, _ in parts]), torch.cat([z_losses for _, z_losses in parts])
+    return by_tiles(tile, (hidden, target), weight, bias)
 
 
 @torch.no_grad()

@@ -165,13 +165,8 @@ class FusedLinearForPPOFunction:
 
 
 FROM_LOGITS = (
-    logprobs_from_logits,
-    logprobs_from_logits_v2,
-    logprobs_from_logits_naive,
-    logprobs_from_logits_flash_attn,
-    calculate_sum_pi_squared_from_logits,
-    entropy_from_logits,
-    entropy_from_logits_with_chunking,
-)
+    logprobs_from_logits, logprobs_from_logits_v2, logprobs_from_logits_naive, logprobs_from_logits_flash_attn,
+    calculate_sum_pi_squared_from_logits, entropy_from_logits, entropy_from_logits_with_chunking,
+)  # fmt: skip
 FUSED_LINEAR = (FusedLinearForPPO, FusedLinearForPPOFunction)
 LINEAR_CROSS_ENTROPY = (linear_cross_entropy, LinearCrossEntropy)
