@@ -3,7 +3,7 @@
 python examples/dropin/torchtune_losses.py          (needs torchtune 0.6.1 and torchao 0.10.0)
 """
 
-import time
+import timeit
 from collections.abc import Callable
 
 import torch
@@ -43,12 +43,8 @@ def cases() -> dict[str, Callable[[], torch.Tensor]]:
 
 def measured(call: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
     """(milliseconds of the fastest of REPEATS calls after one, the result)"""
-    result, seconds = call(), []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * min(seconds), result
+    result = call()
+    return 1e3 * min(timeit.repeat(call, number=1, repeat=REPEATS)), result
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ rlhf_fast_vanilla); `rlhf_fast.patch("verl")` puts them in the place of verl's i
 
 from __future__ import annotations
 
-import time
+import statistics
+import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -22,12 +23,7 @@ B, T = 64, 1024
 
 
 def median_ms(function: Callable[[], Any], repeats: int = 5) -> tuple[Any, float]:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = function()
-        times.append(1000 * (time.perf_counter() - start))
-    return result, sorted(times)[repeats // 2]
+    return function(), 1e3 * statistics.median(timeit.repeat(function, number=1, repeat=repeats))
 
 
 def main() -> None:

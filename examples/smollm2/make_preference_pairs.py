@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from prepare_model import DEFAULT_FOLDER
@@ -26,24 +27,11 @@ SPLITS = (
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    *,
-    samples: int,
-    max_new_tokens: int,
-    temperature: float,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], samples: int, **options: Any
 ) -> list[list[str]]:
     """`samples` completions of each prompt, as text."""
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
-    output = model.generate(
-        **batch,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        max_new_tokens=max_new_tokens,
-        num_return_sequences=samples,
-    )
+    output = model.generate(**batch, do_sample=True, top_k=0, num_return_sequences=samples, **options)
     texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
 
@@ -80,20 +68,14 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    options = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     for prompt_file, pair_file, limit in SPLITS:
         set_seed(arguments.seed)
         prompts = [row["prompt"] for row in read_jsonl(FOLDER / prompt_file)]
         rows = []
         for start in range(0, len(prompts), arguments.batch_size):
             batch = prompts[start : start + arguments.batch_size]
-            completions = sample(
-                model,
-                tokenizer,
-                batch,
-                samples=arguments.samples,
-                max_new_tokens=arguments.max_new_tokens,
-                temperature=arguments.temperature,
-            )
+            completions = sample(model, tokenizer, batch, arguments.samples, **options)
             for prompt, texts in zip(batch, completions, strict=True):
                 rows += pairs_of(prompt, texts, limit=limit, min_margin=arguments.min_margin)
             print(f"{start + len(batch)} of {len(prompts)} prompts, {len(rows)} pairs", flush=True)

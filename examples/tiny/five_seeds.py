@@ -42,9 +42,7 @@ def row(result: dict) -> str:
 
 def main() -> None:
     results = [run(seed) for seed in SEEDS]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     first = results[0]
     pairs = zip(first["before"]["samples"], first["after"]["samples"], strict=True)
     page = [
