@@ -61,14 +61,7 @@ def shares(results: dict[str, Any], op: str) -> str:
 def ops_table() -> str:
     runs = {device: read(name) for device, name in (("CPU", "cpu.json"), ("GPU", "gpu.json"))}
     measured = {device: results for device, results in runs.items() if results is not None}
-    columns = [
-        "op",
-        "computes",
-        "FLOPs",
-        "bytes",
-        "backends",
-        *(f"share of the limit, {device}" for device in measured),
-    ]
+    columns = ["op", "computes", "FLOPs", "bytes", "backends", *(f"share of the limit, {x}" for x in measured)]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for op, impls in sorted(table().items()):
         backends = ", ".join(BACKENDS[name] for name in impls)
@@ -113,12 +106,13 @@ def run(name: str) -> Callable[[], str]:
     return of(name, text)
 
 
-def results_tables(name: str) -> Callable[[], str]:
-    return of(name, lambda results: "\n".join(tables.sections(results, "###")) + "\n")
-
-
-def better_elsewhere(name: str) -> Callable[[], str]:
-    return of(name, lambda results: "\n".join(tables.better_elsewhere(results)) + "\n")
+def tables_of(title: str, name: str, machine: str = "") -> dict[str, Callable[[], str]]:
+    """What the page says of a run: of that of a `machine`, also what others do better."""
+    parts = {f"the {title} run": run(name)}
+    if machine:
+        better = of(name, lambda results: "\n".join(tables.better_elsewhere(results)) + "\n")
+        parts[f"what others do better on the {machine}"] = better
+    return parts | {f"the {title} tables": of(name, lambda results: "\n".join(tables.sections(results, "###")) + "\n")}
 
 
 def step_results() -> list[dict[str, Any]]:
@@ -129,9 +123,8 @@ def whole_steps() -> str:
     results = step_results()
     if not results:
         return NOTHING
-    sections = [steps.section(result).replace("## ", "### ", 1) for result in results]
     curves = f"![loss and reward of every step]({PLOTS.name}/steps.png)\n"
-    return "\n".join([steps.summary(results), steps.LEGEND, *sections, curves])
+    return "\n".join([steps.summary(results), steps.LEGEND, *map(steps.section, results), curves])
 
 
 def pictures() -> dict[Path, tuple[str, Callable[[], Any]]]:
@@ -162,18 +155,12 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "kernels" / "README.md": {"the ops": ops_table},
     ROOT / "README.md": {"the headline": of("cpu.json", headline)},
     ROOT / "docs" / "benchmarks.md": {
-        "the CPU run": run("cpu.json"),
-        "what others do better on the CPU": better_elsewhere("cpu.json"),
-        "the CPU tables": results_tables("cpu.json"),
-        "the torchtune run": run("cpu_torchtune.json"),
-        "the torchtune tables": results_tables("cpu_torchtune.json"),
-        "the growing run": run("scaling_cpu.json"),
-        "the growing tables": results_tables("scaling_cpu.json"),
+        **tables_of("CPU", "cpu.json", machine="CPU"),
+        **tables_of("torchtune", "cpu_torchtune.json"),
+        **tables_of("growing", "scaling_cpu.json"),
         "the whole steps": whole_steps,
         "the memory of an update": of("memory.json", memory.section),
-        "the GPU run": run("gpu.json"),
-        "what others do better on the GPU": better_elsewhere("gpu.json"),
-        "the GPU tables": results_tables("gpu.json"),
+        **tables_of("GPU", "gpu.json", machine="GPU"),
     },
 }
 

@@ -39,6 +39,14 @@ def memory_kib(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
+def resident_kib() -> int:
+    """What is held and not what was used: freed memory is handed back. A new high-water mark begins."""
+    ctypes.CDLL(None).malloc_trim(0)
+    resident = memory_kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident
+
+
 def batch_of(vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, attention mask and completion mask (second half), all (BATCH, TOKENS)."""
     ids = torch.randint(0, vocabulary, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -73,14 +81,12 @@ def ours(folder: str, checkpointed: bool) -> tuple[Callable[[], None], Callable[
 
     backbone = Backbone(load_model(folder, dtype=torch.float32, device="cpu"))
     backbone.enable_checkpointing(checkpointed)
-    optimizers = []
     for role in ("policy", "critic"):
         backbone.add_adapter(role, rank=RANK)
     backbone.add_adapter("reward", rank=RANK, trainable=False)
     backbone.add_head("critic")
     backbone.add_head("reward", trainable=False)
-    for role in ("policy", "critic"):
-        optimizers.append(torch.optim.AdamW(backbone.parameters_of(role), lr=LEARNING_RATE))
+    optimizers = [torch.optim.AdamW(backbone.parameters_of(role), lr=LEARNING_RATE) for role in ("policy", "critic")]
     ids, attention, mask = batch_of(backbone.model.config.vocab_size)
 
     def update() -> None:
@@ -166,16 +172,10 @@ def measure(contender: str, folder: str) -> dict[str, float]:
     build = ours if contender.startswith("ours") else separate
     update, tensors = build(folder, contender.endswith("checkpointed"))
     update()
-    ctypes.CDLL(None).malloc_trim(0)  # hand freed memory back, so that resident is what is held and not what was used
-    resident = memory_kib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
+    resident = resident_kib()
     update()
-    peak = memory_kib("VmHWM")
-    return {
-        "weights_and_states": unique_bytes(tensors()),
-        "resident": (resident - imported) * 1024,
-        "peak": (peak - imported) * 1024,
-    }
+    held, peak = unique_bytes(tensors()), memory_kib("VmHWM")
+    return {"weights_and_states": held, "resident": (resident - imported) * 1024, "peak": (peak - imported) * 1024}
 
 
 def section(report: dict) -> str:
@@ -227,15 +227,12 @@ def main() -> None:
         rows[name] = json.loads(done.stdout.splitlines()[-1])
         print(name, {key: f"{value / MIB:,.0f} MiB" for key, value in rows[name].items()}, flush=True)
     report = {
-        "batch": BATCH,
-        "tokens": TOKENS,
-        "rank": RANK,
-        "base": unique_bytes(list(load(options.model).parameters())),
-        "rows": rows,
+        "batch": BATCH, "tokens": TOKENS, "rank": RANK,
+        "base": unique_bytes(list(load(options.model).parameters())), "rows": rows,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",
         "commit": git("rev-parse", "--short", "HEAD"),
-    }
+    }  # fmt: skip
     Path(options.results).write_text(json.dumps(report, indent=1) + "\n")
     print(f"-> {options.results}; python -m benchmarks.catalogue writes the page")
 

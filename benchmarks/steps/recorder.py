@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import time
 from collections import defaultdict
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory import memory_kib
+from benchmarks.memory import memory_kib, resident_kib
 
 STAGES = ("generation", "scoring", "update")
 
@@ -79,10 +78,7 @@ class Recorder:
         spent["scoring"] += self._ahead
         self.seconds.append(spent)
         if len(self.seconds) == 1:
-            # Freed memory is handed back, so that resident is what is held and not what was used.
-            ctypes.CDLL(None).malloc_trim(0)
-            self.resident = memory_kib("VmRSS") - self._imported
-            Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
+            self.resident = resident_kib() - self._imported
         self.peak = memory_kib("VmHWM") - self._imported
         self._spent.clear()
         self._mark = time.perf_counter()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import spread
 from benchmarks.memory import MIB
-from benchmarks.plots import pyplot, save
-from benchmarks.results_file import source
+from benchmarks.plots import pyplot
 from benchmarks.steps.recorder import STAGES
 
 OURS, THEIRS = "rlhf_fast", "trl"
@@ -43,22 +40,12 @@ process of its own, in turn. The first step of every repeat warms up and is not 
 """
 
 
-def write(paths: list[Path], out: Path) -> None:
-    results = [json.loads(path.read_text()) for path in paths]
-    picture = out.with_suffix(".png")
-    shown = f"![loss and reward of every step]({picture.name})"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(["# Whole steps", "", LEGEND, *map(section, results), shown]) + "\n")
-    save(curves(results), picture, source(*paths))
-    print(f"-> {out}, {picture}")
-
-
 def section(result: dict[str, Any]) -> str:
     setting, machine = result["setting"], result["machine"]
     algorithm, rows = setting["algorithm"], {name: row_of(c) for name, c in result["contenders"].items()}
     sampled = "" if algorithm == "dpo" else f", at most {setting['max_new_tokens']} sampled tokens"
     lines = [
-        f"## {algorithm.upper()}", "",
+        f"### {algorithm.upper()}", "",
         f"Model `{setting['model']}` in float32, batch of {setting['batch_size']}, {setting['steps']} steps, LoRA rank "
         f"{setting['lora_rank']}{sampled}, activation checkpointing "
         f"{'on' if setting['gradient_checkpointing'] else 'off'}.", "",

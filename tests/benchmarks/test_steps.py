@@ -1,4 +1,3 @@
-import json
 import sys
 import time
 from pathlib import Path
@@ -6,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import plots
 from benchmarks.steps import compare, report
 from benchmarks.steps.__main__ import TRL_1_12
 from benchmarks.steps.recorder import STAGES, Recorder
@@ -66,19 +66,15 @@ def test_times_and_bytes_of_every_contender_are_recorded(dpo):
 
 
 def test_the_page_has_a_row_for_each_contender_and_a_picture_beside_it(dpo, tmp_path):
-    (tmp_path / "dpo.json").write_text(json.dumps(with_command(dpo)))
-    report.write([tmp_path / "dpo.json"], tmp_path / "steps.md")
-    page = (tmp_path / "steps.md").read_text()
+    page = report.section(with_command(dpo))
     assert all(f"| {name} {row['version']} |" in page for name, row in dpo["contenders"].items())
-    assert "](steps.png)" in page
+    plots.save(report.curves([dpo]), tmp_path / "steps.png", "dpo.json")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_says_why_trl_did_not_run(dpo, tmp_path):
+def test_the_page_says_why_trl_did_not_run(dpo):
     alone = {**dpo, "contenders": {"rlhf_fast": dpo["contenders"]["rlhf_fast"]}, "absent": {"trl": "not there"}}
-    (tmp_path / "dpo.json").write_text(json.dumps(with_command(alone)))
-    report.write([tmp_path / "dpo.json"], tmp_path / "steps.md")
-    assert "trl did not run: not there." in (tmp_path / "steps.md").read_text()
+    assert "trl did not run: not there." in report.section(with_command(alone))
 
 
 def with_command(results):
