@@ -38,6 +38,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import fingerprint, production
 from benchmarks.occupancy import blocks_per_sm
+from benchmarks.ptxas import write
 from rlhf_fast import backends, kernels
 from rlhf_fast.ops import table
 from rlhf_fast.testing.cases import CASES, Case
@@ -95,11 +96,8 @@ def resources(kernel: Any) -> dict[str, int]:
         if int(usage["STACK"]) + int(usage["LOCAL"]) > 0:  # a stack alone may be there for a call
             spills = len(re.findall(r"\b(?:LDL|STL)\b", cuobjdump("-sass", kernel.asm["cubin"])))
     return {
-        "registers": registers,
-        "spills": spills,
-        "shared": kernel.metadata.shared,
-        "warps": kernel.metadata.num_warps,
-    }
+        "registers": registers, "spills": spills, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps
+    }  # fmt: skip
 
 
 def cuobjdump(option: str, cubin: bytes) -> str:
@@ -199,9 +197,7 @@ def main() -> None:
     compiler.compile_small([case for case in CASES if case.op in with_triton])
     compiler.compile_production()
     rows = [row for _, row in sorted(compiler.rows.items())]
-    head = json.dumps({"triton": triton.__version__, "kernels": kernel_names()})
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    out.write_text(f'{head[:-1]},\n "rows": [\n  {lines}\n]}}\n')
+    write(out, rows, triton=triton.__version__, kernels=kernel_names())
     fresh = sum(row is not compiler.recorded.get((row["kernel"], row["case"], row["target"])) for row in rows)
     print(f"{len(rows)} rows, {fresh} of them compiled -> {out}")
 

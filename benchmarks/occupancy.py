@@ -7,9 +7,6 @@ specifications per compute capability):
     warps       64 per multiprocessor
     shared      228 KiB per multiprocessor, in units of 128 bytes, 1 KiB of every block being the driver's
     blocks      32 per multiprocessor
-
-    blocks_per_sm = min(4 * floor(16384 / ceil256(32 * registers)) // warps, 64 // warps,
-                        233472 // ceil128(shared + 1024), 32)
 """
 
 from __future__ import annotations

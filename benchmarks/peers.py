@@ -82,6 +82,14 @@ def first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
+def of_logits(function: Function) -> Function:
+    return lambda logits, targets: function(logits, targets)
+
+
+def of_hidden(function: Function) -> Function:
+    return lambda hidden, weight, targets: function(hidden, weight, targets)
+
+
 def gae_of_torchrl(estimate: Function) -> Function:
     def torchrl(rewards: Tensor, values: Tensor) -> list[Tensor]:
         done = torch.zeros_like(rewards, dtype=torch.bool)
@@ -117,11 +125,9 @@ def linear_policy_loss_of_liger(loss: Function) -> Function:
 
 
 TOKEN_LOGPROBS: dict[str, Load] = {
-    "trl": of("trl.trainer.utils:selective_log_softmax", lambda f: lambda logits, targets: f(logits, targets)),
-    "verl": of(
-        "verl.utils.torch_functional:logprobs_from_logits", lambda f: lambda logits, targets: f(logits, targets)
-    ),
-    "openrlhf": of("openrlhf.models.utils:log_probs_from_logits", lambda f: lambda logits, targets: f(logits, targets)),
+    "trl": of("trl.trainer.utils:selective_log_softmax", of_logits),
+    "verl": of("verl.utils.torch_functional:logprobs_from_logits", of_logits),
+    "openrlhf": of("openrlhf.models.utils:log_probs_from_logits", of_logits),
     "torchtune": of(
         "torchtune.rlhf:logits_to_logprobs", lambda f: lambda logits, targets: f(logits[None], targets[None])[0]
     ),
@@ -129,9 +135,7 @@ TOKEN_LOGPROBS: dict[str, Load] = {
 JOBS: dict[str, dict[str, Load]] = {
     "token_logprobs": TOKEN_LOGPROBS,
     "token_logprobs and entropy": {
-        "trl": of(
-            "trl.trainer.utils:selective_log_softmax_and_entropy", lambda f: lambda logits, targets: f(logits, targets)
-        ),
+        "trl": of("trl.trainer.utils:selective_log_softmax_and_entropy", of_logits),
     },
     "token_logprobs, differentiable": TOKEN_LOGPROBS | {
         "quack": of(
@@ -170,14 +174,8 @@ JOBS: dict[str, dict[str, Load]] = {
             "liger_kernel.ops.fused_linear_cross_entropy:LigerFusedLinearCrossEntropyFunction.apply",
             lambda f: lambda hidden, weight, targets: first(f(hidden, weight, targets)),
         ),
-        "cce": of(
-            "cut_cross_entropy:linear_cross_entropy",
-            lambda f: lambda hidden, weight, targets: f(hidden, weight, targets),
-        ),
-        "quack": of(
-            "quack:chunked_linear_cross_entropy",
-            lambda f: lambda hidden, weight, targets: f(hidden, weight, targets),
-        ),
+        "cce": of("cut_cross_entropy:linear_cross_entropy", of_hidden),
+        "quack": of("quack:chunked_linear_cross_entropy", of_hidden),
     },
     "linear_kl": {
         "trl": of(

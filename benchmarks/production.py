@@ -16,13 +16,11 @@ from rlhf_fast.kernels import lora_linear
 from benchmarks.cases import advantages, head, losses, tokens
 from benchmarks.cases.build import Job
 from benchmarks.cases.sizes import GPU, results, with_gradient
-from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Transform, empty_stats
 
 LABEL = "production: "
 ROWS = 16
 FEW = replace(GPU, N=ROWS)
 WIDE = replace(FEW, dtype=torch.float32)  # the logits that a linear head makes
-RANK = head.RANK
 
 Call = Callable[[str], object]
 
@@ -40,9 +38,8 @@ def of_job(job: Job) -> Call:
 def row_kernel(backend: str) -> None:
     """As ops with a linear head call it: float32 logits, their gradient in bfloat16 in the same call."""
     wide = torch.empty(1, WIDE.N, WIDE.V)
-    stats = empty_stats(wide, want_entropy=False)
     gradient = torch.empty_like(wide, dtype=FEW.dtype)
-    IMPLS[backend][0](wide, torch.zeros(1, WIDE.N, dtype=torch.int64), None, Transform(), False, stats, gradient)
+    tokens.row_kernel(backend, wide, torch.zeros(1, WIDE.N, dtype=torch.int64), gradient)()
 
 
 def adapters(backend: str) -> None:
@@ -50,14 +47,14 @@ def adapters(backend: str) -> None:
     half, outputs = GPU.N // 2, 4 * GPU.D
     spans, dtype = [(0, 0, half), (1, half, GPU.N)], GPU.dtype
     x, y = torch.zeros(GPU.N, GPU.D, dtype=dtype), torch.zeros(GPU.N, outputs, dtype=dtype)
-    downs = [torch.zeros(RANK, GPU.D, dtype=dtype)] * 2
-    ups = [torch.zeros(outputs, RANK, dtype=dtype)] * 2
-    h = torch.zeros(GPU.N, RANK)
+    downs = [torch.zeros(head.RANK, GPU.D, dtype=dtype)] * 2
+    ups = [torch.zeros(outputs, head.RANK, dtype=dtype)] * 2
+    h = torch.zeros(GPU.N, head.RANK)
     lora_linear.shrink(x, downs, spans, None, h)
     lora_linear.expand(h, ups, [2.0, 2.0], spans, None, y)
     for wide, rank_first in ((x, True), (y, False)):
-        total = torch.zeros(2 * RANK * wide.shape[1])
-        lora_linear.gradients(h, wide, [RANK] * 2, [2.0, 2.0], spans, None, rank_first, total)
+        total = torch.zeros(2 * head.RANK * wide.shape[1])
+        lora_linear.gradients(h, wide, [head.RANK] * 2, [2.0, 2.0], spans, None, rank_first, total)
 
 
 def named(job: Job) -> str:

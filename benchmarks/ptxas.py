@@ -50,15 +50,10 @@ def compiled(source: Path, architecture: str) -> tuple[list[dict[str, Any]], str
     rows = []
     for name, match in zip(names, reports, strict=True):
         shared = re.search(r"(\d+) bytes smem", match["rest"])
-        rows.append(
-            {
-                "kernel": f"{source.stem}.{name}",
-                "target": architecture,
-                "registers": int(match["registers"]),
-                "spills": int(match["stores"]) + int(match["loads"]),
-                "shared": int(shared[1]) if shared else 0,
-            }
-        )
+        rows.append({
+            "kernel": f"{source.stem}.{name}", "target": architecture, "registers": int(match["registers"]),
+            "spills": int(match["stores"]) + int(match["loads"]), "shared": int(shared[1]) if shared else 0,
+        })  # fmt: skip
     return sorted(rows, key=lambda row: row["kernel"]), ptx
 
 
@@ -69,15 +64,19 @@ def demangled(symbols: list[str]) -> list[str]:
     return [line.split("(")[0].removeprefix("rlhf::cuda::") for line in names.splitlines()]
 
 
+def write(out: Path, rows: list[dict[str, Any]], **head: Any) -> None:
+    """JSON with a line for each row, so that a changed kernel is a changed line."""
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    out.write_text(f'{json.dumps(head)[:-1]},\n "rows": [\n  {lines}\n]}}\n')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     rows = [row for source in sources() for target in ARCHITECTURES for row in compile_report(source, target)]
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    version = json.dumps(re.search(r"release [^\n]*", nvcc)[0])
-    out.write_text(f'{{"nvcc": {version},\n "rows": [\n  {lines}\n]}}\n')
+    write(out, rows, nvcc=re.search(r"release [^\n]*", nvcc)[0])
     print(f"{len(rows)} rows -> {out}")
 
 

@@ -30,7 +30,6 @@ from benchmarks.cases.sizes import GPU, Sizes, backends_of, normal
 from benchmarks.clock import clock_for
 from benchmarks.costs import Work, floor_seconds
 from benchmarks.harness import Case, limits
-from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Transform, empty_stats
 
 SMALL = Sizes(N=64, V=512, D=32, B=8, T=64, packed=0, dtype=torch.float32)
 REPEATS = 7
@@ -110,8 +109,7 @@ def row_kernels(sizes: Sizes, device: str, backend: str) -> Iterator[Fact]:
         logits = normal(device, 1, rows, sizes.V, seed=0)
         targets = torch.randint(sizes.V, (1, rows), device=device)
         gradient = torch.empty_like(logits, dtype=sizes.dtype) if narrow else logits
-        stats = empty_stats(logits, want_entropy=False)
-        return lambda: IMPLS[backend][0](logits, targets, None, Transform(), False, stats, gradient)
+        return tokens.row_kernel(backend, logits, targets, gradient)
 
     wide, narrow = (Work(bytes=(4 + size) * rows * sizes.V) for size in (4, sizes.dtype.itemsize))
     yield Fact(f"row kernel, float32 with its gradient {backend}", partial(make, False), wide)

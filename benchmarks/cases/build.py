@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.cases.sizes import backends_of, results, with_gradient
+from benchmarks.cases.sizes import backends_of, ragged_rows, results, with_gradient
 from benchmarks.harness import CHECKED_ROWS, Bar, Case, Contender, Inputs
 
 Function = Callable[..., Any]
@@ -54,6 +54,20 @@ class Job:
 def first_rows(inputs: Inputs, rows: int) -> Inputs:
     """Of inputs whose rows have nothing to do with each other; a head has none."""
     return {name: x if name == "weight" else x[:rows] for name, x in inputs.items()}
+
+
+def partly_valid(job: Job, tokens: int, valid: float, device: str) -> Job:
+    """The job of rows of which a part counts."""
+
+    def masked(function: Function) -> Function:
+        return lambda mask, **inputs: function(**inputs) * mask
+
+    mask = ragged_rows(tokens, valid, device)
+    return replace(
+        job, shape=f"{job.shape}, {valid:.0%} valid", sizes={**job.sizes, "N": int(mask.sum())}, peers="",
+        draw=lambda: job.draw() | {"mask": ragged_rows(tokens, valid, device)}, eager=masked(job.eager),
+        exact=masked(job.exact) if job.exact else None, group="ragged",
+    )  # fmt: skip
 
 
 def forward(job: Job, device: str) -> Case:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, linear, logsigmoid
 
 import rlhf_fast
 from benchmarks import peers
-from benchmarks.cases.build import Job, backward, both, first_rows, forward
+from benchmarks.cases.build import Job, backward, both, first_rows, forward, partly_valid
 from benchmarks.cases.sizes import (
     SEQUENCES,
     VALID,
@@ -23,7 +23,6 @@ from benchmarks.cases.sizes import (
     normal,
     of_hidden,
     published,
-    ragged_rows,
     short,
     wide,
     with_gradient,
@@ -152,14 +151,7 @@ def ragged(sizes: Sizes, device: str) -> list[Case]:
     cases = []
     without_masks = {"eager, gathered": eager_logprobs, **peers.find("linear_logprobs")}
     for valid in VALID:
-        shape, counted = of_hidden(sizes)
-        job, mask = logprobs(sizes, device), ragged_rows(sizes.N, valid, device)
-        job = replace(
-            job, shape=f"{shape}, {valid:.0%} valid", sizes={**counted, "N": int(mask.sum())}, peers="", group="ragged",
-            draw=lambda valid=valid, job=job: job.draw() | {"mask": ragged_rows(sizes.N, valid, device)},
-            eager=lambda hidden, weight, targets, mask: eager_logprobs(hidden, weight, targets) * mask,
-            exact=lambda hidden, weight, targets, mask: exact_logprobs(hidden, weight, targets) * mask,
-        )  # fmt: skip
+        job = partly_valid(logprobs(sizes, device), sizes.N, valid, device)
         for label, leaves in (("frozen head", ("hidden",)), ("trained head", TRAINED)):
             case = backward(replace(job, label=label, leaves=leaves), device)
             others = {name: with_gradient(gathered(function), *leaves) for name, function in without_masks.items()}
@@ -186,18 +178,12 @@ def hidden_jobs(sizes: Sizes, device: str) -> list[Job]:
             for name, x in draw_tokens(sizes, device).items()
         }
 
-    def exact_mean_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return -exact_logprobs(hidden, weight, targets).mean()
-
     def mean_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(wide(linear(hidden, weight)), targets)
 
     def reverse_kl(hidden: Tensor, ref_hidden: Tensor, weight: Tensor) -> Tensor:
         p, q = (wide(linear(x, head)).log_softmax(-1) for x, head in ((hidden, weight), (ref_hidden, weight.detach())))
         return (p.exp() * (p - q)).sum(-1)
-
-    def exact_reverse_kl(hidden: Tensor, ref_hidden: Tensor, weight: Tensor) -> Tensor:
-        return by_rows(lambda rows, ref_rows: reverse_kl(rows, ref_rows, weight), hidden, ref_hidden)
 
     def sigmoid_loss(logprobs: Tensor) -> Tensor:
         chosen, rejected = logprobs.sum(-1).chunk(2)
@@ -216,12 +202,14 @@ def hidden_jobs(sizes: Sizes, device: str) -> list[Job]:
         Job(
             "linear_logprobs", *of_hidden(sizes), lambda: draw_tokens(sizes, device), mean_nll,
             lambda **x: -rlhf_fast.linear_logprobs(**x).mean(), ("hidden",),
-            label="mean cross-entropy", peers="mean negative log-likelihood", exact=exact_mean_nll,
+            label="mean cross-entropy", peers="mean negative log-likelihood",
+            exact=lambda **x: -exact_logprobs(**x).mean(),
         ),
         Job(
             "linear_kl", *of_hidden(sizes), two_policies, reverse_kl,
             lambda **x: rlhf_fast.linear_kl(**x, targets=None).kl, ("hidden",),
-            exact=exact_reverse_kl, peers="linear_kl",
+            exact=lambda hidden, ref_hidden, weight: by_rows(partial(reverse_kl, weight=weight), hidden, ref_hidden),
+            peers="linear_kl",
         ),
         Job(
             "linear_preference_loss", *of_hidden(sizes), pairs, dpo,

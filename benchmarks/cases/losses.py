@@ -80,18 +80,14 @@ def of_tokens(sizes: Sizes, device: str) -> list[Job]:
         error = torch.maximum((values - returns).square(), (clipped - returns).square())
         return 0.5 * (error * mask).sum() / mask.sum()
 
-    def both_losses(
-        values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
-        logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
-    ) -> Tensor:  # fmt: skip
-        policy, _ = clipped_surrogate(logprobs, old_logprobs, advantages, mask)
+    def both_losses(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, **samples: Tensor) -> Tensor:
+        policy, _ = clipped_surrogate(**samples, mask=mask)
         return policy + VALUE_COEF * value(values, old_values, returns, mask)
 
     def ours(
-        values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
-        logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, backend: str,
-    ) -> Tensor:  # fmt: skip
-        policy, _ = rlhf_fast.policy_loss(logprobs, old_logprobs, advantages, mask=mask, backend=backend)
+        values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, backend: str, **samples: Tensor
+    ) -> Tensor:
+        policy, _ = rlhf_fast.policy_loss(**samples, mask=mask, backend=backend)
         critic, _ = rlhf_fast.value_loss(values, old_values, returns, mask=mask, clip_eps=CLIP, backend=backend)
         return policy + VALUE_COEF * critic
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -9,20 +10,8 @@ import torch
 from torch import Tensor
 
 import rlhf_fast
-from benchmarks.cases.build import Job, backward, both, first_rows, forward
-from benchmarks.cases.sizes import (
-    VALID,
-    Sizes,
-    backends_of,
-    by_rows,
-    ids,
-    normal,
-    of_logits,
-    of_planes,
-    planes,
-    ragged_rows,
-    wide,
-)
+from benchmarks.cases.build import Job, backward, both, first_rows, forward, partly_valid
+from benchmarks.cases.sizes import VALID, Sizes, backends_of, by_rows, ids, normal, of_logits, of_planes, planes, wide
 from benchmarks.harness import Bar, Case, Contender, Inputs
 from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Transform, empty_stats, reference
 
@@ -49,14 +38,23 @@ def logprobs(sizes: Sizes, device: str) -> Job:
     )  # fmt: skip
 
 
+def row_kernel(backend: str, logits: Tensor, targets: Tensor, gradient: Tensor) -> Callable[[], Tensor]:
+    """As ops with a linear head call it: the log-probabilities, and the gradient of their sum in the same call."""
+    stats = empty_stats(logits, want_entropy=False)
+
+    def run() -> Tensor:
+        IMPLS[backend][0](logits, targets, None, Transform(), False, stats, gradient)
+        return stats[0]
+
+    return run
+
+
 def gradient_in_forward(backend: str) -> Contender:
-    """The row kernel as ops with a linear head call it: the gradient of the sum, over the logits, in the same call."""
+    """The row kernel with its gradient over the logits."""
 
     def run(x: Inputs) -> list[Tensor]:
         logits = x["logits"][None]
-        stats = empty_stats(logits, want_entropy=False)
-        IMPLS[backend][0](logits, x["targets"][None], None, Transform(), False, stats, logits)
-        return [stats[0][0], logits[0]]
+        return [row_kernel(backend, logits, x["targets"][None], logits)()[0], logits[0]]
 
     return run
 
@@ -102,16 +100,8 @@ def bars(sizes: Sizes, device: str) -> list[Case]:
 def ragged(sizes: Sizes, device: str) -> list[Case]:
     """Log-probabilities of which a part counts."""
 
-    def valid_part(valid: float) -> Job:
-        shape, counted = of_logits(sizes)
-        job, mask = logprobs(sizes, device), ragged_rows(sizes.N, valid, device)
-        return replace(
-            job, shape=f"{shape}, {valid:.0%} valid", sizes={**counted, "N": int(mask.sum())}, peers="", exact=None,
-            draw=lambda: job.draw() | {"mask": ragged_rows(sizes.N, valid, device)}, leaves=("logits",),
-            eager=lambda logits, targets, mask: eager_logprobs(logits, targets) * mask, group="ragged",
-        )  # fmt: skip
-
-    return [case for valid in VALID for case in both(valid_part(valid), device)]
+    job = replace(logprobs(sizes, device), exact=None, leaves=("logits",))
+    return [case for valid in VALID for case in both(partly_valid(job, sizes.N, valid, device), device)]
 
 
 def logits_jobs(sizes: Sizes, device: str) -> list[Job]:
