@@ -107,16 +107,10 @@ def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
 
 
 def reference(
-    rewards: Tensor,
-    values: Tensor | None,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    bootstrap: Tensor | None = None,
-    gamma: float = 1.0,
-    lam: float | Tensor = 0.95,
+    rewards: Tensor, values: Tensor | None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    bootstrap: Tensor | None = None, gamma: float = 1.0, lam: float | Tensor = 0.95,
     value_lam: float | Tensor | None = None,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """[advantages, returns], or [returns] without values, by definition, differentiable any number of times."""
     walk = _scan.walk(rewards, mask, cu_seqlens, bootstrap)
     zeros = torch.zeros_like(rewards, dtype=check.compute_dtype(rewards.dtype))

@@ -192,16 +192,10 @@ VARIANTS = {
 
 
 def reference(
-    rewards: Tensor,
-    group_ids: Tensor,
-    *,
-    variant: str,
-    eps: float = 1e-4,
-    lengths: Tensor | None = None,
-    k: int | None = None,
-    reward_weights: Tensor | None = None,
+    rewards: Tensor, group_ids: Tensor, *, variant: str, eps: float = 1e-4, lengths: Tensor | None = None,
+    k: int | None = None, reward_weights: Tensor | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The advantages of a variant with groups by definition, differentiable any number of times."""
     r = rewards.to(check.compute_dtype(rewards.dtype))
     r = r if r.dim() == 2 else r[:, None]

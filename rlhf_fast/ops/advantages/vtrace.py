@@ -87,19 +87,10 @@ def vtrace(
 
 
 def reference(
-    rewards: Tensor,
-    values: Tensor,
-    logprobs: Tensor,
-    sampler_logprobs: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    bootstrap: Tensor | None = None,
-    gamma: float = 1.0,
-    lam: float = 1.0,
-    rho_clip: float = 1.0,
-    c_clip: float = 1.0,
-) -> list[Tensor]:
+    rewards: Tensor, values: Tensor, logprobs: Tensor, sampler_logprobs: Tensor, *, mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, bootstrap: Tensor | None = None, gamma: float = 1.0, lam: float = 1.0,
+    rho_clip: float = 1.0, c_clip: float = 1.0,
+) -> list[Tensor]:  # fmt: skip
     """[advantages, returns] by definition, differentiable any number of times."""
     walk = _scan.walk(rewards, mask, cu_seqlens, bootstrap)
     zeros = torch.zeros_like(rewards, dtype=check.compute_dtype(rewards.dtype))

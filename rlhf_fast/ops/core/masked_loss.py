@@ -201,16 +201,10 @@ def register(op: str, inputs: type, numbers: type, *, differentiable: Sequence[s
         }
 
     return registration.op(
-        op,
-        (inputs, Over, numbers),
-        compute,
-        fake=lambda inputs, *_: empty_outputs(inputs[0], len(differentiable)),
-        differentiable=differentiable,
-        saves_results=slice(2, None),
-        backward=backward,
-        returned=2,
+        op, (inputs, Over, numbers), compute, fake=lambda inputs, *_: empty_outputs(inputs[0], len(differentiable)),
+        differentiable=differentiable, saves_results=slice(2, None), backward=backward, returned=2,
         without_gradient=partial(compute, gradients=0),
-    )
+    )  # fmt: skip
 
 
 def call(run: Callable[..., list[Tensor]], inputs: Any, over: Over, numbers: Any, backend: str,

@@ -115,14 +115,9 @@ def only_autograd_looks(tensors: Iterable[Any]) -> bool:
 
 
 def op_without_gradient(
-    name: str,
-    takes: Sequence[type],
-    compute: Callable[..., Any],
-    *,
-    fake: Callable[..., Any],
-    mutates: Sequence[str] = (),
-    instead_of_vmap: str = INSTEAD,
-) -> Callable[..., Any]:
+    name: str, takes: Sequence[type], compute: Callable[..., Any], *, fake: Callable[..., Any],
+    mutates: Sequence[str] = (), instead_of_vmap: str = INSTEAD,
+) -> Callable[..., Any]:  # fmt: skip
     """Registers ``rlhf_fast::<name>``, which has no derivative, and returns how to call it.
 
     takes, compute, fake: as in `op`. mutates: the fields that compute writes into, in which case it returns nothing.
@@ -147,18 +142,11 @@ def op_without_gradient(
 
 
 def op(
-    name: str,
-    takes: Sequence[type],
-    compute: Callable[..., list[Tensor]],
-    *,
-    fake: Callable[..., list[Tensor]],
-    differentiable: Sequence[str],
-    backward: Callable[[Saved, Sequence[Tensor | None]], Mapping[str, Gradient]],
-    returned: int,
-    saves: Sequence[str] = (),
-    saves_results: slice = slice(None),
+    name: str, takes: Sequence[type], compute: Callable[..., list[Tensor]], *, fake: Callable[..., list[Tensor]],
+    differentiable: Sequence[str], backward: Callable[[Saved, Sequence[Tensor | None]], Mapping[str, Gradient]],
+    returned: int, saves: Sequence[str] = (), saves_results: slice = slice(None),
     without_gradient: Callable[..., list[Tensor]] | None = None,
-) -> Callable[..., list[Tensor]]:
+) -> Callable[..., list[Tensor]]:  # fmt: skip
     """Registers ``rlhf_fast::<name>`` and returns how to call it, as compute: (*inputs, backend) -> results.
 
     takes: the NamedTuples of the inputs, or an Objective. Their fields, in order, are the schema, and after them the

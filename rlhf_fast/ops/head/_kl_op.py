@@ -249,12 +249,7 @@ def _gradients(saved: registration.Saved, gradients: Sequence[Tensor | None]) ->
 DIFFERENTIABLE = ("hidden", "weight", "bias")
 
 run = registration.op(
-    "linear_kl",
-    _CALL,
-    _forward,
-    fake=lambda head, rows, *others: _empty_results(head, rows, others[-2]),
-    differentiable=DIFFERENTIABLE,
-    saves=(*DIFFERENTIABLE, *Reference._fields, "targets", "mask", "temperatures"),
-    backward=_gradients,
-    returned=4,
-)
+    "linear_kl", _CALL, _forward, fake=lambda head, rows, *others: _empty_results(head, rows, others[-2]),
+    differentiable=DIFFERENTIABLE, saves=(*DIFFERENTIABLE, *Reference._fields, "targets", "mask", "temperatures"),
+    backward=_gradients, returned=4,
+)  # fmt: skip

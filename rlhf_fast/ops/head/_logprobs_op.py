@@ -186,12 +186,6 @@ TENSORS = ("hidden", "weight", "bias", "lora_a", "lora_b", "targets", "mask", "t
 DIFFERENTIABLE = TENSORS[:5]
 
 run = registration.op(
-    "linear_logprobs",
-    (Head, Rows, Transform, Shards, Wanted, Saves),
-    _forward,
-    fake=_fake,
-    differentiable=DIFFERENTIABLE,
-    saves=TENSORS,
-    backward=_gradients,
-    returned=2,
-)
+    "linear_logprobs", (Head, Rows, Transform, Shards, Wanted, Saves), _forward, fake=_fake,
+    differentiable=DIFFERENTIABLE, saves=TENSORS, backward=_gradients, returned=2,
+)  # fmt: skip

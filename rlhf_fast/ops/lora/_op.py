@@ -220,13 +220,8 @@ gradients = registration.op_without_gradient(
     "lora_linear_backward", (Upstream, Layer, Bank, Rows, Wants), _gradients, fake=_empty_gradients
 )
 run = registration.op(
-    "lora_linear",
-    (Layer, Bank, Rows),
-    forward,
-    fake=_fake,
+    "lora_linear", (Layer, Bank, Rows), forward, fake=_fake,
     differentiable=("x", "weight", "bias", "downs", "ups", "magnitudes"),
-    saves=("x", "weight", "downs", "ups", "magnitudes", "seed"),
-    saves_results=slice(1, None),
-    backward=_backward,
+    saves=("x", "weight", "downs", "ups", "magnitudes", "seed"), saves_results=slice(1, None), backward=_backward,
     returned=1,
-)
+)  # fmt: skip

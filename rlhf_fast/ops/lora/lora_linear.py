@@ -154,15 +154,9 @@ def prepare(
 
 @without_autocast
 def reference(
-    x: Tensor,
-    weight: Tensor | None,
-    bank: Sequence[Entry],
-    segments: Sequence[tuple[int, int]],
-    *,
-    bias: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor | None, bank: Sequence[Entry], segments: Sequence[tuple[int, int]], *,
+    bias: Tensor | None = None, dropout: float = 0.0, seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The definition, differentiable any number of times (the norm of a DoRA adapter is a constant)."""
     segments = segments or [(-1, 0)]  # no row
     rows, counts = check.rows(x), [count for _, count in segments]

@@ -65,16 +65,10 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        objective: PolicyObjective,
-        logprobs: Tensor,
-        *,
-        mask: Tensor | None = None,
-        overlong: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        denominator: Tensor | float | None = None,
+        cls, objective: PolicyObjective, logprobs: Tensor, *, mask: Tensor | None = None,
+        overlong: Tensor | None = None, cu_seqlens: Tensor | None = None, denominator: Tensor | float | None = None,
         sequences: Tensor | float | None = None,
-    ) -> Plan:
+    ) -> Plan:  # fmt: skip
         """The plan of a batch of the shape, dtype and device of `logprobs`; arguments as those of policy_loss."""
         shape = tuple(logprobs.shape)
         check.same_device(("logprobs", logprobs), ("mask", mask), ("overlong", overlong), ("cu_seqlens", cu_seqlens))

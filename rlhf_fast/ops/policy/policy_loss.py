@@ -361,12 +361,6 @@ def _backward(saved: registration.Saved, gradients: Sequence[Tensor | None]) -> 
 
 
 _run = registration.op(
-    "policy_loss",
-    (Inputs, Plan, Numbers),
-    _compute,
-    fake=_outputs,
-    differentiable=("logprobs", "entropy"),
-    saves_results=slice(2, None),
-    backward=_backward,
-    returned=2,
-)
+    "policy_loss", (Inputs, Plan, Numbers), _compute, fake=_outputs, differentiable=("logprobs", "entropy"),
+    saves_results=slice(2, None), backward=_backward, returned=2,
+)  # fmt: skip

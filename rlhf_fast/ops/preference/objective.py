@@ -96,13 +96,10 @@ class PreferenceObjective(Objective):
         variant = VARIANTS[name]
         code, alpha = DIVERGENCES[self.divergence_variant if variant.reference else "reverse_kl"]
         return PairNumbers(
-            str(variant.kernel),
-            self.beta,
-            self.label_smoothing,
-            getattr(self, variant.parameter) if variant.parameter else 0.0,
-            code,
+            str(variant.kernel), self.beta, self.label_smoothing,
+            getattr(self, variant.parameter) if variant.parameter else 0.0, code,
             self.divergence_alpha if alpha is None else alpha,
-        )
+        )  # fmt: skip
 
     def _check_smoothing(self) -> None:
         if not 0 <= self.label_smoothing < 0.5:

@@ -185,12 +185,6 @@ def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> M
 
 
 _run = registration.op(
-    "ranking_loss",
-    (Answers, Groups, Function),
-    _compute,
-    fake=_outputs,
-    differentiable=("rewards",),
-    saves_results=slice(2, None),
-    backward=_backward,
-    returned=2,
-)
+    "ranking_loss", (Answers, Groups, Function), _compute, fake=_outputs, differentiable=("rewards",),
+    saves_results=slice(2, None), backward=_backward, returned=2,
+)  # fmt: skip

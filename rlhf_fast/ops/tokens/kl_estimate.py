@@ -101,16 +101,10 @@ VARIANTS = {"k1": k1, "k2": k2, "k3": k3}  # of log r; the order is that of csrc
 
 
 def reference(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    *,
-    variant: str = "k1",
-    gradient: str | None = None,
-    old_logprobs: Tensor | None = None,
-    log_ratio_clip: float = math.inf,
-    value_clip: float = math.inf,
+    logprobs: Tensor, ref_logprobs: Tensor, *, variant: str = "k1", gradient: str | None = None,
+    old_logprobs: Tensor | None = None, log_ratio_clip: float = math.inf, value_clip: float = math.inf,
     weight_clip: float = math.inf,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The estimates by definition, differentiable any number of times."""
     dtype = check.compute_dtype(logprobs.dtype)
     logprobs, log_ratio = logprobs.to(dtype), ref_logprobs.to(dtype) - logprobs.to(dtype)

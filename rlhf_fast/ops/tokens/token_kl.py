@@ -139,17 +139,10 @@ VARIANTS = {
 
 
 def reference(
-    logits: Tensor,
-    ref_logits: Tensor,
-    *,
-    variant: str = "reverse",
-    js_weight: float = 0.5,
-    top_k: int | None = None,
-    temperature: float | Tensor = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    logits: Tensor, ref_logits: Tensor, *, variant: str = "reverse", js_weight: float = 0.5, top_k: int | None = None,
+    temperature: float | Tensor = 1.0, logit_scale: float = 1.0, softcap: float | None = None,
     mask: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The divergence by definition, differentiable any number of times."""
     both = [
         transformed(x, temperature=temperature, logit_scale=logit_scale, softcap=softcap, mask=mask)
@@ -267,12 +260,6 @@ def _gradients(saved: registration.Saved, gradients: Sequence[Tensor | None]) ->
 
 
 _run = registration.op(
-    "token_kl",
-    (_Rows, Transform, Divergence),
-    _forward,
-    fake=_empty_stats,
-    differentiable=("logits",),
-    saves=("logits", "ref_logits", "mask", "temperatures"),
-    backward=_gradients,
-    returned=1,
-)
+    "token_kl", (_Rows, Transform, Divergence), _forward, fake=_empty_stats, differentiable=("logits",),
+    saves=("logits", "ref_logits", "mask", "temperatures"), backward=_gradients, returned=1,
+)  # fmt: skip

@@ -154,14 +154,9 @@ def planes(logits: Tensor) -> Tensor:
 
 
 def reference(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, logit_scale: float = 1.0,
+    softcap: float | None = None, mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(logprobs, entropy) by definition, differentiable any number of times; NaN for a target outside [0, V)."""
     z = transformed(logits, temperature=temperature, logit_scale=logit_scale, softcap=softcap, mask=mask)
     z = z - z.amax(-1, keepdim=True).detach()  # changes nothing but the rounding, which matters for logits of 1e4
@@ -416,13 +411,7 @@ def _gradients(saved: registration.Saved, gradients: Sequence[Tensor | None]) ->
 
 
 _run = registration.op(
-    "token_logprobs",
-    (_Rows, Transform, Wanted, _Inplace),
-    _forward,
-    fake=lambda rows, transform, wanted, *_: wanted.and_lse(_empty_stats(rows, wanted)),
-    differentiable=("logits",),
-    saves=("logits", "targets", "mask", "temperatures"),
-    saves_results=slice(5),
-    backward=_gradients,
-    returned=2,
-)
+    "token_logprobs", (_Rows, Transform, Wanted, _Inplace), _forward,
+    fake=lambda rows, transform, wanted, *_: wanted.and_lse(_empty_stats(rows, wanted)), differentiable=("logits",),
+    saves=("logits", "targets", "mask", "temperatures"), saves_results=slice(5), backward=_gradients, returned=2,
+)  # fmt: skip

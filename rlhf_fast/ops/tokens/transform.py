@@ -64,13 +64,9 @@ def _warm(temperature: Any, dtype: torch.dtype) -> Any:
 
 
 def transformed(
-    logits: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    logits: Tensor, *, temperature: float | Tensor = 1.0, logit_scale: float = 1.0, softcap: float | None = None,
     mask: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """z = softcap(logit_scale * logits) / temperature in the type of computation; 0 in masked rows: NaN ends there."""
     z = logits.to(check.compute_dtype(logits.dtype)) * logit_scale
     if mask is not None:

@@ -147,12 +147,6 @@ def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> M
 
 
 _run = registration.op(
-    "distributional_value_loss",
-    (Inputs, Over, Numbers),
-    _compute,
-    fake=_outputs,
-    differentiable=("logits",),
-    saves_results=slice(3, None),
-    backward=_backward,
-    returned=3,
-)
+    "distributional_value_loss", (Inputs, Over, Numbers), _compute, fake=_outputs, differentiable=("logits",),
+    saves_results=slice(3, None), backward=_backward, returned=3,
+)  # fmt: skip

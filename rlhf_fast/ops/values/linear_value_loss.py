@@ -181,13 +181,6 @@ def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> M
 
 
 _run = registration.op(
-    "linear_value_loss",
-    (Inputs, Over, Numbers),
-    _compute,
-    fake=_outputs,
-    differentiable=("hidden", "weight", "bias"),
-    saves=("weight",),
-    saves_results=slice(3, None),
-    backward=_backward,
-    returned=3,
-)
+    "linear_value_loss", (Inputs, Over, Numbers), _compute, fake=_outputs, differentiable=("hidden", "weight", "bias"),
+    saves=("weight",), saves_results=slice(3, None), backward=_backward, returned=3,
+)  # fmt: skip
