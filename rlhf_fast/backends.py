@@ -97,6 +97,12 @@ def native() -> ModuleType:
 
 
 @cache
+def triton_kernels(module: str) -> ModuleType:
+    """That module of the Triton kernels, which the first call of one imports."""
+    return importlib.import_module(f"rlhf_fast.kernels.{module}")
+
+
+@cache
 def _native_error() -> str | None:
     try:
         native()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import packed, strided
-from rlhf_fast.ops.core import check
+from rlhf_fast.ops.core import check, registration
 from rlhf_fast.ops.core.sequences import check_bounds, checked_cu_seqlens, sequence_ids
 
 
@@ -93,6 +93,26 @@ def native_steps(steps: Tensor | None) -> tuple[int, int]:
         return 0, 0
     at, _, sizes = strided(steps)
     return at, sizes[-1] if sizes else 0
+
+
+def register(
+    op: str, takes: Sequence[type], impls: Mapping[str, Callable[..., None]],
+    check_rates: Callable[[Any], None] = lambda rates: None,
+) -> Callable[..., list[Tensor]]:  # fmt: skip
+    """Registers ``rlhf_fast::<op>``: (steps, sequences, rates, backend) -> [advantages, returns]; without values
+    [returns]. impls: (steps, sequences, rates, outputs)."""
+
+    def empty(steps: Any, sequences: Sequences, *_: Any) -> list[Tensor]:
+        return sequences.empty(steps.rewards, 1 if steps.values is None else 2)
+
+    def compute(steps: Any, sequences: Sequences, rates: Any, backend: str) -> list[Tensor]:
+        check_bounds(sequences.cu_seqlens, steps.rewards.shape[-1])
+        check_rates(rates)
+        outputs = empty(steps, sequences)
+        impls[backend](steps, sequences, rates, outputs)
+        return outputs
+
+    return registration.op_without_gradient(op, takes, compute, fake=empty)
 
 
 class Walk(NamedTuple):

@@ -40,11 +40,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, stream, threads
+from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, stream, threads, triton_kernels
 from rlhf_fast.ops.advantages import _scan
 from rlhf_fast.ops.advantages._scan import Advantages, Sequences
-from rlhf_fast.ops.core import check, registration
-from rlhf_fast.ops.core.sequences import check_bounds
+from rlhf_fast.ops.core import check
 
 
 @check.takes_numbers
@@ -168,29 +167,11 @@ def _native_arguments(steps: Steps, sequences: Sequences, rates: Rates, outputs:
 
 
 def _triton(steps: Steps, sequences: Sequences, rates: Rates, outputs: list[Tensor]) -> None:
-    from rlhf_fast.kernels import gae as kernels
-
-    kernels.gae(*steps, *sequences, *rates, outputs)
+    triton_kernels("gae").gae(*steps, *sequences, *rates, outputs)
 
 
-# impl(steps, sequences, rates, outputs = [advantages, returns], without values [returns])
 IMPLS = {"cpu": _cpu, "triton": _triton, "cuda": _cuda}
 OPS = {"gae": tuple(IMPLS), "discounted_returns": tuple(IMPLS)}
-
-
-def _empty(steps: Steps, sequences: Sequences, rates: Rates, backend: str) -> list[Tensor]:
-    return sequences.empty(steps.rewards, 1 if steps.values is None else 2)
-
-
-def _compute(steps: Steps, sequences: Sequences, rates: Rates, backend: str) -> list[Tensor]:
-    check_bounds(sequences.cu_seqlens, steps.rewards.shape[-1])
-    _check_lams(rates.lams)
-    outputs = _empty(steps, sequences, rates, backend)
-    IMPLS[backend](steps, sequences, rates, outputs)
-    return outputs
-
-
-_run = registration.op_without_gradient("gae", (Steps, Sequences, Rates), _compute, fake=_empty)
 
 
 def _of(op: str, inputs: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Tensor | None,
@@ -231,3 +212,6 @@ def _check_lams(lams: Tensor | None) -> None:
         return
     if not ((lams >= 0) & (lams <= 1)).all():
         raise ValueError(f"lam and value_lam must be in [0, 1], got {lams.tolist()}")
+
+
+_run = _scan.register("gae", (Steps, Sequences, Rates), IMPLS, lambda rates: _check_lams(rates.lams))

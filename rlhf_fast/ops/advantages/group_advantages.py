@@ -39,12 +39,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
+from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads, triton_kernels
 from rlhf_fast.ops.advantages.whiten import whiten
 from rlhf_fast.ops.core import check, masked_loss, registration
 from rlhf_fast.ops.core.groups import Groups, check_groups, ids_of, in_order
@@ -288,19 +288,17 @@ class Distance(NamedTuple):
     parameter: float
 
 
-def _cpu(answers: Answers, groups: Groups, distance: Distance, advantages: Tensor) -> None:
+def _cpu(answers: Answers, groups: Groups, distance: Distance, outputs: list[Tensor]) -> None:
     rewards, weights = answers
     native().group_advantages(
         packed(rewards), DTYPE_CODES[rewards.dtype], packed(weights), groups.count(rewards), groups.size,
         packed(groups.order), packed(groups.offsets), list(DIVISORS).index(distance.divisor), distance.parameter,
-        packed(advantages), threads(),
+        packed(outputs[0]), threads(),
     )  # fmt: skip
 
 
-def _triton(answers: Answers, groups: Groups, distance: Distance, advantages: Tensor) -> None:
-    from rlhf_fast.kernels import group_advantages as kernels
-
-    kernels.group_advantages(*answers, *groups, *distance, advantages)
+def _triton(answers: Answers, groups: Groups, distance: Distance, outputs: list[Tensor]) -> None:
+    triton_kernels("group_advantages").group_advantages(*answers, *groups, *distance, *outputs)
 
 
 IMPLS = {"cpu": _cpu, "triton": _triton}
@@ -311,11 +309,10 @@ def _empty(answers: Answers, groups: Groups, distance: Distance, backend: str) -
     return [torch.empty_like(answers.rewards, dtype=check.compute_dtype(answers.rewards.dtype))]
 
 
-def _compute(answers: Answers, groups: Groups, distance: Distance, backend: str) -> list[Tensor]:
+def _compute(answers: Answers, *others: Any) -> list[Tensor]:
     _check_lengths(answers.weights)
-    (advantages,) = _empty(answers, groups, distance, backend)
-    IMPLS[backend](answers, groups, distance, advantages)
-    return [advantages]
+    return _filled(answers, *others)
 
 
+_filled = registration.filled(IMPLS, _empty)
 _run = registration.op_without_gradient("group_advantages", (Answers, Groups, Distance), _compute, fake=_empty)

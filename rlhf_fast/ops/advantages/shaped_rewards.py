@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import native, packed, resolve, strided, threads
+from rlhf_fast.backends import native, packed, resolve, strided, threads, triton_kernels
 from rlhf_fast.ops.core import check, masked_loss, registration
 
 
@@ -80,18 +80,17 @@ class Inputs(NamedTuple):
     clip: float
 
 
-def _cpu(inputs: Inputs, rewards: Tensor) -> None:
+def _cpu(inputs: Inputs, outputs: list[Tensor]) -> None:
     scores, kl, mask, kl_coef, clip = inputs
     at, code, (batch, stride) = strided(kl)
     native().shaped_rewards(
-        packed(scores), at, code, [batch, kl.shape[1], stride], packed(mask), kl_coef, clip, packed(rewards), threads()
-    )
+        packed(scores), at, code, [batch, kl.shape[1], stride], packed(mask), kl_coef, clip, packed(outputs[0]),
+        threads(),
+    )  # fmt: skip
 
 
-def _triton(inputs: Inputs, rewards: Tensor) -> None:
-    from rlhf_fast.kernels import shaped_rewards as kernels
-
-    kernels.shaped_rewards(*inputs, rewards)
+def _triton(inputs: Inputs, outputs: list[Tensor]) -> None:
+    triton_kernels("shaped_rewards").shaped_rewards(*inputs, *outputs)
 
 
 IMPLS = {"cpu": _cpu, "triton": _triton}
@@ -102,10 +101,4 @@ def _empty(inputs: Inputs, backend: str) -> list[Tensor]:
     return [inputs.kl.new_empty(inputs.kl.shape, dtype=check.compute_dtype(inputs.kl.dtype))]
 
 
-def _compute(inputs: Inputs, backend: str) -> list[Tensor]:
-    (rewards,) = _empty(inputs, backend)
-    IMPLS[backend](inputs, rewards)
-    return [rewards]
-
-
-_run = registration.op_without_gradient("shaped_rewards", (Inputs,), _compute, fake=_empty)
+_run = registration.op_without_gradient("shaped_rewards", (Inputs,), registration.filled(IMPLS, _empty), fake=_empty)

@@ -33,11 +33,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
+from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads, triton_kernels
 from rlhf_fast.ops.advantages import _scan
 from rlhf_fast.ops.advantages._scan import Advantages, Sequences
-from rlhf_fast.ops.core import check, registration
-from rlhf_fast.ops.core.sequences import check_bounds
+from rlhf_fast.ops.core import check
 
 
 @check.takes_numbers
@@ -134,25 +133,9 @@ def _cpu(steps: Steps, sequences: Sequences, rates: Rates, outputs: list[Tensor]
 
 
 def _triton(steps: Steps, sequences: Sequences, rates: Rates, outputs: list[Tensor]) -> None:
-    from rlhf_fast.kernels import vtrace as kernels
-
-    kernels.vtrace(list(steps), *sequences, list(rates), outputs)
+    triton_kernels("vtrace").vtrace(list(steps), *sequences, list(rates), outputs)
 
 
-# impl(steps, sequences, rates, outputs = [advantages, returns])
 IMPLS = {"cpu": _cpu, "triton": _triton}
 OPS = {"vtrace": tuple(IMPLS)}
-
-
-def _empty(steps: Steps, sequences: Sequences, rates: Rates, backend: str) -> list[Tensor]:
-    return sequences.empty(steps.rewards, 2)
-
-
-def _compute(steps: Steps, sequences: Sequences, rates: Rates, backend: str) -> list[Tensor]:
-    check_bounds(sequences.cu_seqlens, steps.rewards.shape[-1])
-    outputs = _empty(steps, sequences, rates, backend)
-    IMPLS[backend](steps, sequences, rates, outputs)
-    return outputs
-
-
-_run = registration.op_without_gradient("vtrace", (Steps, Sequences, Rates), _compute, fake=_empty)
+_run = _scan.register("vtrace", (Steps, Sequences, Rates), IMPLS)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
+from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads, triton_kernels
 from rlhf_fast.ops.core import check, registration
 
 _SPAN, _PARTS = 4096, 512  # the statistics are of at most _PARTS spans, of at least _SPAN numbers where there are more
@@ -124,13 +124,13 @@ class Whitening(NamedTuple):
     eps: float
 
 
-def _cpu_moments(numbers: Numbers, moments: Tensor) -> None:
-    native().whiten_moments(*_native_arguments(numbers, moments), threads())
+def _cpu_moments(numbers: Numbers, outputs: list[Tensor]) -> None:
+    native().whiten_moments(*_native_arguments(numbers, outputs[0]), threads())
 
 
-def _cpu_whiten(numbers: Numbers, whitening: Whitening, out: Tensor) -> None:
+def _cpu_whiten(numbers: Numbers, whitening: Whitening, outputs: list[Tensor]) -> None:
     moments, shift_mean, eps = whitening
-    native().whiten(*_native_arguments(numbers, moments), shift_mean, eps, packed(out), threads())
+    native().whiten(*_native_arguments(numbers, moments), shift_mean, eps, packed(outputs[0]), threads())
 
 
 def _native_arguments(numbers: Numbers, moments: Tensor) -> tuple[int, ...]:
@@ -138,20 +138,17 @@ def _native_arguments(numbers: Numbers, moments: Tensor) -> tuple[int, ...]:
     return packed(x), DTYPE_CODES[x.dtype], x.numel(), packed(mask), packed(moments), moments.shape[0]
 
 
-def _triton_moments(numbers: Numbers, moments: Tensor) -> None:
-    from rlhf_fast.kernels import whiten as kernels
-
-    kernels.whiten_moments(*numbers, moments)
+def _triton_moments(numbers: Numbers, outputs: list[Tensor]) -> None:
+    triton_kernels("whiten").whiten_moments(*numbers, *outputs)
 
 
-def _triton_whiten(numbers: Numbers, whitening: Whitening, out: Tensor) -> None:
-    from rlhf_fast.kernels import whiten as kernels
-
-    kernels.whiten(*numbers, *whitening, out)
+def _triton_whiten(numbers: Numbers, whitening: Whitening, outputs: list[Tensor]) -> None:
+    triton_kernels("whiten").whiten(*numbers, *whitening, *outputs)
 
 
-# moments(numbers, moments (P, 3)) and whiten(numbers, whitening, out)
-IMPLS = {"cpu": (_cpu_moments, _cpu_whiten), "triton": (_triton_moments, _triton_whiten)}
+# of (numbers, [moments (P, 3)]) and of (numbers, whitening, [whitened numbers])
+MOMENTS = {"cpu": _cpu_moments, "triton": _triton_moments}
+IMPLS = {"cpu": _cpu_whiten, "triton": _triton_whiten}
 OPS = {"whiten": tuple(IMPLS)}
 
 
@@ -161,21 +158,11 @@ def _empty_moments(numbers: Numbers, backend: str) -> list[Tensor]:
     return [numbers.x.new_empty((parts, 3), dtype=torch.float64)]
 
 
-def _compute_moments(numbers: Numbers, backend: str) -> list[Tensor]:
-    (moments,) = _empty_moments(numbers, backend)
-    IMPLS[backend][0](numbers, moments)
-    return [moments]
-
-
 def _empty(numbers: Numbers, whitening: Whitening, backend: str) -> list[Tensor]:
     return [torch.empty_like(numbers.x, dtype=check.compute_dtype(numbers.x.dtype))]
 
 
-def _compute(numbers: Numbers, whitening: Whitening, backend: str) -> list[Tensor]:
-    (out,) = _empty(numbers, whitening, backend)
-    IMPLS[backend][1](numbers, whitening, out)
-    return [out]
-
-
-_moments = registration.op_without_gradient("whiten_moments", (Numbers,), _compute_moments, fake=_empty_moments)
-_run = registration.op_without_gradient("whiten", (Numbers, Whitening), _compute, fake=_empty)
+_moments = registration.op_without_gradient(
+    "whiten_moments", (Numbers,), registration.filled(MOMENTS, _empty_moments), fake=_empty_moments
+)
+_run = registration.op_without_gradient("whiten", (Numbers, Whitening), registration.filled(IMPLS, _empty), fake=_empty)

@@ -8,14 +8,14 @@ depends on the input's size alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import native, packed, prefer_huge_pages, threads
+from rlhf_fast.backends import native, packed, prefer_huge_pages, threads, triton_kernels
 from rlhf_fast.backends import plane as native_plane
 from rlhf_fast.ops.core import check, registration
 from rlhf_fast.ops.core.loss import Loss
@@ -156,10 +156,8 @@ def cpu(inputs: list[Tensor], over: Over, numbers: tuple[Any, ...], outputs: lis
 
 def triton(inputs: list[Tensor], over: Over, numbers: tuple[Any, ...], outputs: list[Tensor]) -> None:
     """The same in Triton."""
-    from rlhf_fast.kernels import losses as kernels
-
     kernel, *parameters = numbers
-    kernels.masked_loss(kernel, inputs, over.mask, over.denominator, parameters, outputs)
+    triton_kernels("losses").masked_loss(kernel, inputs, over.mask, over.denominator, parameters, outputs)
 
 
 IMPLS = {"cpu": cpu, "triton": triton}
@@ -189,20 +187,10 @@ def register(op: str, inputs: type, numbers: type, *, differentiable: Sequence[s
         IMPLS[backend]([x for x in inputs if x is not None], over, numbers, outputs)
         return outputs
 
-    def backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> Mapping[str, Tensor]:
-        if upstream[0] is None:
-            return {}
-        divisor, *coefficients = saved.results
-        scale = upstream[0] / divisor
-        return {
-            name: scaled_gradient(coefficient, scale, saved.dtypes[name])
-            for name, coefficient in zip(differentiable, coefficients, strict=True)
-            if saved.needs[name]
-        }
-
     return registration.op(
         op, (inputs, Over, numbers), compute, fake=lambda inputs, *_: empty_outputs(inputs[0], len(differentiable)),
-        differentiable=differentiable, saves_results=slice(2, None), backward=backward, returned=2,
+        differentiable=differentiable, saves_results=slice(2, None),
+        backward=scaled_gradients(differentiable, divided=True), returned=2,
         without_gradient=partial(compute, gradients=0),
     )  # fmt: skip
 
@@ -212,6 +200,30 @@ def call(run: Callable[..., list[Tensor]], inputs: Any, over: Over, numbers: Any
     """Calls what `register` returned. metrics: the names of the first ones."""
     loss, values, *_ = run(inputs, over, numbers, backend)
     return Loss(loss, dict(zip(metrics, values.detach().unbind(0), strict=False)))
+
+
+def scaled_gradients(
+    fields: Sequence[str], *, divided: bool = False
+) -> Callable[[registration.Saved, Sequence[Tensor | None]], dict[str, registration.Gradient]]:
+    """The backward pass of a loss that saves d loss / d field for the first of `fields`, in their order.
+
+    divided: before them it saves a divisor, which they have yet to be divided by.
+    """
+
+    def backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> dict[str, registration.Gradient]:
+        scale, coefficients = upstream[0], saved.results
+        if scale is None:
+            return {}
+        if divided:
+            divisor, *coefficients = coefficients
+            scale = scale / divisor
+        return {
+            name: scaled_gradient(coefficient, scale, saved.dtypes[name])
+            for name, coefficient in zip(fields, coefficients, strict=False)
+            if saved.needs[name]
+        }
+
+    return backward
 
 
 def scaled_gradient(coefficient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

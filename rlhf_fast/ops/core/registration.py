@@ -114,6 +114,17 @@ def only_autograd_looks(tensors: Iterable[Any]) -> bool:
     return all([x is None or ((type(x) is Tensor or type(x) is Parameter) and not x.is_neg()) for x in tensors])
 
 
+def filled(impls: Mapping[str, Callable[..., None]], empty: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """(*inputs, backend) -> the tensors that `empty` makes of these, filled by impls[backend](*inputs, tensors)."""
+
+    def compute(*arguments: Any) -> list[Tensor]:
+        results = empty(*arguments)
+        impls[arguments[-1]](*arguments[:-1], results)
+        return results
+
+    return compute
+
+
 def op_without_gradient(
     name: str, takes: Sequence[type], compute: Callable[..., Any], *, fake: Callable[..., Any],
     mutates: Sequence[str] = (), instead_of_vmap: str = INSTEAD,

@@ -5,7 +5,7 @@ The gradient is made in forward (_sweep, which has the costs), so backward is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,18 +72,9 @@ def register(
         logprobs, entropy, grad_hidden, head_gradients = empty(head, rows.hidden, *wanted)
         return [*numbers, logprobs, entropy, grad_hidden, *head_gradients.sums()]
 
-    def backward(saved: registration.Saved, gradients: Sequence[Tensor | None]) -> Mapping[str, Tensor]:
-        if gradients[0] is None:
-            return {}
-        return {
-            field: masked_loss.scaled_gradient(gradient, gradients[0], saved.dtypes[field])
-            for field, gradient in zip(_DIFFERENTIABLE, saved.results, strict=True)
-            if saved.needs[field]
-        }
-
     return registration.op(
         name, (Head, Rows, Transform, Coupling, _Wanted, *takes), compute, fake=fake, differentiable=_DIFFERENTIABLE,
-        saves_results=slice(4, None), backward=backward, returned=4,
+        saves_results=slice(4, None), backward=masked_loss.scaled_gradients(_DIFFERENTIABLE), returned=4,
     )  # fmt: skip
 
 

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_fast.backends import without_autocast
+from rlhf_fast.backends import triton_kernels, without_autocast
 from rlhf_fast.ops.core import check, registration
 from rlhf_fast.ops.lora import _cpu
 from rlhf_fast.ops.lora._cpu import Dropout, Spans
 
-
-def _triton() -> ModuleType:
-    from rlhf_fast.kernels import lora_linear as kernels
-
-    return kernels
-
-
 # Modules with the same five steps: shrink, expand, gradients, norms, magnitude_backward.
 # The product with the base weight is PyTorch's everywhere.
-IMPLS = {"cpu": lambda: _cpu, "triton": _triton}
+IMPLS = {"cpu": lambda: _cpu, "triton": lambda: triton_kernels("lora_linear")}
 
 
 class Layer(NamedTuple):

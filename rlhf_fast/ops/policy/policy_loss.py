@@ -54,14 +54,14 @@ GPG 2504.02546; REINFORCE, Williams 1992; A2C 1602.01783; entropy mask 2506.0193
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import native, packed, plane, resolve, threads
+from rlhf_fast.backends import native, packed, plane, resolve, threads, triton_kernels
 from rlhf_fast.ops.core import check, masked_loss, registration
 from rlhf_fast.ops.core.loss import Loss, once
 from rlhf_fast.ops.core.sequences import sequence_ids
@@ -325,9 +325,9 @@ def _cpu(inputs: Inputs, plan: Plan, numbers: Numbers, outputs: list[Tensor]) ->
 
 
 def _triton(inputs: Inputs, plan: Plan, numbers: Numbers, outputs: list[Tensor]) -> None:
-    from rlhf_fast.kernels import policy_loss as kernels
-
-    kernels.policy_loss(inputs, plan._replace(denominator=plan.tokens(inputs.logprobs)), numbers, outputs)
+    triton_kernels("policy_loss").policy_loss(
+        inputs, plan._replace(denominator=plan.tokens(inputs.logprobs)), numbers, outputs
+    )
 
 
 # Planes are (rows, columns), flags contiguous.
@@ -351,16 +351,7 @@ def _compute(inputs: Inputs, plan: Plan, numbers: Numbers, backend: str) -> list
     return outputs
 
 
-def _backward(saved: registration.Saved, gradients: Sequence[Tensor | None]) -> Mapping[str, registration.Gradient]:
-    if gradients[0] is None:
-        return {}
-    return {
-        name: masked_loss.scaled_gradient(coefficient, gradients[0], saved.dtypes[name])
-        for name, coefficient in zip(("logprobs", "entropy"), saved.results, strict=False)
-    }
-
-
 _run = registration.op(
     "policy_loss", (Inputs, Plan, Numbers), _compute, fake=_outputs, differentiable=("logprobs", "entropy"),
-    saves_results=slice(2, None), backward=_backward, returned=2,
+    saves_results=slice(2, None), backward=masked_loss.scaled_gradients(("logprobs", "entropy")), returned=2,
 )  # fmt: skip

@@ -33,14 +33,13 @@ data", whose partial likelihood is this one; all pairs of a prompt as one elemen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads
+from rlhf_fast.backends import DTYPE_CODES, native, packed, resolve, threads, triton_kernels
 from rlhf_fast.ops.core import check, masked_loss, registration
 from rlhf_fast.ops.core.groups import Groups, check_groups, ids_of
 from rlhf_fast.ops.core.loss import Loss
@@ -150,11 +149,9 @@ def _cpu(answers: Answers, groups: Groups, function: Function, outputs: list[Ten
 
 
 def _triton(answers: Answers, groups: Groups, function: Function, outputs: list[Tensor]) -> None:
-    from rlhf_fast.kernels import ranking_loss as kernels
-
     loss, accuracy, gradient = outputs
     of_groups = gradient.new_empty(2, groups.count(gradient))
-    kernels.ranking_loss(*answers, *groups, function.variant, [*of_groups, gradient])
+    triton_kernels("ranking_loss").ranking_loss(*answers, *groups, function.variant, [*of_groups, gradient])
     divisor = function.divisor(groups.count(gradient))
     for mean, parts in zip((loss, accuracy), of_groups, strict=True):
         torch.div(parts.sum(), divisor, out=mean)
@@ -171,20 +168,8 @@ def _outputs(answers: Answers, *_: object) -> list[Tensor]:
     return [rewards.new_empty(shape, dtype=dtype) for shape in ((), (), rewards.shape)]
 
 
-def _compute(answers: Answers, groups: Groups, function: Function, backend: str) -> list[Tensor]:
-    outputs = _outputs(answers)
-    IMPLS[backend](answers, groups, function, outputs)
-    return outputs
-
-
-def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> Mapping[str, registration.Gradient]:
-    if upstream[0] is None:
-        return {}
-    (gradient,) = saved.results
-    return {"rewards": masked_loss.scaled_gradient(gradient, upstream[0], saved.dtypes["rewards"])}
-
-
 _run = registration.op(
-    "ranking_loss", (Answers, Groups, Function), _compute, fake=_outputs, differentiable=("rewards",),
-    saves_results=slice(2, None), backward=_backward, returned=2,
+    "ranking_loss", (Answers, Groups, Function), registration.filled(IMPLS, _outputs), fake=_outputs,
+    differentiable=("rewards",), saves_results=slice(2, None), backward=masked_loss.scaled_gradients(("rewards",)),
+    returned=2,
 )  # fmt: skip

@@ -30,14 +30,13 @@ estimate of DeepSeek-V3.2 (arXiv 2512.02556).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import native, packed, plane, resolve, threads
+from rlhf_fast.backends import native, packed, plane, resolve, threads, triton_kernels
 from rlhf_fast.ops.core import check, masked_loss, registration
 
 
@@ -145,9 +144,7 @@ def _cpu(tokens: Tokens, estimate: Estimate, results: list[Tensor]) -> None:
 
 
 def _triton(tokens: Tokens, estimate: Estimate, results: list[Tensor]) -> None:
-    from rlhf_fast.kernels import kl_estimate as kernels
-
-    kernels.forward(*tokens, estimate.variant, estimate.gradient, estimate.clips, *results)
+    triton_kernels("kl_estimate").forward(*tokens, estimate.variant, estimate.gradient, estimate.clips, *results)
 
 
 # impl(tokens, estimate, results of _empty)
@@ -168,14 +165,6 @@ def _compute(tokens: Tokens, estimate: Estimate, backend: str, *, by_logprob: bo
     return results
 
 
-def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> dict[str, registration.Gradient]:
-    assert upstream[0] is not None  # of the only result that callers see
-    return {
-        name: masked_loss.scaled_gradient(slope, upstream[0], saved.dtypes[name]) if saved.needs[name] else None
-        for name, slope in zip(("logprobs", "ref_logprobs"), saved.results, strict=True)
-    }
-
-
 _run = registration.op(
     "kl_estimate",
     (Tokens, Estimate),
@@ -183,7 +172,7 @@ _run = registration.op(
     fake=_empty,
     differentiable=("logprobs", "ref_logprobs"),
     saves_results=slice(1, None),
-    backward=_backward,
+    backward=masked_loss.scaled_gradients(("logprobs", "ref_logprobs")),
     returned=1,
     without_gradient=partial(_compute, by_logprob=False),  # and without by_ref: ref_logprobs requires none
 )

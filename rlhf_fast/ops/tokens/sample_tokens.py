@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import native, packed, resolve, strided, threads
+from rlhf_fast.backends import native, packed, resolve, strided, threads, triton_kernels
 from rlhf_fast.ops.core import check, registration
 from rlhf_fast.ops.core.philox import philox
 from rlhf_fast.ops.tokens.transform import Transform, checked_transform, transformed
@@ -169,9 +169,7 @@ def _cpu(rows: Logits, transform: Transform, draw: Draw, rule: Rule, outputs: li
 
 
 def _triton(rows: Logits, transform: Transform, draw: Draw, rule: Rule, outputs: list[Tensor]) -> None:
-    from rlhf_fast.kernels import sample_tokens as kernels
-
-    kernels.sample(rows.logits, transform, *draw, *rule, outputs)
+    triton_kernels("sample_tokens").sample(rows.logits, transform, *draw, *rule, outputs)
 
 
 # impl(rows, transform, draw, rule, outputs = [ids, logprobs, full_logprobs])

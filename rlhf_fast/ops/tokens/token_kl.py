@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import native, packed, resolve, strided, threads
+from rlhf_fast.backends import native, packed, resolve, strided, threads, triton_kernels
 from rlhf_fast.ops.core import check, registration
 from rlhf_fast.ops.tokens import token_logprobs
 from rlhf_fast.ops.tokens.token_logprobs import planes
@@ -179,15 +179,11 @@ def _cpu_backward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, trans
 
 
 def _triton_forward(*args: Any) -> None:
-    from rlhf_fast.kernels import token_kl as kernels
-
-    kernels.forward(*args)
+    triton_kernels("token_kl").forward(*args)
 
 
 def _triton_backward(*args: Any) -> None:
-    from rlhf_fast.kernels import token_kl as kernels
-
-    kernels.backward(*args)
+    triton_kernels("token_kl").backward(*args)
 
 
 class RowKernels(NamedTuple):

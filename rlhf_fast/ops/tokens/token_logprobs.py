@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import native, packed, resolve, stream, strided, threads
+from rlhf_fast.backends import native, packed, resolve, stream, strided, threads, triton_kernels
 from rlhf_fast.ops.core import check, registration
 from rlhf_fast.ops.tokens import results
 from rlhf_fast.ops.tokens.results import RowStats, Scored, row_stats, scored
@@ -214,67 +214,59 @@ def _native_arguments(logits: Tensor, targets: Tensor, mask: Tensor | None, tran
     )  # fmt: skip
 
 
-def _place(gradient: Tensor) -> tuple[int, tuple[int, ...]]:
-    at, _, sizes = strided(gradient)
-    return at, sizes
-
-
 def _per_row(targets: Tensor) -> int:
     return targets.shape[2] if targets.dim() == 3 else 1
 
 
-def _cpu_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, want_entropy: bool,
-                 stats: list[Tensor], gradient: Tensor | None) -> None:  # fmt: skip
-    arguments = _native_arguments(logits, targets, mask, transform, stats)
-    native().token_logprobs_forward(*arguments, packed(gradient), threads())
+def _forward_arguments(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, want_entropy: bool,
+                       stats: list[Tensor], gradient: Tensor | None) -> tuple[Any, ...]:  # fmt: skip
+    return *_native_arguments(logits, targets, mask, transform, stats), packed(gradient)
 
 
-def _cpu_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, stats: list[Tensor],
-                  grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None,
-                  gradient: Tensor) -> None:  # fmt: skip
-    native().token_logprobs_backward(
-        *_native_arguments(logits, targets, mask, transform, stats), packed(grad_logprobs), packed(grad_entropy),
-        packed(grad_lse), *_place(gradient), threads(),
-    )  # fmt: skip
+def _backward_arguments(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform,
+                        stats: list[Tensor], *upstream_and_gradient: Any) -> tuple[Any, ...]:  # fmt: skip
+    *upstream, gradient = upstream_and_gradient
+    at, _, sizes = strided(gradient)
+    return *_native_arguments(logits, targets, mask, transform, stats), *[packed(g) for g in upstream], at, sizes
+
+
+def _cpu_forward(*args: Any) -> None:
+    native().token_logprobs_forward(*_forward_arguments(*args), threads())
+
+
+def _cpu_backward(*args: Any) -> None:
+    native().token_logprobs_backward(*_backward_arguments(*args), threads())
 
 
 def _triton_forward(*args: Any) -> None:
-    from rlhf_fast.kernels import token_logprobs as kernels
-
-    kernels.forward(*args)
+    triton_kernels("token_logprobs").forward(*args)
 
 
 def _triton_backward(*args: Any) -> None:
-    from rlhf_fast.kernels import token_logprobs as kernels
+    triton_kernels("token_logprobs").backward(*args)
 
-    kernels.backward(*args)
+
+def _cuda_forward(logits: Tensor, *others: Any) -> None:
+    logits = _still_there(logits, *others)
+    arguments = _forward_arguments(logits, *others)
+    native().token_logprobs_forward_cuda(*arguments, logits.get_device(), stream(logits.device))
+
+
+def _cuda_backward(logits: Tensor, *others: Any) -> None:
+    logits = _still_there(logits, *others)
+    arguments = _backward_arguments(logits, *others)
+    native().token_logprobs_backward_cuda(*arguments, logits.get_device(), stream(logits.device))
 
 
 KEPT_TARGETS = 256  # targets of a row whose slope the CUDA kernels keep while the logits are overwritten
 
 
-def _still_there(logits: Tensor, targets: Tensor, transform: Transform, gradient: Tensor | None) -> Tensor:
+def _still_there(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, *others: Any) -> Tensor:
     """The logits, or a copy where a gradient written in their place needs them once more: the slopes of a softcap."""
+    gradient = others[-1]
     if gradient is None or transform.softcap == 0 or _per_row(targets) <= KEPT_TARGETS:
         return logits
     return logits.clone() if gradient.is_set_to(logits) else logits
-
-
-def _cuda_forward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, want_entropy: bool,
-                  stats: list[Tensor], gradient: Tensor | None) -> None:  # fmt: skip
-    logits = _still_there(logits, targets, transform, gradient)
-    arguments = _native_arguments(logits, targets, mask, transform, stats)
-    native().token_logprobs_forward_cuda(*arguments, packed(gradient), logits.get_device(), stream(logits.device))
-
-
-def _cuda_backward(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, stats: list[Tensor],
-                   grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None,
-                   gradient: Tensor) -> None:  # fmt: skip
-    logits = _still_there(logits, targets, transform, gradient)
-    native().token_logprobs_backward_cuda(
-        *_native_arguments(logits, targets, mask, transform, stats), packed(grad_logprobs), packed(grad_entropy),
-        packed(grad_lse), *_place(gradient), logits.get_device(), stream(logits.device),
-    )  # fmt: skip
 
 
 class RowKernels(NamedTuple):

@@ -20,13 +20,12 @@ sigma = 0.75 bins, Farebrother et al. 2024, "Stop Regressing" (arXiv 2403.03950,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import native, packed, resolve, strided, threads
+from rlhf_fast.backends import native, packed, resolve, strided, threads, triton_kernels
 from rlhf_fast.ops.core import check, masked_loss, registration
 from rlhf_fast.ops.core.masked_loss import Over
 from rlhf_fast.ops.values.value_loss import LossAndValues
@@ -114,9 +113,7 @@ def _cpu(inputs: Inputs, over: Over, numbers: Numbers, outputs: list[Tensor]) ->
 
 
 def _triton(inputs: Inputs, over: Over, numbers: Numbers, outputs: list[Tensor]) -> None:
-    from rlhf_fast.kernels import distributional_value_loss as kernels
-
-    kernels.distributional_value_loss(*inputs, *over, *numbers, outputs)
+    triton_kernels("distributional_value_loss").distributional_value_loss(*inputs, *over, *numbers, outputs)
 
 
 IMPLS = {"cpu": _cpu, "triton": _triton}
@@ -133,20 +130,8 @@ def _outputs(inputs: Inputs, over: Over, numbers: Numbers, backend: str) -> list
     return [logits.new_empty(shape, dtype=check.compute_dtype(logits.dtype)) for shape in shapes]
 
 
-def _compute(inputs: Inputs, over: Over, numbers: Numbers, backend: str) -> list[Tensor]:
-    outputs = _outputs(inputs, over, numbers, backend)
-    IMPLS[backend](inputs, over, numbers, outputs)
-    return outputs
-
-
-def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> Mapping[str, registration.Gradient]:
-    if upstream[0] is None:
-        return {}
-    divisor, coefficients = saved.results
-    return {"logits": masked_loss.scaled_gradient(coefficients, upstream[0] / divisor, saved.dtypes["logits"])}
-
-
 _run = registration.op(
-    "distributional_value_loss", (Inputs, Over, Numbers), _compute, fake=_outputs, differentiable=("logits",),
-    saves_results=slice(3, None), backward=_backward, returned=3,
+    "distributional_value_loss", (Inputs, Over, Numbers), registration.filled(IMPLS, _outputs), fake=_outputs,
+    differentiable=("logits",), saves_results=slice(3, None),
+    backward=masked_loss.scaled_gradients(("logits",), divided=True), returned=3,
 )  # fmt: skip

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import native, packed, resolve, strided, threads, without_autocast
+from rlhf_fast.backends import native, packed, resolve, strided, threads, triton_kernels, without_autocast
 from rlhf_fast.ops.core import check, masked_loss, registration
 from rlhf_fast.ops.core.masked_loss import Over
 from rlhf_fast.ops.values import value_loss
@@ -127,19 +127,17 @@ class Numbers(NamedTuple):
     wants_weight: bool  # whether the weight gets a gradient
 
 
-def _cpu(inputs: Inputs, over: Over, clip_eps: float, outputs: list[Tensor]) -> None:
+def _cpu(inputs: Inputs, over: Over, numbers: Numbers, outputs: list[Tensor]) -> None:
     hidden, *others = inputs
     at, code, (count, stride) = strided(hidden)
     native().linear_value_loss(
-        at, code, (count, hidden.shape[1], stride), [packed(x) for x in (*others, *over)], clip_eps,
+        at, code, (count, hidden.shape[1], stride), [packed(x) for x in (*others, *over)], numbers.clip_eps,
         [packed(x) for x in outputs], threads(),
     )  # fmt: skip
 
 
-def _triton(inputs: Inputs, over: Over, clip_eps: float, outputs: list[Tensor]) -> None:
-    from rlhf_fast.kernels import linear_value_loss as kernels
-
-    kernels.linear_value_loss(*inputs, *over, clip_eps, outputs)
+def _triton(inputs: Inputs, over: Over, numbers: Numbers, outputs: list[Tensor]) -> None:
+    triton_kernels("linear_value_loss").linear_value_loss(*inputs, *over, numbers.clip_eps, outputs)
 
 
 IMPLS = {"cpu": _cpu, "triton": _triton}
@@ -155,12 +153,6 @@ def _outputs(inputs: Inputs, over: Over, numbers: Numbers, backend: str) -> list
     shapes = ((), (), (rows,), (), (rows,), (width if numbers.wants_weight else 0,), ())
     dtype = check.compute_dtype(inputs.hidden.dtype)
     return [inputs.hidden.new_empty(shape, dtype=dtype) for shape in shapes]
-
-
-def _compute(inputs: Inputs, over: Over, numbers: Numbers, backend: str) -> list[Tensor]:
-    outputs = _outputs(inputs, over, numbers, backend)
-    IMPLS[backend](inputs, over, numbers.clip_eps, outputs)
-    return outputs
 
 
 def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> Mapping[str, registration.Gradient]:
@@ -181,6 +173,7 @@ def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> M
 
 
 _run = registration.op(
-    "linear_value_loss", (Inputs, Over, Numbers), _compute, fake=_outputs, differentiable=("hidden", "weight", "bias"),
-    saves=("weight",), saves_results=slice(3, None), backward=_backward, returned=3,
+    "linear_value_loss", (Inputs, Over, Numbers), registration.filled(IMPLS, _outputs), fake=_outputs,
+    differentiable=("hidden", "weight", "bias"), saves=("weight",), saves_results=slice(3, None), backward=_backward,
+    returned=3,
 )  # fmt: skip
