@@ -48,9 +48,8 @@ def checked(
     Raises ValueError or TypeError where they do not fit the first of the inputs.
     """
     (first, steps), *_ = inputs.items()
-    if steps.dim() != (2 if cu_seqlens is None else 1):
-        meaning = "(B, T) without cu_seqlens" if cu_seqlens is None else "(N,) with cu_seqlens"
-        raise ValueError(f"{first} must be {meaning}, got {tuple(steps.shape)}")
+    dimensions, meaning = (2, "(B, T) without cu_seqlens") if cu_seqlens is None else (1, "(N,) with cu_seqlens")
+    check.that(steps.dim() == dimensions, first, meaning, steps)
     for name, x in inputs.items():
         check.floating(name, x)
         check.shaped(name, x, steps.shape, f"{first}.shape")
@@ -71,11 +70,6 @@ def check_per_sequence(name: str, x: Tensor, steps: tuple[str, Tensor], sequence
     check.floating(name, x)
     check.shaped(name, x, (sequences.count(steps[1]),), "(B,)" if sequences.cu_seqlens is None else "(S,)")
     check.same_device(steps, (name, x))
-
-
-def check_rate(name: str, rate: float) -> None:
-    if not 0 <= rate <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {rate}")
 
 
 def _common_dtype(tensors: list[Tensor]) -> torch.dtype:

@@ -21,10 +21,8 @@ s_t is an affine map of s_n (scale gamma lam; the identity behind the mask), so 
 the discounted return is the case V = 0, lam = 1, bit for bit. A lambda for the returns is a second scan of the same
 numbers, read once.
 
-Numerics: everything in float32 (float64 for float64); the rates gamma lam and gamma (1 - lam) are rounded once.
-
-Gradients: advantages and returns are constants of the loss, so results are detached and the registered op has no
-derivative; `reference` is differentiable in rewards, values and bootstrap.
+Computed in float32 (float64 for float64); the rates gamma lam and gamma (1 - lam) are rounded once. Results are
+constants of the loss, without a derivative; `reference` has that by rewards, values and bootstrap.
 
 Cost per step with inputs of s bytes: 2 s bytes read (and 1 for the mask), 8 written, about 10 FLOPs.
 
@@ -184,7 +182,7 @@ def _of(op: str, inputs: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Ten
         if isinstance(rate, Tensor):
             _scan.check_per_sequence(name, rate, ("rewards", steps.rewards), sequences)
         elif rate is not None:
-            _scan.check_rate(name, rate)
+            check.that(0 <= rate <= 1, name, "in [0, 1]", rate)
     rates = _rates(gamma, lam, value_lam, steps.rewards, sequences)
     name = resolve(op, IMPLS, steps.rewards.device, backend)
     if name == "reference":

@@ -21,10 +21,8 @@ remax sum to 0, therefore reinforce_baseline and gdpo have nothing to subtract o
 reinforce_baseline, gdpo and reinforce_pp whiten over answers. To whiten over tokens instead, where a long answer weighs
 more, `whiten` the advantages of dr_grpo (or the rewards) spread over the tokens.
 
-Numerics: distances to the group's first reward, so that nothing cancels; float32 (float64 for float64).
-
-Gradients: advantages are constants of the loss, so the result is detached and the registered op has no derivative;
-`reference` is differentiable.
+Numerics: distances to the group's first reward, so that nothing cancels; float32 (float64 for float64). The result is
+a constant of the loss, without a derivative; `reference` has one.
 
 Cost: one read and one write of B numbers, twice where they are whitened; group_ids add one sort.
 

@@ -29,7 +29,7 @@ class FixedKLController:
 
     def __post_init__(self) -> None:
         check.fields(self)
-        _non_negative(self.coefficient)
+        check.that(self.coefficient >= 0, "coefficient", ">= 0", self.coefficient)
 
     @check.takes_numbers
     def update(self, kl: float, samples: int) -> float:
@@ -42,7 +42,9 @@ class FixedKLController:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Put a state_dict back; the hyper-parameters stay those of the constructor."""
-        self.coefficient = _non_negative(check.number("coefficient", state["coefficient"]))
+        coefficient = check.number("coefficient", state["coefficient"])
+        check.that(coefficient >= 0, "coefficient", ">= 0", coefficient)
+        self.coefficient = coefficient
 
 
 @dataclass
@@ -68,9 +70,3 @@ class AdaptiveKLController(FixedKLController):
         error = min(0.2, max(-0.2, kl / self.target - 1.0))
         self.coefficient *= 1.0 + error * samples / self.horizon
         return self.coefficient
-
-
-def _non_negative(coefficient: float) -> float:
-    if not coefficient >= 0:
-        raise ValueError(f"coefficient must be >= 0, got {coefficient}")
-    return coefficient

@@ -2,10 +2,8 @@
 
     reward_t = -kl_coef kl_t + 1[t is the row's last valid token] clamp(score, -clip, clip)
 
-Numerics: everything in float32 (float64 for float64).
-
-Gradients: rewards are constants of the loss, so the result is detached and the registered op has no derivative;
-`reference` is differentiable in scores and kl.
+Computed in float32 (float64 for float64). The result is a constant of the loss, without a derivative; `reference` has
+that by scores and kl.
 
 Cost per token with a KL of s bytes: s + 1 bytes read, 4 written.
 
@@ -46,12 +44,10 @@ def shaped_rewards(
     """
     check.floating("scores", scores)
     check.floating("kl", kl)
-    if kl.dim() != 2:
-        raise ValueError(f"kl must be (B, T), got {tuple(kl.shape)}")
+    check.that(kl.dim() == 2, "kl", "(B, T)", kl)
     check.shaped("scores", scores, kl.shape[:1], "(B,)")
     check.same_device(("kl", kl), ("scores", scores), ("mask", mask))
-    if not math.isfinite(kl_coef):
-        raise ValueError(f"kl_coef must be finite, got {kl_coef}")
+    check.that(math.isfinite(kl_coef), "kl_coef", "finite", kl_coef)
     clip = math.inf if clip is None else check.positive("clip", clip)
     counts = check.mask_bytes(mask, kl.shape, "kl.shape")
     assert counts is not None  # mask is not optional here

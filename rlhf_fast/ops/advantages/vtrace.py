@@ -14,10 +14,8 @@ own samples (every ratio 1, neither clip below 1) these are the advantages and r
 target_t - V_t is an affine map of target_n - V_n (scale gamma c_t; the identity behind the mask), so the recurrence is
 an associative scan.
 
-Numerics: everything in float32 (float64 for float64).
-
-Gradients: advantages and targets are constants of the loss, so results are detached and the registered op has no
-derivative; `reference` is differentiable in rewards, values, logprobs and bootstrap.
+Computed in float32 (float64 for float64). Results are constants of the loss, without a derivative; `reference` has
+that by rewards, values, logprobs and bootstrap.
 
 Cost per step with inputs of s bytes: 4 s bytes read (and 1 for the mask), 8 written, an exponential and about 20 FLOPs.
 
@@ -72,8 +70,8 @@ def vtrace(
     inputs = {"rewards": rewards, "values": values, "logprobs": logprobs, "sampler_logprobs": sampler_logprobs}
     tensors, sequences = _scan.checked(inputs, mask, cu_seqlens, bootstrap)
     steps = Steps(*tensors)
-    _scan.check_rate("gamma", gamma)
-    _scan.check_rate("lam", lam)
+    for name, rate in (("gamma", gamma), ("lam", lam)):
+        check.that(0 <= rate <= 1, name, "in [0, 1]", rate)
     rho_clip = math.inf if rho_clip is None else check.positive("rho_clip", rho_clip)
     c_clip = math.inf if c_clip is None else check.positive("c_clip", c_clip)
     rates = Rates(gamma, lam, rho_clip, c_clip)

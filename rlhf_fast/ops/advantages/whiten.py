@@ -12,8 +12,7 @@ combined by Chan's rule in float64: nothing cancels, and equal numbers give exac
 The ranks' (count, mean, M2) meet in one all_reduce of a table with a row per rank, of which each rank fills its own:
 every rank combines the same rows in the same order and gets the same bits.
 
-Gradients: advantages and rewards are constants of the loss, so the result is detached and the registered ops have no
-derivative; `reference` is differentiable.
+The result is a constant of the loss, without a derivative; `reference` has one.
 
 Cost per number of s bytes: 2 s bytes read (and 2 for the mask), 4 written.
 

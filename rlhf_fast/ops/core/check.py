@@ -24,6 +24,12 @@ def floating(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def that(holds: bool, name: str, meaning: str, value: Any) -> None:
+    """ValueError where it does not hold that the value called `name` is `meaning`; a tensor's value is its shape."""
+    if not holds:
+        raise ValueError(f"{name} must be {meaning}, got {tuple(value.shape) if isinstance(value, Tensor) else value}")
+
+
 def shaped(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
     """`tensor` must have exactly `shape`; `meaning` names it, e.g. "(B, T)"."""
     if tensor.shape != shape:
@@ -195,8 +201,7 @@ def looks_at_values(device: torch.device) -> bool:
 
 def mask_count(mask: Tensor | None, count: int | None) -> None:
     """ValueError for a bound of the rows that a mask counts where it can be none."""
-    if count is not None and count < 0:
-        raise ValueError(f"mask_count must be >= 0, got {count}")
+    that(count is None or count >= 0, "mask_count", ">= 0", count)
     if count is not None and mask is None:
         raise ValueError(f"mask_count = {count} counts the rows of a mask, but none is given")
 

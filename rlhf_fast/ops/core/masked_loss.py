@@ -20,8 +20,6 @@ from rlhf_fast.backends import plane as native_plane
 from rlhf_fast.ops.core import check, registration
 from rlhf_fast.ops.core.loss import Loss
 
-# --- Arguments --------------------------------------------------------------------------------------------------------
-
 
 def plane(tensor: Tensor) -> Tensor:
     """The (rows, columns) view of a tensor of one or two dimensions."""
@@ -30,8 +28,7 @@ def plane(tensor: Tensor) -> Tensor:
 
 def per_token_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
     """The shape of `tensor`, which must be padded (B, T) or packed (N,)."""
-    if tensor.dim() not in (1, 2):
-        raise ValueError(f"{name} must be (B, T) or (N,), got {tuple(tensor.shape)}")
+    check.that(tensor.dim() in (1, 2), name, "(B, T) or (N,)", tensor)
     return tuple(tensor.shape)
 
 
@@ -77,9 +74,6 @@ def over(
     return Over(check.mask_bytes(mask, shape, meaning), denominator_tensor(denominator, like[1]))
 
 
-# --- The reference's two steps ----------------------------------------------------------------------------------------
-
-
 def counted(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x in `dtype`, 0 behind the mask: what stands there never gets through, NaN included."""
     x = x.to(dtype)
@@ -105,9 +99,6 @@ def mean(x: Tensor, over: Over) -> Tensor:
 def means(loss: Tensor, over: Over, **metrics: Tensor) -> Loss:
     """The mean of the losses and of the metrics, which are detached."""
     return Loss(mean(loss, over), {name: mean(x.detach(), over) for name, x in metrics.items()})
-
-
-# --- Losses of pairs --------------------------------------------------------------------------------------------------
 
 
 class PairInputs(NamedTuple):
@@ -141,9 +132,6 @@ def constants(like: Tensor, *values: float) -> list[Tensor]:
     return [like.new_full((), value, dtype=dtype).expand(like.shape) for value in values]
 
 
-# --- The implementations ----------------------------------------------------------------------------------------------
-
-
 def cpu(inputs: list[Tensor], over: Over, numbers: tuple[Any, ...], outputs: list[Tensor]) -> None:
     """Fills outputs, see `empty_outputs`. numbers: the kernel's name, then what it takes."""
     shape, (kernel, *parameters) = inputs[0].shape, numbers
@@ -161,9 +149,6 @@ def triton(inputs: list[Tensor], over: Over, numbers: tuple[Any, ...], outputs: 
 
 
 IMPLS = {"cpu": cpu, "triton": triton}
-
-
-# --- The registered ops -----------------------------------------------------------------------------------------------
 
 
 def empty_outputs(like: Tensor, gradients: int) -> list[Tensor]:

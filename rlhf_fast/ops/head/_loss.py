@@ -78,9 +78,6 @@ def register(
     )  # fmt: skip
 
 
-# --- What the public functions share ----------------------------------------------------------------------------------
-
-
 class LossAndLogprobs(NamedTuple):
     """What a loss from hidden states returns with return_logprobs."""
 
@@ -129,8 +126,7 @@ def checked(
     hidden, weight, bias, head_lora = operands(hidden, weight, bias, head_lora)
     head, shape = checked_head(hidden, weight, bias, head_lora), hidden.shape[:-1]
     rows = checked_rows(hidden, weight, targets, mask, mask_count, chunk_tokens)
-    if len(shape) not in (1, 2):
-        raise ValueError(f"hidden must be (B, T, D) or (N, D), got {tuple(hidden.shape)}")
+    check.that(len(shape) in (1, 2), "hidden", "(B, T, D) or (N, D)", hidden)
     transform = checked_transform(temperature, logit_scale, softcap, shape, ("hidden", hidden)).of_rows()
     scratch_bytes = SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
     held = rows_that_fit(head, shape.numel(), scratch_bytes)

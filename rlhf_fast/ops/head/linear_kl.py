@@ -107,11 +107,9 @@ def linear_kl(
     run = reference if name == "reference" else _kl_op.run
     kl, logprobs, ref_logprobs, entropy, *_ = run(head, rows, transform, reference_head, divergence, options, name)
     return LinearKl(
-        kl.view(shape),
-        None if targets is None else logprobs.view(shape),
-        None if targets is None else ref_logprobs.detach().view(shape),
-        entropy.view(shape) if return_entropy else None,
-    )
+        kl.view(shape), None if targets is None else logprobs.view(shape),
+        None if targets is None else ref_logprobs.detach().view(shape), entropy.view(shape) if return_entropy else None,
+    )  # fmt: skip
 
 
 def _checked_reference(

@@ -104,11 +104,9 @@ def linear_preference_loss(
     """The preference loss `objective` of B pairs and its metrics, with gradients to hidden, weight, bias, head_lora.
 
     hidden: (2 B, T, D), the B chosen sequences and then the rejected ones in the same order, or packed (N, D) with
-    cu_seqlens (2 B + 1,) int64 or int32; weight: (V, D); bias: (V,) or None; head_lora: (A (R, D), B (V, R), scale) or
-    None, added to the weight as scale B A. All but these of one type, float32, bfloat16, float16 or float64; a gradient
-    is made for each tensor that requires one. targets: (2 B, T) or (N,) integer ids in [0, V). mask: the shape of
-    targets, nonzero counts: the tokens of the answers. mask_count: how many, or an upper bound: lets a GPU leave the
-    others out. temperature, logit_scale, softcap: as in linear_logprobs.
+    cu_seqlens (2 B + 1,) int64 or int32. targets: (2 B, T) or (N,) integer ids in [0, V). mask: the shape of targets,
+    nonzero counts: the tokens of the answers. weight, bias, head_lora, mask_count, temperature, logit_scale, softcap:
+    as in linear_policy_loss.
     ref_chosen, ref_rejected: (B,) sums of the reference's log-probabilities, in nats; or ref_hidden, of the shape of
     hidden, to make them here with ref_weight and ref_bias (weight and bias where ref_weight is not given). Variants
     without a reference need none. weights, reward_shift, chosen_advantages, rejected_advantages, denominator: as in

@@ -53,8 +53,7 @@ def checked_rows(
     several_targets: whether targets may be (..., K).
     """
     shape = hidden.shape[:-1]
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be >= 1, got {chunk_tokens}")
+    check.that(chunk_tokens is None or chunk_tokens >= 1, "chunk_tokens", ">= 1", chunk_tokens)
     check.mask_count(mask, mask_count)
     check.same_device(("hidden", hidden), ("targets", targets), ("mask", mask))
     ids = targets
@@ -210,8 +209,6 @@ def gradient_dtype(weight: Tensor, backend: str) -> torch.dtype:
     """Of d / d logits: on a GPU the weight's, but the row kernels of CUDA write it in the logits'."""
     return weight.dtype if weight.is_cuda and backend != "cuda" else check.compute_dtype(weight.dtype)
 
-
-# --- The buffer -------------------------------------------------------------------------------------------------------
 
 _last = threading.local()
 

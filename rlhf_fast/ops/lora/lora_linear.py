@@ -242,8 +242,7 @@ def _checked_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.Size:
 
 def _seed_tensor(dropout: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
     """The seed as a 0-d int64 tensor, without synchronising; None without dropout."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    check.that(0 <= dropout < 1, "dropout", "in [0, 1)", dropout)
     if dropout == 0:
         return None
     if seed is None:

@@ -89,11 +89,9 @@ class Plan(NamedTuple):
         tokens = masked_loss.denominator_tensor(denominator, logprobs)
         sequences = masked_loss.denominator_tensor(sequences, logprobs, "sequences")
         plan = Plan(
-            flags=None if flags is None else masked_loss.plane(flags),
-            weights=None,
-            denominator=None if tokens is None else torch.where(tokens == 0, 1, tokens),
-            cu_seqlens=cu_seqlens,
-        )
+            flags=None if flags is None else masked_loss.plane(flags), weights=None,
+            denominator=None if tokens is None else torch.where(tokens == 0, 1, tokens), cu_seqlens=cu_seqlens,
+        )  # fmt: skip
         if objective.aggregation == "token_mean":
             return plan
         return plan._replace(weights=_weights(objective, plan, masked_loss.plane(logprobs), sequences))
@@ -157,9 +155,6 @@ def _weights(objective: PolicyObjective, plan: Plan, like: Tensor, sequences: Te
         return (share / not_none(objective.fixed_length)).expand(like.shape)
     each = share / lengths.clamp(min=1).to(dtype)
     return each[sequence_ids(like, plan.cu_seqlens)].expand(like.shape)
-
-
-# --- Selections of the whole call -------------------------------------------------------------------------------------
 
 
 def select(objective: PolicyObjective, inputs: Inputs, plan: Plan) -> Plan:

@@ -93,8 +93,7 @@ class PolicyObjective(Objective):
         check.one_of("correction_mode", self.correction_mode, CORRECTION_MODES)
         for name, (meaning, holds) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{name} must be {meaning}, got {value}")
+            check.that(value is None or holds(value), name, meaning, value)
         for low, high in (("cov_low", "cov_high"), ("correction_low", "correction_high")):
             if not getattr(self, low) < getattr(self, high):
                 raise ValueError(f"{low} must be < {high}, got {getattr(self, low)} and {getattr(self, high)}")
@@ -136,37 +135,21 @@ class PolicyObjective(Objective):
         return self.needs_sequences or self.marks_tokens
 
 
-def _share(x: float) -> bool:
-    return 0 < x <= 1
-
-
-_POSITIVE = ("> 0", lambda x: 0 < x < math.inf)
-_NOT_NEGATIVE = (">= 0", lambda x: 0 <= x < math.inf)
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "fixed_length": _POSITIVE,
+    **dict.fromkeys(
+        ("fixed_length", "sapo_temperature_pos", "sapo_temperature_neg", "dro_beta"),
+        ("> 0", lambda x: 0 < x < math.inf),
+    ),
+    **dict.fromkeys(
+        ("clip_eps_high", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "max_divergence",
+         "kl_cov_coef", "kl_coef", "entropy_coef", "correction_low"), (">= 0", lambda x: 0 <= x < math.inf),
+    ),
+    **dict.fromkeys(("cov_fraction", "entropy_fraction"), ("in (0, 1]", lambda x: 0 < x <= 1)),
     "clip_eps_low": ("in [0, 1]", lambda x: 0 <= x <= 1),
-    "clip_eps_high": _NOT_NEGATIVE,
     "dual_clip": ("> 1 or None", lambda x: x > 1),
-    "sapo_temperature_pos": _POSITIVE,
-    "sapo_temperature_neg": _POSITIVE,
-    "vespo_k_pos": _NOT_NEGATIVE,
-    "vespo_lambda_pos": _NOT_NEGATIVE,
-    "vespo_k_neg": _NOT_NEGATIVE,
-    "vespo_lambda_neg": _NOT_NEGATIVE,
-    "dro_beta": _POSITIVE,
-    "max_divergence": _NOT_NEGATIVE,
-    "cov_fraction": ("in (0, 1]", _share),
-    "kl_cov_coef": _NOT_NEGATIVE,
-    "kl_coef": _NOT_NEGATIVE,
-    "entropy_coef": _NOT_NEGATIVE,
-    "entropy_fraction": ("in (0, 1]", _share),
-    "correction_low": _NOT_NEGATIVE,
     "correction_high": ("> 0", lambda x: x > 0),
     "off_policy_max_kl": ("> 0 or None", lambda x: x > 0),
-}
-
-
-# --- The losses -------------------------------------------------------------------------------------------------------
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -301,9 +284,6 @@ def dro(t: Tokens, o: PolicyObjective) -> Losses:
     return (0.5 * o.dro_beta * log_ratio - t.mean(t.advantages)) * log_ratio, _never(log_ratio), _never(log_ratio)
 
 
-# --- The tables -------------------------------------------------------------------------------------------------------
-
-
 def not_none(value: float | None) -> float:
     """A number that its variant has a default for, or that __post_init__ has asked for."""
     assert value is not None
@@ -324,19 +304,9 @@ class Function(NamedTuple):
 
 
 FUNCTIONS = {
-    "ppo_clip": Function(ppo_clip),
-    "clip_cov": Function(clip_cov),
-    "kl_cov": Function(kl_cov),
-    "policy_gradient": Function(policy_gradient),
-    "cispo": Function(cispo),
-    "sapo": Function(sapo),
-    "dppo_tv": Function(dppo_tv),
-    "dppo_kl": Function(dppo_kl),
-    "gspo": Function(gspo, per_sequence=True),
-    "gspo_token": Function(gspo_token, per_sequence=True),
-    "gmpo": Function(gmpo, per_sequence=True),
+    **{f.__name__: Function(f) for f in (ppo_clip, clip_cov, kl_cov, policy_gradient, cispo, sapo, dppo_tv, dppo_kl)},
+    **{f.__name__: Function(f, per_sequence=True) for f in (gspo, gspo_token, gmpo, dro)},
     "vespo": Function(vespo, per_sequence=True, folds_correction=True),
-    "dro": Function(dro, per_sequence=True),
 }
 
 

@@ -32,9 +32,9 @@ gradient of r k3 and of the KL itself.
 Numerics. Log-ratios are clamped to +-20 before exp (gradient 0 outside), so that one token cannot make the loss
 infinite; so is that of k3 to the reference, and with kl_unbiased of every estimate. A weight of 0 (a coefficient, an
 advantage, a correction, the mask) takes out what it multiplies, infinities included. approx_kl = (r - 1) - log r uses
-the log-ratio as it is, by a series where it is small: exp(x) - 1 - x cancels. Where
-logprobs are old_logprobs bit for bit, r is exactly 1, approx_kl and clip_fraction exactly 0.
-Computed in float32 (float64 for float64), behind the mask nothing is read. Sums are made in a fixed order.
+the log-ratio as it is, by a series where it is small: exp(x) - 1 - x cancels. Where logprobs are old_logprobs bit for
+bit, r is exactly 1, approx_kl and clip_fraction exactly 0. Computed in float32 (float64 for float64), behind the mask
+nothing is read. Sums are made in a fixed order.
 
 Cost per token: three inputs of s bytes (one more per optional input) and the mask read, 4 bytes (the gradient
 coefficient) written, about 40 FLOPs; losses made from sequences read the first inputs once more. Backward reads the
@@ -43,12 +43,12 @@ coefficient and writes the gradient.
 Sources: PPO, arXiv 1707.06347, eq. 7; dual clip, 1912.09729, eq. 5, which for a delta >= 1 + clip_eps_high is also the
 two-sided clip of INTELLECT-2, 2505.07291; GRPO 2402.03300; DAPO (separate bounds, token mean) 2503.14476; Dr. GRPO
 (fixed length) 2503.20783; GSPO 2507.18071; LUSPO 2602.05261; GMPO 2507.20673; CISPO (MiniMax-M1) 2506.13585, default
-bound of ScaleRL, 2510.13786; SAPO 2511.20347; VESPO 2602.10693; DPPO 2602.04879, with the value of the
-paper's ratio and the cap of verl, which takes -sg(min(r, 20)) A logprob, the same
-gradient; Clip-Cov and KL-Cov 2505.22617, whose Clip-Cov draws its tokens at random (here the
-largest are taken) and whose code has |x| for the KL; DRO 2405.19107, its square over 2 dro_beta without the constant;
-GPG 2504.02546; REINFORCE, Williams 1992; A2C 1602.01783; entropy mask 2506.01939; off-policy mask, DeepSeek-V3.2,
-2512.02556; KL estimates, Schulman 2020, "Approximating KL divergence". The defaults of each: VARIANTS.
+bound of ScaleRL, 2510.13786; SAPO 2511.20347; VESPO 2602.10693; DPPO 2602.04879, with the value of the paper's ratio
+and the cap of verl, which takes -sg(min(r, 20)) A logprob, the same gradient; Clip-Cov and KL-Cov 2505.22617, whose
+Clip-Cov draws its tokens at random (here the largest are taken) and whose code has |x| for the KL; DRO 2405.19107, its
+square over 2 dro_beta without the constant; GPG 2504.02546; REINFORCE, Williams 1992; A2C 1602.01783; entropy mask
+2506.01939; off-policy mask, DeepSeek-V3.2, 2512.02556; KL estimates, Schulman 2020, "Approximating KL divergence". The
+defaults of each: VARIANTS.
 """
 
 from __future__ import annotations
@@ -268,9 +268,6 @@ def _correction(o: PolicyObjective, tokens: Tokens, sampler_logprobs: Tensor | N
     else:
         bounded = weight.clamp(o.correction_low, o.correction_high)
     return bounded, outside, k3(apart)
-
-
-# --- The kernels ------------------------------------------------------------------------------------------------------
 
 
 class Numbers(NamedTuple):

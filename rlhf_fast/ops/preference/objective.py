@@ -67,8 +67,7 @@ class PreferenceObjective(Objective):
         for name in ("beta", "divergence_alpha", "discopop_tau", "auxiliary_temperature"):
             check.positive(name, getattr(self, name))
         for name in ("nll_weight", "auxiliary_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+            check.that(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
         self._check_smoothing()
         self._check_divergence()
 
@@ -102,8 +101,7 @@ class PreferenceObjective(Objective):
         )  # fmt: skip
 
     def _check_smoothing(self) -> None:
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        check.that(0 <= self.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)", self.label_smoothing)
         if self.label_smoothing and not self.looks_at("smooths"):
             of = ", ".join(name for name, variant in VARIANTS.items() if variant.smooths)
             raise ValueError(f"label_smoothing is of {of}; got {self.label_smoothing} with {self.name}")
@@ -193,9 +191,6 @@ def score(log_ratio: Tensor, divergence_variant: str, divergence_alpha: float) -
     exponent = -alpha * log_ratio
     bounded, beyond = exponent.clamp(max=MAX_EXPONENT), relu(exponent - MAX_EXPONENT)
     return -(torch.expm1(bounded) + bounded.exp() * beyond) / alpha
-
-
-# --- The variants -----------------------------------------------------------------------------------------------------
 
 
 def logistic(gap: Tensor, o: PreferenceObjective) -> Tensor:
@@ -295,9 +290,6 @@ def orpo(s: Scored, o: PreferenceObjective) -> Tensor:
 def hpo(s: Scored, o: PreferenceObjective) -> Tensor:
     chosen, rejected = advantage_weights(s, o)
     return logistic(s.gap, o) - product(o.auxiliary_weight, product(chosen, s.chosen) + product(rejected, s.rejected))
-
-
-# --- What a variant takes from the batch or from other data, one number for each half of a pair -----------------------
 
 
 def reward_shift(s: Scored) -> Tensor:

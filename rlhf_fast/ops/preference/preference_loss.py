@@ -48,8 +48,8 @@ number of its own rank, sorted beforehand, so nothing is permuted back.
 Numerics. softplus and sigmoid are taken through exp(-|h|): no overflow, and no loss of the gradient of a pair that is
 told apart with confidence. A pair that is told apart infinitely has the limit of its loss, and a weight of 0 (of a
 pair, a term, the label smoothing) takes out what it multiplies. exp(-alpha x) and discopop's m exp(-h) go on along
-their tangents beyond exp(20); orpo takes an average
-log-probability above -1e-6 for -1e-6 in the odds. Computed in float32 (float64 for float64).
+their tangents beyond exp(20); orpo takes an average log-probability above -1e-6 for -1e-6 in the odds. Computed in
+float32 (float64 for float64).
 
 Cost per pair: nine numbers read (those that are not given: one for all pairs), two coefficients written; one launch
 and a sum. A weighted sum of losses costs one launch each.
@@ -127,8 +127,7 @@ def preference_loss(
 def checked(pairs: Pairs, objective: PreferenceObjective) -> Pairs:
     """`pairs` with what `objective` does not look at left out. Raises for what is missing or does not fit."""
     chosen, rejected, *constants = pairs
-    if chosen.dim() != 1:
-        raise ValueError(f"chosen must be (B,), got {tuple(chosen.shape)}")
+    check.that(chosen.dim() == 1, "chosen", "(B,)", chosen)
     masked_loss.floats(tuple(chosen.shape), "(B,)", chosen=chosen, rejected=rejected)
     return Pairs(chosen, rejected, *checked_constants(PairConstants(*constants), ("chosen", chosen), objective))
 

@@ -27,12 +27,10 @@ def length_desensitized_weights(mask: Tensor, other_lengths: Tensor, *, alpha: f
     alpha: in [0, 1]; 1 changes nothing. Policy and reference take the same weights. Raises ValueError for what does not
     fit.
     """
-    if mask.dim() != 2:
-        raise ValueError(f"mask must be (B, T), got {tuple(mask.shape)}")
+    check.that(mask.dim() == 2, "mask", "(B, T)", mask)
     check.shaped("other_lengths", other_lengths, (mask.shape[0],), "(B,)")
     check.same_device(("mask", mask), ("other_lengths", other_lengths))
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    check.that(0 <= alpha <= 1, "alpha", "in [0, 1]", alpha)
     counts = mask != 0
     beyond = counts.cumsum(1) > other_lengths[:, None]
     return torch.where(counts, torch.where(beyond, alpha, 1.0), 0.0)
@@ -46,8 +44,7 @@ def wpo_weights(logprobs: Tensor, sum_p_squared: Tensor, *, mask: Tensor | None 
     vocabulary of the squared probabilities at those places (token_logprobs returns them). mask: (2 B, T), nonzero
     counts. An answer without tokens adds nothing. Raises ValueError or TypeError for what does not fit.
     """
-    if logprobs.dim() != 2 or logprobs.shape[0] % 2:
-        raise ValueError(f"logprobs must be (2 B, T), got {tuple(logprobs.shape)}")
+    check.that(logprobs.dim() == 2 and logprobs.shape[0] % 2 == 0, "logprobs", "(2 B, T)", logprobs)
     for name, tensor in {"logprobs": logprobs, "sum_p_squared": sum_p_squared}.items():
         check.shaped(name, check.floating(name, tensor), tuple(logprobs.shape), "(2 B, T)")
         check.same_device(("logprobs", logprobs), (name, tensor), ("mask", mask))

@@ -75,8 +75,7 @@ class UnpairedPreferenceObjective(Objective):
         check.one_of("variant", self.variant, VARIANTS)
         check.positive("beta", self.beta)
         for name in ("desirable_weight", "undesirable_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+            check.that(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
 
 
 @check.takes_numbers
@@ -122,8 +121,7 @@ def _inputs(
     logprobs: Tensor, ref_logprobs: Tensor, desirable: Tensor, objective: UnpairedPreferenceObjective,
     shifts: dict[str, Tensor | None], weights: Tensor | None,
 ) -> Inputs:  # fmt: skip
-    if logprobs.dim() != 1:
-        raise ValueError(f"logprobs must be (B,), got {tuple(logprobs.shape)}")
+    check.that(logprobs.dim() == 1, "logprobs", "(B,)", logprobs)
     shape, dtype = tuple(logprobs.shape), check.compute_dtype(logprobs.dtype)
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable must be bool, got {desirable.dtype}")
@@ -161,8 +159,7 @@ def running_reward_shift(reward_shift: Tensor, metrics: dict[str, Tensor], *, de
     reward_shift: () the last one, a float tensor (0 before the first step). metrics: of unpaired_preference_loss on a
     batch that has both classes. decay: in [0, 1). Raises ValueError for one outside. Source: BCO (arXiv 2404.04656).
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be in [0, 1), got {decay}")
+    check.that(0 <= decay < 1, "decay", "in [0, 1)", decay)
     return decay * reward_shift + (1 - decay) * 0.5 * (metrics["desirable_reward"] + metrics["undesirable_reward"])
 
 

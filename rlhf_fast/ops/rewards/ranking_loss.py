@@ -68,8 +68,7 @@ def ranking_loss(
     Returns (loss, metrics): 0-d, float32 (float64 for float64), the metric detached. No answer gives a loss of 0.
     Raises ValueError or TypeError for what does not fit.
     """
-    if rewards.dim() != 1:
-        raise ValueError(f"rewards must be (N,), got {tuple(rewards.shape)}")
+    check.that(rewards.dim() == 1, "rewards", "(N,)", rewards)
     check.floating("rewards", rewards)
     check.shaped("ranks", ranks, tuple(rewards.shape), "(N,)")
     ranks = check.ids("ranks", ranks)

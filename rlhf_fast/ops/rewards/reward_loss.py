@@ -57,12 +57,9 @@ def reward_loss(
     whose chosen reward is the greater one) and margin (mean of chosen - rejected), both without the `margin`.
     No pair gives a loss of 0. Raises ValueError or TypeError for what does not fit.
     """
-    if chosen_rewards.dim() != 1:
-        raise ValueError(f"chosen_rewards must be (B,), got {tuple(chosen_rewards.shape)}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-    if not 0 <= centring < math.inf:
-        raise ValueError(f"centring must be >= 0 and finite, got {centring}")
+    check.that(chosen_rewards.dim() == 1, "chosen_rewards", "(B,)", chosen_rewards)
+    check.that(0 <= label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)", label_smoothing)
+    check.that(0 <= centring < math.inf, "centring", ">= 0 and finite", centring)
     zero, one = masked_loss.constants(chosen_rewards, 0.0, 1.0)
     if not isinstance(margin, Tensor):
         margin = masked_loss.constants(chosen_rewards, margin)[0] if margin else zero
@@ -101,8 +98,6 @@ _run = masked_loss.register(
 )  # chosen_shifts are the margins
 
 
-# --- Ensembles --------------------------------------------------------------------------------------------------------
-
 ENSEMBLES = {"mean": 0.0, "pessimistic": -1.0, "optimistic": 1.0}  # variant -> sign of the spread
 
 
@@ -118,11 +113,9 @@ def ensemble_scores(scores: Tensor, *, variant: str = "mean", coef: float = 1.0)
     variance ("uncertainty-weighted") where this subtracts the standard deviation, which has the scores' unit.
     """
     check.floating("scores", scores)
-    if scores.dim() != 2 or scores.shape[0] < 1:
-        raise ValueError(f"scores must be (M, B) with M >= 1, got {tuple(scores.shape)}")
+    check.that(scores.dim() == 2 and scores.shape[0] >= 1, "scores", "(M, B) with M >= 1", scores)
     check.one_of("variant", variant, ENSEMBLES)
-    if not coef >= 0:
-        raise ValueError(f"coef must be >= 0, got {coef}")
+    check.that(coef >= 0, "coef", ">= 0", coef)
     scores = scores.to(check.compute_dtype(scores.dtype))
     mean = scores.mean(0)
     variance = (scores - mean).square().mean(0)

@@ -76,15 +76,11 @@ def sample_tokens(
     Returns Samples, without gradients; the log-probabilities are float32 (float64 for float64 logits). A row with NaN
     or without a finite logit gives id 0 and NaN. Raises ValueError or TypeError for what does not fit.
     """
-    if logits.dim() != 2 or logits.shape[1] < 1:
-        raise ValueError(f"logits must be (B, V) with V >= 1, got {tuple(logits.shape)}")
+    check.that(logits.dim() == 2 and logits.shape[1] >= 1, "logits", "(B, V) with V >= 1", logits)
     check.floating("logits", logits)
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be >= 1 or None, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if not 0 <= min_p <= 1:
-        raise ValueError(f"min_p must be in [0, 1], got {min_p}")
+    check.that(top_k is None or top_k >= 1, "top_k", ">= 1 or None", top_k)
+    check.that(0 < top_p <= 1, "top_p", "in (0, 1]", top_p)
+    check.that(0 <= min_p <= 1, "min_p", "in [0, 1]", min_p)
     count, vocabulary = logits.shape
     transform = checked_transform(temperature, logit_scale, softcap, logits.shape[:1], ("logits", logits))
     if row_ids is None:

@@ -70,8 +70,7 @@ def token_kl(
     Raises ValueError or TypeError for shapes, types and values that do not fit.
     """
     check.floating("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
+    check.that(logits.dim() >= 1 and logits.shape[-1] >= 1, "logits", "(..., V) with V >= 1", logits)
     check.shaped("ref_logits", ref_logits, logits.shape, "the shape of logits")
     if ref_logits.dtype != logits.dtype:
         raise TypeError(f"ref_logits must have the type of logits, {logits.dtype}, got {ref_logits.dtype}")
@@ -104,8 +103,7 @@ class Divergence(NamedTuple):
 def checked_divergence(variant: str, js_weight: float, top_k: int | None, vocabulary: int) -> Divergence:
     """Raises ValueError for what is outside its bounds."""
     check.one_of("variant", variant, VARIANTS)
-    if not 0 < js_weight < 1:
-        raise ValueError(f"js_weight must be in (0, 1), got {js_weight}")
+    check.that(0 < js_weight < 1, "js_weight", "in (0, 1)", js_weight)
     if top_k is not None and not 1 <= top_k <= vocabulary:
         raise ValueError(f"top_k must be in [1, V] = [1, {vocabulary}], got {top_k}")
     return Divergence(variant, js_weight)

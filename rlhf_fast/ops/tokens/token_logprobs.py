@@ -124,8 +124,7 @@ def token_logprobs(
     RLHF_FAST_DEBUG=1 it raises as well.
     """
     check.floating("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
+    check.that(logits.dim() >= 1 and logits.shape[-1] >= 1, "logits", "(..., V) with V >= 1", logits)
     shape = logits.shape[:-1]
     if targets.dim() != logits.dim() or targets.shape[:-1] != shape or targets.shape[-1] == 0:
         check.shaped("targets", targets, shape, "logits.shape[:-1] (or that and K)")

@@ -38,12 +38,9 @@ class Transform(NamedTuple):
 
 
 def checked_transform(
-    temperature: float | Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    shape: torch.Size,
+    temperature: float | Tensor, logit_scale: float, softcap: float | None, shape: torch.Size,
     beside: tuple[str, Tensor],
-) -> Transform:
+) -> Transform:  # fmt: skip
     """The transform of rows of `shape`; `beside` names the device. Raises ValueError or TypeError."""
     rest = check.positive("logit_scale", logit_scale), 0.0 if softcap is None else check.positive("softcap", softcap)
     dtype = check.compute_dtype(beside[1].dtype)

@@ -55,8 +55,7 @@ def distributional_value_loss(
     Raises ValueError or TypeError for what does not fit.
     """
     check.floating("logits", logits)
-    if logits.dim() not in (2, 3) or logits.shape[-1] < 2:
-        raise ValueError(f"logits must be (B, T, K) or (N, K) with K >= 2, got {tuple(logits.shape)}")
+    check.that(logits.dim() in (2, 3) and logits.shape[-1] >= 2, "logits", "(B, T, K) or (N, K) with K >= 2", logits)
     if not v_min < v_max:
         raise ValueError(f"v_min must be below v_max, got {v_min} and {v_max}")
     sigma = 0.75 * (v_max - v_min) / logits.shape[-1] if sigma is None else check.positive("sigma", sigma)

@@ -111,9 +111,6 @@ def reference(
     return LossAndValues(loss, metrics, values.detach())
 
 
-# --- The kernels ------------------------------------------------------------------------------------------------------
-
-
 class Inputs(NamedTuple):
     hidden: Tensor  # (N, D)
     weight: Tensor  # (D,)
