@@ -17,8 +17,7 @@ trained head 4P while the logits of both fit KEPT_BYTES, which backward reads ag
 a gradient through the entropy adds 3P to a frozen head. A policy and a reference with the same head take one product
 of [hidden; ref_hidden] per tile, so that the head is read once for both; U is one product as well. Scratch is one tile
 of 2 `chunk_tokens` x V float32 (and its bfloat16 gradient on a GPU), beside both U (N x D each, in hidden's type) or
-the logits that are kept (2 N x V, float32). Rows with mask 0 cost nothing on the CPU; on a GPU, where leaving them out
-would need a host synchronisation, their products are made and their results are 0.
+the logits that are kept (2 N x V, float32). Rows with mask 0: as in linear_logprobs.
 
 Numerics: logits are accumulated and kept in float32, then as in token_logprobs and token_kl: a small KL does not
 cancel. The head's gradient is accumulated in float32 across tiles. No atomics: the same inputs give the same bits,

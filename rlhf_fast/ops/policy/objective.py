@@ -129,11 +129,6 @@ class PolicyObjective(Objective):
         """Whether tokens are dropped or selected by what they are among those of the whole call."""
         return self.function in ("clip_cov", "kl_cov") or self.entropy_fraction < 1
 
-    @property
-    def couples_tokens(self) -> bool:
-        """Whether d loss / d logprob of one token depends on other tokens: no tile of tokens can go ahead alone."""
-        return self.needs_sequences or self.marks_tokens
-
 
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(

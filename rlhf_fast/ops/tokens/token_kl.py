@@ -31,16 +31,16 @@ generalised Jensen-Shannon divergence with beta = b); Lin 1991, "Divergence meas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import native, packed, resolve, strided, threads, triton_kernels
+from rlhf_fast.backends import native, packed, resolve, strided, threads
 from rlhf_fast.ops.core import check, registration
 from rlhf_fast.ops.tokens import token_logprobs
-from rlhf_fast.ops.tokens.token_logprobs import planes
+from rlhf_fast.ops.tokens.token_logprobs import RowKernels, planes
 from rlhf_fast.ops.tokens.transform import Transform, checked_transform, transformed
 
 
@@ -176,29 +176,13 @@ def _cpu_backward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, trans
     native().token_kl_backward(variant, *arguments, packed(grad_kl), at, sizes, threads())
 
 
-def _triton_forward(*args: Any) -> None:
-    triton_kernels("token_kl").forward(*args)
-
-
-def _triton_backward(*args: Any) -> None:
-    triton_kernels("token_kl").backward(*args)
-
-
-class RowKernels(NamedTuple):
-    """The kernels on rows of logits and ref_logits (outer, inner, V) with unit last stride, which linear_kl shares.
-
-    forward(logits, ref_logits, mask, transform, *divergence, stats): fills kl and mean of
-        stats = [kl, mean, logsum, ref_logsum], each (outer, inner); mean is what the gradient is centred by, and the
-        two logsums are those of token_logprobs.
-    backward(logits, ref_logits, mask, transform, *divergence, stats, grad_kl, gradient): `gradient` may be the logits
-        or the reference's.
-    """
-
-    forward: Callable[..., None]
-    backward: Callable[..., None]
-
-
-IMPLS = {"cpu": RowKernels(_cpu_forward, _cpu_backward), "triton": RowKernels(_triton_forward, _triton_backward)}
+# On rows of logits and ref_logits (outer, inner, V) with unit last stride, which linear_kl shares:
+# forward(logits, ref_logits, mask, transform, *divergence, stats): fills kl and mean of
+#     stats = [kl, mean, logsum, ref_logsum], each (outer, inner); mean is what the gradient is centred by, and the two
+#     logsums are those of token_logprobs.
+# backward(logits, ref_logits, mask, transform, *divergence, stats, grad_kl, gradient): `gradient` may be the logits or
+#     the reference's.
+IMPLS = {"cpu": RowKernels(_cpu_forward, _cpu_backward), "triton": RowKernels.triton("token_kl")}
 OPS = {"token_kl": tuple(IMPLS)}
 
 

@@ -237,14 +237,6 @@ def _cpu_backward(*args: Any) -> None:
     native().token_logprobs_backward(*_backward_arguments(*args), threads())
 
 
-def _triton_forward(*args: Any) -> None:
-    triton_kernels("token_logprobs").forward(*args)
-
-
-def _triton_backward(*args: Any) -> None:
-    triton_kernels("token_logprobs").backward(*args)
-
-
 def _cuda_forward(logits: Tensor, *others: Any) -> None:
     logits = _still_there(logits, *others)
     arguments = _forward_arguments(logits, *others)
@@ -283,10 +275,15 @@ class RowKernels(NamedTuple):
     forward: Callable[..., None]
     backward: Callable[..., None]
 
+    @classmethod
+    def triton(cls, module: str) -> RowKernels:
+        """Those of a module of Triton kernels."""
+        return cls(*[lambda *args, name=name: getattr(triton_kernels(module), name)(*args) for name in cls._fields])
+
 
 IMPLS = {
     "cpu": RowKernels(_cpu_forward, _cpu_backward),
-    "triton": RowKernels(_triton_forward, _triton_backward),
+    "triton": RowKernels.triton("token_logprobs"),
     "cuda": RowKernels(_cuda_forward, _cuda_backward),
 }
 OPS = {"token_logprobs": tuple(IMPLS)}
