@@ -206,7 +206,7 @@ def op(
 
     def gradients(ctx: Any, saved_tensors: Sequence[Tensor], upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
         """In the order of the differentiable fields, the tensors of a list one after the other."""
-        needs = ctx.needs_input_grad[:-2]
+        needs = ctx.needs_input_grad[:-3]
         if all([g is None for g in upstream]):
             return [None] * len(needs)
         by_name = backward(
@@ -230,8 +230,8 @@ def op(
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
-            flat, run = given[-2:]  # the others are what autograd looks at; it takes its time for each
-            results = run(flat)
+            flat, run, arguments = given[-3:]  # the others are what autograd looks at; it takes its time for each
+            results = run(*arguments)
             save(ctx, flat, results)
             # What backward reads is no tensor that a caller could write into.
             read = {id(x) for x in ctx.to_save or ()}
@@ -241,19 +241,16 @@ def op(
         def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
             saved_tensors = ctx.saved_tensors  # read once: a recomputed pass gives them no second time
             if not torch.is_grad_enabled():
-                return *gradients(ctx, saved_tensors, upstream), None, None
+                return *gradients(ctx, saved_tensors, upstream), None, None, None
             with torch.no_grad():
                 each = gradients(ctx, saved_tensors, upstream)
-            return *_once(name, each, (*upstream, *saved_tensors)), None, None
+            return *_once(name, each, (*upstream, *saved_tensors)), None, None, None
 
     qualified = f"rlhf_fast::{name}"
     torch.library.define(qualified, fields.schema("Tensor[]"))
     registered = getattr(torch.ops.rlhf_fast, name)
 
-    def computed(flat: Sequence[Any]) -> list[Tensor]:
-        return compute(*fields.together(flat))
-
-    def below_autograd(flat: Sequence[Any]) -> list[Tensor]:
+    def below_autograd(*flat: Any) -> list[Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             return registered(*flat)
 
@@ -262,10 +259,10 @@ def op(
         _refuse_tangents(name, inputs)
         if torch._C._are_functorch_transforms_active():
             _refuse_torch_func(name, inputs)
-            return below_autograd(flat)
-        return list(Differentiable.apply(*inputs, flat, below_autograd))
+            return below_autograd(*flat)
+        return list(Differentiable.apply(*inputs, flat, below_autograd, flat))
 
-    torch.library.impl(qualified, "CompositeExplicitAutograd")(lambda *flat: computed(flat))
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(lambda *flat: compute(*fields.together(flat)))
     torch.library.impl(qualified, "Autograd")(differentiated)
     torch.library.register_fake(qualified)(lambda *flat: fake(*fields.together(flat)))
     _refuse_vmap(name)
@@ -277,7 +274,7 @@ def op(
         if torch.is_grad_enabled():
             inputs = pick_differentiable(flat)
             if any([x is not None and x.requires_grad for x in inputs]):
-                return Differentiable.apply(*inputs, flat, lambda _: compute(*arguments))
+                return Differentiable.apply(*inputs, flat, compute, arguments)
         return (without_gradient or compute)(*arguments)
 
     return call
