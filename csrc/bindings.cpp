@@ -190,7 +190,7 @@ PYBIND11_MODULE(_native, m) {
       Release());
 #endif
 
-  // strides = rewards, values, logprobs, behaviour_logprobs; rates = gamma, lam, rho_clip, c_clip;
+  // strides = rewards, values, logprobs, sampler_logprobs; rates = gamma, lam, rho_clip, c_clip;
   // outputs = advantages, value targets
   m.def(
       "vtrace",

@@ -5,7 +5,7 @@
 namespace rlhf::cpu {
 
 struct VtraceCall {
-  const void* inputs[4];  // rewards, values, logprobs, behaviour_logprobs
+  const void* inputs[4];  // rewards, values, logprobs, sampler_logprobs
   DType dtype;
   int64_t strides[4];  // of their rows where padded
   Sequences sequences;

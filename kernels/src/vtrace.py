@@ -31,7 +31,7 @@ def _vtrace_kernel(
     rewards,  # (sequences, time) or (time,), last stride 1
     values,  # like rewards
     logprobs,  # like rewards
-    behaviour_logprobs,  # like rewards
+    sampler_logprobs,  # like rewards
     mask,  # (sequences, time) or (time,) uint8, or None
     cu_seqlens,  # (sequences + 1,) int64, or None
     bootstrap,  # (sequences,), or None
@@ -41,7 +41,7 @@ def _vtrace_kernel(
     reward_stride,
     value_stride,
     logprob_stride,
-    behaviour_stride,
+    sampler_stride,
     gamma: tl.float64,
     lam: tl.float64,
     rho_clip: tl.float64,
@@ -78,7 +78,7 @@ def _vtrace_kernel(
         value = _load(values, begin, value_stride, sequence, steps, counts, PACKED, acc)
         ratio = tl.exp(
             _load(logprobs, begin, logprob_stride, sequence, steps, counts, PACKED, acc)
-            - _load(behaviour_logprobs, begin, behaviour_stride, sequence, steps, counts, PACKED, acc)
+            - _load(sampler_logprobs, begin, sampler_stride, sequence, steps, counts, PACKED, acc)
         )
         rho = _at_most(ratio, rho_clip)
         none = tl.zeros_like(value)

@@ -66,7 +66,7 @@ def place(tmp_path, monkeypatch):
     """An empty working directory, and tables of variants, patches and random numbers that are put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    tables = [_policy.VARIANTS, _policy.FUNCTIONS]
+    tables = [_policy.VARIANTS, _policy.FUNCTIONS, _preference.VARIANTS]
     if find_spec("triton") is not None:
         tables.append(import_module("rlhf_fast.kernels.policy_losses").FUNCTIONS)
     with ExitStack() as stack:

@@ -187,8 +187,8 @@ def reference(objective: PolicyObjective, inputs: Inputs, plan: Plan) -> tuple[T
     losses, held_low, held_high = function.loss(tokens, objective)
     dropped = (flags & DROPPED) != 0
     if objective.off_policy_max_kl is not None:
-        behaviour = x.old_logprobs if x.sampler_logprobs is None else x.sampler_logprobs
-        far = tokens.mean(behaviour - x.logprobs.detach()) > objective.off_policy_max_kl
+        sampler = x.old_logprobs if x.sampler_logprobs is None else x.sampler_logprobs
+        far = tokens.mean(sampler - x.logprobs.detach()) > objective.off_policy_max_kl
         dropped = dropped | (far & (x.advantages < 0))
     weight = torch.ones_like(losses) if function.folds_correction else correction
     weight = torch.where(dropped, 0.0, weight)
