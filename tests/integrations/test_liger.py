@@ -196,6 +196,11 @@ def test_grpo_scores_the_reference_s_hidden_states():
     assert_parity("LigerFusedLinearGRPOLoss", {"temperature": 1.3}, inputs, torch.float32)
 
 
+def test_grpo_takes_a_temperature_as_the_peer_does_from_a_call_by_place():
+    """Its own tests hand `compiled`, a bool, where the temperature stands."""
+    assert_parity("LigerFusedLinearGRPOLoss", {"temperature": True}, grpo_inputs(), torch.float32)
+
+
 def test_grpo_says_that_hidden_states_of_the_reference_are_not_used_beside_its_log_probabilities():
     inputs = grpo_inputs() | {"ref_input": torch.randn(B, T, 5).double()}
     with pytest.warns(UserWarning, match="Using ref_per_token_logps"):

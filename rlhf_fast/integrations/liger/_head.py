@@ -26,7 +26,9 @@ class Head(NamedTuple):
         return self._replace(hidden=self.hidden[rows])
 
     def logprobs(self, targets: Tensor, mask: Tensor | None, temperature: float = 1.0) -> Tensor:
-        return linear_logprobs(self.hidden, self.weight, targets, bias=self.bias, mask=mask, temperature=temperature)
+        return linear_logprobs(
+            self.hidden, self.weight, targets, bias=self.bias, mask=mask, temperature=float(temperature)
+        )
 
     def logits_sums(self) -> Tensor:
         """(B,) of hidden (B, T, D): the sum of a sequence's logits, which is linear in its hidden states.

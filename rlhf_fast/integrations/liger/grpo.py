@@ -96,7 +96,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         surrogate, _, logprobs = linear_policy_loss(  # type: ignore[misc]  # return_logprobs makes it three
             *head[:2], selected_token_ids, old, token_advantages, objective=objective, bias=head.bias, mask=mask,
             ref_logprobs=None if objective.kl_coef == 0 else reference, denominator=denominator,
-            sequences=mask.shape[0], temperature=self.temperature, return_logprobs=True,
+            sequences=mask.shape[0], temperature=float(self.temperature), return_logprobs=True,
         )  # fmt: skip
         terms = self.terms(logprobs, batch)
         value = self.reduced(terms.losses, mask, denominator)
