@@ -52,11 +52,7 @@ def check_reference(objective: PolicyObjective, ref_logprobs: Tensor | None) -> 
 
 
 class Plan(NamedTuple):
-    """Which tokens count and what for: made once for a batch, by shapes and masks alone.
-
-    A tile of tokens takes its columns of `flags` and `weights` and the denominator of all; its losses, its metrics but
-    ratio_max and ratio_min, then add up to those of the batch.
-    """
+    """Which tokens count and what for: made once for a batch, by shapes and masks alone."""
 
     flags: Tensor | None  # (rows, columns) uint8, not 0 where a token counts; None: every token does
     weights: Tensor | None  # (rows, columns), any strides: of a token in the loss; None: 1 / denominator
@@ -95,11 +91,6 @@ class Plan(NamedTuple):
         if objective.aggregation == "token_mean":
             return plan
         return plan._replace(weights=_weights(objective, plan, masked_loss.plane(logprobs), sequences))
-
-    def tile(self, columns: slice, like: Tensor) -> Plan:
-        """The plan of some columns of `like`, for objectives whose tokens are not coupled."""
-        flags, weights = (None if x is None else x[:, columns] for x in (self.flags, self.weights))
-        return Plan(flags, weights, self.tokens(like), None)
 
     def tokens(self, like: Tensor) -> Tensor:
         """The denominator, (), in the type in which `like` is computed."""

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from rlhf_fast import BackendError, PolicyObjective, policy_loss
 from rlhf_fast.ops.policy.objective import FUNCTIONS, VARIANTS, Function, Variant
 from rlhf_fast.ops.policy.policy_loss import ALWAYS, Inputs, Numbers, Plan, numbers
-from rlhf_fast.ops.policy.policy_loss import evaluate as evaluate_plan
 from tests.losses import (
     BACKENDS,
     DTYPES,
@@ -279,17 +278,6 @@ def test_a_sequence_of_one_token_has_the_loss_of_the_token(backend):
     for variant in ("gspo", "gspo_token", "luspo"):
         got = run(inputs, variant=variant, clip_eps_low=0.2, clip_eps_high=0.3, backend=backend)
         torch.testing.assert_close(got, expected)
-
-
-def test_a_tile_of_the_plan_adds_up_to_the_batch():
-    inputs, mask = inputs_of((1, 12)), ragged((1, 12))
-    objective = PolicyObjective("grpo")
-    whole = Plan.of(objective, inputs[0], mask=mask)
-    expected, metrics = evaluate_plan(objective, Inputs(*inputs), whole)
-    tiles = [slice(0, 5), slice(5, 12)]
-    parts = [evaluate_plan(objective, Inputs(*(x[:, t] for x in inputs)), whole.tile(t, inputs[0])) for t in tiles]
-    torch.testing.assert_close(sum(loss for loss, _ in parts), expected)
-    torch.testing.assert_close(sum(m["ratio_mean"] for _, m in parts), metrics["ratio_mean"])
 
 
 @settings(max_examples=25, deadline=None)
