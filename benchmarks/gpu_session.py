@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 420
 PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "-v", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
-WORKERS = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+CORES = os.cpu_count() or 1
+WORKERS = ["-n", str(max(2, CORES * 3 // 4))] if importlib.util.find_spec("xdist") else []
 HALF_AND_DOUBLE = "(torch.float16 or torch.float64)"
 # Of every kind of kernel with barriers or shared memory, one; clusters, packed rows, and rows that are not aligned.
 SANITIZED = (
