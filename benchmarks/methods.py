@@ -4,8 +4,9 @@
     python -m benchmarks.methods --out out.json --only dpo --only grpo --seeds 2  some of them
 
 A method is a row of rlhf_fast.algorithms.ALGORITHMS or a file of examples/methods. A row runs the file of its name, or
-that of its module with `algorithm` changed. All start from the model and the reward model of examples/methods/base.yaml,
-which is trained once, with seed 0. What a row is judged by is its own held-out evaluation, before and after.
+that of its module with `algorithm` changed. All start from the model and the reward model of
+examples/methods/base.yaml, which is trained once, with seed 0. What a method is judged by is its own held-out
+evaluation, before and after.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ def table(results: dict[str, Any]) -> str:
     where = results["machine"]
     seeds = max(len(runs) for runs in results["methods"].values())
     lines += [
-        "", f"Means over {seeds} seeds, the change with its standard error; KL to the reference in nats per completion; "
-        "median seconds of one run on one thread.", "",
+        "", f"Means over {seeds} seeds, the change with its standard error; KL to the reference in nats per "
+        "completion; median seconds of one run on one thread.", "",
         f"{where['cpu']}, torch {where['torch']}, commit {(where['commit'] or '')[:7]}. Command: `{where['command']}`.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -134,12 +135,12 @@ def main(words: list[str] | None = None) -> int:
         begun = {pool.submit(run, name, known[name], seed): name for name in wanted for seed in range(asked.seeds)}
         for future in as_completed(begun):
             name = begun[future]
-            try:
-                runs = [*results["methods"].get(name, []), future.result()]
-            except Exception as error:  # the other methods go on; the exit status tells
+            error = future.exception()
+            if error is not None:  # the other methods go on; the exit status tells
                 failed = True
                 print(f"{name}: {type(error).__name__}: {error}", flush=True)
                 continue
+            runs = [*results["methods"].get(name, []), future.result()]
             results["methods"][name] = sorted(runs, key=lambda row: row["seed"])
             print(name, results["methods"][name][-1], flush=True)
             ordered = {name: results["methods"][name] for name in known if name in results["methods"]}
