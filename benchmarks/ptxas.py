@@ -1,11 +1,15 @@
 """Compiles every CUDA kernel, without a GPU, and reports registers, spills and shared memory.
 
-python -m benchmarks.ptxas --out benchmarks/results/ptxas.json
+    python -m benchmarks.ptxas --out benchmarks/results/ptxas.json
+
+The record has a fingerprint for each source and architecture: what it was compiled from, so that tests compile again
+only what changed since.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -24,9 +28,37 @@ def sources() -> list[Path]:
     return sorted((CSRC / "cuda").glob("*.cu"))
 
 
-def compile_report(source: Path, architecture: str) -> list[dict[str, Any]]:
-    """One row per kernel of `source`, from what ptxas says."""
-    return compiled(source, architecture)[0]
+def release() -> str:
+    """The release of nvcc, "" where there is none."""
+    if shutil.which("nvcc") is None:
+        return ""
+    text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"release [^\n]*", text)[0]
+
+
+def fingerprint(source: Path, architecture: str, nvcc: str) -> str:
+    """Of all that its report depends on: its text and that of our headers that it reaches, compiler and flags."""
+    texts = [f"{nvcc} {architecture} {FMAD[source.stem]} {' '.join(FLAGS[:-1])}"]
+    files, read = [source], set[Path]()
+    while files:
+        file = files.pop()
+        if file not in read:
+            read.add(file)
+            text = file.read_text()
+            texts.append(text)
+            files += [CSRC / name for name in re.findall(r'^#include "([^"]+)"', text, re.MULTILINE)]
+    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:12]
+
+
+def report(source: Path, architecture: str, nvcc: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(a row per kernel; the fingerprint, the sums and products that ptxas may contract, the fma that it is given)"""
+    rows, ptx = compiled(source, architecture)
+    contractable = re.findall(r"\b(?:mul|add|sub)\.(?:f32|f64)\b", ptx)
+    fma = re.findall(r"\bfma\.rn\.f32\b", ptx)
+    return rows, {
+        "source": source.stem, "target": architecture, "fingerprint": fingerprint(source, architecture, nvcc),
+        "contractable": len(contractable), "fma": len(fma),
+    }  # fmt: skip
 
 
 def compiled(source: Path, architecture: str) -> tuple[list[dict[str, Any]], str]:
@@ -74,9 +106,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
-    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    rows = [row for source in sources() for target in ARCHITECTURES for row in compile_report(source, target)]
-    write(out, rows, nvcc=re.search(r"release [^\n]*", nvcc)[0])
+    nvcc = release()
+    reports = [report(source, target, nvcc) for source in sources() for target in ARCHITECTURES]
+    rows = [row for of_source, _ in reports for row in of_source]
+    write(out, rows, nvcc=nvcc, sources=[source for _, source in reports])
     print(f"{len(rows)} rows -> {out}")
 
 
