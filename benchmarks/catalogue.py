@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import costs, memory, methods, plots, tables
 from benchmarks.results_file import best_of, floor_ms, source
+from benchmarks.steps import parity
 from benchmarks.steps import report as steps
 from rlhf_fast.ops import table
 
@@ -162,7 +163,10 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "the memory of an update": of("memory.json", memory.section),
         **tables_of("GPU", "gpu.json", machine="GPU"),
     },
-    ROOT / "docs" / "methods.md": {"the methods": of("methods.json", methods.table)},
+    ROOT / "docs" / "methods.md": {
+        "the methods": of("methods.json", methods.table),
+        "parity": of("parity.json", parity.table),
+    },
 }
 
 

@@ -33,6 +33,7 @@ def measure(workspace: Workspace, name: str, *, profile: bool) -> dict[str, Any]
     train()
     return {
         "version": version(name), "seconds": recorder.seconds, "losses": recorder.losses, "rewards": recorder.rewards,
+        "grad_norms": recorder.grad_norms,
         "held_bytes": unique_bytes(tensors()), "resident_bytes": 1024 * recorder.resident,
         "peak_bytes": 1024 * recorder.peak,
     }  # fmt: skip

@@ -5,18 +5,59 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from benchmarks.memory import states
 from benchmarks.steps.recorder import Recorder
-from benchmarks.steps.setting import Workspace
+from benchmarks.steps.setting import GROUPED, Setting, Workspace
 from rlhf_fast.algorithms import load_algorithm
 from rlhf_fast.training import experience, on_policy
 from rlhf_fast.training.config import parse
 from rlhf_fast.training.job import seed_everything
 
-REWARDS = {"grpo": "benchmarks.steps.setting:share_of_letters"}
+
+def grouped(workspace: Workspace, setting: Setting) -> dict[str, Any]:
+    """What both algorithms of groups have."""
+    return {
+        "reward": "benchmarks.steps.setting:share_of_letters", "max_new_tokens": setting.max_new_tokens,
+        "num_generations": setting.num_generations,
+    }  # fmt: skip
+
+
+def grpo(workspace: Workspace, setting: Setting) -> dict[str, Any]:
+    return {**grouped(workspace, setting), "objective": {"kl_coef": setting.kl_coef}}
+
+
+def rloo(workspace: Workspace, setting: Setting) -> dict[str, Any]:
+    """TRL's loss is the mean over completions of a sum over their tokens."""
+    objective = {"variant": "reinforce", "aggregation": "seq_mean_token_sum"}
+    return {**grouped(workspace, setting), "advantage": "rloo", "kl_coef": setting.kl_coef, "objective": objective}
+
+
+def ppo(workspace: Workspace, setting: Setting) -> dict[str, Any]:
+    return {
+        "reward": str(workspace.adapter("reward")), "max_new_tokens": setting.max_new_tokens,
+        "ppo_epochs": setting.ppo_epochs, "kl_coef": setting.kl_coef,
+    }  # fmt: skip
+
+
+def dpo(workspace: Workspace, setting: Setting) -> dict[str, Any]:
+    return {"objective": {"beta": setting.beta}}
+
+
+def sft(workspace: Workspace, setting: Setting) -> dict[str, Any]:
+    return {}
+
+
+def reward_model(workspace: Workspace, setting: Setting) -> dict[str, Any]:
+    """Goes on from the adapter and the head that TRL starts from: a head of zeros teaches its adapter nothing."""
+    return {"model": str(workspace.adapter("reward"))}
+
+
+OWN = {function.__name__: function for function in (dpo, grpo, ppo, reward_model, rloo, sft)}
+SAMPLING = (*GROUPED, "ppo")
 
 
 def prepare(workspace: Workspace, recorder: Recorder) -> tuple[Callable[[], None], Callable[[], list[Tensor]]]:
@@ -29,15 +70,7 @@ def prepare(workspace: Workspace, recorder: Recorder) -> tuple[Callable[[], None
         "lora_rank": setting.lora_rank, "lora_alpha": setting.lora_alpha, "max_grad_norm": setting.max_grad_norm,
         "gradient_checkpointing": setting.gradient_checkpointing,
     }  # fmt: skip
-    if setting.algorithm == "dpo":
-        values |= {"objective": {"beta": setting.beta}}
-    else:
-        values |= {"max_new_tokens": setting.max_new_tokens}
-        values |= {"reward": REWARDS.get(setting.algorithm, str(workspace.adapter("reward")))}
-    if setting.algorithm == "grpo":
-        values |= {"num_generations": setting.num_generations, "objective": {"kl_coef": setting.kl_coef}}
-    if setting.algorithm == "ppo":
-        values |= {"ppo_epochs": setting.ppo_epochs, "kl_coef": setting.kl_coef}
+    values |= OWN[setting.algorithm](workspace, setting)
     module = load_algorithm(setting.algorithm)
     config = parse(module.AlgorithmConfig, values)
     seed_everything(config.seed)
@@ -46,7 +79,7 @@ def prepare(workspace: Workspace, recorder: Recorder) -> tuple[Callable[[], None
     recorder.folder = Path(tempfile.mkdtemp(dir=workspace.folder))
     if setting.algorithm == "dpo":
         recorder.watch(module, "reference_logprobs", "scoring")
-    else:
+    if setting.algorithm in SAMPLING:
         recorder.watch(on_policy, "collect", "scoring")
         recorder.watch(experience, "roll_out", "generation", seeded=True)
 

@@ -29,6 +29,7 @@ class Recorder:
         self.seconds: list[dict[str, float]] = []
         self.losses: list[float] = []
         self.rewards: list[float] = []
+        self.grad_norms: list[float] = []
         self.resident = self.peak = 0
         self.folder = Path()
         self._imported = memory_kib("VmRSS")
@@ -102,6 +103,8 @@ class Recorder:
 
     def log(self, step: int, metrics: dict[str, float], *, tokens: int) -> None:
         self.losses.append(metrics["loss"])
+        trained = [name for name in ("grad_norm_policy", "grad_norm_reward") if name in metrics]
+        self.grad_norms += [metrics[name] for name in trained]
         if "reward" in metrics:
             self.rewards.append(metrics["reward"])
 

@@ -20,11 +20,13 @@ from rlhf_fast.models.tiny import build_tiny
 SUBJECTS = ("a walk in the rain", "tea", "the last train home", "an old map of the harbour", "snow", "bread and salt")
 PRAISE = ("lovely", "a quiet joy", "warm and generous", "the best part of the day")
 BLAME = ("dull", "a waste of time", "cold and bitter", "the worst part of the whole week")
+GROUPED = ("grpo", "rloo")  # several completions of each prompt
+PAIRS = ("dpo", "reward_model")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One comparison. `model` is a local folder; batch_size counts completions, for dpo pairs."""
+    """One comparison. `model` is a local folder; batch_size counts completions, or pairs."""
 
     algorithm: str
     model: str
@@ -48,7 +50,7 @@ class Setting:
 
     @property
     def rows_per_step(self) -> int:
-        return self.batch_size // self.num_generations if self.algorithm == "grpo" else self.batch_size
+        return self.batch_size // self.num_generations if self.algorithm in GROUPED else self.batch_size
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,14 @@ def build(folder: Path, setting: Setting) -> Workspace:
 def example(draw: random.Random, algorithm: str) -> dict[str, str]:
     # Unfinished text, because a chat model may answer a bare question with nothing but its end.
     prompt = f"Letter {draw.randint(2, 1000)}. Dear friend, I thought of {draw.choice(SUBJECTS)} all day, and to me it"
-    if algorithm != "dpo":
+    good = f" is {draw.choice(PRAISE)}."
+    if algorithm == "sft":
+        return {"prompt": prompt, "completion": good}
+    if algorithm not in PAIRS:
         return {"prompt": prompt}
-    return {
-        "prompt": prompt,
-        "chosen": f" is {draw.choice(PRAISE)}.",
-        "rejected": f" is {draw.choice(BLAME)}, and {draw.choice(BLAME)}.",
-    }
+    return {"prompt": prompt, "chosen": good, "rejected": f" is {draw.choice(BLAME)}, and {draw.choice(BLAME)}."}
 
 
 def share_of_letters(prompts: list[str], completions: list[str]) -> list[float]:
-    """The reward function of grpo: ASCII letters among the characters of each completion."""
+    """The reward function of groups: ASCII letters among the characters of each completion."""
     return [sum(c.isascii() and c.isalpha() for c in text) / max(1, len(text)) for text in completions]

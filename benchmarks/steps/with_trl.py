@@ -1,4 +1,4 @@
-"""TRL's steps: its DPO and GRPO trainers, and the PPO trainer that TRL 1.12 was the last to have."""
+"""TRL's steps: its SFT, reward, DPO, GRPO and RLOO trainers, and the PPO trainer that TRL 1.12 was the last to have."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class Steps(TrainerCallback):
             self.recorder.losses.append(logs["loss"])
         if "loss/policy_avg" in logs:
             self.recorder.losses.append(logs["loss/policy_avg"] + logs["loss/value_avg"])
+        if "grad_norm" in logs:
+            self.recorder.grad_norms.append(logs["grad_norm"])
         for name in ("reward", "objective/scores"):
             if name in logs:
                 self.recorder.rewards.append(logs[name])
@@ -52,7 +54,8 @@ def prepare(workspace: Workspace, recorder: Recorder) -> tuple[Callable[[], None
         "model": model, "processing_class": tokenizer, "callbacks": [Steps(recorder)], "peft_config": lora,
     }  # fmt: skip
     trainer, policy, modules = TRAINERS[setting.algorithm](workspace, recorder, common)
-    set_peft_model_state_dict(policy, load_peft_weights(str(workspace.adapter("policy"))))
+    if policy is not None:
+        set_peft_model_state_dict(policy, load_peft_weights(str(workspace.adapter("policy"))))
 
     def tensors() -> list[Tensor]:
         held = [t for module in modules for t in (*module.parameters(), *module.buffers())]
@@ -62,7 +65,7 @@ def prepare(workspace: Workspace, recorder: Recorder) -> tuple[Callable[[], None
 
 
 def arguments(workspace: Workspace, setting: Setting) -> dict[str, Any]:
-    """What the three trainers' configs share."""
+    """What the trainers' configs share."""
     return {
         "output_dir": str(workspace.folder / "trl"), "use_cpu": True, "bf16": False, "seed": setting.seed,
         "learning_rate": setting.learning_rate, "lr_scheduler_type": "constant",
@@ -72,7 +75,8 @@ def arguments(workspace: Workspace, setting: Setting) -> dict[str, Any]:
     }  # fmt: skip
 
 
-Parts = tuple[Any, nn.Module, list[nn.Module]]  # trainer, policy, everything that stays in memory
+# Trainer, policy whose adapter is set (None: it is), everything that stays in memory
+Parts = tuple[Any, nn.Module | None, list[nn.Module]]
 
 
 def dpo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Parts:
@@ -88,28 +92,78 @@ def dpo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Par
     return trainer, trainer.model, [trainer.model]
 
 
+def sft(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Parts:
+    from trl import SFTConfig, SFTTrainer
+
+    setting = workspace.setting
+    config = SFTConfig(
+        **arguments(workspace, setting), max_steps=setting.steps, max_length=None,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = SFTTrainer(args=config, train_dataset=Dataset.from_list(workspace.rows_in_order()), **common)
+    return trainer, trainer.model, [trainer.model]
+
+
+def reward_model(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Parts:
+    from trl import RewardConfig, RewardTrainer
+
+    setting = workspace.setting
+    config = RewardConfig(
+        **arguments(workspace, setting), max_steps=setting.steps, max_length=None, disable_dropout=True,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    model = classifier(workspace, trainable=True)
+    model.config.pad_token_id = common["processing_class"].pad_token_id
+    given = common | {"model": model, "peft_config": None}
+    trainer = RewardTrainer(args=config, train_dataset=Dataset.from_list(workspace.rows_in_order()), **given)
+    return trainer, None, [trainer.model]
+
+
 def grpo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Parts:
     from trl import GRPOConfig, GRPOTrainer
 
     setting = workspace.setting
     config = GRPOConfig(
-        **arguments(workspace, setting), max_steps=setting.steps, num_generations=setting.num_generations,
-        max_completion_length=setting.max_new_tokens, beta=setting.kl_coef, loss_type="bnpo", shuffle_dataset=False,
-        use_bias_correction_kl=False,
-    )  # fmt: skip
+        **of_groups(workspace, setting), beta=setting.kl_coef, loss_type="bnpo", use_bias_correction_kl=False
+    )
+    return watched_groups(GRPOTrainer, config, workspace, recorder, common)
+
+
+def rloo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Parts:
+    from trl import RLOOConfig, RLOOTrainer
+
+    config = RLOOConfig(**of_groups(workspace, workspace.setting), beta=workspace.setting.kl_coef)
+    return watched_groups(RLOOTrainer, config, workspace, recorder, common)
+
+
+def of_groups(workspace: Workspace, setting: Setting) -> dict[str, Any]:
+    """What both trainers of groups are given."""
+    return arguments(workspace, setting) | {
+        "max_steps": setting.steps, "num_generations": setting.num_generations,
+        "max_completion_length": setting.max_new_tokens, "shuffle_dataset": False,
+    }  # fmt: skip
+
+
+def watched_groups(
+    trainer_class: Any, config: Any, workspace: Workspace, recorder: Recorder, common: dict[str, Any]
+) -> Parts:
+    """A trainer of groups with share_of_letters as its reward."""
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         return share_of_letters(prompts, completions)
 
     data = Dataset.from_list(workspace.rows_in_order())
-    trainer = GRPOTrainer(args=config, train_dataset=data, reward_funcs=reward, **common)
+    trainer = trainer_class(args=config, train_dataset=data, reward_funcs=reward, **common)
     recorder.watch(trainer, "_generate_and_score_completions", "scoring")
     recorder.watch(trainer, "_generate", "generation", seeded=True)
     return trainer, trainer.model, [trainer.model]
 
 
 def ppo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Parts:
-    """The critic trains a LoRA as ours does; the reward model has its adapter merged."""
+    """The critic trains a LoRA as ours does; the reward model has its adapter merged, and reads completions closed.
+
+    TRL would score one that is cut off at its last sampled token, ours with the end that the reward model learnt from.
+    """
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     setting, tokenizer = workspace.setting, common["processing_class"]
@@ -128,6 +182,14 @@ def ppo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Par
         **common,
     )  # fmt: skip
     trainer.dataloader = DataLoader(data, batch_size=setting.batch_size, collate_fn=trainer.data_collator)
+    score = ppo_trainer.get_reward
+
+    def closed(model: nn.Module, ids: Tensor, pad: int, context: int) -> Any:
+        if model is trainer.reward_model:
+            ids = torch.cat([ids, torch.full_like(ids[:, :1], tokenizer.eos_token_id)], dim=1)
+        return score(model, ids, pad, context)
+
+    ppo_trainer.get_reward = closed
     recorder.watch(ppo_trainer, "batch_generation", "generation", seeded=True)
     for name in ("forward", "get_reward", "selective_log_softmax"):
         recorder.watch(ppo_trainer, name, "scoring", without_grad=True)
@@ -142,4 +204,4 @@ def classifier(workspace: Workspace, *, trainable: bool) -> PeftModel:
     return PeftModel.from_pretrained(model, str(workspace.adapter("reward")), is_trainable=trainable)
 
 
-TRAINERS = {"dpo": dpo, "grpo": grpo, "ppo": ppo}
+TRAINERS = {function.__name__: function for function in (dpo, grpo, ppo, reward_model, rloo, sft)}
