@@ -29,7 +29,7 @@ def _policy(objective: str, **defaults: Any) -> Preset:
     return Preset("grpo", {"objective": objective, **defaults})
 
 
-def _pairs(objective: str, **numbers: float) -> Preset:
+def _pairs(objective: str | dict[str, float], **numbers: float) -> Preset:
     return Preset("preference", {"objective": {"variant": objective, **numbers}})
 
 
@@ -81,6 +81,10 @@ ALGORITHMS = {
     "simpo": _pairs("simpo", beta=2.0, gamma=1.0),
     "cpo": _pairs("cpo"),
     "orpo": _pairs("orpo"),
+    "rpo": _pairs({"sigmoid": 1.0, "sft": 1.0}),
+    "mpo": _pairs({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}),
+    "wpo": Preset("preference", {"wpo": True}),
+    "ld_dpo": Preset("preference", {"ld_alpha": 0.5}),
 }  # fmt: skip
 
 

@@ -285,7 +285,7 @@ def with_known_columns(
                         if layout.needs else f"{rows[0].where}: {layout.name}; they are for "
                         f"{', '.join(layout.algorithms)}, not {algorithm}")  # fmt: skip
     used = layout.columns if layout is not None else ()
-    _check_uniform(rows, {*READ, *_LABELS, *used})
+    _check_uniform(rows, {*READ, *_LABELS, "margin", "preference", *used})
     if family not in PROMPTS:
         _check_judgements([name for name in columns if name not in used], algorithm, rows[0].where)
     if layout is not None:

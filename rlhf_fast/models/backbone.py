@@ -408,21 +408,27 @@ class Backbone:
         no product with the head, on a GPU where mask_count bounds how many count. return_entropy: also the entropy of
         each prediction, (B, T).
         """
-        # Row t - 1 predicts token t.
-        result = linear_logprobs(
-            hidden,
-            self.lm_head_weight,
-            input_ids.roll(-1, 1),
-            bias=self.lm_head_bias,
-            mask=F.pad(mask[:, 1:], (0, 1)),
-            mask_count=mask_count,
-            temperature=temperature,
-            **self.logit_transform,
-            return_entropy=return_entropy,
-        )
+        flags = {"temperature": temperature, "return_entropy": return_entropy}
+        result = self._predictions(hidden, input_ids, mask, mask_count, **flags)
         if isinstance(result, Tensor):
-            return F.pad(result[:, :-1], (1, 0))
-        return F.pad(result.logprobs[:, :-1], (1, 0)), F.pad(result.entropy[:, :-1], (1, 0))
+            return _behind(result)
+        return _behind(result.logprobs), _behind(result.entropy)
+
+    def logprobs_and_collisions(
+        self, hidden: Tensor, input_ids: Tensor, mask: Tensor, *, mask_count: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`logprobs`, and for each token the sum over the vocabulary of the squared probabilities: (B, T) each."""
+        result = self._predictions(hidden, input_ids, mask, mask_count, return_stats=True)
+        return _behind(result.logprobs), _behind(result.stats.sum_p_squared)
+
+    def _predictions(
+        self, hidden: Tensor, input_ids: Tensor, mask: Tensor, mask_count: int | None, **flags: Any
+    ) -> Any:
+        """linear_logprobs of the tokens. Row t - 1 predicts token t."""
+        return linear_logprobs(
+            hidden, self.lm_head_weight, input_ids.roll(-1, 1), bias=self.lm_head_bias,
+            mask=F.pad(mask[:, 1:], (0, 1)), mask_count=mask_count, **self.logit_transform, **flags,
+        )  # fmt: skip
 
     def values(self, role: str, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T), fp32: at t the value before token t, from hidden state t - 1; 0 at t = 0."""
@@ -517,6 +523,11 @@ def _accepted(model: PreTrainedModel) -> set[str]:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         names |= set(inspect.signature(model.get_decoder().forward).parameters)
     return names
+
+
+def _behind(predictions: Tensor) -> Tensor:
+    """(B, T), of the tokens behind each place -> of the tokens themselves; 0 for the first, which nothing predicts."""
+    return F.pad(predictions[:, :-1], (1, 0))
 
 
 def _warn_of(left_out: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Preference pairs: a prompt with a chosen and a rejected completion, or two conversations that differ in the last."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,8 @@ from rlhf_fast.data.encoding import Encoder, Example, encode_rows
 from rlhf_fast.data.layouts import changed_rows
 from rlhf_fast.data.messages import split_pair, trimmed
 from rlhf_fast.data.notes import say
-from rlhf_fast.data.reading import Row
+from rlhf_fast.data.reading import Row, shown
+from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.setup import load_rows
 
@@ -18,8 +20,12 @@ LAYOUTS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
 
 @dataclass(frozen=True)
 class Pair:
+    """margin: by how much chosen is better. preference: the chance in [0, 1] that it is. None: no such column."""
+
     chosen: Example
     rejected: Example
+    margin: float | None = None
+    preference: float | None = None
 
 
 def load_pair_rows(config: Config) -> tuple[list[Row], list[Row]]:
@@ -41,8 +47,22 @@ def _plain(answer: Any) -> Any:
 
 def encode_pairs(encoder: Encoder, train: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[Pair], list[Pair]]:
     """The pairs of both sets; what was left out or changed is said."""
-
-    def encode(row: Row) -> Pair:
-        return Pair(*encoder.pair(row))
-
+    encode = partial(encode_pair, encoder)
     return encode_rows(encoder, train, encode, "data"), encode_rows(encoder, held_out, encode, "held-out data")
+
+
+def encode_pair(encoder: Encoder, row: Row) -> Pair:
+    """The pair of a row, with its `margin` and `preference` where it has these columns."""
+    margin, preference = (_number(row, name) for name in ("margin", "preference"))
+    if preference is not None and not 0 <= preference <= 1:
+        raise UserError(f"{row.where}: preference must be in [0, 1], got {preference}")
+    return Pair(*encoder.pair(row), margin=margin, preference=preference)
+
+
+def _number(row: Row, column: str) -> float | None:
+    if column not in row.values:
+        return None
+    value = row.values[column]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{row.where}: {column} must be a finite number, got {shown(value)}")
+    return float(value)

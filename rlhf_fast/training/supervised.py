@@ -4,9 +4,11 @@ A method brings `loss(rows) -> (loss, metrics)`. Both are sums over the rows, di
 (`Rows.examples`, `Rows.tokens`), so that micro-batches change nothing.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
@@ -33,13 +35,35 @@ class Rows(NamedTuple):
 
 def train(job: Job, config: Config, run: Run, loss: Loss[Rows]) -> None:
     """Batches of the training examples in shuffled order; one update per step."""
+    for step, indices in batches(job, config, run):
+        learn(job, config, run, step, indices, loss)
+
+
+def batches(job: Job, config: Config, run: Run) -> Iterator[tuple[int, list[int]]]:
+    """For each step, with the learning rates set, the training examples of its batch."""
     for step in run.steps():
         set_learning_rates(job, config, step)
-        indices = shuffled_indices(len(job.train), config.order_seed, step * config.batch_size, config.batch_size)
-        metrics = accumulate(loss, micro_batches(job, job.train, indices, config.micro_batch_size))
-        norms = update(job, config, metrics["loss"])
-        tokens = sum(len(sequence.ids) for sequence in sequences_of([job.train[i] for i in indices]))
-        run.log(step, {**as_numbers(metrics), **norms, "learning_rate": learning_rate(config, step)}, tokens=tokens)
+        yield step, shuffled_indices(len(job.train), config.order_seed, step * config.batch_size, config.batch_size)
+
+
+def learn(job: Job, config: Config, run: Run, step: int, indices: Sequence[int], loss: Loss[Rows]) -> dict[str, float]:
+    """The update on one batch, recorded; its metrics."""
+    metrics = accumulate(loss, micro_batches(job, job.train, indices, config.micro_batch_size))
+    numbers = {**as_numbers(metrics), **update(job, config, metrics["loss"])}
+    tokens = sum(len(sequence.ids) for sequence in sequences_of([job.train[i] for i in indices]))
+    run.log(step, {**numbers, "learning_rate": learning_rate(config, step)}, tokens=tokens)
+    return numbers
+
+
+@torch.no_grad()
+def held_out_metrics(job: Job, config: Config, loss: Loss[Rows]) -> dict[str, float]:
+    """The loss and its metrics over all held-out examples, as one batch in parts."""
+    size, totals = config.micro_batch_size or config.batch_size, defaultdict[str, float](float)
+    for rows in micro_batches(job, job.held_out, range(len(job.held_out)), size):
+        part, metrics = loss(rows)
+        for name, value in as_numbers({"loss": part, **metrics}).items():
+            totals[name] += value
+    return dict(totals)
 
 
 def micro_batches(job: Job, data: Sequence[Any], indices: Sequence[int], size: int | None) -> Iterator[Rows]:
@@ -73,3 +97,8 @@ def logprobs_of(job: Job, config: Config, role: str | None, batch: Batch) -> Ten
     """(B, T): log-probabilities of the tokens that count, under a role."""
     hidden = hidden_of(job, config, role, batch)
     return job.backbone.logprobs(hidden, batch.input_ids, batch.mask, mask_count=batch.count)
+
+
+def answer_logprobs(job: Job, config: Config, role: str | None, batch: Batch) -> Tensor:
+    """(B,): the log-probability of every sequence's tokens that count, together, in nats."""
+    return logprobs_of(job, config, role, batch).sum(1)

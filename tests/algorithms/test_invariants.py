@@ -26,9 +26,9 @@ def one_backward(job: Job, config) -> dict[str, torch.Tensor]:
     module = load_algorithm(config.algorithm)
     if config.algorithm in ROLLOUTS:
         return rollout_backward(job, config, experience_of(job, config))
-    references = [module.reference_logprobs(job, config, job.train[:4])] if config.algorithm == "dpo" else []
+    given = [job.train, module.references_of(job, config, job.train[:4])] if config.algorithm == "dpo" else []
     rows = supervised.micro_batches(job, job.train, range(4), config.micro_batch_size)
-    return accumulate(module.loss_of(job, config, *references), rows)
+    return accumulate(module.loss_of(job, config, *given), rows)
 
 
 def experience_of(job: Job, config) -> Experience:
@@ -78,7 +78,7 @@ def test_dpo_reference_logprobs_are_those_of_the_base_model():
     config = config_of("dpo")
     job = job_of(config)
     module = load_algorithm("dpo")
-    ours = module.reference_logprobs(job, config, job.train)
+    ours = module.references_of(job, config, job.train)
     base = load_model(folder() / "model", dtype=torch.float32).requires_grad_(False)
     for (chosen, rejected), pair in zip(ours.tolist(), job.train, strict=True):
         for found, example in ((chosen, pair.chosen), (rejected, pair.rejected)):
@@ -188,7 +188,7 @@ def test_a_longer_neighbour_changes_nothing_for_the_others(algorithm):
                 for rows in ([short], [short, longest])
             )
         elif algorithm == "dpo":
-            alone, beside = (module.reference_logprobs(job, config, rows)[0] for rows in ([short], [short, longest]))
+            alone, beside = (module.references_of(job, config, rows)[0] for rows in ([short], [short, longest]))
         else:
             alone, beside = (
                 torch.stack(module.pair_scores(job, config, supervised.padded(job, rows)))[:, 0]

@@ -25,7 +25,7 @@ class Folder:
 
 def references_of_run(job, config, run):
     return reference_cache.references_of_run(
-        job, config, run, lambda pairs: preference.reference_logprobs(job, config, pairs)
+        job, config, run, lambda pairs: preference.references_of(job, config, pairs)
     )
 
 
@@ -39,13 +39,13 @@ def many_pairs(tmp_path):
 @pytest.fixture
 def scored(monkeypatch):
     """Every list of pairs that the reference scores."""
-    lists, score = [], preference.reference_logprobs
+    lists, score = [], preference.references_of
 
     def counted(job, config, pairs):
         lists.append(list(pairs))
         return score(job, config, pairs)
 
-    monkeypatch.setattr(preference, "reference_logprobs", counted)
+    monkeypatch.setattr(preference, "references_of", counted)
     return lists
 
 
@@ -56,7 +56,7 @@ def test_only_the_pairs_of_the_run_are_scored_and_they_are_the_right_ones(many_p
     used = [i for step in range(3) for i in shuffled_indices(len(job.train), 8, step * 4, 4)]
     assert sorted(references[:, 0].isfinite().nonzero().squeeze(1).tolist()) == sorted(used)
     assert sum(map(len, scored)) == 12
-    expected = preference.reference_logprobs(job, config, [job.train[i] for i in used])
+    expected = preference.references_of(job, config, [job.train[i] for i in used])
     torch.testing.assert_close(references[used], expected, rtol=1e-4, atol=1e-5)
 
 
