@@ -33,7 +33,11 @@ def _pairs(objective: str | dict[str, float], **numbers: float) -> Preset:
     return Preset("preference", {"objective": {"variant": objective, **numbers}})
 
 
-# Sources: ops/policy/policy_loss.py, ops/advantages/group_advantages.py, ops/preference/preference_loss.py.
+def _answers(objective: str) -> Preset:
+    return Preset("unpaired", {"objective": {"variant": objective}})
+
+
+# Sources: ops/policy/policy_loss.py, ops/advantages/group_advantages.py, ops/preference.
 ALGORITHMS = {
     "sft": Preset("sft"),
     "reward_model": Preset("reward_model"),
@@ -85,6 +89,10 @@ ALGORITHMS = {
     "mpo": _pairs({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}),
     "wpo": Preset("preference", {"wpo": True}),
     "ld_dpo": Preset("preference", {"ld_alpha": 0.5}),
+    # From answers that are liked or not
+    "kto": Preset("unpaired"),
+    "bco_unpaired": _answers("bco"),
+    "apo_zero_unpaired": _answers("apo_zero_unpaired"),
 }  # fmt: skip
 
 

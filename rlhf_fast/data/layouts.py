@@ -18,7 +18,7 @@ from rlhf_fast.data.reading import Row, shown
 from rlhf_fast.errors import UserError
 
 Values = dict[str, Any]
-PAIRS = ("dpo", "reward_model")
+PAIRS = ("dpo", "reward_model", "kto")
 PROMPTS = ("ppo", "grpo")
 # Columns that the algorithms read; the others are kept for reward functions.
 READ = ("prompt", "completion", "chosen", "rejected", "messages", "text")
@@ -163,8 +163,8 @@ LAYOUTS = (
     Layout("stepwise supervision", ("prompt", "completions", "labels"), PROMPTS, ("prompt",),
            needs="it needs a process reward model"),
     # https://huggingface.co/datasets/trl-lib/kto-mix-14k
-    Layout("unpaired labels (KTO)", ("prompt", "completion", "label"), PROMPTS, ("prompt",),
-           needs="they need KTO or BCO; keep the good rows and drop `label` to imitate them"),
+    Layout("unpaired labels (KTO)", ("prompt", "completion", "label"), ("kto", *PROMPTS),
+           ("prompt", "completion"), needs="they need KTO or BCO; keep the good rows and drop `label` to imitate them"),
     # https://huggingface.co/datasets/nvidia/HelpSteer2
     Layout("HelpSteer ratings", ("prompt", "response", "helpfulness"), PROMPTS, ("prompt",),
            needs="they need a reward model of ratings; `columns: {completion: response}` imitates every response"),
@@ -337,7 +337,7 @@ def require_columns(
                         f"asked, say columns.prompt={asking}, else give it another name")  # fmt: skip
 
     def checked(row: Row) -> Values:
-        for name in layout:
+        for name in set(layout) & set(READ):
             check_text_or_messages(row, name, text=name != "messages", messages=name != "text")
         return row.values
 

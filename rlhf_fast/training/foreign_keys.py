@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from rlhf_fast.errors import UserError
 
-OFFLINE, ONLINE = ("sft", "dpo", "reward_model"), ("ppo", "grpo")
+OFFLINE, ONLINE = ("sft", "dpo", "kto", "reward_model"), ("ppo", "grpo")
 
 
 class Alias(NamedTuple):
@@ -56,6 +56,7 @@ def _aliases() -> dict[str, list[Alias]]:
         ("objective.label_smoothing",): "label_smoothing",
         ("objective.gamma",): "simpo_gamma",
         ("objective.reference_free",): "reference_free",
+        ("wpo",): "use_weighting",
         ("ppo_epochs",): "num_ppo_epochs num_iterations",
         ("num_minibatches",): "num_mini_batches",
         ("num_generations",): "n_samples_per_prompt group_size",
@@ -75,7 +76,7 @@ def _aliases() -> dict[str, list[Alias]]:
     aliases["beta"] = [Alias(("objective.beta",)), Alias(("kl_coef",), ("rloo",)), in_loss]
     aliases["init_kl_coef"] = [Alias(("kl_coef",), ("ppo",))]
     aliases["delta"] = [Alias(("objective.dual_clip",), ("grpo",))]
-    aliases["loss_type"] = [Alias(("objective.variant",), ("dpo",))]
+    aliases["loss_type"] = [Alias(("objective.variant",), ("dpo", "kto"))]
     return aliases
 
 

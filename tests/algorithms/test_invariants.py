@@ -26,9 +26,17 @@ def one_backward(job: Job, config) -> dict[str, torch.Tensor]:
     module = load_algorithm(config.algorithm)
     if config.algorithm in ROLLOUTS:
         return rollout_backward(job, config, experience_of(job, config))
-    given = [job.train, module.references_of(job, config, job.train[:4])] if config.algorithm == "dpo" else []
     rows = supervised.micro_batches(job, job.train, range(4), config.micro_batch_size)
-    return accumulate(module.loss_of(job, config, *given), rows)
+    return accumulate(module.loss_of(job, config, *given_of(module, job, config)), rows)
+
+
+def given_of(module, job: Job, config) -> list:
+    """What the loss of given answers is told of them and of their reference."""
+    if config.algorithm == "dpo":
+        return [job.train, module.references_of(job, config, job.train[:4])]
+    if config.algorithm == "kto":
+        return [job.train, module.reference_logprobs(job, config, job.train[:4]), range(4)]
+    return []
 
 
 def experience_of(job: Job, config) -> Experience:
@@ -174,7 +182,7 @@ def test_padding_changes_no_gradient_of_a_rollout_whatever_stands_behind_the_mas
         assert float(padded_losses[name]) == pytest.approx(float(losses[name]), rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "reward_model", "dpo"])
+@pytest.mark.parametrize("algorithm", ["sft", "reward_model", "dpo", "kto"])
 def test_a_longer_neighbour_changes_nothing_for_the_others(algorithm):
     config = config_of(algorithm)
     job = job_of(config)
@@ -187,8 +195,9 @@ def test_a_longer_neighbour_changes_nothing_for_the_others(algorithm):
                 supervised.logprobs_of(job, config, "policy", supervised.padded(job, rows)).sum(1)[:1]
                 for rows in ([short], [short, longest])
             )
-        elif algorithm == "dpo":
-            alone, beside = (module.references_of(job, config, rows)[0] for rows in ([short], [short, longest]))
+        elif algorithm in ("dpo", "kto"):
+            score = module.references_of if algorithm == "dpo" else module.reference_logprobs
+            alone, beside = (score(job, config, rows)[0] for rows in ([short], [short, longest]))
         else:
             alone, beside = (
                 torch.stack(module.pair_scores(job, config, supervised.padded(job, rows)))[:, 0]

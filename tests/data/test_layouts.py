@@ -134,7 +134,7 @@ def test_what_a_layout_was_taken_for_is_said_once(capsys):
         (TREE, ALGORITHMS, r"a message tree, one message a row \(OpenAssistant\); .*: join each path"),
         ({"message_tree_id": "a", "prompt": {}}, ALGORITHMS, "a message tree"),
         (CLASSES, ALGORITHMS, "texts with a class; .*: they need a classifier"),
-        (HH, ("sft",), "Anthropic HH pairs; they are for dpo, reward_model, ppo, grpo, not sft"),
+        (HH, ("sft",), "Anthropic HH pairs; they are for dpo, reward_model, kto, ppo, grpo, not sft"),
         (SHAREGPT, ("dpo", "grpo"), "ShareGPT conversations; they are for sft, not"),
     ],
 )  # fmt: skip
@@ -161,7 +161,7 @@ def test_columns_decide_the_algorithm_where_they_can(values, algorithm):
     ("values", "message"),
     [
         ({"prompt": "a"}, "has only prompts: choose algorithm ppo or grpo"),
-        (KTO, "has unpaired labels .*: choose algorithm ppo or grpo .*KTO or BCO"),
+        (KTO, "has unpaired labels .*: choose algorithm kto or ppo or grpo .*KTO or BCO"),
         ({"prompt": "a", "completion": "b", "label": "1"}, "unpaired labels"),
         (GSM8K, "GSM8K questions: choose algorithm sft or ppo or grpo"),
         (HELPSTEER, "HelpSteer ratings: choose algorithm ppo or grpo"),

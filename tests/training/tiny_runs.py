@@ -13,8 +13,9 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.tiny import tiny
 from rlhf_fast.training.job import Job, seed_everything
 
-ALGORITHMS = ("sft", "reward_model", "ppo", "grpo", "dpo")
-TRAINED = {"sft": "policy", "reward_model": "reward", "ppo": "policy", "grpo": "policy", "dpo": "policy"}
+ALGORITHMS = ("sft", "reward_model", "ppo", "grpo", "dpo", "kto")
+TRAINED = {"sft": "policy", "reward_model": "reward", "ppo": "policy", "grpo": "policy", "dpo": "policy",
+           "kto": "policy"}  # fmt: skip
 _KEPT: list[tempfile.TemporaryDirectory] = []
 
 REWARD = '''
@@ -41,6 +42,8 @@ def folder() -> Path:
     write_jsonl(path / "sft.jsonl", [{"prompt": "p" * (1 + i % 4), "completion": "xyz" * (i % 3)} for i in range(9)])
     pairs = [{"prompt": "q" * (1 + i % 3), "chosen": "good" * (1 + i % 2), "rejected": "b" * i} for i in range(9)]
     write_jsonl(path / "pairs.jsonl", pairs)
+    answers = [{"prompt": "r" * (1 + i % 4), "completion": "uv" * (i % 5), "label": i % 3 > 0} for i in range(9)]
+    write_jsonl(path / "answers.jsonl", answers)
     (path / "reward.py").write_text(REWARD)
     return path
 
@@ -51,7 +54,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def values_of(algorithm: str, **changes: Any) -> dict[str, Any]:
     """The keys of a small run; batches do not divide the data, so checkpoints fall inside an epoch."""
-    data = {"sft": "sft.jsonl", "reward_model": "pairs.jsonl", "dpo": "pairs.jsonl"}
+    data = {"sft": "sft.jsonl", "reward_model": "pairs.jsonl", "dpo": "pairs.jsonl", "kto": "answers.jsonl"}
     values: dict[str, Any] = {
         "algorithm": algorithm, "model": str(folder() / "model"), "device": "cpu", "report_to": "none", "seed": 3,
         "data": str(folder() / data.get(algorithm, "prompts.jsonl")), "eval_size": 2, "steps": 5, "batch_size": 4,
