@@ -56,8 +56,8 @@ def test_kto_is_its_formula_with_the_kl_of_the_whole_batch(micro_batch_size):
     indices = [5, 0, 3, 2]
     batch = [job.train[i] for i in indices]
     ratios = torch.stack([log_ratio(job, a.ids, a.start) for a in batch])
-    # The prompts are of different lengths: shifted by one, none meets itself.
-    others = [(p.ids[: p.start], a.ids[a.start :]) for p, a in zip(batch, batch[-1:] + batch[:-1], strict=True)]
+    # Shifted by one, the third prompt would meet the answer to its like, the second; by two, none does.
+    others = [(p.ids[: p.start], a.ids[a.start :]) for p, a in zip(batch, batch[-2:] + batch[:-2], strict=True)]
     with torch.no_grad():
         z = torch.stack([log_ratio(job, p + a, len(p)) for p, a in others]).mean().clamp(min=0)
     assert z > 0.01, "the clamp must not hide the mean"

@@ -340,7 +340,8 @@ def test_two_rows_ask_the_same_where_their_prompts_are():
 
 
 def test_the_table_of_layouts_is_whole():
-    assert {name for layout in LAYOUTS for name in layout.algorithms} == {"sft", "reward_model", "ppo", "grpo", "dpo"}
+    readers = {"sft", "reward_model", "ppo", "grpo", "dpo", "kto"}
+    assert {name for layout in LAYOUTS for name in layout.algorithms} == readers
     for layout in LAYOUTS:
         assert layout.inferred is None or layout.inferred in layout.algorithms, layout.name
         assert set(layout.gives) <= set(layouts.READ), layout.name
