@@ -4,6 +4,7 @@ Of the checkpoint's generation_config only the stop ids are used: whatever else 
 distribution than the one whose log-probabilities are trained on. `check_sampler` compares the two.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ class Rollout:
         """The data's columns other than `prompt`, one list per column."""
         names = [name for name in self.prompts[0].columns if name != "prompt"]
         return {name: [p.columns.get(name) for p in self.prompts] for name in names}
+
+    def completion_ids(self) -> list[list[int]]:
+        """The sampled tokens of each row, the one that stopped it included."""
+        ids, mask = self.batch.input_ids.cpu(), self.batch.mask.bool().cpu()
+        return [row[sampled].tolist() for row, sampled in zip(ids, mask, strict=True)]
 
 
 def stop_ids(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt] = ()) -> list[int]:
@@ -277,6 +283,16 @@ def _text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: list[i
     return (
         whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(written, skip_special_tokens=True))
     )
+
+
+def token_that_ends(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: list[int], written: str) -> int:
+    """The number of the sampled token with which the text of the completion's tokens first begins with `written`; the
+    last one's where none does."""
+
+    def complete(token: int) -> bool:
+        return _text(tokenizer, prompt, completion[: token + 1], ()).startswith(written)
+
+    return min(bisect_left(range(len(completion)), True, key=complete), len(completion) - 1)
 
 
 def _before_head(head: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -19,7 +19,7 @@ from rlhf_fast.rewards import write_stats
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.experience import Experience, evaluate_policy
 from rlhf_fast.training.job import Job, save_roles
-from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, policy_term, reward_kl
+from rlhf_fast.training.on_policy import Rows, clipped, experiences, finish_step, improve, policy_term, reward_kl
 from rlhf_fast.training.optim import Loss, adamw
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import prepare_rollouts
@@ -80,7 +80,9 @@ def estimate(job: Job, config: AlgorithmConfig, experience: Experience) -> Estim
     assert experience.scores.values is not None
     mask, (kl_coef, kl) = experience.batch.mask, reward_kl(job, experience)
     values = reward_units(job, experience.scores.values) * mask
-    rewards = shaped_rewards(experience.rewards, kl, mask=mask, kl_coef=kl_coef, clip=config.reward_clip)
+    rewards = shaped_rewards(experience.final_rewards, kl, mask=mask, kl_coef=kl_coef, clip=config.reward_clip)
+    if experience.steps is not None:
+        rewards = rewards + clipped(config, experience.steps.rewards)
     advantages, returns = gae(rewards, values, mask=mask, gamma=config.gamma, lam=config.lam)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)

@@ -1,4 +1,9 @@
-"""Reward functions in Python: `fn(prompts, completions, **columns) -> one number per completion`."""
+"""Reward functions in Python: `fn(prompts, completions, **columns) -> what each completion is paid`.
+
+For each completion one number, paid at its last token; or a list with one number for each of its sampled tokens (the
+argument `completion_ids` has them); or a list of steps, `(end, reward)` each, paid at the token that completes the
+first `end` characters of the completion.
+"""
 
 import importlib
 import importlib.util
@@ -6,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +19,24 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 
 Function = Callable[..., Any]
-OURS = ("prompts", "completions")
+OURS = ("prompts", "completions", "completion_ids")
+
+
+class Payment(NamedTuple):
+    """A reward inside of a completion: at its token number `token`, or at the one that completes its first `end`
+    characters; the other is None."""
+
+    reward: float
+    token: int | None = None
+    end: int | None = None
+
+
+class Answer(NamedTuple):
+    """scores: (B,) fp32, the sum that each completion is paid. payments: those of each that are inside of it; None
+    where every score is one number."""
+
+    scores: Tensor
+    payments: list[list[Payment]] | None = None
 
 
 def load_function(spec: str) -> Function:
@@ -44,11 +66,11 @@ def check_columns(name: str, function: Function, columns: Sequence[str]) -> None
 
 def call(
     name: str, function: Function, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, list[Any]]
-) -> Tensor:
-    """The function's scores as (B,) fp32. It gets the columns that it names, or all with **kwargs.
+) -> Answer:
+    """What the function pays. It gets the columns that it names, or all with **kwargs.
 
-    UserError, with the function's name and the example's index, when it raises, exits, or returns anything but one
-    number per completion that is finite in fp32.
+    UserError, with the function's name and the example's index, when it raises, exits, or returns anything but what the
+    head of this file says, of numbers that are finite in fp32.
     """
     arguments = _arguments(function, prompts, completions, columns)
     try:
@@ -56,24 +78,56 @@ def call(
     except (Exception, SystemExit) as error:
         where = _failing_example(function, arguments, len(completions))
         raise UserError(f"reward {name} raised {_line(error)} ({where})") from error
-    return _checked(name, values, len(completions))
+    return _checked(name, values, completions, columns.get("completion_ids"))
 
 
-def _checked(name: str, values: Any, expected: int) -> Tensor:
-    if isinstance(values, Tensor) or hasattr(values, "tolist"):
-        values = values.tolist()
+def _checked(name: str, values: Any, completions: Sequence[str], ids: Sequence[Sequence[int]] | None) -> Answer:
+    values, expected = _plain(values), len(completions)
     if not isinstance(values, (list, tuple)):
         raise UserError(f"reward {name} must return a list of {expected} numbers, got {type(values).__name__}")
     if len(values) != expected:
         raise UserError(f"reward {name} returned {len(values)} values for {expected} completions")
-    for i, value in enumerate(values):
-        try:
-            fine = value is not None and abs(value) <= torch.finfo(torch.float32).max
-        except TypeError:
-            fine = False
-        if not fine:
-            raise UserError(f"reward {name} returned {value!r} for example {i}; it must be a finite float32 number")
-    return torch.tensor([float(value) for value in values])
+    rows = [_plain(value) for value in values]
+    payments = [
+        _payments(f"reward {name}", i, row, completions[i], None if ids is None else len(ids[i]))
+        if isinstance(row, (list, tuple)) else None
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    scores = torch.tensor([
+        _number(f"reward {name}", i, row if paid is None else sum(payment.reward for payment in paid))
+        for i, (row, paid) in enumerate(zip(rows, payments, strict=True))
+    ], dtype=torch.float32)  # fmt: skip
+    if all(paid is None for paid in payments):
+        return Answer(scores)
+    return Answer(scores, [paid or [] for paid in payments])
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _payments(who: str, i: int, row: Sequence[Any], completion: str, tokens: int | None) -> list[Payment]:
+    """A list of steps, or one number for each token."""
+    if row and all(isinstance(step, (list, tuple)) and len(step) == 2 for step in row):
+        for end, _ in row:
+            if not isinstance(end, int) or not 0 <= end <= len(completion):
+                raise UserError(f"{who} ends a step of example {i} at character {end!r} of {len(completion)}")
+        return [Payment(_number(who, i, reward), end=end) for end, reward in row]
+    rewards = [_number(who, i, reward) for reward in row]
+    if rewards and len(rewards) != tokens:
+        raise UserError(f"{who} returned {len(rewards)} numbers for example {i}, which has {tokens} tokens; a step is "
+                        "a pair of its end, in characters, and its reward")  # fmt: skip
+    return [Payment(reward, token=t) for t, reward in enumerate(rewards)]
+
+
+def _number(who: str, i: int, value: Any) -> float:
+    try:
+        fine = value is not None and abs(value) <= torch.finfo(torch.float32).max
+    except TypeError:
+        fine = False
+    if not fine:
+        raise UserError(f"{who} returned {value!r} for example {i}; it must be a finite float32 number")
+    return float(value)
 
 
 def _failing_example(function: Function, arguments: dict[str, Any], size: int) -> str:

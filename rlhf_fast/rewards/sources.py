@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.peft_io import load_adapter
-from rlhf_fast.rewards.functions import call, check_columns, load_function
+from rlhf_fast.rewards.functions import Payment, call, check_columns, load_function
 from rlhf_fast.rewards.model import RewardModel
 
 STATS_FILE = "reward_stats.json"
@@ -21,7 +21,7 @@ STATS_FILE = "reward_stats.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A named callable (prompts, completions, columns) -> one score per completion."""
+    """A named callable (prompts, completions, columns) -> what each completion is paid (see functions.py)."""
 
     name: str
     weight: float
@@ -36,6 +36,15 @@ class AdapterSource:
     weight: float
     mean: float
     std: float
+
+
+class Judged(NamedTuple):
+    """total: (B,) fp32 on the CPU, the weighted sum of the sources. parts: each source's own scores, (B,), by name.
+    payments: for each completion, weighted, what of the total is paid inside of it; None where no source does that."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    payments: list[list[Payment]] | None = None
 
 
 @dataclass
@@ -56,20 +65,29 @@ class Rewards:
         completions: Sequence[str],
         columns: dict[str, list[Any]],
         adapter_scores: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total reward (B,) fp32 on the CPU, and each source's own scores by name.
+    ) -> Judged:
+        """What the sources pay.
 
-        prompts: the rows' own `prompt` values; completions: text; columns: the other columns, as lists;
-        adapter_scores: (B,) raw scores of the role 'reward', needed when there is such a source.
+        prompts: the rows' own `prompt` values; completions: text; columns: the other columns, as lists, and
+        `completion_ids`, the sampled tokens, for sources that pay each; adapter_scores: (B,) raw scores of the role
+        'reward', needed when there is such a source.
         """
-        parts = {s.name: call(s.name, s.function, prompts, completions, columns) for s in self.sources}
-        total = sum((s.weight * parts[s.name] for s in self.sources), torch.zeros(len(completions)))
+        parts: dict[str, Tensor] = {}
+        total = torch.zeros(len(completions))
+        payments: list[list[Payment]] | None = None
+        for source in self.sources:
+            parts[source.name], paid = call(source.name, source.function, prompts, completions, columns)
+            total = total + source.weight * parts[source.name]
+            if paid is not None:
+                payments = payments or [[] for _ in completions]
+                for row, added in zip(payments, paid, strict=True):
+                    row += [payment._replace(reward=source.weight * payment.reward) for payment in added]
         if self.adapter is not None:
             assert adapter_scores is not None, "the caller scores the role 'reward' in its joint traversal"
             scores = (adapter_scores.float().cpu() - self.adapter.mean) / self.adapter.std
             parts[self.adapter.name] = scores
             total = total + self.adapter.weight * scores
-        return total, parts
+        return Judged(total, parts, payments)
 
 
 def load_rewards(weights: Mapping[str, float], backbone: Backbone, *, chat: bool = False) -> Rewards:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,21 @@ from rlhf_fast.data.batches import Batch, shuffled_indices
 from rlhf_fast.data.encoding import Prompt
 from rlhf_fast.models.backbone import Scores
 from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
-from rlhf_fast.rollout import Rollout, SamplerView, agreement, roll_out
+from rlhf_fast.rewards import Payment
+from rlhf_fast.rollout import Rollout, SamplerView, agreement, roll_out, token_that_ends
 from rlhf_fast.training.config import RolloutConfig, SamplingConfig
 from rlhf_fast.training.job import Job, random_state, seed_everything, set_random_state
+
+
+class StepRewards(NamedTuple):
+    """What sources pay inside of completions.
+
+    rewards: (B, T) fp32, 0 where nothing is paid. ends: (B, T) bool, True for the tokens that end a step, also one that
+    is paid 0; where tokens are paid, for all of them.
+    """
+
+    rewards: Tensor
+    ends: Tensor
 
 
 @dataclass
@@ -25,7 +37,8 @@ class Experience:
     lower: (B, T, D), the input of the first adapted layer, or None when that is the first layer.
     scores: log-probabilities (B, T) of policy and reference, values (B, T) or None. Those of the policy are None until
     the first minibatch where `collect` leaves them to it.
-    rewards: (B,) fp32, the weighted sum of the sources less the missing-EOS penalty. parts: each source's scores.
+    rewards: (B,) fp32, the weighted sum of the sources, of all their steps, less the missing-EOS penalty. parts: each
+    source's scores. steps: what of the rewards is paid before the end; None where no source pays there.
     """
 
     rollout: Rollout
@@ -33,6 +46,12 @@ class Experience:
     scores: Scores
     rewards: Tensor
     parts: dict[str, Tensor]
+    steps: StepRewards | None = None
+
+    @property
+    def final_rewards(self) -> Tensor:
+        """(B,): what is paid at the last token: the rewards less those of the steps."""
+        return self.rewards if self.steps is None else self.rewards - self.steps.rewards.sum(1)
 
     @property
     def batch(self) -> Batch:
@@ -93,11 +112,25 @@ def collect(
         warn_of_another_policy(job, config, rollout)
     lower, scores = score(job, config, rollout, policy=score_policy)
     assert job.rewards is not None
-    total, parts = job.rewards(
-        [p.columns["prompt"] for p in prompts], rollout.completions, rollout.columns(), scores.scores
-    )
-    rewards = total - config.missing_eos_penalty * (~rollout.finished).float()
-    return Experience(rollout, lower, scores, rewards.to(job.device), parts)
+    columns = rollout.columns() | {"completion_ids": rollout.completion_ids()}
+    judged = job.rewards([p.columns["prompt"] for p in prompts], rollout.completions, columns, scores.scores)
+    rewards = judged.total - config.missing_eos_penalty * (~rollout.finished).float()
+    steps = None if judged.payments is None else placed(job, rollout, judged.payments)
+    return Experience(rollout, lower, scores, rewards.to(job.device), judged.parts, steps)
+
+
+def placed(job: Job, rollout: Rollout, payments: Sequence[Sequence[Payment]]) -> StepRewards:
+    """The payments at their tokens; several at one token add up."""
+    rewards = torch.zeros(rollout.batch.mask.shape)
+    ends = torch.zeros(rollout.batch.mask.shape, dtype=torch.bool)
+    for row, (prompt, ids, paid) in enumerate(zip(rollout.prompts, rollout.completion_ids(), payments, strict=True)):
+        first = int(rollout.batch.mask[row].argmax())
+        for reward, token, end in paid:
+            if token is None:
+                token = token_that_ends(job.encoder.tokenizer, prompt, ids, rollout.completions[row][:end])
+            rewards[row, first + token] += reward
+            ends[row, first + token] = True
+    return StepRewards(rewards.to(job.device), ends.to(job.device))
 
 
 def warn_of_another_policy(job: Job, config: SamplingConfig, rollout: Rollout) -> None:

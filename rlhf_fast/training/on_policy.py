@@ -74,10 +74,13 @@ def reward_kl(job: Job, experience: Experience) -> tuple[float, Tensor]:
 
 def net_rewards(job: Job, config: RolloutConfig, experience: Experience) -> Tensor:
     """(B,): the clipped reward of each completion less its KL penalty."""
-    rewards, (weight, kl) = experience.rewards, reward_kl(job, experience)
-    if config.reward_clip is not None:
-        rewards = rewards.clamp(-config.reward_clip, config.reward_clip)
-    return rewards - weight * kl.sum(1)
+    weight, kl = reward_kl(job, experience)
+    return clipped(config, experience.rewards) - weight * kl.sum(1)
+
+
+def clipped(config: RolloutConfig, rewards: Tensor) -> Tensor:
+    """Within `reward_clip`."""
+    return rewards if config.reward_clip is None else rewards.clamp(-config.reward_clip, config.reward_clip)
 
 
 def improve(job: Job, config: RolloutConfig, experience: Experience, loss: Loss[Rows]) -> dict[str, float]:

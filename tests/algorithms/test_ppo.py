@@ -49,6 +49,33 @@ def test_the_reward_of_a_token_is_its_kl_and_at_the_end_the_score():
     torch.testing.assert_close(advantages, (returns - values) * mask, rtol=1e-4, atol=1e-5)
 
 
+def test_steps_are_paid_at_their_ends_and_the_rest_at_the_last_token(tmp_path):
+    (tmp_path / "steps.py").write_text(
+        "def score(completions):\n    return [[(1, 9.0), (len(c), 0.5)] if len(c) > 2 else 0.25 for c in completions]\n"
+    )
+    changes = {"gamma": 0.9, "lam": 1.0, "kl_coef": 0.5, "reward_clip": 3.0, "missing_eos_penalty": 1.0}
+    config = config_of("ppo", reward=f"{tmp_path}/steps.py:score", whiten_advantages=False, **changes)
+    job = job_of(config)
+    experience = experience_of(job, config)
+    returns, paid = ppo.estimate(job, config, experience).returns, []
+    for row, completion in enumerate(experience.rollout.completions):
+        mask = experience.batch.mask[row].bool()
+        rewards = (-0.5 * experience.kl[row])[mask].double()
+        last = 0.0 if experience.rollout.finished[row] else -1.0
+        if len(completion) > 2:
+            ids = experience.batch.input_ids[row][mask]
+            text = [job.encoder.tokenizer.decode(ids[: t + 1], skip_special_tokens=True) for t in range(len(ids))]
+            rewards[[t.startswith(completion[:1]) for t in text].index(True)] += 3.0
+            rewards[[t.startswith(completion) for t in text].index(True)] += 0.5
+        else:
+            last += 0.25
+        rewards[-1] += last
+        paid.append(len(completion) > 2)
+        expected = [sum(0.9**k * float(r) for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
+        assert returns[row][mask].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert any(paid)
+
+
 def test_an_unfinished_completion_pays_the_penalty():
     config = config_of("ppo", missing_eos_penalty=3.0)
     job = job_of(config)

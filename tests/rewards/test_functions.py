@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards.functions import call, check_columns, load_function
+from rlhf_fast.rewards.functions import Payment, call, check_columns, load_function
 
 
 def ask(function, completions=("a", "bb"), columns=None):
@@ -15,7 +15,7 @@ def test_a_function_gets_the_columns_that_it_names():
         return [float(c == a) for c, a in zip(completions, answer, strict=True)]
 
     columns = {"answer": ["a", "b"], "other": [1, 2]}
-    torch.testing.assert_close(ask(score, columns=columns), torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(ask(score, columns=columns).scores, torch.tensor([1.0, 0.0]))
 
 
 def test_a_function_with_keywords_gets_every_column():
@@ -31,7 +31,7 @@ def test_a_function_with_keywords_gets_every_column():
 
 @pytest.mark.parametrize("values", [[1, 2.5], (1, 2.5), torch.tensor([1, 2.5]), numpy.array([1, 2.5])])
 def test_numbers_may_come_as_list_tuple_tensor_or_array(values):
-    torch.testing.assert_close(ask(lambda completions: values), torch.tensor([1.0, 2.5]))
+    torch.testing.assert_close(ask(lambda completions: values).scores, torch.tensor([1.0, 2.5]))
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,35 @@ def test_a_bad_answer_is_named_with_its_example(values, message):
         ask(lambda completions: values)
 
 
+def test_a_completion_may_be_paid_as_a_whole_by_tokens_or_by_steps():
+    def score(completions, completion_ids):
+        return [2, [0.5 * t for t in range(len(completion_ids[1]))], [(1, 0.25), [3, -1.0]], []]
+
+    completions, ids = ["a", "bb", "c\nd", ""], [[1], [2, 2, 9], [3, 4, 5], [9]]
+    scores, payments = ask(score, completions, {"completion_ids": ids})
+    assert scores.tolist() == [2.0, 1.5, -0.75, 0.0]
+    assert payments[0] == payments[3] == []
+    assert payments[1] == [Payment(0.0, token=0), Payment(0.5, token=1), Payment(1.0, token=2)]
+    assert payments[2] == [Payment(0.25, end=1), Payment(-1.0, end=3)]
+    assert ask(lambda completions: [1, 2]).payments is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([1.0, 2.0], "fn returned 2 numbers for example 0, which has 3 tokens; a step is a pair of its end"),
+        ([(3, 1.0)], "fn ends a step of example 0 at character 3 of 2"),
+        ([("a", 1.0)], "fn ends a step of example 0 at character 'a' of 2"),
+        ([(1, float("nan"))], "fn returned nan for example 0"),
+        ([1.0, None, 2.0], "fn returned None for example 0"),
+    ],
+    ids=str,
+)
+def test_steps_and_tokens_that_do_not_fit_are_named(row, message):
+    with pytest.raises(UserError, match=message):
+        ask(lambda completions: [row], ["ab"], {"completion_ids": [[1, 2, 3]]})
+
+
 def test_an_exception_is_reported_with_the_example_that_raises_alone():
     def score(completions):
         return [1 / (len(c) - 2) for c in completions]
@@ -68,7 +97,7 @@ def test_a_required_parameter_must_be_a_column():
 
 def test_functions_load_from_a_file_and_from_a_module(tmp_path):
     (tmp_path / "mine.py").write_text("def score(completions):\n    return [7.0] * len(completions)\n")
-    assert ask(load_function(f"{tmp_path}/mine.py:score")).tolist() == [7.0, 7.0]
+    assert ask(load_function(f"{tmp_path}/mine.py:score")).scores.tolist() == [7.0, 7.0]
     assert load_function("statistics:mean").__name__ == "mean"
 
 

@@ -34,7 +34,7 @@ def function(tmp_path):
 def test_sources_are_weighted_and_adapter_scores_standardised(adapter, function):
     write_stats(adapter, mean=3.0, std=2.0)
     rewards = load_rewards({function: 0.5, str(adapter): 10.0}, backbone())
-    total, parts = rewards(["p", "p"], ["abcd", ""], {}, torch.tensor([3.0, 7.0]))
+    total, parts, _ = rewards(["p", "p"], ["abcd", ""], {}, torch.tensor([3.0, 7.0]))
     assert parts[str(adapter)].tolist() == [0.0, 2.0]
     assert total.tolist() == [2.0, 20.0]
 
@@ -79,7 +79,7 @@ def classifier(folder, labels=1):
 def test_a_reward_model_folder_scores_prompt_and_completion_with_its_own_tokenizer(tmp_path):
     model = classifier(tmp_path / "rm")
     rewards = load_rewards({str(tmp_path / "rm"): 1.0}, backbone())
-    total, _ = rewards(["ab", "a"], ["c", "xyz"], {})
+    total, *_ = rewards(["ab", "a"], ["c", "xyz"], {})
     for score, text in zip(total.tolist(), (b"abc", b"axyz"), strict=True):
         ids = torch.tensor([[257, *text, 258]])
         with torch.no_grad():
@@ -89,7 +89,7 @@ def test_a_reward_model_folder_scores_prompt_and_completion_with_its_own_tokeniz
 def test_a_reward_model_sees_conversations_through_its_chat_template(tmp_path):
     model = classifier(tmp_path / "rm")
     rewards = load_rewards({str(tmp_path / "rm"): 1.0}, backbone(), chat=True)
-    total, _ = rewards(["hi", [{"role": "user", "content": "hi"}]], ["yo", "yo"], {})
+    total, *_ = rewards(["hi", [{"role": "user", "content": "hi"}]], ["yo", "yo"], {})
     ids = torch.tensor([[257, *b"user: hi\nassistant: yo", 258]])
     with torch.no_grad():
         assert total.tolist() == pytest.approx([model(input_ids=ids).logits.item()] * 2, abs=1e-5)
@@ -119,7 +119,7 @@ def three_outputs(folder, text):
 def test_a_folder_and_a_label_are_the_reward_of_that_output(tmp_path):
     logits = three_outputs(tmp_path / "rm", b"ab")
     rewards = load_rewards({f"{tmp_path}/rm:helpful": 1.0, f"{tmp_path}/rm:2": 10.0}, backbone())
-    total, parts = rewards(["a"], ["b"], {})
+    total, parts, _ = rewards(["a"], ["b"], {})
     assert total.tolist() == pytest.approx([logits[1] + 10 * logits[2]], abs=1e-4)
     assert list(parts) == [f"{tmp_path}/rm:helpful", f"{tmp_path}/rm:2"]
 

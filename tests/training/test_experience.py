@@ -4,13 +4,38 @@ import pytest
 import torch
 
 from rlhf_fast.algorithms import load_algorithm
+from rlhf_fast.data.batches import pad_batch
+from rlhf_fast.data.encoding import Example
 from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.rewards import Payment
+from rlhf_fast.rollout import Rollout
 from rlhf_fast.training import on_policy
-from rlhf_fast.training.experience import collect, prompts_of_step
+from rlhf_fast.training.experience import collect, placed, prompts_of_step
 from rlhf_fast.training.optim import accumulate
 from tests.training.tiny_runs import config_of, job_of
 
 ONE_MINIBATCH = {"num_minibatches": 1, "micro_batch_size": 3}
+
+
+def rollout_of(job, texts):
+    """What would have been sampled had the policy written the texts, each with its end."""
+    prompts = [job.train[i] for i in range(len(texts))]
+    completions = [[*job.encoder.tokenizer.encode(text, add_special_tokens=False), 258] for text in texts]
+    batch = pad_batch([Example(p.ids + c, len(p.ids)) for p, c in zip(prompts, completions, strict=True)], 256)
+    return Rollout(prompts, batch, list(texts), torch.ones(len(texts), dtype=torch.bool))
+
+
+def test_payments_stand_at_the_tokens_that_complete_their_steps():
+    job = job_of(config_of("ppo"))
+    rollout = rollout_of(job, ["a\nbé\nc", "xyz"])  # a token for each byte: two for the é, and the end
+    steps = [Payment(1.0, end=2), Payment(0.0, end=5), Payment(4.0, end=6), Payment(0.5, end=6)]
+    rewards, ends = placed(job, rollout, [steps, [Payment(0.1, token=t) for t in range(4)]])
+    sampled = [row[mask.bool()].tolist() for row, mask in zip(rewards, rollout.batch.mask, strict=True)]
+    assert sampled[0] == [0, 1.0, 0, 0, 0, 0, 4.5, 0]
+    assert sampled[1] == pytest.approx([0.1] * 4)
+    assert rewards.sum().item() == pytest.approx(5.9)
+    assert ends[0][rollout.batch.mask[0].bool()].tolist() == [t in (1, 5, 6) for t in range(8)]
+    assert ends[1].sum() == 4
 
 
 class Log:
