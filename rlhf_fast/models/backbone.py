@@ -3,7 +3,8 @@
 A role is an adapter (or none: the base model) and, for the critic and the reward, a linear head of the same name. The
 base weights exist once; a role adds its LoRA pairs and its head and nothing else.
 
-Roles by convention: "policy", "reference" (the base model unless an adapter of that name exists), "critic", "reward".
+Roles by convention: "policy", "reference" (the base model unless an adapter of that name exists), "critic", "reward",
+and "reward_1", "reward_2" ... for the further members of an ensemble of reward models.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from rlhf_fast.models.self_test import (
     observing,
     runs_lower_layers_once,
     unsupported,
+    why_not_shared,
 )
 from rlhf_fast.ops.head.linear_logprobs import linear_logprobs
 
@@ -48,13 +50,16 @@ class Scores:
     """What one scoring traversal gives; all fp32, without gradients.
 
     logprobs, ref_logprobs: (B, T), nats, 0 where the mask is 0. values: (B, T), the value before each token.
-    scores: (B,), the reward head at the last real token. None for a role that does not exist or was not asked for.
+    scores: (B,), the reward head at the last real token; (B, M) where the reward roles have M outputs in all.
+    features: (B, D), what the head of the role "reward" is given. None for a role that does not exist or was not asked
+    for.
     """
 
     logprobs: Tensor | None
     ref_logprobs: Tensor
     values: Tensor | None
     scores: Tensor | None
+    features: Tensor | None = None
 
 
 class Backbone:
@@ -83,6 +88,7 @@ class Backbone:
         self._recompute = False
         self.accepted = _accepted(model)
         self._lower_runs_once: dict[int, bool] = {}  # by the first adapted layer
+        self._not_shared: str | None = None  # why prompts cannot be shared, "" where they can; None: not tried yet
         # Rows of the head that give logits; further ones only round its size up.
         self.vocabulary = self.model.get_output_embeddings().out_features
         self.logit_transform = logit_transforms(model)[0]
@@ -192,17 +198,39 @@ class Backbone:
         del self.adapters[name]
         self.heads.pop(name, None)
 
-    def add_head(self, name: str, *, trainable: bool = True, copy_of: str | None = None) -> None:
-        """Give the role `name` a head (D -> 1, fp32, no bias as in transformers' `score`), zero or a copy."""
+    def add_head(
+        self,
+        name: str,
+        *,
+        outputs: int = 1,
+        trainable: bool = True,
+        copy_of: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Give the role `name` a head (D -> outputs, fp32, no bias as in transformers' `score`).
+
+        It is zero, or with `copy_of` a copy, of which one output is the mean of several; or, with a seed, normal of
+        variance 1 / (D + 1), which makes the members of an ensemble differ (Stiennon et al. 2020, 2009.01325).
+        """
         if name in self.heads:
             raise UserError(f"there is already a head named {name!r}")
         weight = self.lm_head_weight
-        head = nn.Linear(weight.shape[1], 1, bias=False, dtype=torch.float32, device=weight.device)
+        dim = weight.shape[1]
+        head = nn.Linear(dim, outputs, bias=False, dtype=torch.float32, device=weight.device)
         with torch.no_grad():
             head.weight.zero_()
             if copy_of is not None:
-                head.weight.copy_(self.head(copy_of).weight)
+                rows = self.head(copy_of).weight
+                head.weight.copy_(rows if len(rows) == outputs else rows.mean(0, keepdim=True))
+            elif seed is not None:
+                generator = torch.Generator().manual_seed(seed)
+                head.weight.copy_(torch.randn(outputs, dim, generator=generator) / (dim + 1) ** 0.5)
         self.heads[name] = head.requires_grad_(trainable)
+
+    @property
+    def reward_roles(self) -> list[str]:
+        """The role "reward" and the further members of its ensemble, in order, as far as there are any."""
+        return [name for name in self.heads if name == "reward" or name.startswith("reward_")]
 
     def head(self, name: str) -> nn.Linear:
         if name not in self.heads:
@@ -288,10 +316,10 @@ class Backbone:
         first = self._first_shared_layer()
         return None if first == 0 else self.reach(first, input_ids, attention_mask)
 
-    def reach(self, first: int, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def reach(self, first: int, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor:
         """The input of layer `first` of the base model."""
         traversal = Traversal(Route((None,)), first, stop=True)
-        self._traverse(traversal, input_ids, attention_mask)
+        self._traverse(traversal, input_ids, attention_mask, branches)
         assert traversal.reached is not None
         return traversal.reached
 
@@ -316,12 +344,16 @@ class Backbone:
         *,
         lower: Tensor | None = None,
         dropout_seed: int | None = None,
+        branches: Tensor | None = None,
     ) -> dict[str | None, Tensor]:
         """Last hidden states (after the final norm) of every role: role -> (B, T, D), in one traversal.
 
         input_ids, attention_mask: (B, T); padding may be on either side. None is the base model, and so is
         "reference" without an adapter. lower: what `lower` gave for these rows. dropout_seed: a number per pass, from 0
         to 2^47, turns on the dropout of the adapters, which must then be the same for all roles; None leaves it off.
+        branches: (B, T) int64, for rows that hold several answers to one prompt: 0 at the prompt, k at the k-th answer.
+        Each answer then reads the prompt and itself, at the positions that it would have alone, which is exact where
+        `why_not_shared` says nothing.
         """
         batch, time = input_ids.shape
         if attention_mask.shape != input_ids.shape:
@@ -336,29 +368,44 @@ class Backbone:
             raise ValueError(f"lower must be (B, T, D) for the input of layer {first} > 0, got {given}")
         adapters = tuple(self._adapter_name(role) for role in roles)
         if copies > 1 and lower is None and self._first_shared_layer() > 0:
-            lower = self.reach(first, input_ids, attention_mask)
+            lower = self.reach(first, input_ids, attention_mask, branches)
         traversal = Traversal(
             Route(adapters, batch * time, dropout_seed),
             first,
             start=None if lower is None else lower.repeat(copies, 1, 1),
             recompute=self._recompute and torch.is_grad_enabled(),
         )
-        states = self._traverse(traversal, input_ids.repeat(copies, 1), attention_mask.repeat(copies, 1))
+        branches = None if branches is None else branches.repeat(copies, 1)
+        states = self._traverse(traversal, input_ids.repeat(copies, 1), attention_mask.repeat(copies, 1), branches)
         return dict(zip(roles, states.split(batch), strict=True))
 
-    def _traverse(self, traversal: Traversal, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def why_not_shared(self, longest: int) -> str | None:
+        """Why answers of up to `longest` tokens, prompt included, cannot share their prompt (`branches` of `hidden`);
+        None where they can."""
+        if self._not_shared is None:
+            self._not_shared = why_not_shared(self) or ""
+        text = self.model.config.get_text_config(decoder=True)
+        windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        window = min((size for size in windows if size), default=longest)
+        if self._not_shared or window >= longest:
+            return self._not_shared or None
+        return f"its attention reaches {window} tokens back, and the longest row has {longest}"
+
+    def _traverse(
+        self, traversal: Traversal, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None
+    ) -> Tensor:
         """What the head is given, (B, T, D)."""
         if self.model.training:
             raise RuntimeError("the model is in training mode, where dropout would make the roles differ: call eval()")
         with traversing(traversal):
-            self.model(**self.inputs(input_ids, attention_mask))
+            self.model(**self.inputs(input_ids, attention_mask, branches))
         hidden = traversal.hidden
         if hidden is None or hidden.shape[:2] != input_ids.shape:
             given = "nothing" if hidden is None else f"{tuple(hidden.shape)} hidden states"
             raise unsupported(self.model, f"its head is given {given} for {tuple(input_ids.shape)} tokens")
         return hidden
 
-    def inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    def inputs(self, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> dict[str, Any]:
         """The arguments of `model` for a batch, (B, T) each: those that it accepts."""
         given = {
             "input_ids": input_ids,
@@ -366,7 +413,19 @@ class Backbone:
             "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
             "use_cache": False,
         }
+        if branches is not None:
+            given["attention_mask"], given["position_ids"] = self._branching(attention_mask, branches)
         return {name: value for name, value in given.items() if name in self.accepted}
+
+    def _branching(self, attention_mask: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
+        """What is added to the attention scores, (B, 1, T, T), and position_ids (B, T), for `branches` of `hidden`."""
+        ours, theirs = branches[:, :, None], branches[:, None, :]
+        read = ((theirs == 0) | (theirs == ours)) & (attention_mask[:, None, :] != 0)
+        # Padding reads itself: a row of the softmax needs something.
+        read = (read | torch.eye(branches.shape[1], dtype=torch.bool, device=branches.device)).tril()
+        dtype = self.model.get_input_embeddings().weight.dtype
+        added = torch.zeros(read.shape, dtype=dtype, device=read.device).masked_fill(~read, torch.finfo(dtype).min)
+        return added[:, None], read.sum(-1) - 1
 
     # Heads on hidden states
 
@@ -435,10 +494,8 @@ class Backbone:
         return F.pad(self.head(role)(hidden[:, :-1].float()).squeeze(-1), (1, 0))
 
     def scores(self, role: str, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T, D) -> (B,), fp32: the head at the last real token of each row."""
-        last = attention_mask.shape[1] - 1 - attention_mask.flip(1).long().argmax(1)
-        rows = torch.arange(len(last), device=last.device)
-        return self.head(role)(hidden[rows, last].float()).squeeze(-1)
+        """(B, T, D) -> (B,), fp32: the head at the last real token of each row; (B, M) for a head of M outputs."""
+        return self.head(role)(last_states(hidden, attention_mask)).squeeze(-1)
 
     @torch.no_grad()
     def score(
@@ -457,18 +514,21 @@ class Backbone:
         policy: False leaves the policy out, whose old log-probabilities an update without a step before it makes too.
         """
         roles = ["policy"] if policy else []
-        roles += ["reference", *(role for role in ("critic", "reward") if role in self.heads)]
+        rewards = self.reward_roles
+        roles += ["reference", *(role for role in ("critic",) if role in self.heads), *rewards]
         hidden = self.hidden(input_ids, attention_mask, roles, lower=lower)
         logprobs = {
             role: self.logprobs(hidden[role], input_ids, mask, mask_count=mask_count, temperature=temperature)
             for role in ("policy", "reference")
             if role in hidden
         }
+        scores = [self.scores(role, hidden[role], attention_mask) for role in rewards]
         return Scores(
             logprobs.get("policy"),
             logprobs["reference"],
             self.values("critic", hidden["critic"]) if "critic" in hidden else None,
-            self.scores("reward", hidden["reward"], attention_mask) if "reward" in hidden else None,
+            None if not scores else scores[0] if len(scores) == 1 else torch.column_stack(scores),
+            last_states(hidden["reward"], attention_mask) if "reward" in rewards else None,
         )
 
     # Bytes
@@ -514,6 +574,12 @@ class Backbone:
             tensors.append({(m, part): p for m, pair in pairs.items() for part, p in pair.parameters.items()})
         _check_same(tensors[0], tensors[1], f"adapters {dst!r} and {src!r}")
         return [(tensors[0][key], tensors[1][key]) for key in tensors[0]]
+
+
+def last_states(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, T, D) -> (B, D), fp32: the state of the last real token of each row."""
+    last = attention_mask.shape[1] - 1 - attention_mask.flip(1).long().argmax(1)
+    return hidden[torch.arange(len(last), device=last.device), last].float()
 
 
 def _accepted(model: PreTrainedModel) -> set[str]:

@@ -2,7 +2,7 @@
 
 Keys are `base_model.model.<module>.lora_A.weight` (R, in) and `...lora_B.weight` (out, R), for DoRA with
 `...lora_magnitude_vector` (out,); a head is
-`base_model.model.score.weight` (1, D) of a SEQ_CLS adapter, which is where transformers' sequence classifiers have it.
+`base_model.model.score.weight` (M, D) of a SEQ_CLS adapter, which is where transformers' sequence classifiers have it.
 Source: PEFT 0.21, `LoraConfig` and `get_peft_model_state_dict`.
 """
 
@@ -119,7 +119,7 @@ def load_adapter(
     _check_fits(backbone, tensors, head, folder)
     backbone.create_adapter(name, shapes, trainable=trainable, dtype=dtype)
     if head is not None:
-        backbone.add_head(name, trainable=trainable)
+        backbone.add_head(name, outputs=len(head), trainable=trainable)
         tensors[f"{_HEAD}.weight"] = head
     backbone.restore(name, backbone.snapshot(name) | tensors)
 
@@ -276,9 +276,9 @@ def _check_fits(backbone: Backbone, tensors: dict[str, Tensor], head: Tensor | N
         size, wanted = (tensor.shape[1], in_features) if "A" in part else (tensor.shape[0], out_features)
         if size != wanted:
             raise UserError(f"{folder}: {key} is {tuple(tensor.shape)}, this model has {wanted} there: another base?")
-    wanted_head = (1, backbone.lm_head_weight.shape[1])
-    if head is not None and head.shape != wanted_head:
-        raise UserError(f"{folder}: {_HEAD}.weight must be {wanted_head}, got {tuple(head.shape)}")
+    dim = backbone.lm_head_weight.shape[1]
+    if head is not None and (head.dim() != 2 or len(head) < 1 or head.shape[1] != dim):
+        raise UserError(f"{folder}: {_HEAD}.weight must be (outputs, {dim}), got {tuple(head.shape)}")
 
 
 def _by_pattern(patterns: dict[str, Any], module: str, default: float) -> float:

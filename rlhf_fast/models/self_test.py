@@ -162,6 +162,32 @@ def runs_lower_layers_once(backbone: Backbone, first: int) -> bool:
     return upper.shape == whole.shape and bool((upper - whole).abs().max() <= bound)
 
 
+@torch.no_grad()
+def why_not_shared(backbone: Backbone) -> str | None:
+    """Why two answers behind one prompt in the same row do not give what each gives alone; None where they do.
+
+    They do where attention alone carries a token to later ones, takes a mask for every two tokens, and counts positions
+    as it is told: no recurrence, no convolution, no flash-attention.
+    """
+    if "position_ids" not in backbone.accepted:
+        return "it counts positions in a way of its own"
+    ids = torch.tensor([_ordinary_ids(backbone.model, TOKENS + PADDING)], device=backbone.model.device)
+    real, prompt = torch.ones_like(ids), TOKENS // 2
+    branches = torch.tensor([[0] * prompt + [1] * PADDING + [2] * (TOKENS - prompt)], device=ids.device)
+    try:
+        packed = backbone.hidden(ids, real, [None], branches=branches)[None]
+        for answer in (1, 2):
+            columns = (branches[0] == 0) | (branches[0] == answer)
+            alone = backbone.hidden(ids[:, columns], real[:, columns], [None])[None]
+            bound = (1e-4 if alone.dtype == torch.float32 else 0.05) * alone.abs().max()
+            difference = (packed[:, columns] - alone).abs().max()
+            if not difference <= bound:
+                return f"its hidden states would differ by {difference:.3g}"
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        return f"it takes no mask for every two tokens: {_first_line(error)}"
+    return None
+
+
 @contextmanager
 def observing(linears: Mapping[str, nn.Module], rows: int) -> Iterator[dict[str, str]]:
     """Yields name -> why it cannot be adapted, complete at the end of a forward with `rows` tokens inside."""
