@@ -83,12 +83,10 @@ def test_models_of_attention_share(name):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mamba", "counts positions"),
-        ("bloom", "counts positions"),
-        ("lfm2_moe", "takes no mask|differ"),
+        ("mamba", "counts positions"), ("bloom", "counts positions"), ("lfm2_moe", "takes no mask|differ"),
         ("jamba", "takes no mask|differ"),
     ],
-)
+)  # fmt: skip
 def test_a_model_that_cannot_share_says_why(name, reason):
     assert re.search(reason, Backbone(make_causal(name)).why_not_shared(4))
 

@@ -8,6 +8,9 @@ With h = chosen_reward - rejected_reward - margin, s the label smoothing and c t
     d L / d chosen_reward = s sigmoid(h) - (1 - s) sigmoid(-h) + 2 c (chosen_reward + rejected_reward);
     d L / d rejected_reward: the same with the sign of the first two terms changed
 
+With soft labels, p the chance that chosen is the better one, s is s + (1 - p)(1 - 2s): as softplus(h) = softplus(-h) + h,
+that adds (1 - p)(1 - 2s) h to L.
+
 softplus(-h) = -log sigmoid(h) is the "log-exp" loss log(1 + exp(rejected - chosen)) too, without its overflow. All the
 pairs of a prompt's K answers as one element of the batch: ranking_loss with variant "pairwise".
 
@@ -41,6 +44,7 @@ def reward_loss(
     rejected_rewards: Tensor,
     *,
     margin: float | Tensor | None = None,
+    preferences: Tensor | None = None,
     label_smoothing: float = 0.0,
     centring: float = 0.0,
     denominator: Tensor | float | None = None,
@@ -50,6 +54,7 @@ def reward_loss(
 
     chosen_rewards, rejected_rewards: (B,) float32, bfloat16, float16 or float64, any strides.
     margin: by how much chosen must lead, one number or (B,), in units of the rewards; none by default.
+    preferences: (B,) in [0, 1], soft labels: the chance that chosen is the better one; 1 by default.
     label_smoothing: the chance in [0, 0.5) that a label is flipped. centring: >= 0, pulls the rewards' sum to 0.
     denominator: what the sum is divided by, a number or a 0-d tensor; the number of pairs by default.
 
@@ -65,17 +70,24 @@ def reward_loss(
         margin = masked_loss.constants(chosen_rewards, margin)[0] if margin else zero
     masked_loss.floats(
         tuple(chosen_rewards.shape), "(B,)", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards,
-        margin=margin,
+        margin=margin, preferences=preferences,
     )  # fmt: skip
     over = Over(None, masked_loss.denominator_tensor(denominator, chosen_rewards))
     name, margin = resolve("reward_loss", IMPLS, chosen_rewards.device, backend), margin.detach()
     if name == "reference":
-        return reference(
+        hard = reference(
             chosen_rewards, rejected_rewards, margin, over, label_smoothing=label_smoothing, centring=centring
         )
-    inputs = PairInputs(chosen_rewards, rejected_rewards, zero, zero, one, one, one, margin, zero)
-    numbers = PairNumbers("bradley_terry", 1.0, label_smoothing, centring)
-    return masked_loss.call(_run, inputs, over, numbers, name, ("accuracy", "margin"))
+    else:
+        inputs = PairInputs(chosen_rewards, rejected_rewards, zero, zero, one, one, one, margin, zero)
+        numbers = PairNumbers("bradley_terry", 1.0, label_smoothing, centring)
+        hard = masked_loss.call(_run, inputs, over, numbers, name, ("accuracy", "margin"))
+    if preferences is None:
+        return hard
+    dtype = check.compute_dtype(chosen_rewards.dtype)
+    h = chosen_rewards.to(dtype) - rejected_rewards.to(dtype) - margin.to(dtype)
+    flipped = (1 - preferences.detach().to(dtype)) * (1 - 2 * label_smoothing)
+    return Loss(hard.loss + masked_loss.mean(masked_loss.product(flipped, h), over), hard.metrics)
 
 
 def reference(
@@ -98,19 +110,33 @@ _run = masked_loss.register(
 )  # chosen_shifts are the margins
 
 
-ENSEMBLES = {"mean": 0.0, "pessimistic": -1.0, "optimistic": 1.0}  # variant -> sign of the spread
+def _deviation(variance: Tensor) -> Tensor:
+    return torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
+
+
+# (scores (M, B), mean (B,), squared deviations (M, B), coef) -> (B,)
+ENSEMBLES = {
+    "mean": lambda scores, mean, squares, coef: mean,
+    "min": lambda scores, mean, squares, coef: scores.amin(0),
+    "uwo": lambda scores, mean, squares, coef: mean - coef * squares.sum(0) / max(len(scores) - 1, 1),
+    "pessimistic": lambda scores, mean, squares, coef: mean - coef * _deviation(squares.mean(0)),
+    "optimistic": lambda scores, mean, squares, coef: mean + coef * _deviation(squares.mean(0)),
+}
 
 
 @check.takes_numbers
 def ensemble_scores(scores: Tensor, *, variant: str = "mean", coef: float = 1.0) -> Tensor:
-    """One score out of those of M reward models: mean, mean - coef std (pessimistic) or mean + coef std (optimistic).
+    """One score out of those of M reward models, by variant:
 
-    scores: (M, B) float32, bfloat16, float16 or float64, M >= 1, on one scale. coef >= 0. The standard deviation is
-    that of the M scores (divided by M), with a gradient of 0 where they are equal. Returns (B,) float32 (float64 for
-    float64). Raises ValueError or TypeError for what does not fit. Plain PyTorch: M numbers read per score.
+    mean; min (worst-case optimisation); uwo: mean - coef variance (uncertainty-weighted optimisation), the variance
+    unbiased; pessimistic: mean - coef std; optimistic: mean + coef std. This standard deviation is that of the M scores
+    (divided by M), with a gradient of 0 where they are equal; of one model both spreads are 0.
 
-    Source: ensembles as a guard against over-optimisation, Coste et al. 2023 (arXiv 2310.02743), who subtract the
-    variance ("uncertainty-weighted") where this subtracts the standard deviation, which has the scores' unit.
+    scores: (M, B) float32, bfloat16, float16 or float64, M >= 1, on one scale. coef >= 0. Returns (B,) float32 (float64
+    for float64). Raises ValueError or TypeError for what does not fit. Plain PyTorch: M numbers read per score.
+
+    Source: ensembles as a guard against over-optimisation, Coste et al. 2023 (arXiv 2310.02743), with coef of uwo 0.5
+    for best of n and 0.1 for PPO; the standard deviation has the scores' unit.
     """
     check.floating("scores", scores)
     check.that(scores.dim() == 2 and scores.shape[0] >= 1, "scores", "(M, B) with M >= 1", scores)
@@ -118,6 +144,4 @@ def ensemble_scores(scores: Tensor, *, variant: str = "mean", coef: float = 1.0)
     check.that(coef >= 0, "coef", ">= 0", coef)
     scores = scores.to(check.compute_dtype(scores.dtype))
     mean = scores.mean(0)
-    variance = (scores - mean).square().mean(0)
-    spread = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
-    return mean + ENSEMBLES[variant] * coef * spread
+    return ENSEMBLES[variant](scores, mean, (scores - mean).square(), coef)

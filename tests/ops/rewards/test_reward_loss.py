@@ -51,6 +51,23 @@ def test_label_smoothing_is_the_expected_loss_of_a_flipped_label(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_soft_label_is_the_cross_entropy_with_its_chance(backend, smoothing):
+    chances = torch.tensor([1.0, 0.8, 0.5, 0.0])
+    inputs = [torch.tensor([3.0, -2.0, 0.5, 40.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])]
+    got = run(inputs, margin=0.5, preferences=chances, label_smoothing=smoothing, backend=backend)
+    chosen, rejected = (x.double().requires_grad_() for x in inputs)
+    kept = chances.double() * (1 - smoothing) + (1 - chances.double()) * smoothing
+    h = chosen - rejected - 0.5
+    logs = torch.nn.functional.logsigmoid
+    expected = -(kept * logs(h) + (1 - kept) * logs(-h)).mean()
+    expected.backward()
+    assert got["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(got["gradient 0"].double(), chosen.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got["gradient 1"].double(), rejected.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_centring_adds_the_squared_sum(backend):
     # arXiv 2312.09244, section 3: 0.1 (log 3 + 2 + 2)^2, slope 0.2 (log 3 + 4) in both rewards.
     got = run([torch.tensor([math.log(3.0) + 2]), torch.tensor([2.0])], centring=0.1, backend=backend)
@@ -166,6 +183,9 @@ def test_ensembles_are_a_mean_less_or_more_the_spread():
     assert ensemble_scores(scores).tolist() == [2.0, 2.0]
     assert ensemble_scores(scores, variant="pessimistic", coef=0.5).tolist() == [1.5, 2.0]
     assert ensemble_scores(scores, variant="optimistic", coef=0.5).tolist() == [2.5, 2.0]
+    assert ensemble_scores(scores, variant="min").tolist() == [1.0, 2.0]
+    assert ensemble_scores(scores, variant="uwo", coef=0.5).tolist() == [1.0, 2.0]  # variance 2, divided by M - 1
+    assert ensemble_scores(scores[:1], variant="uwo").tolist() == [1.0, 2.0]
 
 
 def test_models_that_agree_have_a_finite_gradient():
@@ -179,7 +199,7 @@ def test_models_that_agree_have_a_finite_gradient():
     [
         (torch.zeros(3), {}, r"scores must be \(M, B\) with M >= 1, got \(3,\)"),
         (torch.zeros(0, 3), {}, r"scores must be \(M, B\) with M >= 1, got \(0, 3\)"),
-        (torch.zeros(2, 3), {"variant": "min"}, "variant must be one of mean, pessimistic, optimistic, got 'min'"),
+        (torch.zeros(2, 3), {"variant": "max"}, "variant must be one of mean, min, uwo, .*optimistic, got 'max'"),
         (torch.zeros(2, 3), {"coef": -1.0}, "coef must be >= 0, got -1.0"),
     ],
 )
