@@ -1,7 +1,8 @@
 """Selective log-softmax over rows of logits; formula and numerics in rlhf_fast/ops/tokens/token_logprobs.py.
 
-One program per row. Forward reads every logit once; backward reads every logit once and writes its gradient, also
-over the logits themselves. No atomics: the same inputs give the same bits.
+Forward takes one program per row and reads every logit once. Backward takes one per chunk of a row, reads every logit
+once and writes its gradient, also over the logits themselves; as in a copy, programs that run together work on
+neighbouring memory. No atomics: the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -15,20 +16,25 @@ from rlhf_fast.kernels.scalar import expm1, log1p
 from rlhf_fast.kernels.transform import capped, capped_slope, row_factor
 from torch import Tensor
 
-BLOCK = 4096
+BLOCK, WARPS = 2048, 4
+STAGES = 3  # blocks of a row that are on their way or in use
+CHUNK, CHUNK_WARPS = 8192, 8  # what a program differentiates of a row
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+NO_POWER = tl.constexpr(-4096.0)  # where 2^x is 0 in every type: stands in for x = -inf in a product with it
 
 
 @triton.jit
-def _write_zeros(out, V, BLOCK: tl.constexpr):
-    for start in range(0, V, BLOCK):
+def _write_zeros(out, first, last, BLOCK: tl.constexpr):
+    for start in range(first, last, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        tl.store(out + columns, tl.zeros([BLOCK], tl.float32), mask=columns < V)
+        tl.store(out + columns, tl.zeros([BLOCK], tl.float32), mask=columns < last)
 
 
 @triton.jit
 def _write_gradient(
+    first,  # the logits [first, last) of the row are differentiated
+    last,
     logits,  # (V,) of this row
     gradient,  # (V,) of this row, may be the logits
     targets,  # (K,) of this row
@@ -42,7 +48,6 @@ def _write_gradient(
     factor,
     logit_scale,
     cap,
-    V,
     K,
     HAS_LOGPROB: tl.constexpr,  # False: no gradient of the log-probabilities
     HAS_UPSTREAM: tl.constexpr,  # False: 1 for each log-probability
@@ -59,33 +64,37 @@ def _write_gradient(
         if HAS_UPSTREAM:
             g = tl.load(grad_logprobs + k, mask=k < K, other=0.0)
     sum_g = tl.sum(g, 0)
-    if HAS_LOGPROB and HAS_CAP:  # before the gradient, which may be the logits, is written
-        at = tl.load(targets + k, mask=k < K, other=-1)
-        target_logits = tl.load(logits + at, mask=(at >= 0) & (at < V), other=0.0).to(acc)
-        target_slopes = capped_slope(target_logits, logit_scale, cap)
-        tl.debug_barrier()
+    if HAS_LOGPROB:
+        ids = tl.load(targets + k, mask=k < K, other=-1)
+        inside = (k < K) & (ids >= first) & (ids < last)
+        if HAS_CAP:  # before the gradient, which may be the logits, is written
+            target_slopes = capped_slope(tl.load(logits + ids, mask=inside, other=0.0).to(acc), logit_scale, cap)
+            tl.debug_barrier()
 
-    # As if no element were a target.
+    # As if no element were a target: p (constant + linear log2 p).
     shift = row_max / factor
-    for start in range(0, V, BLOCK):
+    factor2 = factor * LOG2E
+    logsum2 = row_logsum * LOG2E
+    constant = sum_g - grad_lse
+    if HAS_ENTROPY:
+        constant += grad_entropy * entropy
+        linear = -factor * LN2 * grad_entropy
+    constant *= -factor
+    for start in range(first, last, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < V
-        x = tl.load(logits + columns, mask=inside, other=0.0).to(acc)
-        s = capped(x, logit_scale, cap, HAS_CAP)
-        log_p = (s - shift) * factor - row_logsum
-        value = sum_g - grad_lse
+        x = tl.load(logits + columns, mask=columns < last, other=0.0).to(acc)
+        log2_p = (capped(x, logit_scale, cap, HAS_CAP) - shift) * factor2 - logsum2
+        value = constant
         if HAS_ENTROPY:
-            value += grad_entropy * (log_p + entropy)
-        p = tl.exp(log_p)
-        value = tl.where(p == 0, 0.0, -factor * p * value)
+            value += linear * tl.maximum(log2_p, NO_POWER)
+        value *= tl.exp2(log2_p)
         if HAS_CAP:
             value *= capped_slope(x, logit_scale, cap)
-        tl.store(gradient + columns, value.to(gradient.dtype.element_ty), mask=inside)
+        tl.store(gradient + columns, value.to(gradient.dtype.element_ty), mask=columns < last)
 
     if HAS_LOGPROB:
         # At the targets, with 1 - p from expm1; equal targets write equal values.
         tl.debug_barrier()
-        ids = tl.load(targets + k, mask=k < K, other=-1)
         log_p = tl.load(logprobs + k, mask=k < K, other=0.0)
         elsewhere = tl.zeros([K_BLOCK], acc)
         if K_BLOCK > 1:
@@ -101,8 +110,40 @@ def _write_gradient(
         value *= factor
         if HAS_CAP:
             value *= target_slopes
-        inside = (k < K) & (ids >= 0) & (ids < V)
         tl.store(gradient + ids, value.to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _added(sums, x, s, factor2, scale, cap, HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+           HAS_SQUARES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The sums of _forward_kernel with a block of logits x, capped: s; -inf in both adds nothing."""
+    m, shift, rest, spread, squares = sums
+    top = tl.max(x, 0)
+    if top > m:  # in few blocks; what follows is all that the others take
+        first_lane = tl.where(tl.arange(0, BLOCK) == 0, 1.0, 0.0).to(rest.dtype)
+        new_shift = capped(top, scale, cap, HAS_CAP)
+        # the first finite maximum: nothing has been counted
+        lift = tl.where(m == -float("inf"), 0.0, (shift - new_shift) * factor2)
+        e = tl.where(m == -float("inf"), 0.0, tl.exp2(lift))
+        leaders = x == top
+        ties = tl.sum(leaders.to(rest.dtype), 0) - 1.0
+        rest += first_lane
+        if HAS_ENTROPY:
+            spread = e * (spread + lift * rest)
+        if HAS_SQUARES:
+            squares = e * e * (squares + first_lane) + first_lane * ties
+        rest = e * rest + first_lane * ties
+        s = tl.where(leaders, -float("inf"), s)
+        m = top
+        shift = new_shift
+    t = (s - shift) * factor2
+    e = tl.exp2(t)
+    rest += e
+    if HAS_ENTROPY:
+        spread += e * tl.maximum(t, NO_POWER)
+    if HAS_SQUARES:
+        squares += e * e
+    return m, shift, rest, spread, squares
 
 
 @triton.jit
@@ -133,6 +174,7 @@ def _forward_kernel(
     HAS_GRADIENT: tl.constexpr,
     K_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     acc: tl.constexpr = logprobs.dtype.element_ty
@@ -150,7 +192,7 @@ def _forward_kernel(
         if HAS_SQUARES:
             tl.store(sums_p_squared + row, 0.0)
         if HAS_GRADIENT:
-            _write_zeros(gradient + base, V, BLOCK)
+            _write_zeros(gradient + base, 0, V, BLOCK)
         return
 
     factor = row_factor(temperatures, row, temperature, logit_scale, acc, HAS_TEMPERATURES, HAS_CAP)
@@ -160,41 +202,21 @@ def _forward_kernel(
 
     # The greatest logit m and, with e = exp(z - max z), per lane the sums over all but one maximal element of e
     # (`rest`), e (z - max z) log2(e) (`spread`) and e^2 (`squares`). That element is counted when a greater one comes.
-    m = tl.full([], -float("inf"), acc)
-    shift = tl.full([], 0.0, acc)
-    rest = tl.zeros([BLOCK], acc)
-    spread = tl.zeros([BLOCK], acc)
-    squares = tl.zeros([BLOCK], acc)
-    first_lane = tl.where(tl.arange(0, BLOCK) == 0, 1.0, 0.0).to(acc)
-    for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + base + columns, mask=columns < V, other=-float("inf")).to(acc)
+    sums = (
+        tl.full([], -float("inf"), acc), tl.full([], 0.0, acc), tl.zeros([BLOCK], acc), tl.zeros([BLOCK], acc),
+        tl.zeros([BLOCK], acc),
+    )  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    whole = V - V % BLOCK
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        x = tl.load(logits + base + start + columns).to(acc)
         s = capped(x, scale, cap, HAS_CAP)
-        added = columns < V
-        top = tl.max(x, 0)
-        if top > m:
-            new_shift = capped(top, scale, cap, HAS_CAP)
-            # the first finite maximum: nothing has been counted
-            lift = tl.where(m == -float("inf"), 0.0, (shift - new_shift) * factor2)
-            e = tl.where(m == -float("inf"), 0.0, tl.exp2(lift))
-            leaders = x == top
-            ties = tl.sum(leaders.to(acc), 0) - 1.0
-            rest += first_lane
-            if HAS_ENTROPY:
-                spread = e * (spread + lift * rest)
-            if HAS_SQUARES:
-                squares = e * e * (squares + first_lane) + first_lane * ties
-            rest = e * rest + first_lane * ties
-            added = added & (x != top)  # NaN counts
-            m = top
-            shift = new_shift
-        t = (s - shift) * factor2
-        e = tl.where(added, tl.exp2(t), 0.0)
-        rest += e
-        if HAS_ENTROPY:
-            spread += tl.where(e > 0, e * t, 0.0)
-        if HAS_SQUARES:
-            squares += e * e
+        sums = _added(sums, x, s, factor2, scale, cap, HAS_CAP, HAS_ENTROPY, HAS_SQUARES, BLOCK)
+    if whole < V:
+        x = tl.load(logits + base + whole + columns, mask=columns < V - whole, other=-float("inf")).to(acc)
+        s = tl.where(columns < V - whole, capped(x, scale, cap, HAS_CAP), -float("inf"))
+        sums = _added(sums, x, s, factor2, scale, cap, HAS_CAP, HAS_ENTROPY, HAS_SQUARES, BLOCK)
+    m, shift, rest, spread, squares = sums
     r = tl.where(shift == float("inf"), float("nan"), tl.sum(rest, 0))  # inf - inf
     row_logsum = log1p(r)
     row_max = tl.where(m == -float("inf"), m, factor * shift)
@@ -214,8 +236,8 @@ def _forward_kernel(
     if HAS_GRADIENT:
         tl.debug_barrier()  # the targets' logits have been read, their log-probabilities are there to be read
         _write_gradient(
-            logits + base, gradient + base, targets + row * K, logprobs + row * K, logprobs, 0.0, row_max, row_logsum,
-            0.0, 0.0, factor, scale, cap, V, K, True, False, False, HAS_CAP, K_BLOCK, BLOCK,
+            0, V, logits + base, gradient + base, targets + row * K, logprobs + row * K, logprobs, 0.0, row_max,
+            row_logsum, 0.0, 0.0, factor, scale, cap, K, True, False, False, HAS_CAP, K_BLOCK, BLOCK,
         )  # fmt: skip
 
 
@@ -250,9 +272,12 @@ def _backward_kernel(
     HAS_ENTROPY: tl.constexpr,
     HAS_LSE: tl.constexpr,
     K_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    chunks = tl.cdiv(V, CHUNK)
+    row = tl.program_id(0).to(tl.int64) // chunks
+    first = (tl.program_id(0) % chunks) * CHUNK
+    last = tl.minimum(first + CHUNK, V)
     acc: tl.constexpr = logprobs.dtype.element_ty
     base = (row // inner) * outer_stride + (row % inner) * inner_stride
     out = (row // inner) * grad_outer_stride + (row % inner) * grad_inner_stride
@@ -272,15 +297,15 @@ def _backward_kernel(
     if HAS_MASK:
         counts = counts & (tl.load(mask + row) != 0)
     if not counts:
-        _write_zeros(gradient + out, V, BLOCK)
+        _write_zeros(gradient + out, first, last, CHUNK)
         return
     factor = row_factor(temperatures, row, temperature, logit_scale, acc, HAS_TEMPERATURES, HAS_CAP)
     scale = tl.full([], logit_scale, tl.float64).to(acc)
     cap = tl.full([], softcap, tl.float64).to(acc)
     _write_gradient(
-        logits + base, gradient + out, targets + row * K, logprobs + row * K, grad_logprobs + row * K, entropy,
-        tl.load(row_maxes + row), tl.load(row_logsums + row), grad_entropy, grad_lse, factor, scale, cap, V, K,
-        HAS_LOGPROB, True, HAS_ENTROPY, HAS_CAP, K_BLOCK, BLOCK,
+        first, last, logits + base, gradient + out, targets + row * K, logprobs + row * K, grad_logprobs + row * K,
+        entropy, tl.load(row_maxes + row), tl.load(row_logsums + row), grad_entropy, grad_lse, factor, scale, cap, K,
+        HAS_LOGPROB, True, HAS_ENTROPY, HAS_CAP, K_BLOCK, CHUNK,
     )  # fmt: skip
 
 
@@ -291,9 +316,11 @@ def _options(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: An
         "HAS_TEMPERATURES": transform.temperatures is not None,
         "HAS_CAP": transform.softcap > 0,
         "K_BLOCK": triton.next_power_of_2(per_row),
-        "BLOCK": min(BLOCK, triton.next_power_of_2(logits.shape[-1])),
-        "num_warps": 8,
     }
+
+
+def _block(most: int, vocabulary: int) -> int:
+    return min(most, triton.next_power_of_2(vocabulary))
 
 
 def forward(
@@ -315,7 +342,7 @@ def forward(
         logits, targets, mask, temperatures, *stats, gradient, temperature, logit_scale, softcap, vocabulary,
         targets.numel() // (outer * inner), inner, logits.stride(0), logits.stride(1),
         HAS_ENTROPY=want_entropy, HAS_SQUARES=stats[4].numel() > 0, HAS_GRADIENT=gradient is not None,
-        **_options(logits, targets, mask, transform),
+        BLOCK=_block(BLOCK, vocabulary), STAGES=STAGES, num_warps=WARPS, **_options(logits, targets, mask, transform),
     )  # fmt: skip
 
 
@@ -336,11 +363,13 @@ def backward(
         return
     temperature, temperatures, logit_scale, softcap = transform
     upstream = stats[0] if grad_logprobs is None else grad_logprobs  # a pointer to add to, not read without HAS_LOGPROB
+    chunk = _block(CHUNK, vocabulary)
     launch(
-        _backward_kernel, (outer * inner,),
+        _backward_kernel, (outer * inner * triton.cdiv(vocabulary, chunk),),
         logits, targets, mask, temperatures, *stats[:4], upstream, grad_entropy, grad_lse, gradient, temperature,
         logit_scale, softcap, vocabulary, targets.numel() // (outer * inner), inner,
         logits.stride(0), logits.stride(1), gradient.stride(0), gradient.stride(1),
         HAS_LOGPROB=grad_logprobs is not None, HAS_ENTROPY=grad_entropy is not None,
-        HAS_LSE=grad_lse is not None, **_options(logits, targets, mask, transform),
+        HAS_LSE=grad_lse is not None, CHUNK=chunk, num_warps=CHUNK_WARPS,
+        **_options(logits, targets, mask, transform),
     )  # fmt: skip
