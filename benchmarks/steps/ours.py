@@ -47,6 +47,10 @@ def dpo(workspace: Workspace, setting: Setting) -> dict[str, Any]:
     return {"objective": {"beta": setting.beta}}
 
 
+def kto(workspace: Workspace, setting: Setting) -> dict[str, Any]:
+    return {"objective": {"beta": setting.beta}}
+
+
 def sft(workspace: Workspace, setting: Setting) -> dict[str, Any]:
     return {}
 
@@ -56,7 +60,7 @@ def reward_model(workspace: Workspace, setting: Setting) -> dict[str, Any]:
     return {"model": str(workspace.adapter("reward"))}
 
 
-OWN = {function.__name__: function for function in (dpo, grpo, ppo, reward_model, rloo, sft)}
+OWN = {function.__name__: function for function in (dpo, grpo, kto, ppo, reward_model, rloo, sft)}
 SAMPLING = (*GROUPED, "ppo")
 
 
@@ -77,7 +81,7 @@ def prepare(workspace: Workspace, recorder: Recorder) -> tuple[Callable[[], None
     job = module.prepare(config)
     # A new one for each repeat, which finds nothing that an earlier one kept.
     recorder.folder = Path(tempfile.mkdtemp(dir=workspace.folder))
-    if setting.algorithm == "dpo":
+    if setting.algorithm in ("dpo", "kto"):
         recorder.watch(module, "reference_logprobs", "scoring")
     if setting.algorithm in SAMPLING:
         recorder.watch(on_policy, "collect", "scoring")

@@ -25,6 +25,8 @@ SERIES = ("losses", "rewards", "grad_norms")
 REMAINS = {
     "dpo": "",
     "grpo": "TRL's `loss_type` is `bnpo` here, whose mean over the batch's tokens is ours.",
+    "kto": "TRL pairs prompts with other answers in the order of the data, which it must not shuffle; ours in each "
+    "batch, here the same ones.",
     "ppo": "TRL logs no gradient norm. It scores a completion that is cut off without an end, here with one as ours, "
     "and pays the score of one that ends a token later; here none ends early.",
     "reward_model": "",

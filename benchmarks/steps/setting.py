@@ -106,15 +106,17 @@ def build(folder: Path, setting: Setting) -> Workspace:
     return workspace
 
 
-def example(draw: random.Random, algorithm: str) -> dict[str, str]:
+def example(draw: random.Random, algorithm: str) -> dict[str, Any]:
     # Unfinished text, because a chat model may answer a bare question with nothing but its end.
     prompt = f"Letter {draw.randint(2, 1000)}. Dear friend, I thought of {draw.choice(SUBJECTS)} all day, and to me it"
     good = f" is {draw.choice(PRAISE)}."
+    bad = f" is {draw.choice(BLAME)}, and {draw.choice(BLAME)}."
     if algorithm == "sft":
         return {"prompt": prompt, "completion": good}
-    if algorithm not in PAIRS:
-        return {"prompt": prompt}
-    return {"prompt": prompt, "chosen": good, "rejected": f" is {draw.choice(BLAME)}, and {draw.choice(BLAME)}."}
+    if algorithm == "kto":
+        liked = draw.random() < 0.5
+        return {"prompt": prompt, "completion": good if liked else bad, "label": liked}
+    return {"prompt": prompt, "chosen": good, "rejected": bad} if algorithm in PAIRS else {"prompt": prompt}
 
 
 def share_of_letters(prompts: list[str], completions: list[str]) -> list[float]:

@@ -1,4 +1,4 @@
-"""TRL's steps: its SFT, reward, DPO, GRPO and RLOO trainers, and the PPO trainer that TRL 1.12 was the last to have."""
+"""TRL's steps: its trainers of today, and the PPO trainer that TRL 1.12 was the last to have."""
 
 from __future__ import annotations
 
@@ -88,6 +88,19 @@ def dpo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Par
         train_sampling_strategy="sequential",
     )  # fmt: skip
     trainer = DPOTrainer(args=config, train_dataset=Dataset.from_list(workspace.rows_in_order()), **common)
+    recorder.watch(trainer.model, "forward", "scoring", without_grad=True)
+    return trainer, trainer.model, [trainer.model]
+
+
+def kto(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Parts:
+    from trl import KTOConfig, KTOTrainer
+
+    setting = workspace.setting
+    config = KTOConfig(
+        **arguments(workspace, setting), max_steps=setting.steps, beta=setting.beta, max_length=None,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = KTOTrainer(args=config, train_dataset=Dataset.from_list(workspace.rows_in_order()), **common)
     recorder.watch(trainer.model, "forward", "scoring", without_grad=True)
     return trainer, trainer.model, [trainer.model]
 
@@ -204,4 +217,4 @@ def classifier(workspace: Workspace, *, trainable: bool) -> PeftModel:
     return PeftModel.from_pretrained(model, str(workspace.adapter("reward")), is_trainable=trainable)
 
 
-TRAINERS = {function.__name__: function for function in (dpo, grpo, ppo, reward_model, rloo, sft)}
+TRAINERS = {function.__name__: function for function in (dpo, grpo, kto, ppo, reward_model, rloo, sft)}
