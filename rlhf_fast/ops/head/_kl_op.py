@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_fast.backends import prefer_huge_pages, without_autocast
 from rlhf_fast.ops.core import check, registration
 from rlhf_fast.ops.head._logprobs_op import kept_bytes
-from rlhf_fast.ops.head.head import Head, RowGradients, empty_gradients, summed_gradients
+from rlhf_fast.ops.head.head import Head, RowGradients, empty_gradients, row_stride, summed_gradients
 from rlhf_fast.ops.head.tiles import Rows, Tile, by_row, counted_tiles, zero_behind
 from rlhf_fast.ops.tokens import token_kl, token_logprobs
 from rlhf_fast.ops.tokens.token_kl import Divergence
@@ -56,8 +56,14 @@ def what_to_save(head: Head, rows: Rows) -> str:
         return ""
     if not head.trained:
         return "U"
-    size = 2 * rows.hidden.shape[0] * head.weight.shape[0] * check.compute_dtype(head.weight.dtype).itemsize
+    count, stride = _logits_shape(head, rows)
+    size = count * stride * check.compute_dtype(head.weight.dtype).itemsize
     return "logits" if size <= kept_bytes(head.weight.device) else ""
+
+
+def _logits_shape(head: Head, rows: Rows) -> tuple[int, int]:
+    """Of all logits, padded to their row_stride."""
+    return 2 * rows.hidden.shape[0], row_stride(head.weight.shape[0], head.weight.device)
 
 
 class _Halves(NamedTuple):
@@ -135,13 +141,13 @@ class _Stats(NamedTuple):
 
 
 def _empty_results(head: Head, rows: Rows, options: Options) -> list[Tensor]:
-    """[*_Stats of all rows, U of kl and of logprob (N, D), logits (2 N, V), which are unwritten]"""
+    """[*_Stats of all rows, U of kl and of logprob (N, D), all logits, which are unwritten]"""
     targets, (count, width) = rows.targets is not None, rows.hidden.shape
     dtype, new = check.compute_dtype(rows.hidden.dtype), rows.hidden.new_zeros
     wanted = [True, targets, targets, options.want_entropy, *[True] * 5]
     stats = [new(count if w else 0, dtype=dtype) for w in wanted]
     through = [new((count, width) if options.save == "U" and w else (0,)) for w in (True, targets)]
-    logits = (2 * count, head.weight.shape[0]) if options.save == "logits" else (0,)
+    logits = _logits_shape(head, rows) if options.save == "logits" else (0,)
     return [*stats, *through, rows.hidden.new_empty(logits, dtype=dtype)]
 
 
@@ -153,7 +159,7 @@ def _forward(
     rows.check_values(transform, head.weight.shape[0])
     *results, logits = _empty_results(head, rows, options)
     kernels = token_logprobs.IMPLS[backend]
-    all_logits = prefer_huge_pages(logits) if options.save == "logits" else None
+    all_logits = prefer_huge_pages(logits)[:, : head.weight.shape[0]] if options.save == "logits" else None
     tiles = counted_tiles(head, rows, transform, backend, depth=2, all_logits=all_logits)
     if options.save == "logits":
         logits[2 * tiles.order.length :].zero_()
@@ -189,7 +195,8 @@ def _backward(
     """Gradients of hidden and the head's parameters, empty where not needed."""
 
     def each() -> Iterator[RowGradients]:
-        for tile in counted_tiles(head, rows, transform, backend, depth=2, all_logits=saved.logits):
+        all_logits = None if saved.logits is None else saved.logits[:, : head.weight.shape[0]]
+        for tile in counted_tiles(head, rows, transform, backend, depth=2, all_logits=all_logits):
             if saved.logits is None:
                 _make_logits(head, reference, tile)
             parts, scale = by_row(tile, *upstream)

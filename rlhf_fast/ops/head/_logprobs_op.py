@@ -15,13 +15,14 @@ from torch import Tensor
 from rlhf_fast.backends import prefer_huge_pages, without_autocast
 from rlhf_fast.ops.core import registration
 from rlhf_fast.ops.core.check import compute_dtype
+from rlhf_fast.ops.head import _products
 from rlhf_fast.ops.head._shards import Shards
-from rlhf_fast.ops.head.head import Head, RowGradients, empty_gradients, summed_gradients
+from rlhf_fast.ops.head.head import Head, RowGradients, empty_gradients, row_stride, summed_gradients
 from rlhf_fast.ops.head.tiles import Rows, by_row, chunks, counted_rows, counted_tiles, gradient_dtype, zero_behind
 from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Upstream, Wanted, empty_stats
 from rlhf_fast.ops.tokens.transform import Transform
 
-KEPT_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # the most that logits or their gradients of all rows may take
+KEPT_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}  # the most that logits or their gradients of all rows may take
 
 
 class Saves(NamedTuple):
@@ -47,14 +48,20 @@ def what_to_save(head: Head, rows: Rows, wanted: Wanted, backend: str) -> Saves:
         return Saves("")
     if not head.trained:
         return Saves("U")
-    (count, vocabulary), dtype = _gradients_like(head, rows, backend)
-    return Saves("G" if count * vocabulary * dtype.itemsize <= kept_bytes(head.weight.device) else "")
+    return Saves("G" if bytes_of_gradients(head, rows, backend) <= kept_bytes(head.weight.device) else "")
+
+
+def bytes_of_gradients(head: Head, rows: Rows, backend: str) -> int:
+    """What G takes."""
+    (count, stride), dtype = _gradients_like(head, rows, backend)
+    return count * stride * dtype.itemsize
 
 
 def _gradients_like(head: Head, rows: Rows, backend: str) -> tuple[tuple[int, int], torch.dtype]:
-    """Shape and type of G: one row for each of hidden, or for each of the at most mask_count that are taken."""
+    """Shape and type of G, padded to its row_stride: a row for each of hidden, or of the at most mask_count taken."""
     count = rows.hidden.shape[0] if rows.mask_count is None else min(rows.mask_count, rows.hidden.shape[0])
-    return (count, head.weight.shape[0]), gradient_dtype(head.weight, backend)
+    weight = head.weight
+    return (count, row_stride(weight.shape[0], weight.device)), gradient_dtype(weight, backend)
 
 
 def _empty_results(head: Head, rows: Rows, wanted: Wanted, saves: Saves, backend: str) -> list[Tensor]:
@@ -83,7 +90,7 @@ def _forward(
     """Wanted.and_lse of all rows, and U or G or nothing."""
     rows = _local(head, rows, transform, shards)
     *results, saved = _empty_results(head, rows, wanted, saves, backend)
-    all_gradients = prefer_huge_pages(saved) if saves.save == "G" else None
+    all_gradients = prefer_huge_pages(saved)[:, : head.weight.shape[0]] if saves.save == "G" else None
     tiles = counted_tiles(head, rows, transform, backend, all_gradients=all_gradients)
     if tiles.order.rows is not None:
         for x in (*results, saved[tiles.order.length :] if saves.save == "G" else saved):
@@ -120,9 +127,11 @@ def _backward(
     """Gradients of hidden and the head's parameters, empty where not needed."""
     if saved.gradients is None:
         each = _remade(head, _local(head, rows, transform, shards), transform, saved.stats, upstream, backend)
-    else:
-        each = _remembered(rows, saved.gradients, upstream)
-    return summed_gradients(head, rows.hidden, saved.needs, each, shards.sum)
+        return summed_gradients(head, rows.hidden, saved.needs, each, shards.sum)
+    at_once = _products.takes(head.weight)
+    gradients = saved.gradients[:, : head.weight.shape[0]]
+    each = _remembered(rows, gradients, upstream, rows.hidden.shape[0] if at_once else rows.chunk_tokens)
+    return summed_gradients(head, rows.hidden, saved.needs, each, shards.sum, at_once=at_once)
 
 
 def _remade(
@@ -138,14 +147,15 @@ def _remade(
         yield tile.where, tile.hidden, tile.gradient[0], scale
 
 
-def _remembered(rows: Rows, gradients: Tensor, upstream: Upstream) -> Iterator[RowGradients]:
-    """Reads G, whose rows are those that forward took, in its order; leaves out the same rows as _remade."""
+def _remembered(rows: Rows, gradients: Tensor, upstream: Upstream, most: int) -> Iterator[RowGradients]:
+    """Reads G, whose rows are those that forward took, in its order, at most so many at a time; leaves out the same
+    rows as _remade."""
     alive = _alive(rows.mask, upstream.grad_logprobs)
     assert upstream.grad_logprobs is not None
     scale = torch.where(alive != 0, upstream.grad_logprobs, 0)
     taken = counted_rows(rows.hidden.shape[0], rows.mask, rows.mask_count)
     living = counted_rows(taken.length, alive[taken.pick(slice(None))], None)
-    for places in chunks(living.length, rows.chunk_tokens):
+    for places in chunks(living.length, max(1, most)):
         at = living.pick(places)
         where = taken.pick(at)
         yield where, zero_behind(alive[where], rows.hidden[where]), gradients[at], scale[where]

@@ -1,6 +1,7 @@
 """What the losses from hidden states share: their arguments, their scratch budget, and the op around a sweep.
 
-The gradient is made in forward (_sweep, which has the costs), so backward is a scale.
+The gradient is made in forward (_sweep, which has the costs), so backward is a scale. Where linear_logprobs takes no
+more products and memory, it makes the gradient.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from rlhf_fast.backends import without_autocast
 from rlhf_fast.ops.core import check, masked_loss, registration
 from rlhf_fast.ops.core.loss import Loss
 from rlhf_fast.ops.head import _plan, _products
+from rlhf_fast.ops.head._logprobs_op import bytes_of_gradients, kept_bytes
 from rlhf_fast.ops.head._sweep import Sweep, empty
-from rlhf_fast.ops.head.head import VOCABULARY_BLOCK, Head, HeadLora, checked_head, operands
+from rlhf_fast.ops.head.head import VOCABULARY_BLOCK, Head, HeadLora, checked_head, operands, row_stride
 from rlhf_fast.ops.head.linear_logprobs import scored
 from rlhf_fast.ops.head.tiles import Rows, Tiles, checked_rows
 from rlhf_fast.ops.tokens.token_logprobs import Wanted
@@ -145,8 +147,8 @@ def loss_and_logprobs(
     of_logprobs(logprobs, entropy): the same loss for autograd. named(values, logprobs, entropy): the op's metrics.
     """
     head, rows, transform, *_ = call
-    if backend == "reference" or not (head.trained or weighs_entropy):
-        # With a frozen head linear_logprobs has its gradient from one sweep as well, in which no row waits for another.
+    if backend == "reference" or not (weighs_entropy or (head.trained and not keeps_gradients(call, backend))):
+        # linear_logprobs takes as many products, and in its sweep no row waits for another.
         logprobs, entropy, *_ = scored(head, rows, transform, Wanted(want_entropy, False, False), backend)
         loss, metrics = of_logprobs(logprobs, entropy if want_entropy else None)
     else:
@@ -155,6 +157,22 @@ def loss_and_logprobs(
         loss, values, logprobs, entropy = op(head, rows, transform, coupling, wanted, *inputs, backend)[:4]
         metrics = named(values.detach(), logprobs.detach(), entropy.detach() if want_entropy else None)
     return LossAndLogprobs(loss, metrics, logprobs.detach().view(call.shape))
+
+
+def keeps_gradients(call: Call, backend: str) -> bool:
+    """Whether linear_logprobs may keep the gradient of all logits from forward to backward, on a GPU.
+
+    Where it takes no more than what it stands for, the sum in float32 of the gradients of the head, and what a tile
+    leaves of the scratch budget. The head's gradient is then one product, with no sum over tiles in memory.
+    """
+    head, rows = call.head, call.rows
+    if not _products.takes(head.weight):
+        return False
+    trained = sum(p.numel() for p in head.parameters if p is not None and p.requires_grad)
+    sums = trained * check.compute_dtype(head.weight.dtype).itemsize
+    fixed, row = _scratch(head, rows.hidden.shape[0])
+    left = call.scratch_bytes - fixed - rows.chunk_tokens * row
+    return bytes_of_gradients(head, rows, backend) <= min(kept_bytes(head.weight.device), sums + left)
 
 
 def rows_that_fit(head: Head, count: int, scratch_bytes: int) -> int:
@@ -173,12 +191,15 @@ def _scratch(head: Head, count: int) -> tuple[int, int]:
     vocabulary, width = head.weight.shape
     size, wide = head.weight.dtype.itemsize, check.compute_dtype(head.weight.dtype).itemsize
     fixed = count * _ROW_BYTES
-    row = vocabulary * wide + 2 * width * size  # logits; rows of hidden and of its gradient
+    stride = row_stride(vocabulary, head.weight.device)
+    row = stride * wide + 2 * width * size  # logits; rows of hidden and of its gradient
     if head.lora_a is not None:
         row += (2 * head.lora_a.shape[0] + width) * wide
-    if size < wide and head.weight.is_cuda:
+    if size < wide and head.lora_a is not None:
+        fixed += head.lora_a.shape[0] * (vocabulary + width) * wide  # A and B, widened
+    if _products.takes(head.weight):
         fixed += _products.scratch_bytes()
-        row += vocabulary * size  # the gradient
+        row += stride * size  # the gradient
     elif size < wide:
         block = min(vocabulary, VOCABULARY_BLOCK)
         fixed += block * width * wide

@@ -20,6 +20,11 @@ from torch import Tensor
 BLOCK_BYTES = 64 << 20
 
 
+def takes(x: Tensor) -> bool:
+    """Whether products of x are this module's."""
+    return x.is_cuda and x.element_size() < 4
+
+
 @cache
 def capability() -> str:
     """The last of "widen", "multiply", "add" that this PyTorch can do."""

@@ -31,6 +31,8 @@ from rlhf_fast.ops.head import _products
 
 VOCABULARY_BLOCK = 8192  # half-precision heads are widened to float32 in blocks of this many rows on the CPU
 
+ROW_MULTIPLE = {"cpu": 1, "cuda": 16}  # elements: what products and row kernels want rows of logits to begin at
+
 HeadLora = tuple[Tensor, Tensor, float]  # A (R, D), B (V, R), scale
 
 
@@ -80,7 +82,7 @@ class Head(NamedTuple):
         weight = self.weight
         if weight.dtype == out.dtype:
             torch.mm(hidden, weight.t(), out=out)
-        elif weight.is_cuda:
+        elif _products.takes(weight):
             _products.multiply(hidden, weight.t(), out.dtype, out)
         else:
             wide = hidden.to(out.dtype)
@@ -102,25 +104,25 @@ class Head(NamedTuple):
         return logits
 
     def lora_hidden(self, hidden: Tensor) -> Tensor:
-        """hidden @ lora_a^T (n, R)."""
+        """hidden @ lora_a^T (n, R) in float32 (float64)."""
         assert self.lora_a is not None
         return _product(hidden, self.lora_a.t())
 
     def through(self, gradient: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """d loss / d hidden (n, D) in `dtype` (default: the weight's), of d loss / d logits (n, V)."""
         weight, dtype = self.weight, dtype or self.weight.dtype
-        if weight.is_cuda:
-            gradient = gradient.to(weight.dtype)
+        if _products.takes(weight):
+            gradient = narrowed(gradient, weight.dtype)
         if gradient.dtype == weight.dtype == dtype:
             result = gradient @ weight
-        elif weight.is_cuda:
+        elif _products.takes(weight):
             result = _products.multiply(gradient, weight, dtype)
         else:
             result = gradient.new_zeros(gradient.shape[0], weight.shape[1])
             for block in _vocabulary_blocks(weight):
                 result.addmm_(gradient[:, block], weight[block].to(gradient.dtype))
         if self.lora_a is not None and self.lora_b is not None:
-            _accumulate(result, _product(gradient, self.lora_b), self.lora_a, self.lora_scale)
+            _accumulate(result, _product(gradient, self.lora_b.to(gradient.dtype)), self.lora_a, self.lora_scale)
         return result.to(dtype)
 
 
@@ -155,21 +157,28 @@ def checked_head(
 class HeadGradients:
     """Sums over tiles of the gradients of (weight, bias, lora_a, lora_b), those that are needed."""
 
-    def __init__(self, head: Head, needs: list[bool]) -> None:
-        """needs: whether each of (weight, bias, lora_a, lora_b) wants a gradient."""
+    def __init__(self, head: Head, needs: list[bool], *, at_once: bool = False) -> None:
+        """needs: whether each of (weight, bias, lora_a, lora_b) wants a gradient.
+
+        at_once: `add` is called once, with all rows: the product for a weight of bfloat16 is rounded to that, which
+        saves two passes over a float32 sum of its size. One of float16 is too small for its type until it is scaled.
+        """
         self.head, self.empty = head, True
         self.unit: Tensor | None = None  # what the totals are yet to be multiplied by, for float16, see `add`
+        types = [None if p is None else check.compute_dtype(p.dtype) for p in head.parameters]
+        if at_once and head.weight.dtype == torch.bfloat16:
+            types[0] = torch.bfloat16
         self.totals = [
-            None if p is None or not need else p.new_empty(p.shape, dtype=check.compute_dtype(p.dtype))
-            for p, need in zip(head.parameters, needs, strict=True)
+            None if p is None or not need else p.new_empty(p.shape, dtype=dtype)
+            for p, need, dtype in zip(head.parameters, needs, types, strict=True)
         ]
 
     def add(self, gradient: Tensor, hidden: Tensor, scale: Tensor | None = None) -> None:
         """Add what d loss / d logits = scale (n,) * gradient (n, V) of the rows `hidden` (n, D) gives."""
         head = self.head
         weight, bias, lora_a, lora_b = self.totals
-        if head.weight.is_cuda:
-            gradient = gradient.to(head.weight.dtype)
+        if _products.takes(head.weight):
+            gradient = narrowed(gradient, head.weight.dtype)
         if scale is None:
             scale = gradient.new_ones(gradient.shape[0])
         else:
@@ -181,7 +190,8 @@ class HeadGradients:
         if bias is not None:
             _accumulate(bias[:, None], gradient.t(), scale[:, None], old=old)
         if lora_a is not None and head.lora_b is not None:
-            _accumulate(lora_a, _product(gradient, head.lora_b).t(), hidden, head.lora_scale, old)
+            of_rank = _product(gradient, head.lora_b.to(gradient.dtype))
+            _accumulate(lora_a, of_rank.t(), hidden, head.lora_scale, old)
         if lora_b is not None:
             _accumulate(lora_b, gradient.t(), head.lora_hidden(hidden), head.lora_scale, old)
 
@@ -237,11 +247,14 @@ RowGradients = tuple[slice | Tensor, Tensor, Tensor, Tensor]
 
 def summed_gradients(
     head: Head, hidden: Tensor, needs: list[bool], each: Iterable[RowGradients],
-    over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+    over_ranks: Callable[[Tensor], Tensor] = lambda x: x, *, at_once: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of hidden and of the head's parameters, empty where not needed. over_ranks: the sum over its shards."""
+    """Gradients of hidden and of the head's parameters, empty where not needed.
+
+    over_ranks: the sum over its shards. at_once: `each` has at most one element.
+    """
     grad_hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
-    sums = HeadGradients(head, needs[1:])
+    sums = HeadGradients(head, needs[1:], at_once=at_once)
     for where, of_rows, gradient, scale in each:
         if needs[0]:  # in float32 (float64): rounded after its scale
             through = over_ranks(head.through(gradient, check.compute_dtype(head.weight.dtype)))
@@ -259,20 +272,37 @@ def empty_gradients(head: Head, hidden: Tensor, needs: list[bool]) -> list[Tenso
     ]
 
 
+def row_stride(columns: int, device: torch.device) -> int:
+    """From one row of `columns` logits, or of their gradient, to the next, in elements."""
+    multiple = ROW_MULTIPLE.get(device.type, ROW_MULTIPLE["cuda"])
+    return -(-columns // multiple) * multiple
+
+
+def narrowed(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """d loss / d logits (n, V) in `dtype`, with the row_stride of V."""
+    if gradient.dtype == dtype:
+        return gradient
+    rows, columns = gradient.shape
+    result = gradient.new_empty(rows, row_stride(columns, gradient.device), dtype=dtype)[:, :columns]
+    return result.copy_(gradient)
+
+
 def _vocabulary_blocks(weight: Tensor) -> Iterator[slice]:
     for start in range(0, weight.shape[0], VOCABULARY_BLOCK):
         yield slice(start, start + VOCABULARY_BLOCK)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in a's type on a GPU; widened to float32 (float64) on the CPU."""
-    dtype = a.dtype if a.is_cuda else check.compute_dtype(a.dtype)
+    """a @ b in float32 (float64): what the rank of a LoRA goes through is not rounded in between."""
+    dtype = check.compute_dtype(a.dtype)
+    if _products.takes(a) and b.dtype == a.dtype:
+        return _products.multiply(a, b, dtype)
     return a.to(dtype) @ b.to(dtype)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, old: float = 1.0) -> None:
     """total = old * total + scale * a @ b, accumulated in the total's type; with old = 0 it may be unwritten."""
-    if a.is_cuda and a.dtype != total.dtype:
+    if _products.takes(a) and a.dtype != total.dtype:
         _products.add(total, a, b.to(a.dtype), scale, old)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=old, alpha=scale)

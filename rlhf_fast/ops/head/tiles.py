@@ -18,12 +18,14 @@ from torch import Tensor
 
 from rlhf_fast.backends import prefer_huge_pages
 from rlhf_fast.ops.core import check
-from rlhf_fast.ops.head.head import Head
+from rlhf_fast.ops.head import _products
+from rlhf_fast.ops.head.head import Head, row_stride
 from rlhf_fast.ops.tokens.transform import Transform
 
 # Scratch for one tile of float32 logits: enough rows for a matrix product at full speed, which reads (on the CPU also
 # packs) all of the head's weight once per tile.
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+GPU_ROWS = 1024  # the rows of a product that fill whole waves of a GPU's multiprocessors, at the widths of models
 
 
 class Rows(NamedTuple):
@@ -70,10 +72,11 @@ def checked_rows(
 
 
 def default_chunk_tokens(weight: Tensor) -> int:
-    """How many rows of logits fit TILE_BYTES, a multiple of 16 and at least 16."""
+    """How many rows of logits fit TILE_BYTES, at least 16: a multiple of 16, on a GPU of GPU_ROWS where so many fit."""
     budget = TILE_BYTES.get(weight.device.type, TILE_BYTES["cuda"])
-    fitting = budget // (weight.shape[0] * check.compute_dtype(weight.dtype).itemsize)
-    return max(16, fitting // 16 * 16)
+    fitting = budget // (row_stride(weight.shape[0], weight.device) * check.compute_dtype(weight.dtype).itemsize)
+    step = GPU_ROWS if weight.device.type != "cpu" and fitting >= GPU_ROWS else 16
+    return max(16, fitting // step * step)
 
 
 class Order(NamedTuple):
@@ -104,9 +107,14 @@ def counted_rows(count: int, mask: Tensor | None, mask_count: int | None) -> Ord
 
 
 def chunks(count: int, most: int, start: int = 0) -> list[slice]:
-    """`count` places from `start` on in as few slices of at most `most` as possible, of equal height but the last."""
+    """`count` places from `start` on in slices of at most `most`, of equal height but the last.
+
+    The height is a multiple of 128 or 16 where `most` is large: products want that of a dimension.
+    """
+    step = 128 if most >= 1024 else 16 if most >= 128 else 1
+    most = most // step * step
     number = -(-count // most)
-    height = -(-count // number) if number else 1
+    height = -(-count // (number * step)) * step if number else 1
     return [slice(start + i, start + min(i + height, count)) for i in range(0, count, height)]
 
 
@@ -131,7 +139,8 @@ class Tiles:
     """The rows of `order` in tiles, each some of its places, with the places for their logits.
 
     backend: of the row kernels. depth: 2 where every row has two rows of logits, its own and a reference's.
-    all_logits, all_gradients: (depth order.length, V), what keeps those of all tiles, in place of a buffer for one.
+    all_logits, all_gradients: (depth order.length, V), what keeps those of all tiles, in place of a buffer for one,
+    with the row_stride of V.
     """
 
     def __init__(
@@ -141,16 +150,16 @@ class Tiles:
         self.rows, self.transform, self.order, self.slices, self.depth = rows, transform, order, slices, depth
         self.whole = (all_logits, all_gradients)
         weight, dtype = head.weight, check.compute_dtype(head.weight.dtype)
-        size = depth * max((tile.stop - tile.start for tile in slices), default=0), weight.shape[0]
+        size = depth * max((tile.stop - tile.start for tile in slices), default=0)
         logits, gradients = all_logits, all_gradients
         if logits is None and gradients is not None and gradients.dtype == dtype:
             logits = gradients
         if logits is None:
-            logits = tile_buffer(weight, *size, dtype)
+            logits = tile_buffer(weight, size, dtype)
             if gradients is None and gradient_dtype(weight, backend) == dtype:
                 gradients = logits
         if gradients is None:
-            gradients = tile_buffer(weight, *size, gradient_dtype(weight, backend))
+            gradients = tile_buffer(weight, size, gradient_dtype(weight, backend))
         self.logits, self.gradients = logits, gradients
 
     def __iter__(self) -> Iterator[Tile]:
@@ -207,26 +216,29 @@ def zero_behind(mask: Tensor | None, x: Tensor) -> Tensor:
 
 def gradient_dtype(weight: Tensor, backend: str) -> torch.dtype:
     """Of d / d logits: on a GPU the weight's, but the row kernels of CUDA write it in the logits'."""
-    return weight.dtype if weight.is_cuda and backend != "cuda" else check.compute_dtype(weight.dtype)
+    narrow = _products.takes(weight) and backend != "cuda"
+    return weight.dtype if narrow else check.compute_dtype(weight.dtype)
 
 
 _last = threading.local()
 
 
-def tile_buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """(rows, columns), unwritten, on the device of `like`: scratch of one call, which must be over before the next one.
+def tile_buffer(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """(rows, V), unwritten, with the row_stride of V: scratch of one call, which must be over before the next one.
 
     On the CPU a thread keeps the last buffer of at most TILE_BYTES for its next call: PyTorch would give it back to the
     system, and the first touch of fresh pages costs a tenth of the products.
     """
-    size = rows * columns * dtype.itemsize
-    if like.device.type != "cpu" or not 0 < size <= TILE_BYTES["cpu"]:
-        return prefer_huge_pages(like.new_empty(rows, columns, dtype=dtype))
+    columns = weight.shape[0]
+    shape = rows, row_stride(columns, weight.device)
+    size = shape[0] * shape[1] * dtype.itemsize
+    if weight.device.type != "cpu" or not 0 < size <= TILE_BYTES["cpu"]:
+        return prefer_huge_pages(weight.new_empty(shape, dtype=dtype))[:, :columns]
     buffer: Tensor | None = getattr(_last, "buffer", None)
     if buffer is None or buffer.numel() < size:
         _last.buffer = None  # frees the smaller one first
         buffer = _last.buffer = prefer_huge_pages(torch.empty(size, dtype=torch.uint8))
-    return buffer[:size].view(dtype).view(rows, columns)
+    return buffer[:size].view(dtype).view(shape)[:, :columns]
 
 
 def free_tile_buffer() -> None:

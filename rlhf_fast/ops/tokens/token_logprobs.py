@@ -219,7 +219,8 @@ def _per_row(targets: Tensor) -> int:
 
 def _forward_arguments(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform, want_entropy: bool,
                        stats: list[Tensor], gradient: Tensor | None) -> tuple[Any, ...]:  # fmt: skip
-    return *_native_arguments(logits, targets, mask, transform, stats), packed(gradient)
+    at = 0 if gradient is None else strided(gradient)[0]
+    return *_native_arguments(logits, targets, mask, transform, stats), at
 
 
 def _backward_arguments(logits: Tensor, targets: Tensor, mask: Tensor | None, transform: Transform,

@@ -2,45 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from rlhf_fast.ops.head import _products
-
-
-def refused(message):
-    raise RuntimeError(message)
-
-
-@pytest.fixture
-def pytorch(monkeypatch):
-    """pytorch(version): the mm and addmm with an output type of that version, with what it refuses, on the CPU."""
-
-    def of(version):
-        def mm(a, b, dtype, *, out):
-            if "rocm" in version:
-                refused("gemm input type at::BFloat16 and output type float is not supported for ROCm")
-            return out.copy_(a.to(dtype) @ b.to(dtype))
-
-        def addmm(total, a, b, dtype, *, beta, alpha, out):
-            if "rocm" in version:
-                refused("gemm input type at::BFloat16 and output type float is not supported for ROCm")
-            if version.startswith("2.9") and total.dtype != b.dtype:
-                refused(f"self and mat2 must have the same dtype, but got {total.dtype} and {b.dtype}")
-            return out.copy_(torch.addmm(total, a.to(dtype), b.to(dtype), beta=beta, alpha=alpha))
-
-        aten = SimpleNamespace(mm=SimpleNamespace(dtype_out=mm), addmm=SimpleNamespace(dtype_out=addmm))
-        hip = SimpleNamespace(hip="7.0" if "rocm" in version else None)
-        its = {"__version__": version, "version": hip, "ops": SimpleNamespace(aten=aten), "mul": torch.mul}
-        monkeypatch.setattr(_products, "torch", SimpleNamespace(**its))
-        _products.capability.cache_clear()
-
-    yield of
-    monkeypatch.undo()
-    _products.capability.cache_clear()
-
 
 VERSIONS = ["2.9.0+cu128", "2.9.1+rocm7.0", "2.10.0+cu130", "2.13.0+cu130", "3.0.0a0+git12"]
 SHAPES = [(300, 7, 5), (5, 300, 7), (7, 5, 300), (3, 3, 3)]  # each dimension the longest once
