@@ -16,7 +16,7 @@ from rlhf_fast.training import on_policy, supervised
 from rlhf_fast.training.experience import Experience, collect, prompts_of_step
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.optim import accumulate
-from tests.training.tiny_runs import ALGORITHMS, assert_close, config_of, folder, gradients, job_of, values_of
+from tests.training.tiny_runs import ALGORITHMS, DEVICE, assert_close, config_of, folder, gradients, job_of, values_of
 
 ROLLOUTS = ("ppo", "grpo")
 
@@ -48,7 +48,7 @@ def rollout_backward(job: Job, config, experience: Experience) -> dict[str, torc
     module = load_algorithm(config.algorithm)
     parts = torch.arange(config.batch_size).split(config.micro_batch_size or config.batch_size)
     if config.algorithm == "grpo":
-        loss = module.loss_of(config, torch.tensor([1.0, -1.0, 0.5, 2.0]))
+        loss = module.loss_of(config, torch.tensor([1.0, -1.0, 0.5, 2.0], device=DEVICE))
     else:
         loss = module.loss_of(job, config, module.estimate(job, config, experience))
     return accumulate(loss, on_policy.micro_batches(job, config, experience, parts))
@@ -74,7 +74,7 @@ def test_reference_logprobs_are_those_of_the_base_model(algorithm, top_layers):
     job = job_of(config)
     experience = experience_of(job, config)
     batch = experience.batch
-    base = load_model(folder() / "model", dtype=torch.float32).requires_grad_(False)
+    base = load_model(folder() / "model", dtype=torch.float32).requires_grad_(False).to(DEVICE)
     logits = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits / 0.7
     expected = logits.log_softmax(-1)[:, :-1].gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
     expected = torch.nn.functional.pad(expected, (1, 0)) * batch.mask
@@ -87,10 +87,10 @@ def test_dpo_reference_logprobs_are_those_of_the_base_model():
     job = job_of(config)
     module = load_algorithm("dpo")
     ours = module.references_of(job, config, job.train)
-    base = load_model(folder() / "model", dtype=torch.float32).requires_grad_(False)
+    base = load_model(folder() / "model", dtype=torch.float32).requires_grad_(False).to(DEVICE)
     for (chosen, rejected), pair in zip(ours.tolist(), job.train, strict=True):
         for found, example in ((chosen, pair.chosen), (rejected, pair.rejected)):
-            ids = torch.tensor([example.ids])
+            ids = torch.tensor([example.ids], device=DEVICE)
             logprobs = base(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
             assert found == pytest.approx(logprobs[example.start - 1 :].sum().item(), rel=1e-4)
 

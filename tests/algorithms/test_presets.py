@@ -16,7 +16,7 @@ from rlhf_fast.training.experience import collect, prompts_of_step
 from tests.training.tiny_runs import config_of, folder, job_of, values_of
 
 # What a row needs besides its defaults, for the data and batches of tiny_runs.
-NEEDS = {"pass_at_k": {"pass_k": 1, "reward": f"{folder()}/reward.py:even"}}
+NEEDS = {"pass_at_k": {"pass_k": 1}}
 
 
 def values_of_row(name, **changes):
@@ -26,6 +26,8 @@ def values_of_row(name, **changes):
         values.pop(key, None)
     if ALGORITHMS[name].module == "grpo" and "num_generations" not in ALGORITHMS[name].defaults:
         values["num_generations"] = 2
+    if "reward" in values:  # equal rewards of a group have no gradient
+        values["reward"] = f"{folder()}/reward.py:apart"
     return {**values, **NEEDS.get(name, {}), "algorithm": name, "steps": 1, **changes}
 
 

@@ -16,7 +16,7 @@ from rlhf_fast.training import report
 from rlhf_fast.training.config import read_yaml
 from rlhf_fast.training.run import Run, Stopped, read_jsonl, write_summary
 from tests.training.test_resume import interrupt
-from tests.training.tiny_runs import config_of, folder, job_of, values_of
+from tests.training.tiny_runs import DEVICE, config_of, folder, job_of, values_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -174,10 +174,10 @@ def test_a_run_folder_loads_from_anywhere_by_itself(tmp_path, monkeypatch):
     shutil.move("run", tmp_path / "moved")
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "there")
-    model = peft.AutoPeftModelForCausalLM.from_pretrained("../moved").eval()
+    model = peft.AutoPeftModelForCausalLM.from_pretrained("../moved").eval().to(DEVICE)
     tokenizer = AutoTokenizer.from_pretrained("../moved")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<hi>"
-    ids = tokenizer("hello", return_tensors="pt").input_ids
+    ids = tokenizer("hello", return_tensors="pt").input_ids.to(DEVICE)
     job = job_of(config_of("dpo", model="../moved"), scrambled=False)
     assert job.encoder.tokenizer.chat_template == tokenizer.chat_template
     hidden = job.backbone.hidden(ids, torch.ones_like(ids), ["policy"])["policy"]

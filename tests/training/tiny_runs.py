@@ -1,6 +1,7 @@
 """What the tests of training share: a model of a few thousand weights, small data, a config for each algorithm."""
 
 import json
+import os
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -14,19 +15,25 @@ from rlhf_fast.models.tiny import tiny
 from rlhf_fast.training.job import Job, seed_everything
 
 ALGORITHMS = ("sft", "reward_model", "ppo", "grpo", "dpo", "kto")
+DEVICE = os.environ.get("RLHF_FAST_TEST_DEVICE", "cpu")
 TRAINED = {"sft": "policy", "reward_model": "reward", "ppo": "policy", "grpo": "policy", "dpo": "policy",
            "kto": "policy"}  # fmt: skip
 _KEPT: list[tempfile.TemporaryDirectory] = []
 
 REWARD = '''
+from itertools import count
+
+SCORED = count()
+
+
 def score(prompts, completions):
     """Longer is better, up to a point, and vowels are worth a little."""
     return [len(c) % 11 / 5.0 + 0.1 * sum(x in "aeiou" for x in c) for c in completions]
 
 
-def even(completions):
-    """Right or wrong."""
-    return [float(len(c) % 2 == 0) for c in completions]
+def apart(completions):
+    """0, 1 and 2 in turn: they differ in every group and from call to call, whatever was sampled."""
+    return [float(next(SCORED) % 3) for _ in completions]
 '''
 
 
@@ -56,7 +63,7 @@ def values_of(algorithm: str, **changes: Any) -> dict[str, Any]:
     """The keys of a small run; batches do not divide the data, so checkpoints fall inside an epoch."""
     data = {"sft": "sft.jsonl", "reward_model": "pairs.jsonl", "dpo": "pairs.jsonl", "kto": "answers.jsonl"}
     values: dict[str, Any] = {
-        "algorithm": algorithm, "model": str(folder() / "model"), "device": "cpu", "report_to": "none", "seed": 3,
+        "algorithm": algorithm, "model": str(folder() / "model"), "device": DEVICE, "report_to": "none", "seed": 3,
         "data": str(folder() / data.get(algorithm, "prompts.jsonl")), "eval_size": 2, "steps": 5, "batch_size": 4,
         "learning_rate": 0.02, "lora_rank": 4,
     }  # fmt: skip
@@ -87,7 +94,7 @@ def job_of(config: Any, *, scrambled: bool = True) -> Job:
 def scramble(backbone: Backbone) -> None:
     for role in sorted({*backbone.adapters, *backbone.heads}):
         for parameter in backbone.parameters_of(role):
-            parameter.add_(0.2 * torch.randn(parameter.shape))
+            parameter.add_(0.2 * torch.randn(parameter.shape).to(parameter.device))
 
 
 def gradients(job: Job) -> dict[str, torch.Tensor]:
