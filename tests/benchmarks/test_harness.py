@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from benchmarks.cases import advantages, head, sizes
 from benchmarks.cases.build import forward
 from benchmarks.cases.sizes import Sizes, with_gradient
 from benchmarks.costs import PASSES, Work, evaluated, floor_seconds, work
-from benchmarks.harness import Bar, Case, check, described, enough, judged, measure, print_result, spread
+from benchmarks.harness import Bar, Case, best_of, check, described, enough, judged, measure, print_result, spread
+from benchmarks.roofline import Fact, measured
 from rlhf_fast.testing.memory import peak_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -291,3 +293,17 @@ def test_the_time_of_a_part_is_scaled_to_the_whole():
     times = measure(case, "cpu", repeats=3)["contenders"]
     assert times["eager"]["min_ms"] > 1000 * times["ours"]["min_ms"]
     assert not math.isnan(times["eager"]["median_ms"])
+
+
+def test_a_limit_is_timed_after_load():
+    began = []
+    best_of(lambda: began.append(time.perf_counter()), "cpu", 0.05)
+    assert sum(start > began[0] + 0.05 for start in began) >= 20
+    assert sum(start <= began[0] + 0.05 for start in began) > 20
+
+
+def test_a_product_faster_than_the_limit_raises_it():
+    best = {"copy_bytes_per_second": 1e12, "float32_flops_per_second": 1.0}
+    product = Fact("product", lambda: lambda: None, Work(flops=10**9))
+    assert measured(product, "cpu", best)["of the limit"] == 1
+    assert best["float32_flops_per_second"] > 1e9
