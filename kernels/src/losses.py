@@ -12,12 +12,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.launch import launch
+from rlhf_fast.kernels.plane import is_short, place
 from rlhf_fast.kernels.preference_losses import PAIRED, UNPAIRED
-from rlhf_fast.kernels.scalar import divide, product, sigmoid, softplus, sum_parts
+from rlhf_fast.kernels.scalar import divide, load_parts, product, sigmoid, softplus
 from torch import Tensor
 
 BLOCK = 1024  # elements of a program at a time; fewer where there are many inputs, or registers would be spilled
-PARTS = 128  # partial sums at most
+PARTS = 1024  # partial sums at most: as many programs as run at a time on a large GPU
 PARAMETERS = 5  # of a variant, at most
 
 
@@ -89,6 +90,7 @@ def _elements_kernel(
     FUNCTION: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    SHORT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     acc: tl.constexpr = partials.dtype.element_ty
@@ -108,7 +110,7 @@ def _elements_kernel(
         counts = inside
         if HAS_MASK:
             counts = inside & (tl.load(mask + i, mask=inside, other=0) != 0)
-        row, column = i // columns, i % columns
+        row, column = place(i, columns, SHORT)
         x = ()
         for k in tl.static_range(len(inputs)):
             at = inputs[k] + row * strides[k][0] + column * strides[k][1]
@@ -143,13 +145,14 @@ def _means_kernel(
     HAS_DENOMINATOR: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    count = sum_parts(partials, 5, programs, PARTS)
+    parts = load_parts(partials, 6, programs, PARTS)
+    count = tl.sum(parts[5], 0)
     if HAS_DENOMINATOR:
         count = tl.load(denominator)
     count = tl.where(count == 0, 1.0, count)  # nothing counts: every sum is 0
-    tl.store(loss, divide(sum_parts(partials, 0, programs, PARTS), count))
+    tl.store(loss, divide(tl.sum(parts[0], 0), count))
     for k in tl.static_range(4):
-        tl.store(metrics + k, divide(sum_parts(partials, k + 1, programs, PARTS), count))
+        tl.store(metrics + k, divide(tl.sum(parts[k + 1], 0), count))
     tl.store(divisor, count)
 
 
@@ -178,9 +181,11 @@ def masked_loss(
         _elements_kernel, (programs,),
         tuple(inputs), strides, mask, first, last, partials,
         *parameters, *[0.0] * (PARAMETERS - len(parameters)), n, columns,
-        FUNCTION=function, COEFFICIENTS=len(coefficients), HAS_MASK=mask is not None, BLOCK=block,
+        FUNCTION=function, COEFFICIENTS=len(coefficients), HAS_MASK=mask is not None, SHORT=is_short(n),
+        BLOCK=block,
     )  # fmt: skip
     launch(
         _means_kernel, (1,),
         partials, denominator, loss, metrics, divisor, programs, HAS_DENOMINATOR=denominator is not None, PARTS=PARTS,
+        num_warps=8,
     )  # fmt: skip

@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from rlhf_fast.kernels.kl_estimate import VARIANTS as KL_VARIANTS
 from rlhf_fast.kernels.launch import launch
-from rlhf_fast.kernels.plane import plane, read
+from rlhf_fast.kernels.plane import is_short, place, plane, read
 from rlhf_fast.kernels.policy_losses import FUNCTIONS, Numbers, Shared, Token, bounded_exp, in_type
-from rlhf_fast.kernels.scalar import bounded, divide, exp_minus_1_minus, product, sum_parts
+from rlhf_fast.kernels.scalar import bounded, divide, exp_minus_1_minus, load_parts, product
 from torch import Tensor
 
 BLOCK = 512
-PARTS = 128  # partial sums at most
+PARTS = 1024  # partial sums at most: as many programs as run at a time on a large GPU
+WARPS = 4
 
 
 class Flags(NamedTuple):
@@ -163,7 +164,7 @@ def _sequences_kernel(
     vespo_lambda_neg: tl.float64, dro_beta: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64,
     correction_low: tl.float64, correction_high: tl.float64, off_policy_max_kl: tl.float64,
     STATISTIC: tl.constexpr, SHARED_OF: tl.constexpr, FOLDS: tl.constexpr, LEVEL: tl.constexpr, MODE: tl.constexpr,
-    MARKS: tl.constexpr, BLOCK: tl.constexpr,
+    MARKS: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = shared.dtype.element_ty
     p = in_type(
@@ -179,7 +180,7 @@ def _sequences_kernel(
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         counts, dropped, _selected = _flags(flags, i, i < end, MARKS)
-        row, column = i // columns, i % columns
+        row, column = place(i, columns, SHORT)
         lp = read(logprobs, row, column, counts, acc)
         old = read(old_logprobs, row, column, counts, acc)
         a = read(advantages, row, column, counts, acc)
@@ -244,7 +245,7 @@ def _tokens_kernel(
     correction_low: tl.float64, correction_high: tl.float64, off_policy_max_kl: tl.float64,
     LOSS: tl.constexpr, OF_SEQUENCE: tl.constexpr, FOLDS: tl.constexpr, LEVEL: tl.constexpr, MODE: tl.constexpr,
     MARKS: tl.constexpr, KL: tl.constexpr, IS_K3: tl.constexpr, UNBIASED: tl.constexpr, BONUS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SHORT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = partials.dtype.element_ty
     p = in_type(
@@ -259,7 +260,7 @@ def _tokens_kernel(
         i = tl.full([], block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < N
         counts, dropped, selected = _flags(flags, i, inside, MARKS)
-        row, column = i // columns, i % columns
+        row, column = place(i, columns, SHORT)
         lp = read(logprobs, row, column, counts, acc)
         old = read(old_logprobs, row, column, counts, acc)
         a = read(advantages, row, column, counts, acc)
@@ -316,11 +317,11 @@ def _tokens_kernel(
         sums = Sums(*total)
         highest = tl.where(counts & (ratio > highest), ratio, highest)
         lowest = tl.where(counts & (ratio < lowest), ratio, lowest)
-    place, programs = partials + tl.program_id(0), tl.num_programs(0)
+    own, programs = partials + tl.program_id(0), tl.num_programs(0)
     for k in tl.static_range(SUMS):
-        tl.store(place + k * programs, tl.sum(sums[k], 0))
-    tl.store(place + SUMS * programs, tl.max(highest, 0))
-    tl.store(place + (SUMS + 1) * programs, tl.min(lowest, 0))
+        tl.store(own + k * programs, tl.sum(sums[k], 0))
+    tl.store(own + SUMS * programs, tl.max(highest, 0))
+    tl.store(own + (SUMS + 1) * programs, tl.min(lowest, 0))
 
 
 @triton.jit
@@ -334,13 +335,15 @@ def _metrics_kernel(
 ):
     part = tl.arange(0, PARTS)
     there = part < programs
-    highest = tl.max(tl.load(partials + SUMS * programs + part, mask=there, other=float("-inf")), 0)
-    lowest = tl.min(tl.load(partials + (SUMS + 1) * programs + part, mask=there, other=float("inf")), 0)
+    highest = tl.load(partials + SUMS * programs + part, mask=there, other=float("-inf"))
+    lowest = tl.load(partials + (SUMS + 1) * programs + part, mask=there, other=float("inf"))
+    parts = load_parts(partials, SUMS, programs, PARTS)
+    highest, lowest = tl.max(highest, 0), tl.min(lowest, 0)
     nothing = highest < lowest
     tokens = tl.load(denominator)
     total = ()
     for k in tl.static_range(SUMS):
-        total += (sum_parts(partials, k, programs, PARTS),)
+        total += (tl.sum(parts[k], 0),)
     total = Sums(*total)
     broken = tl.where(total.ratio != total.ratio, total.ratio, 0.0)  # NaN is no maximum
     in_order = (
@@ -370,7 +373,7 @@ def policy_loss(inputs: Any, plan: Any, numbers: Any, outputs: list[Tensor]) -> 
     lp, old, advantages, _ref, sampler, _entropy = planes
     options = {
         "FOLDS": function.folds_correction, "LEVEL": numbers.correction_level, "MODE": numbers.correction_mode,
-        "MARKS": numbers.marks_tokens, "BLOCK": BLOCK,
+        "MARKS": numbers.marks_tokens, "SHORT": is_short(logprobs.numel()), "BLOCK": BLOCK,
     }  # fmt: skip
     shared = ids = None
     if numbers.needs_sequences:
@@ -391,6 +394,6 @@ def policy_loss(inputs: Any, plan: Any, numbers: Any, outputs: list[Tensor]) -> 
         *planes, plan.flags, weights, ids, plan.denominator, shared, coefficients[0], *(coefficients[1:] or [None]),
         partials, logprobs.numel(), columns, sequences, *values, LOSS=function.token, OF_SEQUENCE=function.of_sequence,
         KL=KL_VARIANTS[numbers.kl_variant], IS_K3=numbers.kl_variant == "k3", UNBIASED=numbers.kl_unbiased,
-        BONUS=len(coefficients) > 1, num_warps=8, **options,
+        BONUS=len(coefficients) > 1, num_warps=WARPS, **options,
     )  # fmt: skip
-    launch(_metrics_kernel, (1,), partials, plan.denominator, loss, metrics, programs, PARTS=PARTS)
+    launch(_metrics_kernel, (1,), partials, plan.denominator, loss, metrics, programs, PARTS=PARTS, num_warps=8)

@@ -1,4 +1,4 @@
-"""Scalar functions without cancellation or overflow, and sums of partial sums, for Triton kernels."""
+"""Scalar functions without cancellation or overflow, and partial sums, for Triton kernels."""
 
 from __future__ import annotations
 
@@ -81,7 +81,10 @@ def divide(x, y):
 
 
 @triton.jit
-def sum_parts(partials, k, programs, PARTS: tl.constexpr):
-    """The sum over programs of partial sum k of partials (sums, programs), in a fixed order."""
+def load_parts(partials, COUNT: tl.constexpr, programs, PARTS: tl.constexpr):
+    """The first COUNT of partials (sums, programs), PARTS each: all are asked for before a sum waits for one."""
     part = tl.arange(0, PARTS)
-    return tl.sum(tl.load(partials + k * programs + part, mask=part < programs, other=0.0), 0)
+    parts = ()
+    for k in tl.static_range(COUNT):
+        parts += (tl.load(partials + k * programs + part, mask=part < programs, other=0.0),)
+    return parts
