@@ -13,6 +13,7 @@ from rlhf_fast.kernels.scan import backward
 from torch import Tensor
 
 BLOCK = 1024
+WARPS = 4
 
 
 @triton.jit
@@ -118,5 +119,5 @@ def gae(
         sequences, time, rewards.stride(0), 0 if values is None else values.stride(0), gamma, lam,
         lam if value_lam is None else value_lam, HAS_VALUES=values is not None, HAS_MASK=mask is not None,
         PACKED=packed, HAS_BOOTSTRAP=bootstrap is not None, HAS_LAMS=lams is not None, DECOUPLED=value_lam is not None,
-        BLOCK=min(BLOCK, triton.next_power_of_2(time)), num_warps=4,
+        BLOCK=min(BLOCK, triton.next_power_of_2(time)), num_warps=WARPS,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import triton.language as tl
 from rlhf_fast.kernels.launch import launch
 from torch import Tensor
 
+MOMENTS_BLOCK = 4096
 BLOCK = 2048
 PARTS = 512  # moments that are combined at a time
 
@@ -46,15 +47,15 @@ def _moments_kernel(
         if HAS_MASK:
             counts = counts & (tl.load(mask + at, mask=counts, other=0) != 0)
         values = tl.load(x + at, mask=counts, other=0.0).to(ACC)
-        # Distances from the block's first number: equal numbers have exactly that mean and no deviation.
-        first = tl.min(tl.where(counts, lanes, start + BLOCK), 0)
-        first = tl.sum(tl.where(counts & (lanes == first), values, 0.0), 0)
+        # Distances from one of the block's numbers: equal ones have exactly that mean and no deviation.
         block_n = tl.sum(counts.to(ACC), 0)
-        distance = tl.where(counts, values - first, 0.0)
+        origin = tl.max(tl.where(counts, values, -float("inf")), 0)
+        origin = tl.where(block_n > 0, origin, 0.0)
+        distance = tl.where(counts, values - origin, 0.0)
         block_mean = tl.sum(distance, 0) / tl.maximum(block_n, 1.0)
         distance = tl.where(counts, distance - block_mean, 0.0)
         n, mean, m2 = _merge(
-            n, mean, m2, block_n.to(tl.float64), first.to(tl.float64) + block_mean.to(tl.float64),
+            n, mean, m2, block_n.to(tl.float64), origin.to(tl.float64) + block_mean.to(tl.float64),
             tl.sum(distance * distance, 0).to(tl.float64),
         )  # fmt: skip
     tl.store(moments + part * 3, n)
@@ -86,7 +87,13 @@ def _whiten_kernel(
         part_n = tl.load(moments + part * 3, mask=inside, other=0.0)
         part_mean = tl.load(moments + part * 3 + 1, mask=inside, other=0.0)
         part_m2 = tl.load(moments + part * 3 + 2, mask=inside, other=0.0)
-        tile_n, tile_mean, tile_m2 = tl.reduce((part_n, part_mean, part_m2), 0, _merge)
+        # As _merge of all of them at once. Distances from one of the means, as above.
+        tile_n = tl.sum(part_n, 0)
+        origin = tl.max(tl.where(part_n > 0, part_mean, -float("inf")), 0)
+        origin = tl.where(tile_n > 0, origin, 0.0)
+        tile_mean = origin + tl.sum(part_n * (part_mean - origin), 0) / tl.maximum(tile_n, 1.0)
+        distance = part_mean - tile_mean
+        tile_m2 = tl.sum(part_m2 + part_n * distance * distance, 0)
         n, mean, m2 = _merge(n, mean, m2, tile_n, tile_mean, tile_m2)
     scale = (1.0 / tl.sqrt(m2 / tl.maximum(n - 1.0, 1.0) + eps)).to(acc)
     rounded = mean.to(acc)  # and what is left of the mean: one of 1e6 is rounded by more than a small deviation
@@ -110,7 +117,7 @@ def whiten_moments(x: Tensor, mask: Tensor | None, moments: Tensor) -> None:
     launch(
         _moments_kernel, (parts,),
         x, mask, moments, count, span, HAS_MASK=mask is not None,
-        ACC=tl.float64 if x.element_size() == 8 else tl.float32, BLOCK=BLOCK, num_warps=8,
+        ACC=tl.float64 if x.element_size() == 8 else tl.float32, BLOCK=MOMENTS_BLOCK, num_warps=8,
     )  # fmt: skip
 
 

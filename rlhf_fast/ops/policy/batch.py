@@ -99,7 +99,7 @@ class Plan(NamedTuple):
             return self.denominator
         if self.flags is None:
             return like.new_full((), max(like.numel(), 1), dtype=dtype)
-        return (self.flags != 0).sum().clamp(min=1).to(dtype)
+        return (self.flags != 0).sum(dtype=dtype).clamp(min=1)
 
     def counts(self, like: Tensor) -> Tensor:
         """(rows, columns) bool"""
