@@ -11,7 +11,8 @@ With G = d loss / d logits of a tile:
 
 Each of the three large products is 2 n D V FLOPs for a tile of n rows (P, when summed over all N rows); LoRA of rank R
 adds R / D of that. Logits are accumulated and kept in float32 (float64 for float64). On a GPU G is of the weight's
-type, on the CPU of the logits'; gradients of parameters are accumulated in float32 across tiles. No atomics.
+type, on the CPU of the logits'; gradients of parameters are accumulated in float32, across tiles as well. What a LoRA
+makes of rank R is float32 too; its product with lora_b follows PyTorch's setting for float32 (TF32 or not). No atomics.
 
 Source: tiling over tokens as in Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"
 (arXiv 2411.09009); LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3.

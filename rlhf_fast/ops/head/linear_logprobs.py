@@ -8,7 +8,8 @@ temperature, logprob and entropy are those of token_logprobs(logits, targets), a
 (with a LoRA: + lora_scale * (G @ B) @ A). Neither depends on the loss above. With a frozen head the forward pass makes
 U in the same sweep over the tiles of logits, and the backward pass is a row scale for any loss: grad_hidden =
 grad_logprob * U. With a trained one (weight, bias or LoRA) it keeps G while all of it fits KEPT_BYTES, and the backward
-pass is two products; else the tiles are made again.
+pass is two products; else the tiles are made again. On a GPU the two take all rows at once, and a weight of bfloat16
+gets its gradient straight in that type: one of float32, summed over tiles, would be read and written once per tile.
 
 Cost, with P = one N x D x V product (2 N D V FLOPs; a LoRA of rank R adds R / D of each), forward and backward:
 
@@ -21,7 +22,7 @@ Cost, with P = one N x D x V product (2 N D V FLOPs; a LoRA of rank R adds R / D
 
 Bytes: the head is read once per tile and product. Scratch is one tile of `chunk_tokens` x V float32 (plus its bfloat16
 gradient on a GPU), U (N x D, in hidden's type), and G (N x V, in the head's type on a GPU, in float32 on the CPU, where
-it takes the tile's place) up to KEPT_BYTES.
+it takes the tile's place) up to KEPT_BYTES: 4 GiB on a GPU, 256 MiB on the CPU.
 
 Rows that cost no product: on the CPU those with mask 0 and, in the backward pass of a trained head, those whose
 upstream gradient is 0 (clipped tokens, groups of zero advantage). On a GPU finding them would need a host
@@ -32,8 +33,8 @@ Vocabulary parallel (process_group): the shards' statistics are merged per tile,
 gradient of A are summed over the ranks, those of weight, bias and B stay local.
 
 Numerics: logits are accumulated and kept in float32 (never rounded to bfloat16 before the softmax), then as in
-token_logprobs; U = G @ weight has no cancellation for confident tokens; gradients of the head are accumulated in
-float32 across tiles. No atomics: the same inputs give the same bits, with gradients or without.
+token_logprobs; hidden @ A^T stays float32 as well. U = G @ weight has no cancellation for confident tokens; gradients
+of the head are accumulated in float32. No atomics: the same inputs give the same bits, with gradients or without.
 
 Sources: the loss-independent row gradient follows from d logsumexp = softmax; tiling over tokens as in
 Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009); LoRA, Hu et al. 2021
@@ -135,7 +136,7 @@ def linear_logprobs(
     return_stats: also a RowStats, without gradient, which costs nothing.
     process_group: weight, bias and B are this rank's rows of the head, in rank order, of at least one row each; targets
     are ids of the whole vocabulary. Every rank makes the same call on the same rows, and the same backward pass.
-    chunk_tokens: rows of logits held at a time (default: from a byte budget, tiles.TILE_BYTES; with a
+    chunk_tokens: the most rows of logits held at a time (default: from a byte budget, tiles.TILE_BYTES; with a
     process_group 1024).
     Whether the head is frozen is read from requires_grad of weight, bias, A and B.
 

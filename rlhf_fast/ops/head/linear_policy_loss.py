@@ -15,6 +15,11 @@ sequence's ratio, or a selection from the batch) take the rows of whole sequence
 `scratch_bytes` holds their logits (for gspo, luspo and dro without a term per token: or a gradient of the head and a
 tile), up to 4P beyond that. See _sweep for scratch and for rows that cost nothing.
 
+On a GPU a trained head of half precision takes the way of linear_logprobs, also 3P, in which no row waits for another,
+unless the entropy has a weight: while d logprob / d logits of all rows (N x V), which are kept from forward to
+backward, take no more than the float32 gradients of the head that they stand for and what a tile leaves of
+`scratch_bytes`. With a trained weight that is up to N = 2 D rows in any case.
+
 Numerics: those of linear_logprobs and policy_loss. Parameter gradients are accumulated in float32, and rounded once.
 
 Sources: policy_loss; gradients in forward as in Liger Kernel, Hsu et al. 2024 (arXiv 2410.10989, section 3.2).
@@ -99,8 +104,8 @@ def linear_policy_loss(
     mask_count: how many rows the mask counts, or an upper bound: lets a GPU leave the others out (the CPU does so in
     any case). return_logprobs: also the log-probabilities, without gradient.
     chunk_tokens: rows of logits in one product (default: from tiles.TILE_BYTES). scratch_bytes: the most that is
-    allocated at a time beside results and gradients, 1 GiB by default; losses that take whole sequences hold as many
-    rows of logits as fit.
+    allocated at a time beside results and gradients, those of a head in float32 until the backward pass, 1 GiB by
+    default; losses that take whole sequences hold as many rows of logits as fit.
 
     Returns (loss, metrics) as policy_loss, with return_logprobs (loss, metrics, logprobs). Raises ValueError or
     TypeError for what does not fit, IndexError on the CPU for a counted target outside [0, V).

@@ -14,7 +14,7 @@ Cost, with P = one N x D x V product (2 N D V FLOPs): c_s is known once both seq
 taken at a time. A trained head takes 3P while `scratch_bytes` holds the logits of a pair, or two gradients of the head
 and a tile, and up to 4P beyond that; a frozen one 2P; without gradients P. aot, aot_unpaired and bco_pair (without a
 given reward_shift) couple the pairs of the call: all of them are taken at a time. See _sweep for scratch and for
-rows that cost nothing.
+rows that cost nothing, linear_policy_loss for what a GPU does with a trained head of half precision.
 
 Numerics: those of linear_logprobs and preference_loss; the sums are made in float64 and in a fixed order.
 
