@@ -162,17 +162,17 @@ def loss_and_logprobs(
 def keeps_gradients(call: Call, backend: str) -> bool:
     """Whether linear_logprobs may keep the gradient of all logits from forward to backward, on a GPU.
 
-    Where it takes no more than what it stands for, the sum in float32 of the gradients of the head, and what a tile
-    leaves of the scratch budget. The head's gradient is then one product, with no sum over tiles in memory.
+    Where it takes no more than what it stands for, the sum in float32 of a bfloat16 weight's gradient, and what a tile
+    leaves of the scratch budget. The weight's gradient is then one product, with no sum over tiles in memory.
     """
     head, rows = call.head, call.rows
-    if not _products.takes(head.weight):
+    weight = head.weight
+    if not _products.takes(weight):
         return False
-    trained = sum(p.numel() for p in head.parameters if p is not None and p.requires_grad)
-    sums = trained * check.compute_dtype(head.weight.dtype).itemsize
+    in_float32 = 4 * weight.numel() if weight.requires_grad and weight.dtype == torch.bfloat16 else 0
     fixed, row = _scratch(head, rows.hidden.shape[0])
     left = call.scratch_bytes - fixed - rows.chunk_tokens * row
-    return bytes_of_gradients(head, rows, backend) <= min(kept_bytes(head.weight.device), sums + left)
+    return bytes_of_gradients(head, rows, backend) <= min(kept_bytes(weight.device), in_float32 + left)
 
 
 def rows_that_fit(head: Head, count: int, scratch_bytes: int) -> int:

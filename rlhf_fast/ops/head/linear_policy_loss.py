@@ -17,8 +17,8 @@ tile), up to 4P beyond that. See _sweep for scratch and for rows that cost nothi
 
 On a GPU a trained head of half precision takes the way of linear_logprobs, also 3P, in which no row waits for another,
 unless the entropy has a weight: while d logprob / d logits of all rows (N x V), which are kept from forward to
-backward, take no more than the float32 gradients of the head that they stand for and what a tile leaves of
-`scratch_bytes`. With a trained weight that is up to N = 2 D rows in any case.
+backward, take no more than the float32 gradient of a bfloat16 weight that they stand for and what a tile leaves of
+`scratch_bytes`. With such a weight trained that is up to N = 2 D rows in any case.
 
 Numerics: those of linear_logprobs and policy_loss. Parameter gradients are accumulated in float32, and rounded once.
 

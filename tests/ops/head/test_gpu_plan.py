@@ -112,8 +112,9 @@ def test_a_loss_keeps_gradients_of_logits_in_place_of_a_float32_sum_for_its_head
     fixed, row = _loss._scratch(call.head, 64)
     for left, keeps in ((kept - sums, True), (kept - sums - 1, False)):
         assert _loss.keeps_gradients(call._replace(scratch_bytes=fixed + 16 * row + left), "triton") is keeps
-    frozen = call._replace(head=call.head._replace(weight=tensors["weight"].detach()))
-    assert not _loss.keeps_gradients(frozen._replace(scratch_bytes=fixed + 16 * row + kept - 1), "triton")
+    room = call._replace(scratch_bytes=fixed + 16 * row + kept - 1)
+    for other in (tensors["weight"].detach(), tensors["weight"].detach().half().requires_grad_()):
+        assert not _loss.keeps_gradients(room._replace(head=room.head._replace(weight=other)), "triton")
 
 
 def test_tiles_of_a_gpu_are_of_whole_waves_and_what_is_cut_in_tiles_of_128():
