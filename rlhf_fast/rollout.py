@@ -5,7 +5,7 @@ distribution than the one whose log-probabilities are trained on. `check_sampler
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from rlhf_fast.data.batches import Batch, pad_batch
@@ -86,12 +88,14 @@ def roll_out(
     top_p: float = 1.0,
     rows_per_pass: int | None = None,
     keep_logprobs: bool = False,
+    on_finished: Callable[[int, str], None] | None = None,
 ) -> Rollout:
     """One completion of at most max_new_tokens tokens (at least one) for each prompt, by the role 'policy'.
 
     Uses torch's global random state. rows_per_pass bounds the memory of the key-value cache. The prompts are padded
     on the left for generation and the result on the right, so nothing downstream needs to know about the left.
-    keep_logprobs: also the sampler's log-probabilities.
+    keep_logprobs: also the sampler's log-probabilities. on_finished: called with a row and its completion as soon as
+    it has ended, while others go on.
     """
     stops = stop_ids(backbone, tokenizer, prompts)
     pad = pad_id(tokenizer, embedding_rows(backbone.model))
@@ -104,7 +108,8 @@ def roll_out(
     recorder = Recorder(temperature) if keep_logprobs else None
     for i in range(0, len(prompts), size):
         ids = [p.ids for p in prompts[i : i + size]]
-        tokens = _generate(backbone, ids, settings, recorder)[:, max(map(len, ids)) :]
+        watch = None if on_finished is None else _Watch(tokenizer, prompts[i : i + size], stops, i, on_finished)
+        tokens = _generate(backbone, ids, settings, recorder, watch)[:, max(map(len, ids)) :]
         completions += [_cut(row, stops) for row in tokens.tolist()]
         if recorder is not None:
             recorder.finish(tokens)
@@ -237,6 +242,31 @@ class Recorder(LogitsProcessor):
         return float(torch.stack(self._spreads).mean())
 
 
+class _Watch(StoppingCriteria):
+    """Stops nothing; tells of each row when it has sampled a stop token."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        stops: Sequence[int],
+        first: int,
+        tell: Callable[[int, str], None],
+    ) -> None:
+        """first: the number of the first of the prompts, as `tell` counts."""
+        self.tokenizer, self.prompts, self.stops, self.first, self.tell = tokenizer, prompts, stops, first, tell
+        self.open = set(range(len(prompts)))
+        self.width = max(len(prompt.ids) for prompt in prompts)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
+        last = input_ids[:, -1].tolist()
+        for row in sorted(row for row in self.open if last[row] in self.stops):
+            self.open.remove(row)
+            completion = input_ids[row, self.width :].tolist()
+            self.tell(self.first + row, _text(self.tokenizer, self.prompts[row], completion, self.stops))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def _spread(logits: Tensor) -> Tensor:
     """(..., V) -> (): mean standard deviation over the vocabulary, less the entries that a model masks out."""
     open_entries = logits.where(logits > torch.finfo(torch.float16).min, torch.nan)
@@ -320,6 +350,7 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
     record: LogitsProcessor | None = None,
+    watch: StoppingCriteria | None = None,
 ) -> Any:
     """What `generate` returns: the ids (B, W + N), prompts padded on the left to W, or with the settings' outputs."""
     model, device = backbone.model, _device(backbone)
@@ -327,10 +358,12 @@ def _generate(
     pad = settings.pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(ids)) + [*ids] for ids in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    processors = {} if record is None else {"logits_processor": LogitsProcessorList([record])}
+    hooks: dict[str, Any] = {} if record is None else {"logits_processor": LogitsProcessorList([record])}
+    if watch is not None:
+        hooks["stopping_criteria"] = StoppingCriteriaList([watch])
     hook = model.get_output_embeddings().register_forward_pre_hook(_before_head)
     try:
         with backbone.using(_role(backbone)), _without_settings_of_the_checkpoint(model):
-            return model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings, **processors)
+            return model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings, **hooks)
     finally:
         hook.remove()

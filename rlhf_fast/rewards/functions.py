@@ -8,9 +8,13 @@ first `end` characters of the completion.
 import importlib
 import importlib.util
 import inspect
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -65,18 +69,24 @@ def check_columns(name: str, function: Function, columns: Sequence[str]) -> None
 
 
 def call(
-    name: str, function: Function, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, list[Any]]
+    name: str,
+    function: Function,
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    columns: dict[str, list[Any]],
+    timeout: float | None = None,
 ) -> Answer:
     """What the function pays. It gets the columns that it names, or all with **kwargs.
 
-    UserError, with the function's name and the example's index, when it raises, exits, or returns anything but what the
-    head of this file says, of numbers that are finite in fp32.
+    UserError, with the function's name and the example's index, when it raises, exits, takes more than `timeout`
+    seconds, or returns anything but what the head of this file says, of numbers that are finite in fp32.
     """
     arguments = _arguments(function, prompts, completions, columns)
     try:
-        values = function(**arguments)
+        with _alarm(timeout):
+            values = function(**arguments)
     except (Exception, SystemExit) as error:
-        where = _failing_example(function, arguments, len(completions))
+        where = _failing_example(function, arguments, len(completions), timeout)
         raise UserError(f"reward {name} raised {_line(error)} ({where})") from error
     return _checked(name, values, completions, columns.get("completion_ids"))
 
@@ -130,11 +140,32 @@ def _number(who: str, i: int, value: Any) -> float:
     return float(value)
 
 
-def _failing_example(function: Function, arguments: dict[str, Any], size: int) -> str:
-    """Which example raises on its own; the batch is small and the run is over, so trying each is cheap."""
+@contextmanager
+def _alarm(seconds: float | None) -> Iterator[None]:
+    """TimeoutError inside after so many seconds. Python raises it between two of its own instructions, so a call into C
+    ends first; and in the main thread only: in another there is no time-out."""
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"no answer in {seconds:g} s (reward_timeout)")
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _failing_example(function: Function, arguments: dict[str, Any], size: int, timeout: float | None) -> str:
+    """Which example fails on its own; the batch is small and the run is over, so trying each is cheap."""
     for i in range(size):
         try:
-            function(**{key: [values[i]] for key, values in arguments.items()})
+            with _alarm(timeout):
+                function(**{key: [values[i]] for key, values in arguments.items()})
         except (Exception, SystemExit):  # noqa: BLE001 - a user's function may raise anything, and that is the question here
             return f"example {i}: completion {arguments['completions'][i][:60]!r}"
     return f"in a batch of {size}; every example alone is fine"

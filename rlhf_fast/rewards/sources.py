@@ -15,6 +15,7 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.peft_io import load_adapter
 from rlhf_fast.rewards.functions import Payment, call, check_columns, load_function
 from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.rewards.verify import Verifier
 
 STATS_FILE = "reward_stats.json"
 
@@ -53,11 +54,21 @@ class Rewards:
 
     sources: list[Source] = field(default_factory=list)
     adapter: AdapterSource | None = None
+    timeout: float | None = None  # seconds of one source for one batch
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """UserError when a function needs a column that the data lacks."""
         for source in self.sources:
             check_columns(source.name, source.function, columns)
+
+    @property
+    def early(self) -> list[Verifier]:
+        """The sources that can judge a row while others are still generated."""
+        return [source.function for source in self.sources if isinstance(source.function, Verifier)]
+
+    def timeout_of(self, source: Source) -> float | None:
+        """A verifier has its own, for each completion."""
+        return None if isinstance(source.function, Verifier) else self.timeout
 
     def __call__(
         self,
@@ -76,7 +87,9 @@ class Rewards:
         total = torch.zeros(len(completions))
         payments: list[list[Payment]] | None = None
         for source in self.sources:
-            parts[source.name], paid = call(source.name, source.function, prompts, completions, columns)
+            parts[source.name], paid = call(
+                source.name, source.function, prompts, completions, columns, self.timeout_of(source)
+            )
             total = total + source.weight * parts[source.name]
             if paid is not None:
                 payments = payments or [[] for _ in completions]
@@ -90,14 +103,17 @@ class Rewards:
         return Judged(total, parts, payments)
 
 
-def load_rewards(weights: Mapping[str, float], backbone: Backbone, *, chat: bool = False) -> Rewards:
+def load_rewards(
+    weights: Mapping[str, float], backbone: Backbone, *, chat: bool = False, timeout: float | None = None
+) -> Rewards:
     """Rewards from 'pkg.mod:function', 'file.py:function', a reward adapter folder or a reward model folder, for one
     with several outputs 'folder:label'.
 
     weights: spec -> weight. An adapter is loaded onto `backbone` as the frozen role 'reward'. chat: a reward model
-    sees plain prompts through its chat template. Raises UserError for anything else.
+    sees plain prompts through its chat template. timeout: seconds of a source for one batch. Raises UserError for
+    anything else.
     """
-    rewards = Rewards()
+    rewards = Rewards(timeout=timeout)
     for spec, weight in weights.items():
         folder = Path(spec)
         if (folder / "adapter_config.json").is_file():

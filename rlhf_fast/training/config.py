@@ -1,6 +1,7 @@
 """Configuration: one flat set of keys, the same in YAML files and on the command line."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -24,7 +25,7 @@ from rlhf_fast.training.foreign_keys import (
 
 # Key -> the key that it takes the place of.
 EXCLUSIVE = {"epochs": "steps", "warmup_ratio": "warmup_steps"}
-NESTED = ("columns.", "objective.")  # what begins so is an entry of a key
+NESTED = ("columns.", "objective.", "verify.")  # what begins so is an entry of a key
 
 
 class FromStage(BaseModel):
@@ -32,6 +33,47 @@ class FromStage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     stage: str = Field(alias="from")
+
+
+class VerifyConfig(BaseModel):
+    """The entries of the key `verify`: a program that knows whether an answer is right."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    kind: Literal["exact", "math", "regex", "json_schema", "code", "choice"] = Field(description="of the answer")
+    answer: str | None = Field(None, description="column of the right answers; default: answer, and tests for code")
+    extract: str | None = Field(None, description="regular expression: its last match, or group 1, is the answer")
+    normalize: bool = Field(True, description="exact: ignore case, repeated spaces and a full stop at the end")
+    choices: str = Field("ABCDE", min_length=2, description="choice: the letters")
+    pattern: str | None = Field(None, description="regex: the same for all rows, in place of the column")
+    schema_file: str | None = Field(None, description="json_schema: the same for all rows, in place of the column")
+    partial: bool = Field(False, description="code: the share of the tests that hold; else 0 unless all do")
+    timeout: float = Field(10.0, gt=0, description="processor seconds of a check; of code, by the clock, of a process")
+    memory: int = Field(512, ge=64, description="code: MiB of each process")
+    processes: int = Field(16, ge=4, description="code: processes and threads at a time, two of the sandbox's")
+
+    OWNERS: ClassVar[dict[str, str]] = {
+        "normalize": "exact", "choices": "choice", "pattern": "regex", "schema_file": "json_schema", "partial": "code",
+        "memory": "code", "processes": "code",
+    }  # fmt: skip
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> "VerifyConfig":
+        for name, kind in self.OWNERS.items():
+            if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"verify.{name} is of kind {kind}, got {getattr(self, name)!r} for {self.kind}")
+        if self.kind == "code" and self.extract is not None:
+            raise ValueError(f"verify.extract: of code, the last fenced block counts, got {self.extract!r}")
+        for name in ("extract", "pattern"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                raise ValueError(f"verify.{name} {getattr(self, name)!r} is no regular expression: {error}") from None
+        return self
+
+    @property
+    def column(self) -> str:
+        return self.answer or ("tests" if self.kind == "code" else "answer")
 
 
 class Config(BaseModel):
@@ -140,7 +182,11 @@ class SamplingConfig(Config):
     reward: str | FromStage | list[str | FromStage] | None = Field(
         None, description="pkg.mod:function, file.py:function, a reward adapter or a reward model folder; or several"
     )
-    reward_weights: list[float] | None = Field(None, description="one per reward; default 1")
+    verify: VerifyConfig | None = Field(
+        None, description="pay right answers 1: exact, math, regex, json_schema, code, choice, or {kind: exact, ...}"
+    )
+    reward_weights: list[float] | None = Field(None, description="one per reward, verify behind them; default 1")
+    reward_timeout: float = Field(600.0, gt=0, description="seconds of a reward function for one batch")
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0, description="0: off. Truncated sampling biases the importance ratio")
@@ -151,9 +197,6 @@ class SamplingConfig(Config):
 class RolloutConfig(SamplingConfig):
     """Keys of the algorithms that learn from their own samples."""
 
-    reward: str | FromStage | list[str | FromStage] = Field(
-        description="pkg.mod:function, file.py:function, a reward adapter or a reward model folder; or several"
-    )
     num_generations: int = Field(1, ge=1, description="completions per prompt; batch_size counts completions")
     objective: PolicyObjective = Field(
         "ppo_clip", validate_default=True, description="the loss: its name, or a mapping of its numbers"
@@ -170,6 +213,12 @@ class RolloutConfig(SamplingConfig):
     early_stop_kl: float | None = Field(None, gt=0, description="end a step's updates above this approximate KL")
     reference_refresh_every: int | None = Field(None, ge=1, description="copy the policy to the reference")
     reference_ema: float | None = Field(None, gt=0, lt=1, description="weight of the old reference at each step")
+
+    @model_validator(mode="after")
+    def _is_rewarded(self) -> "RolloutConfig":
+        if self.reward is None and self.verify is None:
+            raise ValueError(f"missing key 'reward' ({SamplingConfig.model_fields['reward'].description}), or 'verify'")
+        return self
 
     @property
     def examples_per_step(self) -> int:
@@ -212,6 +261,7 @@ def keys_of(config_class: type[Config]) -> list[str]:
     """Every key of the algorithm, those of its objective as `objective.KEY`."""
     objective = config_class.model_fields.get("objective")
     own = [] if objective is None else [f"objective.{field.name}" for field in fields(objective.annotation)]  # type: ignore
+    own += [f"verify.{name}" for name in VerifyConfig.model_fields if "verify" in config_class.model_fields]
     return [*config_class.model_fields, *own]
 
 
@@ -238,8 +288,9 @@ def merged(
         rivals |= {(PER_DEVICE, "batch_size"), (PER_DEVICE, "micro_batch_size"), (ACCUMULATION, "micro_batch_size"),
                    ("batch_size", PER_DEVICE), ("batch_size", ACCUMULATION)}  # fmt: skip
         below = {other for key, other in rivals if key in own}
-        if "objective.variant" in own:
-            below |= {key for key in values if key.startswith("objective.")}
+        for whole in ("objective.variant", "verify.kind"):
+            if whole in own:
+                below |= {key for key in values if key.startswith(whole.partition(".")[0] + ".")}
         values = {key: value for key, value in values.items() if key not in below} | own
         lines += said
     values, said = with_batches(values)
@@ -247,14 +298,16 @@ def merged(
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`objective: ipo` and `objective: {beta: 0.2}` as objective.variant and objective.beta."""
-    objective = values.get("objective")
-    if isinstance(objective, str):
-        objective = {"variant": objective}
-    if not isinstance(objective, Mapping):
-        return dict(values)
-    rest = {key: value for key, value in values.items() if key != "objective"}
-    return {**{f"objective.{key}": value for key, value in objective.items()}, **rest}
+    """`objective: ipo`, `objective: {beta: 0.2}` and `verify: exact` as objective.variant, objective.beta and
+    verify.kind."""
+    entries: dict[str, Any] = {}
+    rest = dict(values)
+    for key, name in (("objective", "variant"), ("verify", "kind")):
+        value = {name: values[key]} if isinstance(values.get(key), str) else values.get(key)
+        if isinstance(value, Mapping):
+            del rest[key]
+            entries |= {f"{key}.{entry}": number for entry, number in value.items()}
+    return {**entries, **rest}
 
 
 def parse(config_class: type[C], values: Mapping[str, Any], where: str = "") -> C:
@@ -278,19 +331,26 @@ def folded(values: Mapping[str, Any]) -> dict[str, Any]:
 def _one_line(config_class: type[Config], errors: ValidationError) -> str:
     # An unknown key first: the "missing" key beside it is usually the same typing error. Longer places are inside of
     # a value, one error for each type that it could have had.
-    unknown = [e for e in errors.errors() if e["type"] == "extra_forbidden" and len(e["loc"]) == 1]
+    unknown = [e for e in errors.errors() if e["type"] == "extra_forbidden" and len(_place(e)) == 1]
     error = [*unknown, *errors.errors()][0]
     message = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:
         return message
-    key = str(error["loc"][0])
+    key = str(_place(error)[0])
     if unknown:
         return unknown_key(key, keys_of(config_class))
     if error["type"] == "missing":
-        return f"missing key {key!r} ({config_class.model_fields[key].description})"
+        known = VerifyConfig.model_fields if key.startswith("verify.") else config_class.model_fields
+        return f"missing key {key!r} ({known[key.removeprefix('verify.')].description})"
     if error["type"] == "value_error":  # our own, which has the value
         return message if message.startswith(key) else f"{key}: {message}"
     return f"{key}: {message}, got {error['input']!r}"
+
+
+def _place(error: Any) -> tuple[Any, ...]:
+    """Where an error is; an entry of `verify` is a key of its own, verify.kind."""
+    location = error["loc"]
+    return (".".join(map(str, location[:2])), *location[2:]) if location[:1] == ("verify",) else location
 
 
 def unknown_key(key: str, known: Any) -> str:

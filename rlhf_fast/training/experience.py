@@ -103,20 +103,27 @@ def collect(
     weights are still those that sampled. compare_sampler: warn where the sampler's log-probabilities are others.
     keep_sampler: the rollout has them.
     """
+    assert job.rewards is not None
+    rewards, early = job.rewards, job.rewards.early
+
+    def begin(row: int, completion: str) -> None:
+        for source in early:
+            source.submit(completion, prompts[row].columns)
+
     rollout = roll_out(
         job.backbone, job.encoder.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
         keep_logprobs=compare_sampler or keep_sampler,
+        on_finished=begin if early else None,
     )  # fmt: skip
     if compare_sampler:
         warn_of_another_policy(job, config, rollout)
     lower, scores = score(job, config, rollout, policy=score_policy)
-    assert job.rewards is not None
     columns = rollout.columns() | {"completion_ids": rollout.completion_ids()}
-    judged = job.rewards([p.columns["prompt"] for p in prompts], rollout.completions, columns, scores.scores)
-    rewards = judged.total - config.missing_eos_penalty * (~rollout.finished).float()
+    judged = rewards([p.columns["prompt"] for p in prompts], rollout.completions, columns, scores.scores)
+    total = judged.total - config.missing_eos_penalty * (~rollout.finished).float()
     steps = None if judged.payments is None else placed(job, rollout, judged.payments)
-    return Experience(rollout, lower, scores, rewards.to(job.device), judged.parts, steps)
+    return Experience(rollout, lower, scores, total.to(job.device), judged.parts, steps)
 
 
 def placed(job: Job, rollout: Rollout, payments: Sequence[Sequence[Payment]]) -> StepRewards:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from rlhf_fast.ops.core.loss import Objective
-from rlhf_fast.training.config import Config, FromStage, parse
+from rlhf_fast.training.config import Config, FromStage, VerifyConfig, parse
 
 
 class Key(NamedTuple):
@@ -17,13 +17,21 @@ class Key(NamedTuple):
 
 
 def described(config_class: type[Config], defaults: Mapping[str, Any] | None = None) -> Iterator[Key]:
-    """Every key of an algorithm in order, then the numbers of its objective. defaults: those of a preset."""
+    """Every key of an algorithm in order, then the entries of `verify` and the numbers of its objective.
+
+    defaults: those of a preset.
+    """
     required = [name for name, info in config_class.model_fields.items() if info.is_required()]
-    config = parse(config_class, {**dict.fromkeys(required, ""), **(defaults or {})})
+    least = dict.fromkeys(required, "") | ({"verify": "exact"} if "verify" in config_class.model_fields else {})
+    config = parse(config_class, {**least, **(defaults or {})})
     for name, info in config_class.model_fields.items():
-        value = getattr(config, name)
+        value = None if name == "verify" else getattr(config, name)
         default = "(required)" if name in required else shown(getattr(value, "variant", value))
         yield Key(name, type_name(info.annotation), default, info.description or "")
+    if "verify" in config_class.model_fields:
+        for name, info in VerifyConfig.model_fields.items():
+            default = "(required)" if info.is_required() else shown(info.default)
+            yield Key(f"verify.{name}", type_name(info.annotation), default, info.description or "")
     objective = getattr(config, "objective", None)
     if objective is not None:
         for field in fields(objective):
@@ -44,6 +52,6 @@ def type_name(annotation: Any) -> str:
         return " or ".join(map(str, inner))
     if annotation is FromStage:
         return "{from: STAGE}"
-    if isinstance(annotation, type) and issubclass(annotation, Objective):
+    if isinstance(annotation, type) and issubclass(annotation, (Objective, VerifyConfig)):
         return "name or mapping"
     return str((origin or annotation).__name__)

@@ -18,7 +18,7 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import embedding_rows, load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter
 from rlhf_fast.ops.advantages.kl_controller import AdaptiveKLController, FixedKLController
-from rlhf_fast.rewards import AdapterSource, Rewards, load_rewards
+from rlhf_fast.rewards import AdapterSource, Rewards, Source, Verifier, load_rewards
 from rlhf_fast.rollout import check_sampler
 from rlhf_fast.training.config import Config, FromStage, RolloutConfig, SamplingConfig
 from rlhf_fast.training.experience import collect, separate_randomness
@@ -76,20 +76,28 @@ def add_policy(backbone: Backbone, config: Config, saved: str | None, *, moving_
         backbone.add_adapter("reference", copy_of="policy", trainable=False)
 
 
-def add_rewards(backbone: Backbone, config: SamplingConfig, columns: Sequence[str]) -> Rewards | None:
-    """The sources of config.reward. One that an earlier stage has yet to train is a fresh adapter in its place."""
-    if config.reward is None:
+def add_rewards(backbone: Backbone, config: SamplingConfig, rows: Sequence[Row]) -> Rewards | None:
+    """The sources of config.reward and config.verify, which `rows` suit.
+
+    A reward that an earlier stage has yet to train is a fresh adapter in its place.
+    """
+    if config.reward is None and config.verify is None:
         return None
-    specs = config.reward if isinstance(config.reward, list) else [config.reward]
-    weights = [1.0] * len(specs) if config.reward_weights is None else config.reward_weights
-    if len(weights) != len(specs):
-        raise UserError(f"reward_weights has {len(weights)} entries for {len(specs)} rewards")
+    specs = config.reward if isinstance(config.reward, list) else [] if config.reward is None else [config.reward]
+    count = len(specs) + (config.verify is not None)
+    weights = [1.0] * count if config.reward_weights is None else config.reward_weights
+    if len(weights) != count:
+        raise UserError(f"reward_weights has {len(weights)} entries for {count} rewards")
     repeated = [spec for i, spec in enumerate(specs) if spec in specs[:i]]
-    if repeated or not specs:
+    if repeated or not count:
         raise UserError(f"reward names {repeated[0]} twice; give it a weight" if specs else "reward names none")
-    saved = {spec: weight for spec, weight in zip(specs, weights, strict=True) if isinstance(spec, str)}
-    rewards = load_rewards(saved, backbone, chat=config.chat is True)
-    rewards.check_columns(columns)
+    saved = {spec: weight for spec, weight in zip(specs, weights, strict=False) if isinstance(spec, str)}
+    rewards = load_rewards(saved, backbone, chat=config.chat is True, timeout=config.reward_timeout)
+    rewards.check_columns(columns=list(rows[0].values))
+    if config.verify is not None:
+        verifier = Verifier(config.verify)
+        verifier.check_rows(rows)
+        rewards.sources.append(Source(verifier.name, weights[-1], verifier))
     if len(saved) < len(specs):
         backbone.add_adapter("reward", rank=config.lora_rank, top_layers=config.top_layers, trainable=False)
         backbone.add_head("reward", trainable=False)
@@ -185,7 +193,7 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
         train=encode_rows(encoder, train, encoder.prompt, "data"),
         held_out=encode_rows(encoder, held_out, encoder.prompt, "held-out data"),
         optimizers={"policy": adamw(backbone.parameters_of("policy"), config)},
-        rewards=add_rewards(backbone, config, columns=list(train[0].values)),
+        rewards=add_rewards(backbone, config, [*train, *held_out]),
         kl_controller=FixedKLController(config.kl_coef),
     )
     if config.kl_target is not None:
