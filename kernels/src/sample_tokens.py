@@ -1,8 +1,8 @@
 """One token per row of logits, sampled from the truncated distribution; see rlhf_fast/ops/tokens/sample_tokens.py.
 
-One program per row. The thresholds of top-k and top-p are found exactly, two bits of the order-preserving integer key
-of a float at a time, so nothing is sorted; a row stays in the second-level cache between the sweeps. Sums are kept in
-float64 in a fixed order: the same inputs give the same bits.
+One program per row. The thresholds of top-k and top-p are found exactly by a search that sums from three candidates on
+in each sweep, so nothing is sorted; a row stays in the second-level cache between the sweeps. Sums are kept in float64,
+lane by lane and then over the lanes: the same inputs give the same bits, and more elements never a smaller sum.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from rlhf_fast.kernels.scalar import log1p, product
 from rlhf_fast.kernels.transform import capped, row_factor
 from torch import Tensor
 
-BLOCK = 2048
+BLOCK, WARPS = 4096, 16
+LOG2E = tl.constexpr(1.4426950408889634)
+ROUNDING = tl.constexpr(1e-12)  # more than that of a sum of float64 over a vocabulary, relative
 
 
 @triton.jit
@@ -35,7 +37,7 @@ def _below(s, top, factor):
 
 
 @triton.jit
-def _keys(z):
+def _key(z):
     """int64 in the order of the floats that they stand for."""
     if z.dtype == tl.float64:
         bits = z.to(tl.int64, bitcast=True)
@@ -46,44 +48,84 @@ def _keys(z):
 
 
 @triton.jit
-def _from(keys, weights, pivot):
-    return tl.sum(tl.where(keys >= pivot, weights, 0.0), 0)
+def _float(key, dtype: tl.constexpr):
+    """The float that a key stands for."""
+    if dtype == tl.float64:
+        return (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
+    else:
+        bits = key.to(tl.int32)
+        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _mass(logits, V, factor, scale, cap, row_max, pivot, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of exp(z - max z) at keys from `pivot` on."""
-    mass = tl.full([], 0.0, tl.float64)
+def _weights(z, lowest):
+    """exp(z) from `lowest` on, else 0"""
+    return tl.where(z >= lowest, tl.exp2(z * LOG2E), 0.0).to(tl.float64)
+
+
+@triton.jit
+def _mass(logits, V, factor, scale, cap, row_max, lowest, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of exp(z - max z) from `lowest` on."""
+    mass = tl.zeros([BLOCK], tl.float64)
     for start in range(0, V, BLOCK):
-        z = _below(_load(logits, start, V, scale, cap, SOFTCAP, BLOCK), row_max, factor)
-        mass += _from(_keys(z), tl.exp(z).to(tl.float64), pivot)
-    return mass
+        mass += _weights(_below(_load(logits, start, V, scale, cap, SOFTCAP, BLOCK), row_max, factor), lowest)
+    return tl.sum(mass, 0)
 
 
 @triton.jit
-def _greatest(logits, V, factor, scale, cap, row_max, lowest, enough, COUNT: tl.constexpr, SOFTCAP: tl.constexpr,
+def _greatest(logits, V, factor, scale, cap, row_max, lowest, low, enough, COUNT: tl.constexpr, SOFTCAP: tl.constexpr,
               BLOCK: tl.constexpr):  # fmt: skip
-    """The greatest key from which on there are `enough` elements (COUNT), or enough mass at keys from `lowest` on."""
-    bits: tl.constexpr = 64 if row_max.dtype == tl.float64 else 32
-    found = tl.full([], -1, tl.int64) << (bits - 1)
-    for step in range(bits // 2):
-        unit = tl.full([], 1, tl.int64) << (bits - 2 - 2 * step)
-        sum1 = tl.full([], 0.0, tl.float64)
-        sum2 = tl.full([], 0.0, tl.float64)
-        sum3 = tl.full([], 0.0, tl.float64)
+    """(the greatest z from which on there is enough, how much there is)
+
+    Of elements (COUNT) or of the mass from `lowest` on; there is enough from `low` on.
+    """
+    dtype: tl.constexpr = row_max.dtype
+    binades: tl.constexpr = (1 << 54) if dtype == tl.float64 else (1 << 25)  # four: how many keys
+    low = _key(low)
+    high = tl.full([], 1, tl.int64)  # there is not enough from it on; the key of the maximum is 0
+    first = low
+    held = tl.full([], 0.0, tl.float64)
+    while high - low > 1:
+        # Halves of the floats and of the keys while these are far apart, then thirds.
+        half = _key(0.5 * _float(low, dtype) + 0.5 * _float(high, dtype))
+        wide = high - low > binades
+        second = tl.where(wide, half, low + (high - low) // 3)
+        third = tl.where(wide, low + (high - low) // 2, low + 2 * (high - low) // 3)
+        start_at, pivot1, pivot2, pivot3 = (
+            _float(low, dtype), _float(first, dtype), _float(second, dtype), _float(third, dtype)
+        )  # fmt: skip
+        sum1 = tl.zeros([BLOCK], tl.float64)
+        sum2 = tl.zeros([BLOCK], tl.float64)
+        sum3 = tl.zeros([BLOCK], tl.float64)
+        least = tl.full([BLOCK], float("inf"), dtype)
         for start in range(0, V, BLOCK):
             z = _below(_load(logits, start, V, scale, cap, SOFTCAP, BLOCK), row_max, factor)
-            keys = _keys(z)
             if COUNT:
                 weights = tl.where(start + tl.arange(0, BLOCK) < V, 1.0, 0.0).to(tl.float64)
             else:
-                weights = tl.where(keys >= lowest, tl.exp(z), 0.0).to(tl.float64)
-            sum1 += _from(keys, weights, found + unit)
-            sum2 += _from(keys, weights, found + 2 * unit)
-            sum3 += _from(keys, weights, found + 3 * unit)
-        held = (sum1 >= enough).to(tl.int64) + (sum2 >= enough).to(tl.int64) + (sum3 >= enough).to(tl.int64)
-        found += held * unit
-    return found
+                weights = _weights(z, lowest)
+            sum1 += tl.where(z >= pivot1, weights, 0.0)
+            sum2 += tl.where(z >= pivot2, weights, 0.0)
+            sum3 += tl.where(z >= pivot3, weights, 0.0)
+            least = tl.minimum(least, tl.where(z >= start_at, z, float("inf")))
+        low, high, held = _narrowed(low, high, held, first, tl.sum(sum1, 0), enough)
+        low, high, held = _narrowed(low, high, held, second, tl.sum(sum2, 0), enough)
+        low, high, held = _narrowed(low, high, held, third, tl.sum(sum3, 0), enough)
+        # Up to the least element there are none, and where there is not enough above it, it is what is looked for.
+        low = tl.maximum(low, tl.minimum(_key(tl.min(least, 0)), high - 1))
+        first = low + 1
+    return _float(low, dtype), held
+
+
+@triton.jit
+def _narrowed(low, high, held, pivot, total, enough):
+    """The range and what there is from `low` on, given the total from a pivot on."""
+    holds = total >= enough
+    rises = holds & (pivot >= low)
+    held = tl.where(rises, total, held)
+    low = tl.where(rises, pivot, low)
+    high = tl.where(holds, high, tl.minimum(high, pivot))
+    return low, high, held
 
 
 @triton.jit
@@ -130,19 +172,25 @@ def _sample_kernel(
         tl.store(full_logprobs + row, float("nan"))
         return
 
-    threshold = tl.full([], -0x8000000000000000, tl.int64)
+    threshold = tl.full([], -float("inf"), acc)
     full = _mass(logits, V, factor, scale, cap, row_max, threshold, SOFTCAP, BLOCK)
     kept = full
     if TOP_K:
         enough = tl.full([], 0.0, tl.float64) + top_k
-        threshold = _greatest(logits, V, factor, scale, cap, row_max, threshold, enough, True, SOFTCAP, BLOCK)
+        threshold, _ = _greatest(
+            logits, V, factor, scale, cap, row_max, threshold, threshold, enough, True, SOFTCAP, BLOCK
+        )
         kept = _mass(logits, V, factor, scale, cap, row_max, threshold, SOFTCAP, BLOCK)
     if TOP_P:
-        pivot = _greatest(logits, V, factor, scale, cap, row_max, threshold, top_p * kept, False, SOFTCAP, BLOCK)
-        threshold = tl.maximum(threshold, pivot)
-        kept = _mass(logits, V, factor, scale, cap, row_max, threshold, SOFTCAP, BLOCK)
+        # Below it V elements cannot hold what may be left out.
+        low = threshold
+        if 1.0 - top_p > ROUNDING:
+            low = tl.maximum(low, (tl.log((1.0 - top_p) * kept / V) - 1.0).to(acc))
+        threshold, kept = _greatest(
+            logits, V, factor, scale, cap, row_max, threshold, low, top_p * kept, False, SOFTCAP, BLOCK
+        )
     if MIN_P:
-        threshold = tl.maximum(threshold, _keys(tl.full([], log_min_p, acc) + 0.0))
+        threshold = tl.maximum(threshold, tl.full([], log_min_p, acc))
         kept = _mass(logits, V, factor, scale, cap, row_max, threshold, SOFTCAP, BLOCK)
 
     # Inverse of the cumulative distribution in the order of the ids, at one uniform of 53 bits.
@@ -152,18 +200,24 @@ def _sample_kernel(
         (count & 0xFFFFFFFF).to(tl.uint32), (count >> 32).to(tl.uint32),
     )  # fmt: skip
     uniform = ((a >> 5).to(tl.float64) * 67108864.0 + (b >> 6).to(tl.float64)) * 1.1102230246251565e-16
+    # Its block and what comes before it; or the last with anything, for rounding may leave the uniform above all.
     cumulative = tl.full([], 0.0, tl.float64)
-    chosen = tl.full([], V, tl.int32)
-    last = tl.full([], 0, tl.int32)  # of those that are kept: rounding may leave the uniform above the whole sum
+    before = tl.full([], 0.0, tl.float64)
+    block = tl.full([], 0, tl.int32)
+    searching = True
     for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
         z = _below(_load(logits, start, V, scale, cap, SOFTCAP, BLOCK), row_max, factor)
-        weights = tl.where(_keys(z) >= threshold, tl.exp(z), 0.0).to(tl.float64)
-        reached = (weights > 0) & (cumulative + tl.cumsum(weights, 0) > uniform * kept)
-        chosen = tl.minimum(chosen, tl.min(tl.where(reached, columns, V), 0))
-        last = tl.maximum(last, tl.max(tl.where(weights > 0, columns, 0), 0))
-        cumulative += tl.sum(weights, 0)
-    chosen = tl.minimum(chosen, last)
+        mass = tl.sum(_weights(z, threshold), 0)
+        if searching & (mass > 0):
+            before = cumulative
+            block = start
+            searching = cumulative + mass <= uniform * kept
+        cumulative += mass
+    columns = block + tl.arange(0, BLOCK)
+    weights = _weights(_below(_load(logits, block, V, scale, cap, SOFTCAP, BLOCK), row_max, factor), threshold)
+    reached = (weights > 0) & (before + tl.cumsum(weights, 0) > uniform * kept)
+    chosen = tl.min(tl.where(reached, columns, V), 0)
+    chosen = tl.minimum(chosen, tl.max(tl.where(weights > 0, columns, 0), 0))
     below = _below(capped(tl.load(logits + chosen).to(acc), scale, cap, SOFTCAP), row_max, factor).to(tl.float64)
     tl.store(ids + row, chosen.to(tl.int64))
     tl.store(logprobs + row, (below - log1p(kept - 1.0)).to(acc))
@@ -191,5 +245,5 @@ def sample(
         logits, temperatures, row_ids, seed, step, *outputs, temperature, logit_scale, softcap, top_p,
         math.log(min_p) if min_p > 0 else 0.0, top_k, vocabulary, logits.stride(0),
         HAS_TEMPERATURES=temperatures is not None, SOFTCAP=softcap > 0, TOP_K=top_k < vocabulary, TOP_P=top_p < 1,
-        MIN_P=min_p > 0, BLOCK=min(BLOCK, triton.next_power_of_2(vocabulary)),
+        MIN_P=min_p > 0, BLOCK=min(BLOCK, triton.next_power_of_2(vocabulary)), num_warps=WARPS,
     )  # fmt: skip

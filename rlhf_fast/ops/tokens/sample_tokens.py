@@ -21,9 +21,9 @@ A draw has no derivative: results are detached.
 
 Numerics: z and e in float32 (float64 for float64); sums of e, which decide the draw and give both results, in float64.
 
-Cost per row: V s bytes read once on the CPU; on a GPU one sweep for each of maximum, sum, draw and rule, and 16 more
-that find each of the thresholds of top_k and top_p exactly (from the second-level cache). Nothing is sorted or written
-but three numbers.
+Cost per row: V s bytes read once on the CPU; on a GPU one sweep for each of maximum, sum, draw and rule, and about ten
+more that find each of the thresholds of top_k and top_p exactly (from the second-level cache; fewer where logits of 16
+bits take few values). Nothing is sorted or written but three numbers.
 
 Sources: top-k, Fan et al. 2018 (arXiv 1805.04833); nucleus sampling (top-p), Holtzman et al. 2020 (arXiv 1904.09751,
 eq. 2); min-p, Nguyen et al. 2024 (arXiv 2407.01082); Philox, Salmon et al. 2011 (SC11, section 3.3).
