@@ -39,15 +39,21 @@ def sigmoid(x):
 
 
 @triton.jit
-def exp_minus_1_minus(x):
-    """exp(x) - 1 - x: near 0, where it is x^2 / 2, a Taylor series whose first term left out is below half a unit."""
+def exp_minus_1_minus_near_0(x):
+    """exp(x) - 1 - x for |x| < 0.5, where it is near x^2 / 2: a Taylor series whose first term left out is below half a
+    unit."""
     terms: tl.constexpr = 13 if x.dtype == tl.float64 else 7
-    near = tl.abs(x) < 0.5
-    small = tl.where(near, x, 0.0)
-    series = small * 0.0 + 1.0
+    series = x * 0.0 + 1.0
     for i in tl.static_range(terms):
-        series = 1.0 + series * small * (1.0 / (terms + 2 - i))
-    return tl.where(near, 0.5 * small * small * series, (tl.exp(x) - 1.0) - x)
+        series = 1.0 + series * x * (1.0 / (terms + 2 - i))
+    return 0.5 * x * x * series
+
+
+@triton.jit
+def exp_minus_1_minus(x):
+    """exp(x) - 1 - x"""
+    near = tl.abs(x) < 0.5
+    return tl.where(near, exp_minus_1_minus_near_0(tl.where(near, x, 0.0)), (tl.exp(x) - 1.0) - x)
 
 
 @triton.jit

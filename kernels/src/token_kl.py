@@ -11,17 +11,19 @@ from typing import Any
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.launch import launch
-from rlhf_fast.kernels.scalar import exp_minus_1_minus, expm1, log1p, tanh_slope
+from rlhf_fast.kernels.scalar import exp_minus_1_minus_near_0, expm1, log1p, tanh_slope
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK, WARPS = 1024, 4
+STAGES = 3  # blocks of a row that are on their way or in use
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _kl_term(x, y, log_ratio):
     """x log(x / y) - x + y >= 0, given log(y / x): does not cancel where x is near y."""
     near = tl.abs(log_ratio) < 0.5
-    term = tl.where(near, x * exp_minus_1_minus(tl.where(near, log_ratio, 0.0)), (y - x) - x * log_ratio)
+    term = tl.where(near, x * exp_minus_1_minus_near_0(tl.where(near, log_ratio, 0.0)), (y - x) - x * log_ratio)
     return tl.where(x == 0, y, term)
 
 
@@ -80,9 +82,10 @@ def _read(logits, start, V, inner_scale, acc: tl.constexpr, HAS_CAP: tl.constexp
 
 
 @triton.jit
-def _row_max(logits, V, inner_scale, acc: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
+def _row_max(logits, V, inner_scale, acc: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+             STAGES: tl.constexpr):  # fmt: skip
     largest = tl.full([BLOCK], -float("inf"), acc)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         largest = tl.maximum(largest, _read(logits, start, V, inner_scale, acc, HAS_CAP, BLOCK))
     return tl.max(largest, 0)
 
@@ -112,6 +115,7 @@ def _forward_kernel(
     HAS_TEMPERATURES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     acc = kls.dtype.element_ty
@@ -127,17 +131,17 @@ def _forward_kernel(
     factor, inner_scale, weight = _scalars(temperature, scale, cap, js_weight, acc, HAS_CAP)
     logits += (row // inner) * outer_stride + (row % inner) * inner_stride
     ref_logits += (row // inner) * ref_outer_stride + (row % inner) * ref_inner_stride
-    top = _row_max(logits, V, inner_scale, acc, HAS_CAP, BLOCK)
-    ref_top = _row_max(ref_logits, V, inner_scale, acc, HAS_CAP, BLOCK)
+    top = _row_max(logits, V, inner_scale, acc, HAS_CAP, BLOCK, STAGES)
+    ref_top = _row_max(ref_logits, V, inner_scale, acc, HAS_CAP, BLOCK, STAGES)
     logsum = tl.load(logsums + row)
     ref_logsum = tl.load(ref_logsums + row)
 
     kl = tl.zeros([BLOCK], acc)
     mean = tl.zeros([BLOCK], acc)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         log_p = (_read(logits, start, V, inner_scale, acc, HAS_CAP, BLOCK) - top) * factor - logsum
         log_q = (_read(ref_logits, start, V, inner_scale, acc, HAS_CAP, BLOCK) - ref_top) * factor - ref_logsum
-        value, through_p, _slope = DIVERGENCE(tl.exp(log_p), tl.exp(log_q), log_q - log_p, weight)
+        value, through_p, _slope = DIVERGENCE(tl.exp2(log_p * LOG2E), tl.exp2(log_q * LOG2E), log_q - log_p, weight)
         kl += value
         mean += through_p
     tl.store(kls + row, tl.sum(kl, 0))
@@ -172,6 +176,7 @@ def _backward_kernel(
     HAS_TEMPERATURES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     acc = means.dtype.element_ty
@@ -190,8 +195,8 @@ def _backward_kernel(
     factor, inner_scale, weight = _scalars(temperature, scale, cap, js_weight, acc, HAS_CAP)
     logits += (row // inner) * outer_stride + (row % inner) * inner_stride
     ref_logits += (row // inner) * ref_outer_stride + (row % inner) * ref_inner_stride
-    top = _row_max(logits, V, inner_scale, acc, HAS_CAP, BLOCK)
-    ref_top = _row_max(ref_logits, V, inner_scale, acc, HAS_CAP, BLOCK)
+    top = _row_max(logits, V, inner_scale, acc, HAS_CAP, BLOCK, STAGES)
+    ref_top = _row_max(ref_logits, V, inner_scale, acc, HAS_CAP, BLOCK, STAGES)
     logsum = tl.load(logsums + row)
     ref_logsum = tl.load(ref_logsums + row)
     mean = tl.load(means + row)
@@ -209,8 +214,8 @@ def _backward_kernel(
         s = _read(logits, start, V, inner_scale, acc, HAS_CAP, BLOCK)
         log_p = (s - top) * factor - logsum
         log_q = (_read(ref_logits, start, V, inner_scale, acc, HAS_CAP, BLOCK) - ref_top) * factor - ref_logsum
-        p = tl.exp(log_p)
-        _value, _mean, slope = DIVERGENCE(p, tl.exp(log_q), log_q - log_p, weight)
+        p = tl.exp2(log_p * LOG2E)
+        _value, _mean, slope = DIVERGENCE(p, tl.exp2(log_q * LOG2E), log_q - log_p, weight)
         g = tl.where(p == 0, slope, slope - p * mean)
         leader = tl.where(s == leading, columns, leader)
         others += tl.where(s == leading, 0.0, g)
@@ -238,6 +243,8 @@ def _shared(
         "HAS_TEMPERATURES": temperatures is not None,
         "HAS_CAP": softcap > 0,
         "BLOCK": min(BLOCK, triton.next_power_of_2(logits.shape[-1])),
+        "STAGES": STAGES,
+        "num_warps": WARPS,
     }
     return (temperatures, temperature, logit_scale, softcap), options
 
@@ -259,7 +266,7 @@ def forward(
     launch(
         _forward_kernel, (kl.numel(),),
         logits, ref_logits, mask, logsum, ref_logsum, kl, mean, *scalars, js_weight, logits.shape[-1], logits.shape[1],
-        *logits.stride()[:2], *ref_logits.stride()[:2], **options, num_warps=8,
+        *logits.stride()[:2], *ref_logits.stride()[:2], **options,
     )  # fmt: skip
 
 
@@ -282,5 +289,5 @@ def backward(
     launch(
         _backward_kernel, (mean.numel(),),
         logits, ref_logits, mask, logsum, ref_logsum, mean, grad_kl, gradient, *scalars, js_weight, logits.shape[-1],
-        logits.shape[1], *logits.stride()[:2], *ref_logits.stride()[:2], *gradient.stride()[:2], **options, num_warps=8,
+        logits.shape[1], *logits.stride()[:2], *ref_logits.stride()[:2], *gradient.stride()[:2], **options,
     )  # fmt: skip
