@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast import BackendError, token_logprobs, use_backend
+from rlhf_fast import BackendError, backends, token_logprobs, use_backend
 from rlhf_fast.ops.core import check
 from rlhf_fast.ops.tokens.token_logprobs import IMPLS, Transform, empty_stats, reference
 from rlhf_fast.testing.numerics import assert_contract
@@ -518,6 +518,19 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(BackendError, match="Triton needs a GPU"), use_backend("triton"):
         token_logprobs(logits, targets)
+
+
+@pytest.mark.parametrize(
+    ("op", "built", "expected"),
+    [("token_logprobs", True, "cuda"), ("token_logprobs", False, "triton"), ("whiten", True, "triton")],
+)
+def test_a_gpu_takes_the_faster_backend_of_those_that_are_built(monkeypatch, op, built, expected):
+    def why_not(op, impls, device, name):
+        return None if built or name != "cuda" else "built without a CUDA compiler"
+
+    monkeypatch.setattr(backends, "why_not", why_not)
+    monkeypatch.delenv("RLHF_FAST_BACKEND", raising=False)
+    assert backends.resolve(op, ("cpu", "triton", "cuda"), torch.device("cuda")) == expected
 
 
 def test_the_argument_wins_over_the_context_and_the_context_over_the_environment(monkeypatch):
