@@ -103,7 +103,7 @@ template <typename T> __global__ void __launch_bounds__(kThreads) gae_kernel(cpu
 }
 
 template <typename T> void launch_gae(const cpu::Gae& op, Queue queue) {
-  launch("gae", gae_kernel<T>, op.sequences.count, kThreads, queue, op);
+  launch("gae", gae_kernel<T>, op.sequences.count, kThreads, 0, queue, op);
 }
 
 // In the order of DType.

@@ -38,13 +38,18 @@ class OnDevice {
   int device_, before_ = -1;
 };
 
+// shared_bytes: of dynamic shared memory per block, the same in every call.
 template <typename... Args>
-void launch(const char* what, void (*kernel)(Args...), int64_t blocks, int threads, Queue queue, Args... args) {
+void launch(const char* what, void (*kernel)(Args...), int64_t blocks, int threads, int64_t shared_bytes, Queue queue,
+            Args... args) {
   if (blocks == 0) return;
   OnDevice guard(what, queue.device);
+  const auto* code = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > 0)
+    check(what, cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   void* pointers[] = {&args...};
-  check(what, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)),
-                               pointers, 0, queue.stream));
+  check(what, cudaLaunchKernel(code, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, size_t(shared_bytes),
+                               queue.stream));
 }
 
 // The block's dynamic shared memory, aligned for 16-byte copies.

@@ -2,21 +2,23 @@
 
 #include "cuda/token_logprobs_row.h"
 
-// One block per row. Forward reads every logit once (twice where it writes the gradient as well and no cluster can),
-// backward reads and writes every element once.
+// Forward takes one block per row and reads every logit once (twice where it writes the gradient as well and no cluster
+// can). Backward takes one block per chunk of a row and reads and writes every element once; as in a copy, blocks that
+// run together work on neighbouring memory.
 namespace rlhf::cuda {
 namespace {
 
 // The statistics of a row, in every thread.
-template <bool kMore, typename T>
+template <int kMore, typename T>
 __device__ Stats<compute_t<T>> stats_of(const T* logits, int64_t size, const Slices& slices,
                                         const RowTransform<compute_t<T>>& row) {
   using C = compute_t<T>;
   __shared__ Sums<C> of_warp[kMaxSlices * kWarps], of_slice[kMaxSlices];
+  Ahead<T> source(logits, size, slices, dynamic_shared<Words>());
   for (int slice = 0; slice < slices.count; ++slice) {
     const int64_t first = slices.begin(slice, size);
     Sums<C> own = no_sums<C>();
-    add_logits<kMore>(own, logits + first, slices.begin(slice + 1, size) - first, row);
+    add_logits<kMore>(own, logits + first, slices.begin(slice + 1, size) - first, row, source);
     own = reduce_warp(own);
     if (threadIdx.x % 32 == 0) of_warp[slice * kWarps + threadIdx.x / 32] = own;
   }
@@ -26,8 +28,8 @@ __device__ Stats<compute_t<T>> stats_of(const T* logits, int64_t size, const Sli
   return merged(of_slice, slices.count, row).stats();
 }
 
-template <typename T, bool kMore, bool kCap>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(TokenLogprobs op, T* gradient, Slices slices) {
+template <typename T, int kMore, bool kCap>
+__global__ void __launch_bounds__(kThreads, kBlocks<T> - kCap) forward_kernel(TokenLogprobs op, T* gradient, Slices slices) {
   using C = compute_t<T>;
   const int64_t row = blockIdx.x, offset = op.rows.offset(row), size = op.vocabulary;
   if (op.mask && !op.mask[row]) {
@@ -47,14 +49,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(TokenLogp
   write_gradient<false>(logits, gradient + offset, 0, size, transform, gradient_of_sum(op, row, result));
 }
 
+// What a block each of the backward pass differentiates of a row.
+template <typename T> RLHF_HD Slices chunks_of(int64_t vocabulary) {
+  constexpr int64_t size = kBatch * Pack16<T>::size;
+  return {int((vocabulary + size - 1) / size), size};
+}
+
 template <typename T, bool kEntropy, bool kCap>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(compute_t<T>) == 4 ? 4 : 2)
     backward_kernel(TokenLogprobs op, const compute_t<T>* grad_logprobs, const compute_t<T>* grad_entropy,
                     const compute_t<T>* grad_lse, T* gradient, Rows gradient_rows) {
   using C = compute_t<T>;
-  const int64_t row = blockIdx.x, count = grad_logprobs ? op.targets_per_row : 0, at = row * op.targets_per_row;
-  const T* logits = static_cast<const T*>(op.logits) + op.rows.offset(row);
-  T* out = gradient + gradient_rows.offset(row);
+  const Slices chunks = chunks_of<T>(op.vocabulary);
+  const int64_t row = blockIdx.x / chunks.count, first = chunks.size * (blockIdx.x % chunks.count);
+  const int64_t size = chunks.begin(int(blockIdx.x % chunks.count) + 1, op.vocabulary) - first;
+  const int64_t count = grad_logprobs ? op.targets_per_row : 0, at = row * op.targets_per_row;
+  const T* logits = static_cast<const T*>(op.logits) + op.rows.offset(row) + first;
+  T* out = gradient + gradient_rows.offset(row) + first;
   const C g_entropy = kEntropy ? grad_entropy[row] : C(0), g_lse = grad_lse ? grad_lse[row] : C(0);
   RowGradient<C> of{op.targets + at, count, static_cast<const C*>(op.logprobs) + at,
                     grad_logprobs ? grad_logprobs + at : nullptr, static_cast<const C*>(op.row_max)[row],
@@ -66,19 +77,21 @@ __global__ void __launch_bounds__(kThreads, 2)
     silent = silent && of.g(k) == 0;
   }
   if (silent || (op.mask && !op.mask[row])) {
-    write_zeros(out, op.vocabulary);
+    write_zeros(out, size);
     return;
   }
   RowTransform<C> transform(op.transform, row);
   if (!kCap) transform.cap = 0;  // known when compiling
-  write_gradient<kEntropy>(logits, out, 0, op.vocabulary, transform, of);
+  write_gradient<kEntropy>(logits, out, first, size, transform, of);
 }
 
 template <typename T> void forward(const TokenLogprobs& op, void* gradient, const Slices& slices, Queue queue) {
-  const bool more = op.entropy || op.sum_p_squared, cap = op.transform.softcap > 0;
-  const auto kernel = more ? (cap ? forward_kernel<T, true, true> : forward_kernel<T, true, false>)
-                           : (cap ? forward_kernel<T, false, true> : forward_kernel<T, false, false>);
-  launch("token_logprobs", kernel, op.rows.count(), kThreads, queue, op, static_cast<T*>(gradient), slices);
+  using Kernel = decltype(&forward_kernel<T, 0, false>);
+  constexpr Kernel kernels[][2] = {{forward_kernel<T, 0, false>, forward_kernel<T, 0, true>},
+                                   {forward_kernel<T, kSpread, false>, forward_kernel<T, kSpread, true>},
+                                   {forward_kernel<T, kSquares, false>, forward_kernel<T, kSquares, true>}};
+  launch("token_logprobs", kernels[more_of(op)][op.transform.softcap > 0], op.rows.count(), kThreads, Ahead<T>::kBytes,
+         queue, op, static_cast<T*>(gradient), slices);
 }
 
 template <typename T>
@@ -88,8 +101,9 @@ void backward(const TokenLogprobs& op, const void* grad_logprobs, const void* gr
   const bool cap = op.transform.softcap > 0;
   const auto kernel = grad_entropy ? (cap ? backward_kernel<T, true, true> : backward_kernel<T, true, false>)
                                    : (cap ? backward_kernel<T, false, true> : backward_kernel<T, false, false>);
-  launch("token_logprobs", kernel, op.rows.count(), kThreads, queue, op, static_cast<const C*>(grad_logprobs),
-         static_cast<const C*>(grad_entropy), static_cast<const C*>(grad_lse), static_cast<T*>(gradient), gradient_rows);
+  launch("token_logprobs", kernel, op.rows.count() * chunks_of<T>(op.vocabulary).count, kThreads, 0, queue, op,
+         static_cast<const C*>(grad_logprobs), static_cast<const C*>(grad_entropy), static_cast<const C*>(grad_lse),
+         static_cast<T*>(gradient), gradient_rows);
 }
 
 // In the order of DType.

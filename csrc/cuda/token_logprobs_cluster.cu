@@ -39,14 +39,15 @@ template <typename T> __device__ void start_copies(const T* from, T* to, int64_t
 }
 
 // The sums of this block's slice, in every thread.
-template <bool kMore, typename T>
+template <int kMore, typename T>
 __device__ Sums<compute_t<T>> sums_of(const T* slice, int64_t size, Shared<compute_t<T>>& shared,
                                       const RowTransform<compute_t<T>>& row) {
   constexpr int64_t stage = kStageBytes / sizeof(T);
   Sums<compute_t<T>> own = no_sums<compute_t<T>>();
+  InPlace<T> source;
   for (int64_t at = 0; at < size; at += stage) {
     shared.stages[at / stage].wait();
-    add_logits<kMore>(own, slice + at, size - at < stage ? size - at : stage, row);
+    add_logits<kMore>(own, slice + at, size - at < stage ? size - at : stage, row, source);
   }
   own = reduce_warp(own);
   if (threadIdx.x % 32 == 0) shared.of_warp[threadIdx.x / 32] = own;
@@ -54,7 +55,7 @@ __device__ Sums<compute_t<T>> sums_of(const T* slice, int64_t size, Shared<compu
   return merged(shared.of_warp, kWarps, row);
 }
 
-template <typename T, bool kMore, bool kCap>
+template <typename T, int kMore, bool kCap>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) cluster_kernel(TokenLogprobs op, T* gradient, Slices slices) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using C = compute_t<T>;
@@ -86,9 +87,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) cluster_kernel(TokenLogp
 }
 
 template <typename T> auto kernel_of(const TokenLogprobs& op) {
-  const bool more = op.entropy || op.sum_p_squared, cap = op.transform.softcap > 0;
-  return more ? (cap ? cluster_kernel<T, true, true> : cluster_kernel<T, true, false>)
-              : (cap ? cluster_kernel<T, false, true> : cluster_kernel<T, false, false>);
+  using Kernel = decltype(&cluster_kernel<T, 0, false>);
+  constexpr Kernel kernels[][2] = {{cluster_kernel<T, 0, false>, cluster_kernel<T, 0, true>},
+                                   {cluster_kernel<T, kSpread, false>, cluster_kernel<T, kSpread, true>},
+                                   {cluster_kernel<T, kSquares, false>, cluster_kernel<T, kSquares, true>}};
+  return kernels[more_of(op)][op.transform.softcap > 0];
 }
 
 template <typename T>

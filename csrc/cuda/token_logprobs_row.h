@@ -5,6 +5,7 @@
 #pragma once
 #include <cstring>
 
+#include "cuda/async_copy.h"
 #include "cuda/element.h"
 #include "cuda/launch.h"
 #include "cuda/token_logprobs.h"
@@ -147,18 +148,60 @@ template <typename C> __device__ Sums<C> merged(const Sums<C>* parts, int count,
   return all;
 }
 
+// kMore: 0 for `ties` and `rest` alone, kSpread with `spread`, for the entropy, kSquares with `squares` as well.
+constexpr int kSpread = 1, kSquares = 2;
+
+inline int more_of(const TokenLogprobs& op) { return op.sum_p_squared ? kSquares : op.entropy ? kSpread : 0; }
+
+// The elements of a pack as they are computed with.
+template <typename T, int N> __device__ void widen(const Pack<T, N>& pack, compute_t<T> (&x)[N]) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) x[k] = load(pack.x[k]);
+}
+
+// A bfloat16 is the upper half of a float: one instruction for each of the two in a word, where converting takes two.
+__device__ inline void widen(const Pack16<__nv_bfloat16>& pack, float (&x)[8]) {
+  Words words;
+  std::memcpy(&words, &pack, sizeof(words));
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t low = words.x[k] << 16, high = words.x[k] & 0xffff0000u;
+    std::memcpy(&x[2 * k], &low, 4);
+    std::memcpy(&x[2 * k + 1], &high, 4);
+  }
+}
+
+// The greatest of a pack, which is NaN only where all are.
+template <typename T, int N> __device__ compute_t<T> top_of(const Pack<T, N>& pack) {
+  compute_t<T> x[N];
+  widen(pack, x);
+  compute_t<T> top = x[0];
+#pragma unroll
+  for (int k = 1; k < N; ++k) top = std::fmax(top, x[k]);
+  return top;
+}
+
+#if defined(__CUDA_ARCH__)
+__device__ inline float top_of(const Pack16<__nv_bfloat16>& pack) {  // two at a time
+  Words words;
+  std::memcpy(&words, &pack, sizeof(words));
+  uint32_t top = words.x[0];
+#pragma unroll
+  for (int k = 1; k < 4; ++k) asm("max.bf16x2 %0, %0, %1;" : "+r"(top) : "r"(words.x[k]));
+  return std::fmax(__uint_as_float(top << 16), __uint_as_float(top & 0xffff0000u));
+}
+#endif
+
 // Adds the first `count` of a thread's packs, behind which all is -inf. All lanes of a warp call it together and have
 // one maximum, so that it rises seldom, and a new or equal maximum is a branch that few packs take.
-template <bool kMore, typename T, int N, int M>
+template <int kMore, typename T, int N, int M>
 __device__ void add_packs(Sums<compute_t<T>>& sums, const Pack<T, N> (&packs)[M], int count,
                           const RowTransform<compute_t<T>>& row) {
   using C = compute_t<T>;
   C tops[M], top = -C(INFINITY);
 #pragma unroll
   for (int i = 0; i < M; ++i) {
-    tops[i] = load(packs[i].x[0]);
-#pragma unroll
-    for (int k = 1; k < N; ++k) tops[i] = std::fmax(tops[i], load(packs[i].x[k]));
+    tops[i] = top_of(packs[i]);
     top = std::fmax(top, tops[i]);
   }
 #pragma unroll
@@ -168,14 +211,15 @@ __device__ void add_packs(Sums<compute_t<T>>& sums, const Pack<T, N> (&packs)[M]
   const C shift = empty ? C(0) : row.capped(sums.max), factor2 = row.factor * C(kLog2E);
 #pragma unroll
   for (int i = 0; i < M; ++i) {
-    if (i >= count) break;
-    C s[N];
+    if (row.cap > 0 && i >= count) break;  // without a softcap the others add nothing
+    C x[N], s[N];
+    widen(packs[i], x);
 #pragma unroll
-    for (int k = 0; k < N; ++k) s[k] = row.capped(load(packs[i].x[k]));
+    for (int k = 0; k < N; ++k) s[k] = row.capped(x[k]);
     if (tops[i] == sums.max && !empty) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        const bool tie = C(load(packs[i].x[k])) == sums.max;
+        const bool tie = x[k] == sums.max;
         sums.ties += tie ? C(1) : C(0);
         s[k] = tie ? -C(INFINITY) : s[k];
       }
@@ -184,46 +228,128 @@ __device__ void add_packs(Sums<compute_t<T>>& sums, const Pack<T, N> (&packs)[M]
     for (int k = 0; k < N; ++k) {
       const C t = (s[k] - shift) * factor2, e = exp2_flushed(t);
       sums.rest += e;
-      if (kMore) {
-        sums.spread = std::fma(-e, std::fmax(t, C(kNoPower)), sums.spread);
-        sums.squares = std::fma(e, e, sums.squares);
-      }
+      if (kMore >= kSpread) sums.spread = std::fma(-e, std::fmax(t, C(kNoPower)), sums.spread);
+      if (kMore >= kSquares) sums.squares = std::fma(e, e, sums.squares);
     }
   }
 }
 
+// The whole 16-byte packs of a part of a row, from element `head` on.
+template <typename T> struct Packs {
+  int64_t head, count;
+  const Words* begin;
+  __device__ Packs(const T* part, int64_t size)
+      : head(head_of(part, part, size)), count((size - head) / Pack16<T>::size),
+        begin(reinterpret_cast<const Words*>(part + head)) {}
+};
+
+// A pack of -inf, behind the end of a row.
+template <typename T> __device__ Words nothing() {
+  Pack16<T> pack;
+#pragma unroll
+  for (T& x : pack.x) store(x, -compute_t<T>(INFINITY));
+  Words words;
+  std::memcpy(&words, &pack, sizeof(words));
+  return words;
+}
+
+// Batches that are in fast memory already.
+template <typename T> struct InPlace {
+  __device__ void next(Words (&words)[kInFlight], const Words* batch, int left) {
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int pack = int(threadIdx.x) + i * kThreads;
+      words[i] = nothing<T>();
+      if (pack < left) words[i] = batch[pack];
+    }
+  }
+};
+
+// The batches of a row's slices, one after the other, each on its way to shared memory while those before it are used.
+// A thread copies what it reads itself, so that it waits for no other.
+template <typename T> class Ahead {
+ public:
+  static constexpr int kBatches = 3;  // two on their way and one in use
+  static constexpr int64_t kBytes = kBatches * kBatch * 16;
+
+  __device__ Ahead(const T* logits, int64_t size, const Slices& slices, Words* shared)
+      : logits_(logits), size_(size), slices_(slices), shared_(shared) {
+    enter(0);
+    for (int i = 0; i < kBatches - 1; ++i) start();
+  }
+
+  __device__ void next(Words (&words)[kInFlight], const Words*, int) {
+    wait_copy_groups<kBatches - 2>();
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) words[i] = shared_[used_ * kBatch + int(threadIdx.x) + i * kThreads];
+    used_ = used_ + 1 == kBatches ? 0 : used_ + 1;
+    start();  // over the batch before this one
+  }
+
+ private:
+  __device__ void enter(int slice) {
+    for (left_ = 0; slice < slices_.count && left_ == 0; ++slice) {
+      const int64_t first = slices_.begin(slice, size_);
+      const Packs<T> packs(logits_ + first, slices_.begin(slice + 1, size_) - first);
+      from_ = packs.begin;
+      left_ = int(packs.count);
+    }
+    slice_ = slice;
+  }
+
+  __device__ void start() {
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int pack = int(threadIdx.x) + i * kThreads;
+      Words* to = shared_ + started_ * kBatch + pack;
+      if (pack < left_)
+        start_copy16(to, from_ + pack);
+      else
+        *to = nothing<T>();
+    }
+    end_copy_group();
+    started_ = started_ + 1 == kBatches ? 0 : started_ + 1;
+    from_ += kBatch;
+    left_ -= kBatch;
+    if (left_ <= 0) enter(slice_);
+  }
+
+  const T* logits_;
+  int64_t size_;
+  const Slices& slices_;
+  Words* shared_;
+  const Words* from_ = nullptr;  // what is started next
+  int left_ = 0;                 // packs from there to the end of the slice
+  int slice_ = 0;                // after that one
+  int started_ = 0, used_ = 0;   // places in the ring
+};
+
 // Adds logits that all threads of the block visit together.
-template <bool kMore, typename T>
+template <int kMore, typename T, typename Source>
 __device__ void add_logits(Sums<compute_t<T>>& sums, const T* logits, int64_t size,
-                           const RowTransform<compute_t<T>>& row) {
+                           const RowTransform<compute_t<T>>& row, Source& source) {
   using C = compute_t<T>;
   constexpr int kSize = Pack16<T>::size;
-  const int64_t head = head_of(logits, logits, size), packs = (size - head) / kSize, edges = size - packs * kSize;
+  const Packs<T> packs(logits, size);
+  const int64_t edges = size - packs.count * kSize;
   const int thread = int(threadIdx.x);
-  Pack16<T> nothing;
-#pragma unroll
-  for (int k = 0; k < kSize; ++k) store(nothing.x[k], -C(INFINITY));
-  Words no_words;
-  std::memcpy(&no_words, &nothing, sizeof(no_words));
-  const auto* next = reinterpret_cast<const Words*>(logits + head) + thread;
-  for (int64_t left = packs; left > 0; left -= kBatch, next += kBatch) {
-    const int inside = left < kBatch ? int(left) : kBatch;
+  const Words* batch = packs.begin;
+  for (int left = int(packs.count); left > 0; left -= kBatch, batch += kBatch) {
+    Words words[kInFlight];
+    source.next(words, batch, left);
     Pack16<T> loaded[kInFlight];
     int count = 0;
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const bool is_inside = thread + i * kThreads < inside;
-      Words words = no_words;
-      if (is_inside) words = next[i * kThreads];
-      count += is_inside;
-      loaded[i] = elements<T>(words);
+      count += thread + i * kThreads < left;
+      loaded[i] = elements<T>(words[i]);
     }
     add_packs<kMore>(sums, loaded, count, row);
   }
   for (int64_t base = 0; base < edges; base += kThreads) {
     const int64_t edge = base + thread;
-    Pack<T, 1> one[1] = {{nothing.x[0]}};
-    if (edge < edges) one[0].x[0] = logits[edge < head ? edge : edge + packs * kSize];
+    Pack<T, 1> one[1] = {{elements<T>(nothing<T>()).x[0]}};
+    if (edge < edges) one[0].x[0] = logits[edge < packs.head ? edge : edge + packs.count * kSize];
     add_packs<kMore>(sums, one, edge < edges, row);
   }
 }
@@ -257,7 +383,7 @@ __device__ void write_logprobs(const TokenLogprobs& op, int64_t row, const T* sl
   }
 }
 
-template <bool kMore, typename C>
+template <int kMore, typename C>
 __device__ void write_result(const TokenLogprobs& op, int64_t row, const RowResult<C>& result) {
   if (threadIdx.x != 0) return;
   static_cast<C*>(op.row_max)[row] = result.max;
@@ -267,7 +393,7 @@ __device__ void write_result(const TokenLogprobs& op, int64_t row, const RowResu
 }
 
 // The results of a row that does not count.
-template <bool kMore, typename C> __device__ void write_masked(const TokenLogprobs& op, int64_t row) {
+template <int kMore, typename C> __device__ void write_masked(const TokenLogprobs& op, int64_t row) {
   C* logprobs = static_cast<C*>(op.logprobs) + row * op.targets_per_row;
   for (int64_t k = threadIdx.x; k < op.targets_per_row; k += kThreads) logprobs[k] = 0;
   write_result<kMore>(op, row, RowResult<C>{0, 0, 0, 0});
@@ -301,9 +427,11 @@ __device__ void write_gradient(const T* logits, T* out, int64_t first, int64_t s
   }
   if (row.cap > 0) __syncthreads();
   for_each_pack(logits, size, head_of(logits, out, size), [&](auto pack, int64_t start) {
+    C logit[pack.size];
+    widen(pack, logit);
 #pragma unroll
     for (int i = 0; i < pack.size; ++i) {
-      const C x = load(pack.x[i]), s = row.capped(x), t = std::fma(s - shift, factor2, -logsum2), p = exp2_flushed(t);
+      const C x = logit[i], s = row.capped(x), t = std::fma(s - shift, factor2, -logsum2), p = exp2_flushed(t);
       const C at_one = kEntropy ? std::fma(linear, std::fmax(t, C(kNoPower)), constant) : constant;
       store(pack.x[i], p * at_one * row.slope(x));
     }

@@ -119,8 +119,9 @@ void launch_clusters(const char*, void (*kernel)(Args...), int64_t clusters, int
 }
 
 template <typename... Args>
-void launch(const char* what, void (*kernel)(Args...), int64_t blocks, int threads, Queue queue, Args... args) {
-  launch_clusters(what, kernel, blocks, 1, threads, 0, queue, args...);
+void launch(const char* what, void (*kernel)(Args...), int64_t blocks, int threads, int64_t shared_bytes, Queue queue,
+            Args... args) {
+  launch_clusters(what, kernel, blocks, 1, threads, shared_bytes, queue, args...);
 }
 
 }  // namespace rlhf::cuda
