@@ -45,8 +45,11 @@ void launch(const char* what, void (*kernel)(Args...), int64_t blocks, int threa
   if (blocks == 0) return;
   OnDevice guard(what, queue.device);
   const auto* code = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > 0)
-    check(what, cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  if (shared_bytes > 0) {
+    const auto set = [&](cudaFuncAttribute name, int value) { check(what, cudaFuncSetAttribute(code, name, value)); };
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   void* pointers[] = {&args...};
   check(what, cudaLaunchKernel(code, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, size_t(shared_bytes),
                                queue.stream));
