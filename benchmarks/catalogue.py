@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import costs, memory, methods, plots, tables
+from benchmarks import costs, memory, methods, plots, roofline, tables
 from benchmarks.results_file import best_of, floor_ms, source
 from benchmarks.steps import parity
 from benchmarks.steps import report as steps
@@ -161,6 +161,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         **tables_of("growing", "scaling_cpu.json"),
         "the whole steps": whole_steps,
         "the memory of an update": of("memory.json", memory.section),
+        "the first run on a GPU": of("gpu_first.json", roofline.table),
         **tables_of("GPU", "gpu.json", machine="GPU"),
     },
     ROOT / "docs" / "methods.md": {

@@ -163,6 +163,27 @@ def measured(fact: Fact, device: str, best: dict[str, float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def table(results: dict[str, Any]) -> str:
+    """Of a run's facts: times, bytes and FLOPs per second, and the share of a copy where bytes are what counts."""
+    lines = ["| what | ms | TB/s | share of a copy | TFLOP/s |", "|---|---:|---:|---:|---:|"]
+    copy = results["copy_bytes_per_second"] / 1e12
+    for fact in results["facts"]:
+        products = fact["TFLOP/s"] > 100
+        cells = [f"{fact['ms']:.4g}", "" if products else f"{fact['TB/s']:.2f}"]
+        cells += ["" if products else f"{fact['TB/s'] / copy:.0%}", f"{fact['TFLOP/s']:.0f}" if products else ""]
+        lines.append(f"| {fact['fact']} | {' | '.join(cells)} |")
+    where = results["machine"]
+    versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "cuda"))
+    tests = "; ".join(
+        f"{run['phase']}: {run['passed']} passed, {run['failed']} failed, {run['skipped']} skipped"
+        for run in results["tests"]
+    )
+    return "\n".join([
+        *lines, "", f"{where['gpu']}; {versions}; commit {where['commit']}; `{where['command']}`. A copy moves "
+        f"{copy:.2f} TB/s, counting what is read and written. {tests}.", "",
+    ])  # fmt: skip
+
+
 def main(words: list[str] | None = None) -> int:
     """The exit status: 1 where a fact could not be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
