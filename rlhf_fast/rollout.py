@@ -44,7 +44,7 @@ class Rollout:
     """Prompts with sampled completions.
 
     batch: right-padded (B, T); its mask marks the sampled tokens, the one that stopped them included. Behind them, and
-    not marked, is what a closed turn has besides, where the role 'reward' reads its score.
+    not marked, is what a closed turn has besides, where the roles 'reward' and 'cost' read their scores.
     completions: text without special tokens. finished: (B,) bool, True where a stop token was sampled.
     sampler: what the sampler drew from; None where it was not asked for.
     """
@@ -113,7 +113,7 @@ def roll_out(
         completions += [_cut(row, stops) for row in tokens.tolist()]
         if recorder is not None:
             recorder.finish(tokens)
-    scored = "reward" in backbone.heads
+    scored = not {"reward", "cost"}.isdisjoint(backbone.heads)
     examples = [_example(p, c, closed=scored) for p, c in zip(prompts, completions, strict=True)]
     batch = pad_batch(examples, pad).to(_device(backbone))
     return Rollout(

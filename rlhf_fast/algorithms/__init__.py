@@ -24,9 +24,14 @@ class Preset(NamedTuple):
     defaults: Mapping[str, Any] = MappingProxyType({})
 
 
-def _policy(objective: str, **defaults: Any) -> Preset:
+def _policy(objective: str | Mapping[str, Any], **defaults: Any) -> Preset:
     """Completions of one prompt compared, and the policy loss `objective`."""
     return Preset("grpo", {"objective": objective, **defaults})
+
+
+def _stale(objective: str | Mapping[str, Any], **defaults: Any) -> Preset:
+    """The same for a loss that differs from GRPO's only where the policy has moved since it sampled."""
+    return _policy(objective, **{"num_minibatches": 4, **defaults})
 
 
 def _pairs(objective: str | dict[str, float], **numbers: float) -> Preset:
@@ -44,28 +49,36 @@ ALGORITHMS = {
     "ppo": Preset("ppo"),
     "a2c": Preset("ppo", {"objective": "a2c", "lam": 1.0, "whiten_advantages": False, "value_clip_eps": None}),
     # Without a critic
-    "grpo": Preset("grpo"),
+    "grpo": _policy({"variant": "grpo", "kl_coef": 0.04}),
     "dr_grpo": _policy("dr_grpo", advantage="dr_grpo"),
-    "dapo": _policy("dapo"),
-    "gspo": _policy("gspo"),
-    "gspo_token": _policy("gspo_token"),
-    "luspo": _policy("luspo"),
-    "gmpo": _policy("gmpo"),
-    "cispo": _policy("cispo"),
-    "sapo": _policy("sapo"),
-    "vespo": _policy("vespo"),
-    "dppo_tv": _policy("dppo_tv"),
-    "dppo_kl": _policy("dppo_kl"),
-    "clip_cov": _policy("clip_cov"),
-    "kl_cov": _policy("kl_cov"),
-    "gpg": _policy("gpg", advantage="dr_grpo"),
+    "dapo": _stale("dapo", max_resamples=9, overlong_buffer=0.2, mask_truncated_completions=True),
+    "gspo": _stale("gspo"),
+    "gspo_token": _stale("gspo_token"),
+    "luspo": _stale("luspo"),
+    "gmpo": _stale("gmpo"),
+    "cispo": _stale("cispo"),
+    "sapo": _stale("sapo"),
+    "vespo": _stale("vespo"),
+    "dppo_tv": _stale("dppo_tv"),
+    "dppo_kl": _stale("dppo_kl"),
+    "clip_cov": _stale("clip_cov"),
+    "kl_cov": _stale("kl_cov"),
+    "gpg": _policy("gpg", advantage="dr_grpo", correct_equal_groups=True),
     "rloo": _policy("reinforce", advantage="rloo", kl_coef=0.05),
     "opo": _policy("reinforce", advantage="opo"),
     "remax": _policy("reinforce", advantage="remax", num_generations=1, kl_coef=0.05),
-    "reinforce_pp": _policy("ppo_clip", advantage="reinforce_pp", num_generations=1, kl_coef=0.05),
-    "reinforce_baseline": _policy("ppo_clip", advantage="reinforce_baseline"),
+    "reinforce_pp": _policy("ppo_clip", advantage="reinforce_pp", num_generations=1, kl_coef=0.01),
+    "reinforce_baseline": _policy(
+        {"variant": "ppo_clip", "kl_coef": 1e-5, "kl_variant": "k2"}, advantage="reinforce_baseline"
+    ),
+    "optimal_token_baseline": _policy("ppo_clip", advantage="optimal_token_baseline"),
     "pass_at_k": _policy("ppo_clip", advantage="pass_at_k", pass_k=4),
     "gdpo": _policy("ppo_clip", advantage="gdpo"),
+    "process_grpo": _policy({"variant": "grpo", "kl_coef": 0.04}, advantage="process"),
+    "pure": _policy("ppo_clip", advantage="process", min_temperature=0.1),
+    # Under a limit on costs
+    "grpo_lagrangian": _policy({"variant": "grpo", "kl_coef": 0.04}, cost_limit=0.0),
+    "ppo_lagrangian": Preset("ppo", {"cost_limit": 0.0}),
     # From pairs
     "dpo": Preset("preference"),
     "ipo": _pairs("ipo"),

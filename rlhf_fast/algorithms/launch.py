@@ -39,7 +39,7 @@ from rlhf_fast.training.optim import check_progress
 from rlhf_fast.training.report import print_report
 from rlhf_fast.training.run import Run, write_summary
 
-REFERRING_KEYS = ("model", "reward")
+REFERRING_KEYS = ("model", "reward", "cost")
 
 
 @dataclass(frozen=True)

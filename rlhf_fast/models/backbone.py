@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -51,8 +52,9 @@ class Scores:
 
     logprobs, ref_logprobs: (B, T), nats, 0 where the mask is 0. values: (B, T), the value before each token.
     scores: (B,), the reward head at the last real token; (B, M) where the reward roles have M outputs in all.
-    features: (B, D), what the head of the role "reward" is given. None for a role that does not exist or was not asked
-    for.
+    features: (B, D), what the head of the role "reward" is given. costs: (B,), the cost head at the last real token.
+    collisions: (B, T), the policy's sums of squared probabilities over the vocabulary. None for a role that does not
+    exist or was not asked for.
     """
 
     logprobs: Tensor | None
@@ -60,6 +62,8 @@ class Scores:
     values: Tensor | None
     scores: Tensor | None
     features: Tensor | None = None
+    costs: Tensor | None = None
+    collisions: Tensor | None = None
 
 
 class Backbone:
@@ -474,10 +478,11 @@ class Backbone:
         return _behind(result.logprobs), _behind(result.entropy)
 
     def logprobs_and_collisions(
-        self, hidden: Tensor, input_ids: Tensor, mask: Tensor, *, mask_count: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, hidden: Tensor, input_ids: Tensor, mask: Tensor, *, mask_count: int | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`logprobs`, and for each token the sum over the vocabulary of the squared probabilities: (B, T) each."""
-        result = self._predictions(hidden, input_ids, mask, mask_count, return_stats=True)
+        result = self._predictions(hidden, input_ids, mask, mask_count, temperature=temperature, return_stats=True)
         return _behind(result.logprobs), _behind(result.stats.sum_p_squared)
 
     def _predictions(
@@ -515,20 +520,21 @@ class Backbone:
         """
         roles = ["policy"] if policy else []
         rewards = self.reward_roles
-        roles += ["reference", *(role for role in ("critic",) if role in self.heads), *rewards]
+        roles += ["reference", *(role for role in ("critic", "cost") if role in self.heads), *rewards]
         hidden = self.hidden(input_ids, attention_mask, roles, lower=lower)
-        logprobs = {
-            role: self.logprobs(hidden[role], input_ids, mask, mask_count=mask_count, temperature=temperature)
-            for role in ("policy", "reference")
-            if role in hidden
-        }
+        predict = partial(
+            self.logprobs_and_collisions, input_ids=input_ids, mask=mask, mask_count=mask_count, temperature=temperature
+        )
+        logprobs, collisions = predict(hidden["policy"]) if policy else (None, None)
         scores = [self.scores(role, hidden[role], attention_mask) for role in rewards]
         return Scores(
-            logprobs.get("policy"),
-            logprobs["reference"],
+            logprobs,
+            predict(hidden["reference"])[0],
             self.values("critic", hidden["critic"]) if "critic" in hidden else None,
             None if not scores else scores[0] if len(scores) == 1 else torch.column_stack(scores),
             last_states(hidden["reward"], attention_mask) if "reward" in rewards else None,
+            self.scores("cost", hidden["cost"], attention_mask) if "cost" in hidden else None,
+            collisions,
         )
 
     # Bytes

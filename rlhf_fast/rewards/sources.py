@@ -31,7 +31,7 @@ class Source:
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """The role 'reward' of the backbone; a raw score s counts as (s - mean) / std."""
+    """The role 'reward', or 'cost', of the backbone; a raw score s counts as (s - mean) / std."""
 
     name: str
     weight: float
@@ -55,6 +55,12 @@ class Rewards:
     sources: list[Source] = field(default_factory=list)
     adapter: AdapterSource | None = None
     timeout: float | None = None  # seconds of one source for one batch
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of each source, by name."""
+        sources: list[Source | AdapterSource] = [*self.sources, *([] if self.adapter is None else [self.adapter])]
+        return {source.name: source.weight for source in sources}
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """UserError when a function needs a column that the data lacks."""
@@ -80,8 +86,8 @@ class Rewards:
         """What the sources pay.
 
         prompts: the rows' own `prompt` values; completions: text; columns: the other columns, as lists, and
-        `completion_ids`, the sampled tokens, for sources that pay each; adapter_scores: (B,) raw scores of the role
-        'reward', needed when there is such a source.
+        `completion_ids`, the sampled tokens, for sources that pay each; adapter_scores: (B,) raw scores of the
+        adapter's role, needed when there is such a source.
         """
         parts: dict[str, Tensor] = {}
         total = torch.zeros(len(completions))
@@ -96,7 +102,7 @@ class Rewards:
                 for row, added in zip(payments, paid, strict=True):
                     row += [payment._replace(reward=source.weight * payment.reward) for payment in added]
         if self.adapter is not None:
-            assert adapter_scores is not None, "the caller scores the role 'reward' in its joint traversal"
+            assert adapter_scores is not None, "the caller scores the adapter's role in its joint traversal"
             scores = (adapter_scores.float().cpu() - self.adapter.mean) / self.adapter.std
             parts[self.adapter.name] = scores
             total = total + self.adapter.weight * scores
@@ -104,24 +110,29 @@ class Rewards:
 
 
 def load_rewards(
-    weights: Mapping[str, float], backbone: Backbone, *, chat: bool = False, timeout: float | None = None
+    weights: Mapping[str, float],
+    backbone: Backbone,
+    *,
+    chat: bool = False,
+    timeout: float | None = None,
+    role: str = "reward",
 ) -> Rewards:
     """Rewards from 'pkg.mod:function', 'file.py:function', a reward adapter folder or a reward model folder, for one
     with several outputs 'folder:label'.
 
-    weights: spec -> weight. An adapter is loaded onto `backbone` as the frozen role 'reward'. chat: a reward model
-    sees plain prompts through its chat template. timeout: seconds of a source for one batch. Raises UserError for
-    anything else.
+    weights: spec -> weight. An adapter is loaded onto `backbone` as the frozen role `role`. chat: a reward model sees
+    plain prompts through its chat template. timeout: seconds of a source for one batch. Raises UserError for anything
+    else.
     """
     rewards = Rewards(timeout=timeout)
     for spec, weight in weights.items():
         folder = Path(spec)
         if (folder / "adapter_config.json").is_file():
             if rewards.adapter is not None:
-                raise UserError(f"only one reward adapter per run; found {rewards.adapter.name} and {spec}")
-            load_adapter(backbone, "reward", str(folder), trainable=False)
-            if "reward" not in backbone.heads:
-                raise UserError(f"reward {spec} is an adapter without a score head, such as a policy's")
+                raise UserError(f"only one {role} adapter per run; found {rewards.adapter.name} and {spec}")
+            load_adapter(backbone, role, str(folder), trainable=False)
+            if role not in backbone.heads:
+                raise UserError(f"{role} {spec} is an adapter without a score head, such as a policy's")
             rewards.adapter = AdapterSource(spec, weight, *read_stats(folder))
         elif (classifier := classifier_of(spec)) is not None:
             device = next(backbone.model.parameters()).device
@@ -130,7 +141,7 @@ def load_rewards(
             rewards.sources.append(Source(spec, weight, load_function(spec)))
         else:
             raise UserError(
-                f"reward {spec!r} is neither module:function, file.py:function, nor a folder with "
+                f"{role} {spec!r} is neither module:function, file.py:function, nor a folder with "
                 "adapter_config.json or config.json"
             )
     return rewards

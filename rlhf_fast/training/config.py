@@ -192,6 +192,27 @@ class SamplingConfig(Config):
     top_k: int = Field(0, ge=0, description="0: off. Truncated sampling biases the importance ratio")
     top_p: float = Field(1.0, gt=0, le=1)
     missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the reward of an unfinished completion")
+    overlong_buffer: float | None = Field(
+        None, gt=0, description="the last tokens of max_new_tokens, or below 1 their share, that cost overlong_penalty"
+    )
+    overlong_penalty: float = Field(
+        1.0,
+        ge=0,
+        description="taken off the reward of a completion of max_new_tokens; linear in the buffer",
+    )
+
+    @property
+    def overlong_tokens(self) -> float | None:
+        """The length of the overlong buffer."""
+        buffer = self.overlong_buffer
+        return buffer * self.max_new_tokens if buffer is not None and buffer < 1 else buffer
+
+    @model_validator(mode="after")
+    def _buffers(self) -> "SamplingConfig":
+        if self.overlong_tokens is not None and self.overlong_tokens > self.max_new_tokens:
+            raise ValueError(f"overlong_buffer {self.overlong_buffer} is longer than max_new_tokens "
+                             f"{self.max_new_tokens}")  # fmt: skip
+        return self
 
 
 class RolloutConfig(SamplingConfig):
@@ -205,6 +226,26 @@ class RolloutConfig(SamplingConfig):
     kl_coef: float = Field(0.0, ge=0, description="weight of the KL penalty in the reward")
     kl_target: float | None = Field(None, gt=0, description="adapt kl_coef to this KL, in nats per completion")
     kl_horizon: float = Field(10_000, gt=0, description="completions over which kl_coef adapts")
+    mask_truncated_completions: bool = Field(
+        False, description="unfinished completions are compared with, and not learnt from"
+    )
+    max_resamples: int = Field(
+        0, ge=0, description="rounds of new prompts in the place of those whose completions are all judged the same"
+    )
+    cost: str | FromStage | list[str | FromStage] | None = Field(
+        None, description="as reward: what must stay at cost_limit on average; or several"
+    )
+    cost_limit: float | list[float] | None = Field(None, description="one per cost")
+    cost_multiplier: float = Field(1.0, gt=0, description="Lagrange multiplier of each cost at the start")
+    cost_multiplier_rate: float = Field(0.1, ge=0, description="step of its logarithm; 0 keeps it")
+    cost_multiplier_max: float = Field(5.0, gt=0, description="its bound")
+    cost_window: int = Field(128, ge=1, description="completions whose mean cost moves it")
+    cost_confidence: float | None = Field(
+        None, gt=0.5, lt=1, description="test the held-out cost, keep the last policy that passes in safe/"
+    )
+    cost_range: tuple[float, float] | None = Field(
+        None, description="[lowest, highest] cost: the test is Hoeffding's, else Student's"
+    )
     sampler_correction: bool = Field(
         False, description="weigh tokens by the sampler's own log-probabilities, see objective.correction_mode"
     )
@@ -246,6 +287,27 @@ class RolloutConfig(SamplingConfig):
         return self
 
     @model_validator(mode="after")
+    def _resamples(self) -> "RolloutConfig":
+        if self.max_resamples and self.num_generations < 2:
+            raise ValueError(f"max_resamples {self.max_resamples} is of num_generations from 2, got 1")
+        return self
+
+    @model_validator(mode="after")
+    def _constrains(self) -> "RolloutConfig":
+        costs = listed(self.cost)
+        for name in ("cost_confidence", "cost_range"):
+            if not costs and getattr(self, name) is not None:
+                raise ValueError(f"{name} {getattr(self, name)} is of a cost, and there is none")
+        if costs and len(listed(self.cost_limit)) != len(costs):
+            raise ValueError(f"cost_limit needs one number for each of {len(costs)} costs, got {self.cost_limit}")
+        if self.cost_multiplier > self.cost_multiplier_max:
+            raise ValueError(f"cost_multiplier {self.cost_multiplier} is above cost_multiplier_max "
+                             f"{self.cost_multiplier_max}")  # fmt: skip
+        if self.cost_range is not None and not self.cost_range[0] < self.cost_range[1]:
+            raise ValueError(f"cost_range must be [lowest, highest], got {list(self.cost_range)}")
+        return self
+
+    @model_validator(mode="after")
     def _corrects(self) -> "RolloutConfig":
         for field in fields(self.objective):
             value = getattr(self.objective, field.name)
@@ -255,6 +317,11 @@ class RolloutConfig(SamplingConfig):
 
 
 C = TypeVar("C", bound=Config)
+
+
+def listed(value: Any) -> list[Any]:
+    """One or several values of a key as a list; nothing is none."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def keys_of(config_class: type[Config]) -> list[str]:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +37,10 @@ class Experience:
     lower: (B, T, D), the input of the first adapted layer, or None when that is the first layer.
     scores: log-probabilities (B, T) of policy and reference, values (B, T) or None. Those of the policy are None until
     the first minibatch where `collect` leaves them to it.
-    rewards: (B,) fp32, the weighted sum of the sources, of all their steps, less the missing-EOS penalty. parts: each
+    rewards: (B,) fp32, the weighted sum of the sources, of all their steps, less the penalties for length. parts: each
     source's scores. steps: what of the rewards is paid before the end; None where no source pays there.
+    costs: (B,) of each constraint, by name. judged: (B,), the rewards before a step takes the costs off them.
+    metrics: what making it told.
     """
 
     rollout: Rollout
@@ -47,6 +49,13 @@ class Experience:
     rewards: Tensor
     parts: dict[str, Tensor]
     steps: StepRewards | None = None
+    costs: dict[str, Tensor] = field(default_factory=dict)
+    judged: Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.judged is None:
+            self.judged = self.rewards
 
     @property
     def final_rewards(self) -> Tensor:
@@ -57,6 +66,12 @@ class Experience:
     def batch(self) -> Batch:
         """(B, T): prompts and completions; the mask marks the sampled tokens."""
         return self.rollout.batch
+
+    def learnt(self, config: RolloutConfig) -> Tensor:
+        """(B, T): the mask of the tokens that the loss counts."""
+        if not config.mask_truncated_completions:
+            return self.batch.mask
+        return self.batch.mask * self.rollout.finished.to(self.batch.mask)[:, None]
 
     @property
     def kl(self) -> Tensor:
@@ -84,7 +99,12 @@ class Experience:
 def prompts_of_step(job: Job, config: RolloutConfig, step: int) -> list[Prompt]:
     """The step's prompts in the shuffled order, each num_generations times in a row."""
     count = config.batch_size // config.num_generations
-    indices = shuffled_indices(len(job.train), config.order_seed, step * count, count)
+    return next_prompts(job, config, step * count + int(job.counters.get("extra_prompts", 0)), count)
+
+
+def next_prompts(job: Job, config: RolloutConfig, start: int, count: int) -> list[Prompt]:
+    """Those from `start` of the endless shuffled order, each num_generations times in a row."""
+    indices = shuffled_indices(len(job.train), config.order_seed, start, count)
     return [job.train[i] for i in indices for _ in range(config.num_generations)]
 
 
@@ -120,10 +140,22 @@ def collect(
         warn_of_another_policy(job, config, rollout)
     lower, scores = score(job, config, rollout, policy=score_policy)
     columns = rollout.columns() | {"completion_ids": rollout.completion_ids()}
-    judged = rewards([p.columns["prompt"] for p in prompts], rollout.completions, columns, scores.scores)
-    total = judged.total - config.missing_eos_penalty * (~rollout.finished).float()
+    asked = [p.columns["prompt"] for p in prompts], rollout.completions, columns
+    judged = rewards(*asked, scores.scores)
+    total = judged.total - penalties(config, rollout)
     steps = None if judged.payments is None else placed(job, rollout, judged.payments)
-    return Experience(rollout, lower, scores, total.to(job.device), judged.parts, steps)
+    costs = {} if job.constraints is None else job.constraints.sources(*asked, scores.costs).parts
+    return Experience(rollout, lower, scores, total.to(job.device), judged.parts, steps, costs)
+
+
+def penalties(config: SamplingConfig, rollout: Rollout) -> Tensor:
+    """(B,) on the CPU: what an unfinished completion loses, and one that reaches into the overlong buffer (the soft
+    overlong punishment of DAPO, arXiv 2503.14476, eq. 13)."""
+    penalty = config.missing_eos_penalty * (~rollout.finished).float()
+    if config.overlong_tokens is None:
+        return penalty
+    beyond = rollout.batch.counts - (config.max_new_tokens - config.overlong_tokens)
+    return penalty + config.overlong_penalty * (beyond / config.overlong_tokens).clamp(0, 1)
 
 
 def placed(job: Job, rollout: Rollout, payments: Sequence[Sequence[Payment]]) -> StepRewards:
@@ -171,6 +203,9 @@ def score(job: Job, config: SamplingConfig, rollout: Rollout, *, policy: bool = 
         torch.cat([p.ref_logprobs for p in passes]),
         _joined([p.values for p in passes]),
         _joined([p.scores for p in passes]),
+        _joined([p.features for p in passes]),
+        _joined([p.costs for p in passes]),
+        _joined([p.collisions for p in passes]),
     )
     return _joined(lowers), joined
 
@@ -191,16 +226,17 @@ def move_reference(job: Job, config: RolloutConfig, step: int) -> None:
 
 def rollout_metrics(experience: Experience) -> dict[str, float]:
     """Means over the batch: reward, KL per completion (nats), length (tokens), share that was finished."""
+    assert experience.judged is not None
     metrics = {
-        "reward": experience.rewards.mean(),
-        "reward_std": experience.rewards.std(correction=0),
+        "reward": experience.judged.mean(),
+        "reward_std": experience.judged.std(correction=0),
         "kl": experience.kl.sum(1).mean(),
         "completion_length": experience.batch.counts.float().mean(),
         "finished": experience.rollout.finished.float().mean(),
     }
     if len(experience.parts) > 1:
         metrics |= {f"reward/{name}": scores.mean() for name, scores in experience.parts.items()}
-    return {name: float(value) for name, value in metrics.items()}
+    return {name: float(value) for name, value in metrics.items()} | experience.metrics
 
 
 def samples_of(experience: Experience, count: int) -> list[dict[str, Any]]:
@@ -215,7 +251,8 @@ def samples_of(experience: Experience, count: int) -> list[dict[str, Any]]:
 def evaluate_policy(job: Job, config: SamplingConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Sample held-out prompts with a seed of their own: mean and standard error of reward and KL, and samples.
 
-    The training run's random states are left as they were.
+    The training run's random states are left as they were. A policy that passes the test of its costs is kept as the
+    adapter 'safe'.
     """
     with separate_randomness(config.seed + 1):
         experience = collect(job, config, prompts)
@@ -229,7 +266,13 @@ def evaluate_policy(job: Job, config: SamplingConfig, prompts: Sequence[Prompt])
         "completion_length": experience.batch.counts.float().mean(),
         "finished": experience.rollout.finished.float().mean(),
     }
-    return {"metrics": {n: float(v) for n, v in metrics.items()}, "samples": samples_of(experience, 5)}
+    numbers = {n: float(v) for n, v in metrics.items()}
+    if job.constraints is not None:
+        numbers |= job.constraints.tested(experience.costs)
+        if numbers.get("cost_passed"):
+            job.backbone.copy_adapter("policy", "safe")
+            job.counters["passed"] = 1
+    return {"metrics": numbers, "samples": samples_of(experience, 5)}
 
 
 @contextmanager

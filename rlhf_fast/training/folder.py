@@ -130,7 +130,7 @@ def saving(folder: Path) -> Iterator[None]:
 
 def inputs_of(config: Config) -> list[Path]:
     """The files and folders that the run reads, and the base models under adapters among them."""
-    named = [config.model, config.data, config.eval_data, getattr(config, "reward", None)]
+    named = [config.model, config.data, config.eval_data, *(getattr(config, key, None) for key in ("reward", "cost"))]
     flat = [item for value in named for item in (value if isinstance(value, list) else [value])]
     paths = [Path(item) for item in flat if isinstance(item, str) and item]
     for item in flat:

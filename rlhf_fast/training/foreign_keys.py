@@ -60,6 +60,12 @@ def _aliases() -> dict[str, list[Alias]]:
         ("ppo_epochs",): "num_ppo_epochs num_iterations",
         ("num_minibatches",): "num_mini_batches",
         ("num_generations",): "n_samples_per_prompt group_size",
+        ("overlong_buffer",): "overlong_buffer_len soft_punish_cache",
+        ("overlong_penalty",): "overlong_penalty_factor",
+        ("cost_multiplier",): "lambda_init",
+        ("cost_multiplier_rate",): "lambda_lr",
+        ("cost_multiplier_max",): "lambda_max",
+        ("cost_window",): "episode_cost_window_size",
     }
     aliases = {name: [Alias(keys)] for keys, names in table.items() for name in names.split()}
     aliases |= {name: [Alias(("epochs",))] for name in ("num_train_epochs", "num_epochs", "total_epochs")}
@@ -103,7 +109,6 @@ NO_EQUAL = {
     "variant": "it is `objective`",
     "importance_sampling_level": "sequence-level ratios are an `objective`: gspo",
     "scale_rewards": "false is advantage: dr_grpo",
-    "mask_truncated_completions": "missing_eos_penalty takes something off their reward instead",
     "sync_ref_model": "reference_refresh_every or reference_ema move the reference",
     "ref_model_mixup_alpha": "reference_ema is the weight of the old reference at each step",
     "ref_model_sync_steps": "reference_refresh_every copies the policy to the reference",

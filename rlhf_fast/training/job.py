@@ -10,11 +10,13 @@ import numpy
 import torch
 
 from rlhf_fast.data.encoding import Encoder
+from rlhf_fast.data.notes import say
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.ops.advantages.kl_controller import FixedKLController
 from rlhf_fast.rewards import Rewards
 from rlhf_fast.training.config import Config
+from rlhf_fast.training.constraints import Constraints
 
 FULL = "model"  # the optimizer key when every weight of the model trains
 
@@ -23,8 +25,9 @@ FULL = "model"  # the optimizer key when every weight of the model trains
 class Job:
     """A model with its roles, encoded data, optimizers by role, and what else changes while training.
 
-    kl_controller: holds the weight of the KL penalty in the reward. counters: updates that were skipped in a row
-    (bad_steps) and that were made (updates), passes with dropout (passes).
+    kl_controller: holds the weight of the KL penalty in the reward. constraints: the costs with their multipliers.
+    counters: updates that were skipped in a row (bad_steps) and that were made (updates), passes with dropout (passes),
+    prompts that took the place of others (extra_prompts), whether a policy passed the test of its costs (passed).
     """
 
     backbone: Backbone
@@ -34,6 +37,7 @@ class Job:
     optimizers: dict[str, torch.optim.Optimizer]
     rewards: Rewards | None = None
     kl_controller: FixedKLController | None = None
+    constraints: Constraints | None = None
     counters: dict[str, float] = field(default_factory=lambda: {"bad_steps": 0})
     bad_tensor: str | None = None  # of the last update that was skipped
 
@@ -43,7 +47,7 @@ class Job:
 
     def changing_adapters(self) -> list[str]:
         """The adapters that this run trains or moves."""
-        names = [*self.optimizers, "reference"]
+        names = [*self.optimizers, "reference", "safe"]
         return [name for name in names if name in self.backbone.adapters]
 
 
@@ -61,8 +65,12 @@ def dropout_seed(job: Job, config: Config) -> int | None:
 
 def save_roles(job: Job, folder: Path, *beside: str) -> None:
     """The policy at the top of `folder`, in PEFT's format; of the roles `beside` those that are adapters, each in a
-    folder of its name."""
+    folder of its name, and so the last policy whose costs passed their test."""
     save_adapter(job.backbone, "policy", str(folder))
+    if "safe" in job.backbone.adapters:
+        passed = "passed" in job.counters
+        beside += ("safe",) * passed
+        say(f"costs: the last policy that passed is in {folder / 'safe'}" if passed else "costs: no policy passed")
     for role in beside:
         if role in job.backbone.adapters:
             save_adapter(job.backbone, role, str(folder / role))
@@ -75,6 +83,7 @@ def capture(job: Job) -> dict[str, Any]:
         "optimizers": {name: optimizer.state_dict() for name, optimizer in job.optimizers.items()},
         "counters": dict(job.counters),
         "kl_controller": None if job.kl_controller is None else job.kl_controller.state_dict(),
+        "constraints": None if job.constraints is None else job.constraints.state_dict(),
         "random": random_state(),
     }
     if FULL in job.optimizers:
@@ -93,6 +102,8 @@ def restore(job: Job, state: dict[str, Any]) -> None:
     job.counters.update(state["counters"])
     if job.kl_controller is not None:
         job.kl_controller.load_state_dict(state["kl_controller"])
+    if job.constraints is not None:
+        job.constraints.load_state_dict(state["constraints"])
     set_random_state(state["random"])
 
 

@@ -5,12 +5,15 @@ minibatch (`Rows.tokens`, `Rows.sequences`), so that micro-batches change nothin
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch
+from rlhf_fast.data.notes import say
 from rlhf_fast.ops.policy.policy_loss import policy_loss
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.experience import (
@@ -23,6 +26,7 @@ from rlhf_fast.training.experience import (
 )
 from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, learning_rate, set_learning_rates, update
+from rlhf_fast.training.resampling import resampled
 from rlhf_fast.training.run import Run
 
 
@@ -57,11 +61,29 @@ def experiences(job: Job, config: RolloutConfig, run: Run) -> Iterator[tuple[int
     """For each step, with the learning rates set, the completions of its prompts, scored."""
     for step in run.steps():
         set_learning_rates(job, config, step)
-        prompts = prompts_of_step(job, config, step)
-        yield step, collect(
-            job, config, prompts, score_policy=config.scores_policy, compare_sampler=step == run.start,
-            keep_sampler=config.sampler_correction,
-        )  # fmt: skip
+        more = partial(collect, job, config, score_policy=config.scores_policy, keep_sampler=config.sampler_correction)
+        experience = more(prompts_of_step(job, config, step), compare_sampler=step == run.start)
+        if config.max_resamples:
+            experience = resampled(job, config, step, experience, more)
+        if config.mask_truncated_completions and not experience.rollout.finished.any():
+            say("mask_truncated_completions: no completion of a step was finished, and so nothing was learnt from it")
+        yield step, constrained(job, experience)
+
+
+def constrained(job: Job, experience: Experience) -> Experience:
+    """The multipliers move by the experience's costs, and it is paid less for them."""
+    metrics = {} if job.constraints is None else job.constraints.ascend(experience.costs)
+    return replace(paid(job, experience), metrics=experience.metrics | metrics)
+
+
+def paid(job: Job, experience: Experience) -> Experience:
+    """With its rewards less its costs, by the multipliers as they are."""
+    if job.constraints is None:
+        return experience
+    rewards, steps = job.constraints.paid(experience.rewards, experience.costs), experience.steps
+    if steps is not None:
+        steps = steps._replace(rewards=job.constraints.scaled(steps.rewards))
+    return replace(experience, rewards=rewards, steps=steps)
 
 
 def reward_kl(job: Job, experience: Experience) -> tuple[float, Tensor]:
@@ -107,8 +129,8 @@ def micro_batches(job: Job, config: RolloutConfig, experience: Experience, parts
 
     Where the policy was not scored, the experience keeps the log-probabilities of its first minibatch.
     """
-    batch, backbone = experience.batch, job.backbone
-    mask = batch.mask[torch.cat(parts)]
+    batch, backbone, learnt = experience.batch, job.backbone, experience.learnt(config)
+    mask = learnt[torch.cat(parts)]
     tokens, sequences = mask.sum(), mask.any(1).sum()
     sampler = experience.rollout.sampler if config.sampler_correction else None
     first_logprobs = []
@@ -124,7 +146,7 @@ def micro_batches(job: Job, config: RolloutConfig, experience: Experience, parts
             return_entropy=True,
         )  # fmt: skip
         yield Rows(
-            indices, part, hidden, logprobs, entropy, experience.old_logprobs(indices),
+            indices, replace(part, mask=learnt[indices]), hidden, logprobs, entropy, experience.old_logprobs(indices),
             experience.scores.ref_logprobs[indices], None if sampler is None else sampler.logprobs[indices], tokens,
             sequences,
         )  # fmt: skip

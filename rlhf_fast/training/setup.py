@@ -20,7 +20,8 @@ from rlhf_fast.models.peft_io import base_of, load_adapter
 from rlhf_fast.ops.advantages.kl_controller import AdaptiveKLController, FixedKLController
 from rlhf_fast.rewards import AdapterSource, Rewards, Source, Verifier, load_rewards
 from rlhf_fast.rollout import check_sampler
-from rlhf_fast.training.config import Config, FromStage, RolloutConfig, SamplingConfig
+from rlhf_fast.training.config import Config, FromStage, RolloutConfig, SamplingConfig, listed
+from rlhf_fast.training.constraints import Constraints
 from rlhf_fast.training.experience import collect, separate_randomness
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.optim import adamw
@@ -103,6 +104,30 @@ def add_rewards(backbone: Backbone, config: SamplingConfig, rows: Sequence[Row])
         backbone.add_head("reward", trainable=False)
         rewards.adapter = AdapterSource("reward", 1.0, 0.0, 1.0)
     return rewards
+
+
+def add_constraints(
+    backbone: Backbone, config: RolloutConfig, columns: Sequence[str], held_out: int
+) -> Constraints | None:
+    """The costs of config.cost, and where they are tested the policy that passes, so far the one that starts."""
+    specs = listed(config.cost)
+    if not specs and config.cost_limit is None:
+        return None
+    if not specs:
+        raise UserError(f"{config.algorithm}: cost_limit {config.cost_limit} needs a cost: a source as reward has")
+    if config.cost_confidence is not None:
+        backbone.add_adapter("safe", copy_of="policy", trainable=False)
+    saved = {spec: 1.0 for spec in specs if isinstance(spec, str)}
+    sources = load_rewards(saved, backbone, chat=config.chat is True, timeout=config.reward_timeout, role="cost")
+    sources.check_columns(columns)
+    if len(saved) < len(specs):  # an earlier stage has yet to train it
+        backbone.add_adapter("cost", rank=config.lora_rank, top_layers=config.top_layers, trainable=False)
+        backbone.add_head("cost", trainable=False)
+        sources.adapter = AdapterSource("cost", 1.0, 0.0, 1.0)
+    names = [spec if isinstance(spec, str) else "cost" for spec in specs]
+    if len(set(names)) < len(names):
+        raise UserError(f"cost names one source twice: {', '.join(names)}")
+    return Constraints(sources, dict(zip(names, listed(config.cost_limit), strict=True)), config, held_out)
 
 
 def build_encoder(config: Config, backbone: Backbone, tokenizer: Any, *, new_tokens: int = 0) -> Encoder:
@@ -196,6 +221,7 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
         rewards=add_rewards(backbone, config, [*train, *held_out]),
         kl_controller=FixedKLController(config.kl_coef),
     )
+    job.constraints = add_constraints(backbone, config, list(train[0].values), len(job.held_out))
     if config.kl_target is not None:
         job.kl_controller = AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
     try_rewards(job, config, job.held_out)

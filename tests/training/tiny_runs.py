@@ -34,6 +34,16 @@ def score(prompts, completions):
 def apart(completions):
     """0, 1 and 2 in turn: they differ in every group and from call to call, whatever was sampled."""
     return [float(next(SCORED) % 3) for _ in completions]
+
+
+def halves(completions):
+    """Two steps: what each is paid depends on its letters."""
+    return [[(len(c) // 2, sum(map(ord, c[: len(c) // 2])) % 7), (len(c), sum(map(ord, c)) % 5)] for c in completions]
+
+
+def even(completions):
+    """Right or wrong."""
+    return [float(len(c) % 2 == 0) for c in completions]
 '''
 
 

@@ -323,7 +323,7 @@ VARIANTS = {
     "dapo": _variant("ppo_clip", "token_mean", high=0.28),
     "gspo": _variant("gspo", "seq_mean_token_mean", 3e-4, 4e-4),
     "gspo_token": _variant("gspo_token", "seq_mean_token_mean", 3e-4, 4e-4),
-    "luspo": _variant("gspo", "seq_mean_token_sum", 3e-4, 4e-4),
+    "luspo": _variant("gspo", "seq_mean_token_sum", 2e-3, 2.5e-3),
     "gmpo": _variant("gmpo", "seq_mean_token_mean", 0.4, 0.4),
     "cispo": _variant("cispo", "token_mean", 1.0, 4.0),
     "sapo": _variant("sapo", "seq_mean_token_mean"),
