@@ -1,13 +1,11 @@
 """Both policy-gradient algorithms learn, not only run."""
 
 import pytest
-import torch
 from rich.console import Console
 
 from rlhf_fast.algorithms.launch import run_stage, single_stage
-from rlhf_fast.models.tiny import tiny
 from rlhf_fast.training.run import read_jsonl
-from tests.training.tiny_runs import values_of, write_jsonl
+from tests.training.tiny_runs import save_supple_model, values_of, write_jsonl
 
 OWN_KEYS = {
     "ppo": {"reference_ema": None, "kl_target": None, "lam": 1.0},
@@ -18,12 +16,7 @@ OWN_KEYS = {
 @pytest.mark.parametrize("algorithm", OWN_KEYS)
 def test_the_reward_rises_far_beyond_noise(algorithm, tmp_path):
     """A model that mostly repeats printable bytes is paid for the other ones."""
-    model, tokenizer = tiny(0, hidden_size=32, layers=2, heads=2, max_length=128)
-    with torch.no_grad():
-        # Random weights of the usual size give near-uniform logits, which so few dimensions cannot bend far.
-        model.get_input_embeddings().weight.mul_(4)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_supple_model(tmp_path / "model")
     (tmp_path / "reward.py").write_text(
         "def score(completions):\n    return [sum(not ' ' <= x <= '~' for x in c) / 8 for c in completions]\n"
     )

@@ -65,6 +65,16 @@ def folder() -> Path:
     return path
 
 
+def save_supple_model(path: Path) -> None:
+    """One that mostly repeats printable bytes, and that a few steps can teach otherwise."""
+    model, tokenizer = tiny(0, hidden_size=32, layers=2, heads=2, max_length=128)
+    with torch.no_grad():
+        # Random weights of the usual size give near-uniform logits, which so few dimensions cannot bend far.
+        model.get_input_embeddings().weight.mul_(4)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
