@@ -56,7 +56,7 @@ class AlgorithmConfig(RolloutConfig):
                              f"{self.num_generations}")  # fmt: skip
         if self.min_temperature is not None and self.advantage != "process":
             raise ValueError(f"min_temperature {self.min_temperature} is of advantage process, got {self.advantage}")
-        for name in ("kl_coef", "missing_eos_penalty", "overlong_buffer", "reward_clip", "cost"):
+        for name in ("kl_coef", "missing_eos_penalty", "overlong_buffer", "reward_clip", "cost", "reward_floors"):
             if self.advantage == "gdpo" and getattr(self, name):
                 raise ValueError(f"advantage gdpo compares every reward by itself: there is no sum for {name}, got "
                                  f"{getattr(self, name)}")  # fmt: skip

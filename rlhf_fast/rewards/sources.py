@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,17 +50,27 @@ class Judged(NamedTuple):
 
 @dataclass
 class Rewards:
-    """The sum of weighted sources."""
+    """The sum of weighted sources. named: those that were named by the user, in that order."""
 
     sources: list[Source] = field(default_factory=list)
     adapter: AdapterSource | None = None
     timeout: float | None = None  # seconds of one source for one batch
+    named: list[str] = field(default_factory=list)
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of each source, by name."""
+        """Of each source, by name, in the order in which they were named."""
         sources: list[Source | AdapterSource] = [*self.sources, *([] if self.adapter is None else [self.adapter])]
-        return {source.name: source.weight for source in sources}
+        found = {source.name: source.weight for source in sources}
+        named = {name: found[name] for name in self.named if name in found}
+        return {**named, **found}
+
+    def reweigh(self, weights: Sequence[float]) -> None:
+        """Give the sources other weights, in the same order."""
+        by_name = dict(zip(self.weights, weights, strict=True))
+        self.sources = [replace(source, weight=by_name[source.name]) for source in self.sources]
+        if self.adapter is not None:
+            self.adapter = replace(self.adapter, weight=by_name[self.adapter.name])
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """UserError when a function needs a column that the data lacks."""
@@ -124,7 +134,7 @@ def load_rewards(
     plain prompts through its chat template. timeout: seconds of a source for one batch. Raises UserError for anything
     else.
     """
-    rewards = Rewards(timeout=timeout)
+    rewards = Rewards(timeout=timeout, named=list(weights))
     for spec, weight in weights.items():
         folder = Path(spec)
         if (folder / "adapter_config.json").is_file():

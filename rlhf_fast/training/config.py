@@ -226,6 +226,12 @@ class RolloutConfig(SamplingConfig):
     kl_coef: float = Field(0.0, ge=0, description="weight of the KL penalty in the reward")
     kl_target: float | None = Field(None, gt=0, description="adapt kl_coef to this KL, in nats per completion")
     kl_horizon: float = Field(10_000, gt=0, description="completions over which kl_coef adapts")
+    final_reward_weights: list[float] | None = Field(None, description="where reward_weights go, one per reward")
+    reward_schedule: Literal["linear", "cosine"] = Field("linear", description="how reward_weights go there")
+    reward_schedule_steps: int | None = Field(None, ge=2, description="in how many steps; default: all")
+    reward_floors: list[float | None] | None = Field(
+        None, description="least mean of each reward, or null: a multiplier as of a cost is then added to its weight"
+    )
     mask_truncated_completions: bool = Field(
         False, description="unfinished completions are compared with, and not learnt from"
     )
@@ -296,8 +302,8 @@ class RolloutConfig(SamplingConfig):
     def _constrains(self) -> "RolloutConfig":
         costs = listed(self.cost)
         for name in ("cost_confidence", "cost_range"):
-            if not costs and getattr(self, name) is not None:
-                raise ValueError(f"{name} {getattr(self, name)} is of a cost, and there is none")
+            if not costs and self.reward_floors is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} {getattr(self, name)} is of a cost or of reward_floors, and there is none")
         if costs and len(listed(self.cost_limit)) != len(costs):
             raise ValueError(f"cost_limit needs one number for each of {len(costs)} costs, got {self.cost_limit}")
         if self.cost_multiplier > self.cost_multiplier_max:

@@ -16,6 +16,9 @@ the number of evaluations of the run: that the policy which was kept is over the
 With a test the multiplier sees it coming: U is mean + kappa s, and C has the gradient of that, C + kappa (C - mean)^2 /
 (2 s), with kappa = t_m / sqrt(m) + t_n / sqrt(n) for m costs in the window.
 
+A reward that must not fall below a floor is a cost of its negative, held at minus the floor: the multiplier is added to
+its weight, which is then a dual variable. Weights may also go from one number to another by a schedule.
+
 Sources: Dai et al. 2023, Safe RLHF (arXiv 2310.12773), section 3.4 and appendix B, for the multiplier, with the window,
 rate and maximum of its code; Chittepu et al. 2025 (arXiv 2506.08266) for the test and kappa; Hoeffding 1963, theorem 2.
 """
@@ -38,13 +41,15 @@ class Constraints:
     """The costs of a run, by name, and their multipliers.
 
     sources: what the costs come from. limits: name -> limit. held_out: how many completions an evaluation has.
-    log_multipliers, recent: what changes: the logarithms, and the last costs, of each.
+    floors: name -> the reward whose negative this cost is. log_multipliers, recent: what changes: the logarithms, and
+    the last costs, of each.
     """
 
     sources: Rewards
     limits: dict[str, float]
     config: RolloutConfig
     held_out: int
+    floors: dict[str, str] = field(default_factory=dict)
     log_multipliers: dict[str, float] = field(default_factory=dict)
     recent: dict[str, list[float]] = field(default_factory=dict)
 
@@ -55,6 +60,10 @@ class Constraints:
     @property
     def multipliers(self) -> dict[str, float]:
         return {name: math.exp(value) for name, value in self.log_multipliers.items()}
+
+    def measured(self, parts: Mapping[str, Tensor], rewards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The costs, (B,) each, from the scores of the sources and those of the rewards."""
+        return {**parts, **{name: -rewards[reward] for name, reward in self.floors.items()}}
 
     def ascend(self, costs: Mapping[str, Tensor]) -> dict[str, float]:
         """Take the costs (B,) of a step into the windows and move the multipliers; metrics of both."""
@@ -115,6 +124,17 @@ class Constraints:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.log_multipliers, self.recent = dict(state["log_multipliers"]), dict(state["recent"])
+
+
+def reward_weights_at(config: RolloutConfig, step: int) -> list[float]:
+    """Those of `step`, from 0: from reward_weights, at the first step, to final_reward_weights."""
+    final = config.final_reward_weights
+    assert final is not None
+    first = [1.0] * len(final) if config.reward_weights is None else config.reward_weights
+    share = min(1.0, step / max(1, (config.reward_schedule_steps or config.steps) - 1))
+    if config.reward_schedule == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return [a + share * (b - a) for a, b in zip(first, final, strict=True)]
 
 
 def _key(metric: str, name: str, costs: Mapping[str, Tensor]) -> str:

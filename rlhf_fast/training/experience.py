@@ -144,7 +144,9 @@ def collect(
     judged = rewards(*asked, scores.scores)
     total = judged.total - penalties(config, rollout)
     steps = None if judged.payments is None else placed(job, rollout, judged.payments)
-    costs = {} if job.constraints is None else job.constraints.sources(*asked, scores.costs).parts
+    costs = {}
+    if job.constraints is not None:
+        costs = job.constraints.measured(job.constraints.sources(*asked, scores.costs).parts, judged.parts)
     return Experience(rollout, lower, scores, total.to(job.device), judged.parts, steps, costs)
 
 
@@ -254,6 +256,9 @@ def evaluate_policy(job: Job, config: SamplingConfig, prompts: Sequence[Prompt])
     The training run's random states are left as they were. A policy that passes the test of its costs is kept as the
     adapter 'safe'.
     """
+    if isinstance(config, RolloutConfig) and config.final_reward_weights is not None:
+        assert job.rewards is not None
+        job.rewards.reweigh(config.final_reward_weights)  # so that evaluations compare
     with separate_randomness(config.seed + 1):
         experience = collect(job, config, prompts)
     kl = experience.kl.sum(1)

@@ -16,6 +16,7 @@ from rlhf_fast.data.batches import Batch
 from rlhf_fast.data.notes import say
 from rlhf_fast.ops.policy.policy_loss import policy_loss
 from rlhf_fast.training.config import RolloutConfig
+from rlhf_fast.training.constraints import reward_weights_at
 from rlhf_fast.training.experience import (
     Experience,
     collect,
@@ -61,6 +62,9 @@ def experiences(job: Job, config: RolloutConfig, run: Run) -> Iterator[tuple[int
     """For each step, with the learning rates set, the completions of its prompts, scored."""
     for step in run.steps():
         set_learning_rates(job, config, step)
+        if config.final_reward_weights is not None:
+            assert job.rewards is not None
+            job.rewards.reweigh(reward_weights_at(config, step))
         more = partial(collect, job, config, score_policy=config.scores_policy, keep_sampler=config.sampler_correction)
         experience = more(prompts_of_step(job, config, step), compare_sampler=step == run.start)
         if config.max_resamples:

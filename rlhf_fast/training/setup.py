@@ -106,14 +106,22 @@ def add_rewards(backbone: Backbone, config: SamplingConfig, rows: Sequence[Row])
     return rewards
 
 
+def check_weights(config: RolloutConfig, rewards: Rewards) -> None:
+    """UserError where there is not one number for each reward."""
+    for key in ("final_reward_weights", "reward_floors"):
+        given = getattr(config, key)
+        if given is not None and len(given) != len(rewards.weights):
+            raise UserError(f"{key} has {len(given)} entries for {len(rewards.weights)} rewards")
+
+
 def add_constraints(
-    backbone: Backbone, config: RolloutConfig, columns: Sequence[str], held_out: int
+    backbone: Backbone, config: RolloutConfig, columns: Sequence[str], rewards: Rewards, held_out: int
 ) -> Constraints | None:
     """The costs of config.cost, and where they are tested the policy that passes, so far the one that starts."""
-    specs = listed(config.cost)
-    if not specs and config.cost_limit is None:
+    specs, floors = listed(config.cost), listed(config.reward_floors)
+    if not specs and not floors and config.cost_limit is None:
         return None
-    if not specs:
+    if not specs and config.cost_limit is not None:
         raise UserError(f"{config.algorithm}: cost_limit {config.cost_limit} needs a cost: a source as reward has")
     if config.cost_confidence is not None:
         backbone.add_adapter("safe", copy_of="policy", trainable=False)
@@ -127,7 +135,10 @@ def add_constraints(
     names = [spec if isinstance(spec, str) else "cost" for spec in specs]
     if len(set(names)) < len(names):
         raise UserError(f"cost names one source twice: {', '.join(names)}")
-    return Constraints(sources, dict(zip(names, listed(config.cost_limit), strict=True)), config, held_out)
+    limits = dict(zip(names, listed(config.cost_limit), strict=True))
+    held = {name: floor for name, floor in zip(rewards.weights, floors, strict=False) if floor is not None}
+    limits |= {f"-{name}": -floor for name, floor in held.items()}
+    return Constraints(sources, limits, config, held_out, {f"-{name}": name for name in held})
 
 
 def build_encoder(config: Config, backbone: Backbone, tokenizer: Any, *, new_tokens: int = 0) -> Encoder:
@@ -221,7 +232,9 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
         rewards=add_rewards(backbone, config, [*train, *held_out]),
         kl_controller=FixedKLController(config.kl_coef),
     )
-    job.constraints = add_constraints(backbone, config, list(train[0].values), len(job.held_out))
+    assert job.rewards is not None
+    check_weights(config, job.rewards)
+    job.constraints = add_constraints(backbone, config, list(train[0].values), job.rewards, len(job.held_out))
     if config.kl_target is not None:
         job.kl_controller = AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
     try_rewards(job, config, job.held_out)

@@ -14,7 +14,8 @@ from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import Rewards
 from rlhf_fast.training.constraints import Constraints, student_t_quantile, upper_bound
-from rlhf_fast.training.experience import collect, prompts_of_step
+from rlhf_fast.training.experience import collect, evaluate_policy, prompts_of_step
+from rlhf_fast.training.on_policy import constrained
 from tests.training.test_experience import trained
 from tests.training.test_resume import Killed, contents, interrupt, kill, run
 from tests.training.tiny_runs import config_of, folder, job_of, save_supple_model, values_of
@@ -176,7 +177,7 @@ def test_a_cost_adapter_is_scored_as_a_role_of_its_own(tmp_path):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"cost": EVEN}, "cost_limit needs one number for each of 1 costs, got None"),
     ({"cost": EVEN, "cost_limit": [1.0, 2.0]}, r"cost_limit needs one number for each of 1 costs, got \[1.0, 2.0\]"),
-    ({"cost_confidence": 0.9}, "cost_confidence 0.9 is of a cost, and there is none"),
+    ({"cost_confidence": 0.9}, "cost_confidence 0.9 is of a cost or of reward_floors, and there is none"),
     ({"cost": EVEN, "cost_limit": 1.0, "cost_multiplier": 9.0}, "cost_multiplier 9.0 is above cost_multiplier_max 5.0"),
     ({"cost": EVEN, "cost_limit": 1.0, "cost_range": [1, 0]}, r"cost_range must be \[lowest, highest\], got"),
     ({"cost": EVEN, "cost_limit": 1.0, "advantage": "gdpo"}, "gdpo compares every reward by itself"),
@@ -189,3 +190,57 @@ def test_costs_that_do_not_fit_are_one_line(changes, message):
 def test_a_limit_without_a_cost_is_one_line():
     with pytest.raises(UserError, match=r"grpo: cost_limit 1\.0 needs a cost"):
         job_of(config_of("grpo", cost_limit=1.0))
+
+
+@pytest.fixture
+def two_rewards(tmp_path):
+    """Two sources, and the keys of a run that has them."""
+    (tmp_path / "two.py").write_text(
+        "def one(completions):\n    return [1.0 + len(c) % 3 for c in completions]\n\n\n"
+        "def two(completions):\n    return [10.0 * (len(c) % 2) for c in completions]\n"
+    )
+    names = [f"{tmp_path}/two.py:{name}" for name in ("one", "two")]
+    return names, {"reward": names, "reward_weights": [1.0, 0.0]}
+
+
+@pytest.mark.parametrize(("schedule", "steps", "shares"), [
+    ("linear", None, [0, 0.25, 0.5, 0.75, 1]), ("cosine", None, [0, (1 - 0.5**0.5) / 2, 0.5, (1 + 0.5**0.5) / 2, 1]),
+    ("linear", 3, [0, 0.5, 1, 1, 1]),
+])  # fmt: skip
+def test_reward_weights_go_from_one_to_the_other(schedule, steps, shares, two_rewards):
+    (one, two), keys = two_rewards
+    keys = {**keys, "final_reward_weights": [3.0, -1.0], "reward_schedule": schedule, "reward_schedule_steps": steps}
+    _, log = trained("grpo", 5, **keys)
+    expected = [(1 + 2 * s) * m[f"reward/{one}"] - s * m[f"reward/{two}"] for s, m in zip(shares, log, strict=True)]
+    assert [m["reward"] for m in log] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluations_weigh_rewards_as_the_end_does(two_rewards):
+    (one, two), keys = two_rewards
+    config = config_of("grpo", **keys, final_reward_weights=[0.0, 2.0])
+    job = job_of(config)
+    first = evaluate_policy(job, config, job.held_out)
+    assert job.rewards.weights == {one: 0.0, two: 2.0}
+    twos = [10.0 * (len(sample["completion"]) % 2) for sample in first["samples"]]
+    assert [sample["reward"] for sample in first["samples"]] == pytest.approx([2 * x for x in twos])
+
+
+def test_a_reward_below_its_floor_gets_a_weight_that_grows(two_rewards):
+    (one, two), keys = two_rewards
+    config = config_of("grpo", **keys, reward_floors=[None, 20.0], cost_multiplier=0.5, cost_window=4)
+    job = job_of(config)
+    experience = collect(job, config, prompts_of_step(job, config, 0))
+    assert job.constraints.limits == {f"-{two}": -20.0}
+    scores = {name: part.double() for name, part in experience.parts.items()}
+    multiplier = 0.5 * math.exp(0.1 * 0.5 * (20.0 - float(scores[two].mean())))
+    paid = constrained(job, experience)
+    assert paid.metrics["cost_multiplier"] == pytest.approx(multiplier, rel=1e-6)
+    expected = (scores[one] + multiplier * scores[two]) / (1 + multiplier)
+    torch.testing.assert_close(paid.rewards.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(paid.judged, experience.rewards)
+
+
+@pytest.mark.parametrize("key", ["final_reward_weights", "reward_floors"])
+def test_one_number_for_each_reward(key, two_rewards):
+    with pytest.raises(UserError, match=rf"{key} has 1 entries for 2 rewards"):
+        job_of(config_of("grpo", **two_rewards[1], **{key: [1.0]}))
