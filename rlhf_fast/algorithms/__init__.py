@@ -42,12 +42,27 @@ def _answers(objective: str) -> Preset:
     return Preset("unpaired", {"objective": {"variant": objective}})
 
 
+# PPO-max, Zheng et al. 2023 (2307.04964): rewards over their running deviation, no whitened advantages, both clips, a
+# critic that starts as the reward model and trains first. Numbers of the code of the authors (OpenLMLab/MOSS-RLHF,
+# run_en.sh, run_zh.sh), whose KL weights are 0.01 and 0.1; the clip of the rewards and the length of the critic's
+# warm-up are from memory of the paper.
+_PPO_MAX = {
+    "normalize_rewards": "scale", "reward_clip": 10.0, "whiten_advantages": False, "value_clip_eps": 0.2, "lam": 0.95,
+    "kl_coef": 0.05, "critic_warmup_steps": 50, "adam_beta2": 0.95, "adam_eps": 1e-6, "temperature": 0.8, "top_p": 0.9,
+}  # fmt: skip
+
 # Sources: ops/policy/policy_loss.py, ops/advantages/group_advantages.py, ops/preference.
 ALGORITHMS = {
     "sft": Preset("sft"),
     "reward_model": Preset("reward_model"),
     "ppo": Preset("ppo"),
-    "a2c": Preset("ppo", {"objective": "a2c", "lam": 1.0, "whiten_advantages": False, "value_clip_eps": None}),
+    # InstructGPT (2203.02155); the moving average and the minibatches are [mem]
+    "ppo_ptx": Preset("ppo", {"ptx_coef": 27.8, "kl_coef": 0.02, "policy_ema": 0.992, "num_minibatches": 8}),
+    "ppo_max": Preset("ppo", _PPO_MAX),
+    # Stable-Baselines3's A2C (2.7), less its learning rate
+    "a2c": Preset("ppo", {"objective": "a2c", "lam": 1.0, "whiten_advantages": False, "value_clip_eps": None,
+                          "vf_coef": 0.5, "max_grad_norm": 0.5, "optimizer": "rmsprop", "adam_beta2": 0.99,
+                          "adam_eps": 1e-5}),
     # Without a critic
     "grpo": _policy({"variant": "grpo", "kl_coef": 0.04}),
     "dr_grpo": _policy("dr_grpo", advantage="dr_grpo"),

@@ -1,70 +1,89 @@
 """PPO: sample completions, score them, and take a few clipped steps on policy and critic.
 
-Per token the reward is -kl_coef * KL to the reference (k1), plus the score at the last token; advantages come from
-GAE with a learned critic. What compares completions instead, without a critic, is grpo.py.
-Sources: Schulman et al. 2017 (1707.06347); Ziegler et al. 2019 (1909.08593) for the KL controller.
+Per token the reward is -kl_coef * KL to the reference, plus what a step that ends there is paid, plus the score at the
+last token; advantages come from GAE with a learned critic. kl_variant says which KL: an estimate from the sampled token
+or, exact, the one over the whole vocabulary, which varies less. Weighted with the gradient of its own token's
+log-probability only k1 gives the gradient of the KL (an exact one gives 0), so a token's own KL counts as k1 in its own
+advantage, whatever the tokens before it and the critic see. What compares completions, without a critic, is grpo.py.
+Sources: Schulman et al. 2017 (1707.06347); Ziegler et al. 2019 (1909.08593) for the KL controller; for the lambdas
+ops/advantages/gae.py.
 """
 
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from rlhf_fast.ops.advantages.gae import gae
-from rlhf_fast.ops.advantages.shaped_rewards import shaped_rewards
+from rlhf_fast.ops.advantages.gae import gae, length_adaptive_lambda
 from rlhf_fast.ops.advantages.whiten import whiten
-from rlhf_fast.ops.values.value_loss import value_loss
 from rlhf_fast.rewards import write_stats
-from rlhf_fast.training.config import RolloutConfig
+from rlhf_fast.training.critic import (
+    CriticConfig,
+    add_critic,
+    critic_term,
+    critic_values,
+    explained_variance,
+    save_critic,
+)
 from rlhf_fast.training.experience import Experience, evaluate_policy
 from rlhf_fast.training.job import Job, save_roles
-from rlhf_fast.training.on_policy import Rows, clipped, experiences, finish_step, improve, policy_term, reward_kl
-from rlhf_fast.training.optim import Loss, adamw
+from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, policy_term, reward_kl
+from rlhf_fast.training.optim import Loss
+from rlhf_fast.training.ptx import PtxConfig, add_ptx, add_ptx_gradient
+from rlhf_fast.training.reward_scale import RewardScaleConfig, follow_rewards, token_rewards
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import prepare_rollouts
 
 
-class AlgorithmConfig(RolloutConfig):
+class AlgorithmConfig(CriticConfig, RewardScaleConfig, PtxConfig):
     """PPO's keys."""
 
     family = "ppo"
 
     kl_coef: float = Field(0.05, ge=0, description="weight of the KL penalty in the reward")
+    kl_variant: Literal["k1", "k2", "k3", "exact"] = Field("k1", description="how that KL is estimated, see ppo.py")
     gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
     lam: float = Field(0.95, ge=0, le=1, description="lambda of GAE")
+    critic_lam: float | None = Field(None, ge=0, le=1, description="lambda of what the critic learns; default: lam")
+    length_adaptive_alpha: float | None = Field(
+        None, gt=0, description="in place of lam: 1 - 1 / (alpha times the completion's length), VAPO's 0.05"
+    )
     whiten_advantages: bool = True
-    value_clip_eps: float | None = Field(0.2, gt=0, description="how far the critic may move from its old values")
-    critic_learning_rate: float | None = Field(None, gt=0, description="default: learning_rate")
 
-    def peak_rate(self, role: str) -> float:
-        own = self.critic_learning_rate if role == "critic" else None
-        return self.learning_rate if own is None else own
+    @model_validator(mode="after")
+    def _has_one_scale(self) -> "AlgorithmConfig":
+        if self.whiten_rewards and self.kl_variant != "k1":
+            raise ValueError(f"whiten_rewards is for kl_variant k1, got {self.kl_variant}")
+        return self
+
+    @property
+    def exact_kl(self) -> bool:
+        """Whether rollouts need the KL over the whole vocabulary."""
+        return self.kl_variant == "exact" and self.kl_coef > 0
 
 
 def prepare(config: AlgorithmConfig) -> Job:
-    """Policy, reference, reward and the critic, which starts as the reward role where there is one."""
+    """Policy, reference, reward, the critic, and what is learnt beside."""
     job = prepare_rollouts(config)
-    backbone = job.backbone
-    start = "reward" if "reward" in backbone.adapters else None
-    backbone.add_adapter(
-        "critic", rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets,
-        top_layers=config.top_layers, copy_of=start, seed=config.seed + 1, use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-    )  # fmt: skip
-    backbone.set_dropout("critic", config.lora_dropout)
-    backbone.add_head("critic", copy_of=start)
-    job.optimizers["critic"] = adamw(backbone.parameters_of("critic"), config)
+    add_critic(job, config)
+    add_ptx(job, config)
     return job
 
 
 def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     """Roll out, score, estimate advantages, update; repeat."""
-    for step, experience in experiences(job, config, run):
+    beside = partial(add_ptx_gradient, job, config) if job.pretraining else None
+    for step, experience in experiences(job, config, run, exact_kl=config.exact_kl):
+        warming = step < config.critic_warmup_steps
+        if config.normalize_rewards is not None:
+            follow_rewards(job, experience.rewards)
         estimates = estimate(job, config, experience)
-        metrics = improve(job, config, experience, loss_of(job, config, estimates))
-        metrics["explained_variance"] = explained_variance(experience, estimates)
-        finish_step(job, config, run, step, experience, metrics)
+        loss = loss_of(job, config, estimates, warming=warming)
+        metrics = improve(job, config, experience, loss, beside=None if warming else beside)
+        metrics["explained_variance"] = explained_variance(*estimates[1:], experience.batch.mask)
+        finish_step(job, config, run, step, experience, metrics, moved=not warming)
 
 
 class Estimates(NamedTuple):
@@ -78,44 +97,29 @@ class Estimates(NamedTuple):
 def estimate(job: Job, config: AlgorithmConfig, experience: Experience) -> Estimates:
     """Advantages of the tokens, and what the critic is to learn."""
     assert experience.scores.values is not None
-    mask, (kl_coef, kl) = experience.batch.mask, reward_kl(job, experience)
-    values = reward_units(job, experience.scores.values) * mask
-    rewards = shaped_rewards(experience.final_rewards, kl, mask=mask, kl_coef=kl_coef, clip=config.reward_clip)
-    if experience.steps is not None:
-        rewards = rewards + clipped(config, experience.steps.rewards)
-    advantages, returns = gae(rewards, values, mask=mask, gamma=config.gamma, lam=config.lam)
+    mask, (kl_coef, kl) = experience.batch.mask, reward_kl(job, experience, config.kl_variant)
+    values = critic_values(job, config, experience.scores.values) * mask
+    rewards = token_rewards(job, config, experience, kl_coef, kl)
+    alpha = config.length_adaptive_alpha
+    lam = config.lam if alpha is None else length_adaptive_lambda(mask.sum(1), alpha)
+    advantages, returns = gae(rewards, values, mask=mask, gamma=config.gamma, lam=lam, value_lam=config.critic_lam)
+    advantages = advantages + kl_coef * (kl - reward_kl(job, experience)[1])
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     return Estimates(advantages, returns, values)
 
 
-def loss_of(job: Job, config: AlgorithmConfig, estimates: Estimates) -> Loss[Rows]:
-    """The policy's loss and the critic's: they share a backward, but no parameter."""
+def loss_of(job: Job, config: AlgorithmConfig, estimates: Estimates, *, warming: bool = False) -> Loss[Rows]:
+    """The policy's loss and the critic's. warming: the critic alone learns."""
 
     def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         advantages, returns, old_values = (x[rows.indices] for x in estimates)
-        loss, metrics = policy_term(config, rows, advantages)
-        values = reward_units(job, job.backbone.values("critic", rows.hidden["critic"]))
-        critic_loss, _ = value_loss(
-            values, old_values, returns, mask=rows.mask, clip_eps=config.value_clip_eps, denominator=rows.tokens
-        )
-        return loss + critic_loss, {**metrics, "policy_loss": loss, "value_loss": critic_loss}
+        policy_loss, metrics = policy_term(config, rows, advantages)
+        critic_loss, found = critic_term(job, config, rows, old_values, returns, alone=warming)
+        loss = (policy_loss.detach() if warming else policy_loss) + critic_loss
+        return loss, {**metrics, **found, "policy_loss": policy_loss}
 
     return loss
-
-
-def explained_variance(experience: Experience, estimates: Estimates) -> float:
-    """Share of the spread of the returns that the critic foresaw: 1 is perfect, 0 no better than a constant."""
-    mask = experience.batch.mask.bool()
-    residual, spread = (estimates.returns - estimates.values)[mask].var(), estimates.returns[mask].var()
-    return float(1 - residual / spread.clamp(min=1e-12))
-
-
-def reward_units(job: Job, values: Tensor) -> Tensor:
-    """A critic that started as the reward role predicts raw scores; put them on the scale that PPO is paid in."""
-    if job.rewards is None or job.rewards.adapter is None:
-        return values
-    return (values - job.rewards.adapter.mean) / job.rewards.adapter.std
 
 
 def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
@@ -124,7 +128,7 @@ def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
 
 def save(job: Job, config: AlgorithmConfig, folder: Path) -> None:
     """The policy at the top of `folder`; the other roles beside it."""
-    save_roles(job, folder, "reference", "critic", "reward")
+    save_roles(job, folder, "reference", "reward")
     if job.rewards is not None and job.rewards.adapter is not None:
-        for role in ("critic", "reward"):
-            write_stats(folder / role, job.rewards.adapter.mean, job.rewards.adapter.std)
+        write_stats(folder / "reward", job.rewards.adapter.mean, job.rewards.adapter.std)
+    save_critic(job, config, folder)

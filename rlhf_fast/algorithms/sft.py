@@ -22,8 +22,6 @@ from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import add_trained_adapter, build_encoder, build_model, load_rows
 from rlhf_fast.training.supervised import Rows, logprobs_of, padded
 
-LAYOUTS = [("prompt", "completion"), ("messages",), ("text",)]
-
 
 class AlgorithmConfig(Config):
     """SFT's keys."""
@@ -34,7 +32,7 @@ class AlgorithmConfig(Config):
 
 
 def prepare(config: AlgorithmConfig) -> Job:
-    train_rows, held_out_rows = load_rows(config, LAYOUTS)
+    train_rows, held_out_rows = load_rows(config, supervised.LAYOUTS)
     backbone, tokenizer, saved = build_model(config)
     encoder = build_encoder(config, backbone, tokenizer)
     if config.lora_rank == 0 and saved is None:
@@ -53,12 +51,7 @@ def prepare(config: AlgorithmConfig) -> Job:
 
 
 def _encode(config: AlgorithmConfig, encoder: Encoder, row: Row) -> Example:
-    if {"prompt", "completion"} <= row.values.keys():
-        example = encoder.completion(row)
-    elif "messages" in row.values:
-        example = encoder.conversation(row)
-    else:
-        example = encoder.text(row)
+    example = supervised.encode(encoder, row)
     return example if config.completion_only else Example(example.ids, 0)
 
 

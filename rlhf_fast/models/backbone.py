@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -43,6 +42,7 @@ from rlhf_fast.models.self_test import (
     unsupported,
     why_not_shared,
 )
+from rlhf_fast.ops.head.linear_kl import linear_kl
 from rlhf_fast.ops.head.linear_logprobs import linear_logprobs
 
 
@@ -50,11 +50,13 @@ from rlhf_fast.ops.head.linear_logprobs import linear_logprobs
 class Scores:
     """What one scoring traversal gives; all fp32, without gradients.
 
-    logprobs, ref_logprobs: (B, T), nats, 0 where the mask is 0. values: (B, T), the value before each token.
+    logprobs, ref_logprobs: (B, T), nats, 0 where the mask is 0. values: (B, T), the value before each token,
+    or (B, T, M) of a head with M outputs.
     scores: (B,), the reward head at the last real token; (B, M) where the reward roles have M outputs in all.
     features: (B, D), what the head of the role "reward" is given. costs: (B,), the cost head at the last real token.
-    collisions: (B, T), the policy's sums of squared probabilities over the vocabulary. None for a role that does not
-    exist or was not asked for.
+    collisions: (B, T), the policy's sums of squared probabilities over the vocabulary. kl: (B, T), KL(policy ||
+    reference) of the prediction of each token, over the vocabulary, nats. None for a role that does not exist or was
+    not asked for.
     """
 
     logprobs: Tensor | None
@@ -64,6 +66,7 @@ class Scores:
     features: Tensor | None = None
     costs: Tensor | None = None
     collisions: Tensor | None = None
+    kl: Tensor | None = None
 
 
 class Backbone:
@@ -89,6 +92,7 @@ class Backbone:
         self._linears: dict[str, LoRALinear] = {}
         self.adapters: dict[str, dict[str, LoRA]] = {}
         self.heads: dict[str, nn.Linear] = {}
+        self._read_by: dict[str, str] = {}  # head -> the role whose hidden states it is given, where it is not its own
         self._recompute = False
         self.accepted = _accepted(model)
         self._lower_runs_once: dict[int, bool] = {}  # by the first adapted layer
@@ -201,6 +205,7 @@ class Backbone:
             del self._linears[module].bank[name]
         del self.adapters[name]
         self.heads.pop(name, None)
+        self._read_by.pop(name, None)
 
     def add_head(
         self,
@@ -210,8 +215,11 @@ class Backbone:
         trainable: bool = True,
         copy_of: str | None = None,
         seed: int | None = None,
+        on: str | None = None,
     ) -> None:
         """Give the role `name` a head (D -> outputs, fp32, no bias as in transformers' `score`).
+
+        on: the role whose hidden states `score` gives it; default: its own.
 
         It is zero, or with `copy_of` a copy, of which one output is the mean of several; or, with a seed, normal of
         variance 1 / (D + 1), which makes the members of an ensemble differ (Stiennon et al. 2020, 2009.01325).
@@ -230,6 +238,7 @@ class Backbone:
                 generator = torch.Generator().manual_seed(seed)
                 head.weight.copy_(torch.randn(outputs, dim, generator=generator) / (dim + 1) ** 0.5)
         self.heads[name] = head.requires_grad_(trainable)
+        self._read_by[name] = on or name
 
     @property
     def reward_roles(self) -> list[str]:
@@ -494,9 +503,24 @@ class Backbone:
             mask=F.pad(mask[:, 1:], (0, 1)), mask_count=mask_count, **self.logit_transform, **flags,
         )  # fmt: skip
 
+    def divergence(
+        self, hidden: Tensor, ref_hidden: Tensor, input_ids: Tensor, mask: Tensor, *, mask_count: int | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """(logprobs, ref_logprobs, kl), (B, T) each: those of `logprobs` under both hidden states, (B, T, D), and
+        KL(policy || reference) of each prediction over the whole vocabulary, fp32, nats."""
+        result = linear_kl(
+            hidden, ref_hidden, self.lm_head_weight, input_ids.roll(-1, 1), bias=self.lm_head_bias,
+            mask=F.pad(mask[:, 1:], (0, 1)), mask_count=mask_count, temperature=temperature, **self.logit_transform,
+        )  # fmt: skip
+        assert result.logprobs is not None
+        assert result.ref_logprobs is not None
+        return _behind(result.logprobs), _behind(result.ref_logprobs), _behind(result.kl)
+
     def values(self, role: str, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T), fp32: at t the value before token t, from hidden state t - 1; 0 at t = 0."""
-        return F.pad(self.head(role)(hidden[:, :-1].float()).squeeze(-1), (1, 0))
+        """(B, T, D) -> (B, T), fp32: at t the value before token t, from hidden state t - 1; 0 at t = 0. Of a head of M
+        outputs (B, T, M)."""
+        return F.pad(self.head(role)(hidden[:, :-1].float()), (0, 0, 1, 0)).squeeze(-1)
 
     def scores(self, role: str, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T, D) -> (B,), fp32: the head at the last real token of each row; (B, M) for a head of M outputs."""
@@ -513,28 +537,39 @@ class Backbone:
         temperature: float = 1.0,
         lower: Tensor | None = None,
         policy: bool = True,
+        exact_kl: bool = False,
     ) -> Scores:
         """Policy and reference log-probabilities, values and scores of the roles that exist, in one traversal.
 
         policy: False leaves the policy out, whose old log-probabilities an update without a step before it makes too.
+        exact_kl: also the KL of each prediction; it takes the policy.
         """
+        rewards, critic = self.reward_roles, self._read_by.get("critic")
         roles = ["policy"] if policy else []
-        rewards = self.reward_roles
-        roles += ["reference", *(role for role in ("critic", "cost") if role in self.heads), *rewards]
-        hidden = self.hidden(input_ids, attention_mask, roles, lower=lower)
-        predict = partial(
-            self.logprobs_and_collisions, input_ids=input_ids, mask=mask, mask_count=mask_count, temperature=temperature
-        )
-        logprobs, collisions = predict(hidden["policy"]) if policy else (None, None)
+        roles += ["reference", *filter(None, [critic]), *(["cost"] if "cost" in self.heads else []), *rewards]
+        hidden = self.hidden(input_ids, attention_mask, list(dict.fromkeys(roles)), lower=lower)
+        of_tokens: dict[str, Any] = {
+            "input_ids": input_ids, "mask": mask, "mask_count": mask_count, "temperature": temperature,
+        }  # fmt: skip
+        logprobs: Tensor | None = None
+        collisions: Tensor | None = None
+        kl: Tensor | None = None
+        if exact_kl:
+            logprobs, ref_logprobs, kl = self.divergence(hidden["policy"], hidden["reference"], **of_tokens)
+        else:
+            ref_logprobs, _ = self.logprobs_and_collisions(hidden["reference"], **of_tokens)
+            if policy:
+                logprobs, collisions = self.logprobs_and_collisions(hidden["policy"], **of_tokens)
         scores = [self.scores(role, hidden[role], attention_mask) for role in rewards]
         return Scores(
             logprobs,
-            predict(hidden["reference"])[0],
-            self.values("critic", hidden["critic"]) if "critic" in hidden else None,
+            ref_logprobs,
+            self.values("critic", hidden[critic]) if critic else None,
             None if not scores else scores[0] if len(scores) == 1 else torch.column_stack(scores),
             last_states(hidden["reward"], attention_mask) if "reward" in rewards else None,
             self.scores("cost", hidden["cost"], attention_mask) if "cost" in hidden else None,
             collisions,
+            kl,
         )
 
     # Bytes

@@ -258,6 +258,10 @@ class RolloutConfig(SamplingConfig):
     ppo_epochs: int = Field(1, ge=1, description="passes over each rollout")
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per epoch; 1 saves scoring the policy first")
     early_stop_kl: float | None = Field(None, gt=0, description="end a step's updates above this approximate KL")
+    optimizer: Literal["adamw", "rmsprop"] = Field("adamw", description="rmsprop: adam_beta2 is its alpha")
+    policy_ema: float | None = Field(None, gt=0, lt=1, description="weight of the old average in ema/, at each step")
+    best_by: Literal["reward"] | None = Field(None, description="keep the policy of the best evaluation in best/")
+    kl_budget: float | None = Field(None, gt=0, description="of best_by: the KL that it may have, nats per completion")
     reference_refresh_every: int | None = Field(None, ge=1, description="copy the policy to the reference")
     reference_ema: float | None = Field(None, gt=0, lt=1, description="weight of the old reference at each step")
 
@@ -311,6 +315,14 @@ class RolloutConfig(SamplingConfig):
                              f"{self.cost_multiplier_max}")  # fmt: skip
         if self.cost_range is not None and not self.cost_range[0] < self.cost_range[1]:
             raise ValueError(f"cost_range must be [lowest, highest], got {list(self.cost_range)}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_evaluations(self) -> "RolloutConfig":
+        if self.best_by is not None and self.eval_every is None:
+            raise ValueError(f"best_by {self.best_by} needs eval_every, the steps between evaluations")
+        if self.kl_budget is not None and self.best_by is None:
+            raise ValueError(f"kl_budget {self.kl_budget} needs best_by")
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -75,9 +75,16 @@ class Experience:
 
     @property
     def kl(self) -> Tensor:
-        """(B, T): k1 estimate of the KL to the reference, 0 behind the mask."""
+        """(B, T): KL to the reference, k1 unless the exact one was asked for, 0 behind the mask."""
+        return self.kl_by("k1" if self.scores.kl is None else "exact")
+
+    def kl_by(self, variant: str) -> Tensor:
+        """(B, T): the estimate k1, k2 or k3 of it, or the exact one."""
+        if variant == "exact":
+            assert self.scores.kl is not None  # where `collect` was asked for it
+            return self.scores.kl
         assert self.scores.logprobs is not None  # after the first minibatch
-        return kl_estimate(self.scores.logprobs, self.scores.ref_logprobs, variant="k1")
+        return kl_estimate(self.scores.logprobs, self.scores.ref_logprobs, variant=variant)
 
     def old_logprobs(self, rows: Tensor) -> Tensor | None:
         """(rows, T), those of the policy that sampled; None in the minibatch that makes them."""
@@ -116,12 +123,13 @@ def collect(
     score_policy: bool = True,
     compare_sampler: bool = False,
     keep_sampler: bool = False,
+    exact_kl: bool = False,
 ) -> Experience:
     """Sample a completion for each prompt and score all roles in one traversal (micro_batch_size rows at a time).
 
     score_policy: False leaves the policy's log-probabilities to the first minibatch, which must have all rows: its
     weights are still those that sampled. compare_sampler: warn where the sampler's log-probabilities are others.
-    keep_sampler: the rollout has them.
+    keep_sampler: the rollout has them. exact_kl: the experience's KL is over the whole vocabulary.
     """
     assert job.rewards is not None
     rewards, early = job.rewards, job.rewards.early
@@ -138,7 +146,7 @@ def collect(
     )  # fmt: skip
     if compare_sampler:
         warn_of_another_policy(job, config, rollout)
-    lower, scores = score(job, config, rollout, policy=score_policy)
+    lower, scores = score(job, config, rollout, policy=score_policy, exact_kl=exact_kl)
     columns = rollout.columns() | {"completion_ids": rollout.completion_ids()}
     asked = [p.columns["prompt"] for p in prompts], rollout.completions, columns
     judged = rewards(*asked, scores.scores)
@@ -186,7 +194,9 @@ def warn_of_another_policy(job: Job, config: SamplingConfig, rollout: Rollout) -
               file=sys.stderr)  # fmt: skip
 
 
-def score(job: Job, config: SamplingConfig, rollout: Rollout, *, policy: bool = True) -> tuple[Tensor | None, Scores]:
+def score(
+    job: Job, config: SamplingConfig, rollout: Rollout, *, policy: bool = True, exact_kl: bool = False
+) -> tuple[Tensor | None, Scores]:
     """The unadapted layers' output, computed once, and the scores of every role, in passes of few rows."""
     batch = rollout.batch
     size = config.micro_batch_size or len(batch)
@@ -197,19 +207,11 @@ def score(job: Job, config: SamplingConfig, rollout: Rollout, *, policy: bool = 
         lowers.append(lower)
         scores = job.backbone.score(
             rows.input_ids, rows.attention_mask, rows.mask, mask_count=rows.count, temperature=config.temperature,
-            lower=lower, policy=policy,
+            lower=lower, policy=policy, exact_kl=exact_kl,
         )  # fmt: skip
         passes.append(scores)
-    joined = Scores(
-        _joined([p.logprobs for p in passes]),
-        torch.cat([p.ref_logprobs for p in passes]),
-        _joined([p.values for p in passes]),
-        _joined([p.scores for p in passes]),
-        _joined([p.features for p in passes]),
-        _joined([p.costs for p in passes]),
-        _joined([p.collisions for p in passes]),
-    )
-    return _joined(lowers), joined
+    joined: dict[str, Any] = {f.name: _joined([getattr(p, f.name) for p in passes]) for f in fields(Scores)}
+    return _joined(lowers), Scores(**joined)
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

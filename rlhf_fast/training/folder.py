@@ -24,7 +24,7 @@ REFERENCE_FILE = "reference_logprobs.pt"
 # What every run writes besides what it saves at its end, which the marker lists.
 FILES = (
     CONFIG_FILE, "metrics.jsonl", "samples.jsonl", "eval.jsonl", "summary.json", "curves.png", "error.log",
-    REFERENCE_FILE, "tensorboard/events.out.tfevents*",
+    REFERENCE_FILE, "best/adapter_*", "best/best.json", "best/.new/*", "tensorboard/events.out.tfevents*",
     *(f"checkpoints/{step}/{name}" for step in ("step-*", ".step-*.tmp") for name in ("state.pt", "manifest.json")),
 )  # fmt: skip
 # What may differ between a run and its continuation.
@@ -130,7 +130,8 @@ def saving(folder: Path) -> Iterator[None]:
 
 def inputs_of(config: Config) -> list[Path]:
     """The files and folders that the run reads, and the base models under adapters among them."""
-    named = [config.model, config.data, config.eval_data, *(getattr(config, key, None) for key in ("reward", "cost"))]
+    keys = ("reward", "cost", "ptx_data")
+    named = [config.model, config.data, config.eval_data, *(getattr(config, key, None) for key in keys)]
     flat = [item for value in named for item in (value if isinstance(value, list) else [value])]
     paths = [Path(item) for item in flat if isinstance(item, str) and item]
     for item in flat:

@@ -39,6 +39,7 @@ class Job:
     kl_controller: FixedKLController | None = None
     constraints: Constraints | None = None
     counters: dict[str, float] = field(default_factory=lambda: {"bad_steps": 0})
+    pretraining: list[Any] = field(default_factory=list)  # examples that learn beside the policy's own samples
     bad_tensor: str | None = None  # of the last update that was skipped
 
     @property
@@ -47,8 +48,8 @@ class Job:
 
     def changing_adapters(self) -> list[str]:
         """The adapters that this run trains or moves."""
-        names = [*self.optimizers, "reference", "safe"]
-        return [name for name in names if name in self.backbone.adapters]
+        names = [*self.optimizers, "reference", "safe", "ema"]
+        return [name for name in names if name in self.backbone.adapters or name in self.backbone.heads]
 
 
 def dropout_seed(job: Job, config: Config) -> int | None:
@@ -65,13 +66,13 @@ def dropout_seed(job: Job, config: Config) -> int | None:
 
 def save_roles(job: Job, folder: Path, *beside: str) -> None:
     """The policy at the top of `folder`, in PEFT's format; of the roles `beside` those that are adapters, each in a
-    folder of its name, and so the last policy whose costs passed their test."""
+    folder of its name, and so the last policy whose costs passed their test and the policy's moving average."""
     save_adapter(job.backbone, "policy", str(folder))
     if "safe" in job.backbone.adapters:
         passed = "passed" in job.counters
         beside += ("safe",) * passed
         say(f"costs: the last policy that passed is in {folder / 'safe'}" if passed else "costs: no policy passed")
-    for role in beside:
+    for role in (*beside, "ema"):
         if role in job.backbone.adapters:
             save_adapter(job.backbone, role, str(folder / role))
 

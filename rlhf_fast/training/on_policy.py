@@ -4,7 +4,7 @@ A method brings `loss(rows) -> (loss, metrics)`. Both are sums over the rows, di
 minibatch (`Rows.tokens`, `Rows.sequences`), so that micro-batches change nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -58,14 +58,19 @@ class Rows(NamedTuple):
         return self.batch.mask
 
 
-def experiences(job: Job, config: RolloutConfig, run: Run) -> Iterator[tuple[int, Experience]]:
+def experiences(
+    job: Job, config: RolloutConfig, run: Run, *, exact_kl: bool = False
+) -> Iterator[tuple[int, Experience]]:
     """For each step, with the learning rates set, the completions of its prompts, scored."""
     for step in run.steps():
         set_learning_rates(job, config, step)
         if config.final_reward_weights is not None:
             assert job.rewards is not None
             job.rewards.reweigh(reward_weights_at(config, step))
-        more = partial(collect, job, config, score_policy=config.scores_policy, keep_sampler=config.sampler_correction)
+        more = partial(
+            collect, job, config, score_policy=config.scores_policy, keep_sampler=config.sampler_correction,
+            exact_kl=exact_kl,
+        )  # fmt: skip
         experience = more(prompts_of_step(job, config, step), compare_sampler=step == run.start)
         if config.max_resamples:
             experience = resampled(job, config, step, experience, more)
@@ -90,12 +95,12 @@ def paid(job: Job, experience: Experience) -> Experience:
     return replace(experience, rewards=rewards, steps=steps)
 
 
-def reward_kl(job: Job, experience: Experience) -> tuple[float, Tensor]:
+def reward_kl(job: Job, experience: Experience, variant: str = "k1") -> tuple[float, Tensor]:
     """(weight, (B, T)): the KL penalty in the reward; 0 where it has no weight, since then the policy need not be
     scored yet."""
     assert job.kl_controller is not None
     weight = job.kl_controller.coefficient
-    return weight, experience.kl if weight else torch.zeros_like(experience.scores.ref_logprobs)
+    return weight, experience.kl_by(variant) if weight else torch.zeros_like(experience.scores.ref_logprobs)
 
 
 def net_rewards(job: Job, config: RolloutConfig, experience: Experience) -> Tensor:
@@ -109,12 +114,24 @@ def clipped(config: RolloutConfig, rewards: Tensor) -> Tensor:
     return rewards if config.reward_clip is None else rewards.clamp(-config.reward_clip, config.reward_clip)
 
 
-def improve(job: Job, config: RolloutConfig, experience: Experience, loss: Loss[Rows]) -> dict[str, float]:
-    """The epochs of minibatches over the experience, an update each; metrics averaged over the updates."""
+def improve(
+    job: Job,
+    config: RolloutConfig,
+    experience: Experience,
+    loss: Loss[Rows],
+    *,
+    beside: Callable[[int], dict[str, Tensor]] | None = None,
+) -> dict[str, float]:
+    """The epochs of minibatches over the experience, an update each; metrics averaged over the updates.
+
+    beside: adds a further gradient to that of each minibatch, whose number of rows it is given; returns its metrics.
+    """
     history = []
     for _ in range(config.ppo_epochs):
         for parts in minibatches(config, len(experience.batch)):
             metrics = accumulate(loss, micro_batches(job, config, experience, parts))
+            if beside is not None:
+                metrics |= beside(sum(map(len, parts)))
             norms = update(job, config, metrics["loss"])
             history.append({**as_numbers(metrics), **norms})
         if config.early_stop_kl is not None and history[-1]["approx_kl"] > config.early_stop_kl:
@@ -137,13 +154,13 @@ def micro_batches(job: Job, config: RolloutConfig, experience: Experience, parts
     mask = learnt[torch.cat(parts)]
     tokens, sequences = mask.sum(), mask.any(1).sum()
     sampler = experience.rollout.sampler if config.sampler_correction else None
+    roles = [role for role in job.optimizers if role in backbone.adapters]  # the others are heads on theirs
     first_logprobs = []
     for indices in parts:
         part = batch.rows(indices)
         lower = None if experience.lower is None else experience.lower[indices]
         hidden = backbone.hidden(
-            part.input_ids, part.attention_mask, list(job.optimizers), lower=lower,
-            dropout_seed=dropout_seed(job, config),
+            part.input_ids, part.attention_mask, roles, lower=lower, dropout_seed=dropout_seed(job, config),
         )  # fmt: skip
         logprobs, entropy = backbone.logprobs(
             hidden["policy"], part.input_ids, part.mask, mask_count=part.count, temperature=config.temperature,
@@ -168,12 +185,24 @@ def policy_term(config: RolloutConfig, rows: Rows, advantages: Tensor) -> tuple[
 
 
 def finish_step(
-    job: Job, config: RolloutConfig, run: Run, step: int, experience: Experience, metrics: dict[str, float]
+    job: Job,
+    config: RolloutConfig,
+    run: Run,
+    step: int,
+    experience: Experience,
+    metrics: dict[str, float],
+    *,
+    moved: bool = True,
 ) -> None:
-    """Move what follows the step, the reference and the weight of the KL penalty, and record the step."""
+    """Record the step; where the policy `moved`, what follows it does: the weight of the KL penalty, its moving average
+    and the reference."""
     metrics = {**metrics, **rollout_metrics(experience), "learning_rate": learning_rate(config, step)}
     assert job.kl_controller is not None
-    metrics["kl_coef"] = job.kl_controller.update(metrics["kl"], config.batch_size)
-    move_reference(job, config, step)
+    if moved:
+        job.kl_controller.update(metrics["kl"], config.batch_size)
+        if config.policy_ema is not None:
+            job.backbone.lerp_adapter("ema", "policy", 1.0 - config.policy_ema)
+        move_reference(job, config, step)
+    metrics["kl_coef"] = job.kl_controller.coefficient
     run.samples(step, samples_of(experience, 2))
     run.log(step, metrics, tokens=int(experience.batch.attention_mask.sum()))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.training.config import Config
+from rlhf_fast.training.config import Config, RolloutConfig
 from rlhf_fast.training.job import FULL, Job
 
 R = TypeVar("R")
@@ -22,6 +22,16 @@ def adamw(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimiz
     return torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay
     )
+
+
+def build_optimizer(parameters: list[nn.Parameter], config: RolloutConfig) -> torch.optim.Optimizer:
+    """AdamW, or RMSprop, which has adam_beta2 and adam_eps for its squares and no momentum."""
+    if config.optimizer == "adamw":
+        return adamw(parameters, config)
+    return torch.optim.RMSprop(
+        parameters, lr=config.learning_rate, alpha=config.adam_beta2, eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
 
 
 def learning_rate(config: Config, step: int, *, role: str = "policy") -> float:
@@ -68,7 +78,8 @@ def update(job: Job, config: Config, loss: Tensor) -> dict[str, float]:
     """
     parameters = {role: optimizer.param_groups[0]["params"] for role, optimizer in job.optimizers.items()}
     gradients = {role: [p.grad for p in group if p.grad is not None] for role, group in parameters.items()}
-    norms = {role: nn.utils.get_total_norm(group) for role, group in gradients.items()}
+    none = loss.new_zeros(())  # of a role that does not train in this step
+    norms = {role: nn.utils.get_total_norm(group) if group else none for role, group in gradients.items()}
     checked = torch.stack([loss.detach().float(), *(norm.float() for norm in norms.values())])
     finite = bool(torch.isfinite(checked).all())
     if not finite:

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from rlhf_fast.data.reading import read_jsonl, split_lines
 from rlhf_fast.errors import UserError
+from rlhf_fast.training.best import keep_best
 from rlhf_fast.training.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
-from rlhf_fast.training.config import Config
+from rlhf_fast.training.config import Config, RolloutConfig
 from rlhf_fast.training.folder import claim_folder, inputs_of, replace_file
 from rlhf_fast.training.job import Job, capture, restore
 
@@ -144,7 +145,10 @@ class Run:
     def evaluate(self, done: int) -> None:
         """Evaluate after `done` steps and record it."""
         if self._evaluate is not None:
-            self.evaluation(done, self._evaluate(self.job, self.config))
+            result = self._evaluate(self.job, self.config)
+            self.evaluation(done, result)
+            if isinstance(self.config, RolloutConfig):
+                keep_best(self.job, self.config, self.folder, done, result["metrics"])
 
     def evaluation(self, done: int, result: dict[str, Any]) -> None:
         """Record an evaluation made after `done` steps. Raises UserError for a metric that is not finite."""

@@ -24,7 +24,7 @@ from rlhf_fast.training.config import Config, FromStage, RolloutConfig, Sampling
 from rlhf_fast.training.constraints import Constraints
 from rlhf_fast.training.experience import collect, separate_randomness
 from rlhf_fast.training.job import Job
-from rlhf_fast.training.optim import adamw
+from rlhf_fast.training.optim import build_optimizer
 
 
 def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
@@ -228,13 +228,15 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
         encoder,
         train=encode_rows(encoder, train, encoder.prompt, "data"),
         held_out=encode_rows(encoder, held_out, encoder.prompt, "held-out data"),
-        optimizers={"policy": adamw(backbone.parameters_of("policy"), config)},
+        optimizers={"policy": build_optimizer(backbone.parameters_of("policy"), config)},
         rewards=add_rewards(backbone, config, [*train, *held_out]),
         kl_controller=FixedKLController(config.kl_coef),
     )
     assert job.rewards is not None
     check_weights(config, job.rewards)
     job.constraints = add_constraints(backbone, config, list(train[0].values), job.rewards, len(job.held_out))
+    if config.policy_ema is not None:
+        backbone.add_adapter("ema", copy_of="policy", trainable=False)
     if config.kl_target is not None:
         job.kl_controller = AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
     try_rewards(job, config, job.held_out)

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
-from rlhf_fast.data.encoding import Example
+from rlhf_fast.data.encoding import Encoder, Example
+from rlhf_fast.data.reading import Row
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, learning_rate, set_learning_rates, update
 from rlhf_fast.training.pairs import Pair
 from rlhf_fast.training.run import Run
+
+LAYOUTS = [("prompt", "completion"), ("messages",), ("text",)]  # of columns that are one sequence
 
 
 class Rows(NamedTuple):
@@ -31,6 +34,13 @@ class Rows(NamedTuple):
     batch: Batch
     examples: int
     tokens: int
+
+
+def encode(encoder: Encoder, row: Row) -> Example:
+    """The tokens of a row of one of the LAYOUTS, and which are learnt: its completion, its answers, all of a text."""
+    if {"prompt", "completion"} <= row.values.keys():
+        return encoder.completion(row)
+    return encoder.conversation(row) if "messages" in row.values else encoder.text(row)
 
 
 def train(job: Job, config: Config, run: Run, loss: Loss[Rows]) -> None:

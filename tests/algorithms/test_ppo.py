@@ -6,6 +6,7 @@ from rich.console import Console
 
 from rlhf_fast.algorithms import ppo, reward_model
 from rlhf_fast.algorithms.launch import run_stage, single_stage
+from rlhf_fast.training.critic import critic_values
 from rlhf_fast.training.experience import collect, move_reference, prompts_of_step
 from rlhf_fast.training.on_policy import improve, micro_batches
 from rlhf_fast.training.optim import accumulate
@@ -93,17 +94,18 @@ def test_the_critic_starts_as_the_reward_role_on_the_scale_that_ppo_is_paid_in(r
     batch = experience.batch
     hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["critic"])["critic"]
     last = job.backbone.scores("critic", hidden, batch.attention_mask)
-    torch.testing.assert_close(ppo.reward_units(job, last).detach(), experience.rewards, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(critic_values(job, config, last).detach(), experience.rewards, rtol=1e-4, atol=1e-5)
 
 
 def test_scores_of_a_reward_adapter_have_mean_zero_and_spread_one_on_its_training_pairs(reward_adapter):
     config = config_of("reward_model", model=str(folder() / "model"))
-    job = ppo.prepare(config_of("ppo", reward=str(reward_adapter)))
+    ppo_config = config_of("ppo", reward=str(reward_adapter))
+    job = ppo.prepare(ppo_config)
     pairs = reward_model.prepare(config).train
     batch = padded(job, pairs)
     with torch.no_grad():
         hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["reward"])["reward"]
-        scores = ppo.reward_units(job, job.backbone.scores("reward", hidden, batch.attention_mask))
+        scores = critic_values(job, ppo_config, job.backbone.scores("reward", hidden, batch.attention_mask))
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-3)
     assert float(scores.std()) == pytest.approx(1.0, abs=1e-3)
 

@@ -25,6 +25,8 @@ NEEDS = {
     "pure": {"reward": f"{REWARDS}:halves"},
     "grpo_lagrangian": {"cost": f"{REWARDS}:even"},
     "ppo_lagrangian": {"cost": f"{REWARDS}:even"},
+    "ppo_ptx": {"ptx_data": f"{folder()}/sft.jsonl"},
+    "ppo_max": {"critic_warmup_steps": 0},
 }
 
 

@@ -1,0 +1,32 @@
+"""The policy of a run with the best held-out reward, within a budget of KL to the reference: best/ in its folder."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+from rlhf_fast.models.peft_io import save_adapter
+from rlhf_fast.training.config import RolloutConfig
+from rlhf_fast.training.folder import replace_file
+from rlhf_fast.training.job import Job
+
+FOLDER = "best"
+
+
+def keep_best(job: Job, config: RolloutConfig, folder: Path, done: int, metrics: dict[str, float]) -> None:
+    """Save the policy into `folder`/best where an evaluation after `done` steps is the best so far.
+
+    metrics: those of the held-out prompts, `reward` and `kl` (nats per completion) among them. The best reward is among
+    the counters. A kill leaves the old adapter or the new one: its weights are one file, its config never changes.
+    """
+    if config.best_by is None or metrics[config.best_by] <= job.counters.get("best", -math.inf):
+        return
+    if config.kl_budget is not None and metrics["kl"] > config.kl_budget:
+        return
+    job.counters["best"] = metrics[config.best_by]
+    best, staging = folder / FOLDER, folder / FOLDER / ".new"
+    save_adapter(job.backbone, "policy", staging)
+    for path in staging.iterdir():
+        os.replace(path, best / path.name)
+    staging.rmdir()
+    replace_file(best / "best.json", json.dumps({"step": done, **metrics}) + "\n")
