@@ -62,7 +62,7 @@ def test_an_answer_that_cannot_be_used_fails_before_the_run():
 
 
 def test_its_weight_stands_behind_those_of_the_rewards():
-    reward = f"{folder() / 'reward.py'}:even"
+    reward = f"{folder() / 'reward.py'}:score"
     job = job_of(config_of("grpo", reward=reward, verify=VOWEL, reward_weights=[0.5, 2.0]))
     assert [(s.name, s.weight) for s in job.rewards.sources] == [(reward, 0.5), ("verify_regex", 2.0)]
     with pytest.raises(UserError, match="reward_weights has 1 entries for 2 rewards"):
