@@ -215,11 +215,12 @@ def run_stage(console: Console, stage: Stage, *, resume: str | None, overwrite: 
                 job.encoder.tokenizer.save_pretrained(folder)
             write_summary(folder)
         except UserError as error:
+            said = run.rescue()
             if error.__cause__ is not None:
                 text = "".join(traceback.format_exception(error.__cause__))
                 (folder / "error.log").write_text(text, encoding="utf-8")
-                raise UserError(f"{error}; traceback in {folder / 'error.log'}") from None
-            raise
+                said = f"; traceback in {folder / 'error.log'}{said}"
+            raise UserError(f"{error}{said}") from None
     print_report(console, stage.name or config.algorithm, folder)
 
 

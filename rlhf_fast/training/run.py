@@ -22,7 +22,7 @@ from rlhf_fast.training.best import keep_best
 from rlhf_fast.training.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
 from rlhf_fast.training.config import Config, RolloutConfig
 from rlhf_fast.training.folder import claim_folder, inputs_of, replace_file
-from rlhf_fast.training.job import Job, capture, restore
+from rlhf_fast.training.job import Job, capture, random_state, restore
 
 T = TypeVar("T")
 SHOWN = ("loss", "policy_loss", "accuracy", "reward", "kl", "tokens_per_second")
@@ -68,6 +68,7 @@ class Run:
         _forget_after(self.folder / "eval.jsonl", self.start if due else self.start - 1)
         self.writer = _tensorboard(self.folder, self.start) if config.report_to == "tensorboard" else None
         self.signal = 0
+        self._begun: tuple[int, dict[str, Any], dict[str, float]] | None = None
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), disable=not sys.stdout.isatty(),
@@ -97,6 +98,7 @@ class Run:
         """The steps still to do, from 0; saves a checkpoint where one is due, and when a signal ends the run."""
         for step in range(self.start, self.config.steps):
             self.clock = time.perf_counter()
+            self._begun = step, random_state(), dict(self.job.counters)
             yield step
             done = step + 1
             if self._evaluation_is_due(done):
@@ -110,6 +112,18 @@ class Run:
                     "the same command with --resume auto continues",
                     128 + self.signal,
                 )
+
+    def rescue(self) -> str:
+        """Save a checkpoint of the steps before the one that failed, where that has changed nothing yet (a reward failed).
+
+        What there is to say of it, or nothing.
+        """
+        done, random, counters = self._begun or (0, {}, {})
+        if done == 0 or counters != self.job.counters:
+            return ""
+        state = {**capture(self.job), "random": random}
+        save_checkpoint(self.folder / "checkpoints", done, state, keep=self.config.keep_checkpoints)
+        return f"; the checkpoint of step {done} is saved: --resume auto continues"
 
     def track(self, what: str, parts: Sequence[T]) -> Iterator[T]:
         """The parts, under a progress bar of their own."""

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from rlhf_fast.algorithms.launch import run_stage, single_stage
 from rlhf_fast.data.reading import read_jsonl
+from rlhf_fast.errors import UserError
 from rlhf_fast.training.run import Run, Stopped
 from tests.training.tiny_runs import ALGORITHMS, values_of
 
@@ -89,6 +90,26 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeyp
         run(killed)
     run(killed, resume="auto")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_a_reward_that_fails_or_hangs_loses_no_step(algorithm, tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "import pathlib, time\ncalls = []\n"
+        "def score(completions):\n"
+        "    calls.append(1)\n"
+        f"    if len(calls) == 6 and pathlib.Path({str(tmp_path / 'hangs')!r}).exists(): time.sleep(60)\n"
+        "    return [len(c) % 11 / 5.0 for c in completions]\n"
+    )
+    values = values_of(algorithm, reward=f"{tmp_path / 'reward.py'}:score", reward_timeout=1)
+    run({**values, "output_dir": str(tmp_path / "whole")})
+    (tmp_path / "hangs").touch()
+    failed = {**values, "output_dir": str(tmp_path / "failed")}
+    with pytest.raises(UserError, match=r"no answer in 1 s .*; the checkpoint of step 3 is saved: --resume auto"):
+        run(failed)
+    (tmp_path / "hangs").unlink()
+    run(failed, resume="auto")
+    assert contents(tmp_path / "failed") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "grpo"])
