@@ -144,6 +144,8 @@ def collect(
         keep_logprobs=compare_sampler or keep_sampler,
         on_finished=begin if early else None,
     )  # fmt: skip
+    for row, completion in enumerate(rollout.completions):  # those that had no end: while all are scored
+        begin(row, completion)
     if compare_sampler:
         warn_of_another_policy(job, config, rollout)
     lower, scores = score(job, config, rollout, policy=score_policy, exact_kl=exact_kl)

@@ -114,7 +114,7 @@ class Run:
                 )
 
     def rescue(self) -> str:
-        """Save a checkpoint of the steps before the one that failed, where that has changed nothing yet (a reward failed).
+        """Save a checkpoint of the steps before one that failed, where that has changed nothing yet (a reward failed).
 
         What there is to say of it, or nothing.
         """

@@ -107,7 +107,7 @@ def test_finished_rows_are_judged_while_others_are_generated(monkeypatch):
     done = [text for text, finished in zip(rollout.completions, rollout.finished.tolist(), strict=True) if finished]
     assert len(done) > 4
     assert sorted(early) == sorted(done)
-    assert [completion for completion, while_generating in begun if not while_generating] == rollout.completions
+    assert [completion for completion, while_generating in begun if not while_generating] == 2 * rollout.completions
 
 
 def test_a_policy_learns_what_is_right(tmp_path):
