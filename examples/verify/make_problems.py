@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 
 FOLDER = Path(__file__).parent
-TRAIN, HELD_OUT = 100, 16  # of each family
+TRAIN, HELD_OUT = 100, 40  # of each family
 WORDS = [
     "apple", "bread", "chair", "cloud", "glass", "green", "horse", "house", "lemon", "light", "music", "ocean", "paper",
     "plant", "queen", "river", "stone", "sugar", "table", "tiger", "train", "uncle", "voice", "water", "zebra",
