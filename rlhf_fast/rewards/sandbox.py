@@ -8,13 +8,14 @@ The verdict is made outside, from what comes out: answers never go in, so no pro
 
 import ast
 import json
+import operator
 import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,7 +74,7 @@ class Limits:
     seconds: float = 10.0
     memory: int = 512
     files: int = 16
-    processes: int = 16
+    processes: int = 8
 
 
 def bubblewrap() -> str:
@@ -169,26 +170,34 @@ def _python() -> str:
 
 @dataclass(frozen=True)
 class Test:
-    """An expression and the value that it must have, or an input and the output that it must lead to."""
+    """An expression, and what must hold of its value and another; or an input and the output that it must lead to."""
 
     expression: str | None
     value: Any
+    holds: Callable[[Any, Any], Any] = operator.eq
     given: str = ""
 
 
-def parse_tests(tests: Any) -> list[Test]:
-    """Tests of a row: `assert EXPRESSION == VALUE` (or `is`, or the expression alone), or {input: ..., output: ...};
-    one string may hold several assertions. Raises ValueError for anything else.
+COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge, ast.Is: operator.eq, ast.IsNot: operator.ne,
+    ast.In: lambda value, values: value in values, ast.NotIn: lambda value, values: value not in values,
+}  # fmt: skip
 
-    A VALUE that is no literal is computed in the sandbox, without the program.
+
+def parse_tests(tests: Any) -> list[Test]:
+    """Tests of a row: `assert EXPRESSION == VALUE` (or another comparison), `assert EXPRESSION`, `assert not EXPRESSION`
+    or {input: ..., output: ...}; one string may hold several assertions. Raises ValueError for anything else.
+
+    EXPRESSION alone goes to the program. A VALUE that is no literal is computed in the sandbox, without the program.
     """
     listed = [tests] if isinstance(tests, (str, dict)) else tests
     if not isinstance(listed, list) or not listed:
-        raise ValueError(f"tests must be a list of assertions or of {{input, output}}, got {tests!r}")
+        raise ValueError(f"must be a list of assertions or of {{input, output}}, got {tests!r}")
     found = []
     for test in listed:
         if isinstance(test, dict) and isinstance(test.get("output"), str) and set(test) <= {"input", "output"}:
-            found.append(Test(None, test["output"], str(test.get("input", ""))))
+            found.append(Test(None, test["output"], given=str(test.get("input", ""))))
         elif isinstance(test, str):
             found += [_assertion(statement) for statement in _statements(test)]
         else:
@@ -207,15 +216,23 @@ def _assertion(statement: ast.stmt) -> Test:
     text = ast.unparse(statement)
     if not isinstance(statement, ast.Assert):
         raise ValueError(f"test {text!r} is no assertion")
-    condition = statement.test
-    compared = isinstance(condition, ast.Compare) and isinstance(condition.ops[0], (ast.Eq, ast.Is))
-    if not compared or len(condition.ops) > 1:  # type: ignore[attr-defined]
-        return Test(f"bool({ast.unparse(condition)})", True)
-    expression, expected = ast.unparse(condition.left), ast.unparse(condition.comparators[0])  # type: ignore[attr-defined]
-    shown = expected if _is_literal(expected) else values_of("", [expected])[0]
-    if shown is None or not _is_literal(shown):
-        raise ValueError(f"test {text!r}: {expected} has no value that can be written down")
-    return Test(expression, ast.literal_eval(shown))
+    match statement.test:
+        case ast.Compare(left, [comparison], [right]):
+            expected = ast.unparse(right)
+            shown = expected if _is_literal(expected) else values_of("", [expected])[0]
+            if shown is None or not _is_literal(shown):
+                raise ValueError(f"test {text!r}: {expected} has no value that can be written down")
+            return Test(ast.unparse(left), ast.literal_eval(shown), COMPARISONS[type(comparison)])
+        case ast.Compare() | ast.BoolOp():
+            raise ValueError(f"test {text!r}: an assertion is one comparison; write several")
+        case ast.UnaryOp(ast.Not(), operand):
+            return Test(ast.unparse(operand), False, _is_as_true)
+        case condition:
+            return Test(ast.unparse(condition), True, _is_as_true)
+
+
+def _is_as_true(value: Any, expected: bool) -> bool:
+    return bool(value) == expected
 
 
 def _is_literal(text: str) -> bool:
@@ -238,9 +255,17 @@ def passed(program: str, tests: Sequence[Test], limits: Limits = Limits()) -> li
             output = output_of(program, test.given, limits)
             verdicts.append(output is not None and _lines(output) == _lines(test.value))
         else:
-            value = next(shown)
-            verdicts.append(value is not None and _is_literal(value) and ast.literal_eval(value) == test.value)
+            verdicts.append(_holds(test, next(shown)))
     return verdicts
+
+
+def _holds(test: Test, shown: str | None) -> bool:
+    if shown is None or not _is_literal(shown):
+        return False
+    try:
+        return bool(test.holds(ast.literal_eval(shown), test.value))
+    except (TypeError, RecursionError):  # 1 < "a"
+        return False
 
 
 def _lines(text: str) -> list[str]:

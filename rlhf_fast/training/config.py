@@ -50,7 +50,7 @@ class VerifyConfig(BaseModel):
     partial: bool = Field(False, description="code: the share of the tests that hold; else 0 unless all do")
     timeout: float = Field(10.0, gt=0, description="processor seconds of a check; of code, by the clock, of a process")
     memory: int = Field(512, ge=64, description="code: MiB of each process")
-    processes: int = Field(16, ge=4, description="code: processes and threads at a time, two of the sandbox's")
+    processes: int = Field(8, ge=4, description="code: processes and threads at a time, two of the sandbox's")
 
     OWNERS: ClassVar[dict[str, str]] = {
         "normalize": "exact", "choices": "choice", "pattern": "regex", "schema_file": "json_schema", "partial": "code",

@@ -41,15 +41,20 @@ def test_assertions_are_evaluated_inside_and_compared_outside():
     )
     assertions = [
         "assert f(1) == 2", "assert f(1) == 3", "assert f(1) == sum([1, 1])", "assert f(-1) is 0", "assert f(1)",
-        "assert not f(-1)", "assert f('a') == 2", "assert g('aab') == {'a': 2, 'b': 1}", "assert {f(1)} == set([2])",
+        "assert not f(-1)", "assert f('a') == 2", "assert f(1) > 1", "assert f(1) in (1, 3)", "assert f(1) < 'a'",
+        "assert g('aab') == {'a': 2, 'b': 1}", "assert {f(1)} == set([2])",
     ]  # fmt: skip
-    assert passed(program, parse_tests(assertions)) == [True, False, True, True, True, True, False, True, True]
+    assert passed(program, parse_tests(assertions)) == [
+        True, False, True, True, True, True, False, True, False, False, True, True,
+    ]  # fmt: skip
     assert passed(program, parse_tests("\n".join(assertions[:2]))) == [True, False]
 
 
 @pytest.mark.parametrize(("tests", "reason"), [
-    ([], "tests must be a list"), (None, "got None"), ([3], "a test is `assert ...`"), (["f(1)"], "is no assertion"),
+    ([], "must be a list of assertions"), (None, "got None"), ([3], "a test is `assert ...`"),
+    (["f(1)"], "is no assertion"),
     (["assert f( =="], "is not Python"), (["assert f(1) == unknown"], "unknown has no value that can be written down"),
+    (["assert f(1) == 1 and f(2) == 2"], "is one comparison"), (["assert 1 < f(1) < 3"], "is one comparison"),
     ([{"output": "1", "stdin": ""}], "a test is `assert ...`"),
 ])  # fmt: skip
 def test_tests_that_cannot_be_used_are_refused(tests, reason):
@@ -73,6 +78,16 @@ CHEATS = {
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_no_program_passes_without_the_answer(cheat):
     assert passed(CHEATS[cheat], parse_tests(["assert f(20) == 10946"]), SMALL) == [False]
+
+
+@pytest.mark.parametrize("cheat", [
+    "bool = lambda value: True\ndef f(x): return True",
+    "import builtins\nbuiltins.repr = lambda v: 'True'\ndef f(x): return 0",
+    "import os\nos.write(1, b'[\"True\", \"True\"]')\nos._exit(0)",
+    "class Any:\n    def __bool__(self): raise SystemExit(0)\ndef f(x): return Any()",
+])  # fmt: skip
+def test_no_program_passes_a_test_and_its_opposite(cheat):
+    assert False in passed(cheat, parse_tests(["assert f(3)", "assert not f(4)"]), SMALL)
 
 
 def test_the_answers_are_nowhere_in_the_process():
