@@ -186,8 +186,8 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 
 
 def parse_tests(tests: Any) -> list[Test]:
-    """Tests of a row: `assert EXPRESSION == VALUE` (or another comparison), `assert EXPRESSION`, `assert not EXPRESSION`
-    or {input: ..., output: ...}; one string may hold several assertions. Raises ValueError for anything else.
+    """Tests of a row: `assert EXPRESSION == VALUE` (any comparison), `assert EXPRESSION`, `assert not EXPRESSION` or
+    {input: ..., output: ...}; one string may hold several assertions. Raises ValueError for anything else.
 
     EXPRESSION alone goes to the program. A VALUE that is no literal is computed in the sandbox, without the program.
     """
