@@ -20,6 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from rlhf_fast.data.batches import Batch, pad_batch
@@ -89,8 +92,12 @@ def roll_out(
     rows_per_pass: int | None = None,
     keep_logprobs: bool = False,
     on_finished: Callable[[int, str], None] | None = None,
+    mixture: float = 0.0,
 ) -> Rollout:
     """One completion of at most max_new_tokens tokens (at least one) for each prompt, by the role 'policy'.
+
+    mixture: the weight of the reference: tokens are drawn from softmax((1 - mixture) log policy + mixture log
+    reference), both at a cost of their own; 1 is the reference alone.
 
     Uses torch's global random state. rows_per_pass bounds the memory of the key-value cache. The prompts are padded
     on the left for generation and the result on the right, so nothing downstream needs to know about the left.
@@ -104,12 +111,14 @@ def roll_out(
         pad_token_id=pad, eos_token_id=stops,
     )  # fmt: skip
     size = rows_per_pass or len(prompts)
+    mixing = Mixing(mixture, temperature, top_k, top_p) if 0 < mixture < 1 else None
     completions: list[list[int]] = []
     recorder = Recorder(temperature) if keep_logprobs else None
     for i in range(0, len(prompts), size):
         ids = [p.ids for p in prompts[i : i + size]]
         watch = None if on_finished is None else _Watch(tokenizer, prompts[i : i + size], stops, i, on_finished)
-        tokens = _generate(backbone, ids, settings, recorder, watch)[:, max(map(len, ids)) :]
+        role = "reference" if mixture == 1 else "policy"
+        tokens = _generate(backbone, ids, settings, mixing or recorder, watch, role=role)[:, max(map(len, ids)) :]
         completions += [_cut(row, stops) for row in tokens.tolist()]
         if recorder is not None:
             recorder.finish(tokens)
@@ -267,6 +276,27 @@ class _Watch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+class Mixing(LogitsProcessor):
+    """Draws the next tokens from the geometric mixture of two models, the first and the second half of the rows.
+
+    Each token is drawn here, once, and left as the only one for both of its rows.
+    """
+
+    def __init__(self, mixture: float, temperature: float, top_k: int, top_p: float) -> None:
+        self.mixture = mixture
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        if top_k:
+            self.warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            self.warpers.append(TopPLogitsWarper(top_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        first, second = scores.float().log_softmax(-1).chunk(2)
+        mixed = self.warpers(input_ids[: len(first)], torch.lerp(first, second, self.mixture))  # type: ignore[arg-type]
+        drawn = mixed.softmax(-1).multinomial(1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn.repeat(2, 1), 0.0)
+
+
 def _spread(logits: Tensor) -> Tensor:
     """(..., V) -> (): mean standard deviation over the vocabulary, less the entries that a model masks out."""
     open_entries = logits.where(logits > torch.finfo(torch.float16).min, torch.nan)
@@ -349,21 +379,29 @@ def _generate(
     backbone: Backbone,
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
-    record: LogitsProcessor | None = None,
+    processor: LogitsProcessor | None = None,
     watch: StoppingCriteria | None = None,
+    role: str = "policy",
 ) -> Any:
-    """What `generate` returns: the ids (B, W + N), prompts padded on the left to W, or with the settings' outputs."""
+    """What `generate` returns: the ids (B, W + N), prompts padded on the left to W, or with the settings' outputs.
+
+    `Mixing` draws from policy and reference, anything else from `role`.
+    """
     model, device = backbone.model, _device(backbone)
     width = max(len(ids) for ids in prompts)
     pad = settings.pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(ids)) + [*ids] for ids in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    hooks: dict[str, Any] = {} if record is None else {"logits_processor": LogitsProcessorList([record])}
+    roles = [role if role == "reference" else _role(backbone)]
+    if isinstance(processor, Mixing):
+        roles, input_ids, mask = ["policy", "reference"], input_ids.repeat(2, 1), mask.repeat(2, 1)
+    hooks: dict[str, Any] = {} if processor is None else {"logits_processor": LogitsProcessorList([processor])}
     if watch is not None:
         hooks["stopping_criteria"] = StoppingCriteriaList([watch])
     hook = model.get_output_embeddings().register_forward_pre_hook(_before_head)
     try:
-        with backbone.using(_role(backbone)), _without_settings_of_the_checkpoint(model):
-            return model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings, **hooks)
+        with backbone.using(*roles), _without_settings_of_the_checkpoint(model):
+            output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings, **hooks)
+            return output[: len(prompts)] if isinstance(output, Tensor) else output
     finally:
         hook.remove()

@@ -50,6 +50,9 @@ _PPO_MAX = {
     "normalize_rewards": "scale", "reward_clip": 10.0, "whiten_advantages": False, "value_clip_eps": 0.2, "lam": 0.95,
     "kl_coef": 0.05, "critic_warmup_steps": 50, "adam_beta2": 0.95, "adam_eps": 1e-6, "temperature": 0.8, "top_p": 0.9,
 }  # fmt: skip
+def _samples(**defaults: Any) -> Preset:
+    return Preset("online_preference", defaults)
+
 
 # Sources: ops/policy/policy_loss.py, ops/advantages/group_advantages.py, ops/preference.
 ALGORITHMS = {
@@ -117,6 +120,14 @@ ALGORITHMS = {
     "mpo": _pairs({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}),
     "wpo": Preset("preference", {"wpo": True}),
     "ld_dpo": Preset("preference", {"ld_alpha": 0.5}),
+    # From pairs of own samples
+    "online_dpo": Preset("online_preference"),
+    "iterative_dpo": _samples(num_generations=8, num_minibatches=4, reference_refresh_every=1),
+    "rs_dpo": _samples(num_generations=16, pick="threshold"),
+    "spin": _samples(rival="data", num_generations=1, reference_refresh_every=10),
+    "sppo_online": _samples(learn="win_rate", num_generations=4, objective={"beta": 1e-3}, reference_refresh_every=1),
+    "nash_md": _samples(learn="policy_gradient", rival="mixture", num_generations=1),
+    "xpo": _samples(rival="mixture", mixture_coef=1.0, num_generations=1, optimism=1e-5),
     # From answers that are liked or not
     "kto": Preset("unpaired"),
     "bco_unpaired": _answers("bco"),

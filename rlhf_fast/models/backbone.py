@@ -314,9 +314,10 @@ class Backbone:
         return min(adapted, default=len(self.layer_names) - 1)
 
     @contextmanager
-    def using(self, role: str | None) -> Iterator[None]:
-        """`model` itself plays this role: for `model.generate` and plain forwards."""
-        with routed(Route((self._adapter_name(role),))):
+    def using(self, *roles: str | None) -> Iterator[None]:
+        """`model` itself plays this role, or an equal share of its rows each of several: for `model.generate` and plain
+        forwards."""
+        with routed(Route(tuple(self._adapter_name(role) for role in roles))):
             yield
 
     @torch.no_grad()

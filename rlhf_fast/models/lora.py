@@ -27,7 +27,8 @@ class Route:
     """Adapters of the row segments of one forward.
 
     adapters: one name per segment, in row order; None is the base model. All segments have the same number of rows.
-    tokens: rows of one segment (batch x time); None leaves it open, which is only possible with one segment.
+    tokens: rows of one segment (batch x time), which every linear is checked against; None leaves it open, as in
+        generation, whose passes differ in length.
     dropout_seed: decides what the adapters' dropout drops, in a recomputation as well; None is without dropout.
     """
 
@@ -188,7 +189,7 @@ class LoRALinear:
 
     def _segment_rows(self, x: Tensor, route: Route) -> int:
         rows = x.numel() // x.shape[-1]
-        if len(route.adapters) > 1 and rows != len(route.adapters) * (route.tokens or 0):
+        if rows != len(route.adapters) * (rows // len(route.adapters) if route.tokens is None else route.tokens):
             raise ValueError(
                 f"a linear layer got {rows} rows, the route has {len(route.adapters)} segments of {route.tokens}: "
                 "this layer sees its rows in an order of its own (a mixture of experts?), so it cannot be adapted"

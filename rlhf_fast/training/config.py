@@ -267,13 +267,18 @@ class RolloutConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _is_rewarded(self) -> "RolloutConfig":
-        if self.reward is None and self.verify is None:
+        if self.needs_reward and self.reward is None and self.verify is None:
             raise ValueError(f"missing key 'reward' ({SamplingConfig.model_fields['reward'].description}), or 'verify'")
         return self
 
     @property
     def examples_per_step(self) -> int:
         return self.batch_size // self.num_generations
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether something must judge the samples."""
+        return True
 
     @property
     def scores_policy(self) -> bool:

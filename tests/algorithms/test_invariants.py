@@ -26,6 +26,11 @@ def one_backward(job: Job, config) -> dict[str, torch.Tensor]:
     module = load_algorithm(config.algorithm)
     if config.algorithm in ROLLOUTS:
         return rollout_backward(job, config, experience_of(job, config))
+    if config.algorithm == "online_dpo":
+        duels = module.duels_of(job, config, experience_of(job, config))
+        parts = duels.pairs.split(config.micro_batch_size or len(duels.pairs))
+        rows = on_policy.micro_batches(job, config, duels.everyone, tuple(part.T.flatten() for part in parts))
+        return accumulate(module.loss_of(config, duels), rows)
     rows = supervised.micro_batches(job, job.train, range(4), config.micro_batch_size)
     return accumulate(module.loss_of(job, config, *given_of(module, job, config)), rows)
 

@@ -27,13 +27,17 @@ NEEDS = {
     "ppo_lagrangian": {"cost": f"{REWARDS}:even"},
     "ppo_ptx": {"ptx_data": f"{folder()}/sft.jsonl"},
     "ppo_max": {"critic_warmup_steps": 0},
+    "rs_dpo": {"batch_size": 16, "preference_temperature": 0.1},
+    "iterative_dpo": {"batch_size": 16},
+    "spin": {"data": f"{folder()}/sft.jsonl"},
+    "nash_md": {"ppo_epochs": 1, "num_minibatches": 1},
 }
 
 
 def values_of_row(name, **changes):
     family = load_algorithm(name).AlgorithmConfig.family
     values = values_of(family)
-    for key in ("objective", "num_generations", "kl_coef", "kl_target"):
+    for key in ("objective", "num_generations", "kl_coef", "kl_target", "reference_refresh_every"):
         values.pop(key, None)
     if ALGORITHMS[name].module == "grpo" and "num_generations" not in ALGORITHMS[name].defaults:
         values["num_generations"] = 2

@@ -14,10 +14,10 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.tiny import tiny
 from rlhf_fast.training.job import Job, seed_everything
 
-ALGORITHMS = ("sft", "reward_model", "ppo", "grpo", "dpo", "kto")
+ALGORITHMS = ("sft", "reward_model", "ppo", "grpo", "dpo", "kto", "online_dpo")
 DEVICE = os.environ.get("RLHF_FAST_TEST_DEVICE", "cpu")
 TRAINED = {"sft": "policy", "reward_model": "reward", "ppo": "policy", "grpo": "policy", "dpo": "policy",
-           "kto": "policy"}  # fmt: skip
+           "kto": "policy", "online_dpo": "policy"}  # fmt: skip
 _KEPT: list[tempfile.TemporaryDirectory] = []
 
 REWARD = '''
@@ -87,11 +87,13 @@ def values_of(algorithm: str, **changes: Any) -> dict[str, Any]:
         "data": str(folder() / data.get(algorithm, "prompts.jsonl")), "eval_size": 2, "steps": 5, "batch_size": 4,
         "learning_rate": 0.02, "lora_rank": 4,
     }  # fmt: skip
-    if algorithm in ("ppo", "grpo"):
+    if algorithm in ("ppo", "grpo", "online_dpo"):
         values |= {"reward": f"{folder() / 'reward.py'}:score", "max_new_tokens": 6}
         values |= {"ppo_epochs": 2, "num_minibatches": 2}
     if algorithm == "ppo":
         values |= {"kl_target": 0.5, "kl_horizon": 50, "reference_ema": 0.9}
+    if algorithm == "online_dpo":
+        values |= {"num_generations": 4, "batch_size": 8, "pick": "all_above", "reference_refresh_every": 2}
     if algorithm == "grpo":
         values |= {"num_generations": 2, "objective": {"kl_coef": 0.1}, "reference_refresh_every": 2}
     return {**values, **changes}
