@@ -42,6 +42,10 @@ def _answers(objective: str) -> Preset:
     return Preset("unpaired", {"objective": {"variant": objective}})
 
 
+def _samples(**defaults: Any) -> Preset:
+    return Preset("online_preference", defaults)
+
+
 # PPO-max, Zheng et al. 2023 (2307.04964): rewards over their running deviation, no whitened advantages, both clips, a
 # critic that starts as the reward model and trains first. Numbers of the code of the authors (OpenLMLab/MOSS-RLHF,
 # run_en.sh, run_zh.sh), whose KL weights are 0.01 and 0.1; the clip of the rewards and the length of the critic's
@@ -50,9 +54,6 @@ _PPO_MAX = {
     "normalize_rewards": "scale", "reward_clip": 10.0, "whiten_advantages": False, "value_clip_eps": 0.2, "lam": 0.95,
     "kl_coef": 0.05, "critic_warmup_steps": 50, "adam_beta2": 0.95, "adam_eps": 1e-6, "temperature": 0.8, "top_p": 0.9,
 }  # fmt: skip
-def _samples(**defaults: Any) -> Preset:
-    return Preset("online_preference", defaults)
-
 
 # Sources: ops/policy/policy_loss.py, ops/advantages/group_advantages.py, ops/preference.
 ALGORITHMS = {

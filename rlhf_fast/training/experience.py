@@ -130,8 +130,8 @@ def collect(
 
     score_policy: False leaves the policy's log-probabilities to the first minibatch, which must have all rows: its
     weights are still those that sampled. compare_sampler: warn where the sampler's log-probabilities are others.
-    keep_sampler: the rollout has them. exact_kl: the experience's KL is over the whole vocabulary. mixture: the weight of
-    the reference in what samples.
+    keep_sampler: the rollout has them. exact_kl: the experience's KL is over the whole vocabulary. mixture: the weight
+    of the reference in what samples.
     """
     assert job.rewards is not None
     rewards, early = job.rewards, job.rewards.early
