@@ -1,6 +1,5 @@
 """Sampled completions with everything the update needs: log-probabilities, values, rewards; and their evaluation."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -121,7 +120,6 @@ def collect(
     prompts: Sequence[Prompt],
     *,
     score_policy: bool = True,
-    compare_sampler: bool = False,
     keep_sampler: bool = False,
     exact_kl: bool = False,
     mixture: float = 0.0,
@@ -129,9 +127,8 @@ def collect(
     """Sample a completion for each prompt and score all roles in one traversal (micro_batch_size rows at a time).
 
     score_policy: False leaves the policy's log-probabilities to the first minibatch, which must have all rows: its
-    weights are still those that sampled. compare_sampler: warn where the sampler's log-probabilities are others.
-    keep_sampler: the rollout has them. exact_kl: the experience's KL is over the whole vocabulary. mixture: the weight
-    of the reference in what samples.
+    weights are still those that sampled. keep_sampler: the rollout has the sampler's log-probabilities. exact_kl: the
+    experience's KL is over the whole vocabulary. mixture: the weight of the reference in what samples.
     """
     assert job.rewards is not None
     rewards, early = job.rewards, job.rewards.early
@@ -143,12 +140,10 @@ def collect(
     rollout = roll_out(
         job.backbone, job.encoder.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        keep_logprobs=compare_sampler or keep_sampler, on_finished=begin if early else None, mixture=mixture,
+        keep_logprobs=keep_sampler, on_finished=begin if early else None, mixture=mixture,
     )  # fmt: skip
     for row, completion in enumerate(rollout.completions):  # those that had no end: while all are scored
         begin(row, completion)
-    if compare_sampler:
-        warn_of_another_policy(job, config, rollout)
     lower, scores = score(job, config, rollout, policy=score_policy, exact_kl=exact_kl)
     columns = rollout.columns() | {"completion_ids": rollout.completion_ids()}
     asked = [p.columns["prompt"] for p in prompts], rollout.completions, columns
@@ -185,16 +180,15 @@ def placed(job: Job, rollout: Rollout, payments: Sequence[Sequence[Payment]]) ->
     return StepRewards(rewards.to(job.device), ends.to(job.device))
 
 
-def warn_of_another_policy(job: Job, config: SamplingConfig, rollout: Rollout) -> None:
-    """The start of a run compares whole completions, of those rows that have the most padding on the left."""
+def sampler_gap(job: Job, config: SamplingConfig, rollout: Rollout) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from scored ones, and what rounding may make of it, in nats per
+    token: of whole completions, those that have the most padding on the left."""
     assert rollout.sampler is not None
     shortest = torch.tensor([len(p.ids) for p in rollout.prompts]).argsort(stable=True)
     rows = shortest[: config.micro_batch_size or len(shortest)]
     sampler = SamplerView(rollout.sampler.logprobs[rows], rollout.sampler.spread)
     comparison = agreement(job.backbone, rollout.batch.rows(rows), sampler, config.temperature)
-    if not comparison.holds:
-        print(f"warning: completions are drawn from another distribution than they are scored by; {comparison}",
-              file=sys.stderr)  # fmt: skip
+    return {"sampler_gap": comparison.gap, "sampler_gap_limit": comparison.bar}
 
 
 def score(
@@ -232,14 +226,18 @@ def move_reference(job: Job, config: RolloutConfig, step: int) -> None:
 
 
 def rollout_metrics(experience: Experience) -> dict[str, float]:
-    """Means over the batch: reward, KL per completion (nats), length (tokens), share that was finished."""
+    """Means over the batch: reward, KL per completion (nats), length (tokens), share that was finished, share of
+    repeated 4-grams; and the correlation of rewards with lengths."""
     assert experience.judged is not None
-    metrics = {
+    lengths = experience.batch.counts.float()
+    metrics: dict[str, Tensor | float] = {
         "reward": experience.judged.mean(),
         "reward_std": experience.judged.std(correction=0),
         "kl": experience.kl.sum(1).mean(),
-        "completion_length": experience.batch.counts.float().mean(),
+        "completion_length": lengths.mean(),
+        "length_correlation": correlation_of(experience.judged.cpu(), lengths),
         "finished": experience.rollout.finished.float().mean(),
+        "repetition": repetition_of(experience.rollout.completion_ids()),
     }
     if len(experience.parts) > 1:
         metrics |= {f"reward/{name}": scores.mean() for name, scores in experience.parts.items()}
@@ -249,6 +247,22 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
 def as_judged(experience: Experience, metrics: dict[str, Tensor]) -> dict[str, float]:
     """The metrics on the host, without those of the reward where nothing judges."""
     return {n: float(value) for n, value in metrics.items() if experience.parts or not n.startswith("reward")}
+
+
+def correlation_of(x: Tensor, y: Tensor) -> Tensor:
+    """(B,), (B,) -> (): Pearson's; 0 where one does not vary."""
+    x, y = x.float() - x.float().mean(), y.float() - y.float().mean()
+    spread = x.norm() * y.norm()
+    return (x * y).sum() / spread if spread > 0 else torch.zeros(())
+
+
+def repetition_of(completions: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Mean over the completions of the share of their n-grams of tokens that occurred earlier in the same one."""
+    shares = []
+    for ids in completions:
+        grams = list(zip(*(ids[i:] for i in range(n)), strict=False))
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / len(shares)
 
 
 def samples_of(experience: Experience, count: int) -> list[dict[str, Any]]:
@@ -273,13 +287,14 @@ def evaluate_policy(job: Job, config: SamplingConfig, prompts: Sequence[Prompt])
         experience = collect(job, config, prompts)
     kl = experience.kl.sum(1)
     root = len(kl) ** 0.5
-    metrics = {
+    metrics: dict[str, Tensor | float] = {
         "reward": experience.rewards.mean(),
         "reward_se": experience.rewards.std(correction=1 if len(kl) > 1 else 0) / root,
         "kl": kl.mean(),
         "kl_se": kl.std(correction=1 if len(kl) > 1 else 0) / root,
         "completion_length": experience.batch.counts.float().mean(),
         "finished": experience.rollout.finished.float().mean(),
+        "repetition": repetition_of(experience.rollout.completion_ids()),
     }
     numbers = as_judged(experience, metrics)
     if job.constraints is not None:

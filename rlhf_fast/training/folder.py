@@ -23,8 +23,9 @@ CONFIG_FILE = "config.yaml"
 REFERENCE_FILE = "reference_logprobs.pt"
 # What every run writes besides what it saves at its end, which the marker lists.
 FILES = (
-    CONFIG_FILE, "metrics.jsonl", "samples.jsonl", "eval.jsonl", "summary.json", "curves.png", "error.log",
-    REFERENCE_FILE, "best/adapter_*", "best/best.json", "best/.new/*", "tensorboard/events.out.tfevents*",
+    CONFIG_FILE, "metrics.jsonl", "samples.jsonl", "eval.jsonl", "warnings.jsonl", "self_test.json", "summary.json",
+    "curves.png", "frontier.png", "error.log", REFERENCE_FILE, "best/adapter_*", "best/best.json", "best/.new/*",
+    "tensorboard/events.out.tfevents*",
     *(f"checkpoints/{step}/{name}" for step in ("step-*", ".step-*.tmp") for name in ("state.pt", "manifest.json")),
 )  # fmt: skip
 # What may differ between a run and its continuation.

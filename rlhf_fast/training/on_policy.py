@@ -23,6 +23,7 @@ from rlhf_fast.training.experience import (
     move_reference,
     prompts_of_step,
     rollout_metrics,
+    sampler_gap,
     samples_of,
 )
 from rlhf_fast.training.job import Job, dropout_seed
@@ -67,13 +68,14 @@ def experiences(
         if config.final_reward_weights is not None:
             assert job.rewards is not None
             job.rewards.reweigh(reward_weights_at(config, step))
-        more = partial(
-            collect, job, config, score_policy=config.scores_policy, keep_sampler=config.sampler_correction,
-            exact_kl=exact_kl,
-        )  # fmt: skip
-        experience = more(prompts_of_step(job, config, step), compare_sampler=step == run.start)
+        more = partial(collect, job, config, score_policy=config.scores_policy, exact_kl=exact_kl)
+        compared = step == 0
+        experience = more(prompts_of_step(job, config, step), keep_sampler=config.sampler_correction or compared)
+        told = sampler_gap(job, config, experience.rollout) if compared else {}
         if config.max_resamples:
+            more = partial(more, keep_sampler=config.sampler_correction)
             experience = resampled(job, config, step, experience, more)
+        experience = replace(experience, metrics=experience.metrics | told)
         if config.mask_truncated_completions and not experience.rollout.finished.any():
             say("mask_truncated_completions: no completion of a step was finished, and so nothing was learnt from it")
         yield step, constrained(job, experience)

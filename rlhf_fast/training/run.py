@@ -1,6 +1,6 @@
 """The run folder: configuration, metrics, samples, checkpoints, and how a run is started, stopped and resumed.
 
-config.yaml  metrics.jsonl  samples.jsonl  eval.jsonl  curves.png  tensorboard/  checkpoints/step-N/
+config.yaml  metrics.jsonl  samples.jsonl  eval.jsonl  warnings.jsonl  curves.png  tensorboard/  checkpoints/step-N/
 and the adapters in PEFT's format: the policy at the top, critic/ reward/ reference/ beside it
 """
 
@@ -21,6 +21,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.training.best import keep_best
 from rlhf_fast.training.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
 from rlhf_fast.training.config import Config, RolloutConfig
+from rlhf_fast.training.detectors import Watch
 from rlhf_fast.training.folder import claim_folder, inputs_of, replace_file
 from rlhf_fast.training.job import Job, capture, random_state, restore
 
@@ -61,11 +62,15 @@ class Run:
         if checkpoint is not None:
             self.start, state = checkpoint
             restore(job, state)
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "warnings.jsonl"):
             _forget_after(self.folder / name, self.start)
         # An evaluation at the start itself, unless one was due there, was the last of a run that is now continued.
         due = self._evaluation_is_due(self.start)
         _forget_after(self.folder / "eval.jsonl", self.start if due else self.start - 1)
+        self.watch = Watch.of(
+            read_jsonl(self.folder / "metrics.jsonl"), read_jsonl(self.folder / "eval.jsonl"),
+            [warning["cause"] for warning in read_jsonl(self.folder / "warnings.jsonl")],
+        )  # fmt: skip
         self.writer = _tensorboard(self.folder, self.start) if config.report_to == "tensorboard" else None
         self.signal = 0
         self._begun: tuple[int, dict[str, Any], dict[str, float]] | None = None
@@ -136,7 +141,9 @@ class Run:
     def log(self, step: int, metrics: dict[str, float], *, tokens: int) -> None:
         """Record the metrics of a finished step (from 0), which worked on `tokens` tokens."""
         seconds = time.perf_counter() - self.clock
+        self._warn(self.watch.step(step + 1, metrics))
         metrics = {**metrics, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        metrics["warnings"] = len(self.watch.told)
         _append(self.folder / "metrics.jsonl", {"step": step + 1, **metrics})
         if self.writer is not None:
             for name, value in metrics.items():
@@ -146,6 +153,12 @@ class Run:
         last = step + 1 == self.config.steps
         if self.progress.disable and (last or step == self.start or (step + 1) % self.config.log_every == 0):
             print(f"{self.config.algorithm} {step + 1}/{self.config.steps}  {shown}", flush=True)
+
+    def _warn(self, warnings: list[dict[str, Any]]) -> None:
+        """Record what the detectors found, and say it in a line each."""
+        for warning in warnings:
+            _append(self.folder / "warnings.jsonl", warning)
+            print("warning: {cause} at step {step}: {seen}; {means}; try {try}".format_map(warning), file=sys.stderr)
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         for sample in samples:
@@ -170,6 +183,7 @@ class Run:
             if not math.isfinite(value):
                 raise UserError(f"{name} of the held-out data is {value} after {done} steps: look at model and data")
         _append(self.folder / "eval.jsonl", {"step": done, **result})
+        self._warn(self.watch.evaluation(done, result["metrics"]))
         if self.writer is not None:
             for name, value in result["metrics"].items():
                 self.writer.add_scalar(f"eval/{name}", value, done)
