@@ -58,7 +58,14 @@ _PPO_MAX = {
 # Sources: ops/policy/policy_loss.py, ops/advantages/group_advantages.py, ops/preference.
 ALGORITHMS = {
     "sft": Preset("sft"),
+    # Of what people said: pairs, rankings, ratings, likes, steps
     "reward_model": Preset("reward_model"),
+    "ranking": Preset("reward_model", {"form": "rankings"}),
+    "plackett_luce": Preset("reward_model", {"form": "rankings", "ranking": "plackett_luce"}),
+    "rating": Preset("reward_model", {"form": "ratings"}),
+    "like": Preset("reward_model", {"form": "likes"}),
+    "process_reward_model": Preset("reward_model", {"form": "steps"}),
+    # With a critic
     "ppo": Preset("ppo"),
     # InstructGPT (2203.02155); the moving average and the minibatches are [mem]
     "ppo_ptx": Preset("ppo", {"ptx_coef": 27.8, "kl_coef": 0.02, "policy_ema": 0.992, "num_minibatches": 8}),

@@ -54,7 +54,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Exchanges:
-    """Reads rows with the columns prompt, completion, chosen, rejected, messages, text.
+    """Reads rows with the columns prompt, completion, completions, chosen, rejected, messages, text.
 
     chat: 'auto': what is a list is a conversation. True: plain prompts are user messages. False: lists are refused.
     """
@@ -72,6 +72,9 @@ class Exchanges:
     def pair(self, row: Row) -> Exchange:
         values = split_pair(row)
         return self._exchange(row, values.get("prompt") or "", [values["chosen"], values["rejected"]])
+
+    def answers(self, row: Row) -> Exchange:
+        return self._exchange(row, row.values.get("prompt") or "", row.values["completions"])
 
     def conversation(self, row: Row) -> Exchange:
         before, answer = self._answered(row, row.values["messages"])

@@ -151,6 +151,10 @@ class Encoder:
         """The row's prompt followed by its `completion`."""
         return self._examples(self.exchanges.completion(row), "completion")[0]
 
+    def answers(self, row: Row) -> list[Example]:
+        """The row's `completions` behind the same prompt, token for token."""
+        return self._examples(self.exchanges.answers(row), "the longest of completions")
+
     def conversation(self, row: Row) -> Example:
         """The row's `messages`: the last one is the completion, those before it are its prompt."""
         return self._examples(self.exchanges.conversation(row), "messages")[0]
@@ -246,10 +250,8 @@ class Encoder:
         """Every completion of the exchange behind the same prompt ids, whatever their length."""
         one = self._encoded_text if isinstance(exchange.prompt, str) else self._encoded_conversation
         examples = [one(exchange, completion) for completion in exchange.completions or [None]]
-        shared = min(e.start for e in examples)
-        if len(examples) > 1:
-            # A token that spans the boundary in one completion need not in the other.
-            shared = min(shared, common_prefix(examples[0].ids, examples[1].ids))
+        # A token that spans the boundary in one completion need not in another.
+        shared = min(*(e.start for e in examples), *(common_prefix(examples[0].ids, e.ids) for e in examples))
         return [
             replace(e, start=shared, mask=[*[0] * shared, *[1] * (e.start - shared), *e.learnt[e.start :]])
             if shared < e.start else e for e in examples

@@ -20,8 +20,16 @@ from rlhf_fast.errors import UserError
 Values = dict[str, Any]
 PAIRS = ("dpo", "reward_model", "kto")
 PROMPTS = ("ppo", "grpo")
-# Columns that the algorithms read; the others are kept for reward functions.
+# Columns of text or messages that the algorithms read; the others are kept for reward functions.
 READ = ("prompt", "completion", "chosen", "rejected", "messages", "text")
+# The forms of what people say of answers, and the columns of each; the first that a row has is read.
+JUDGEMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "pairs": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "rankings": (("prompt", "completions", "ranks"), ("prompt", "completions", "scores")),
+    "steps": (("prompt", "completions", "labels"),),
+    "ratings": (("prompt", "completion", "ratings"), ("prompt", "completion", "rating")),
+    "likes": (("prompt", "completion", "label"),),
+}
 # Columns that say whether an answer is a good one. Those of the first line must not be looked past.
 _LABELS = ("label", "labels", "kto_tag")
 _SCORES = ("score", "scores", "rating", "ratings", "rank", "ranks", "reward", "rewards", "quality", "helpfulness")
@@ -37,7 +45,7 @@ class Layout:
 
     name: as people call it. columns: what the first row must have, `fits` what their values must look like.
     algorithms: those that may use it; `needs` says which method the others would have to be.
-    gives: the columns of READ that `convert` makes of a row. inferred: the algorithm where none is named.
+    gives: the columns that `convert` makes of a row. inferred: the algorithm where none is named.
     """
 
     name: str
@@ -141,6 +149,49 @@ def _gsm8k(row: Row) -> Values:
     return {"prompt": [_user(_text(row, "question"))], "completion": [_assistant(_text(row, "answer"))]}
 
 
+def _helpsteer(row: Row) -> Values:
+    """HelpSteer: a `response` with a rating from 0 to 4 for each of five criteria.
+    https://huggingface.co/datasets/nvidia/HelpSteer2"""
+    criteria = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+    return {"completion": row.values["response"], "ratings": {name: row.values.get(name) for name in criteria}}
+
+
+def _prm800k(row: Row) -> Values:
+    """PRM800K: of each step the completion that the solution goes on with, rated -1, 0 or 1; neutral counts as right,
+    and the first wrong step is the last one. https://github.com/openai/prm800k (Lightman et al. 2023, 2305.20050)"""
+    question, label = row.values["question"], row.values["label"]
+    texts, labels = [], []
+    for step in label["steps"]:
+        made, place = step.get("completions") or [], step.get("chosen_completion")
+        chosen = step.get("human_completion") or (made[place or 0] if (place or 0) < len(made) else None)
+        if chosen is None:
+            break
+        texts.append(chosen["text"])
+        labels.append(chosen.get("rating") != -1)
+        if not labels[-1]:
+            break
+    if not isinstance(question, dict) or not isinstance(question.get("problem"), str) or not texts:
+        raise UserError(f"{row.where}: must have question.problem and at least one step in label.steps")
+    return {"prompt": question["problem"], "completions": texts, "labels": labels}
+
+
+def _math_shepherd(row: Row) -> Values:
+    """Math-Shepherd: `input` is the problem and its steps, each closed by "ки"; in `label` a "+" or "-" stands there.
+    https://huggingface.co/datasets/peiyi9979/Math-Shepherd"""
+    parts = _text(row, "input").split("ки")
+    problem, first, step = parts[0].partition("Step 1:")
+    texts = [f"{first}{step}", *parts[1:-1]]
+    place, labels, label = 0, [], _text(row, "label")
+    for part in parts[:-1]:
+        place += len(part)
+        labels.append(label[place : place + 1])
+        place += 1
+    if not first or not all(mark in ("+", "-") for mark in labels):
+        raise UserError(f"{row.where}: label must be the input with + or - in the place of each ки")
+    return {"prompt": problem.strip(), "completions": [text.strip() for text in texts],
+            "labels": [mark == "+" for mark in labels]}  # fmt: skip
+
+
 def _is_hh(values: Values) -> bool:
     pair = (values["chosen"], values["rejected"])
     return all(isinstance(text, str) and text.startswith(("\n\nHuman:", "\n\nAssistant:")) for text in pair)
@@ -153,20 +204,21 @@ LAYOUTS = (
            needs="join each path from a root to an answer into one row of `messages`"),
     Layout("a message tree (OpenAssistant)", ("message_tree_id",),
            needs="join each path from a root to an answer into one row of `messages`"),
-    # https://github.com/openai/prm800k
-    Layout("PRM800K step ratings", ("question", "label"), needs="they need a process reward model",
-           fits=lambda values: isinstance(values["label"], dict) and "steps" in values["label"]),
-    # https://huggingface.co/datasets/peiyi9979/Math-Shepherd
-    Layout("Math-Shepherd step labels", ("input", "label"), needs="they need a process reward model",
-           fits=lambda values: "ки" in str(values["input"])),
+    Layout("PRM800K step ratings", ("question", "label"), ("reward_model",), ("prompt", "completions", "labels"),
+           _prm800k, lambda values: isinstance(values["label"], dict) and "steps" in values["label"],
+           inferred="reward_model", needs="they need a process reward model"),
+    Layout("Math-Shepherd step labels", ("input", "label"), ("reward_model",), ("prompt", "completions", "labels"),
+           _math_shepherd, lambda values: "ки" in str(values["input"]), inferred="reward_model",
+           needs="they need a process reward model"),
     # https://huggingface.co/docs/trl/dataset_formats
-    Layout("stepwise supervision", ("prompt", "completions", "labels"), PROMPTS, ("prompt",),
-           needs="it needs a process reward model"),
+    Layout("stepwise supervision", ("prompt", "completions", "labels"), ("reward_model", *PROMPTS),
+           ("prompt", "completions", "labels"), inferred="reward_model", needs="it needs a process reward model"),
     # https://huggingface.co/datasets/trl-lib/kto-mix-14k
-    Layout("unpaired labels (KTO)", ("prompt", "completion", "label"), ("kto", *PROMPTS),
-           ("prompt", "completion"), needs="they need KTO or BCO; keep the good rows and drop `label` to imitate them"),
-    # https://huggingface.co/datasets/nvidia/HelpSteer2
-    Layout("HelpSteer ratings", ("prompt", "response", "helpfulness"), PROMPTS, ("prompt",),
+    Layout("unpaired labels (KTO)", ("prompt", "completion", "label"), ("kto", "reward_model", *PROMPTS),
+           ("prompt", "completion", "label"),
+           needs="they need KTO, BCO or a reward model; keep the good rows and drop `label` to imitate them"),
+    Layout("HelpSteer ratings", ("prompt", "response", "helpfulness"), ("reward_model", *PROMPTS),
+           ("prompt", "completion", "ratings"), _helpsteer, inferred="reward_model",
            needs="they need a reward model of ratings; `columns: {completion: response}` imitates every response"),
     Layout("SHP pairs", ("history", "human_ref_A", "human_ref_B", "labels"), (*PAIRS, *PROMPTS),
            ("prompt", "chosen", "rejected"), _shp, inferred="dpo"),
@@ -238,6 +290,11 @@ def infer_algorithm(rows: Sequence[Row], data: str) -> str:
                             + f" (for all else {layout.needs})" * bool(layout.needs))  # fmt: skip
         raise UserError(f"{data} has {layout.name}, which no algorithm here learns from: {layout.needs}")
     judged = [name for name in (*_LABELS, *_SCORES) if name in columns]
+    forms = [form for form, sets in JUDGEMENTS.items() if any(set(names) <= columns for names in sets)]
+    if len(forms) > 1:
+        raise UserError(f"{data} has {' and '.join(forms)}: choose the algorithm")
+    if forms and forms[0] in ("rankings", "ratings"):
+        return "reward_model"
     if {"chosen", "rejected"} <= columns:
         found = "dpo"
     elif "messages" in columns or "text" in columns or {"prompt", "completion"} <= columns:
@@ -271,8 +328,9 @@ def changed_rows(rows: Sequence[Row], change: Callable[[Row], Values], *, skip: 
 
 
 def with_known_columns(
-    rows: Sequence[Row], algorithm: str, data: str, *, family: str | None = None, skip: bool = False
-) -> list[Row]:
+    rows: Sequence[Row], algorithm: str, data: str, *, family: str | None = None,
+    skip: bool = False,
+) -> list[Row]:  # fmt: skip
     """The rows with what `algorithm` reads under its own names, where they have a known layout, which is said.
 
     family: the algorithm of LAYOUTS that reads the same; default: algorithm.
@@ -284,7 +342,10 @@ def with_known_columns(
         raise UserError(f"{rows[0].where}: {layout.name}; {algorithm} cannot learn from them: {layout.needs}"
                         if layout.needs else f"{rows[0].where}: {layout.name}; they are for "
                         f"{', '.join(layout.algorithms)}, not {algorithm}")  # fmt: skip
-    used = layout.columns if layout is not None else ()
+    used = {*(layout.columns if layout is not None else ())}
+    if family == "reward_model":
+        sets = [names for sets in JUDGEMENTS.values() for names in sets]
+        used |= {name for names in sets if set(names) <= columns for name in names}
     _check_uniform(rows, {*READ, *_LABELS, "margin", "preference", *used})
     if family not in PROMPTS:
         _check_judgements([name for name in columns if name not in used], algorithm, rows[0].where)

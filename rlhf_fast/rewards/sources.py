@@ -1,7 +1,5 @@
 """Rewards from several sources, weighted and summed, with every bad answer reported as one line."""
 
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,12 +10,10 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
-from rlhf_fast.models.peft_io import load_adapter
+from rlhf_fast.rewards.adapter import MEAN, AdapterSource, Combination, load_adapter_source
 from rlhf_fast.rewards.functions import Payment, call, check_columns, load_function
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rewards.verify import Verifier
-
-STATS_FILE = "reward_stats.json"
 
 
 @dataclass(frozen=True)
@@ -27,16 +23,6 @@ class Source:
     name: str
     weight: float
     function: Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class AdapterSource:
-    """The role 'reward', or 'cost', of the backbone; a raw score s counts as (s - mean) / std."""
-
-    name: str
-    weight: float
-    mean: float
-    std: float
 
 
 class Judged(NamedTuple):
@@ -92,12 +78,14 @@ class Rewards:
         completions: Sequence[str],
         columns: dict[str, list[Any]],
         adapter_scores: Tensor | None = None,
+        adapter_features: Tensor | None = None,
     ) -> Judged:
         """What the sources pay.
 
         prompts: the rows' own `prompt` values; completions: text; columns: the other columns, as lists, and
-        `completion_ids`, the sampled tokens, for sources that pay each; adapter_scores: (B,) raw scores of the
-        adapter's role, needed when there is such a source.
+        `completion_ids`, the sampled tokens, for sources that pay each; adapter_scores, adapter_features: (B,) or
+        (B, M) raw scores of the adapter's roles, and (B, D), what the head of the first is given, needed when there is
+        such a source.
         """
         parts: dict[str, Tensor] = {}
         total = torch.zeros(len(completions))
@@ -113,7 +101,7 @@ class Rewards:
                     row += [payment._replace(reward=source.weight * payment.reward) for payment in added]
         if self.adapter is not None:
             assert adapter_scores is not None, "the caller scores the adapter's role in its joint traversal"
-            scores = (adapter_scores.float().cpu() - self.adapter.mean) / self.adapter.std
+            scores = self.adapter.combined(adapter_scores, adapter_features)
             parts[self.adapter.name] = scores
             total = total + self.adapter.weight * scores
         return Judged(total, parts, payments)
@@ -126,13 +114,14 @@ def load_rewards(
     chat: bool = False,
     timeout: float | None = None,
     role: str = "reward",
+    combination: Combination = MEAN,
 ) -> Rewards:
     """Rewards from 'pkg.mod:function', 'file.py:function', a reward adapter folder or a reward model folder, for one
     with several outputs 'folder:label'.
 
-    weights: spec -> weight. An adapter is loaded onto `backbone` as the frozen role `role`. chat: a reward model sees
-    plain prompts through its chat template. timeout: seconds of a source for one batch. Raises UserError for anything
-    else.
+    weights: spec -> weight. An adapter is loaded onto `backbone` as the frozen role `role`, an ensemble as several.
+    combination: how one score comes of it. chat: a reward model sees plain prompts through its chat template. timeout:
+    seconds of a source for one batch. Raises UserError for anything else.
     """
     rewards = Rewards(timeout=timeout, named=list(weights))
     for spec, weight in weights.items():
@@ -140,10 +129,7 @@ def load_rewards(
         if (folder / "adapter_config.json").is_file():
             if rewards.adapter is not None:
                 raise UserError(f"only one {role} adapter per run; found {rewards.adapter.name} and {spec}")
-            load_adapter(backbone, role, str(folder), trainable=False)
-            if role not in backbone.heads:
-                raise UserError(f"{role} {spec} is an adapter without a score head, such as a policy's")
-            rewards.adapter = AdapterSource(spec, weight, *read_stats(folder))
+            rewards.adapter = load_adapter_source(backbone, spec, weight, combination, role=role)
         elif (classifier := classifier_of(spec)) is not None:
             device = next(backbone.model.parameters()).device
             rewards.sources.append(Source(spec, weight, RewardModel(*classifier, device=device, chat=chat)))
@@ -154,6 +140,8 @@ def load_rewards(
                 f"{role} {spec!r} is neither module:function, file.py:function, nor a folder with "
                 "adapter_config.json or config.json"
             )
+    if combination.variant != "mean" and rewards.adapter is None:
+        raise UserError(f"reward_combine {combination.variant} is for a reward adapter, and reward names none")
     return rewards
 
 
@@ -162,22 +150,3 @@ def classifier_of(spec: str) -> tuple[str, str | None] | None:
     folder, _, label = spec.rpartition(":")
     named: list[tuple[str, str | None]] = [(spec, None), (folder, label)]
     return next((found for found in named if found[0] and (Path(found[0]) / "config.json").is_file()), None)
-
-
-def read_stats(folder: Path) -> tuple[float, float]:
-    """(mean, std) of a reward adapter's raw scores on its training data; (0, 1) when none were stored."""
-    path = folder / STATS_FILE
-    if not path.is_file():
-        return 0.0, 1.0
-    try:
-        stats = json.loads(path.read_text())
-        mean, std = float(stats["mean"]), float(stats["std"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} must hold a mean and a std: {error}") from None
-    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-        raise UserError(f"{path}: mean and std must be finite and std > 0, got {mean} and {std}")
-    return mean, std
-
-
-def write_stats(folder: Path, mean: float, std: float) -> None:
-    (folder / STATS_FILE).write_text(json.dumps({"mean": mean, "std": std}) + "\n")

@@ -147,7 +147,7 @@ def collect(
     lower, scores = score(job, config, rollout, policy=score_policy, exact_kl=exact_kl)
     columns = rollout.columns() | {"completion_ids": rollout.completion_ids()}
     asked = [p.columns["prompt"] for p in prompts], rollout.completions, columns
-    judged = rewards(*asked, scores.scores)
+    judged = rewards(*asked, scores.scores, scores.features)
     total = judged.total - penalties(config, rollout)
     steps = None if judged.payments is None else placed(job, rollout, judged.payments)
     costs = {}

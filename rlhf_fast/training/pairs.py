@@ -7,15 +7,13 @@ from functools import partial
 from typing import Any
 
 from rlhf_fast.data.encoding import Encoder, Example, encode_rows
-from rlhf_fast.data.layouts import changed_rows
+from rlhf_fast.data.layouts import JUDGEMENTS, changed_rows
 from rlhf_fast.data.messages import split_pair, trimmed
 from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row, shown
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.setup import load_rows
-
-LAYOUTS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,11 @@ class Pair:
 
 def load_pair_rows(config: Config) -> tuple[list[Row], list[Row]]:
     """(training, held-out) rows whose conversations are taken apart into the prompt and two answers."""
-    return load_rows(config, LAYOUTS, partial(_pairs, skip=config.bad_rows == "skip"))
+    return load_rows(config, JUDGEMENTS["pairs"], partial(take_apart, skip=config.bad_rows == "skip"))
 
 
-def _pairs(rows: list[Row], *, skip: bool) -> list[Row]:
+def take_apart(rows: list[Row], *, skip: bool) -> list[Row]:
+    """The rows with whole conversations taken apart; pairs of equal answers are counted and said."""
     pairs = changed_rows(rows, split_pair, skip=skip)
     same = [row for row in pairs if _plain(row.values["chosen"]) == _plain(row.values["rejected"])]
     if same:

@@ -19,6 +19,7 @@ from rlhf_fast.models.loading import embedding_rows, load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter
 from rlhf_fast.ops.advantages.kl_controller import AdaptiveKLController, FixedKLController
 from rlhf_fast.rewards import AdapterSource, Rewards, Source, Verifier, load_rewards
+from rlhf_fast.rewards.adapter import MEAN, Combination
 from rlhf_fast.rollout import check_sampler
 from rlhf_fast.training.config import Config, FromStage, RolloutConfig, SamplingConfig, listed
 from rlhf_fast.training.constraints import Constraints
@@ -93,13 +94,19 @@ def add_rewards(backbone: Backbone, config: SamplingConfig, rows: Sequence[Row])
     if repeated or not count:
         raise UserError(f"reward names {repeated[0]} twice; give it a weight" if specs else "reward names none")
     saved = {spec: weight for spec, weight in zip(specs, weights, strict=False) if isinstance(spec, str)}
-    rewards = load_rewards(saved, backbone, chat=config.chat is True, timeout=config.reward_timeout)
+    combination = Combination(config.reward_combine, config.reward_combine_coef)
+    # One that is yet to be trained is combined when it is.
+    waits = len(saved) < len(specs)
+    rewards = load_rewards(
+        saved, backbone, chat=config.chat is True, timeout=config.reward_timeout,
+        combination=MEAN if waits else combination,
+    )  # fmt: skip
     rewards.check_columns(columns=list(rows[0].values))
     if config.verify is not None:
         verifier = Verifier(config.verify)
         verifier.check_rows(rows)
         rewards.sources.append(Source(verifier.name, weights[-1], verifier))
-    if len(saved) < len(specs):
+    if waits:
         backbone.add_adapter("reward", rank=config.lora_rank, top_layers=config.top_layers, trainable=False)
         backbone.add_head("reward", trainable=False)
         rewards.adapter = AdapterSource("reward", 1.0, 0.0, 1.0)
@@ -167,9 +174,9 @@ def load_rows(
     Held-out rows are drawn by the seed, those that ask the same together, and keep the order that they have in the
     data.
     """
-    rows = prepare(_rows_of(config, config.data, layouts))
+    rows = prepare(rows_of(config, config.data, layouts))
     if config.eval_data is not None:
-        held_out = prepare(_rows_of(config, config.eval_data, layouts))
+        held_out = prepare(rows_of(config, config.eval_data, layouts))
         if config.eval_size is not None and config.eval_size < len(held_out):
             held_out = [held_out[i] for i in _draw(config, held_out, config.eval_size)]
         trained = {prompt_key(row) for row in rows}
@@ -185,7 +192,8 @@ def load_rows(
     return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in drawn]
 
 
-def _rows_of(config: Config, data: str, layouts: Sequence[Sequence[str]]) -> list[Row]:
+def rows_of(config: Config, data: str, layouts: Sequence[Sequence[str]]) -> list[Row]:
+    """The rows of `data` under our names, which must have one of the column layouts."""
     rows = rename_columns(read_rows(data), config.columns)
     skip = config.bad_rows == "skip"
     rows = with_known_columns(rows, config.algorithm, data, family=config.family, skip=skip)

@@ -13,6 +13,7 @@ from rlhf_fast.data.batches import Batch
 from rlhf_fast.models.backbone import Scores
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.training import on_policy, supervised
+from rlhf_fast.training.ensemble import all_scores
 from rlhf_fast.training.experience import Experience, collect, prompts_of_step
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.optim import accumulate
@@ -204,12 +205,9 @@ def test_a_longer_neighbour_changes_nothing_for_the_others(algorithm):
             score = module.references_of if algorithm == "dpo" else module.reference_logprobs
             alone, beside = (score(job, config, rows)[0] for rows in ([short], [short, longest]))
         else:
-            alone, beside = (
-                torch.stack(module.pair_scores(job, config, supervised.padded(job, rows)))[:, 0]
-                for rows in ([short], [short, longest])
-            )
+            alone, beside = (all_scores(job, config, rows)[0][:2] for rows in ([short], [short, longest]))
     torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-5)
 
 
 def _length(example) -> int:
-    return len(example.ids) if hasattr(example, "ids") else max(len(example.chosen.ids), len(example.rejected.ids))
+    return max(len(sequence.ids) for sequence in supervised.sequences_of([example]))

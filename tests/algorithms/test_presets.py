@@ -32,6 +32,7 @@ NEEDS = {
     "spin": {"data": f"{folder()}/sft.jsonl"},
     "nash_md": {"ppo_epochs": 1, "num_minibatches": 1},
 }
+NEEDS |= {name: {"data": f"{folder()}/judged.jsonl"} for name, row in ALGORITHMS.items() if "form" in row.defaults}
 
 
 def values_of_row(name, **changes):

@@ -5,6 +5,7 @@ import pytest
 from rlhf_fast.algorithms import ALGORITHMS
 from rlhf_fast.data import layouts, notes
 from rlhf_fast.data.layouts import (
+    JUDGEMENTS,
     LAYOUTS,
     infer_algorithm,
     prompt_key,
@@ -50,8 +51,14 @@ SUMMARIES = {
     "summaries": [{"text": " Bad.", "policy": "sup1"}, {"text": " Good.", "policy": "ref"}], "choice": 1,
     "worker": "w", "batch": "batch3", "split": "train",
 }  # fmt: skip
-PRM800K = {"labeler": "x", "question": {"problem": "1 + 1?"}, "label": {"steps": [], "finish_reason": "solution"}}
-MATH_SHEPHERD = {"input": "1 + 1? Step 1: 2 ки", "label": "1 + 1? Step 1: 2 +", "task": "GSM8K"}
+PRM800K = {"labeler": "x", "question": {"problem": "1 + 1?"}, "label": {"finish_reason": "found_error", "steps": [
+    {"completions": [{"text": "Two", "rating": 1}], "human_completion": None, "chosen_completion": 0},
+    {"completions": [{"text": "No", "rating": -1}, {"text": "So", "rating": 0}], "chosen_completion": 1},
+    {"completions": [{"text": "3", "rating": -1}], "human_completion": None, "chosen_completion": None},
+    {"completions": [{"text": "never read", "rating": 1}], "chosen_completion": 0},
+]}}  # fmt: skip
+MATH_SHEPHERD = {"input": "1 + 1? Step 1: 2 ки\nStep 2: So 3 ки", "label": "1 + 1? Step 1: 2 +\nStep 2: So 3 -",
+                 "task": "GSM8K"}  # fmt: skip
 STEPWISE = {"prompt": "1 + 1?", "completions": ["It is", "2."], "labels": [True, True]}
 TREE = {"message_id": "a", "parent_id": None, "text": "Hi", "role": "prompter", "message_tree_id": "a"}
 CLASSES = {"text": "good film", "label": 1}
@@ -108,7 +115,13 @@ def test_other_columns_are_no_known_layout():
         (SUMMARIES, "reward_model", {"prompt": "SUBREDDIT: r/tea\n\nTITLE: T\n\nPOST: Long.\n\nTL;DR:",
                                      "chosen": " Good.", "rejected": " Bad."}),
         ({**SUMMARIES, "info": {"post": None, "article": "News."}}, "dpo", {"prompt": "News.\n\nTL;DR:"}),
-        (STEPWISE, "grpo", {"prompt": "1 + 1?"}),
+        (STEPWISE, "grpo", {"prompt": "1 + 1?"}), (STEPWISE, "reward_model", STEPWISE),
+        (PRM800K, "reward_model", {"prompt": "1 + 1?", "completions": ["Two", "So", "3"],
+                                   "labels": [True, True, False]}),
+        (MATH_SHEPHERD, "reward_model", {"prompt": "1 + 1?", "completions": ["Step 1: 2", "Step 2: So 3"],
+                                         "labels": [True, False]}),
+        (HELPSTEER, "reward_model", {"completion": "Yes.", "ratings": {"helpfulness": 3, "correctness": 4,
+                                     "coherence": 4, "complexity": 1, "verbosity": 1}}),
     ],
 )  # fmt: skip
 def test_a_known_layout_becomes_the_columns_that_the_algorithm_reads(values, algorithm, expected):
@@ -126,11 +139,11 @@ def test_what_a_layout_was_taken_for_is_said_once(capsys):
 @pytest.mark.parametrize(
     ("values", "algorithms", "message"),
     [
-        (KTO, ("sft", "dpo", "reward_model"), r"d\.jsonl:1: unpaired labels \(KTO\); .*: they need KTO or BCO"),
-        (HELPSTEER, ("sft", "dpo", "reward_model"), "HelpSteer ratings; .*: they need a reward model of ratings"),
-        (PRM800K, ALGORITHMS, "PRM800K step ratings; .*: they need a process reward model"),
-        (MATH_SHEPHERD, ALGORITHMS, "Math-Shepherd step labels; .*: they need a process reward model"),
-        (STEPWISE, ("sft", "dpo", "reward_model"), "stepwise supervision; .*: it needs a process reward model"),
+        (KTO, ("sft", "dpo"), r"d\.jsonl:1: unpaired labels \(KTO\); .*: they need KTO, BCO or a reward model"),
+        (HELPSTEER, ("sft", "dpo"), "HelpSteer ratings; .*: they need a reward model of ratings"),
+        (PRM800K, ("sft", "dpo", "grpo"), "PRM800K step ratings; .*: they need a process reward model"),
+        (MATH_SHEPHERD, ("sft", "dpo", "ppo"), "Math-Shepherd step labels; .*: they need a process reward model"),
+        (STEPWISE, ("sft", "dpo"), "stepwise supervision; .*: it needs a process reward model"),
         (TREE, ALGORITHMS, r"a message tree, one message a row \(OpenAssistant\); .*: join each path"),
         ({"message_tree_id": "a", "prompt": {}}, ALGORITHMS, "a message tree"),
         (CLASSES, ALGORITHMS, "texts with a class; .*: they need a classifier"),
@@ -150,7 +163,12 @@ def test_an_algorithm_that_cannot_learn_from_a_layout_refuses_it(values, algorit
         ({"chosen": "a", "rejected": "b"}, "dpo"), ({"prompt": "a", "completion": "b"}, "sft"),
         ({"messages": []}, "sft"),
         ({"text": "a"}, "sft"), (ULTRAFEEDBACK, "dpo"), (HH, "dpo"), (SHP, "dpo"), (SUMMARIES, "dpo"), (ALPACA, "sft"),
-        (SHAREGPT, "sft"), ({"prompt": "a", "completion": "b", "tag": 1}, "sft"),
+        (SHAREGPT, "sft"), ({"prompt": "a", "completion": "b", "tag": 1}, "sft"), (HELPSTEER, "reward_model"),
+        (PRM800K, "reward_model"), (MATH_SHEPHERD, "reward_model"), (STEPWISE, "reward_model"),
+        ({"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2]}, "reward_model"),
+        ({"prompt": "a", "completions": ["b", "c"], "scores": [0.5, None]}, "reward_model"),
+        ({"prompt": "a", "completion": "b", "rating": 3}, "reward_model"),
+        ({"prompt": "a", "completion": "b", "ratings": {"help": 3}}, "reward_model"),
     ],
 )  # fmt: skip
 def test_columns_decide_the_algorithm_where_they_can(values, algorithm):
@@ -161,13 +179,13 @@ def test_columns_decide_the_algorithm_where_they_can(values, algorithm):
     ("values", "message"),
     [
         ({"prompt": "a"}, "has only prompts: choose algorithm ppo or grpo"),
-        (KTO, "has unpaired labels .*: choose algorithm kto or ppo or grpo .*KTO or BCO"),
+        (KTO, "has unpaired labels .*: choose algorithm kto or reward_model or ppo or grpo .*KTO, BCO"),
         ({"prompt": "a", "completion": "b", "label": "1"}, "unpaired labels"),
         (GSM8K, "GSM8K questions: choose algorithm sft or ppo or grpo"),
-        (HELPSTEER, "HelpSteer ratings: choose algorithm ppo or grpo"),
         (TREE, "has a message tree.*, which no algorithm here learns from: join"),
         (CLASSES, "texts with a class, which no algorithm here learns from"),
-        (PRM800K, "PRM800K"), (MATH_SHEPHERD, "Math-Shepherd"), (STEPWISE, "stepwise"),
+        ({"chosen": "a", "rejected": "b", "prompt": "c", "completions": ["a"], "ranks": [1]},
+         "has pairs and rankings: choose the algorithm"),
         ({"prompt": "a", "completion": "b", "score": 1}, "has a column 'score' that sft would not look at"),
         ({"messages": [], "kto_tag": True}, "has a column 'kto_tag'"),
         ({"chosen": "a", "rejected": "b", "label": 0}, "has a column 'label' that dpo would not look at"),
@@ -193,6 +211,15 @@ def test_a_label_is_never_looked_past(algorithm, capsys):
     assert capsys.readouterr().out == ""
     with_known_columns(rows({"prompt": "a", "chosen": "b", "rejected": "c", "score": 1}), algorithm, "d")
     assert capsys.readouterr().out == f"{algorithm} does not look at the column 'score'\n"
+
+
+def test_a_reward_model_reads_the_labels_of_its_forms_and_no_others(capsys):
+    ranked = {"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2], "scores": [1, 2]}
+    assert with_known_columns(rows(ranked), "reward_model", "d") == rows(ranked)
+    with pytest.raises(UserError, match="would not look at the column 'label'"):
+        with_known_columns(rows({**ranked, "label": 1}), "reward_model", "d")
+    with_known_columns(rows({**ranked, "label": 1, "completion": "b"}), "reward_model", "d")
+    assert "does not look at" not in capsys.readouterr().out
 
 
 def test_a_reward_function_may_have_any_label():
@@ -344,5 +371,6 @@ def test_the_table_of_layouts_is_whole():
     assert {name for layout in LAYOUTS for name in layout.algorithms} == readers
     for layout in LAYOUTS:
         assert layout.inferred is None or layout.inferred in layout.algorithms, layout.name
-        assert set(layout.gives) <= set(layouts.READ), layout.name
+        read = {*layouts.READ, *(name for sets in JUDGEMENTS.values() for names in sets for name in names)}
+        assert set(layout.gives) <= read, layout.name
         assert layout.gives or layout.needs, layout.name

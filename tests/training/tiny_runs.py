@@ -61,6 +61,7 @@ def folder() -> Path:
     write_jsonl(path / "pairs.jsonl", pairs)
     answers = [{"prompt": "r" * (1 + i % 4), "completion": "uv" * (i % 5), "label": i % 3 > 0} for i in range(9)]
     write_jsonl(path / "answers.jsonl", answers)
+    write_jsonl(path / "judged.jsonl", [judged(i) for i in range(12)])
     (path / "reward.py").write_text(REWARD)
     return path
 
@@ -73,6 +74,17 @@ def save_supple_model(path: Path) -> None:
         model.get_input_embeddings().weight.mul_(4)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+def judged(i: int) -> dict[str, Any]:
+    """A row with every form of judgement."""
+    return {
+        "prompt": "ab cd"[: 2 + i % 3] + str(i), "chosen": "good" * (1 + i % 2), "rejected": "bad" * (1 + i % 3),
+        "margin": i % 3, "preference": 0.6 + 0.1 * (i % 5), "annotator": "ab"[i % 2],
+        "completions": ["x", "good" * (1 + i % 2), "bad", "goo"][: 3 + i % 2], "ranks": [3, 1, None, 2][: 3 + i % 2],
+        "labels": [False, True, False, True][: 3 + i % 2], "completion": "good" if i % 3 else "bad", "label": i % 3 > 0,
+        "rating": 1 + i % 5, "ratings": {"help": 1 + i % 5, "style": 5 - i % 3},
+    }  # fmt: skip
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -8,8 +8,8 @@ With h = chosen_reward - rejected_reward - margin, s the label smoothing and c t
     d L / d chosen_reward = s sigmoid(h) - (1 - s) sigmoid(-h) + 2 c (chosen_reward + rejected_reward);
     d L / d rejected_reward: the same with the sign of the first two terms changed
 
-With soft labels, p the chance that chosen is the better one, s is s + (1 - p)(1 - 2s): as
-softplus(h) = softplus(-h) + h, that adds (1 - p)(1 - 2s) h to L.
+With soft labels, p the chance that chosen is the better one, s + (1 - p)(1 - 2s) takes the place of s: as softplus(h) =
+softplus(-h) + h, that adds (1 - p)(1 - 2s) h to L.
 
 softplus(-h) = -log sigmoid(h) is the "log-exp" loss log(1 + exp(rejected - chosen)) too, without its overflow. All the
 pairs of a prompt's K answers as one element of the batch: ranking_loss with variant "pairwise".

@@ -1,0 +1,324 @@
+"""What people said of answers, in every form that a reward model learns from, as rows of tokens.
+
+Answers to one prompt share its tokens: they stand in one row, behind it, and each reads the prompt and itself
+(Backbone.hidden, `branches`), where the architecture allows that.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.data.encoding import Encoder, Example, TooLong, encode_rows
+from rlhf_fast.data.layouts import JUDGEMENTS
+from rlhf_fast.data.notes import say
+from rlhf_fast.data.reading import Row, shown
+from rlhf_fast.data.tokens import common_prefix
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.training.pairs import take_apart
+from rlhf_fast.training.setup import load_rows, rows_of
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Answers that are learnt from together, and what was said of them.
+
+    form: a name of data/layouts.JUDGEMENTS.
+    rows: their tokens, a row for each answer, or one for all behind their common prompt. branches: in the latter, for
+    each token, 0 in the prompt and k in the k-th answer.
+    ends: (row, column) of the tokens where scores are read: the last one of each answer, or of each step.
+    targets: of pairs (margin, chance that the first answer is the better one); of rankings the rank of each answer, 1
+    the best; of ratings a number for each criterion; of likes 1 or 0; of steps a label in [0, 1] for each.
+    lengths: tokens of each answer. annotator: who said it.
+    """
+
+    form: str
+    rows: tuple[Example, ...]
+    ends: tuple[tuple[int, int], ...]
+    targets: tuple[float, ...]
+    lengths: tuple[int, ...]
+    branches: tuple[int, ...] | None = None
+    annotator: str | None = None
+
+    @property
+    def comparisons(self) -> list[tuple[int, int]]:
+        """(better, worse) of the answers that were told apart: the first of a pair is the better one."""
+        ranks = {"pairs": (1.0, 2.0), "rankings": self.targets}.get(self.form, ())
+        return [(i, j) for i, one in enumerate(ranks) for j, other in enumerate(ranks) if one < other]
+
+    def joined(self) -> "Judged":
+        """With the beginning that all answers have in common, at least up to the last token of the shortest, once."""
+        if len(self.rows) < 2:
+            return self
+        ids = [row.ids for row in self.rows]
+        prompt = min(min(len(row) - 1 for row in ids), *(common_prefix(ids[0], row) for row in ids[1:]))
+        if prompt < 1:
+            return self
+        tokens, branches, ends = list(ids[0][:prompt]), [0] * prompt, []
+        for number, row in enumerate(ids, start=1):
+            tokens += row[prompt:]
+            branches += [number] * (len(row) - prompt)
+            ends.append((0, len(tokens) - 1))
+        return replace(self, rows=(Example(tokens, prompt),), branches=tuple(branches), ends=tuple(ends))
+
+
+class Places(NamedTuple):
+    """Where the scores of a batch are read. rows, columns: (S,). branches: (R, T) or None, see Backbone.hidden."""
+
+    rows: Tensor
+    columns: Tensor
+    branches: Tensor | None
+
+    @classmethod
+    def of(cls, judged: Sequence[Judged], shape: tuple[int, ...], device: torch.device) -> "Places":
+        """shape: (R, T) of the batch with all rows of `judged` in order, padded on the right."""
+        rows, columns, first = [], [], 0
+        branches = torch.zeros(shape, dtype=torch.int64)
+        for one in judged:
+            rows += [first + row for row, _ in one.ends]
+            columns += [column for _, column in one.ends]
+            if one.branches is not None:
+                branches[first, : len(one.branches)] = torch.tensor(one.branches)
+            first += len(one.rows)
+        shared = any(one.branches is not None for one in judged)
+        return cls(
+            torch.tensor(rows, device=device), torch.tensor(columns, device=device),
+            branches.to(device) if shared else None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class JudgedData:
+    """references: the answers whose scores have mean 0. outputs: what the scores tell, of ratings the criteria.
+    scales: (mean, std) of each criterion's training ratings, whose standardised values are the targets."""
+
+    train: list[Judged]
+    held_out: list[Judged]
+    references: list[Judged]
+    outputs: list[str]
+    scales: list[tuple[float, float]]
+
+
+def load_judged(config: Any, encoder: Encoder, backbone: Backbone) -> JudgedData:
+    """The judgements of config.data in the form config.form, and those held out."""
+    forms = [form for form in JUDGEMENTS if config.form in ("auto", form)]
+    layouts = [names for form in forms for names in JUDGEMENTS[form]]
+
+    def prepare(rows: list[Row]) -> list[Row]:
+        skip = config.bad_rows == "skip"
+        return take_apart(rows, skip=skip) if form_of(rows[0], forms) == "pairs" else rows
+
+    train_rows, held_out_rows = load_rows(config, layouts, prepare)
+    form = form_of(train_rows[0], forms)
+    if form != form_of(held_out_rows[0], forms):
+        raise UserError(f"{held_out_rows[0].where} has {form_of(held_out_rows[0], forms)}, the training data {form}")
+    criteria = criteria_of(train_rows[0]) if form == "ratings" else []
+    read = Reading(config.step_separator, tuple(criteria))
+    train = encode_judged(encoder, train_rows, form, read, "data")
+    held_out = encode_judged(encoder, held_out_rows, form, read, "held-out data")
+    scales: list[tuple[float, float]] = []
+    if form == "ratings":
+        train, held_out = (weighed(x, criteria, config.criterion_weights) for x in (train, held_out))
+        scales = scales_of(train)
+        train, held_out = (standardised(x, scales) for x in (train, held_out))
+        criteria = ["weighted sum"] if config.criterion_weights else criteria
+    if config.share_prompts:
+        train, held_out = sharing(backbone, train), sharing(backbone, held_out)
+    references = {"train": train, "held_out": held_out}.get(config.center_on)
+    if references is None:
+        rows = rows_of(config, config.center_on, [("prompt", "completion")])
+        references = encode_rows(encoder, rows, lambda row: _answers("", [encoder.completion(row)], ()), "center_on")
+    return JudgedData(train, held_out, references, criteria or ["reward"], scales)
+
+
+def form_of(row: Row, forms: Sequence[str]) -> str:
+    """The first of `forms` whose columns the row has."""
+    return next(form for form in forms if any(set(names) <= row.values.keys() for names in JUDGEMENTS[form]))
+
+
+def encode_judged(encoder: Encoder, rows: Sequence[Row], form: str, read: "Reading", what: str) -> list[Judged]:
+    """The rows in the form `form`; what was left out or changed is said."""
+
+    def encode(row: Row) -> Judged:
+        who = row.values.get("annotator")
+        return replace(READERS[form](encoder, row, read), annotator=None if who is None else str(who))
+
+    return encode_rows(encoder, rows, encode, what)
+
+
+def weighed(judged: list[Judged], criteria: Sequence[str], weights: Mapping[str, float] | None) -> list[Judged]:
+    """With the weighted sum of the ratings as the one rating, where there are weights."""
+    if weights is None:
+        return judged
+    if set(weights) != set(criteria):
+        raise UserError(f"criterion_weights must have {', '.join(criteria)}, got {', '.join(weights)}")
+    order = [weights[name] for name in criteria]
+    return [replace(x, targets=(sum(w * y for w, y in zip(order, x.targets, strict=True)),)) for x in judged]
+
+
+def scales_of(judged: Sequence[Judged]) -> list[tuple[float, float]]:
+    """(mean, std) of each criterion; UserError for one whose ratings are all the same."""
+    columns = torch.tensor([one.targets for one in judged], dtype=torch.float64)
+    if bool((columns.std(0, correction=0) == 0).any()):
+        raise UserError(f"a criterion has the same rating in all {len(judged)} rows: there is nothing to learn")
+    return list(zip(columns.mean(0).tolist(), columns.std(0, correction=0).tolist(), strict=True))
+
+
+def standardised(judged: Sequence[Judged], scales: Sequence[tuple[float, float]]) -> list[Judged]:
+    return [
+        replace(x, targets=tuple((y - mean) / std for y, (mean, std) in zip(x.targets, scales, strict=True)))
+        for x in judged
+    ]
+
+
+def targets_of(judged: Sequence[Judged], like: Tensor) -> Tensor:
+    """(len(judged), numbers): the targets of judgements that have as many numbers each, on the device of `like`."""
+    return torch.tensor([one.targets for one in judged], device=like.device)
+
+
+def sharing(backbone: Backbone, judged: list[Judged]) -> list[Judged]:
+    """The same, with every prompt once where the architecture allows it; where it does not, the reason is said."""
+    several = [one for one in judged if len(one.rows) > 1]
+    if not several:
+        return judged
+    reason = backbone.why_not_shared(max(len(row.ids) for one in several for row in one.rows))
+    if reason is None:
+        return [one.joined() for one in judged]
+    say(f"prompts are computed once for each answer: {reason}")
+    return judged
+
+
+class Reading(NamedTuple):
+    """step_separator: what closes every step. criteria: those of `ratings`, in order."""
+
+    step_separator: str
+    criteria: tuple[str, ...]
+
+
+def criteria_of(row: Row) -> list[str]:
+    """The criteria of the row's `ratings`; one without a name where there is a `rating`."""
+    ratings = row.values.get("ratings")
+    if ratings is None:
+        return ["rating"]
+    if not isinstance(ratings, dict) or not ratings:
+        raise UserError(f"{row.where}: ratings must map criteria to numbers, got {shown(ratings)}")
+    return list(ratings)
+
+
+def _answers(form: str, answers: Sequence[Example], targets: Sequence[float]) -> Judged:
+    """Whole answers: a score at the last token of each, behind the end of its turn."""
+    ends = [(number, len(answer.ids) - 1) for number, answer in enumerate(answers)]
+    lengths = [len(answer.ids) - answer.start for answer in answers]
+    return Judged(form, tuple(answers), tuple(ends), tuple(targets), tuple(lengths))
+
+
+def _pair(encoder: Encoder, row: Row, reading: Reading) -> Judged:
+    """The likelier one first: a chance below a half turns the pair round."""
+    margin = _number(row, "margin", row.values.get("margin"), 0.0)
+    chance = _number(row, "preference", row.values.get("preference"), 1.0)
+    if not 0 <= chance <= 1:
+        raise UserError(f"{row.where}: preference must be in [0, 1], got {chance}")
+    answers = encoder.pair(row)
+    if chance < 0.5:
+        answers, margin, chance = answers[::-1], -margin, 1 - chance
+    return _answers("pairs", answers, (margin, chance))
+
+
+def _ranking(encoder: Encoder, row: Row, reading: Reading) -> Judged:
+    """Those without a rank are left out."""
+    answers, column = _list(row, "completions"), "ranks" if "ranks" in row.values else "scores"
+    said = [None if x is None else _number(row, column, x) for x in _list(row, column, len(answers))]
+    ranked = [number for number, rank in enumerate(said) if rank is not None]
+    ranks = [said[number] for number in ranked]
+    if column == "scores":
+        ranks = [1.0 + sum(other > score for other in ranks) for score in ranks]  # type: ignore[operator]
+    if len(set(ranks)) < 2:
+        raise UserError(f"{row.where}: {column} {shown(row.values[column])} tell no two answers apart")
+    examples = encoder.answers(Row(row.where, {**row.values, "completions": [answers[i] for i in ranked]}))
+    return _answers("rankings", examples, ranks)  # type: ignore[arg-type]
+
+
+def _rating(encoder: Encoder, row: Row, reading: Reading) -> Judged:
+    ratings = row.values.get("ratings", {"rating": row.values.get("rating")})
+    if not isinstance(ratings, dict) or set(ratings) != set(reading.criteria):
+        raise UserError(f"{row.where}: ratings must have {', '.join(reading.criteria)}, got {shown(ratings)}")
+    numbers = [_number(row, name, ratings[name]) for name in reading.criteria]
+    return _answers("ratings", [encoder.completion(row)], numbers)
+
+
+def _like(encoder: Encoder, row: Row, reading: Reading) -> Judged:
+    label = {"true": 1.0, "false": 0.0}.get(str(row.values["label"]).strip().lower(), row.values["label"])
+    if (liked := _number(row, "label", label)) not in (0, 1):
+        raise UserError(f"{row.where}: label must be true or false, got {shown(label)}")
+    return _answers("likes", [encoder.completion(row)], [liked])
+
+
+def _steps(encoder: Encoder, row: Row, reading: Reading) -> Judged:
+    """Prompt and steps, each step tokenised by itself and closed by the separator, on whose last token its score is
+    read. Whoever scores steps must tokenise them so too: in running text a line break merges with its neighbours.
+
+    Source: the recipe of TRL 0.29's PRM trainer, its last step included.
+    """
+    steps = _list(row, "completions")
+    labels = [_number(row, "labels", label) for label in _list(row, "labels", len(steps))]
+    if not all(0 <= label <= 1 for label in labels):
+        raise UserError(f"{row.where}: labels must be in [0, 1], got {shown(row.values['labels'])}")
+    start, ids, ends = step_ids(encoder, row, reading.step_separator)
+    budget = encoder.max_tokens
+    if len(ids) > budget and encoder.too_long != "truncate":
+        raise TooLong(f"{row.where}: prompt and steps have {len(ids)} tokens, the budget is {budget}")
+    whole = [end for end in ends if end < budget]
+    if not whole:
+        raise TooLong(f"{row.where}: not even the first step ends within {budget} tokens")
+    if len(whole) < len(ends):
+        encoder.note("longer than the budget: the last steps are left out", row.where)
+    ids = ids[: whole[-1] + 1]
+    example = Example(ids, start, [int(place in whole) for place in range(len(ids))])
+    places = tuple((0, end) for end in whole)
+    return Judged("steps", (example,), places, tuple(labels[: len(whole)]), (len(ids) - start,))
+
+
+def step_ids(encoder: Encoder, row: Row, separator: str) -> tuple[int, list[int], list[int]]:
+    """Where the steps of `completions` begin behind `prompt`; the ids, each step with its separator tokenised by
+    itself; and the last token of each step."""
+    ids, ends = list(encoder.prompt(row).ids), []
+    start, closing = len(ids), encoder.tokens.ids(row.where, separator)
+    if not closing:
+        raise UserError(f"step_separator {separator!r} is no token of this tokenizer")
+    for step in row.values["completions"]:
+        if not isinstance(step, str):
+            raise UserError(f"{row.where}: completions must be a list of texts, one for each step, got {shown(step)}")
+        ids += encoder.tokens.ids(row.where, step) + closing
+        ends.append(len(ids) - 1)
+    return start, ids, ends
+
+
+READERS: dict[str, Callable[[Encoder, Row, Reading], Judged]] = {
+    "pairs": _pair, "rankings": _ranking, "steps": _steps, "ratings": _rating, "likes": _like,
+}  # fmt: skip
+
+
+def _number(row: Row, name: str, value: Any, default: float | None = None) -> float:
+    """A finite number, or one as the text that CSV has."""
+    if value in (None, "") and default is not None:
+        return default
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{row.where}: {name} must be a number, got {shown(value)}")
+    return number
+
+
+def _list(row: Row, name: str, length: int | None = None) -> list[Any]:
+    value = row.values[name]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{row.where}: {name} must be a list, got {shown(value)}")
+    if length is not None and len(value) != length:
+        raise UserError(f"{row.where}: {name} has {len(value)} entries for {length} completions")
+    return value
