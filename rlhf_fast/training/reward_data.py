@@ -28,8 +28,8 @@ class Judged:
     """Answers that are learnt from together, and what was said of them.
 
     form: a name of data/layouts.JUDGEMENTS.
-    rows: their tokens, a row for each answer, or one for all behind their common prompt. branches: in the latter, for
-    each token, 0 in the prompt and k in the k-th answer.
+    rows: their tokens, a row for each answer, or one for all behind their common prompt; the mask marks the ends.
+    branches: in the latter, for each token, 0 in the prompt and k in the k-th answer.
     ends: (row, column) of the tokens where scores are read: the last one of each answer, or of each step.
     targets: of pairs (margin, chance that the first answer is the better one); of rankings the rank of each answer, 1
     the best; of ratings a number for each criterion; of likes 1 or 0; of steps a label in [0, 1] for each.
@@ -63,7 +63,13 @@ class Judged:
             tokens += row[prompt:]
             branches += [number] * (len(row) - prompt)
             ends.append((0, len(tokens) - 1))
-        return replace(self, rows=(Example(tokens, prompt),), branches=tuple(branches), ends=tuple(ends))
+        row = Example(tokens, prompt, marked(len(tokens), [end for _, end in ends]))
+        return replace(self, rows=(row,), branches=tuple(branches), ends=tuple(ends))
+
+
+def marked(length: int, places: Sequence[int]) -> list[int]:
+    """1 at the places, 0 elsewhere."""
+    return [int(place in places) for place in range(length)]
 
 
 class Places(NamedTuple):
@@ -213,7 +219,10 @@ def _answers(form: str, answers: Sequence[Example], targets: Sequence[float]) ->
     """Whole answers: a score at the last token of each, behind the end of its turn."""
     ends = [(number, len(answer.ids) - 1) for number, answer in enumerate(answers)]
     lengths = [len(answer.ids) - answer.start for answer in answers]
-    return Judged(form, tuple(answers), tuple(ends), tuple(targets), tuple(lengths))
+    rows = [
+        replace(answer, mask=marked(len(answer.ids), [end])) for answer, (_, end) in zip(answers, ends, strict=True)
+    ]
+    return Judged(form, tuple(rows), tuple(ends), tuple(targets), tuple(lengths))
 
 
 def _pair(encoder: Encoder, row: Row, reading: Reading) -> Judged:
@@ -277,7 +286,7 @@ def _steps(encoder: Encoder, row: Row, reading: Reading) -> Judged:
     if len(whole) < len(ends):
         encoder.note("longer than the budget: the last steps are left out", row.where)
     ids = ids[: whole[-1] + 1]
-    example = Example(ids, start, [int(place in whole) for place in range(len(ids))])
+    example = Example(ids, start, marked(len(ids), whole))
     places = tuple((0, end) for end in whole)
     return Judged("steps", (example,), places, tuple(labels[: len(whole)]), (len(ids) - start,))
 
