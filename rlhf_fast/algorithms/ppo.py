@@ -130,5 +130,6 @@ def save(job: Job, config: AlgorithmConfig, folder: Path) -> None:
     """The policy at the top of `folder`; the other roles beside it."""
     save_roles(job, folder, "reference", "reward")
     if job.rewards is not None and job.rewards.adapter is not None:
-        write_stats(folder / "reward", job.rewards.adapter.mean, job.rewards.adapter.std)
+        adapter = job.rewards.adapter
+        write_stats(folder / "reward", adapter.mean, adapter.std, adapter.outputs_of_first(job.backbone))
     save_critic(job, config, folder)

@@ -81,6 +81,11 @@ class AdapterSource:
         means, stds = torch.tensor([[o.mean, o.std] for o in outputs]).unbind(1)
         return ensemble_scores(((raw - means) / stds).T, variant=variant, coef=coef)
 
+    def outputs_of_first(self, backbone: Backbone) -> Sequence[Output]:
+        """Those of the role "reward", where it has several."""
+        count = backbone.heads["reward"].out_features
+        return self.outputs[:count] if count > 1 else ()
+
 
 def width(factor: Tensor, features: Tensor) -> Tensor:
     """(B,) fp32: sqrt(phi^T Sigma^-1 phi) of every row of features (B, D); factor: as of AdapterSource."""

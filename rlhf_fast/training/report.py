@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_fast.data.reading import read_jsonl
+from rlhf_fast.training import reward_report
 
 PANELS = {
     "reward": ("reward",),
@@ -64,6 +65,8 @@ def print_report(console: Console, title: str, folder: Path) -> None:
         console.print(table)
         if after["samples"]:
             console.print(_samples(before["samples"], after["samples"]))
+    for table in reward_report.tables(folder):
+        console.print(table)
     curves = plot_curves(folder)
     if curves is not None:
         console.print(Text(f"curves: {curves}    run folder: {folder}"), soft_wrap=True)

@@ -63,8 +63,8 @@ class Judged:
             tokens += row[prompt:]
             branches += [number] * (len(row) - prompt)
             ends.append((0, len(tokens) - 1))
-        row = Example(tokens, prompt, marked(len(tokens), [end for _, end in ends]))
-        return replace(self, rows=(row,), branches=tuple(branches), ends=tuple(ends))
+        shared = Example(tokens, prompt, marked(len(tokens), [end for _, end in ends]))
+        return replace(self, rows=(shared,), branches=tuple(branches), ends=tuple(ends))
 
 
 def marked(length: int, places: Sequence[int]) -> list[int]:

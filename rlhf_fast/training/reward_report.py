@@ -65,7 +65,7 @@ def fitted_temperature(leads: Tensor, labels: Tensor) -> float:
     for _ in range(60):
         middle = (low + high) / 2
         slope = (leads * (torch.sigmoid(leads * 10**middle) - labels)).mean()
-        low, high = (middle, high) if slope < 0 else (low, middle)
+        low, high = (middle, high) if slope <= 0 else (low, middle)
     return float(10 ** -((low + high) / 2))
 
 

@@ -8,15 +8,21 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import logsigmoid
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.algorithms import reward_model
 from rlhf_fast.algorithms.launch import run_stage, single_stage
-from rlhf_fast.data.reading import read_jsonl
+from rlhf_fast.data.encoding import Encoder
+from rlhf_fast.data.reading import Row, read_jsonl
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.tiny import _byte_letters
 from rlhf_fast.training import supervised
 from rlhf_fast.training.ensemble import all_scores
+from rlhf_fast.training.experience import collect, prompts_of_step
 from rlhf_fast.training.optim import accumulate
+from rlhf_fast.training.reward_data import Reading, encode_judged
 from tests.training.tiny_runs import assert_close, config_of, folder, gradients, job_of, judged, values_of, write_jsonl
 
 ROWS = [judged(i) for i in range(4)]
@@ -299,3 +305,62 @@ def test_a_few_steps_teach_what_was_said(form, tmp_path):
     assert math.isfinite(sum(after.values()))
     assert (place / "reward_report.json").is_file()
     assert (place / "reliability.png").is_file() == (form != "ratings")
+
+
+def test_sigma_is_the_sum_over_the_pairs_that_were_told_apart(tmp_path):
+    """Of a ranking every two answers of different ranks; phi at the last token, of the weights that were saved."""
+    place = run(tmp_path, "run", form="rankings", bound=True, bound_ridge=0.5, eval_data=str(folder() / "judged.jsonl"))
+    sigma = load_file(place / "reward_covariance.safetensors")["sigma"]
+    job = job_of(config_for("rankings", model=str(place)), scrambled=False)
+    expected = 0.5 * torch.eye(32).double()
+    for row in map(judged, range(12)):
+        ranked = [(r, a) for r, a in zip(row["ranks"], row["completions"], strict=True) if r is not None]
+        states = []
+        for rank, answer in ranked:
+            ids = torch.tensor([ids_of(row["prompt"], answer)])
+            states.append((rank, job.backbone.hidden(ids, torch.ones_like(ids), ["reward"])["reward"][0, -1].detach()))
+        for (r, x), (s, y) in combinations(states, 2):
+            if r != s:
+                expected += torch.outer((x - y).double(), (x - y).double())
+    torch.testing.assert_close(sigma, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_policy_is_paid_by_the_ensemble_that_an_earlier_stage_trained(tmp_path):
+    place = run(tmp_path, "ensemble", ensemble=2, form="pairs")
+    config = config_of("ppo", reward=str(place), reward_combine="pessimistic", reward_combine_coef=0.5)
+    job = job_of(config, scrambled=False)
+    torch.manual_seed(7)
+    experience = collect(job, config, prompts_of_step(job, config, 0))
+    columns = []
+    for number in range(2):
+        member = place / f"member_{number}" if number else place
+        stats = json.loads((member / "reward_stats.json").read_text())
+        alone = job_of(config_for("pairs", model=str(member)), scrambled=False) if number else None
+        backbone = job.backbone if alone is None else alone.backbone
+        hidden = backbone.hidden(experience.batch.input_ids, experience.batch.attention_mask, ["reward"])["reward"]
+        last = experience.batch.attention_mask.sum(1) - 1
+        raw = (hidden[torch.arange(len(last)), last] @ backbone.head("reward").weight[0]).double()
+        columns.append((raw - stats["mean"]) / stats["std"])
+    normal = torch.stack(columns)
+    expected = normal.mean(0) - 0.5 * normal.std(0, correction=0)
+    torch.testing.assert_close(experience.rewards.double(), expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_steps_are_tokenised_one_by_one(tmp_path):
+    """A tokenizer that joins a full stop and a line break in running text must not move the end of a step."""
+    letters = {letter: i for i, letter in enumerate(_byte_letters())}
+    joined = Tokenizer(models.BPE(vocab={**letters, ".Ċ": 256, "<eos>": 257}, merges=[(".", "Ċ")]))
+    joined.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    joined.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=joined, eos_token="<eos>")
+    assert tokenizer("a.\nb")["input_ids"] == [97, 256, 98]
+    row = Row("d:1", {"prompt": "q", "completions": ["a.", "b"], "labels": [1, 0]})
+    (one,) = encode_judged(Encoder(tokenizer, 50, 50), [row], "steps", Reading("\n", ()), "data")
+    assert one.rows[0].ids == [*b"q", *b"a.\n", *b"b\n"]
+    assert one.ends == ((0, 3), (0, 5))
+    assert one.rows[0].mask == [0, 0, 0, 1, 0, 1]
+    short = Encoder(tokenizer, 50, 5, too_long="truncate")
+    (one,) = encode_judged(short, [row], "steps", Reading("\n", ()), "data")
+    assert (one.rows[0].ids, one.targets) == ([*b"qa.\n"], (1.0,))
+    with pytest.raises(UserError, match="prompt and steps have 6 tokens, the budget is 5"):
+        encode_judged(Encoder(tokenizer, 50, 5), [row], "steps", Reading("\n", ()), "data")

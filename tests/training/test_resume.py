@@ -50,9 +50,15 @@ def contents(folder: Path) -> dict:
     return found
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "sft of all weights"])
+SPECIAL = {
+    "sft of all weights": values_of("sft", lora_rank=0),
+    "an ensemble of rewards": values_of("reward_model", ensemble=2, lora_dropout=0.3),
+}
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, *SPECIAL])
 def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(algorithm, tmp_path, monkeypatch):
-    values = values_of("sft", lora_rank=0) if "of" in algorithm else values_of(algorithm)
+    values = SPECIAL[algorithm] if algorithm in SPECIAL else values_of(algorithm)
     run({**values, "output_dir": str(tmp_path / "whole")})
     stopped = {**values, "output_dir": str(tmp_path / "stopped")}
     interrupt(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
