@@ -23,7 +23,7 @@ from rlhf_fast.training import supervised
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.ensemble import RewardJob, add_members, all_scores, member_scores, save_members
 from rlhf_fast.training.optim import Loss, adamw
-from rlhf_fast.training.reward_data import Judged, load_judged, targets_of
+from rlhf_fast.training.reward_data import Judgement, load_judged, targets_of
 from rlhf_fast.training.reward_report import measures, write_report
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import build_encoder, build_model
@@ -83,7 +83,7 @@ def loss_of(job: RewardJob, config: AlgorithmConfig) -> Loss[Rows]:
     return loss
 
 
-def pairs(config: AlgorithmConfig, scores: Tensor, judged: Sequence[Judged], pairs: int, ends: int) -> OpLoss:
+def pairs(config: AlgorithmConfig, scores: Tensor, judged: Sequence[Judgement], pairs: int, ends: int) -> OpLoss:
     """Bradley-Terry. scores: (S, M), S the ends of `judged`, as in every function here; ends, pairs: how many the
     whole batch has."""
     outputs = scores.shape[1]
@@ -95,7 +95,7 @@ def pairs(config: AlgorithmConfig, scores: Tensor, judged: Sequence[Judged], pai
     )  # fmt: skip
 
 
-def rankings(config: AlgorithmConfig, scores: Tensor, judged: Sequence[Judged], prompts: int, ends: int) -> OpLoss:
+def rankings(config: AlgorithmConfig, scores: Tensor, judged: Sequence[Judgement], prompts: int, ends: int) -> OpLoss:
     outputs = scores.shape[1]
     ranks = torch.tensor([int(rank) for one in judged for rank in one.targets], device=scores.device)
     prompt = torch.tensor([i for i, one in enumerate(judged) for _ in one.ends], device=scores.device)
@@ -106,13 +106,13 @@ def rankings(config: AlgorithmConfig, scores: Tensor, judged: Sequence[Judged], 
     )  # fmt: skip
 
 
-def ratings(config: AlgorithmConfig, scores: Tensor, judged: Sequence[Judged], answers: int, ends: int) -> OpLoss:
+def ratings(config: AlgorithmConfig, scores: Tensor, judged: Sequence[Judgement], answers: int, ends: int) -> OpLoss:
     """Half the squared error to the standardised ratings, one criterion an output."""
     errors = scores - targets_of(judged, scores)
     return OpLoss(errors.square().sum() / (2 * answers * scores.shape[1]), {})
 
 
-def labels(config: AlgorithmConfig, scores: Tensor, judged: Sequence[Judged], examples: int, ends: int) -> OpLoss:
+def labels(config: AlgorithmConfig, scores: Tensor, judged: Sequence[Judgement], examples: int, ends: int) -> OpLoss:
     """Binary cross-entropy, for likes and steps alike; the score is the logit."""
     said = torch.tensor([label for one in judged for label in one.targets], device=scores.device)
     return step_reward_loss(scores, said[:, None].expand(scores.shape), denominator=ends * scores.shape[1])

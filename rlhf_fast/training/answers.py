@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_fast.data.encoding import Encoder, Example
-from rlhf_fast.data.layouts import changed_rows
+from rlhf_fast.data.layouts import JUDGEMENTS, changed_rows
 from rlhf_fast.data.messages import split_pair
 from rlhf_fast.data.reading import Row, shown
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import Config
-from rlhf_fast.training.pairs import LAYOUTS as PAIRED
 from rlhf_fast.training.setup import load_rows
 
-LAYOUTS = [("prompt", "completion", "label"), *PAIRED]
+LAYOUTS = [*JUDGEMENTS["likes"], *JUDGEMENTS["pairs"]]
 
 
 @dataclass(frozen=True)

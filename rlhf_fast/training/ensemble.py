@@ -19,7 +19,7 @@ from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.rewards.adapter import Output, member_folders, write_covariance, write_stats
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import Job, dropout_seed
-from rlhf_fast.training.reward_data import Judged, JudgedData, Places
+from rlhf_fast.training.reward_data import Judgement, JudgementData, Places
 from rlhf_fast.training.setup import add_trained_adapter
 
 
@@ -28,7 +28,7 @@ class RewardJob(Job):
     """outputs: names of those of each head."""
 
     outputs: list[str] = field(default_factory=list)
-    data: JudgedData | None = None
+    data: JudgementData | None = None
 
     def judge(self, scores: Tensor) -> Tensor:
         """(S, M) -> the mean over the members, (S, 1); criteria stay apart."""
@@ -67,7 +67,7 @@ def add_members(backbone: Backbone, config: Any, saved: str | None, criteria: Se
     return outputs
 
 
-def member_scores(job: Job, config: Config, batch: Batch, judged: Sequence[Judged]) -> tuple[Tensor, Tensor]:
+def member_scores(job: Job, config: Config, batch: Batch, judged: Sequence[Judgement]) -> tuple[Tensor, Tensor]:
     """(S, M) scores of all outputs of all members, in one traversal, and (S, D), the states that the first has them
     from; `batch` has the rows of `judged`."""
     roles, backbone = job.backbone.reward_roles, job.backbone
@@ -80,7 +80,7 @@ def member_scores(job: Job, config: Config, batch: Batch, judged: Sequence[Judge
 
 
 @torch.no_grad()
-def all_scores(job: Job, config: Config, judged: Sequence[Judged]) -> tuple[Tensor, Tensor]:
+def all_scores(job: Job, config: Config, judged: Sequence[Judgement]) -> tuple[Tensor, Tensor]:
     """`member_scores` of everything, in passes of few rows, on the CPU."""
     size = config.micro_batch_size or config.batch_size
     parts = []
@@ -91,7 +91,7 @@ def all_scores(job: Job, config: Config, judged: Sequence[Judged]) -> tuple[Tens
     return torch.cat([scores for scores, _ in parts]), torch.cat([states for _, states in parts])
 
 
-def covariance(states: Tensor, judged: Sequence[Judged], ridge: float) -> Tensor:
+def covariance(states: Tensor, judged: Sequence[Judgement], ridge: float) -> Tensor:
     """Sigma = ridge I + sum over the pairs of answers that were told apart of (phi_better - phi_worse)(...)^T, (D, D)
     fp64. states: (S, D), the phi of every answer.
 

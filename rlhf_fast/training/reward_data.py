@@ -24,7 +24,7 @@ from rlhf_fast.training.setup import load_rows, rows_of
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judgement:
     """Answers that are learnt from together, and what was said of them.
 
     form: a name of data/layouts.JUDGEMENTS.
@@ -50,7 +50,7 @@ class Judged:
         ranks = {"pairs": (1.0, 2.0), "rankings": self.targets}.get(self.form, ())
         return [(i, j) for i, one in enumerate(ranks) for j, other in enumerate(ranks) if one < other]
 
-    def joined(self) -> "Judged":
+    def joined(self) -> "Judgement":
         """With the beginning that all answers have in common, at least up to the last token of the shortest, once."""
         if len(self.rows) < 2:
             return self
@@ -80,7 +80,7 @@ class Places(NamedTuple):
     branches: Tensor | None
 
     @classmethod
-    def of(cls, judged: Sequence[Judged], shape: tuple[int, ...], device: torch.device) -> "Places":
+    def of(cls, judged: Sequence[Judgement], shape: tuple[int, ...], device: torch.device) -> "Places":
         """shape: (R, T) of the batch with all rows of `judged` in order, padded on the right."""
         rows, columns, first = [], [], 0
         branches = torch.zeros(shape, dtype=torch.int64)
@@ -98,18 +98,18 @@ class Places(NamedTuple):
 
 
 @dataclass(frozen=True)
-class JudgedData:
+class JudgementData:
     """references: the answers whose scores have mean 0. outputs: what the scores tell, of ratings the criteria.
     scales: (mean, std) of each criterion's training ratings, whose standardised values are the targets."""
 
-    train: list[Judged]
-    held_out: list[Judged]
-    references: list[Judged]
+    train: list[Judgement]
+    held_out: list[Judgement]
+    references: list[Judgement]
     outputs: list[str]
     scales: list[tuple[float, float]]
 
 
-def load_judged(config: Any, encoder: Encoder, backbone: Backbone) -> JudgedData:
+def load_judged(config: Any, encoder: Encoder, backbone: Backbone) -> JudgementData:
     """The judgements of config.data in the form config.form, and those held out."""
     forms = [form for form in JUDGEMENTS if config.form in ("auto", form)]
     layouts = [names for form in forms for names in JUDGEMENTS[form]]
@@ -138,7 +138,7 @@ def load_judged(config: Any, encoder: Encoder, backbone: Backbone) -> JudgedData
     if references is None:
         rows = rows_of(config, config.center_on, [("prompt", "completion")])
         references = encode_rows(encoder, rows, lambda row: _answers("", [encoder.completion(row)], ()), "center_on")
-    return JudgedData(train, held_out, references, criteria or ["reward"], scales)
+    return JudgementData(train, held_out, references, criteria or ["reward"], scales)
 
 
 def form_of(row: Row, forms: Sequence[str]) -> str:
@@ -146,17 +146,17 @@ def form_of(row: Row, forms: Sequence[str]) -> str:
     return next(form for form in forms if any(set(names) <= row.values.keys() for names in JUDGEMENTS[form]))
 
 
-def encode_judged(encoder: Encoder, rows: Sequence[Row], form: str, read: "Reading", what: str) -> list[Judged]:
+def encode_judged(encoder: Encoder, rows: Sequence[Row], form: str, read: "Reading", what: str) -> list[Judgement]:
     """The rows in the form `form`; what was left out or changed is said."""
 
-    def encode(row: Row) -> Judged:
+    def encode(row: Row) -> Judgement:
         who = row.values.get("annotator")
         return replace(READERS[form](encoder, row, read), annotator=None if who is None else str(who))
 
     return encode_rows(encoder, rows, encode, what)
 
 
-def weighed(judged: list[Judged], criteria: Sequence[str], weights: Mapping[str, float] | None) -> list[Judged]:
+def weighed(judged: list[Judgement], criteria: Sequence[str], weights: Mapping[str, float] | None) -> list[Judgement]:
     """With the weighted sum of the ratings as the one rating, where there are weights."""
     if weights is None:
         return judged
@@ -166,7 +166,7 @@ def weighed(judged: list[Judged], criteria: Sequence[str], weights: Mapping[str,
     return [replace(x, targets=(sum(w * y for w, y in zip(order, x.targets, strict=True)),)) for x in judged]
 
 
-def scales_of(judged: Sequence[Judged]) -> list[tuple[float, float]]:
+def scales_of(judged: Sequence[Judgement]) -> list[tuple[float, float]]:
     """(mean, std) of each criterion; UserError for one whose ratings are all the same."""
     columns = torch.tensor([one.targets for one in judged], dtype=torch.float64)
     if bool((columns.std(0, correction=0) == 0).any()):
@@ -174,19 +174,19 @@ def scales_of(judged: Sequence[Judged]) -> list[tuple[float, float]]:
     return list(zip(columns.mean(0).tolist(), columns.std(0, correction=0).tolist(), strict=True))
 
 
-def standardised(judged: Sequence[Judged], scales: Sequence[tuple[float, float]]) -> list[Judged]:
+def standardised(judged: Sequence[Judgement], scales: Sequence[tuple[float, float]]) -> list[Judgement]:
     return [
         replace(x, targets=tuple((y - mean) / std for y, (mean, std) in zip(x.targets, scales, strict=True)))
         for x in judged
     ]
 
 
-def targets_of(judged: Sequence[Judged], like: Tensor) -> Tensor:
+def targets_of(judged: Sequence[Judgement], like: Tensor) -> Tensor:
     """(len(judged), numbers): the targets of judgements that have as many numbers each, on the device of `like`."""
     return torch.tensor([one.targets for one in judged], device=like.device)
 
 
-def sharing(backbone: Backbone, judged: list[Judged]) -> list[Judged]:
+def sharing(backbone: Backbone, judged: list[Judgement]) -> list[Judgement]:
     """The same, with every prompt once where the architecture allows it; where it does not, the reason is said."""
     several = [one for one in judged if len(one.rows) > 1]
     if not several:
@@ -215,17 +215,17 @@ def criteria_of(row: Row) -> list[str]:
     return list(ratings)
 
 
-def _answers(form: str, answers: Sequence[Example], targets: Sequence[float]) -> Judged:
+def _answers(form: str, answers: Sequence[Example], targets: Sequence[float]) -> Judgement:
     """Whole answers: a score at the last token of each, behind the end of its turn."""
     ends = [(number, len(answer.ids) - 1) for number, answer in enumerate(answers)]
     lengths = [len(answer.ids) - answer.start for answer in answers]
     rows = [
         replace(answer, mask=marked(len(answer.ids), [end])) for answer, (_, end) in zip(answers, ends, strict=True)
     ]
-    return Judged(form, tuple(rows), tuple(ends), tuple(targets), tuple(lengths))
+    return Judgement(form, tuple(rows), tuple(ends), tuple(targets), tuple(lengths))
 
 
-def _pair(encoder: Encoder, row: Row, reading: Reading) -> Judged:
+def _pair(encoder: Encoder, row: Row, reading: Reading) -> Judgement:
     """The likelier one first: a chance below a half turns the pair round."""
     margin = _number(row, "margin", row.values.get("margin"), 0.0)
     chance = _number(row, "preference", row.values.get("preference"), 1.0)
@@ -237,7 +237,7 @@ def _pair(encoder: Encoder, row: Row, reading: Reading) -> Judged:
     return _answers("pairs", answers, (margin, chance))
 
 
-def _ranking(encoder: Encoder, row: Row, reading: Reading) -> Judged:
+def _ranking(encoder: Encoder, row: Row, reading: Reading) -> Judgement:
     """Those without a rank are left out."""
     answers, column = _list(row, "completions"), "ranks" if "ranks" in row.values else "scores"
     said = [None if x is None else _number(row, column, x) for x in _list(row, column, len(answers))]
@@ -251,7 +251,7 @@ def _ranking(encoder: Encoder, row: Row, reading: Reading) -> Judged:
     return _answers("rankings", examples, ranks)  # type: ignore[arg-type]
 
 
-def _rating(encoder: Encoder, row: Row, reading: Reading) -> Judged:
+def _rating(encoder: Encoder, row: Row, reading: Reading) -> Judgement:
     ratings = row.values.get("ratings", {"rating": row.values.get("rating")})
     if not isinstance(ratings, dict) or set(ratings) != set(reading.criteria):
         raise UserError(f"{row.where}: ratings must have {', '.join(reading.criteria)}, got {shown(ratings)}")
@@ -259,14 +259,14 @@ def _rating(encoder: Encoder, row: Row, reading: Reading) -> Judged:
     return _answers("ratings", [encoder.completion(row)], numbers)
 
 
-def _like(encoder: Encoder, row: Row, reading: Reading) -> Judged:
+def _like(encoder: Encoder, row: Row, reading: Reading) -> Judgement:
     label = {"true": 1.0, "false": 0.0}.get(str(row.values["label"]).strip().lower(), row.values["label"])
     if (liked := _number(row, "label", label)) not in (0, 1):
         raise UserError(f"{row.where}: label must be true or false, got {shown(label)}")
     return _answers("likes", [encoder.completion(row)], [liked])
 
 
-def _steps(encoder: Encoder, row: Row, reading: Reading) -> Judged:
+def _steps(encoder: Encoder, row: Row, reading: Reading) -> Judgement:
     """Prompt and steps, each step tokenised by itself and closed by the separator, on whose last token its score is
     read. Whoever scores steps must tokenise them so too: in running text a line break merges with its neighbours.
 
@@ -288,7 +288,7 @@ def _steps(encoder: Encoder, row: Row, reading: Reading) -> Judged:
     ids = ids[: whole[-1] + 1]
     example = Example(ids, start, marked(len(ids), whole))
     places = tuple((0, end) for end in whole)
-    return Judged("steps", (example,), places, tuple(labels[: len(whole)]), (len(ids) - start,))
+    return Judgement("steps", (example,), places, tuple(labels[: len(whole)]), (len(ids) - start,))
 
 
 def step_ids(encoder: Encoder, row: Row, separator: str) -> tuple[int, list[int], list[int]]:
@@ -306,7 +306,7 @@ def step_ids(encoder: Encoder, row: Row, separator: str) -> tuple[int, list[int]
     return start, ids, ends
 
 
-READERS: dict[str, Callable[[Encoder, Row, Reading], Judged]] = {
+READERS: dict[str, Callable[[Encoder, Row, Reading], Judgement]] = {
     "pairs": _pair, "rankings": _ranking, "steps": _steps, "ratings": _rating, "likes": _like,
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from rlhf_fast.training.reward_data import Judged
+from rlhf_fast.training.reward_data import Judgement
 
 BINS = 15
 REPORT_FILE, PLOT_FILE = "reward_report.json", "reliability.png"
@@ -40,7 +40,7 @@ class Comparisons(NamedTuple):
         return first * self.labels + (1 - first) * (1 - self.labels)
 
 
-def comparisons_of(scores: Tensor, judged: Sequence[Judged]) -> Comparisons:
+def comparisons_of(scores: Tensor, judged: Sequence[Judgement]) -> Comparisons:
     """scores: (S,), of all answers or steps of `judged` in order."""
     rows, first = [], 0
     for one in judged:
@@ -126,7 +126,7 @@ def _ranks(x: Tensor) -> Tensor:
     return (last - (counts - 1) / 2)[inverse]
 
 
-def best_of_four(scores: Tensor, judged: Sequence[Judged]) -> float | None:
+def best_of_four(scores: Tensor, judged: Sequence[Judgement]) -> float | None:
     """How often, of four answers of one prompt, the one with the greatest score has the best rank: the mean over the
     prompts of all their sets of four that a rank tells apart, of the first 12 answers. None without such a set."""
     shares, first = [], 0
@@ -142,7 +142,7 @@ def best_of_four(scores: Tensor, judged: Sequence[Judged]) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def measures(scores: Tensor, judged: Sequence[Judged]) -> tuple[dict[str, float], dict[str, Any]]:
+def measures(scores: Tensor, judged: Sequence[Judgement]) -> tuple[dict[str, float], dict[str, Any]]:
     """The numbers that a run follows; and the report: those, and tables by margin, lead, confidence and annotator.
 
     scores: (S, M), of which ratings have a column for each criterion and the other forms one. What the data do not tell

@@ -18,7 +18,7 @@ from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, learning_rate, set_learning_rates, update
 from rlhf_fast.training.pairs import Pair
-from rlhf_fast.training.reward_data import Judged
+from rlhf_fast.training.reward_data import Judgement
 from rlhf_fast.training.run import Run
 
 LAYOUTS = [("prompt", "completion"), ("messages",), ("text",)]  # of columns that are one sequence
@@ -86,7 +86,7 @@ def micro_batches(job: Job, data: Sequence[Any], indices: Sequence[int], size: i
         yield Rows(part, padded(job, [data[i] for i in part]), len(indices), max(1, tokens))
 
 
-def padded(job: Job, examples: Sequence[Example] | Sequence[Pair] | Sequence[Judged]) -> Batch:
+def padded(job: Job, examples: Sequence[Example] | Sequence[Pair] | Sequence[Judgement]) -> Batch:
     """The sequences of the examples as one rectangle on the job's device."""
     return pad_batch(sequences_of(examples), job.encoder.pad_id).to(job.device)
 
@@ -94,7 +94,7 @@ def padded(job: Job, examples: Sequence[Example] | Sequence[Pair] | Sequence[Jud
 def sequences_of(examples: Sequence[Any]) -> list[Example]:
     """What of the examples is a sequence of tokens; of pairs first every chosen one, then every rejected one; of judged
     answers the rows that they stand in."""
-    if isinstance(examples[0], Judged):
+    if isinstance(examples[0], Judgement):
         return [row for one in examples for row in one.rows]
     if not isinstance(examples[0], Pair):
         return list(examples)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rlhf_fast.data.encoding import Example
 from rlhf_fast.training import reward_report
-from rlhf_fast.training.reward_data import Judged
+from rlhf_fast.training.reward_data import Judgement
 from rlhf_fast.training.reward_report import (
     Comparisons,
     best_of_four,
@@ -24,13 +24,13 @@ from rlhf_fast.training.reward_report import (
 )
 
 
-def judged(form, targets, lengths, annotator=None) -> Judged:
+def judged(form, targets, lengths, annotator=None) -> Judgement:
     rows = tuple(Example([0] * (n + 1), 1) for n in lengths)
     places = [(0, i) for i in range(len(targets))] if form == "steps" else enumerate(lengths)
-    return Judged(form, rows, tuple(places), tuple(targets), tuple(lengths), None, annotator)
+    return Judgement(form, rows, tuple(places), tuple(targets), tuple(lengths), None, annotator)
 
 
-def pair(longer: int = 0, margin: float = 0.0, chance: float = 1.0, annotator=None) -> Judged:
+def pair(longer: int = 0, margin: float = 0.0, chance: float = 1.0, annotator=None) -> Judgement:
     return judged("pairs", (margin, chance), (10 + longer, 10), annotator)
 
 
