@@ -62,10 +62,10 @@ def test_an_ensemble_is_loaded_whole_and_scored_in_one_traversal(ensemble):
 )  # fmt: skip
 def test_members_are_normalised_and_then_combined(ensemble, variant, coef, formula):
     rewards = load_rewards({str(ensemble): 1.0}, backbone(), combination=Combination(variant, coef))
-    assert rewards([""] * 2, [""] * 2, {}, RAW)[0].tolist() == pytest.approx(formula(NORMAL).tolist())
+    assert rewards([""] * 2, [""] * 2, {}, RAW).total.tolist() == pytest.approx(formula(NORMAL).tolist())
     raw = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     means, stds = numpy.array(MEMBERS).T
-    total, _ = rewards([""] * 5, [""] * 5, {}, raw)
+    total = rewards([""] * 5, [""] * 5, {}, raw).total
     assert total.tolist() == pytest.approx(formula((raw.double().numpy() - means) / stds).tolist(), rel=1e-5, abs=1e-6)
 
 
@@ -89,7 +89,7 @@ def test_one_model_is_paid_at_its_bound(tmp_path, variant, sign):
     phi = features.double().numpy()
     widths = numpy.sqrt(numpy.einsum("bi,ij,bj->b", phi, numpy.linalg.inv(sigma.numpy()), phi))
     expected = 3 * (raw.numpy() + sign * 0.7 * widths - 1) / 2
-    total, _ = rewards([""] * 6, [""] * 6, {}, raw, features)
+    total = rewards([""] * 6, [""] * 6, {}, raw, features).total
     assert total.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
     assert width(read_factor(tmp_path, 32), features).tolist() == pytest.approx(widths.tolist(), rel=1e-5)
 
@@ -98,7 +98,7 @@ def test_the_outputs_of_one_head_are_members_too(tmp_path):
     single(tmp_path, outputs=2)
     write_stats(tmp_path, 0.0, 1.0, [Output("help", 1.0, 2.0), Output("style", 0.0, 0.5)])
     rewards = load_rewards({str(tmp_path): 1.0}, backbone(), combination=Combination("min"))
-    assert rewards([""], [""], {}, torch.tensor([[5.0, 0.25]]))[0].tolist() == [0.5]
+    assert rewards([""], [""], {}, torch.tensor([[5.0, 0.25]])).total.tolist() == [0.5]
 
 
 def test_a_critic_starts_from_the_mean_of_several_outputs(tmp_path):
