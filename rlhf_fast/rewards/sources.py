@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
-from rlhf_fast.rewards.adapter import MEAN, AdapterSource, Combination, load_adapter_source
+from rlhf_fast.rewards.adapter import MEAN, AdapterSource, Combination, load_adapter_source, read_stats
 from rlhf_fast.rewards.functions import Payment, call, check_columns, load_function
 from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.rewards.steps import ROLE, StepRewardModel
 from rlhf_fast.rewards.verify import Verifier
 
 
@@ -119,14 +120,16 @@ def load_rewards(
     """Rewards from 'pkg.mod:function', 'file.py:function', a reward adapter folder or a reward model folder, for one
     with several outputs 'folder:label'.
 
-    weights: spec -> weight. An adapter is loaded onto `backbone` as the frozen role `role`, an ensemble as several.
-    combination: how one score comes of it. chat: a reward model sees plain prompts through its chat template. timeout:
-    seconds of a source for one batch. Raises UserError for anything else.
+    weights: spec -> weight. An adapter is loaded onto `backbone` as the frozen role `role`, an ensemble as several; a
+    process reward model pays every step. combination: how one score comes of several. chat: a reward model sees plain
+    prompts through its chat template. timeout: seconds of a source for one batch. Raises UserError for anything else.
     """
     rewards = Rewards(timeout=timeout, named=list(weights))
     for spec, weight in weights.items():
         folder = Path(spec)
-        if (folder / "adapter_config.json").is_file():
+        if (folder / "adapter_config.json").is_file() and read_stats(folder).get("form") == "steps":
+            rewards.sources.append(Source(spec, weight, StepRewardModel(backbone, spec, combination, chat=chat)))
+        elif (folder / "adapter_config.json").is_file():
             if rewards.adapter is not None:
                 raise UserError(f"only one {role} adapter per run; found {rewards.adapter.name} and {spec}")
             rewards.adapter = load_adapter_source(backbone, spec, weight, combination, role=role)
@@ -140,7 +143,7 @@ def load_rewards(
                 f"{role} {spec!r} is neither module:function, file.py:function, nor a folder with "
                 "adapter_config.json or config.json"
             )
-    if combination.variant != "mean" and rewards.adapter is None:
+    if combination.variant != "mean" and not backbone.reward_roles and ROLE not in backbone.heads:
         raise UserError(f"reward_combine {combination.variant} is for a reward adapter, and reward names none")
     return rewards
 

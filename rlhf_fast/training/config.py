@@ -188,7 +188,8 @@ class SamplingConfig(Config):
     reward_weights: list[float] | None = Field(None, description="one per reward, verify behind them; default 1")
     reward_timeout: float = Field(600.0, gt=0, description="seconds of a reward function for one batch")
     reward_combine: Literal["mean", "min", "uwo", "pessimistic", "optimistic"] = Field(
-        "mean", description="of an ensemble: mean, min, mean - coef variance, mean -+ coef std; -+ of one: its bound"
+        "mean",
+        description="ensemble: mean, min, mean - coef variance, mean -+ coef std; one: its bound; steps: each, min",
     )
     reward_combine_coef: float | None = Field(None, ge=0, description="coef of reward_combine; default 1, uwo 0.1")
     max_new_tokens: int = Field(64, ge=1)

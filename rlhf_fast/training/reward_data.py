@@ -267,16 +267,12 @@ def _like(encoder: Encoder, row: Row, reading: Reading) -> Judgement:
 
 
 def _steps(encoder: Encoder, row: Row, reading: Reading) -> Judgement:
-    """Prompt and steps, each step tokenised by itself and closed by the separator, on whose last token its score is
-    read. Whoever scores steps must tokenise them so too: in running text a line break merges with its neighbours.
-
-    Source: the recipe of TRL 0.29's PRM trainer, its last step included.
-    """
+    """A score at the last token of each step; where the budget ends, so do the steps."""
     steps = _list(row, "completions")
     labels = [_number(row, "labels", label) for label in _list(row, "labels", len(steps))]
     if not all(0 <= label <= 1 for label in labels):
         raise UserError(f"{row.where}: labels must be in [0, 1], got {shown(row.values['labels'])}")
-    start, ids, ends = step_ids(encoder, row, reading.step_separator)
+    start, ids, ends = encoder.steps(row, reading.step_separator)
     budget = encoder.max_tokens
     if len(ids) > budget and encoder.too_long != "truncate":
         raise TooLong(f"{row.where}: prompt and steps have {len(ids)} tokens, the budget is {budget}")
@@ -289,21 +285,6 @@ def _steps(encoder: Encoder, row: Row, reading: Reading) -> Judgement:
     example = Example(ids, start, marked(len(ids), whole))
     places = tuple((0, end) for end in whole)
     return Judgement("steps", (example,), places, tuple(labels[: len(whole)]), (len(ids) - start,))
-
-
-def step_ids(encoder: Encoder, row: Row, separator: str) -> tuple[int, list[int], list[int]]:
-    """Where the steps of `completions` begin behind `prompt`; the ids, each step with its separator tokenised by
-    itself; and the last token of each step."""
-    ids, ends = list(encoder.prompt(row).ids), []
-    start, closing = len(ids), encoder.tokens.ids(row.where, separator)
-    if not closing:
-        raise UserError(f"step_separator {separator!r} is no token of this tokenizer")
-    for step in row.values["completions"]:
-        if not isinstance(step, str):
-            raise UserError(f"{row.where}: completions must be a list of texts, one for each step, got {shown(step)}")
-        ids += encoder.tokens.ids(row.where, step) + closing
-        ends.append(len(ids) - 1)
-    return start, ids, ends
 
 
 READERS: dict[str, Callable[[Encoder, Row, Reading], Judgement]] = {
