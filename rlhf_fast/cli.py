@@ -125,6 +125,29 @@ def keys(algorithm: Annotated[str | None, typer.Argument(help="a name of the lis
     Console().print(table)
 
 
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(metavar="RM", help="reward adapter, or reward model folder[:label]")],
+    data: Annotated[str | None, typer.Option(help="further rows: prompt, chosen (right), rejected (wrong), and perhaps "
+                                                  "opinion; or prompt, completion, paraphrase")] = None,
+    out: Annotated[Path, typer.Option(help="the report as JSON")] = Path("probe.json"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    chat: Annotated[bool, typer.Option("--chat", help="plain prompts go through the chat template too")] = False,
+) -> None:  # fmt: skip
+    """What a reward model pays for besides the answer: agreement with a user who is wrong, and another wording."""
+    with _one_line_errors():
+        from rich.console import Console
+
+        from rlhf_fast.data.encoding import quiet_libraries
+        from rlhf_fast.data.sources import read_rows
+        from rlhf_fast.rewards.probe import run_probe
+        from rlhf_fast.training.setup import usable_device
+
+        quiet_libraries()
+        rows = read_rows(data) if data else []
+        Console().print(run_probe(model, rows, out, device=usable_device(device), chat=chat))
+
+
 BENCH_HELP = """Time our kernels beside plain PyTorch and other libraries; needs the repository, not only the package.
 
     rlhf_fast bench --out out/cpu.json [--case NAME] [--device cuda] [--quick] [--compare OLD.json]

@@ -32,7 +32,7 @@ def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
     """The backbone without roles, its tokenizer, and the adapter folder when config.model is one."""
     if isinstance(config.model, FromStage):
         raise UserError(f"model: {{from: {config.model.stage}}} needs `stages`")
-    device = _device(config)
+    device = usable_device(config.device)
     dtype = _dtype(config, device)
     if config.model == "tiny":
         if config.quantization is not None:
@@ -267,8 +267,8 @@ def try_rewards(job: Job, config: SamplingConfig, prompts: list[Prompt]) -> None
         collect(job, config.model_copy(update={"max_new_tokens": tokens}), prompts[:2])
 
 
-def _device(config: Config) -> torch.device:
-    name = config.device
+def usable_device(name: str) -> torch.device:
+    """The device of that name, `auto` a GPU where there is one; UserError for one that cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
