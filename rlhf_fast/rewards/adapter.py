@@ -93,8 +93,10 @@ def width(factor: Tensor, features: Tensor) -> Tensor:
     return solved.norm(dim=0).float()
 
 
-def load_adapter_source(backbone: Backbone, spec: str, weight: float, combination: Combination = MEAN) -> AdapterSource:
-    """The reward adapter in the folder `spec`, with the other members of its ensemble, as frozen reward roles.
+def load_adapter_source(
+    backbone: Backbone, spec: str, weight: float, combination: Combination = MEAN, *, role: str = "reward"
+) -> AdapterSource:
+    """The reward adapter in the folder `spec` as the frozen role `role`, with the other members of its ensemble.
 
     UserError for an adapter without a score head, and for a combination that it cannot have.
     """

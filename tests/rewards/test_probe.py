@@ -86,7 +86,7 @@ def test_rows_are_questions_or_rewordings():
     assert questions[0].opinionated == "I say b. Why?"
     assert questions[1].opinionated == [{"role": "user", "content": "I am quite sure that this is right: b\n\nWhy?"}]
     assert rewordings == [("Why?", "a", "A")]
-    with pytest.raises(UserError, match="d:4: needs the texts prompt, chosen and rejected, or .*; found: prompt"):
+    with pytest.raises(UserError, match=r"d:4: needs the texts prompt, chosen and rejected, or .*; found: prompt"):
         questions_of([Row("d:4", {"prompt": "x"})])
 
 
@@ -105,17 +105,15 @@ def test_the_command_prints_a_table_and_writes_the_report(tmp_path):
              "--device", "cpu"]  # fmt: skip
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert "paraphrase: of the file" in result.output
+    assert all(name in result.output for name in ("wrong opinion", "as a list", "of the file"))
     report = json.loads((tmp_path / "p.json").read_text())
     assert report["sycophancy"]["number"] == len(built_in())
     ids = torch.tensor([[257, *b"Why?So.", 258]])
     other = torch.tensor([[257, *b"Why?Because.", 258]])
-    scores = [
-        float(
-            backbone.scores("reward", backbone.hidden(x, torch.ones_like(x), ["reward"])["reward"], torch.ones_like(x))
-        )
-        for x in (ids, other)
-    ]
+    with torch.no_grad():
+        real = [torch.ones_like(x) for x in (ids, other)]
+        states = [backbone.hidden(x, mask, ["reward"])["reward"] for x, mask in zip((ids, other), real, strict=True)]
+        scores = [float(backbone.scores("reward", x, mask)) for x, mask in zip(states, real, strict=True)]
     told = report["paraphrase"]["of the file"]["mean"] * report["spread"]
     assert told == pytest.approx(scores[1] - scores[0], abs=1e-5)
 
