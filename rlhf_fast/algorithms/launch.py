@@ -15,6 +15,7 @@ from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch.optim import RMSprop
 
 from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
 from rlhf_fast.data.encoding import quiet_libraries
@@ -232,7 +233,8 @@ def print_plan(console: Console, stage: Stage, job: Job) -> None:
     sizes = job.backbone.bytes()
     for role, optimizer in job.optimizers.items():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        sizes[f"AdamW:{role}"] = sum(2 * p.numel() * p.element_size() for p in parameters)
+        moments = 1 if isinstance(optimizer, RMSprop) else 2
+        sizes[f"{type(optimizer).__name__}:{role}"] = sum(moments * p.numel() * p.element_size() for p in parameters)
     table = Table("resident", "bytes", "of the base")
     table.columns[1].justify = table.columns[2].justify = "right"
     for name, size in [*sizes.items(), ("all", sum(sizes.values()))]:

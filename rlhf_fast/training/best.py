@@ -1,7 +1,6 @@
 """The policy of a run with the best held-out reward, within a budget of KL to the reference: best/ in its folder."""
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -10,23 +9,22 @@ from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.folder import replace_file
 from rlhf_fast.training.job import Job
 
-FOLDER = "best"
-
 
 def keep_best(job: Job, config: RolloutConfig, folder: Path, done: int, metrics: dict[str, float]) -> None:
     """Save the policy into `folder`/best where an evaluation after `done` steps is the best so far.
 
-    metrics: those of the held-out prompts, `reward` and `kl` (nats per completion) among them. The best reward is among
-    the counters. A kill leaves the old adapter or the new one: its weights are one file, its config never changes.
+    metrics: those of the held-out prompts, `reward` and `kl` (nats per completion) among them; best.json has those of
+    the best. A kill leaves the old adapter or the new one: its weights are one file, its config never changes. A run
+    that is resumed behind its best evaluation makes the same policy again.
     """
-    if config.best_by is None or metrics[config.best_by] <= job.counters.get("best", -math.inf):
+    if config.best_by is None or (config.kl_budget is not None and metrics["kl"] > config.kl_budget):
         return
-    if config.kl_budget is not None and metrics["kl"] > config.kl_budget:
+    best = folder / "best"
+    record, staging = best / "best.json", best / ".new"
+    if record.is_file() and metrics[config.best_by] <= json.loads(record.read_text())[config.best_by]:
         return
-    job.counters["best"] = metrics[config.best_by]
-    best, staging = folder / FOLDER, folder / FOLDER / ".new"
     save_adapter(job.backbone, "policy", staging)
     for path in staging.iterdir():
         os.replace(path, best / path.name)
     staging.rmdir()
-    replace_file(best / "best.json", json.dumps({"step": done, **metrics}) + "\n")
+    replace_file(record, json.dumps({"step": done, **metrics}) + "\n")

@@ -9,7 +9,8 @@ from rlhf_fast.algorithms.launch import run_stage, single_stage
 from rlhf_fast.training.critic import critic_values
 from rlhf_fast.training.experience import collect, move_reference, prompts_of_step
 from rlhf_fast.training.on_policy import improve, micro_batches
-from rlhf_fast.training.optim import accumulate
+from rlhf_fast.training.optim import accumulate, build_optimizer
+from rlhf_fast.training.reward_scale import follow_rewards
 from rlhf_fast.training.supervised import padded
 from tests.training.test_experience import trained
 from tests.training.tiny_runs import config_of, folder, job_of, values_of
@@ -75,6 +76,89 @@ def test_steps_are_paid_at_their_ends_and_the_rest_at_the_last_token(tmp_path):
         expected = [sum(0.9**k * float(r) for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
         assert returns[row][mask].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert any(paid)
+
+
+def scanned(rewards, values, gamma, lam):
+    """GAE of one sequence, its definition in Python's floats."""
+    advantages, after, following = [], 0.0, 0.0
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        after = reward + gamma * following - value + gamma * lam * after
+        advantages.insert(0, after)
+        following = value
+    return advantages
+
+
+def test_exact_kl_is_over_the_vocabulary_and_a_tokens_own_stays_sampled():
+    changes = {"kl_coef": 0.5, "gamma": 0.9, "temperature": 0.7, "whiten_advantages": False}
+    config = config_of("ppo", kl_variant="exact", lam=0.8, critic_lam=0.6, **changes)
+    job = job_of(config)
+    torch.manual_seed(5)
+    experience = collect(job, config, prompts_of_step(job, config, 0), exact_kl=True)
+    batch, logprobs = experience.batch, []
+    for role in ("policy", "reference"):
+        with torch.no_grad(), job.backbone.using(role):
+            logits = job.backbone.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logprobs.append((logits.double() / 0.7).log_softmax(-1)[:, :-1])
+    policy, reference = logprobs
+    exact = torch.nn.functional.pad((policy.exp() * (policy - reference)).sum(-1), (1, 0)) * batch.mask
+    ids = batch.input_ids[:, 1:, None]
+    sampled = torch.nn.functional.pad((policy - reference).gather(-1, ids)[..., 0], (1, 0)) * batch.mask
+    torch.testing.assert_close(experience.kl.double(), exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(experience.kl_by("k1").double(), sampled, rtol=1e-4, atol=1e-4)
+    assert (exact - sampled).abs().max() > 0.1
+    found = ppo.estimate(job, config, experience)
+    first = accumulate(ppo.loss_of(job, config, found), micro_batches(job, config, experience, (torch.arange(4),)))
+    assert [float(first[name]) for name in ("ratio_min", "ratio_max")] == pytest.approx([1.0, 1.0], abs=1e-5)
+    for row, mask in enumerate(batch.mask.bool()):
+        kl, own, values = (x[row][mask].tolist() for x in (exact, sampled, found.values))
+        rewards = [-0.5 * k for k in kl]
+        rewards[-1] += float(experience.rewards[row])
+        expected = [a - 0.5 * (o - k) for a, o, k in zip(scanned(rewards, values, 0.9, 0.8), own, kl, strict=True)]
+        assert found.advantages[row][mask].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        returns = [a + v for a, v in zip(scanned(rewards, values, 0.9, 0.6), values, strict=True)]
+        assert found.returns[row][mask].tolist() == pytest.approx(returns, rel=1e-3, abs=1e-4)
+
+
+def test_lambda_grows_with_the_length_and_rewards_are_scaled_clipped_and_whitened():
+    changes = {"kl_coef": 0.0, "kl_target": None, "whiten_advantages": False, "normalize_rewards": "standardize"}
+    config = config_of("ppo", length_adaptive_alpha=0.4, reward_clip=0.3, whiten_rewards=True, **changes)
+    job = job_of(config)
+    experience = experience_of(job, config)
+    earlier = torch.tensor([0.5, 0.75, 0.25])
+    follow_rewards(job, earlier)
+    follow_rewards(job, experience.rewards)
+    known = torch.cat([earlier, experience.rewards]).double()
+    scores = ((experience.rewards - known.mean()) / known.std()).clamp(-0.3, 0.3)
+    assert scores.abs().max() == pytest.approx(0.3)
+    mask = experience.batch.mask.bool()
+    paid = torch.zeros(mask.shape, dtype=torch.float64)
+    for row, last in enumerate(mask.shape[1] - 1 - mask.flip(1).int().argmax(1)):
+        paid[row, last] = scores[row]
+    paid = (paid - paid[mask].mean()) / (paid[mask].var() + 1e-8).sqrt() + paid[mask].mean()
+    found = ppo.estimate(job, config, experience)
+    for row, counts in enumerate(mask):
+        length = int(counts.sum())
+        lam = 1 - 1 / max(1.0, 0.4 * length)
+        values = found.values[row][counts].tolist()
+        expected = scanned(paid[row][counts].tolist(), values, 1.0, lam)
+        assert found.advantages[row][counts].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_a2c_is_one_rmsprop_step_per_rollout_without_a_ratio():
+    config = single_stage({**values_of("ppo"), "algorithm": "a2c", "ppo_epochs": 1, "num_minibatches": 1}).config
+    assert (config.objective.variant, config.lam, config.vf_coef, config.max_grad_norm) == ("a2c", 1.0, 0.5, 0.5)
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = build_optimizer([parameter], config)
+    parameter.grad = torch.tensor([0.5, 1e-5])
+    optimizer.step()
+    squares = [0.01 * 0.25, 0.01 * 1e-10]
+    expected = [w - 0.02 * g / (s**0.5 + 1e-5) for w, g, s in zip([1.0, -2.0], [0.5, 1e-5], squares, strict=True)]
+    assert parameter.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_whitened_rewards_and_an_estimate_that_stays_out_of_its_own_advantage_exclude_each_other():
+    with pytest.raises(ValueError, match="whiten_rewards is for kl_variant k1, got exact"):
+        config_of("ppo", whiten_rewards=True, kl_variant="exact")
 
 
 def test_an_unfinished_completion_pays_the_penalty():

@@ -12,6 +12,7 @@ from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.run import Run, Stopped
 from tests.training.tiny_runs import ALGORITHMS, values_of
+from tests.training.tiny_runs import folder as data_folder
 
 
 class Killed(BaseException):
@@ -85,6 +86,25 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_bit_for_bit(algorithm, tm
         run(killed)
     run(killed, resume="auto")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_all_that_ppo_may_carry_from_step_to_step_resumes_bit_for_bit(tmp_path, monkeypatch):
+    changes = {
+        "critic": "shared", "critic_warmup_steps": 1, "kl_variant": "exact", "kl_coef": 0.1, "policy_ema": 0.5,
+        "normalize_rewards": "scale", "optimizer": "rmsprop", "ptx_data": str(data_folder() / "sft.jsonl"),
+        "best_by": "reward", "eval_every": 1, "save_every": 2, "steps": 3, "learning_rate": 1e-3,
+    }  # fmt: skip
+    values = values_of("ppo", **changes)
+    run({**values, "output_dir": str(tmp_path / "whole")})
+    killed = {**values, "output_dir": str(tmp_path / "killed")}
+    interrupt(monkeypatch, 2, kill)
+    with pytest.raises(Killed):
+        run(killed)
+    run(killed, resume="auto")
+    found = contents(tmp_path / "killed")
+    assert found == contents(tmp_path / "whole")
+    for place in ("", "critic/", "ema/", "best/"):
+        assert f"{place}adapter_model.safetensors" in found
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch):
