@@ -239,13 +239,13 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
         "finished": experience.rollout.finished.float().mean(),
         "repetition": repetition_of(experience.rollout.completion_ids()),
     }
-    if len(experience.parts) > 1:
-        metrics |= {f"reward/{name}": scores.mean() for name, scores in experience.parts.items()}
     return as_judged(experience, metrics) | experience.metrics
 
 
 def as_judged(experience: Experience, metrics: dict[str, Tensor]) -> dict[str, float]:
-    """The metrics on the host, without those of the reward where nothing judges."""
+    """The metrics on the host, without those of the reward where nothing judges, with each source's where several do."""
+    if len(experience.parts) > 1:
+        metrics = metrics | {f"reward/{name}": scores.mean() for name, scores in experience.parts.items()}
     return {n: float(value) for n, value in metrics.items() if experience.parts or not n.startswith("reward")}
 
 

@@ -11,7 +11,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.tiny import tiny
 from rlhf_fast.rewards import Verifier
 from rlhf_fast.training.config import VerifyConfig, parse_overrides
-from rlhf_fast.training.experience import collect, prompts_of_step
+from rlhf_fast.training.experience import collect, evaluate_policy, prompts_of_step
 from rlhf_fast.training.job import seed_everything
 from tests.training.test_experience import trained
 from tests.training.tiny_runs import config_of, folder, job_of, values_of, write_jsonl
@@ -63,8 +63,12 @@ def test_an_answer_that_cannot_be_used_fails_before_the_run():
 
 def test_its_weight_stands_behind_those_of_the_rewards():
     reward = f"{folder() / 'reward.py'}:score"
-    job = job_of(config_of("grpo", reward=reward, verify=VOWEL, reward_weights=[0.5, 2.0]))
+    config = config_of("grpo", reward=reward, verify=VOWEL, reward_weights=[0.5, 2.0])
+    job = job_of(config)
     assert [(s.name, s.weight) for s in job.rewards.sources] == [(reward, 0.5), ("verify_regex", 2.0)]
+    metrics = evaluate_policy(job, config, job.held_out)["metrics"]
+    total = 0.5 * metrics[f"reward/{reward}"] + 2.0 * metrics["reward/verify_regex"]
+    assert metrics["reward"] == pytest.approx(total)
     with pytest.raises(UserError, match="reward_weights has 1 entries for 2 rewards"):
         job_of(config_of("grpo", reward=reward, verify=VOWEL, reward_weights=[0.5]))
 
