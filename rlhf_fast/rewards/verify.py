@@ -37,7 +37,7 @@ class Verifier:
     def __init__(self, options: VerifyConfig) -> None:
         self.options, self.name = options, f"verify_{options.kind}"
         self.gold = _fixed_gold(options)
-        self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=self.name)
+        self._pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix=self.name)
         self._of_thread = threading.local()  # `process`: the one that checks for it
         self._begun: dict[tuple[str, str], Future[float]] = {}
         self._parsed: dict[str, list[Test]] = {}
