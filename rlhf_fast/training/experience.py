@@ -243,7 +243,7 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
 
 
 def as_judged(experience: Experience, metrics: dict[str, Tensor]) -> dict[str, float]:
-    """The metrics on the host, without those of the reward where nothing judges, with each source's where several do."""
+    """The metrics on the host, without those of the reward where nothing judges; of several sources also each one's."""
     if len(experience.parts) > 1:
         metrics = metrics | {f"reward/{name}": scores.mean() for name, scores in experience.parts.items()}
     return {n: float(value) for n, value in metrics.items() if experience.parts or not n.startswith("reward")}
