@@ -46,6 +46,11 @@ def _samples(**defaults: Any) -> Preset:
     return Preset("online_preference", defaults)
 
 
+def _kept(keep: str) -> Preset:
+    likelihood = {"variant": "reinforce", "aggregation": "token_mean"}
+    return Preset("best_of_n", {"objective": likelihood, "keep": keep})
+
+
 # PPO-max, Zheng et al. 2023 (2307.04964): rewards over their running deviation, no whitened advantages, both clips, a
 # critic that starts as the reward model and trains first. Numbers of the code of the authors (OpenLMLab/MOSS-RLHF,
 # run_en.sh, run_zh.sh), whose KL weights are 0.01 and 0.1; the clip of the rewards and the length of the critic's
@@ -140,6 +145,10 @@ ALGORITHMS = {
     "kto": Preset("unpaired"),
     "bco_unpaired": _answers("bco"),
     "apo_zero_unpaired": _answers("apo_zero_unpaired"),
+    # From the best of its own samples
+    "raft": _kept("best"),
+    "rft": _kept("percentile"),
+    "star": _kept("correct"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Best of n: of n completions of a prompt the one that is paid most, how far that leads, and what other n would give.
+"""Best of n: of a prompt's completions the one that is paid most, or some, how far that leads, and what other n give.
 
 kl_bound(n) = log n - (n - 1) / n bounds the KL of the best of n to one sample; it is reached where no two completions
 can tie. `curve` is, for each n, the mean over all subsets of n of the N samples of a prompt:
@@ -11,16 +11,26 @@ Sources: the bound, Stiennon et al. 2020 (arXiv 2009.01325, appendix G.3) and, t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.data.encoding import Prompt
 from rlhf_fast.training.config import SamplingConfig
-from rlhf_fast.training.experience import collect
+from rlhf_fast.training.experience import Experience, collect
 from rlhf_fast.training.job import Job
+
+# rewards (P, n) -> which are kept, (P, n)
+KEEPS: dict[str, Callable[..., Tensor]] = {
+    "best": lambda rewards, **_: F.one_hot(rewards.argmax(1), rewards.shape[1]).bool(),
+    "percentile": lambda rewards, *, percentile, **_: (
+        (rewards >= rewards.quantile(percentile, dim=1, keepdim=True)) & (rewards > rewards.amin(1, keepdim=True))
+    ),
+    "correct": lambda rewards, *, correct_at, **_: rewards >= correct_at,
+}
 
 
 class BestOf(NamedTuple):
@@ -87,3 +97,12 @@ def curve(proxy: Tensor, gold: Tensor, sizes: Sequence[int]) -> Tensor:
 def powers_of_two(largest: int) -> list[int]:
     """1, 2, 4 ... up to `largest`, and that itself."""
     return sorted({*(1 << k for k in range(largest.bit_length())), largest})
+
+
+def different(experience: Experience, chosen: Tensor) -> Tensor:
+    """(M,): the rows of the chosen, (P, n), the first of those of a prompt that are the same."""
+    rows: dict[tuple[int, ...], int] = {}
+    for row, ids in enumerate(experience.rollout.completion_ids()):
+        if chosen.view(-1)[row]:
+            rows.setdefault((row // chosen.shape[1], *ids), row)
+    return torch.tensor([*rows.values()], dtype=torch.int64)

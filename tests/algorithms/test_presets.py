@@ -40,7 +40,7 @@ def values_of_row(name, **changes):
     values = values_of(family)
     for key in ("objective", "num_generations", "kl_coef", "kl_target", "reference_refresh_every"):
         values.pop(key, None)
-    if ALGORITHMS[name].module == "grpo" and "num_generations" not in ALGORITHMS[name].defaults:
+    if ALGORITHMS[name].module in ("grpo", "best_of_n") and "num_generations" not in ALGORITHMS[name].defaults:
         values["num_generations"] = 2
     if "reward" in values:  # equal rewards of a group have no gradient
         values["reward"] = f"{folder()}/reward.py:apart"

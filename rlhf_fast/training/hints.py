@@ -1,0 +1,68 @@
+"""Prompts in a second form, with what helps to answer them: asked with it, learnt without it."""
+
+from dataclasses import dataclass, field, replace
+from string import Formatter
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_fast.data.batches import pad_batch
+from rlhf_fast.data.encoding import Example, Prompt, encode_rows
+from rlhf_fast.data.reading import Row
+from rlhf_fast.errors import UserError
+from rlhf_fast.training.config import RolloutConfig
+from rlhf_fast.training.experience import Experience, collect, score
+from rlhf_fast.training.job import Job
+from rlhf_fast.training.setup import prepare_rollouts
+
+
+@dataclass
+class HintJob(Job):
+    """hinted: place of a prompt -> the same with the hint; its columns are those of the plain one."""
+
+    hinted: dict[str, Prompt] = field(default_factory=dict)
+
+
+def prepare_hints(config: RolloutConfig, hint: str | None) -> HintJob:
+    """As for rollouts, with the second form of every prompt."""
+    job = HintJob(**vars(prepare_rollouts(config)))
+    if hint is not None:
+        encoded = encode_rows(
+            job.encoder, [Row(prompt.where, prompt.columns) for prompt in job.train],
+            lambda row: (row.where, hinted(job, row.where, row.values, hint)), "hints",
+        )  # fmt: skip
+        job.hinted = dict(encoded)
+    return job
+
+
+def hinted(job: Job, where: str, columns: dict[str, Any], hint: str) -> Prompt:
+    """UserError for a hint that names what is no column."""
+    prompt = columns["prompt"]
+    said = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    text = filled(where, hint, {**columns, "prompt": said})
+    changed = text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
+    return replace(job.encoder.prompt(Row(where, {**columns, "prompt": changed})), columns=columns)
+
+
+def filled(where: str, template: str, values: dict[str, Any]) -> str:
+    """The template with {column} filled in; UserError for one that is none."""
+    for _, name, _, _ in Formatter().parse(template):
+        if name is not None and name not in values:
+            raise UserError(f"{where}: {template!r} needs {name!r}, which is no column ({', '.join(values)})")
+    return template.format_map(values)
+
+
+def asked_again(job: HintJob, config: RolloutConfig, experience: Experience, which: Tensor) -> Experience | None:
+    """New completions, with the hint, of the prompts `which`, (P,) bool, as answers to the plain ones: scored as such,
+    and judged as they were given. None where there is no such prompt."""
+    asked = zip(experience.rollout.prompts, which.repeat_interleave(config.num_generations).tolist(), strict=True)
+    prompts = [prompt for prompt, again in asked if again and prompt.where in job.hinted]
+    if not prompts:
+        return None
+    answers = collect(job, config, [job.hinted[prompt.where] for prompt in prompts])
+    ids = answers.rollout.completion_ids()
+    examples = [Example(p.ids + answer, len(p.ids)) for p, answer in zip(prompts, ids, strict=True)]
+    batch = pad_batch(examples, job.encoder.pad_id).to(job.device)
+    rollout = replace(answers.rollout, prompts=prompts, batch=batch, sampler=None)
+    lower, scores = score(job, config, rollout)
+    return replace(answers, rollout=rollout, lower=lower, scores=scores, steps=None)
