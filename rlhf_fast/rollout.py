@@ -93,8 +93,9 @@ def roll_out(
     keep_logprobs: bool = False,
     on_finished: Callable[[int, str], None] | None = None,
     mixture: float = 0.0,
+    role: str | None = "policy",
 ) -> Rollout:
-    """One completion of at most max_new_tokens tokens (at least one) for each prompt, by the role 'policy'.
+    """One completion of at most max_new_tokens tokens (at least one) for each prompt, by `role` (None: the base model).
 
     mixture: the weight of the reference: tokens are drawn from softmax((1 - mixture) log policy + mixture log
     reference), both at a cost of their own; 1 is the reference alone.
@@ -117,8 +118,8 @@ def roll_out(
     for i in range(0, len(prompts), size):
         ids = [p.ids for p in prompts[i : i + size]]
         watch = None if on_finished is None else _Watch(tokenizer, prompts[i : i + size], stops, i, on_finished)
-        role = "reference" if mixture == 1 else "policy"
-        tokens = _generate(backbone, ids, settings, mixing or recorder, watch, role=role)[:, max(map(len, ids)) :]
+        sampling = "reference" if mixture == 1 else role
+        tokens = _generate(backbone, ids, settings, mixing or recorder, watch, role=sampling)[:, max(map(len, ids)) :]
         completions += [_cut(row, stops) for row in tokens.tolist()]
         if recorder is not None:
             recorder.finish(tokens)
@@ -317,9 +318,9 @@ def _cut(tokens: list[int], stops: Sequence[int]) -> list[int]:
     return tokens[:end]
 
 
-def _role(backbone: Backbone) -> str | None:
-    """Who samples: the policy, or the base model where there is no policy yet."""
-    return "policy" if "policy" in backbone.adapters else None
+def _role(backbone: Backbone, role: str | None = "policy") -> str | None:
+    """Who samples: the role, or the base model where it has no adapter."""
+    return role if role in backbone.adapters else None
 
 
 def _device(backbone: Backbone) -> torch.device:
@@ -381,7 +382,7 @@ def _generate(
     settings: GenerationConfig,
     processor: LogitsProcessor | None = None,
     watch: StoppingCriteria | None = None,
-    role: str = "policy",
+    role: str | None = "policy",
 ) -> Any:
     """What `generate` returns: the ids (B, W + N), prompts padded on the left to W, or with the settings' outputs.
 
@@ -392,7 +393,7 @@ def _generate(
     pad = settings.pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(ids)) + [*ids] for ids in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    roles = [role if role == "reference" else _role(backbone)]
+    roles = [_role(backbone, role)]
     if isinstance(processor, Mixing):
         roles, input_ids, mask = ["policy", "reference"], input_ids.repeat(2, 1), mask.repeat(2, 1)
     hooks: dict[str, Any] = {} if processor is None else {"logits_processor": LogitsProcessorList([processor])}

@@ -12,9 +12,12 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.rewards.adapter import MEAN, AdapterSource, Combination, load_adapter_source, read_stats
 from rlhf_fast.rewards.functions import Payment, call, check_columns, load_function
+from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rewards.steps import ROLE, StepRewardModel
 from rlhf_fast.rewards.verify import Verifier
+
+JUDGE = "judge"  # the name of what a judge pays
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,22 @@ class Judged(NamedTuple):
 
 @dataclass
 class Rewards:
-    """The sum of weighted sources. named: those that were named by the user, in that order."""
+    """The sum of weighted sources, which may read columns that the policy does not see. named: those that were named by
+    the user, in that order."""
 
     sources: list[Source] = field(default_factory=list)
     adapter: AdapterSource | None = None
     timeout: float | None = None  # seconds of one source for one batch
     named: list[str] = field(default_factory=list)
+    judge: Judge | None = None
+    judge_weight: float = 1.0
 
     @property
     def weights(self) -> dict[str, float]:
         """Of each source, by name, in the order in which they were named."""
         sources: list[Source | AdapterSource] = [*self.sources, *([] if self.adapter is None else [self.adapter])]
         found = {source.name: source.weight for source in sources}
+        found |= {} if self.judge is None else {JUDGE: self.judge_weight}
         named = {name: found[name] for name in self.named if name in found}
         return {**named, **found}
 
@@ -58,11 +65,18 @@ class Rewards:
         self.sources = [replace(source, weight=by_name[source.name]) for source in self.sources]
         if self.adapter is not None:
             self.adapter = replace(self.adapter, weight=by_name[self.adapter.name])
+        self.judge_weight = by_name.get(JUDGE, self.judge_weight)
 
     def check_columns(self, columns: Sequence[str]) -> None:
-        """UserError when a function needs a column that the data lacks."""
+        """UserError when a function or the judge needs a column that the data lacks."""
         for source in self.sources:
             check_columns(source.name, source.function, columns)
+        if self.judge is not None:
+            self.judge.check_columns(columns)
+
+    def metrics(self) -> dict[str, float]:
+        """What the sources tell of themselves since the last call."""
+        return {} if self.judge is None else self.judge.metrics()
 
     @property
     def early(self) -> list[Verifier]:
@@ -105,6 +119,9 @@ class Rewards:
             scores = self.adapter.combined(adapter_scores, adapter_features)
             parts[self.adapter.name] = scores
             total = total + self.adapter.weight * scores
+        if self.judge is not None:
+            parts[JUDGE] = self.judge.rewards(prompts, completions, columns)
+            total = total + self.judge_weight * parts[JUDGE]
         return Judged(total, parts, payments)
 
 

@@ -25,7 +25,7 @@ from rlhf_fast.training.foreign_keys import (
 
 # Key -> the key that it takes the place of.
 EXCLUSIVE = {"epochs": "steps", "warmup_ratio": "warmup_steps"}
-NESTED = ("columns.", "objective.", "verify.")  # what begins so is an entry of a key
+NESTED = ("columns.", "objective.", "verify.", "judge.")  # what begins so is an entry of a key
 
 
 class FromStage(BaseModel):
@@ -74,6 +74,62 @@ class VerifyConfig(BaseModel):
     @property
     def column(self) -> str:
         return self.answer or ("tests" if self.kind == "code" else "answer")
+
+
+class JudgeConfig(BaseModel):
+    """The entries of the key `judge`: a language model that rates or compares answers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    by: str | FromStage = Field("backbone", description="backbone, a model folder, or the URL of an endpoint (.../v1)")
+    adapter: str | FromStage | None = Field(None, description="of the backbone: policy, reference, or a folder")
+    model: str | None = Field(None, description="the model's name at the endpoint")
+    form: Literal["score", "compare"] = Field("score", description="a rating of each answer, or the better of two")
+    scale: str = Field("1-10", description="lowest and highest rating")
+    labels: list[str] = Field(["1", "2"], min_length=2, max_length=2, description="of the two answers")
+    prompt: str | None = Field(None, description="template, or a file of it; {prompt}, {completion}, any {column}")
+    ending: str | None = Field(None, description="what stands before the verdict")
+    principles: str | list[str] | None = Field(None, description="one is drawn each time; a list, or a file of lines")
+    criteria: list[str] | None = Field(None, description="each is asked by itself")
+    thought_tokens: int = Field(0, ge=0, description="tokens to think aloud before the verdict")
+    clamp: float = Field(0.0, ge=0, lt=0.5, description="probabilities stay in [clamp, 1 - clamp]")
+    debate: int = Field(0, ge=0, description="turns of an advocate of each answer, which the judge reads")
+    argument_tokens: int = Field(96, ge=1, description="of one turn of a debate")
+    against: str | None = Field(None, description="compare with this column, not with other completions of the prompt")
+    timeout: float = Field(60.0, gt=0, description="seconds of a request")
+    retries: int = Field(6, ge=0, description="further tries, with growing pauses")
+    concurrency: int = Field(8, ge=1, description="requests at a time")
+    max_calls: int | None = Field(None, ge=1, description="requests that the run may send")
+    cache: str = Field("~/.cache/rlhf_fast/judge.sqlite", description="file of an endpoint's answers")
+    key_variable: str = Field("OPENAI_API_KEY", description="environment variable with the endpoint's key")
+
+    @field_validator("scale", mode="after")
+    @classmethod
+    def _scale(cls, value: str) -> str:
+        low, _, high = value.partition("-")
+        if not (low.isdigit() and high.isdigit() and int(low) < int(high)):
+            raise ValueError(f"judge.scale must be two whole numbers such as 1-10, got {value!r}")
+        return value
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _labels(cls, value: Any) -> Any:
+        return [str(label) for label in value] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> "JudgeConfig":
+        if self.is_endpoint and self.model is None:
+            raise ValueError(f"judge.by {self.by} is an endpoint: judge.model must name its model")
+        if self.adapter is not None and self.by != "backbone":
+            raise ValueError(f"judge.adapter {self.adapter} is one of the backbone; judge.by is {self.by}")
+        for key in ("debate", "against"):
+            if getattr(self, key) and self.form != "compare":
+                raise ValueError(f"judge.{key} is for form: compare, got {getattr(self, key)!r}")
+        return self
+
+    @property
+    def is_endpoint(self) -> bool:
+        return isinstance(self.by, str) and self.by.startswith(("http://", "https://"))
 
 
 class Config(BaseModel):
@@ -185,7 +241,10 @@ class SamplingConfig(Config):
     verify: VerifyConfig | None = Field(
         None, description="pay right answers 1: exact, math, regex, json_schema, code, choice, or {kind: exact, ...}"
     )
-    reward_weights: list[float] | None = Field(None, description="one per reward, verify behind them; default 1")
+    judge: JudgeConfig | None = Field(None, description="a language model as a reward; {by: backbone}, for instance")
+    reward_weights: list[float] | None = Field(
+        None, description="one per reward, verify and judge behind them; default 1"
+    )
     reward_timeout: float = Field(600.0, gt=0, description="seconds of a reward function for one batch")
     reward_combine: Literal["mean", "min", "uwo", "pessimistic", "optimistic"] = Field(
         "mean",
@@ -272,8 +331,9 @@ class RolloutConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _is_rewarded(self) -> "RolloutConfig":
-        if self.needs_reward and self.reward is None and self.verify is None:
-            raise ValueError(f"missing key 'reward' ({SamplingConfig.model_fields['reward'].description}), or 'verify'")
+        if self.needs_reward and self.reward is None and self.verify is None and self.judge is None:
+            reward = SamplingConfig.model_fields["reward"].description
+            raise ValueError(f"missing key 'reward' ({reward}), 'verify' or 'judge'")
         return self
 
     @property
@@ -357,6 +417,7 @@ def keys_of(config_class: type[Config]) -> list[str]:
     objective = config_class.model_fields.get("objective")
     own = [] if objective is None else [f"objective.{field.name}" for field in fields(objective.annotation)]  # type: ignore
     own += [f"verify.{name}" for name in VerifyConfig.model_fields if "verify" in config_class.model_fields]
+    own += [f"judge.{name}" for name in JudgeConfig.model_fields if "judge" in config_class.model_fields]
     return [*config_class.model_fields, *own]
 
 
@@ -393,12 +454,12 @@ def merged(
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`objective: ipo`, `objective: {beta: 0.2}` and `verify: exact` as objective.variant, objective.beta and
-    verify.kind."""
+    """`objective: ipo`, `objective: {beta: 0.2}`, `verify: exact` and `judge: {by: backbone}` as objective.variant,
+    objective.beta, verify.kind and judge.by."""
     entries: dict[str, Any] = {}
     rest = dict(values)
-    for key, name in (("objective", "variant"), ("verify", "kind")):
-        value = {name: values[key]} if isinstance(values.get(key), str) else values.get(key)
+    for key, name in (("objective", "variant"), ("verify", "kind"), ("judge", None)):
+        value = {name: values[key]} if name and isinstance(values.get(key), str) else values.get(key)
         if isinstance(value, Mapping):
             del rest[key]
             entries |= {f"{key}.{entry}": number for entry, number in value.items()}
@@ -443,9 +504,10 @@ def _one_line(config_class: type[Config], errors: ValidationError) -> str:
 
 
 def _place(error: Any) -> tuple[Any, ...]:
-    """Where an error is; an entry of `verify` is a key of its own, verify.kind."""
+    """Where an error is; an entry of `verify` or `judge` is a key of its own, verify.kind."""
     location = error["loc"]
-    return (".".join(map(str, location[:2])), *location[2:]) if location[:1] == ("verify",) else location
+    nested = location[:1] in (("verify",), ("judge",))
+    return (".".join(map(str, location[:2])), *location[2:]) if nested else location
 
 
 def unknown_key(key: str, known: Any) -> str:

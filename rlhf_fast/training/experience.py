@@ -153,7 +153,9 @@ def collect(
     costs = {}
     if job.constraints is not None:
         costs = job.constraints.measured(job.constraints.sources(*asked, scores.costs).parts, judged.parts)
-    return Experience(rollout, lower, scores, total.to(job.device), judged.parts, steps, costs)
+    return Experience(
+        rollout, lower, scores, total.to(job.device), judged.parts, steps, costs, metrics=rewards.metrics()
+    )
 
 
 def penalties(config: SamplingConfig, rollout: Rollout) -> Tensor:
@@ -296,7 +298,7 @@ def evaluate_policy(job: Job, config: SamplingConfig, prompts: Sequence[Prompt])
         "finished": experience.rollout.finished.float().mean(),
         "repetition": repetition_of(experience.rollout.completion_ids()),
     }
-    numbers = as_judged(experience, metrics)
+    numbers = as_judged(experience, metrics) | experience.metrics
     if job.constraints is not None:
         numbers |= job.constraints.tested(experience.costs)
         if numbers.get("cost_passed"):

@@ -131,8 +131,9 @@ def saving(folder: Path) -> Iterator[None]:
 
 def inputs_of(config: Config) -> list[Path]:
     """The files and folders that the run reads, and the base models under adapters among them."""
-    keys = ("reward", "cost", "ptx_data")
+    keys, judge = ("reward", "cost", "ptx_data"), getattr(config, "judge", None)
     named = [config.model, config.data, config.eval_data, *(getattr(config, key, None) for key in keys)]
+    named += [judge.by, judge.adapter, judge.prompt, judge.principles] if judge is not None else []
     flat = [item for value in named for item in (value if isinstance(value, list) else [value])]
     paths = [Path(item) for item in flat if isinstance(item, str) and item]
     for item in flat:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from rlhf_fast.ops.core.loss import Objective
-from rlhf_fast.training.config import Config, FromStage, VerifyConfig, parse
+from rlhf_fast.training.config import Config, FromStage, JudgeConfig, VerifyConfig, parse
 
 
 class Key(NamedTuple):
@@ -17,7 +17,8 @@ class Key(NamedTuple):
 
 
 def described(config_class: type[Config], defaults: Mapping[str, Any] | None = None) -> Iterator[Key]:
-    """Every key of an algorithm in order, then the entries of `verify` and the numbers of its objective.
+    """Every key of an algorithm in order, then the entries of `verify`, the numbers of its objective, and the entries
+    of `judge`.
 
     defaults: those of a preset.
     """
@@ -37,6 +38,9 @@ def described(config_class: type[Config], defaults: Mapping[str, Any] | None = N
         for field in fields(objective):
             kind = " or ".join(part for part in field.type.split(" | ") if part != "None")
             yield Key(f"objective.{field.name}", kind, shown(getattr(objective, field.name)), "")
+    if "judge" in config_class.model_fields:
+        for name, info in JudgeConfig.model_fields.items():
+            yield Key(f"judge.{name}", type_name(info.annotation), shown(info.default), info.description or "")
 
 
 def shown(value: Any) -> str:
@@ -52,6 +56,8 @@ def type_name(annotation: Any) -> str:
         return " or ".join(map(str, inner))
     if annotation is FromStage:
         return "{from: STAGE}"
+    if annotation is JudgeConfig:
+        return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, (Objective, VerifyConfig)):
         return "name or mapping"
     return str((origin or annotation).__name__)

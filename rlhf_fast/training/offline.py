@@ -41,7 +41,7 @@ def prepare_offline(
     backbone, tokenizer, saved = build_model(config)
     add_policy(backbone, config, saved)
     backbone.enable_checkpointing(config.gradient_checkpointing)
-    rewards = add_rewards(backbone, config, [*train_rows, *held_out_rows])
+    rewards = add_rewards(backbone, config, [*train_rows, *held_out_rows], tokenizer)
     encoder = build_encoder(config, backbone, tokenizer)
     job = OfflineJob(
         backbone,

@@ -25,6 +25,7 @@ from rlhf_fast.training.config import Config, FromStage, RolloutConfig, Sampling
 from rlhf_fast.training.constraints import Constraints
 from rlhf_fast.training.experience import collect, separate_randomness
 from rlhf_fast.training.job import Job
+from rlhf_fast.training.judging import build_judge
 from rlhf_fast.training.optim import build_optimizer
 
 
@@ -78,15 +79,15 @@ def add_policy(backbone: Backbone, config: Config, saved: str | None, *, moving_
         backbone.add_adapter("reference", copy_of="policy", trainable=False)
 
 
-def add_rewards(backbone: Backbone, config: SamplingConfig, rows: Sequence[Row]) -> Rewards | None:
-    """The sources of config.reward and config.verify, which `rows` suit.
+def add_rewards(backbone: Backbone, config: SamplingConfig, rows: Sequence[Row], tokenizer: Any) -> Rewards | None:
+    """The sources of config.reward, config.verify and config.judge, which `rows` suit; None where there are none.
 
     A reward that an earlier stage has yet to train is a fresh adapter in its place.
     """
-    if config.reward is None and config.verify is None:
+    if config.reward is None and config.verify is None and config.judge is None:
         return None
     specs = config.reward if isinstance(config.reward, list) else [] if config.reward is None else [config.reward]
-    count = len(specs) + (config.verify is not None)
+    count = len(specs) + (config.verify is not None) + (config.judge is not None)
     weights = [1.0] * count if config.reward_weights is None else config.reward_weights
     if len(weights) != count:
         raise UserError(f"reward_weights has {len(weights)} entries for {count} rewards")
@@ -101,11 +102,12 @@ def add_rewards(backbone: Backbone, config: SamplingConfig, rows: Sequence[Row])
         saved, backbone, chat=config.chat is True, timeout=config.reward_timeout,
         combination=MEAN if waits else combination,
     )  # fmt: skip
-    rewards.check_columns(columns=list(rows[0].values))
     if config.verify is not None:
         verifier = Verifier(config.verify)
         verifier.check_rows(rows)
-        rewards.sources.append(Source(verifier.name, weights[-1], verifier))
+        rewards.sources.append(Source(verifier.name, weights[len(specs)], verifier))
+    rewards.judge, rewards.judge_weight = build_judge(config, backbone, tokenizer), weights[-1]
+    rewards.check_columns(columns=list(rows[0].values))
     if waits:
         backbone.add_adapter("reward", rank=config.lora_rank, top_layers=config.top_layers, trainable=False)
         backbone.add_head("reward", trainable=False)
@@ -237,7 +239,7 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
         train=encode_rows(encoder, train, encoder.prompt, "data"),
         held_out=encode_rows(encoder, held_out, encoder.prompt, "held-out data"),
         optimizers={"policy": build_optimizer(backbone.parameters_of("policy"), config)},
-        rewards=add_rewards(backbone, config, [*train, *held_out]) or Rewards(),
+        rewards=add_rewards(backbone, config, [*train, *held_out], tokenizer) or Rewards(),
         kl_controller=FixedKLController(config.kl_coef),
     )
     check_weights(config, job.rewards)

@@ -75,8 +75,8 @@ def test_a_loss_of_pairs_that_needs_more_than_pairs_is_refused():
 
 
 def test_a_missing_key_says_what_it_is():
-    with pytest.raises(UserError, match=r"missing key 'reward' \(pkg.mod:function"):
-        parse(PPO, {key: value for key, value in LEAST.items() if key != "reward"})
+    with pytest.raises(UserError, match=r"missing key 'model' \(model folder"):
+        parse(PPO, {key: value for key, value in LEAST.items() if key != "model"})
 
 
 def test_a_gradient_may_be_left_unclipped():
