@@ -70,6 +70,8 @@ ALGORITHMS = {
     "rating": Preset("reward_model", {"form": "ratings"}),
     "like": Preset("reward_model", {"form": "likes"}),
     "process_reward_model": Preset("reward_model", {"form": "steps"}),
+    # Of what a judge says
+    "label": Preset("label"),
     # With a critic
     "ppo": Preset("ppo"),
     # InstructGPT (2203.02155); the moving average and the minibatches are [mem]

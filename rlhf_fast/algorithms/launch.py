@@ -4,6 +4,7 @@ All of it is checked before anything is written.
 """
 
 import os
+import tempfile
 import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,13 +35,20 @@ from rlhf_fast.training.config import (
     read_yaml,
     unknown_key,
 )
-from rlhf_fast.training.folder import check_folder, claim_folder, inputs_of, saving
+from rlhf_fast.training.folder import DATA, check_folder, claim_folder, inputs_of, saving, write_rows
 from rlhf_fast.training.job import Job, seed_everything
 from rlhf_fast.training.optim import check_progress
 from rlhf_fast.training.report import print_report
+from rlhf_fast.training.rounds import (
+    Planned,
+    in_its_round,
+    planned,
+    record_rounds,
+    references,
+    rounds_table,
+    with_references,
+)
 from rlhf_fast.training.run import Run, write_summary
-
-REFERRING_KEYS = ("model", "reward", "cost")
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Stage:
     module: ModuleType
     config: Any
     aliases: list[str] = field(default_factory=list)
+    plan: Planned = field(default_factory=lambda: Planned("", "", {}))
 
     def say_aliases(self, console: Console) -> None:
         """One line for the names of other trainers, and the keys that they were taken for."""
@@ -80,23 +89,46 @@ def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume
         return
     stages = all_stages(values, overrides)
     for stage in stages:
-        stage.say_aliases(console)
-    folder = Path(stages[0].config.output_dir).parent
+        if stage.plan.round < 2:
+            stage.say_aliases(console)
+    names = [stage.name for stage in stages]
+    folder = Path(stages[0].config.output_dir).parents[stages[0].name.count("/")]
     read += [place for stage in stages for place in inputs_of(stage.config)]
     check_folder(folder, resume=resume is not None, overwrite=overwrite, inputs=read)
-    # Every stage is prepared once before the first one runs: a typing error in the last must not cost the others.
-    for stage in stages:
-        job = prepare(on_its_first_model(stage, stages))
-        if dry_run:
-            print_plan(console, stage, job)
+    check_stages(console, stages, dry_run=dry_run)
     if dry_run:
         return
-    claim_folder(folder, {**values, **overrides}, resume=resume is not None, overwrite=overwrite, inputs=read)
+    claim_folder(
+        folder, {**values, **overrides}, resume=resume is not None, overwrite=overwrite, inputs=read, stages=names
+    )
     for stage in stages:
         if resume is not None and (Path(stage.config.output_dir) / "summary.json").is_file():
             console.print(f"{stage.name}: finished before")
             continue
         run_stage(console, resolved(stage, stages), resume=resume and "auto", overwrite=False)
+        if stage.plan.round and stage.plan.own == stage.plan.block[-1]:
+            console.print(rounds_table(record_rounds(folder, [s.plan for s in stages])))
+
+
+def check_stages(console: Console, stages: list[Stage], *, dry_run: bool) -> None:
+    """Prepare every stage once before the first one runs: a typing error in the last must not cost the others.
+
+    Later rounds do what the second does. Where an earlier stage has yet to make a model, the one that it starts from
+    stands for it, and rows like those that it will write for its data. dry_run: print what would run.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        for stage in stages:
+            if stage.plan.round > 2:
+                if dry_run:
+                    console.print(f"{stage.name}: as {stage.plan.own} of round 2")
+                continue
+            job = prepare(on_its_first_model(stage, stages, Path(place)))
+            if "data" in stage.config.gives:
+                target = Path(place) / stage.name
+                target.mkdir(parents=True)
+                write_rows(target, 0, stage.module.example_rows(job, stage.config))
+            if dry_run:
+                print_plan(console, stage, job)
 
 
 def single_stage(*layers: dict[str, Any]) -> Stage:
@@ -119,79 +151,73 @@ def single_stage(*layers: dict[str, Any]) -> Stage:
 
 def all_stages(values: dict[str, Any], overrides: dict[str, Any]) -> list[Stage]:
     """The stages of a pipeline: shared keys, then the stage's own, then flags (`key` for all, `stage.key` for one)."""
-    listed = values["stages"]
-    if not isinstance(listed, list) or not all(isinstance(s, dict) and "algorithm" in s for s in listed) or not listed:
-        raise UserError("stages must be a list of mappings, each with an algorithm")
-    names = [str(s.get("name", s["algorithm"])) for s in listed]
-    if len(set(names)) < len(names):
-        raise UserError(f"stages need different names, got {', '.join(names)}; give them a `name`")
-    for name in names:
-        if Path(name).name != name or name == "..":
-            raise UserError(f"stage name {name!r}: it is a folder in output_dir, so it must be one word without a path")
+    plans = planned({**values, **{key: overrides[key] for key in ("repeat",) if key in overrides}})
     top, _ = merged(Config, None, values, overrides)
     folder = top.get("output_dir", "run")
-    shared, flags = ({k: v for k, v in layer.items() if k not in ("stages", "output_dir", "save_path")}
+    shared, flags = ({k: v for k, v in layer.items() if k not in ("stages", "repeat", "output_dir", "save_path")}
                      for layer in (values, overrides))  # fmt: skip
-    modules = [load_algorithm(s["algorithm"]) for s in listed]
-    _check_keys(names, listed, modules, [*shared, *flags])
+    modules = [load_algorithm(plan.values["algorithm"]) for plan in plans]
+    _check_keys(plans, modules, [*shared, *flags])
     stages = []
-    for name, module, own in zip(names, modules, listed, strict=True):
-        config_class, algorithm, prefix = module.AlgorithmConfig, own["algorithm"], f"{name}."
+    for plan, module in zip(plans, modules, strict=True):
+        config_class, algorithm, prefix = module.AlgorithmConfig, plan.values["algorithm"], f"{plan.own}."
         layers = [
             ALGORITHMS[algorithm].defaults,
             {key: value for key, value in shared.items() if means_something(key, config_class, algorithm)},
-            {key: value for key, value in own.items() if key != "name"},
+            {key: value for key, value in plan.values.items() if key != "name"},
             {key: value for key, value in flags.items() if means_something(key, config_class, algorithm)},
             {key.removeprefix(prefix): value for key, value in flags.items() if key.startswith(prefix)},
         ]
         of_stage, aliases = merged(config_class, algorithm, *layers)
-        of_stage["output_dir"] = str(Path(folder) / name)
-        config = parse(config_class, of_stage, where=f"stage {name}: ")
-        stages.append(Stage(name, module, config, aliases))
-        for reference in _references(stages[-1].config):
-            if reference not in names[: len(stages) - 1]:
-                raise UserError(f"stage {name}: from: {reference} is no earlier stage")
+        of_stage["output_dir"] = str(Path(folder) / plan.name)
+        config = in_its_round(parse(config_class, of_stage, where=f"stage {plan.own}: "), plan, plans)
+        stages.append(Stage(plan.name, module, config, aliases, plan))
+    given = {stage.name: stage.config.gives for stage in stages}
+    for stage in stages:
+        for key, reference in references(stage.config):
+            wanted = "data" if key == "data" else "model"
+            if wanted not in given[reference.stage]:
+                raise UserError(f"stage {stage.plan.own}: {key}: {{from: {reference.stage}}} makes no {wanted}")
     return stages
 
 
-def _check_keys(names: list[str], listed: list[dict[str, Any]], modules: list[ModuleType], given: list[str]) -> None:
+def _check_keys(plans: list[Planned], modules: list[ModuleType], given: list[str]) -> None:
     """UserError for a shared key or a flag that means nothing to any stage."""
     known: set[str] = set()
-    for name, stage, module in zip(names, listed, modules, strict=True):
-        keys, own = keys_of(module.AlgorithmConfig), {key: key.removeprefix(f"{name}.") for key in given}
-        known |= {*keys, *(f"{name}.{key}" for key in keys)}
-        known |= {key for key in given if means_something(own[key], module.AlgorithmConfig, stage["algorithm"])}
+    for plan, module in zip(plans, modules, strict=True):
+        keys, own = keys_of(module.AlgorithmConfig), {key: key.removeprefix(f"{plan.own}.") for key in given}
+        known |= {*keys, *(f"{plan.own}.{key}" for key in keys)}
+        known |= {key for key in given if means_something(own[key], module.AlgorithmConfig, plan.values["algorithm"])}
     for key in given:
         if key not in known:
             raise UserError(unknown_key(key, known))
 
 
 def resolved(stage: Stage, stages: list[Stage]) -> Stage:
-    """The stage with every `{from: NAME}` replaced by that stage's folder."""
-    folders = {s.name: s.config.output_dir for s in stages}
+    """The stage with every `{from: NAME}` replaced by that stage's folder, or the folder of its data."""
+    folders = {s.name: Path(s.config.output_dir) for s in stages}
 
-    def resolve(value: Any) -> Any:
-        if isinstance(value, list):
-            return [resolve(item) for item in value]
-        return folders[value.stage] if isinstance(value, FromStage) else value
+    def resolve(key: str, reference: FromStage) -> list[str]:
+        folder = folders[reference.stage]
+        return [str(folder / DATA if key == "data" else folder)]
 
-    changes = {key: resolve(getattr(stage.config, key, None)) for key in REFERRING_KEYS if hasattr(stage.config, key)}
-    return replace(stage, config=stage.config.model_copy(update=changes))
+    return replace(stage, config=with_references(stage.config, resolve))
 
 
-def on_its_first_model(stage: Stage, stages: list[Stage]) -> Stage:
-    """The stage on the model that its chain of stages starts from, so that it can be checked before they ran."""
+def on_its_first_model(stage: Stage, stages: list[Stage], place: Path) -> Stage:
+    """The stage on the model that its chain of stages starts from, and on the rows in `place` that stand for those of
+    earlier stages, so that it can be checked before they ran."""
     configs: dict[str, Config] = {s.name: s.config for s in stages}
-    model = stage.config.model
-    while isinstance(model, FromStage):
-        model = configs[model.stage].model
-    return replace(stage, config=stage.config.model_copy(update={"model": model}))
 
+    def stand_in(key: str, reference: FromStage) -> list[Any]:
+        if key == "data":
+            return [str(place / reference.stage / DATA)]
+        if key == "model":
+            model = configs[reference.stage].model
+            return stand_in(key, model) if isinstance(model, FromStage) else [model]
+        return [{"judge.by": "backbone", "judge.adapter": None}.get(key, reference)]
 
-def _references(config: Config) -> list[str]:
-    values = [getattr(config, key, None) for key in REFERRING_KEYS]
-    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    return [item.stage for item in flat if isinstance(item, FromStage)]
+    return replace(stage, config=with_references(stage.config, stand_in))
 
 
 def prepare(stage: Stage) -> Job:
@@ -228,7 +254,9 @@ def run_stage(console: Console, stage: Stage, *, resume: str | None, overwrite: 
 def print_plan(console: Console, stage: Stage, job: Job) -> None:
     """What would run, and the bytes that stay resident while it does."""
     config = stage.config.for_data(len(job.train))
-    console.print(f"{stage.name or config.algorithm}: {len(job.train)} examples, {len(job.held_out)} held out, "
+    sources = [reference.stage for key, reference in references(stage.config) if key == "data"]
+    examples = f"the examples of {', '.join(sources)}" if sources else f"{len(job.train)} examples"
+    console.print(f"{stage.name or config.algorithm}: {examples}, {len(job.held_out)} held out, "
                   f"{config.steps} steps of {config.batch_size}, into {config.output_dir}")  # fmt: skip
     sizes = job.backbone.bytes()
     for role, optimizer in job.optimizers.items():

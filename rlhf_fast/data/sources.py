@@ -36,7 +36,7 @@ def parse_source(text: str) -> Source:
     return Source(*match.groups()) if match else Source(text, None, None)  # type: ignore[arg-type]
 
 
-def read_rows(data: str) -> list[Row]:
+def read_rows(data: str, *, may_be_empty: bool = False) -> list[Row]:
     """All rows of `data`, which is one of
 
     file            .jsonl, .json (lines or one array), .ndjson, .csv, .tsv, each also as .gz, and .parquet
@@ -46,13 +46,13 @@ def read_rows(data: str) -> list[Row]:
     org/name        a data set of the hub, through `datasets`: org/name:config@split
 
     The split is `train` where none is said. A file or folder wins over a hub id of the same name. Raises UserError for
-    what is none of these, and where there is no row.
+    what is none of these, and, unless it may_be_empty, where there is no row.
     """
     try:
         rows = _read(data, parse_source(data))
     except OSError as error:
         raise UserError(f"data {data} cannot be read: {error.strerror or first_line(error)}") from None
-    if not rows:
+    if not rows and not may_be_empty:
         raise UserError(f"{data} has no examples")
     return rows
 

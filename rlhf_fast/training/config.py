@@ -29,10 +29,17 @@ NESTED = ("columns.", "objective.", "verify.", "judge.")  # what begins so is an
 
 
 class FromStage(BaseModel):
-    """`{from: NAME}`: what the stage NAME of the same run produced."""
+    """`{from: NAME}`: what the stage NAME of the same run produced.
+
+    In stages that repeat it is of this round, or, where NAME comes later or is the stage itself, of the round before.
+    first: what there is instead in the first round, a stage before the rounds, a folder or a file. rounds: all: the
+    data of every round so far.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     stage: str = Field(alias="from")
+    first: str | None = None
+    rounds: Literal["last", "all"] = "last"
 
 
 class VerifyConfig(BaseModel):
@@ -138,10 +145,14 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     family: ClassVar[str] = ""  # the algorithm that reads the same data and has the same keys
+    reads: ClassVar[str] = ""  # the algorithm whose layouts of data it takes, where that is not its family
+    gives: ClassVar[tuple[str, ...]] = ("model",)  # what a later stage may take: a model, data
 
     algorithm: str = Field(description="what learns; `rlhf_fast keys` lists all")
     model: str | FromStage = Field(description="model folder, adapter folder of a run, or tiny (built by code)")
-    data: str = Field(description="examples: .jsonl, .json, .csv, .parquet, a folder of them, or a hub id")
+    data: str | FromStage | list[str | FromStage] = Field(
+        description="examples: .jsonl, .json, .csv, .parquet, a folder of them, or a hub id; or several"
+    )
     eval_data: str | None = Field(None, description="held-out examples; default: rows of data, drawn by seed")
     columns: dict[str, str] | None = Field(None, description="{prompt: question}: our name, and the data's own")
     bad_rows: Literal["error", "skip"] = Field(

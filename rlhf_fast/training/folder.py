@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import CONFIG_NAME
 from rlhf_fast.training.config import Config, read_yaml
@@ -21,17 +22,18 @@ from rlhf_fast.training.config import Config, read_yaml
 MARKER = ".rlhf_fast_run"
 CONFIG_FILE = "config.yaml"
 REFERENCE_FILE = "reference_logprobs.pt"
+DATA = "data"  # the folder of rows that a run writes, a file for each of its steps
 # What every run writes besides what it saves at its end, which the marker lists.
 FILES = (
     CONFIG_FILE, "metrics.jsonl", "samples.jsonl", "eval.jsonl", "warnings.jsonl", "self_test.json", "summary.json",
-    "curves.png", "frontier.png", "error.log", REFERENCE_FILE, "best/adapter_*", "best/best.json", "best/.new/*",
-    "tensorboard/events.out.tfevents*",
+    "rounds.jsonl", "curves.png", "frontier.png", "error.log", REFERENCE_FILE, "best/adapter_*", "best/best.json",
+    "best/.new/*", "tensorboard/events.out.tfevents*", f"{DATA}/step-*.jsonl",
     *(f"checkpoints/{step}/{name}" for step in ("step-*", ".step-*.tmp") for name in ("state.pt", "manifest.json")),
 )  # fmt: skip
 # What may differ between a run and its continuation.
 FREE_KEYS = {
     "steps", "epochs", "eval_every", "log_every", "save_every", "keep_checkpoints", "report_to", "output_dir",
-    "micro_batch_size",
+    "micro_batch_size", "repeat",
 }  # fmt: skip
 
 
@@ -73,9 +75,18 @@ def _check_replaceable(folder: Path, inputs: Iterable[Path]) -> None:
 
 
 def claim_folder(
-    folder: Path, values: dict[str, Any], *, resume: bool, overwrite: bool, inputs: Iterable[Path] = ()
+    folder: Path,
+    values: dict[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    inputs: Iterable[Path] = (),
+    stages: Sequence[str] = (),
 ) -> None:
-    """Make `folder` hold this run: an earlier one is removed with `overwrite`, compared by config with `resume`."""
+    """Make `folder` hold this run: an earlier one is removed with `overwrite`, compared by config with `resume`.
+
+    stages: the folders in it that are those of the run's stages.
+    """
     check_folder(folder, resume=resume, overwrite=overwrite, inputs=inputs)
     path = folder / CONFIG_FILE
     if resume and path.is_file():
@@ -84,10 +95,9 @@ def claim_folder(
         if overwrite and folder.exists():
             remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / MARKER).is_file():
-            stages = [str(stage.get("name", stage["algorithm"])) for stage in values.get("stages", [])]
-            _write_marker(folder, {"rlhf_fast": version("rlhf_fast"), "algorithm": values.get("algorithm"),
-                                   "stages": stages, "saved": []})  # fmt: skip
+        saved = _read_marker(folder)["saved"] if (folder / MARKER).is_file() else []
+        _write_marker(folder, {"rlhf_fast": version("rlhf_fast"), "algorithm": values.get("algorithm"),
+                               "stages": list(stages), "saved": saved})  # fmt: skip
         replace_file(path, yaml.safe_dump(values, sort_keys=False))
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
@@ -110,8 +120,9 @@ def remove_run(folder: Path) -> None:
         path.unlink(missing_ok=True)
     # Last, so that a kill before leaves a folder that is known to be a run's.
     (folder / MARKER).unlink()
+    paths += [folder / name / MARKER for name in marker["stages"]]
     places = {place for path in paths for place in path.parents if place.is_relative_to(folder)} - {folder}
-    for place in sorted([*places, *(folder / name for name in marker["stages"])], reverse=True):
+    for place in sorted(places, reverse=True):
         if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
             place.rmdir()
     left = sorted(path.name for path in folder.iterdir())
@@ -156,6 +167,19 @@ def replace_file(path: Path, text: str) -> None:
     staging = path.with_name(f".{path.name}.tmp")
     staging.write_text(text, encoding="utf-8", newline="\n")
     os.replace(staging, path)
+
+
+def write_rows(folder: Path, step: int, rows: Iterable[dict[str, Any]]) -> None:
+    """The rows that a step (from 0) of the run in `folder` made, in a file of their own, which the same step replaces
+    when it is done again after a kill."""
+    (folder / DATA).mkdir(exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    replace_file(folder / DATA / f"step-{step + 1:06d}.jsonl", "".join(lines))
+
+
+def written_rows(folder: Path) -> list[dict[str, Any]]:
+    """What `write_rows` wrote so far, in the order of the steps."""
+    return [row for path in sorted((folder / DATA).glob("step-*.jsonl")) for row in read_jsonl(path)]
 
 
 def _files(folder: Path) -> set[str]:

@@ -176,7 +176,7 @@ def load_rows(
     Held-out rows are drawn by the seed, those that ask the same together, and keep the order that they have in the
     data.
     """
-    rows = prepare(rows_of(config, config.data, layouts))
+    rows, named = prepare(all_rows(config, layouts)), shown_data(config.data)
     if config.eval_data is not None:
         held_out = prepare(rows_of(config, config.eval_data, layouts))
         if config.eval_size is not None and config.eval_size < len(held_out):
@@ -184,21 +184,49 @@ def load_rows(
         trained = {prompt_key(row) for row in rows}
         shared = sum(prompt_key(row) in trained for row in held_out)
         if shared:
-            say(f"{shared} of the {len(held_out)} rows of {config.eval_data} ask what {config.data} asks too")
+            say(f"{shared} of the {len(held_out)} rows of {config.eval_data} ask what {named} asks too")
         return rows, held_out
     size = max(1, min(64, len(rows) // 10)) if config.eval_size is None else config.eval_size
     if size >= len(rows):
-        raise UserError(f"{config.data} has {len(rows)} rows; holding out {size} (eval_size) leaves none to train on")
+        raise UserError(f"{named} has {len(rows)} rows; holding out {size} (eval_size) leaves none to train on")
     drawn = _draw(config, rows, size)
     chosen = set(drawn)
     return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in drawn]
 
 
-def rows_of(config: Config, data: str, layouts: Sequence[Sequence[str]]) -> list[Row]:
-    """The rows of `data` under our names, which must have one of the column layouts."""
-    rows = rename_columns(read_rows(data), config.columns)
+def all_rows(config: Config, layouts: Sequence[Sequence[str]]) -> list[Row]:
+    """Every row of config.data, none held out."""
+    return rows_of(config, config.data, layouts)
+
+
+def rows_of(
+    config: Config, data: str | FromStage | list[str | FromStage], layouts: Sequence[Sequence[str]]
+) -> list[Row]:
+    """The rows of one place or of several, of which some may still be empty: labels that come later."""
+    if isinstance(data, list):
+        parts = [_rows_of_place(config, place, layouts, may_be_empty=True) for place in data]
+        if not any(parts):
+            raise UserError(f"data {shown_data(data)}: there is no example in any of them")
+        return [row for part in parts for row in part]
+    return _rows_of_place(config, data, layouts)
+
+
+def shown_data(data: str | FromStage | list[str | FromStage]) -> str:
+    places = data if isinstance(data, list) else [data]
+    return ", ".join(str(place) for place in places)
+
+
+def _rows_of_place(
+    config: Config, data: str | FromStage, layouts: Sequence[Sequence[str]], *, may_be_empty: bool = False
+) -> list[Row]:
+    if isinstance(data, FromStage):
+        raise UserError(f"data: {{from: {data.stage}}} needs `stages`")
+    rows = read_rows(data, may_be_empty=may_be_empty)
+    if not rows:
+        return []
+    rows = rename_columns(rows, config.columns)
     skip = config.bad_rows == "skip"
-    rows = with_known_columns(rows, config.algorithm, data, family=config.family, skip=skip)
+    rows = with_known_columns(rows, config.algorithm, data, family=config.reads or config.family, skip=skip)
     used, rows = require_columns(rows, layouts, config.algorithm, skip=skip)
     others = [names for names in layouts if set(names) <= rows[0].values.keys() and not set(names) <= set(used)]
     if others:

@@ -11,9 +11,9 @@ from rlhf_fast.training.folder import MARKER, check_folder, claim_folder, inputs
 from tests.training.tiny_runs import config_of
 
 
-def made(folder: Path, **values) -> Path:
+def made(folder: Path, stages=()) -> Path:
     """A run folder with a saved adapter, a checkpoint and metrics."""
-    claim_folder(folder, {"algorithm": "sft", **values}, resume=False, overwrite=False)
+    claim_folder(folder, {"algorithm": "sft"}, resume=False, overwrite=False, stages=stages)
     for name in ("metrics.jsonl", "checkpoints/step-1/state.pt", "tensorboard/events.out.tfevents.1.2"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("old")
@@ -43,9 +43,8 @@ def test_a_run_is_replaced_and_files_that_no_run_made_stay(tmp_path, capsys):
 
 
 def test_the_stages_of_a_run_are_replaced_with_it_and_another_run_beside_them_stays(tmp_path):
-    stages = [{"algorithm": "sft"}, {"algorithm": "ppo", "name": "second"}]
-    run = made(tmp_path / "run", stages=stages)
-    for name in ("sft", "second", "another"):
+    run = made(tmp_path / "run", stages=["sft", "second", "round-1/ppo", "round-2/ppo"])
+    for name in ("sft", "second", "round-1/ppo", "round-2/ppo", "another"):
         made(run / name)
     overwrite(run)
     assert {path.name for path in run.iterdir()} == {MARKER, "config.yaml", "another"}
@@ -53,7 +52,7 @@ def test_the_stages_of_a_run_are_replaced_with_it_and_another_run_beside_them_st
 
 
 def test_links_in_a_run_folder_are_not_followed(tmp_path):
-    run = made(tmp_path / "run", stages=[{"algorithm": "sft"}])
+    run = made(tmp_path / "run", stages=["sft"])
     elsewhere = made(tmp_path / "elsewhere")
     (run / "sft").symlink_to(elsewhere)
     (run / "summary.json").symlink_to(elsewhere / "metrics.jsonl")
