@@ -134,6 +134,7 @@ def save(job: Job, config: AlgorithmConfig, folder: Path) -> None:
 def example_rows(job: Job, config: AlgorithmConfig) -> list[dict[str, Any]]:
     """Rows like those that a run writes, to check a later stage with."""
     keep = [labels.kept(prompt.columns, config.given) for prompt in job.train]
+    if config.compares and config.kind == "pairs":
+        return [{**row, "chosen": "a", "rejected": "b", "preference": 0.75} for row in keep]
     scores = torch.arange(2.0 * len(keep))[:, None].repeat(1, max(1, len(config.criteria)))
-    rows = labels.scored_rows(config.kind, [["a", "b"]] * len(keep), scores, config.criteria, keep)
-    return [{**row, "preference": 0.75} for row in rows] if config.compares else rows
+    return labels.scored_rows(config.kind, [["a", "b"]] * len(keep), scores, config.criteria, keep)
