@@ -72,6 +72,7 @@ ALGORITHMS = {
     "process_reward_model": Preset("reward_model", {"form": "steps"}),
     # Of what a judge says
     "label": Preset("label"),
+    "constitutional": Preset("constitutional"),
     # With a critic
     "ppo": Preset("ppo"),
     # InstructGPT (2203.02155); the moving average and the minibatches are [mem]

@@ -98,6 +98,7 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
         prompts = [job.train[i] for i in indices]
         rows, metrics = labelled(job, config, prompts)
         write_rows(run.folder, step, rows)
+        job.counters["labelled"] = step + 1
         run.log(step, {**metrics, "rows": float(len(rows))}, tokens=sum(len(prompt.ids) for prompt in prompts))
 
 
@@ -108,7 +109,7 @@ def labelled(job: Job, config: AlgorithmConfig, prompts: list[Prompt]) -> tuple[
         else labels.sampled_answers(job, config, prompts, config.num_generations)
     )  # fmt: skip
     assert job.rewards is not None
-    keep = [labels.kept(prompt.columns, config.given) for prompt in prompts]
+    keep = [labels.kept_columns(prompt.columns, config.given) for prompt in prompts]
     if config.compares:
         rows = labels.compared_rows(job, config.kind, prompts, answers, keep)
     else:
@@ -119,7 +120,7 @@ def labelled(job: Job, config: AlgorithmConfig, prompts: list[Prompt]) -> tuple[
 
 def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
     """How many rows there are so far, and the means of what they say."""
-    rows = written_rows(Path(config.output_dir))
+    rows = written_rows(Path(config.output_dir), steps=int(job.counters.get("labelled", 0)))
     means = {name: [row[name] for row in rows if name in row] for name in ("preference", "rating", "margin")}
     metrics = {name: sum(values) / len(values) for name, values in means.items() if values}
     return {"metrics": {"rows": float(len(rows)), **metrics}, "samples": []}
@@ -133,7 +134,7 @@ def save(job: Job, config: AlgorithmConfig, folder: Path) -> None:
 
 def example_rows(job: Job, config: AlgorithmConfig) -> list[dict[str, Any]]:
     """Rows like those that a run writes, to check a later stage with."""
-    keep = [labels.kept(prompt.columns, config.given) for prompt in job.train]
+    keep = [labels.kept_columns(prompt.columns, config.given) for prompt in job.train]
     if config.compares and config.kind == "pairs":
         return [{**row, "chosen": "a", "rejected": "b", "preference": 0.75} for row in keep]
     scores = torch.arange(2.0 * len(keep))[:, None].repeat(1, max(1, len(config.criteria)))

@@ -59,7 +59,7 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     supervised.train(job, config, run, loss_of(job, config))
 
 
-def loss_of(job: Job, config: AlgorithmConfig) -> Loss[Rows]:
+def loss_of(job: Job, config: Config) -> Loss[Rows]:
     """The mean over all of a batch's tokens."""
 
     def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:

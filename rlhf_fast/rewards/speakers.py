@@ -44,19 +44,25 @@ class Speaker(Protocol):
         """
 
     def write(self, texts: Sequence[str], max_tokens: int) -> list[str]:
-        """Greedy answers of at most max_tokens tokens, without white space around them."""
+        """Answers of at most max_tokens tokens, without white space around them."""
 
 
 @dataclass
 class LocalSpeaker:
     """A role of a backbone; None is the base model. encoder: renders questions, by the chat template where there is
-    one."""
+    one. temperature: at which it writes; None: greedily."""
 
     backbone: Backbone
     encoder: Encoder
     role: str | None = None
     rows_per_pass: int = 16
+    temperature: float | None = None
     calls: int = 0
+
+    @property
+    def chat(self) -> bool:
+        """Whether a question is a user's message; else it is plain text, and goes on with the answer."""
+        return self.encoder.template.exists and self.encoder.chat is not False
 
     def verdicts(self, questions: Sequence[Question], labels: Sequence[str], thought_tokens: int) -> Tensor:
         thoughts = self.write([q.text for q in questions], thought_tokens) if thought_tokens else [""] * len(questions)
@@ -69,16 +75,15 @@ class LocalSpeaker:
     def write(self, texts: Sequence[str], max_tokens: int) -> list[str]:
         prompts = [self._prompt(Question(text, ""), "") for text in texts]
         rollout = roll_out(
-            self.backbone, self.encoder.tokenizer, prompts, max_new_tokens=max_tokens, top_k=1, role=self.role,
-            rows_per_pass=self.rows_per_pass,
+            self.backbone, self.encoder.tokenizer, prompts, max_new_tokens=max_tokens, role=self.role,
+            temperature=self.temperature or 1.0, top_k=int(self.temperature is None), rows_per_pass=self.rows_per_pass,
         )  # fmt: skip
         return [text.strip() for text in rollout.completions]
 
     def _prompt(self, question: Question, thought: str) -> Prompt:
         """Of a chat model the question is a user's message and thoughts begin its answer, elsewhere all is one text."""
-        chat = self.encoder.template.exists and self.encoder.chat is not False
-        opening = f"{thought}\n{question.ending}".lstrip() if thought or not chat else ""
-        if not chat:
+        opening = f"{thought}\n{question.ending}".lstrip() if thought or not self.chat else ""
+        if not self.chat:
             return self.encoder.prompt(Row(WHERE, {"prompt": f"{question.text}\n{opening}".rstrip()}))
         messages = [{"role": "user", "content": question.text}]
         messages += [{"role": "assistant", "content": opening}] if opening else []

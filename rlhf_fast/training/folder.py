@@ -23,11 +23,12 @@ MARKER = ".rlhf_fast_run"
 CONFIG_FILE = "config.yaml"
 REFERENCE_FILE = "reference_logprobs.pt"
 DATA = "data"  # the folder of rows that a run writes, a file for each of its steps
+DROPPED = "dropped"  # rows that it made and left out
 # What every run writes besides what it saves at its end, which the marker lists.
 FILES = (
     CONFIG_FILE, "metrics.jsonl", "samples.jsonl", "eval.jsonl", "warnings.jsonl", "self_test.json", "summary.json",
     "rounds.jsonl", "curves.png", "frontier.png", "error.log", REFERENCE_FILE, "best/adapter_*", "best/best.json",
-    "best/.new/*", "tensorboard/events.out.tfevents*", f"{DATA}/step-*.jsonl",
+    "best/.new/*", "tensorboard/events.out.tfevents*", f"{DATA}/step-*.jsonl", f"{DROPPED}/step-*.jsonl",
     *(f"checkpoints/{step}/{name}" for step in ("step-*", ".step-*.tmp") for name in ("state.pt", "manifest.json")),
 )  # fmt: skip
 # What may differ between a run and its continuation.
@@ -142,7 +143,8 @@ def saving(folder: Path) -> Iterator[None]:
 
 def inputs_of(config: Config) -> list[Path]:
     """The files and folders that the run reads, and the base models under adapters among them."""
-    keys, judge = ("reward", "cost", "ptx_data"), getattr(config, "judge", None)
+    keys = ("reward", "cost", "ptx_data", "helpful_data", "principles")
+    judge = getattr(config, "judge", None)
     named = [config.model, config.data, config.eval_data, *(getattr(config, key, None) for key in keys)]
     named += [judge.by, judge.adapter, judge.prompt, judge.principles] if judge is not None else []
     flat = [item for value in named for item in (value if isinstance(value, list) else [value])]
@@ -169,17 +171,21 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(staging, path)
 
 
-def write_rows(folder: Path, step: int, rows: Iterable[dict[str, Any]]) -> None:
+def step_file(folder: Path, step: int, name: str = DATA) -> Path:
+    """Where `write_rows` puts the rows of a step (from 0)."""
+    return folder / name / f"step-{step + 1:06d}.jsonl"
+
+
+def write_rows(folder: Path, step: int, rows: Iterable[dict[str, Any]], name: str = DATA) -> None:
     """The rows that a step (from 0) of the run in `folder` made, in a file of their own, which the same step replaces
     when it is done again after a kill."""
-    (folder / DATA).mkdir(exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    replace_file(folder / DATA / f"step-{step + 1:06d}.jsonl", "".join(lines))
+    (folder / name).mkdir(exist_ok=True)
+    replace_file(step_file(folder, step, name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def written_rows(folder: Path) -> list[dict[str, Any]]:
-    """What `write_rows` wrote so far, in the order of the steps."""
-    return [row for path in sorted((folder / DATA).glob("step-*.jsonl")) for row in read_jsonl(path)]
+def written_rows(folder: Path, name: str = DATA, *, steps: int | None = None) -> list[dict[str, Any]]:
+    """What `write_rows` wrote, in the order of the steps; only of the first `steps`, where a number is given."""
+    return [row for path in sorted((folder / name).glob("step-*.jsonl"))[:steps] for row in read_jsonl(path)]
 
 
 def _files(folder: Path) -> set[str]:

@@ -21,7 +21,7 @@ from rlhf_fast.training.job import Job
 Row = dict[str, Any]
 
 
-def kept(columns: Row, answers: Sequence[str]) -> Row:
+def kept_columns(columns: Row, answers: Sequence[str] = ()) -> Row:
     """The prompt's columns, less those that hold answers."""
     gone = {*READ, "completions", *answers} - {"prompt"}
     return {name: value for name, value in columns.items() if name not in gone}

@@ -131,11 +131,13 @@ class Run:
         return f"; the checkpoint of step {done} is saved: --resume auto continues"
 
     def track(self, what: str, parts: Sequence[T]) -> Iterator[T]:
-        """The parts, under a progress bar of their own."""
+        """The parts, under a progress bar of their own; a signal ends the run behind the one that it came in."""
         task = self.progress.add_task(what, total=len(parts), shown="")
         for part in parts:
             yield part
             self.progress.advance(task)
+            if self.signal:
+                raise Stopped(f"stopped at {what}: the same command with --resume auto goes on", 128 + self.signal)
         self.progress.remove_task(task)
 
     def log(self, step: int, metrics: dict[str, float], *, tokens: int) -> None:

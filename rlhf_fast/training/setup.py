@@ -200,15 +200,21 @@ def all_rows(config: Config, layouts: Sequence[Sequence[str]]) -> list[Row]:
 
 
 def rows_of(
-    config: Config, data: str | FromStage | list[str | FromStage], layouts: Sequence[Sequence[str]]
+    config: Config,
+    data: str | FromStage | list[str | FromStage],
+    layouts: Sequence[Sequence[str]],
+    as_algorithm: str | None = None,
 ) -> list[Row]:
-    """The rows of one place or of several, of which some may still be empty: labels that come later."""
+    """The rows of one place or of several, of which some may still be empty: labels that come later.
+
+    as_algorithm: the one that the rows are for; default: the config's.
+    """
     if isinstance(data, list):
-        parts = [_rows_of_place(config, place, layouts, may_be_empty=True) for place in data]
+        parts = [_rows_of_place(config, place, layouts, as_algorithm, may_be_empty=True) for place in data]
         if not any(parts):
             raise UserError(f"data {shown_data(data)}: there is no example in any of them")
         return [row for part in parts for row in part]
-    return _rows_of_place(config, data, layouts)
+    return _rows_of_place(config, data, layouts, as_algorithm)
 
 
 def shown_data(data: str | FromStage | list[str | FromStage]) -> str:
@@ -217,7 +223,12 @@ def shown_data(data: str | FromStage | list[str | FromStage]) -> str:
 
 
 def _rows_of_place(
-    config: Config, data: str | FromStage, layouts: Sequence[Sequence[str]], *, may_be_empty: bool = False
+    config: Config,
+    data: str | FromStage,
+    layouts: Sequence[Sequence[str]],
+    as_algorithm: str | None,
+    *,
+    may_be_empty: bool = False,
 ) -> list[Row]:
     if isinstance(data, FromStage):
         raise UserError(f"data: {{from: {data.stage}}} needs `stages`")
@@ -226,11 +237,12 @@ def _rows_of_place(
         return []
     rows = rename_columns(rows, config.columns)
     skip = config.bad_rows == "skip"
-    rows = with_known_columns(rows, config.algorithm, data, family=config.reads or config.family, skip=skip)
-    used, rows = require_columns(rows, layouts, config.algorithm, skip=skip)
+    algorithm, family = as_algorithm or config.algorithm, as_algorithm or config.reads or config.family
+    rows = with_known_columns(rows, algorithm, data, family=family, skip=skip)
+    used, rows = require_columns(rows, layouts, algorithm, skip=skip)
     others = [names for names in layouts if set(names) <= rows[0].values.keys() and not set(names) <= set(used)]
     if others:
-        say(f"{data}: {config.algorithm} reads {', '.join(used)}, not {', '.join(others[0])}")
+        say(f"{data}: {algorithm} reads {', '.join(used)}, not {', '.join(others[0])}")
     for name in ("completion", "chosen", "rejected"):
         empty = [row for row in rows if name in used and not _spoken(row.values[name])]
         if empty:
