@@ -65,7 +65,7 @@ def prepare(config: AlgorithmConfig) -> Job:
         backbone, encoder, encode_rows(encoder, train, encoder.prompt, "data"),
         encode_rows(encoder, held_out, encoder.prompt, "held-out data"),
         {"policy": adamw(backbone.parameters_of("policy"), config)},
-        add_rewards(backbone, config, list(train[0].values), tokenizer),
+        add_rewards(backbone, config, [*train, *held_out], tokenizer),
     )  # fmt: skip
     helpful_rows(config)
     if job.rewards is not None:

@@ -44,8 +44,8 @@ class AlgorithmConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "AlgorithmConfig":
-        if self.compares and (self.reward is not None or self.write == "ratings"):
-            other = f"reward {self.reward}" if self.reward is not None else f"write: {self.write}"
+        if self.compares and (not self.judge_alone or self.write == "ratings"):
+            other = f"reward {self.reward}" if self.reward else "verify" if self.verify else f"write: {self.write}"
             raise ValueError(f"judge.form compare gives no number to one answer: leave out {other}")
         return self
 
@@ -65,7 +65,7 @@ class AlgorithmConfig(SamplingConfig):
     @property
     def criteria(self) -> list[str]:
         """What a rating is made of; a reward is one number."""
-        return self.judge.criteria or [] if self.judge is not None and self.reward is None else []
+        return self.judge.criteria or [] if self.judge is not None and self.judge_alone else []
 
     @property
     def examples_per_step(self) -> int:
@@ -74,15 +74,15 @@ class AlgorithmConfig(SamplingConfig):
 
 def prepare(config: AlgorithmConfig) -> Job:
     """The model, or the adapter, that samples; and what judges, tried on short answers to the first prompt."""
-    if config.reward is None and config.judge is None:
-        raise UserError("label needs a judge or a reward")
+    if config.reward is None and config.verify is None and config.judge is None:
+        raise UserError("label needs a judge, a reward or verify")
     rows = all_rows(config, [("prompt",)])
     backbone, tokenizer, saved = build_model(config)
     if saved is not None:
         load_adapter(backbone, "policy", saved, trainable=False)
     encoder = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
     prompts = encode_rows(encoder, rows, encoder.prompt, "data")
-    job = Job(backbone, encoder, prompts, [], {}, add_rewards(backbone, config, list(rows[0].values), tokenizer))
+    job = Job(backbone, encoder, prompts, [], {}, add_rewards(backbone, config, rows, tokenizer))
     with separate_randomness(config.seed):
         labelled(job, config.model_copy(update={"max_new_tokens": min(8, config.max_new_tokens)}), prompts[:1])
     return job

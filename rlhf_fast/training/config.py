@@ -289,6 +289,10 @@ class SamplingConfig(Config):
                              f"{self.max_new_tokens}")  # fmt: skip
         return self
 
+    @property
+    def judge_alone(self) -> bool:
+        return self.judge is not None and self.reward is None and self.verify is None
+
 
 class RolloutConfig(SamplingConfig):
     """Keys of the algorithms that learn from their own samples."""

@@ -148,7 +148,7 @@ def scores_of(job: Job, config: SamplingConfig, prompts: Sequence[Prompt], answe
     values = [p.columns["prompt"] for p in asked]
     columns = {name: [p.columns.get(name) for p in asked] for name in asked[0].columns if name != "prompt"}
     assert job.rewards is not None
-    if config.reward is None and job.judge is not None:
+    if job.judge is not None and config.judge_alone:
         return job.judge.scores(values, texts, columns)
     scored = _adapter_scores(job, config, asked, texts) if job.rewards.adapter is not None else None
     return job.rewards(values, texts, columns, scored)[0].double()[:, None]

@@ -109,7 +109,7 @@ def test_an_adapter_samples_what_is_labelled(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"judge": None}, "label needs a judge or a reward"),
+    ({"judge": None}, "label needs a judge, a reward or verify"),
     ({"reward": "r.py:f"}, "judge.form compare gives no number to one answer: leave out reward r.py:f"),
     ({"write": "ratings"}, "judge.form compare gives no number to one answer: leave out write: ratings"),
     ({"answers": "tag"}, r"prompts.jsonl:1: answers must be two or more texts, got list \[0\]"),

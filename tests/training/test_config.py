@@ -125,7 +125,7 @@ def test_a_config_survives_its_own_file(name):
     config_class = load_algorithm(name).AlgorithmConfig
     values = {**LEAST, "algorithm": name, "model": {"from": "sft"}}
     config = parse(config_class, {k: v for k, v in values.items() if k in config_class.model_fields})
-    assert parse(config_class, config.model_dump(mode="json", by_alias=True)) == config
+    assert parse(config_class, config.values()) == config
 
 
 def test_data_seed_orders_the_examples_and_is_the_seed_where_it_is_left_out():

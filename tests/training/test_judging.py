@@ -9,7 +9,6 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.training.config import SamplingConfig, merged, parse
 from rlhf_fast.training.judging import lines_of
-from rlhf_fast.training.setup import prepare_rollouts
 from tests.training.test_resume import Killed, contents, interrupt, kill, run
 from tests.training.tiny_runs import config_of, folder, job_of, values_of
 
@@ -41,8 +40,8 @@ def test_an_entry_from_a_flag_stands_above_the_file_and_the_others_stay():
 
 
 def test_a_run_without_any_reward_is_told_what_it_may_have():
-    with pytest.raises(UserError, match=r"missing key 'reward' \(pkg.mod:function.*\), or 'judge'"):
-        prepare_rollouts(config_of("grpo", reward=None))
+    with pytest.raises(UserError, match=r"missing key 'reward' \(pkg.mod:function.*\), 'verify' or 'judge'"):
+        single_stage(values_of("grpo", reward=None))
 
 
 def test_principles_are_a_list_or_the_lines_of_a_file(tmp_path):

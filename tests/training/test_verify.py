@@ -50,7 +50,7 @@ def test_what_verify_cannot_mean_is_one_line(verify, message):
 
 
 def test_a_run_without_any_reward_is_refused():
-    with pytest.raises(UserError, match=r"missing key 'reward' .*, or 'verify'"):
+    with pytest.raises(UserError, match=r"missing key 'reward' .*, 'verify' or 'judge'"):
         config_with(None)
 
 
