@@ -9,6 +9,7 @@ import torch
 
 from rlhf_fast.data.batches import held_out_indices
 from rlhf_fast.data.encoding import Encoder, Prompt, encode_rows, load_tokenizer
+from rlhf_fast.data.feedback import as_read
 from rlhf_fast.data.layouts import prompt_key, rename_columns, require_columns, with_known_columns
 from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row
@@ -235,9 +236,9 @@ def _rows_of_place(
     rows = read_rows(data, may_be_empty=may_be_empty)
     if not rows:
         return []
-    rows = rename_columns(rows, config.columns)
-    skip = config.bad_rows == "skip"
     algorithm, family = as_algorithm or config.algorithm, as_algorithm or config.reads or config.family
+    rows = as_read(rename_columns(rows, config.columns), family, data)
+    skip = config.bad_rows == "skip"
     rows = with_known_columns(rows, algorithm, data, family=family, skip=skip)
     used, rows = require_columns(rows, layouts, algorithm, skip=skip)
     others = [names for names in layouts if set(names) <= rows[0].values.keys() and not set(names) <= set(used)]
