@@ -126,10 +126,10 @@ def evaluate(job: RewardJob, config: AlgorithmConfig) -> dict[str, Any]:
     """Loss, accuracy, calibration and what else the judgements tell, on those held out; see reward_report."""
     scores, _ = all_scores(job, config, job.held_out)
     loss, _ = LOSSES[job.held_out[0].form](config, scores, job.held_out, len(job.held_out), len(scores))
-    return {"metrics": {"loss": float(loss), **measures(job.judge(scores), job.held_out)[0]}, "samples": []}
+    return {"metrics": {"loss": float(loss), **measures(job.judged(scores), job.held_out)[0]}, "samples": []}
 
 
 def save(job: RewardJob, config: AlgorithmConfig, folder: Path) -> None:
     """The members, their statistics and what the bound needs; the report on the held-out judgements."""
     save_members(job, config, folder)
-    write_report(folder, measures(job.judge(all_scores(job, config, job.held_out)[0]), job.held_out)[1])
+    write_report(folder, measures(job.judged(all_scores(job, config, job.held_out)[0]), job.held_out)[1])

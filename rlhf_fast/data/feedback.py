@@ -45,7 +45,8 @@ def as_read(rows: Sequence[Row], family: str, data: str) -> list[Row]:
     """
     forms = [forms_of(row.values) for row in rows]
     kinds = {form for found in forms for form in found} - ({"critique"} if family != "distillation" else set())
-    if family not in CONVERSIONS or not all(forms) or (len(kinds) < 2 and kinds != {"edit"}):
+    alike = all(found == forms[0] for found in forms)  # then the algorithm chooses among the forms of a row
+    if family not in CONVERSIONS or not all(forms) or (alike and kinds != {"edit"}):
         return list(rows)
     what, convert = CONVERSIONS[family]
     found = _unified(list(convert(rows)))

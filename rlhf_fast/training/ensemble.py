@@ -30,7 +30,7 @@ class RewardJob(Job):
     outputs: list[str] = field(default_factory=list)
     data: JudgementData | None = None
 
-    def judge(self, scores: Tensor) -> Tensor:
+    def judged(self, scores: Tensor) -> Tensor:
         """(S, M) -> the mean over the members, (S, 1); criteria stay apart."""
         criteria = len(self.data.outputs) if self.data else 1
         return scores if criteria > 1 else scores.mean(1, keepdim=True)

@@ -1,6 +1,6 @@
 """Sampled completions with everything the update needs: log-probabilities, values, rewards; and their evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -244,10 +244,10 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
     return as_judged(experience, metrics) | experience.metrics
 
 
-def as_judged(experience: Experience, metrics: dict[str, Tensor]) -> dict[str, float]:
+def as_judged(experience: Experience, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
     """The metrics on the host, without those of the reward where nothing judges; of several sources also each one's."""
     if len(experience.parts) > 1:
-        metrics = metrics | {f"reward/{name}": scores.mean() for name, scores in experience.parts.items()}
+        metrics = {**metrics, **{f"reward/{name}": scores.mean() for name, scores in experience.parts.items()}}
     return {n: float(value) for n, value in metrics.items() if experience.parts or not n.startswith("reward")}
 
 

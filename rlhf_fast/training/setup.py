@@ -283,6 +283,7 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
         rewards=add_rewards(backbone, config, [*train, *held_out], tokenizer) or Rewards(),
         kl_controller=FixedKLController(config.kl_coef),
     )
+    assert job.rewards is not None
     check_weights(config, job.rewards)
     job.constraints = add_constraints(backbone, config, list(train[0].values), job.rewards, len(job.held_out))
     if config.policy_ema is not None:
