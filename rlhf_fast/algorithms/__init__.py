@@ -136,6 +136,7 @@ ALGORITHMS = {
     "mpo": _pairs({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}),
     "wpo": Preset("preference", {"wpo": True}),
     "ld_dpo": Preset("preference", {"ld_alpha": 0.5}),
+    "hpo": Preset("hpo"),
     # From pairs of own samples
     "online_dpo": Preset("online_preference"),
     "iterative_dpo": _samples(num_generations=8, num_minibatches=4, reference_refresh_every=1),

@@ -42,6 +42,9 @@ def given_of(module, job: Job, config) -> list:
         return [job.train, module.references_of(job, config, job.train[:4])]
     if config.algorithm == "kto":
         return [job.train, module.reference_logprobs(job, config, job.train[:4]), range(4)]
+    if config.algorithm == "hpo":
+        pairs = job.train[:4]
+        return [module.reference_logprobs(job, config, pairs), module.rewards_of(job, config, pairs)]
     return []
 
 

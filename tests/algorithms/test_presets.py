@@ -39,7 +39,7 @@ TRAINED_HERE = [name for name in ALGORITHMS if name not in ("label", "constituti
 
 def values_of_row(name, **changes):
     family = load_algorithm(name).AlgorithmConfig.family
-    values = values_of(family)
+    values = values_of(name if name == "hpo" else family)
     for key in ("objective", "num_generations", "kl_coef", "kl_target", "reference_refresh_every"):
         values.pop(key, None)
     if ALGORITHMS[name].module in ("grpo", "best_of_n") and "num_generations" not in ALGORITHMS[name].defaults:
@@ -64,8 +64,8 @@ def test_every_comparison_and_every_loss_that_the_loop_can_feed_has_a_row():
     assert comparisons == {*COMPARISONS, *OF_TOKENS}
     objectives = [c.objective for c in defaults.values() if hasattr(c, "objective")]
     losses = {name for o in objectives for name, _ in getattr(o, "terms", ((o.variant, 1.0),))}
-    # dro's old log-probabilities are the reference's, hpo needs a second reward.
-    assert losses == {*POLICY_LOSSES, *PREFERENCE_LOSSES} - {"dro", "hpo"}
+    # dro's old log-probabilities are the reference's.
+    assert losses == {*POLICY_LOSSES, *PREFERENCE_LOSSES} - {"dro"}
 
 
 def load_config(name):

@@ -14,10 +14,10 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.tiny import tiny
 from rlhf_fast.training.job import Job, seed_everything
 
-ALGORITHMS = ("sft", "reward_model", "ppo", "grpo", "dpo", "kto", "online_dpo")
+ALGORITHMS = ("sft", "reward_model", "ppo", "grpo", "dpo", "kto", "online_dpo", "hpo")
 DEVICE = os.environ.get("RLHF_FAST_TEST_DEVICE", "cpu")
 TRAINED = {"sft": "policy", "reward_model": "reward", "ppo": "policy", "grpo": "policy", "dpo": "policy",
-           "kto": "policy", "online_dpo": "policy"}  # fmt: skip
+           "kto": "policy", "online_dpo": "policy", "hpo": "policy"}  # fmt: skip
 _KEPT: list[tempfile.TemporaryDirectory] = []
 
 REWARD = '''
@@ -93,7 +93,13 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def values_of(algorithm: str, **changes: Any) -> dict[str, Any]:
     """The keys of a small run; batches do not divide the data, so checkpoints fall inside an epoch."""
-    data = {"sft": "sft.jsonl", "reward_model": "pairs.jsonl", "dpo": "pairs.jsonl", "kto": "answers.jsonl"}
+    data = {
+        "sft": "sft.jsonl",
+        "reward_model": "pairs.jsonl",
+        "dpo": "pairs.jsonl",
+        "kto": "answers.jsonl",
+        "hpo": "pairs.jsonl",
+    }
     values: dict[str, Any] = {
         "algorithm": algorithm, "model": str(folder() / "model"), "device": DEVICE, "report_to": "none", "seed": 3,
         "data": str(folder() / data.get(algorithm, "prompts.jsonl")), "eval_size": 2, "steps": 5, "batch_size": 4,
@@ -104,6 +110,8 @@ def values_of(algorithm: str, **changes: Any) -> dict[str, Any]:
         values |= {"ppo_epochs": 2, "num_minibatches": 2}
     if algorithm == "ppo":
         values |= {"kl_target": 0.5, "kl_horizon": 50, "reference_ema": 0.9}
+    if algorithm == "hpo":
+        values |= {"reward": f"{folder() / 'reward.py'}:score", "max_new_tokens": 6}
     if algorithm == "online_dpo":
         values |= {"num_generations": 4, "batch_size": 8, "pick": "all_above", "reference_refresh_every": 2}
     if algorithm == "grpo":

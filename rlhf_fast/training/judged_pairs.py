@@ -1,0 +1,51 @@
+"""Pairs with their own text, for a reward to judge the answers of the data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.data.conversations import plain
+from rlhf_fast.data.encoding import Encoder
+from rlhf_fast.data.reading import Row
+from rlhf_fast.training.config import Config
+from rlhf_fast.training.job import Job
+from rlhf_fast.training.pairs import Pair, encode_pair
+from rlhf_fast.training.supervised import hidden_of, padded, sequences_of
+
+
+@dataclass(frozen=True)
+class JudgedPair(Pair):
+    """columns: the row's, in which chosen and rejected are text or messages."""
+
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+def encode_judged(encoder: Encoder, row: Row) -> JudgedPair:
+    return JudgedPair(**vars(encode_pair(encoder, row)), columns=row.values)
+
+
+@torch.no_grad()
+def rewards_of(job: Job, config: Config, pairs: Sequence[JudgedPair]) -> Tensor:
+    """(pairs, 2) fp32: what the job's rewards pay for the chosen and the rejected answers."""
+    assert job.rewards is not None
+    scores = None
+    if job.rewards.adapter is not None:
+        size, scored = config.micro_batch_size or config.batch_size, []
+        for start in range(0, len(pairs), size):
+            batch = padded(job, pairs[start : start + size])
+            hidden = hidden_of(job, config, "reward", batch)
+            scored.append(job.backbone.scores("reward", hidden, batch.attention_mask).view(2, -1))
+        scores = torch.cat(scored, dim=1).flatten()
+    rows = [pair.columns for pair in pairs] * 2
+    texts = [_text(pair.columns[name]) for name in ("chosen", "rejected") for pair in pairs]
+    columns = {name: [row.get(name) for row in rows] for name in pairs[0].columns if name != "prompt"}
+    columns["completion_ids"] = [example.ids[example.start :] for example in sequences_of(pairs)]
+    judged = job.rewards([row.get("prompt", "") for row in rows], texts, columns, scores)
+    return judged.total.view(2, -1).T.to(job.device)
+
+
+def _text(answer: Any) -> str:
+    return answer if isinstance(answer, str) else "\n".join(plain(message.get("content")) for message in answer)

@@ -1,0 +1,110 @@
+"""HPO: its loss and both gradients against the formula in float64, its value network, and the rewards of the data."""
+
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from rlhf_fast.algorithms import hpo
+from rlhf_fast.algorithms.launch import run_stage, single_stage
+from rlhf_fast.data.reading import read_jsonl
+from rlhf_fast.errors import UserError
+from rlhf_fast.training import supervised
+from rlhf_fast.training.optim import accumulate
+from tests.training.tiny_runs import config_of, gradients, job_of, values_of, write_jsonl
+
+
+def logits_of(job, role, example):
+    with job.backbone.using(role):
+        output = job.backbone.model(input_ids=torch.tensor([example.ids]), output_hidden_states=True)
+    return output.logits[0].double(), output.hidden_states[-1][0].double()
+
+
+def test_loss_and_gradients_are_those_of_the_formula():
+    numbers = {"beta": 0.3, "auxiliary_weight": 0.5, "auxiliary_temperature": 0.7}
+    config = config_of("hpo", objective=numbers, expectile=0.8, max_weight=2.0, micro_batch_size=3)
+    job = job_of(config)
+    pairs = job.train[:4]
+    head = job.backbone.heads["critic"].weight
+    loss, capped = torch.zeros((), dtype=torch.float64), 0
+    for pair in pairs:
+        gap = 0.0
+        for example, text, sign in ((pair.chosen, "chosen", 1), (pair.rejected, "rejected", -1)):
+            completion = pair.columns[text]
+            reward = len(completion) % 11 / 5.0 + 0.1 * sum(x in "aeiou" for x in completion)  # tiny_runs.REWARD
+            tokens, place = torch.tensor(example.ids[example.start :]), example.start - 1
+
+            def logprob(role, example=example, tokens=tokens, place=place):
+                logits, _ = logits_of(job, role, example)
+                return logits.log_softmax(-1)[place:-1].gather(-1, tokens[:, None]).sum()
+
+            with torch.no_grad():
+                base = logprob(None)
+            logp = logprob("policy")
+            _, hidden = logits_of(job, "critic", example)
+            surprise = reward - (hidden[place] @ head[0].double())
+            weight = math.exp(min(float(surprise.detach()) / 0.7, math.log(2.0)))
+            capped += float(surprise.detach()) / 0.7 > math.log(2.0)
+            loss = loss - 0.5 * weight * logp
+            loss = loss + (0.2 if surprise < 0 else 0.8) * surprise**2 / 2
+            gap = gap + sign * 0.3 * (logp - base)
+        loss = loss - torch.nn.functional.logsigmoid(gap)
+    (loss / 4).backward()
+    expected = gradients(job)
+    references, rewards = hpo.reference_logprobs(job, config, pairs), hpo.rewards_of(job, config, pairs)
+    rows = supervised.micro_batches(job, job.train, range(4), 3)
+    metrics = accumulate(hpo.loss_of(job, config, references, rewards), rows)
+    assert float(metrics["loss"]) == pytest.approx(float(loss.detach()) / 4, rel=1e-3)
+    assert 0 < float(metrics["capped_weights"]) == pytest.approx(capped / 8) < 1
+    found = gradients(job)
+    assert {name.split()[0] for name in found} == {"policy", "critic"}
+    for name, value in found.items():
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(value, expected[name], rtol=2e-3, atol=2e-4 * scale)
+
+
+def test_the_value_of_a_prompt_goes_to_the_expectile_of_its_rewards(tmp_path):
+    """Two rewards, 0 and 1, one each: the 0.8-expectile of both is 0.8, by 0.2 v = 0.8 (1 - v)."""
+    (tmp_path / "reward.py").write_text("def score(completions):\n    return [float('g' in c) for c in completions]\n")
+    rows = [{"prompt": "q", "chosen": "go", "rejected": "no"}] * 6
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    config = config_of("hpo", data=str(tmp_path / "data.jsonl"), reward=f"{tmp_path}/reward.py:score", expectile=0.8,
+                       eval_size=1, learning_rate=1e-4, critic_learning_rate=0.02)  # fmt: skip
+    job = job_of(config, scrambled=False)
+    references, rewards = hpo.reference_logprobs(job, config, job.train), hpo.rewards_of(job, config, job.train)
+    assert rewards.tolist() == [[1.0, 0.0]] * len(job.train)
+    loss = hpo.loss_of(job, config, references, rewards)
+    for _ in range(25):
+        accumulate(loss, supervised.micro_batches(job, job.train, range(4), None))
+        job.optimizers["critic"].param_groups[0]["lr"] = 0.05
+        job.optimizers["critic"].step()
+        job.optimizers["critic"].zero_grad()
+    _, hidden = logits_of(job, "critic", job.train[0].chosen)
+    value = hidden[job.train[0].chosen.start - 1] @ job.backbone.heads["critic"].weight[0].double()
+    assert float(value.detach()) == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_other_reward_rises_although_the_pairs_speak_against_it(tmp_path):
+    """Pairs prefer the short answer, the reward pays the letter z: the policy learns both."""
+    (tmp_path / "reward.py").write_text("def score(completions):\n    return [3.0 * ('z' in c) for c in completions]\n")
+    rows = [
+        {"prompt": f"p{i}", "chosen": "a" if i % 2 else "z", "rejected": "aaaa" if i % 3 else "zzzz"} for i in range(24)
+    ]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    values = values_of("hpo", data=str(tmp_path / "data.jsonl"), reward=f"{tmp_path}/reward.py:score", steps=12,
+                       batch_size=8, eval_size=6, learning_rate=0.02, output_dir=str(tmp_path / "run"))  # fmt: skip
+    run_stage(Console(quiet=True), single_stage(values), resume=None, overwrite=False)
+    before, after = (row["metrics"] for row in read_jsonl(tmp_path / "run" / "eval.jsonl"))
+    assert after["margin"] > before["margin"] + 0.1
+    assert after["reward"] > before["reward"] + 0.5
+    assert (tmp_path / "run" / "critic" / "adapter_config.json").is_file()
+
+
+def test_hpo_needs_a_reward_and_its_own_objective():
+    values = values_of("hpo")
+    del values["reward"]
+    with pytest.raises(UserError, match="missing key 'reward'"):
+        job_of(single_stage(values).config)
+    with pytest.raises(UserError, match="objective must be hpo for algorithm hpo, got ipo"):
+        single_stage(values_of("hpo", objective="ipo"))
