@@ -30,7 +30,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.experience import Experience, collect, score
 from rlhf_fast.training.job import Job
-from rlhf_fast.training.on_policy import Rows, micro_batches, net_rewards
+from rlhf_fast.training.on_policy import Rows, micro_batches, net_rewards, paid
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, update
 from rlhf_fast.training.setup import prepare_rollouts
 
@@ -72,7 +72,7 @@ class DuelConfig(RolloutConfig):
         if self.rival == "samples" and self.num_generations < 2:
             raise ValueError("rival samples compares the completions of a prompt: num_generations is "
                              f"{self.num_generations}, needs 2")  # fmt: skip
-        for name in ("sampler_correction", "early_stop_kl"):
+        for name in ("sampler_correction", "early_stop_kl", "mask_truncated_completions", "max_resamples"):
             if getattr(self, name):
                 raise ValueError(f"{name} is of policy losses, got {getattr(self, name)} for {self.algorithm}")
         return self
@@ -119,7 +119,7 @@ def duels_of(job: DuelJob, config: DuelConfig, experience: Experience) -> Duels:
         return Duels(everyone, count, torch.stack([rows + count, rows], dim=1), torch.zeros(count))
     rewards = net_rewards(job, config, experience).cpu()
     if config.rival == "mixture":
-        rivals = collect(job, config, experience.rollout.prompts, mixture=config.mixture_coef)
+        rivals = paid(job, collect(job, config, experience.rollout.prompts, mixture=config.mixture_coef))
         everyone = joined(experience, rivals)
         rows = torch.stack([rows, rows + count], dim=1)
         rewards = torch.stack([rewards, net_rewards(job, config, rivals).cpu()], dim=1)

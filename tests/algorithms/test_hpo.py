@@ -56,7 +56,8 @@ def test_loss_and_gradients_are_those_of_the_formula():
     rows = supervised.micro_batches(job, job.train, range(4), 3)
     metrics = accumulate(hpo.loss_of(job, config, references, rewards), rows)
     assert float(metrics["loss"]) == pytest.approx(float(loss.detach()) / 4, rel=1e-3)
-    assert 0 < float(metrics["capped_weights"]) == pytest.approx(capped / 8) < 1
+    assert float(metrics["capped_weights"]) == pytest.approx(capped / 8)
+    assert 0 < capped < 8
     found = gradients(job)
     assert {name.split()[0] for name in found} == {"policy", "critic"}
     for name, value in found.items():
