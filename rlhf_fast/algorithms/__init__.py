@@ -136,6 +136,7 @@ ALGORITHMS = {
     "mpo": _pairs({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}),
     "wpo": Preset("preference", {"wpo": True}),
     "ld_dpo": Preset("preference", {"ld_alpha": 0.5}),
+    "dpo_ranking": Preset("preference", {"ranking": "plackett_luce"}),
     "hpo": Preset("hpo"),
     # From pairs of own samples
     "online_dpo": Preset("online_preference"),

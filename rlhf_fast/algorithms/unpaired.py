@@ -22,12 +22,11 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.ops.preference.unpaired_preference_loss import (
     VARIANTS,
     UnpairedPreferenceObjective,
-    mismatched_kl,
     running_reward_shift,
     unpaired_preference_loss,
 )
 from rlhf_fast.training import supervised
-from rlhf_fast.training.answers import Answer, encode_answer, load_answer_rows, mismatched
+from rlhf_fast.training.answers import Answer, batch_kl, encode_answer, load_answer_rows
 from rlhf_fast.training.config import SamplingConfig
 from rlhf_fast.training.job import Job, save_roles
 from rlhf_fast.training.offline import OfflineJob, evaluate_offline, prepare_offline
@@ -116,22 +115,6 @@ def loss_of(
         return loss, {**metrics, "margin": metrics["desirable_reward"] - metrics["undesirable_reward"]}
 
     return loss
-
-
-@torch.no_grad()
-def batch_kl(job: Job, config: AlgorithmConfig, answers: Sequence[Answer]) -> Tensor:
-    """(): KTO's z of a whole batch, in nats."""
-    others, size = mismatched(answers), config.micro_batch_size or config.batch_size
-    sums = [torch.zeros(0, 2, device=job.device)]
-    for start in range(0, len(others), size):
-        batch = supervised.padded(job, others[start : start + size])
-        hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["policy", "reference"])
-        logprobs = [
-            job.backbone.logprobs(states, batch.input_ids, batch.mask, mask_count=batch.count).sum(1)
-            for states in hidden.values()
-        ]
-        sums.append(torch.stack(logprobs, dim=1))
-    return mismatched_kl(*torch.cat(sums).unbind(1))
 
 
 def follow_rewards(job: Job, config: AlgorithmConfig, metrics: dict[str, float]) -> None:

@@ -343,8 +343,9 @@ def with_known_columns(
                         if layout.needs else f"{rows[0].where}: {layout.name}; they are for "
                         f"{', '.join(layout.algorithms)}, not {algorithm}")  # fmt: skip
     used = {*(layout.columns if layout is not None else ())}
-    if family == "reward_model":
-        sets = [names for sets in JUDGEMENTS.values() for names in sets]
+    forms = {"reward_model": tuple(JUDGEMENTS), "dpo_ranking": ("rankings",)}
+    if algorithm in forms or family in forms:
+        sets = [names for form in forms.get(algorithm, forms.get(family, ())) for names in JUDGEMENTS[form]]
         used |= {name for names in sets if set(names) <= columns for name in names}
     _check_uniform(rows, {*READ, *_LABELS, "margin", "preference", *used})
     if family not in PROMPTS:

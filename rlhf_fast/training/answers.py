@@ -3,13 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from rlhf_fast.data.encoding import Encoder, Example
 from rlhf_fast.data.layouts import JUDGEMENTS, changed_rows
 from rlhf_fast.data.messages import split_pair
 from rlhf_fast.data.reading import Row, shown
 from rlhf_fast.errors import UserError
+from rlhf_fast.ops.preference.unpaired_preference_loss import mismatched_kl
 from rlhf_fast.training.config import Config
+from rlhf_fast.training.job import Job
 from rlhf_fast.training.setup import load_rows
+from rlhf_fast.training.supervised import padded
 
 LAYOUTS = [*JUDGEMENTS["likes"], *JUDGEMENTS["pairs"]]
 
@@ -68,3 +74,19 @@ def mismatched(answers: Sequence[Example]) -> list[Example]:
 def _joined(prompt: Example, answer: Example) -> Example:
     ids = [*prompt.ids[: prompt.start], *answer.ids[answer.start :]]
     return Example(ids, prompt.start, [0] * prompt.start + answer.learnt[answer.start :])
+
+
+@torch.no_grad()
+def batch_kl(job: Job, config: Config, answers: Sequence[Answer]) -> Tensor:
+    """(): KTO's z of a whole batch, in nats."""
+    others, size = mismatched(answers), config.micro_batch_size or config.batch_size
+    sums = [torch.zeros(0, 2, device=job.device)]
+    for start in range(0, len(others), size):
+        batch = padded(job, others[start : start + size])
+        hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["policy", "reference"])
+        logprobs = [
+            job.backbone.logprobs(states, batch.input_ids, batch.mask, mask_count=batch.count).sum(1)
+            for states in hidden.values()
+        ]
+        sums.append(torch.stack(logprobs, dim=1))
+    return mismatched_kl(*torch.cat(sums).unbind(1))

@@ -8,15 +8,20 @@ over Bernoulli labels of Azar et al. 2023 (2310.12036, section 5).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.data.batches import Batch
 from rlhf_fast.errors import UserError
 from rlhf_fast.ops.core.loss import Loss
 from rlhf_fast.ops.preference.objective import VARIANTS, PreferenceObjective
 from rlhf_fast.ops.preference.preference_loss import preference_loss
+from rlhf_fast.ops.preference.preference_weights import length_desensitized_weights, wpo_weights
+from rlhf_fast.training.job import Job
 from rlhf_fast.training.pairs import Pair
+from rlhf_fast.training.supervised import hidden_of
 
 
 def check_labels(pairs: Sequence[Pair], objective: PreferenceObjective) -> None:
@@ -72,6 +77,23 @@ def pair_loss(
     counts = lengths.chunk(2)[0].clamp_min(1) if objective.looks_at("averaged") else 1
     raised = ref_logprobs + torch.cat([margins / objective.beta * counts, torch.zeros_like(margins)])
     return Loss(evaluated(raised, weights).loss, evaluated(ref_logprobs, weights).metrics)
+
+
+def answer_logprobs(job: Job, config: Any, role: str, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """(2 B,): log-probabilities of the chosen, then the rejected answers, tokens weighed by config.ld_alpha; and (B,),
+    the weights of their pairs by config.wpo."""
+    hidden, weights = hidden_of(job, config, role, batch), None
+    if config.wpo and role == "policy":
+        logprobs, collisions = job.backbone.logprobs_and_collisions(
+            hidden, batch.input_ids, batch.mask, mask_count=batch.count
+        )
+        weights = wpo_weights(logprobs, collisions, mask=batch.mask)
+    else:
+        logprobs = job.backbone.logprobs(hidden, batch.input_ids, batch.mask, mask_count=batch.count)
+    if config.ld_alpha < 1:
+        others = batch.mask.sum(1).roll(len(batch) // 2)
+        logprobs = logprobs * length_desensitized_weights(batch.mask, others, alpha=config.ld_alpha)
+    return logprobs.sum(1), weights
 
 
 def _halves(x: Tensor, swapped: bool) -> tuple[Tensor, Tensor]:

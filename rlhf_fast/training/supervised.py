@@ -18,6 +18,7 @@ from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, learning_rate, set_learning_rates, update
 from rlhf_fast.training.pairs import Pair
+from rlhf_fast.training.rankings import Ranking
 from rlhf_fast.training.reward_data import Judgement
 from rlhf_fast.training.run import Run
 
@@ -86,16 +87,18 @@ def micro_batches(job: Job, data: Sequence[Any], indices: Sequence[int], size: i
         yield Rows(part, padded(job, [data[i] for i in part]), len(indices), max(1, tokens))
 
 
-def padded(job: Job, examples: Sequence[Example] | Sequence[Pair] | Sequence[Judgement]) -> Batch:
+def padded(job: Job, examples: Sequence[Any]) -> Batch:
     """The sequences of the examples as one rectangle on the job's device."""
     return pad_batch(sequences_of(examples), job.encoder.pad_id).to(job.device)
 
 
 def sequences_of(examples: Sequence[Any]) -> list[Example]:
     """What of the examples is a sequence of tokens; of pairs first every chosen one, then every rejected one; of judged
-    answers the rows that they stand in."""
+    answers the rows that they stand in; of rankings the answers of one behind those of the other."""
     if isinstance(examples[0], Judgement):
         return [row for one in examples for row in one.rows]
+    if isinstance(examples[0], Ranking):
+        return [answer for ranking in examples for answer in ranking.answers]
     if not isinstance(examples[0], Pair):
         return list(examples)
     return [*(pair.chosen for pair in examples), *(pair.rejected for pair in examples)]

@@ -29,6 +29,7 @@ NEEDS = {
     "ppo_max": {"critic_warmup_steps": 0},
     "rs_dpo": {"batch_size": 16, "preference_temperature": 0.1},
     "iterative_dpo": {"batch_size": 16},
+    "dpo_ranking": {"data": f"{folder()}/rankings.jsonl"},
     "spin": {"data": f"{folder()}/sft.jsonl"},
     "nash_md": {"ppo_epochs": 1, "num_minibatches": 1},
 }

@@ -62,6 +62,11 @@ def folder() -> Path:
     answers = [{"prompt": "r" * (1 + i % 4), "completion": "uv" * (i % 5), "label": i % 3 > 0} for i in range(9)]
     write_jsonl(path / "answers.jsonl", answers)
     write_jsonl(path / "judged.jsonl", [judged(i) for i in range(12)])
+    rankings = [
+        {"prompt": "s" * (1 + i % 3), "completions": ["a", "bb" * i, "c", "dd"][: 3 + i % 2],
+         "ranks": [2, 1, None if i % 4 == 0 else 2, 3][: 3 + i % 2]} for i in range(9)
+    ]  # fmt: skip
+    write_jsonl(path / "rankings.jsonl", rankings)
     (path / "reward.py").write_text(REWARD)
     return path
 
