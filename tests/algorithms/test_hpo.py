@@ -23,31 +23,36 @@ def logits_of(job, role, example):
 
 def test_loss_and_gradients_are_those_of_the_formula():
     numbers = {"beta": 0.3, "auxiliary_weight": 0.5, "auxiliary_temperature": 0.7}
-    config = config_of("hpo", objective=numbers, expectile=0.8, max_weight=2.0, micro_batch_size=3)
+    config = config_of("hpo", objective=numbers, expectile=0.8, micro_batch_size=3)
     job = job_of(config)
     pairs = job.train[:4]
-    head = job.backbone.heads["critic"].weight
-    loss, capped = torch.zeros((), dtype=torch.float64), 0
+    head = job.backbone.heads["critic"].weight[0]
+
+    def logprob(role, example):
+        tokens, place = torch.tensor(example.ids[example.start :]), example.start - 1
+        return logits_of(job, role, example)[0].log_softmax(-1)[place:-1].gather(-1, tokens[:, None]).sum()
+
+    def surprise(pair, text):
+        completion, example = pair.columns[text], getattr(pair, text)
+        reward = len(completion) % 11 / 5.0 + 0.1 * sum(x in "aeiou" for x in completion)  # tiny_runs.REWARD
+        return reward - logits_of(job, "critic", example)[1][example.start - 1] @ head.double()
+
+    weights = [
+        math.exp(float(surprise(pair, text).detach()) / 0.7) for pair in pairs for text in ("chosen", "rejected")
+    ]
+    bound = sorted(weights)[4] * 0.99
+    config = config.model_copy(update={"max_weight": bound})
+    capped = sum(weight > bound for weight in weights)
+    loss = torch.zeros((), dtype=torch.float64)
     for pair in pairs:
         gap = 0.0
-        for example, text, sign in ((pair.chosen, "chosen", 1), (pair.rejected, "rejected", -1)):
-            completion = pair.columns[text]
-            reward = len(completion) % 11 / 5.0 + 0.1 * sum(x in "aeiou" for x in completion)  # tiny_runs.REWARD
-            tokens, place = torch.tensor(example.ids[example.start :]), example.start - 1
-
-            def logprob(role, example=example, tokens=tokens, place=place):
-                logits, _ = logits_of(job, role, example)
-                return logits.log_softmax(-1)[place:-1].gather(-1, tokens[:, None]).sum()
-
+        for text, sign in (("chosen", 1), ("rejected", -1)):
+            example, off = getattr(pair, text), surprise(pair, text)
             with torch.no_grad():
-                base = logprob(None)
-            logp = logprob("policy")
-            _, hidden = logits_of(job, "critic", example)
-            surprise = reward - (hidden[place] @ head[0].double())
-            weight = math.exp(min(float(surprise.detach()) / 0.7, math.log(2.0)))
-            capped += float(surprise.detach()) / 0.7 > math.log(2.0)
-            loss = loss - 0.5 * weight * logp
-            loss = loss + (0.2 if surprise < 0 else 0.8) * surprise**2 / 2
+                base = logprob(None, example)
+            logp = logprob("policy", example)
+            loss = loss - 0.5 * min(math.exp(float(off.detach()) / 0.7), bound) * logp
+            loss = loss + (0.2 if off < 0 else 0.8) * off**2 / 2
             gap = gap + sign * 0.3 * (logp - base)
         loss = loss - torch.nn.functional.logsigmoid(gap)
     (loss / 4).backward()
