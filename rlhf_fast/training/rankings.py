@@ -22,6 +22,7 @@ from rlhf_fast.ops.rewards.ranking_loss import ranking_loss
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.setup import load_rows
 
+
 @dataclass(frozen=True)
 class Ranking:
     """answers: to one prompt. ranks: of each, 1 the best, equal ones a tie."""
