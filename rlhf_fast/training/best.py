@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.folder import replace_file
@@ -15,10 +16,12 @@ def keep_best(job: Job, config: RolloutConfig, folder: Path, done: int, metrics:
 
     metrics: those of the held-out prompts, `reward` and `kl` (nats per completion) among them; best.json has those of
     the best. A kill leaves the old adapter or the new one: its weights are one file, its config never changes. A run
-    that is resumed behind its best evaluation makes the same policy again.
+    that is resumed behind its best evaluation makes the same policy again. UserError where nothing is paid.
     """
     if config.best_by is None or (config.kl_budget is not None and metrics["kl"] > config.kl_budget):
         return
+    if config.best_by not in metrics:
+        raise UserError(f"best_by {config.best_by}: nothing is paid here")
     best = folder / "best"
     record, staging = best / "best.json", best / ".new"
     if record.is_file() and metrics[config.best_by] <= json.loads(record.read_text())[config.best_by]:
