@@ -301,7 +301,7 @@ class RolloutConfig(SamplingConfig):
     objective: PolicyObjective = Field(
         "ppo_clip", validate_default=True, description="the loss: its name, or a mapping of its numbers"
     )
-    reward_clip: float | None = Field(None, gt=0, description="bound on the absolute score of a completion")
+    reward_clip: float | None = Field(None, gt=0, description="bound on the absolute reward of a completion or a step")
     kl_coef: float = Field(0.0, ge=0, description="weight of the KL penalty in the reward")
     kl_target: float | None = Field(None, gt=0, description="adapt kl_coef to this KL, in nats per completion")
     kl_horizon: float = Field(10_000, gt=0, description="completions over which kl_coef adapts")

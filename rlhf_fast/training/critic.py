@@ -42,9 +42,13 @@ class CriticConfig(RolloutConfig):
     critic_warmup_steps: int = Field(0, ge=0, description="first steps, in which the critic alone trains")
 
     @model_validator(mode="after")
-    def _bins_have_a_range(self) -> "CriticConfig":
+    def _has_bins_and_steps(self) -> "CriticConfig":
         if not self.value_min < self.value_max:
             raise ValueError(f"value_min must be below value_max, got {self.value_min} and {self.value_max}")
+        if self.epochs is None and self.critic_warmup_steps >= self.steps:
+            raise ValueError(
+                f"critic_warmup_steps {self.critic_warmup_steps} leave the policy none of {self.steps} steps"
+            )
         return self
 
     def peak_rate(self, role: str) -> float:

@@ -114,6 +114,10 @@ def test_in_its_warm_up_the_critic_alone_moves():
         torch.testing.assert_close(value, 0.5 * first[name] + 0.5 * policy[name])
 
 
-def test_a_range_of_values_upside_down_is_refused():
-    with pytest.raises(ValueError, match=r"value_min must be below value_max, got 2.0 and 1.0"):
-        config_of("ppo", value_min=2.0, value_max=1.0)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"value_min": 2.0, "value_max": 1.0}, r"value_min must be below value_max, got 2\.0 and 1\.0"),
+    ({"critic_warmup_steps": 5}, "critic_warmup_steps 5 leave the policy none of 5 steps"),
+], ids=str)  # fmt: skip
+def test_a_critic_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of("ppo", **changes)
