@@ -58,11 +58,6 @@ class AlgorithmConfig(CriticConfig, RewardScaleConfig, PtxConfig):
             raise ValueError(f"whiten_rewards is for kl_variant k1, got {self.kl_variant}")
         return self
 
-    @property
-    def exact_kl(self) -> bool:
-        """Whether rollouts need the KL over the whole vocabulary."""
-        return self.kl_variant == "exact" and self.kl_coef > 0
-
 
 def prepare(config: AlgorithmConfig) -> Job:
     """Policy, reference, reward, the critic, and what is learnt beside."""
@@ -75,7 +70,8 @@ def prepare(config: AlgorithmConfig) -> Job:
 def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     """Roll out, score, estimate advantages, update; repeat."""
     beside = partial(add_ptx_gradient, job, config) if job.pretraining else None
-    for step, experience in experiences(job, config, run, exact_kl=config.exact_kl):
+    exact_kl = config.kl_variant == "exact" and config.kl_coef > 0
+    for step, experience in experiences(job, config, run, exact_kl=exact_kl):
         warming = step < config.critic_warmup_steps
         if config.normalize_rewards is not None:
             follow_rewards(job, experience.rewards)
