@@ -112,7 +112,7 @@ ALGORITHMS = {
     "pure": _policy("ppo_clip", advantage="process", min_temperature=0.1),
     # Under a limit on costs
     "grpo_lagrangian": _policy({"variant": "grpo", "kl_coef": 0.04}, cost_limit=0.0),
-    "ppo_lagrangian": Preset("ppo", {"cost_limit": 0.0}),
+    "ppo_lagrangian": Preset("ppo", {"cost_limit": 0.0, "kl_coef": 0.01}),
     # From pairs
     "dpo": Preset("preference"),
     "ipo": _pairs("ipo"),

@@ -270,9 +270,10 @@ def repetition_of(completions: Sequence[Sequence[int]], n: int = 4) -> float:
 def samples_of(experience: Experience, count: int) -> list[dict[str, Any]]:
     """The first `count` completions, as the run folder keeps them."""
     rollout = experience.rollout
+    assert experience.judged is not None
     return [
         {"prompt": p.text, "completion": c, "reward": float(r)}
-        for p, c, r, _ in zip(rollout.prompts, rollout.completions, experience.rewards, range(count), strict=False)
+        for p, c, r, _ in zip(rollout.prompts, rollout.completions, experience.judged, range(count), strict=False)
     ]
 
 

@@ -24,7 +24,8 @@ def judged_alike(job: Job, config: RolloutConfig, experience: Experience) -> Ten
     """
     assert job.rewards is not None
     weighed = [experience.parts[name] for name, weight in job.rewards.weights.items() if weight]
-    groups = torch.stack(weighed).view(len(weighed), -1, config.num_generations)
+    scores = torch.stack(weighed or [*experience.parts.values()])
+    groups = scores.unflatten(1, (-1, config.num_generations))
     return (groups == groups[:, :, :1]).all(2).all(0)
 
 

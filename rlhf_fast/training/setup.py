@@ -274,18 +274,19 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
     add_policy(backbone, config, saved, moving_reference=moving)
     backbone.enable_checkpointing(config.gradient_checkpointing)
     encoder = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
+    rewards = add_rewards(backbone, config, [*train, *held_out], tokenizer) or Rewards()
     job = Job(
         backbone,
         encoder,
         train=encode_rows(encoder, train, encoder.prompt, "data"),
         held_out=encode_rows(encoder, held_out, encoder.prompt, "held-out data"),
         optimizers={"policy": build_optimizer(backbone.parameters_of("policy"), config)},
-        rewards=add_rewards(backbone, config, [*train, *held_out], tokenizer) or Rewards(),
+        rewards=rewards,
         kl_controller=FixedKLController(config.kl_coef),
     )
-    assert job.rewards is not None
-    check_weights(config, job.rewards)
-    job.constraints = add_constraints(backbone, config, list(train[0].values), job.rewards, len(job.held_out))
+    check_weights(config, rewards)
+    whole = config.for_data(len(job.train))
+    job.constraints = add_constraints(backbone, whole, list(train[0].values), rewards, len(job.held_out))
     if config.policy_ema is not None:
         backbone.add_adapter("ema", copy_of="policy", trainable=False)
     if config.kl_target is not None:

@@ -13,7 +13,7 @@ from rlhf_fast.ops.advantages.token_advantages import optimal_token_baseline, pr
 from rlhf_fast.training import on_policy
 from rlhf_fast.training.experience import StepRewards, collect, penalties, prompts_of_step
 from rlhf_fast.training.optim import accumulate
-from rlhf_fast.training.resampling import joined
+from rlhf_fast.training.resampling import joined, judged_alike
 from tests.training.test_experience import trained
 from tests.training.tiny_runs import config_of, folder, job_of, values_of
 
@@ -279,6 +279,18 @@ def test_resampling_ends_at_its_bound_and_fills_the_batch_with_what_says_nothing
     (tmp_path / "same.py").write_text("def same(completions):\n    return [1.0 for _ in completions]\n")
     _, (metrics,) = trained("grpo", 1, reward=f"{tmp_path}/same.py:same", max_resamples=2)
     assert (metrics["resamples"], metrics["dropped_groups"], metrics["equal_groups"]) == (2, 4, 1)
+
+
+def test_a_source_without_a_weight_tells_nothing_apart(tmp_path):
+    (tmp_path / "two.py").write_text(
+        "def same(completions):\n    return [1.0 for _ in completions]\n\n\n"
+        "def apart(completions):\n    return [float(i) for i, _ in enumerate(completions)]\n"
+    )
+    rewards = [f"{tmp_path}/two.py:same", f"{tmp_path}/two.py:apart"]
+    for weights, alike in (([1.0, 0.0], True), ([1.0, 0.5], False), ([0.0, 0.0], False)):
+        config = config_of("grpo", reward=rewards, reward_weights=weights, overlong_buffer=0.9)
+        job = job_of(config)
+        assert judged_alike(job, config, experience_of(job, config)).tolist() == [alike] * 2
 
 
 NUMBERS = {

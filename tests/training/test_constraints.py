@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from rlhf_fast.algorithms.launch import run_stage, single_stage
+from rlhf_fast.algorithms.launch import launch, run_stage, single_stage
 from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import Rewards
@@ -172,6 +172,31 @@ def test_a_cost_adapter_is_scored_as_a_role_of_its_own(tmp_path):
     stats = json.loads((tmp_path / "rm" / "reward_stats.json").read_text())
     expected = (experience.scores.scores - stats["mean"]) / stats["std"]
     torch.testing.assert_close(experience.costs[place], expected)
+
+
+def test_the_evaluations_of_a_run_that_counts_epochs_are_counted():
+    values = values_of("grpo", cost=EVEN, cost_limit=1.0, cost_confidence=0.9, epochs=2.0, eval_every=2)
+    del values["steps"]
+    config = single_stage(values).config
+    job = job_of(config)
+    # 7 prompts twice, 2 in a step: 7 steps, with evaluations before, after, and after 2, 4 and 6.
+    assert (len(job.train), config.for_data(7).steps, job.constraints.evaluations) == (7, 7, 5)
+
+
+def test_a_cost_may_be_what_an_earlier_stage_has_trained(tmp_path):
+    pairs, prompts = str(folder() / "pairs.jsonl"), str(folder() / "prompts.jsonl")
+    shared = {"model": str(folder() / "model"), "device": "cpu", "report_to": "none", "steps": 1, "batch_size": 4,
+              "eval_size": 2, "output_dir": str(tmp_path / "run")}  # fmt: skip
+    stages = [
+        {"algorithm": "reward_model", "name": "harm", "data": pairs},
+        {"algorithm": "grpo_lagrangian", "data": prompts, "reward": EVEN, "cost": {"from": "harm"},
+         "num_generations": 2, "max_new_tokens": 4},
+    ]  # fmt: skip
+    (tmp_path / "stages.yaml").write_text(json.dumps({**shared, "stages": stages}))
+    launch(str(tmp_path / "stages.yaml"), {}, dry_run=False, resume=None, overwrite=False)
+    (metrics,) = read_jsonl(tmp_path / "run" / "grpo_lagrangian" / "metrics.jsonl")
+    assert metrics["cost"] != 0
+    assert metrics["cost_multiplier"] != 1
 
 
 @pytest.mark.parametrize(("changes", "message"), [
