@@ -16,14 +16,14 @@ Sources: threshold: RS-DPO, Khaki et al. 2024 (2402.10038), from memory.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rlhf_fast.data.batches import Batch, pad_batch
+from rlhf_fast.data.batches import pad_batch
 from rlhf_fast.data.encoding import Example, encode_rows
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
@@ -32,6 +32,7 @@ from rlhf_fast.training.experience import Experience, collect, score
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.on_policy import Rows, micro_batches, net_rewards, paid
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, update
+from rlhf_fast.training.resampling import joined
 from rlhf_fast.training.setup import prepare_rollouts
 
 
@@ -115,12 +116,12 @@ def duels_of(job: DuelJob, config: DuelConfig, experience: Experience) -> Duels:
     count = len(experience.batch)
     rows, everyone = torch.arange(count), experience
     if config.rival == "data":
-        everyone = joined(experience, answers_as_rivals(job, config, experience))
+        everyone = joined([experience, answers_as_rivals(job, config, experience)], [rows, rows])
         return Duels(everyone, count, torch.stack([rows + count, rows], dim=1), torch.zeros(count))
     rewards = net_rewards(job, config, experience).cpu()
     if config.rival == "mixture":
         rivals = paid(job, collect(job, config, experience.rollout.prompts, mixture=config.mixture_coef))
-        everyone = joined(experience, rivals)
+        everyone = joined([experience, rivals], [rows, rows])
         rows = torch.stack([rows, rows + count], dim=1)
         rewards = torch.stack([rewards, net_rewards(job, config, rivals).cpu()], dim=1)
         chances = ((rewards[:, 0] - rewards[:, 1]) / config.preference_temperature).sigmoid()
@@ -156,30 +157,6 @@ def answers_as_rivals(job: DuelJob, config: DuelConfig, experience: Experience) 
     lower, scores = score(job, config, rollout)
     unpaid = torch.zeros_like(experience.rewards)
     return replace(experience, rollout=rollout, lower=lower, scores=scores, rewards=unpaid)
-
-
-def joined(first: Experience, second: Experience) -> Experience:
-    """The rows of both, right-padded to the longer; what only the roll-out knows is the first's."""
-    width = max(first.batch.mask.shape[1], second.batch.mask.shape[1])
-
-    def wide(x: Tensor) -> Tensor:
-        return F.pad(x, (*[0, 0] * (x.dim() - 2), 0, width - x.shape[1]))
-
-    def rows(value: Callable[[Experience], Any]) -> Any:
-        parts = [value(experience) for experience in (first, second)]
-        return None if parts[0] is None else torch.cat([wide(part) for part in parts])
-
-    batch = Batch(
-        rows(lambda e: e.batch.input_ids), rows(lambda e: e.batch.attention_mask), rows(lambda e: e.batch.mask),
-        torch.cat([first.batch.counts, second.batch.counts]),
-    )  # fmt: skip
-    scores = replace(
-        first.scores, logprobs=rows(lambda e: e.scores.logprobs), ref_logprobs=rows(lambda e: e.scores.ref_logprobs)
-    )
-    return replace(
-        first, rollout=replace(first.rollout, batch=batch, sampler=None), lower=rows(lambda e: e.lower), scores=scores,
-        rewards=torch.cat([first.rewards, second.rewards]),
-    )  # fmt: skip
 
 
 def learn_units(
