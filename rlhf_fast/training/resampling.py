@@ -85,7 +85,7 @@ def joined(values: Sequence[Any], rows: Sequence[Tensor]) -> Any:
     if isinstance(first, list):
         return [value[i] for value, index in zip(values, rows, strict=True) for i in index.tolist()]
     if isinstance(first, dict):
-        return {name: joined([value[name] for value in values], rows) for name in first}
+        return {name: joined([value[name] for value in values if name in value], rows) for name in first}
     names = [f.name for f in fields(first)] if is_dataclass(first) else getattr(first, "_fields", ())
     if not names:
         return first

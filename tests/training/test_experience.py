@@ -79,7 +79,7 @@ def test_the_policy_is_scored_only_where_its_first_minibatch_comes_too_late(algo
         return hidden(self, input_ids, attention_mask, roles, **options)
 
     log = Log(1)
-    log.start = -1  # not the start of a run, which compares the sampler's log-probabilities with the scored ones
+    monkeypatch.setattr(log, "steps", lambda: [1])  # the first one scores the policy for what its sampler says
     monkeypatch.setattr(Backbone, "hidden", counted)
     load_algorithm(algorithm).train(job, config, log)
     assert traversals == passes
@@ -91,7 +91,7 @@ def test_the_policy_is_scored_only_where_its_first_minibatch_comes_too_late(algo
 ], ids=str)  # fmt: skip
 def test_a_run_without_scoring_the_policy_is_the_run_with_it(algorithm, changes, monkeypatch):
     job, metrics = trained(algorithm, 4, **ONE_MINIBATCH, **changes)
-    monkeypatch.setattr(on_policy, "collect", lambda *arguments, **options: collect(*arguments))
+    monkeypatch.setattr(on_policy, "collect", lambda *a, **options: collect(*a, **{**options, "score_policy": True}))
     scored_job, scored_metrics = trained(algorithm, 4, **ONE_MINIBATCH, **changes)
     for found, expected in zip(metrics, scored_metrics, strict=True):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
