@@ -121,7 +121,7 @@ def labelled(job: Job, config: AlgorithmConfig, prompts: list[Prompt]) -> tuple[
 def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
     """How many rows there are so far, and the means of what they say."""
     rows = written_rows(Path(config.output_dir), steps=int(job.counters.get("labelled", 0)))
-    means = {name: [row[name] for row in rows if name in row] for name in ("preference", "rating", "margin")}
+    means = {name: [row[name] for row in rows if name in row] for name in ("preference", "rating", "gap")}
     metrics = {name: sum(values) / len(values) for name, values in means.items() if values}
     return {"metrics": {"rows": float(len(rows)), **metrics}, "samples": []}
 

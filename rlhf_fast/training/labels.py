@@ -87,7 +87,8 @@ def _rows(
 
     ratings     a row for each answer, with `rating`, or `ratings` by criterion
     rankings    one row with `completions` and `scores`, the mean over the criteria
-    pairs       the best over the worst with the `margin` between them, nothing where all are as good
+    pairs       the best over the worst with the `gap` between them, nothing where all are as good; no loss looks at it
+                unless `columns: {margin: gap}` makes it a margin
     An answer whose score is NaN, without a verdict, is left out.
     """
     read = [(text, numbers) for text, numbers in zip(texts, scores, strict=True) if not any(map(math.isnan, numbers))]
@@ -103,7 +104,7 @@ def _rows(
         return [{**keep, "completions": [text for _, text in means], "scores": [score for score, _ in means]}]
     (low, worst), (high, best) = min(means, key=_first), max(means, key=_first)
     same = low == high or worst == best
-    return [] if same else [{**keep, "chosen": best, "rejected": worst, "margin": high - low}]
+    return [] if same else [{**keep, "chosen": best, "rejected": worst, "gap": high - low}]
 
 
 def _first(pair: tuple[float, str]) -> float:

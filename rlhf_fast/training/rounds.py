@@ -16,6 +16,7 @@ from rlhf_fast.training.config import Config, FromStage
 from rlhf_fast.training.folder import replace_file
 
 FILE = "rounds.jsonl"
+SHOWN = ("reward", "kl", "accuracy", "loss", "rows", "revisions")  # in the table; the file has all
 KEYS = ("model", "reward", "cost", "data")  # that may name a stage; so may judge.by and judge.adapter
 C = TypeVar("C", bound=Config)
 
@@ -155,9 +156,10 @@ def record_rounds(folder: Path, plans: Sequence[Planned]) -> list[dict[str, Any]
 
 
 def rounds_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """A row for each round: the held-out metrics of its last stage, which all rounds have."""
+    """A row for each round: the held-out metrics of its last stage, those of SHOWN that all rounds have."""
     last = list(rows[0])[-1]
-    names = [name for name in rows[0][last] if not name.endswith("_se") and all(name in row[last] for row in rows)]
+    names = [name for name in rows[0][last] if name.startswith(SHOWN) and not name.endswith("_se")]
+    names = [name for name in names if all(name in row[last] for row in rows)]
     table = Table("round", *names, title=f"{last}: held-out data after each round")
     for row in rows:
         table.add_row(str(row["round"]), *(f"{row[last][name]:.3f}" for name in names))

@@ -73,7 +73,7 @@ def test_a_reward_orders_answers_and_ties_are_no_pair(tmp_path):
     values = label_values(tmp_path, judge=None, reward=f"{tmp_path}/long.py:long", data=str(tmp_path / "two.jsonl"),
                           answers=["one", "two"], write="pairs")  # fmt: skip
     run(values)
-    assert written_rows(tmp_path / "run") == [{"prompt": "p", "chosen": "aa", "rejected": "b", "margin": 1.0}]
+    assert written_rows(tmp_path / "run") == [{"prompt": "p", "chosen": "aa", "rejected": "b", "gap": 1.0}]
 
 
 def test_a_pass_labels_every_prompt_once_and_a_resumed_run_writes_the_same(tmp_path, monkeypatch):

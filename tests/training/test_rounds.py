@@ -119,7 +119,7 @@ def test_rounds_hand_on_adapters_merge_late_labels_and_are_evaluated_alike(round
     def logged(self, step, metrics, **rest):
         log(self, step, metrics, **rest)
         if self.folder == run / "round-1" / "dpo" and step == 1:
-            late = {"prompt": "late", "chosen": "x", "rejected": "y", "margin": 0.5, "tag": 0}
+            late = {"prompt": "late", "chosen": "x", "rejected": "y", "gap": 0.5, "tag": 0}
             write_jsonl(rounds / "late.jsonl", [late] * 3)
         if self.folder == run / "round-2" / "label" and step == 0:
             signal.raise_signal(signal.SIGTERM)

@@ -241,7 +241,7 @@ def test_interrupting_a_run_does_not_leave_its_signal_handlers(tmp_path, monkeyp
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_the_examples_are_valid_configs(path):
     values = read_yaml(path)
     stages = all_stages(values, {}) if "stages" in values else [single_stage(values)]
