@@ -74,6 +74,16 @@ class Rewards:
         if self.judge is not None:
             self.judge.check_columns(columns)
 
+    @property
+    def judge_calls(self) -> int:
+        """The requests that the judge sent, which a resumed run goes on counting."""
+        return 0 if self.judge is None else self.judge.speaker.calls
+
+    @judge_calls.setter
+    def judge_calls(self, calls: int) -> None:
+        if self.judge is not None:
+            self.judge.speaker.calls = calls
+
     def metrics(self) -> dict[str, float]:
         """What the sources tell of themselves since the last call."""
         return {} if self.judge is None else self.judge.metrics()

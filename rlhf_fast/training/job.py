@@ -15,7 +15,6 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.ops.advantages.kl_controller import FixedKLController
 from rlhf_fast.rewards import Rewards
-from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.constraints import Constraints
 
@@ -46,10 +45,6 @@ class Job:
     @property
     def device(self) -> torch.device:
         return next(self.backbone.model.parameters()).device
-
-    @property
-    def judge(self) -> Judge | None:
-        return None if self.rewards is None else self.rewards.judge
 
     def changing_adapters(self) -> list[str]:
         """The adapters that this run trains or moves."""
@@ -91,7 +86,7 @@ def capture(job: Job) -> dict[str, Any]:
         "kl_controller": None if job.kl_controller is None else job.kl_controller.state_dict(),
         "constraints": None if job.constraints is None else job.constraints.state_dict(),
         "random": random_state(),
-        "judge_calls": 0 if job.judge is None else job.judge.speaker.calls,
+        "judge_calls": 0 if job.rewards is None else job.rewards.judge_calls,
     }
     if FULL in job.optimizers:
         state["model"] = job.backbone.model.state_dict()
@@ -111,8 +106,8 @@ def restore(job: Job, state: dict[str, Any]) -> None:
         job.kl_controller.load_state_dict(state["kl_controller"])
     if job.constraints is not None:
         job.constraints.load_state_dict(state["constraints"])
-    if job.judge is not None:
-        job.judge.speaker.calls = state["judge_calls"]
+    if job.rewards is not None:
+        job.rewards.judge_calls = state["judge_calls"]
     set_random_state(state["random"])
 
 

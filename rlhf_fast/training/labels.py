@@ -31,8 +31,9 @@ def compared_rows(
     job: Job, kind: str, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], keep: Sequence[Row]
 ) -> list[Row]:
     """What the judge makes of every two answers to a prompt: a pair each, or one ranking by the share of wins."""
-    assert job.judge is not None
-    pairs = pairs_of_comparisons(job.judge, [prompt.columns for prompt in prompts], answers, keep)
+    assert job.rewards is not None
+    assert job.rewards.judge is not None
+    pairs = pairs_of_comparisons(job.rewards.judge, [prompt.columns for prompt in prompts], answers, keep)
     if kind == "pairs":
         return [row for of_prompt in pairs for row in of_prompt]
     shares = zip(answers, pairs, keep, strict=True)
@@ -149,15 +150,18 @@ def scores_of(job: Job, config: SamplingConfig, prompts: Sequence[Prompt], answe
     values = [p.columns["prompt"] for p in asked]
     columns = {name: [p.columns.get(name) for p in asked] for name in asked[0].columns if name != "prompt"}
     assert job.rewards is not None
-    if job.judge is not None and config.judge_alone:
-        return job.judge.scores(values, texts, columns)
-    scored = _adapter_scores(job, config, asked, texts) if job.rewards.adapter is not None else None
-    return job.rewards(values, texts, columns, scored)[0].double()[:, None]
+    if job.rewards.judge is not None and config.judge_alone:
+        return job.rewards.judge.scores(values, texts, columns)
+    states = _adapter_states(job, config, asked, texts) if job.rewards.adapter is not None else (None, None)
+    return job.rewards(values, texts, columns, *states).total.double()[:, None]
 
 
 @torch.no_grad()
-def _adapter_scores(job: Job, config: SamplingConfig, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
-    """(N,): raw scores of the role 'reward', each at the end of a closed turn."""
+def _adapter_states(
+    job: Job, config: SamplingConfig, prompts: Sequence[Prompt], texts: Sequence[str]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Raw scores of the reward adapter's roles, each at the end of a closed turn, and what the first one's head is
+    given."""
     ids = [
         job.encoder.scored(prompt.columns["prompt"], text, prompt.columns.get("tools"))
         for prompt, text in zip(prompts, texts, strict=True)
@@ -165,7 +169,9 @@ def _adapter_scores(job: Job, config: SamplingConfig, prompts: Sequence[Prompt],
     size = config.micro_batch_size or len(ids)
     found = []
     for start in range(0, len(ids), size):
-        batch = pad_batch([Example(row, 0) for row in ids[start : start + size]], job.encoder.pad_id).to(job.device)
-        hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["reward"])["reward"]
-        found.append(job.backbone.scores("reward", hidden, batch.attention_mask))
-    return torch.cat(found)
+        examples = [Example(row, len(row)) for row in ids[start : start + size]]
+        batch = pad_batch(examples, job.encoder.pad_id).to(job.device)
+        found.append(job.backbone.score(batch.input_ids, batch.attention_mask, batch.mask, mask_count=0, policy=False))
+    scores = [part.scores for part in found if part.scores is not None]
+    features = [part.features for part in found if part.features is not None]
+    return torch.cat(scores) if scores else None, torch.cat(features) if features else None

@@ -29,8 +29,8 @@ def prepared(tmp_path, **changes):
     """A job whose judge likes long answers, and a little the first one."""
     config = single_stage(label_values(tmp_path, **changes)).config
     job = job_of(config, scrambled=False)
-    if job.judge is not None:
-        job.judge.speaker, job.judge.template = Scripted(likes_long_and_first), None
+    if job.rewards.judge is not None:
+        job.rewards.judge.speaker, job.rewards.judge.template = Scripted(likes_long_and_first), None
     return config, job
 
 
@@ -57,8 +57,8 @@ def test_comparisons_can_be_written_as_rankings_by_the_share_of_wins(tmp_path, m
 def test_a_judge_that_rates_writes_ratings_on_its_scale_by_criterion(tmp_path, monkeypatch):
     judge = {"scale": "1-3", "prompt": "{completion}", "criteria": ["honest", "short"]}
     config, job = prepared(tmp_path, judge=judge)
-    job.judge.speaker.answer = lambda text: [0.5, 0.0, 0.5] if "x" in text else [torch.nan] * 3
-    job.judge.template = "{completion}"
+    job.rewards.judge.speaker.answer = lambda text: [0.5, 0.0, 0.5] if "x" in text else [torch.nan] * 3
+    job.rewards.judge.template = "{completion}"
     monkeypatch.setattr(labels, "sampled_answers", lambda *rest: [["x", "y"]])
     rows, metrics = label.labelled(job, config, job.train[:1])
     assert rows == [{"prompt": "a", "tag": 0, "completion": "x", "ratings": {"honest": 2.0, "short": 2.0}}]

@@ -64,9 +64,11 @@ def test_the_base_an_adapter_the_policy_itself_and_another_folder_judge(tmp_path
     for name, change in changes.items():
         job = job_of(config_of("grpo", reward=None, judge={**SHORT, **change}), scrambled=False)
         job.backbone.restore("policy", plain.backbone.snapshot("policy"))
-        found[name] = job.judge.rewards(["p"] * 2, ["ab", "cd"], {})
+        found[name] = job.rewards.judge.rewards(["p"] * 2, ["ab", "cd"], {})
         unique = {id(p) for p in job.backbone.model.parameters()}
-        assert ({id(p) for p in job.judge.speaker.backbone.model.parameters()} == unique) == ("folder" not in name)
+        assert ({id(p) for p in job.rewards.judge.speaker.backbone.model.parameters()} == unique) == (
+            "folder" not in name
+        )
     torch.testing.assert_close(found["adapter"], found["policy"])
     torch.testing.assert_close(found["folder"], found["policy"])
     torch.testing.assert_close(found["base"], found["base folder"])
