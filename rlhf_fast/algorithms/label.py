@@ -33,7 +33,7 @@ class AlgorithmConfig(SamplingConfig):
 
     answers: str | list[str] | None = Field(None, description="columns of given answers; default: they are sampled")
     num_generations: int = Field(2, ge=2, description="answers to sample for each prompt")
-    write: Literal["auto", "pairs", "rankings", "ratings"] = Field(
+    write: Literal["auto", "pairs", "rankings", "ratings", "best"] = Field(
         "auto", description="rows to write; auto: pairs of a judge that compares, else ratings"
     )
 

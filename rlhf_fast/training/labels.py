@@ -87,6 +87,7 @@ def _rows(
     """The answers to one prompt with their scores, one number for each criterion (or one in all), as
 
     ratings     a row for each answer, with `rating`, or `ratings` by criterion
+    best        the best answer alone, for sft
     rankings    one row with `completions` and `scores`, the mean over the criteria
     pairs       the best over the worst with the `gap` between them, nothing where all are as good; no loss looks at it
                 unless `columns: {margin: gap}` makes it a margin
@@ -99,6 +100,8 @@ def _rows(
             else {**keep, "completion": text, "rating": numbers[0]} for text, numbers in read
         ]  # fmt: skip
     means = [(sum(numbers) / len(numbers), text) for text, numbers in read]
+    if kind == "best":
+        return [{**keep, "completion": max(means, key=_first)[1]}] if means else []
     if len(means) < 2:
         return []
     if kind == "rankings":

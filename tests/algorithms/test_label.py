@@ -74,6 +74,9 @@ def test_a_reward_orders_answers_and_ties_are_no_pair(tmp_path):
                           answers=["one", "two"], write="pairs")  # fmt: skip
     run(values)
     assert written_rows(tmp_path / "run") == [{"prompt": "p", "chosen": "aa", "rejected": "b", "gap": 1.0}]
+    run({**values, "write": "best", "output_dir": str(tmp_path / "best")})
+    rows = sorted(written_rows(tmp_path / "best"), key=lambda row: row["prompt"])
+    assert rows == [{"prompt": "p", "completion": "aa"}, {"prompt": "q", "completion": "c"}]
 
 
 def test_a_pass_labels_every_prompt_once_and_a_resumed_run_writes_the_same(tmp_path, monkeypatch):
