@@ -59,7 +59,7 @@ def print_report(console: Console, title: str, folder: Path) -> None:
         table = Table(title=f"{title}: held-out data, before and after {after['step']} steps")
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
-        for name in before["metrics"]:
+        for name in {**before["metrics"], **after["metrics"]}:
             if not name.endswith("_se"):
                 table.add_row(name, _value(before["metrics"], name), _value(after["metrics"], name))
         console.print(table)
@@ -73,6 +73,8 @@ def print_report(console: Console, title: str, folder: Path) -> None:
 
 
 def _value(metrics: dict[str, float], name: str) -> str:
+    if name not in metrics:
+        return "-"
     error = metrics.get(f"{name}_se")
     return f"{metrics[name]:.3f}" + (f" +- {error:.3f}" if error is not None else "")
 

@@ -60,7 +60,9 @@ def comparisons_of(scores: Tensor, judged: Sequence[Judgement]) -> Comparisons:
 
 def fitted_temperature(leads: Tensor, labels: Tensor) -> float:
     """The T in [1e-3, 1e3] for which sigmoid(leads / T) has the least cross-entropy with the labels, which is convex in
-    1 / T: by bisection of its slope."""
+    1 / T: by bisection of its slope. 1 where no lead tells anything."""
+    if not leads.any():
+        return 1.0
     low, high = -3.0, 3.0  # log10 of 1 / T
     for _ in range(60):
         middle = (low + high) / 2

@@ -43,6 +43,7 @@ def test_the_temperature_has_the_least_cross_entropy():
     assert fitted_temperature(doubles(*[math.log(9)] * 3, -math.log(9)), torch.ones(4).double()) == pytest.approx(2.0)
     assert fitted_temperature(doubles(1.0, 2.0), torch.ones(2).double()) == pytest.approx(1e-3), "never wrong: no bound"
     assert fitted_temperature(doubles(-1.0), torch.ones(1).double()) == pytest.approx(1e3), "always wrong: a coin"
+    assert fitted_temperature(doubles(0.0, 0.0), torch.ones(2).double()) == 1.0
 
 
 def test_the_bins_of_ece_are_fifteen_from_a_half_to_one():
