@@ -18,6 +18,7 @@ from rlhf_fast.data.encoding import Encoder
 from rlhf_fast.data.reading import Row, read_jsonl
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.tiny import _byte_letters
+from rlhf_fast.rewards.steps import steps_of
 from rlhf_fast.training import supervised
 from rlhf_fast.training.ensemble import all_scores
 from rlhf_fast.training.experience import collect, prompts_of_step
@@ -364,3 +365,16 @@ def test_steps_are_tokenised_one_by_one(tmp_path):
     assert (one.rows[0].ids, one.targets) == ([*b"qa.\n"], (1.0,))
     with pytest.raises(UserError, match="prompt and steps have 6 tokens, the budget is 5"):
         encode_judged(Encoder(tokenizer, 50, 5), [row], "steps", Reading("\n", ()), "data")
+
+
+def test_a_policy_is_paid_by_the_steps_of_a_process_reward_model(tmp_path):
+    place = run(tmp_path, "prm", form="steps", step_separator="o")
+    stats = json.loads((place / "reward_stats.json").read_text())
+    assert (stats["form"], stats["step_separator"]) == ("steps", "o")
+    config = config_of("ppo", reward=str(place))
+    job = job_of(config, scrambled=False)
+    torch.manual_seed(7)
+    experience = collect(job, config, prompts_of_step(job, config, 0))
+    ends = [len(list(steps_of(text, "o"))) for text in experience.rollout.completions]
+    assert experience.steps.ends.sum(1).tolist() == ends
+    torch.testing.assert_close(experience.final_rewards, torch.zeros(len(ends)), rtol=0, atol=1e-5)
