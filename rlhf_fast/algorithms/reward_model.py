@@ -121,10 +121,9 @@ def labels(config: AlgorithmConfig, scores: Tensor, judged: Sequence[Judgement],
 LOSSES = {"pairs": pairs, "rankings": rankings, "ratings": ratings, "likes": labels, "steps": labels}
 
 
-@torch.no_grad()
 def evaluate(job: RewardJob, config: AlgorithmConfig) -> dict[str, Any]:
     """Loss, accuracy, calibration and what else the judgements tell, on those held out; see reward_report."""
-    scores, _ = all_scores(job, config, job.held_out)
+    scores = all_scores(job, config, job.held_out)
     loss, _ = LOSSES[job.held_out[0].form](config, scores, job.held_out, len(job.held_out), len(scores))
     return {"metrics": {"loss": float(loss), **measures(job.judged(scores), job.held_out)[0]}, "samples": []}
 
@@ -132,4 +131,4 @@ def evaluate(job: RewardJob, config: AlgorithmConfig) -> dict[str, Any]:
 def save(job: RewardJob, config: AlgorithmConfig, folder: Path) -> None:
     """The members, their statistics and what the bound needs; the report on the held-out judgements."""
     save_members(job, config, folder)
-    write_report(folder, measures(job.judged(all_scores(job, config, job.held_out)[0]), job.held_out)[1])
+    write_report(folder, measures(job.judged(all_scores(job, config, job.held_out)), job.held_out)[1])

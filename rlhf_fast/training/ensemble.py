@@ -4,7 +4,7 @@ The members are outputs of one head on one adapter, or adapters with a head each
 Their run folder is that of the first member, with the others in member_1/, member_2/ ... beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,32 +80,37 @@ def member_scores(job: Job, config: Config, batch: Batch, judged: Sequence[Judge
 
 
 @torch.no_grad()
-def all_scores(job: Job, config: Config, judged: Sequence[Judgement]) -> tuple[Tensor, Tensor]:
-    """`member_scores` of everything, in passes of few rows, on the CPU."""
+def passes(
+    job: Job, config: Config, judged: Sequence[Judgement]
+) -> Iterator[tuple[Sequence[Judgement], Tensor, Tensor]]:
+    """`member_scores` of everything in passes of few rows: the judgements of each, its scores and states on the CPU."""
     size = config.micro_batch_size or config.batch_size
-    parts = []
     for start in range(0, len(judged), size):
         some = judged[start : start + size]
         batch = pad_batch([row for one in some for row in one.rows], job.encoder.pad_id).to(job.device)
-        parts.append(tuple(x.cpu() for x in member_scores(job, config, batch, some)))
-    return torch.cat([scores for scores, _ in parts]), torch.cat([states for _, states in parts])
+        scores, states = member_scores(job, config, batch, some)
+        yield some, scores.cpu(), states.cpu()
 
 
-def covariance(states: Tensor, judged: Sequence[Judgement], ridge: float) -> Tensor:
-    """Sigma = ridge I + sum over the pairs of answers that were told apart of (phi_better - phi_worse)(...)^T, (D, D)
-    fp64. states: (S, D), the phi of every answer.
+def all_scores(job: Job, config: Config, judged: Sequence[Judgement]) -> Tensor:
+    """(S, M): the scores of all outputs of all members, on the CPU."""
+    return torch.cat([scores for _, scores, _ in passes(job, config, judged)])
+
+
+def covariance(job: Job, config: Any) -> Tensor:
+    """Sigma = bound_ridge I + sum over the training pairs that were told apart of (phi_better - phi_worse)(...)^T,
+    (D, D) fp64, phi what the head of the first member is given.
 
     In rankings every pair of different ranks counts once. Source: pessimistic maximum likelihood, Zhu et al. 2023
     (2301.11270), where 1/n of this sum stands; the ridge is theirs times n.
     """
-    total = ridge * torch.eye(states.shape[1], dtype=torch.float64)
-    first = 0
-    for one in judged:
-        phi = states[first : first + len(one.ends)].double()
-        better, worse = torch.tensor(one.comparisons, dtype=torch.int64).view(-1, 2).unbind(1)
-        apart = phi[better] - phi[worse]
-        total += apart.T @ apart
-        first += len(phi)
+    dim = job.backbone.head("reward").in_features
+    total = config.bound_ridge * torch.eye(dim, dtype=torch.float64)
+    for judged, _, states in passes(job, config, job.train):
+        for one, phi in zip(judged, states.double().split([len(one.ends) for one in judged]), strict=True):
+            better, worse = torch.tensor(one.comparisons, dtype=torch.int64).view(-1, 2).unbind(1)
+            apart = phi[better] - phi[worse]
+            total += apart.T @ apart
     return total
 
 
@@ -115,7 +120,7 @@ def save_members(job: RewardJob, config: Any, folder: Path) -> None:
     assert job.data is not None
     roles = job.backbone.reward_roles
     beside = [f"member_{number}" for number in range(1, len(roles))]
-    scores = all_scores(job, config, job.data.references)[0].double().chunk(len(roles), 1)
+    scores = all_scores(job, config, job.data.references).double().chunk(len(roles), 1)
     about: dict[str, Any] = {"form": job.train[0].form}
     about |= {"step_separator": config.step_separator} if about["form"] == "steps" else {}
     about |= {"ratings": [list(scale) for scale in job.data.scales]} if job.data.scales else {}
@@ -125,7 +130,7 @@ def save_members(job: RewardJob, config: Any, folder: Path) -> None:
         members = [] if name else beside
         write_stats(folder / name, *spread(part.mean(1)), outputs if len(outputs) > 1 else [], members=members, **about)
     if config.bound:
-        write_covariance(folder, covariance(all_scores(job, config, job.train)[1], job.train, config.bound_ridge))
+        write_covariance(folder, covariance(job, config))
 
 
 def spread(scores: Tensor) -> tuple[float, float]:

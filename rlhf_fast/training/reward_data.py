@@ -122,6 +122,8 @@ def load_judged(config: Any, encoder: Encoder, backbone: Backbone) -> JudgementD
     form = form_of(train_rows[0], forms)
     if form != form_of(held_out_rows[0], forms):
         raise UserError(f"{held_out_rows[0].where} has {form_of(held_out_rows[0], forms)}, the training data {form}")
+    if config.bound and form not in ("pairs", "rankings"):
+        raise UserError(f"bound: true is for pairs and rankings, and {config.data} has {form}")
     criteria = criteria_of(train_rows[0]) if form == "ratings" else []
     read = Reading(config.step_separator, tuple(criteria))
     train = encode_judged(encoder, train_rows, form, read, "data")

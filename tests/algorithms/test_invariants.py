@@ -208,7 +208,7 @@ def test_a_longer_neighbour_changes_nothing_for_the_others(algorithm):
             score = module.references_of if algorithm == "dpo" else module.reference_logprobs
             alone, beside = (score(job, config, rows)[0] for rows in ([short], [short, longest]))
         else:
-            alone, beside = (all_scores(job, config, rows)[0][:2] for rows in ([short], [short, longest]))
+            alone, beside = (all_scores(job, config, rows)[:2] for rows in ([short], [short, longest]))
     torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-5)
 
 

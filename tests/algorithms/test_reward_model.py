@@ -136,12 +136,8 @@ def test_prompts_are_in_the_rows_once_or_not_shared_at_all():
     row = judged(1)
     answers = [a for a, rank in zip(row["completions"], row["ranks"], strict=True) if rank is not None]
     assert [len(ids) for ids in rows] == [1 + len(row["prompt"]) + sum(len(a) + 1 for a in answers)]
-    torch.testing.assert_close(
-        all_scores(jobs[0], shared, jobs[0].train)[0],
-        all_scores(jobs[1], apart, jobs[1].train)[0],
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    ours, theirs = (all_scores(job, config, job.train) for job, config in zip(jobs, (shared, apart), strict=True))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_ties_and_missing_ranks_are_dropped_and_scores_rank_from_the_greatest(tmp_path):
@@ -160,7 +156,7 @@ def test_a_chance_below_a_half_turns_the_pair_round(tmp_path):
     assert job.train[0].targets == (-0.5, 0.75)
     good = score_of(job, ids_of("p", "good"))
     torch.testing.assert_close(
-        all_scores(job, config_for("pairs"), job.train[:1])[0][:1].double(), good, rtol=1e-5, atol=1e-5
+        all_scores(job, config_for("pairs"), job.train[:1])[:1].double(), good, rtol=1e-5, atol=1e-5
     )
 
 
@@ -205,6 +201,7 @@ def test_a_form_whose_columns_are_not_there_is_refused():
 def test_criteria_and_ensembles_must_fit():
     for changes, message in (
         ({"form": "ratings", "ensemble": 2}, "ensemble 2 needs one score, and the ratings have 2 criteria"),
+        ({"form": "likes", "bound": True}, "bound: true is for pairs and rankings, and .* has likes"),
         ({"form": "ratings", "criterion_weights": {"help": 1.0}}, "criterion_weights must have help, style, got help"),
     ):
         with pytest.raises(UserError, match=message):
