@@ -148,6 +148,107 @@ def probe(
         Console().print(run_probe(model, rows, out, device=usable_device(device), chat=chat))
 
 
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="a run, an adapter or a model")]
+OutFolder = Annotated[str, typer.Option(help="folder to write")]
+NewTokens = Annotated[int | None, typer.Option(help="default: the run's own, as of the next three")]
+Temperature = Annotated[float | None, typer.Option(help="0: always the likeliest token")]
+TopK = Annotated[int | None, typer.Option()]
+TopP = Annotated[float | None, typer.Option()]
+Seed = Annotated[int | None, typer.Option()]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")]
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    prompts: Annotated[str | None, typer.Option(help="a data file with a column prompt")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="a prompt; may be repeated")] = None,
+    n: Annotated[int, typer.Option("--n", help="completions of each prompt")] = 1,
+    best_of: Annotated[int, typer.Option(help="each the best of so many by the reward")] = 1,
+    reward: Annotated[str | None, typer.Option(help="as the key reward")] = None,
+    out: Annotated[str | None, typer.Option(help="JSON lines in place of a table")] = None,
+    before: Annotated[bool, typer.Option(help="beside what the run started from")] = True,
+    batch_size: Annotated[int, typer.Option(help="completions at a time")] = 16,
+    max_new_tokens: NewTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    device: Device = None,
+) -> None:
+    """Completions of a run's policy beside those of what it started from."""
+    with _one_line_errors():
+        from rlhf_fast.commands.sample import Wanted
+        from rlhf_fast.commands.sample import sample as run_sample
+
+        run_sample(
+            run, prompts, prompt or [], Wanted(n, best_of, reward, batch_size), before=before, out=out,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, device=device,
+        )  # fmt: skip
+
+
+@app.command()
+def chat(
+    run: RunFolder,
+    system: Annotated[str | None, typer.Option(help="the system message")] = None,
+    before: Annotated[bool, typer.Option("--before", help="talk to what the run started from")] = False,
+    max_new_tokens: NewTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    device: Device = None,
+) -> None:
+    """Talk to a run's policy: a line of standard input is a turn."""
+    with _one_line_errors():
+        from rlhf_fast.commands.chat import chat as run_chat
+
+        run_chat(
+            run, system=system, before=before, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+            top_p=top_p, seed=seed, device=device,
+        )  # fmt: skip
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: OutFolder,
+    to: Annotated[str, typer.Option(help="peft, merged or gguf")] = "peft",
+    dtype: Annotated[str | None, typer.Option(help="of merged weights; default: the base model's own")] = None,
+) -> None:
+    """Write a run's policy as an adapter of PEFT, as a whole model, or as GGUF."""
+    with _one_line_errors():
+        from rlhf_fast.commands.export import export as run_export
+
+        typer.echo(run_export(run, to, out, dtype))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})  # a weight may be below 0
+def soup(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="adapters of one base model")],
+    out: OutFolder,
+    weights: Annotated[str | None, typer.Option(help="one number each, 0.5 0.5 or 0.5,0.5; default: equal")] = None,
+) -> None:
+    """The exact weighted average of adapters, as an adapter whose rank is the sum of theirs."""
+    with _one_line_errors():
+        from rlhf_fast.commands.soup import parse_weights
+        from rlhf_fast.commands.soup import soup as run_soup
+
+        typer.echo(run_soup(*parse_weights(runs, weights), out))
+
+
+@app.command()
+def frontier(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs with evaluations")],
+    out: Annotated[str, typer.Option(help="PNG to write")] = "frontier.png",
+) -> None:
+    """Plot held-out reward against the square root of KL over the evaluations of runs."""
+    with _one_line_errors():
+        from rlhf_fast.training.report import plot_frontier
+
+        typer.echo(f"{plot_frontier([Path(run) for run in runs], Path(out))}")
+
+
 BENCH_HELP = """Time our kernels beside plain PyTorch and other libraries; needs the repository, not only the package.
 
     rlhf_fast bench --out out/cpu.json [--case NAME] [--device cuda] [--quick] [--compare OLD.json]

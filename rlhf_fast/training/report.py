@@ -1,5 +1,6 @@
 """What a run shows at its end: curves as a PNG and a before/after table."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_fast.data.reading import read_jsonl
+from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.training import reward_report
 
 PANELS = {
@@ -51,6 +53,52 @@ def plot_curves(folder: Path) -> Path | None:
     return folder / "curves.png"
 
 
+def plot_frontier(runs: Sequence[Path], out: Path) -> Path:
+    """Plot the held-out reward of each evaluation, with its standard error, against the square root of its KL: what a
+    run paid for its reward (Gao et al. 2023, arXiv 2210.10760, section 3).
+
+    Raises UserError for a run that has no evaluation with both.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = {run: frontier(run) for run in runs}
+    empty = next((run for run in runs if not points[run]), None)
+    if empty is not None:
+        raise UserError(f"{empty} has no evaluations with a reward and a KL")
+    figure, axis = pyplot.subplots(figsize=(5, 3.5))
+    for run, found in points.items():
+        steps, distances, rewards, errors = zip(*found, strict=True)
+        axis.errorbar(distances, rewards, yerr=errors, marker="o", markersize=3, linewidth=1, label=str(run))
+        for step, x, y in zip(steps, distances, rewards, strict=True):
+            axis.annotate(str(step), (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axis.set_xlabel("square root of KL to the reference, nats per completion")
+    axis.set_ylabel("held-out reward")
+    axis.grid(alpha=0.3)
+    if len(points) > 1:
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    try:
+        figure.savefig(out, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out} cannot be written: {first_line(error)}") from None
+    finally:
+        pyplot.close(figure)
+    return out
+
+
+def frontier(run: Path) -> list[tuple[int, float, float, float]]:
+    """(step, sqrt KL, reward, its standard error) of each evaluation that has them. An estimate of KL below 0 is 0."""
+    found = [(row["step"], row["metrics"]) for row in read_jsonl(run / "eval.jsonl")]
+    return [
+        (step, max(0.0, metrics["kl"]) ** 0.5, metrics["reward"], metrics.get("reward_se", 0.0))
+        for step, metrics in found
+        if {"kl", "reward"} <= metrics.keys()
+    ]
+
+
 def print_report(console: Console, title: str, folder: Path) -> None:
     """The held-out evaluations before and after training, side by side, and where everything is."""
     evaluations = read_jsonl(folder / "eval.jsonl")
@@ -68,6 +116,8 @@ def print_report(console: Console, title: str, folder: Path) -> None:
     for table in reward_report.tables(folder):
         console.print(table)
     curves = plot_curves(folder)
+    if len(frontier(folder)) > 1:
+        plot_frontier([folder], folder / "frontier.png")
     if curves is not None:
         console.print(Text(f"curves: {curves}    run folder: {folder}"), soft_wrap=True)
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 # Imports go to a later line or stay on their own; modules of one line may use each other.
 LAYERS = [
     {"cli", "__main__"},
+    {"commands"},
     {"algorithms"},
     {"training", "rollout", "rewards", "data"},
     {"models"},

@@ -54,7 +54,7 @@ WELL = {
     "clipped_much": {"clip_fraction": line(0.25, 0.25)},
     "never_clipped": {"clip_fraction": [0.0] * STEPS, "ratio_max": [1.0] * STEPS},
     "sampler_mismatch": {"sampler_kl": [0.05, *line(0, 0)[1:]]},
-    "useless_critic": {"explained_variance": line(-1, 0.01)},
+    "useless_critic": {"explained_variance": [0.01 if i % 15 == 0 else -1.0 for i in range(STEPS)]},
     "missing_eos": {"finished": line(0.1, 0.0)},
 }
 

@@ -1,0 +1,1 @@
+"""What the command line does with finished runs: sample, talk, export, average, plot."""
