@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from rlhf_fast.cli import app
-from rlhf_fast.commands.export import merge
 from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import load_model
+from rlhf_fast.models.merging import merge
 from rlhf_fast.models.peft_io import save_adapter
 from tests.training.tiny_runs import folder, scramble, write_jsonl
 

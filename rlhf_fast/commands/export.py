@@ -8,17 +8,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig
-from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.commands.opening import Opened, copy_tokenizer, empty_folder, open_run
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.backbone import Backbone
-from rlhf_fast.models.loading import hub_id
-from rlhf_fast.models.lora import LoRA
+from rlhf_fast.models.merging import logprobs_of_trial, merge, stored_dtype
 from rlhf_fast.models.peft_io import base_of, load_adapter, save_adapter
-from rlhf_fast.models.self_test import trial
 
 FORMATS = ("peft", "merged", "gguf")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,7 +41,7 @@ def export(run: str, to: str, out: str, dtype: str | None = None) -> str:
             save_adapter(opened.backbone, "policy", folder)
             copy_tokenizer(opened.adapter, folder)
             return f"{folder}: an adapter for {base_of(folder)}"
-        type_ = stored_dtype(opened.adapter) if dtype is None else getattr(torch, dtype)
+        type_ = stored_dtype(base_of(opened.adapter)) if dtype is None else getattr(torch, dtype)
         if converter is None:
             return f"{folder}: {write_merged(opened, folder, type_)}"
         with tempfile.TemporaryDirectory(dir=folder) as merged:
@@ -57,13 +51,6 @@ def export(run: str, to: str, out: str, dtype: str | None = None) -> str:
     except UserError:
         shutil.rmtree(folder)
         raise
-
-
-def stored_dtype(adapter: Path) -> torch.dtype:
-    """The type of the base model's own files."""
-    place, revision = hub_id(base_of(adapter))
-    dtype = getattr(AutoConfig.from_pretrained(place, trust_remote_code=False, **revision), "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 @torch.no_grad()
@@ -81,47 +68,6 @@ def write_merged(opened: Opened, folder: Path, dtype: torch.dtype) -> str:
     effect, error = (float((x - expected).abs().max()) for x in (base, rounded))
     return (f"weights in {str(dtype).removeprefix('torch.')}; log-probabilities of a few tokens are moved by at most "
             f"{effect:.2g} nats by the adapter, {error:.2g} by rounding")  # fmt: skip
-
-
-@torch.no_grad()
-def merge(backbone: Backbone, role: str) -> Tensor:
-    """Put the role's adapter into the weights of a float32 model, and take the adapter away.
-
-    Returns log-probabilities of the adapter on a few tokens. Raises UserError where the merged weights give others, and
-    for weights that cannot be merged: quantised ones, and those that another module uses too.
-    """
-    if backbone.quantized:
-        raise UserError(f"{next(iter(backbone.quantized))} is quantised: merge into the model that it was made from")
-    users: dict[int, set[str]] = {}
-    for name, parameter in backbone.model.named_parameters(remove_duplicate=False):
-        users.setdefault(parameter.data_ptr(), set()).add(name)
-    expected = logprobs_of_trial(backbone, role)
-    for name, pair in backbone.adapters[role].items():
-        module = backbone.model.get_submodule(name)
-        weight = module.get_parameter("weight")
-        shared = users[weight.data_ptr()] - {f"{name}.weight"}
-        if shared:
-            raise UserError(f"{name}.weight is {min(shared)} too, which has no adapter: it cannot be merged")
-        ours = weight.t() if isinstance(module, Conv1D) else weight
-        ours.copy_(merged_weight(ours, pair))
-    backbone.remove_adapter(role)
-    difference = float((logprobs_of_trial(backbone, None) - expected).abs().max())
-    if not difference <= 2e-3:  # nats; float32 against float32, as when an adapter is saved
-        raise UserError(f"the merged weights differ from the adapter by {difference:.3g} nats")
-    return expected
-
-
-def logprobs_of_trial(backbone: Backbone, role: str | None) -> Tensor:
-    input_ids, mask = trial(backbone.model)
-    return backbone.logprobs(backbone.hidden(input_ids, mask, [role])[role], input_ids, mask)
-
-
-def merged_weight(weight: Tensor, pair: LoRA) -> Tensor:
-    """(out, in), float32: W + scale B A; with magnitudes (DoRA, arXiv 2402.09353, eq. 5) each row then of that norm."""
-    whole = weight.float() + pair.shape.scale * (pair.b.float() @ pair.a.float())
-    if pair.magnitude is None:
-        return whole
-    return whole * (pair.magnitude.float() / torch.linalg.vector_norm(whole, dim=1))[:, None]
 
 
 def find_converter() -> Path:
