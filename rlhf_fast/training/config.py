@@ -204,6 +204,7 @@ class Config(BaseModel):
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
     report_to: Literal["none", "tensorboard"] = "tensorboard"
+    self_test: bool = Field(True, description="look in the first steps whether weights move and adapters reload")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "Config":

@@ -34,7 +34,7 @@ FILES = (
 # What may differ between a run and its continuation.
 FREE_KEYS = {
     "steps", "epochs", "eval_every", "log_every", "save_every", "keep_checkpoints", "report_to", "output_dir",
-    "micro_batch_size", "repeat",
+    "micro_batch_size", "repeat", "self_test",
 }  # fmt: skip
 
 

@@ -138,7 +138,16 @@ def improve(
             history.append({**as_numbers(metrics), **norms})
         if config.early_stop_kl is not None and history[-1]["approx_kl"] > config.early_stop_kl:
             break
-    return {name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]}
+    means = {name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]}
+    return means | first_ratio_error(history[0])
+
+
+def first_ratio_error(metrics: dict[str, float]) -> dict[str, float]:
+    """How far a ratio of the first minibatch is from 1, which it should be: no step was made yet. None where the loss
+    has no ratios or counts no token."""
+    if not metrics.get("ratio_max"):
+        return {}
+    return {"first_ratio_error": max(abs(metrics[name] - 1) for name in ("ratio_max", "ratio_min"))}
 
 
 def minibatches(config: RolloutConfig, size: int) -> Iterator[tuple[Tensor, ...]]:

@@ -1,6 +1,7 @@
 """The run folder: configuration, metrics, samples, checkpoints, and how a run is started, stopped and resumed.
 
-config.yaml  metrics.jsonl  samples.jsonl  eval.jsonl  warnings.jsonl  curves.png  tensorboard/  checkpoints/step-N/
+config.yaml  metrics.jsonl  samples.jsonl  eval.jsonl  warnings.jsonl  self_test.json  curves.png  tensorboard/
+checkpoints/step-N/
 and the adapters in PEFT's format: the policy at the top, critic/ reward/ reference/ beside it
 """
 
@@ -24,6 +25,7 @@ from rlhf_fast.training.config import Config, RolloutConfig
 from rlhf_fast.training.detectors import Watch
 from rlhf_fast.training.folder import claim_folder, inputs_of, replace_file
 from rlhf_fast.training.job import Job, capture, random_state, restore
+from rlhf_fast.training.self_test import SelfTest
 
 T = TypeVar("T")
 SHOWN = ("loss", "policy_loss", "accuracy", "reward", "kl", "tokens_per_second")
@@ -73,6 +75,7 @@ class Run:
         )  # fmt: skip
         self.writer = _tensorboard(self.folder, self.start) if config.report_to == "tensorboard" else None
         self.signal = 0
+        self.self_test: SelfTest | None = None  # of a run from its first step, until it is finished
         self._begun: tuple[int, dict[str, Any], dict[str, float]] | None = None
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -103,6 +106,8 @@ class Run:
         """The steps still to do, from 0; saves a checkpoint where one is due, and when a signal ends the run."""
         for step in range(self.start, self.config.steps):
             self.clock = time.perf_counter()
+            if step == 0 and self.config.self_test:
+                self.self_test = SelfTest(self.job, self.config, self.folder)
             self._begun = step, random_state(), dict(self.job.counters)
             yield step
             done = step + 1
@@ -143,6 +148,7 @@ class Run:
     def log(self, step: int, metrics: dict[str, float], *, tokens: int) -> None:
         """Record the metrics of a finished step (from 0), which worked on `tokens` tokens."""
         seconds = time.perf_counter() - self.clock
+        self._test_itself(step + 1, metrics)
         self._warn(self.watch.step(step + 1, metrics))
         metrics = {**metrics, "seconds": seconds, "tokens_per_second": tokens / seconds}
         metrics["warnings"] = len(self.watch.told)
@@ -155,6 +161,14 @@ class Run:
         last = step + 1 == self.config.steps
         if self.progress.disable and (last or step == self.start or (step + 1) % self.config.log_every == 0):
             print(f"{self.config.algorithm} {step + 1}/{self.config.steps}  {shown}", flush=True)
+
+    def _test_itself(self, done: int, metrics: dict[str, float]) -> None:
+        """The learning self-test, a line for what fails."""
+        if self.self_test is not None:
+            for line in self.self_test.step(done, metrics):
+                print(f"self-test: {line}", file=sys.stderr)
+            if self.self_test.finished:
+                self.self_test = None
 
     def _warn(self, warnings: list[dict[str, Any]]) -> None:
         """Record what the detectors found, and say it in a line each."""
