@@ -89,6 +89,33 @@ def test_sample_shows_before_and_after_as_transformers_and_peft_continue(run, tm
     assert "before" not in shown
 
 
+def test_a_run_of_all_weights_is_shown_beside_the_model_that_it_started_from(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base())
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 0.3 * torch.randn_like(model.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path / "run")
+    AutoTokenizer.from_pretrained(base()).save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(f"algorithm: sft\nmodel: {base()}\nlora_rank: 0\n")
+    words = ("--prompt", "ab", "--temperature", 0, "--max-new-tokens", 6, "--out", tmp_path / "out.jsonl")
+    result = invoke("sample", tmp_path / "run", *words)
+    assert result.exit_code == 0, result.output
+    (row,) = read_jsonl(tmp_path / "out.jsonl")
+    assert row["after"] == [{"completion": greedy(model, "ab")}]
+    assert row["before"] == [{"completion": greedy(AutoModelForCausalLM.from_pretrained(base()), "ab")}]
+    assert row["after"] != row["before"]
+
+
+def test_a_reference_that_is_an_adapter_is_what_was_before(run, tmp_path):
+    path = adapter(tmp_path / "run", seed=5)
+    adapter(path / "reference", seed=6)
+    words = ("--prompt", "ab", "--temperature", 0, "--out", tmp_path / "out.jsonl")
+    assert invoke("sample", path, *words).exit_code == 0
+    (row,) = read_jsonl(tmp_path / "out.jsonl")
+    assert row["before"] == [{"completion": greedy(peft_model(path / "reference"), "ab")}]
+    assert row["after"] == [{"completion": greedy(peft_model(path), "ab")}]
+
+
 def test_sample_prints_the_best_of_n_with_its_reward_and_bound(run, tmp_path):
     (tmp_path / "paid.py").write_text(
         "def letters(completions):\n    return [float(len(set(c))) for c in completions]\n"

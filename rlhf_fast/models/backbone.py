@@ -44,6 +44,7 @@ from rlhf_fast.models.self_test import (
 )
 from rlhf_fast.ops.head.linear_kl import linear_kl
 from rlhf_fast.ops.head.linear_logprobs import linear_logprobs
+from rlhf_fast.ops.head.tiles import default_chunk_tokens
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Scores:
     scores: (B,), the reward head at the last real token; (B, M) where the reward roles have M outputs in all.
     features: (B, D), what the head of the role "reward" is given. costs: (B,), the cost head at the last real token.
     collisions: (B, T), the policy's sums of squared probabilities over the vocabulary. kl: (B, T), KL(policy ||
-    reference) of the prediction of each token, over the vocabulary, nats. None for a role that does not exist or was
-    not asked for.
+    reference) of the prediction of each token, over the vocabulary, nats. ref_ranks: (B, T), see `ranks`, of the
+    reference. None for a role that does not exist or was not asked for.
     """
 
     logprobs: Tensor | None
@@ -67,6 +68,7 @@ class Scores:
     costs: Tensor | None = None
     collisions: Tensor | None = None
     kl: Tensor | None = None
+    ref_ranks: Tensor | None = None
 
 
 class Backbone:
@@ -518,6 +520,25 @@ class Backbone:
         assert result.ref_logprobs is not None
         return _behind(result.logprobs), _behind(result.ref_logprobs), _behind(result.kl)
 
+    @torch.no_grad()
+    def ranks(self, hidden: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """The place of input_ids[:, t] among the predictions from the tokens before t: (B, T, D), (B, T), (B, T) ->
+        (B, T) int64, 1 for the likeliest token, 0 behind the mask.
+
+        Of all logits one tile exists at a time, in hidden's type: in half precision tokens whose logits are rounded to
+        the same number share a place.
+        """
+        counted = F.pad(mask[:, 1:], (0, 1)).bool()
+        states, targets = hidden[counted], input_ids.roll(-1, 1)[counted]
+        places = []
+        size = default_chunk_tokens(self.lm_head_weight)
+        for rows, ids in zip(states.split(size), targets.split(size), strict=True):
+            logits = F.linear(rows, self.lm_head_weight, self.lm_head_bias)
+            places.append((logits > logits.gather(1, ids[:, None])).sum(1) + 1)
+        ranks = torch.zeros_like(input_ids)
+        ranks[counted] = torch.cat(places)
+        return _behind(ranks)
+
     def values(self, role: str, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T), fp32: at t the value before token t, from hidden state t - 1; 0 at t = 0. Of a head of M
         outputs (B, T, M)."""
@@ -539,11 +560,13 @@ class Backbone:
         lower: Tensor | None = None,
         policy: bool = True,
         exact_kl: bool = False,
+        ranks: bool = False,
     ) -> Scores:
         """Policy and reference log-probabilities, values and scores of the roles that exist, in one traversal.
 
         policy: False leaves the policy out, whose old log-probabilities an update without a step before it makes too.
-        exact_kl: also the KL of each prediction; it takes the policy.
+        exact_kl: also the KL of each prediction; it takes the policy. ranks: also those of the reference, for a
+        further product with the head.
         """
         rewards, critic = self.reward_roles, self._read_by.get("critic")
         roles = ["policy"] if policy else []
@@ -571,6 +594,7 @@ class Backbone:
             self.scores("cost", hidden["cost"], attention_mask) if "cost" in hidden else None,
             collisions,
             kl,
+            self.ranks(hidden["reference"], input_ids, mask) if ranks else None,
         )
 
     # Bytes

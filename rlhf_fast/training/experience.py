@@ -123,12 +123,14 @@ def collect(
     keep_sampler: bool = False,
     exact_kl: bool = False,
     mixture: float = 0.0,
+    ranks: bool = False,
 ) -> Experience:
     """Sample a completion for each prompt and score all roles in one traversal (micro_batch_size rows at a time).
 
     score_policy: False leaves the policy's log-probabilities to the first minibatch, which must have all rows: its
     weights are still those that sampled. keep_sampler: the rollout has the sampler's log-probabilities. exact_kl: the
-    experience's KL is over the whole vocabulary. mixture: the weight of the reference in what samples.
+    experience's KL is over the whole vocabulary. mixture: the weight of the reference in what samples. ranks: also
+    the sampled tokens' ranks by the reference.
     """
     assert job.rewards is not None
     rewards, early = job.rewards, job.rewards.early
@@ -144,7 +146,7 @@ def collect(
     )  # fmt: skip
     for row, completion in enumerate(rollout.completions):  # those that had no end: while all are scored
         begin(row, completion)
-    lower, scores = score(job, config, rollout, policy=score_policy, exact_kl=exact_kl)
+    lower, scores = score(job, config, rollout, policy=score_policy, exact_kl=exact_kl, ranks=ranks)
     columns = rollout.columns() | {"completion_ids": rollout.completion_ids()}
     asked = [p.columns["prompt"] for p in prompts], rollout.completions, columns
     judged = rewards(*asked, scores.scores, scores.features)
@@ -194,7 +196,13 @@ def sampler_gap(job: Job, config: SamplingConfig, rollout: Rollout) -> dict[str,
 
 
 def score(
-    job: Job, config: SamplingConfig, rollout: Rollout, *, policy: bool = True, exact_kl: bool = False
+    job: Job,
+    config: SamplingConfig,
+    rollout: Rollout,
+    *,
+    policy: bool = True,
+    exact_kl: bool = False,
+    ranks: bool = False,
 ) -> tuple[Tensor | None, Scores]:
     """The unadapted layers' output, computed once, and the scores of every role, in passes of few rows."""
     batch = rollout.batch
@@ -206,7 +214,7 @@ def score(
         lowers.append(lower)
         scores = job.backbone.score(
             rows.input_ids, rows.attention_mask, rows.mask, mask_count=rows.count, temperature=config.temperature,
-            lower=lower, policy=policy, exact_kl=exact_kl,
+            lower=lower, policy=policy, exact_kl=exact_kl, ranks=ranks,
         )  # fmt: skip
         passes.append(scores)
     joined: dict[str, Any] = {f.name: _joined([getattr(p, f.name) for p in passes]) for f in fields(Scores)}
@@ -267,6 +275,17 @@ def repetition_of(completions: Sequence[Sequence[int]], n: int = 4) -> float:
     return sum(shares) / len(shares)
 
 
+def token_shift(ranks: Tensor) -> dict[str, Tensor | float]:
+    """Shares of the sampled tokens that are the reference's likeliest (unshifted), its second or third (marginal), and
+    less likely ones (shifted): Lin et al. 2023 (arXiv 2312.01552, section 2.2), there of greedy decoding.
+
+    ranks: (B, T), 0 for what does not count.
+    """
+    counted = ranks[ranks > 0]
+    kinds = {"unshifted": counted == 1, "marginal": (counted == 2) | (counted == 3), "shifted": counted > 3}
+    return {f"tokens_{name}": kind.float().mean() for name, kind in kinds.items()}
+
+
 def samples_of(experience: Experience, count: int) -> list[dict[str, Any]]:
     """The first `count` completions, as the run folder keeps them."""
     rollout = experience.rollout
@@ -287,7 +306,7 @@ def evaluate_policy(job: Job, config: SamplingConfig, prompts: Sequence[Prompt])
         assert job.rewards is not None
         job.rewards.reweigh(config.final_reward_weights)  # so that evaluations compare
     with separate_randomness(config.seed + 1):
-        experience = collect(job, config, prompts)
+        experience = collect(job, config, prompts, ranks=True)
     kl = experience.kl.sum(1)
     root = len(kl) ** 0.5
     metrics: dict[str, Tensor | float] = {
@@ -299,6 +318,8 @@ def evaluate_policy(job: Job, config: SamplingConfig, prompts: Sequence[Prompt])
         "finished": experience.rollout.finished.float().mean(),
         "repetition": repetition_of(experience.rollout.completion_ids()),
     }
+    assert experience.scores.ref_ranks is not None
+    metrics |= token_shift(experience.scores.ref_ranks)
     numbers = as_judged(experience, metrics) | experience.metrics
     if job.constraints is not None:
         numbers |= job.constraints.tested(experience.costs)
