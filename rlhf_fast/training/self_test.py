@@ -64,11 +64,14 @@ class SelfTest:
         for role in self.job.optimizers:
             alone = getattr(self.config, "critic_warmup_steps", 0) if role == "policy" else 0
             last = done >= min(PATIENCE + alone, self.config.steps)
-            norm = metrics.get(f"grad_norm_{role}", math.nan)
+            norm = metrics.get(f"grad_norm_{role}")
             moved = max(abs(now - then) for now, then in zip(self._sums(role), self.before[role], strict=True))
-            news |= self._decided(f"gradients {role}", 0 < norm < math.inf, done, norm, last,
-                f"the gradient norm of {role} is {norm:g}: rewards that are all the same, or a loss without it"
-            )  # fmt: skip
+            if norm is None:  # the method tells of none
+                self.open.discard(f"gradients {role}")
+            else:
+                news |= self._decided(f"gradients {role}", 0 < norm < math.inf, done, norm, last,
+                    f"the gradient norm of {role} is {norm:g}: rewards that are all the same, or a loss without it"
+                )  # fmt: skip
             news |= self._decided(f"moves {role}", moved > 0, done, moved, last,
                 f"no weight of {role} has changed: its gradient is 0, or updates are skipped"
             )  # fmt: skip

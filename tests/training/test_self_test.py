@@ -77,6 +77,17 @@ def test_a_step_that_teaches_nothing_may_be_followed_by_one_that_does(tmp_path, 
     assert "the gradient norm of policy is 0" in capsys.readouterr().err
 
 
+def test_the_policy_is_waited_for_while_the_critic_alone_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(self_test, "PATIENCE", 1)
+    results = results_of(tmp_path, "ppo", steps=2, critic_warmup_steps=1)
+    assert {name: result["step"] for name, result in results.items() if "moves" in name} == {
+        "moves critic": 1,
+        "moves policy": 2,
+    }
+    assert all(result["passed"] for result in results.values())
+    assert "self-test" not in capsys.readouterr().err
+
+
 def test_old_logprobs_of_another_policy_are_told(tmp_path, monkeypatch, capsys):
     logprobs_and_collisions = Backbone.logprobs_and_collisions
 
