@@ -46,9 +46,9 @@ def _samples(**defaults: Any) -> Preset:
     return Preset("online_preference", defaults)
 
 
-def _kept(keep: str) -> Preset:
+def _kept(keep: str, **defaults: Any) -> Preset:
     likelihood = {"variant": "reinforce", "aggregation": "token_mean"}
-    return Preset("best_of_n", {"objective": likelihood, "keep": keep})
+    return Preset("best_of_n", {"objective": likelihood, "keep": keep, **defaults})
 
 
 # PPO-max, Zheng et al. 2023 (2307.04964): rewards over their running deviation, no whitened advantages, both clips, a
@@ -154,6 +154,7 @@ ALGORITHMS = {
     "raft": _kept("best"),
     "rft": _kept("percentile"),
     "star": _kept("correct"),
+    "best_of_n_distillation": _kept("best", sample_from="reference"),
 }  # fmt: skip
 
 

@@ -7,13 +7,15 @@
                        with `hint`, and what is right then is learnt as the answer to the plain prompt
 
 What is compared are the rewards less kl_coef times the KL. loss = policy_loss(advantages of 1): with `reinforce`, the
-mean negative log-probability, and objective.kl_coef as a term. Learning the best of n of one distribution again and
-again cannot lead beyond log n - (n - 1) / n from it; samples of a policy that moves can.
+mean negative log-probability, and objective.kl_coef as a term. `sample_from: reference` learns the best of n of one
+distribution, which is at most log n - (n - 1) / n from it; the best of a policy that moves lead further each step.
 Presets. raft: Dong et al. 2023 (2304.06767). rft: the percentiles of trlx, whose last one comes a step short of
 last_percentile; keeping what is correct and different is the RFT of Yuan et al. 2023 (2308.01825). star: Zelikman et
-al. 2022 (2203.14465) without its restarts from the base model, from memory.
+al. 2022 (2203.14465) without its restarts from the base model, from memory. best_of_n_distillation: of the two KLs that
+Sessa et al. 2024 (BOND, 2407.14622) mix the forward one; reference_ema moves its anchor.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.ops.policy.policy_loss import PolicyObjective
 from rlhf_fast.training.best_of_n import KEEPS, best_of, curve, different, kl_bound, powers_of_two
 from rlhf_fast.training.config import RolloutConfig
-from rlhf_fast.training.experience import Experience, evaluate_policy, separate_randomness
+from rlhf_fast.training.experience import Experience, collect, evaluate_policy, separate_randomness
 from rlhf_fast.training.hints import HintJob, asked_again, prepare_hints
 from rlhf_fast.training.job import Job, save_roles
 from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, net_rewards, policy_term
@@ -50,6 +52,7 @@ class AlgorithmConfig(RolloutConfig):
     last_percentile: float = Field(0.95, ge=0, le=1, description="the last one")
     improve_steps: int = Field(4, ge=1, description="percentiles, each with ppo_epochs passes over what it keeps")
     correct_at: float = Field(1.0, description="least reward of keep: correct")
+    sample_from: Literal["policy", "reference"] = Field("policy", description="whose completions are learnt")
     hint: str | None = Field(
         None, description="of keep: correct, a prompt's second form, {prompt} and other columns filled in"
     )
@@ -73,7 +76,8 @@ def prepare(config: AlgorithmConfig) -> HintJob:
 
 def train(job: HintJob, config: AlgorithmConfig, run: Run) -> None:
     """Sample, keep, learn; a step that keeps nothing teaches nothing."""
-    for step, experience in experiences(job, config, run):
+    sample = partial(collect, mixture=1.0) if config.sample_from == "reference" else collect
+    for step, experience in experiences(job, config, run, sample=sample):
         passes = kept(job, config, experience)
         history = [improve(job, config, part, likelihood(config)) for part in passes if len(part.rewards)]
         metrics = {name: sum(one[name] for one in history) / len(history) for name in (history or [{}])[0]}

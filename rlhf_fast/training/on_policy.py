@@ -60,18 +60,25 @@ class Rows(NamedTuple):
 
 
 def experiences(
-    job: Job, config: RolloutConfig, run: Run, *, exact_kl: bool = False
+    job: Job,
+    config: RolloutConfig,
+    run: Run,
+    *,
+    exact_kl: bool = False,
+    sample: Callable[..., Experience] = collect,
 ) -> Iterator[tuple[int, Experience]]:
-    """For each step, with the learning rates set, the completions of its prompts, scored."""
+    """For each step, with the learning rates set, the completions of its prompts, scored. sample: as `collect`."""
     for step in run.steps():
         set_learning_rates(job, config, step)
         if config.final_reward_weights is not None:
             assert job.rewards is not None
             job.rewards.reweigh(reward_weights_at(config, step))
-        more = partial(collect, job, config, score_policy=config.scores_policy, exact_kl=exact_kl)
+        more = partial(sample, job, config, score_policy=config.scores_policy, exact_kl=exact_kl)
         compared = step == 0
         experience = more(prompts_of_step(job, config, step), keep_sampler=config.sampler_correction or compared)
-        told = sampler_gap(job, config, experience.rollout) if compared else {}
+        told = (
+            sampler_gap(job, config, experience.rollout) if compared and experience.rollout.sampler is not None else {}
+        )
         if config.max_resamples:
             more = partial(more, keep_sampler=config.sampler_correction)
             experience = resampled(job, config, step, experience, more)

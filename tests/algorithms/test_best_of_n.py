@@ -14,6 +14,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.training import on_policy
 from rlhf_fast.training.experience import collect, prompts_of_step
 from rlhf_fast.training.optim import accumulate
+from tests.training.test_experience import Log
 from tests.training.test_resume import Killed, contents, interrupt, kill
 from tests.training.tiny_runs import folder, gradients, job_of, save_supple_model, values_of, write_jsonl
 
@@ -149,6 +150,27 @@ def test_a_row_raises_the_reward_and_reports_the_curve(tmp_path):
     assert before["best_of_1"] < before["best_of_2"] < before["best_of_4"]
     assert before["kl_bound"] == pytest.approx(0.6363, abs=1e-4)  # log 4 - 3/4
     assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]["kept"] == 0.25
+
+
+def test_the_best_of_n_of_the_reference_is_not_the_policys(monkeypatch):
+    """Cold samples are greedy: every completion that is learnt is the base model's, whatever the policy would say."""
+    config = single_stage(values_of_row("best_of_n_distillation", temperature=1e-4, steps=1)).config
+    job, learnt = job_of(config), []
+    monkeypatch.setattr(best_of_n, "improve", lambda job, config, part, loss: learnt.append(part) or {})
+    with pytest.raises(UserError, match="kept no completion"):  # nothing was updated
+        best_of_n.train(job, config, Log(1))
+    (part,) = learnt
+
+    def greedy(role, prompt, count):
+        with job.backbone.using(role):
+            ids = torch.tensor([prompt.ids])
+            for _ in range(count):
+                ids = torch.cat([ids, job.backbone.model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+        return ids[0, len(prompt.ids) :].tolist()
+
+    for prompt, ids in zip(part.rollout.prompts, part.rollout.completion_ids(), strict=True):
+        assert ids == greedy(None, prompt, len(ids))
+        assert ids != greedy("policy", prompt, len(ids))
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch):
