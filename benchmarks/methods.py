@@ -112,7 +112,7 @@ def make_base() -> None:
     """The folder that the examples start from, unless it is there."""
     from rlhf_fast.algorithms.launch import launch
 
-    if not (RUNS / BASE / "reward_model" / "summary.json").is_file():
+    if not (RUNS / BASE / "teacher" / "summary.json").is_file():
         launch(str(EXAMPLES / f"{BASE}.yaml"), {}, dry_run=False, resume=None, overwrite=True)
 
 

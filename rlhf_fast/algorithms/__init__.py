@@ -155,6 +155,11 @@ ALGORITHMS = {
     "rft": _kept("percentile"),
     "star": _kept("correct"),
     "best_of_n_distillation": _kept("best", sample_from="reference"),
+    # From a teacher
+    "gkd": Preset("distillation", {"on_policy": 0.5, "js_weight": 0.5, "temperature": 0.9}),
+    "on_policy_distillation": Preset("distillation"),
+    "policy_gradient_distillation": Preset("distillation", {"learn": "advantage", "num_generations": 4}),
+    "sdpo": Preset("distillation", {"teacher": "self", "num_generations": 8, "is_clip": 2.0}),
 }  # fmt: skip
 
 

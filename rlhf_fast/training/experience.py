@@ -133,30 +133,41 @@ def collect(
     the sampled tokens' ranks by the reference.
     """
     assert job.rewards is not None
-    rewards, early = job.rewards, job.rewards.early
-
-    def begin(row: int, completion: str) -> None:
-        for source in early:
-            source.submit(completion, prompts[row].columns)
-
+    early = job.rewards.early
     rollout = roll_out(
         job.backbone, job.encoder.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        keep_logprobs=keep_sampler, on_finished=begin if early else None, mixture=mixture,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, keep_logprobs=keep_sampler,
+        on_finished=(lambda row, text: submit(job, prompts[row], text)) if early else None, mixture=mixture,
     )  # fmt: skip
-    for row, completion in enumerate(rollout.completions):  # those that had no end: while all are scored
-        begin(row, completion)
+    return judge(job, config, rollout, score_policy=score_policy, exact_kl=exact_kl, ranks=ranks)
+
+
+def submit(job: Job, prompt: Prompt, completion: str) -> None:
+    """Give a completion to the sources that can judge it while others are sampled or scored."""
+    assert job.rewards is not None
+    for source in job.rewards.early:
+        source.submit(completion, prompt.columns)
+
+
+def judge(
+    job: Job, config: SamplingConfig, rollout: Rollout, *, score_policy: bool = True, exact_kl: bool = False,
+    ranks: bool = False,
+) -> Experience:  # fmt: skip
+    """The scores and rewards of completions that are there."""
+    assert job.rewards is not None
+    for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True):
+        submit(job, prompt, completion)  # those that had no end
     lower, scores = score(job, config, rollout, policy=score_policy, exact_kl=exact_kl, ranks=ranks)
     columns = rollout.columns() | {"completion_ids": rollout.completion_ids()}
-    asked = [p.columns["prompt"] for p in prompts], rollout.completions, columns
-    judged = rewards(*asked, scores.scores, scores.features)
+    asked = [p.columns["prompt"] for p in rollout.prompts], rollout.completions, columns
+    judged = job.rewards(*asked, scores.scores, scores.features)
     total = judged.total - penalties(config, rollout)
     steps = None if judged.payments is None else placed(job, rollout, judged.payments)
     costs = {}
     if job.constraints is not None:
         costs = job.constraints.measured(job.constraints.sources(*asked, scores.costs).parts, judged.parts)
     return Experience(
-        rollout, lower, scores, total.to(job.device), judged.parts, steps, costs, metrics=rewards.metrics()
+        rollout, lower, scores, total.to(job.device), judged.parts, steps, costs, metrics=job.rewards.metrics()
     )
 
 

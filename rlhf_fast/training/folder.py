@@ -143,7 +143,7 @@ def saving(folder: Path) -> Iterator[None]:
 
 def inputs_of(config: Config) -> list[Path]:
     """The files and folders that the run reads, and the base models under adapters among them."""
-    keys = ("reward", "cost", "ptx_data", "helpful_data", "principles")
+    keys = ("reward", "cost", "ptx_data", "helpful_data", "principles", "teacher")
     judge = getattr(config, "judge", None)
     named = [config.model, config.data, config.eval_data, *(getattr(config, key, None) for key in keys)]
     named += [judge.by, judge.adapter, judge.prompt, judge.principles] if judge is not None else []

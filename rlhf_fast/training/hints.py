@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_fast.data.batches import pad_batch
-from rlhf_fast.data.encoding import Example, Prompt, encode_rows
+from rlhf_fast.data.encoding import Encoder, Example, Prompt, encode_rows
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import RolloutConfig
@@ -29,19 +29,19 @@ def prepare_hints(config: RolloutConfig, hint: str | None) -> HintJob:
     if hint is not None:
         encoded = encode_rows(
             job.encoder, [Row(prompt.where, prompt.columns) for prompt in job.train],
-            lambda row: (row.where, hinted(job, row.where, row.values, hint)), "hints",
+            lambda row: (row.where, hinted(job.encoder, row.where, row.values, hint)), "hints",
         )  # fmt: skip
         job.hinted = dict(encoded)
     return job
 
 
-def hinted(job: Job, where: str, columns: dict[str, Any], hint: str) -> Prompt:
+def hinted(encoder: Encoder, where: str, columns: dict[str, Any], hint: str) -> Prompt:
     """UserError for a hint that names what is no column."""
     prompt = columns["prompt"]
     said = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     text = filled(where, hint, {**columns, "prompt": said})
     changed = text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
-    return replace(job.encoder.prompt(Row(where, {**columns, "prompt": changed})), columns=columns)
+    return replace(encoder.prompt(Row(where, {**columns, "prompt": changed})), columns=columns)
 
 
 def filled(where: str, template: str, values: dict[str, Any]) -> str:

@@ -4,10 +4,10 @@ A method brings `loss(rows) -> (loss, metrics)`. Both are sums over the rows, di
 minibatch (`Rows.tokens`, `Rows.sequences`), so that micro-batches change nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,18 +127,20 @@ def improve(
     job: Job,
     config: RolloutConfig,
     experience: Experience,
-    loss: Loss[Rows],
+    loss: Loss[Any],
     *,
     beside: Callable[[int], dict[str, Tensor]] | None = None,
+    rows_of: Callable[[tuple[Tensor, ...]], Iterable[Any]] | None = None,
 ) -> dict[str, float]:
     """The epochs of minibatches over the experience, an update each; metrics averaged over the updates.
 
     beside: adds a further gradient to that of each minibatch, whose number of rows it is given; returns its metrics.
+    rows_of: what the loss is given of a minibatch, from the row indices of its parts; default: `micro_batches`.
     """
     history = []
     for _ in range(config.ppo_epochs):
         for parts in minibatches(config, len(experience.batch)):
-            metrics = accumulate(loss, micro_batches(job, config, experience, parts))
+            metrics = accumulate(loss, (rows_of or partial(micro_batches, job, config, experience))(parts))
             if beside is not None:
                 metrics |= beside(sum(map(len, parts)))
             norms = update(job, config, metrics["loss"])

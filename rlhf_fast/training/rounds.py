@@ -17,7 +17,7 @@ from rlhf_fast.training.folder import replace_file
 
 FILE = "rounds.jsonl"
 SHOWN = ("reward", "kl", "accuracy", "loss", "rows", "revisions")  # in the table; the file has all
-KEYS = ("model", "reward", "cost", "data")  # that may name a stage; so may judge.by and judge.adapter
+KEYS = ("model", "reward", "cost", "data", "teacher")  # that may name a stage; so may judge.by and judge.adapter
 C = TypeVar("C", bound=Config)
 
 

@@ -31,6 +31,10 @@ NEEDS = {
     "iterative_dpo": {"batch_size": 16},
     "dpo_ranking": {"data": f"{folder()}/rankings.jsonl"},
     "spin": {"data": f"{folder()}/sft.jsonl"},
+    "gkd": {"data": f"{folder()}/sft.jsonl", "teacher": f"{folder()}/teacher"},
+    "on_policy_distillation": {"teacher": f"{folder()}/teacher"},
+    "policy_gradient_distillation": {"teacher": f"{folder()}/teacher"},
+    "sdpo": {"num_generations": 2},
     "nash_md": {"ppo_epochs": 1, "num_minibatches": 1},
 }
 NEEDS |= {name: {"data": f"{folder()}/judged.jsonl"} for name, row in ALGORITHMS.items() if "form" in row.defaults}

@@ -55,6 +55,8 @@ def folder() -> Path:
     model, tokenizer = tiny(0, hidden_size=32, layers=2, heads=2, max_length=128)
     model.save_pretrained(path / "model")
     tokenizer.save_pretrained(path / "model")
+    tiny(1, hidden_size=48, layers=1, heads=2, max_length=128)[0].save_pretrained(path / "teacher")
+    tokenizer.save_pretrained(path / "teacher")
     write_jsonl(path / "prompts.jsonl", [{"prompt": "ab cd"[: 1 + i % 5] * (1 + i % 2), "tag": i} for i in range(9)])
     write_jsonl(path / "sft.jsonl", [{"prompt": "p" * (1 + i % 4), "completion": "xyz" * (i % 3)} for i in range(9)])
     pairs = [{"prompt": "q" * (1 + i % 3), "chosen": "good" * (1 + i % 2), "rejected": "b" * i} for i in range(9)]
