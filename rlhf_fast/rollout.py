@@ -94,11 +94,12 @@ def roll_out(
     on_finished: Callable[[int, str], None] | None = None,
     mixture: float = 0.0,
     role: str | None = "policy",
+    drawing: "Drawing | None" = None,
 ) -> Rollout:
     """One completion of at most max_new_tokens tokens (at least one) for each prompt, by `role` (None: the base model).
 
     mixture: the weight of the reference: tokens are drawn from softmax((1 - mixture) log policy + mixture log
-    reference), both at a cost of their own; 1 is the reference alone.
+    reference), both at a cost of their own; 1 is the reference alone. drawing: what draws the tokens instead.
 
     Uses torch's global random state. rows_per_pass bounds the memory of the key-value cache. The prompts are padded
     on the left for generation and the result on the right, so nothing downstream needs to know about the left.
@@ -112,7 +113,7 @@ def roll_out(
         pad_token_id=pad, eos_token_id=stops,
     )  # fmt: skip
     size = rows_per_pass or len(prompts)
-    mixing = Mixing(mixture, temperature, top_k, top_p) if 0 < mixture < 1 else None
+    mixing = drawing or (Mixing(mixture, temperature, top_k, top_p) if 0 < mixture < 1 else None)
     completions: list[list[int]] = []
     recorder = Recorder(temperature) if keep_logprobs else None
     for i in range(0, len(prompts), size):
@@ -277,25 +278,41 @@ class _Watch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-class Mixing(LogitsProcessor):
-    """Draws the next tokens from the geometric mixture of two models, the first and the second half of the rows.
+class Drawing(LogitsProcessor):
+    """Draws the next tokens from what several roles say of them, each for an equal share of the rows.
 
-    Each token is drawn here, once, and left as the only one for both of its rows.
+    Each token is drawn here, once, and left as the only one for all of its rows.
     """
 
-    def __init__(self, mixture: float, temperature: float, top_k: int, top_p: float) -> None:
-        self.mixture = mixture
+    def __init__(self, roles: Sequence[str | None], temperature: float, top_k: int, top_p: float) -> None:
+        self.roles = list(roles)
         self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
         if top_k:
             self.warpers.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             self.warpers.append(TopPLogitsWarper(top_p))
 
+    def combined(self, logits: Sequence[Tensor]) -> Tensor:
+        """(B, V), what tokens are drawn from, before temperature, top_k and top_p; logits: fp32, of each role."""
+        raise NotImplementedError
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        first, second = scores.float().log_softmax(-1).chunk(2)
-        mixed = self.warpers(input_ids[: len(first)], torch.lerp(first, second, self.mixture))  # type: ignore[arg-type]
+        mixed = self.combined(scores.float().chunk(len(self.roles)))
+        mixed = self.warpers(input_ids[: len(mixed)], mixed)  # type: ignore[arg-type]
         drawn = mixed.softmax(-1).multinomial(1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn.repeat(2, 1), 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn.repeat(len(self.roles), 1), 0.0)
+
+
+class Mixing(Drawing):
+    """The geometric mixture of policy and reference."""
+
+    def __init__(self, mixture: float, temperature: float, top_k: int, top_p: float) -> None:
+        super().__init__(["policy", "reference"], temperature, top_k, top_p)
+        self.mixture = mixture
+
+    def combined(self, logits: Sequence[Tensor]) -> Tensor:
+        first, second = (part.log_softmax(-1) for part in logits)
+        return torch.lerp(first, second, self.mixture)
 
 
 def _spread(logits: Tensor) -> Tensor:
@@ -386,16 +403,17 @@ def _generate(
 ) -> Any:
     """What `generate` returns: the ids (B, W + N), prompts padded on the left to W, or with the settings' outputs.
 
-    `Mixing` draws from policy and reference, anything else from `role`.
+    A `Drawing` draws from its own roles, anything else from `role`.
     """
     model, device = backbone.model, _device(backbone)
     width = max(len(ids) for ids in prompts)
     pad = settings.pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(ids)) + [*ids] for ids in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    roles = [_role(backbone, role)]
-    if isinstance(processor, Mixing):
-        roles, input_ids, mask = ["policy", "reference"], input_ids.repeat(2, 1), mask.repeat(2, 1)
+    roles: list[str | None] = [_role(backbone, role)]
+    if isinstance(processor, Drawing):
+        roles = processor.roles
+        input_ids, mask = input_ids.repeat(len(roles), 1), mask.repeat(len(roles), 1)
     hooks: dict[str, Any] = {} if processor is None else {"logits_processor": LogitsProcessorList([processor])}
     if watch is not None:
         hooks["stopping_criteria"] = StoppingCriteriaList([watch])

@@ -155,6 +155,8 @@ ALGORITHMS = {
     "rft": _kept("percentile"),
     "star": _kept("correct"),
     "best_of_n_distillation": _kept("best", sample_from="reference"),
+    # From answers that are paid
+    "ilql": Preset("ilql"),
     # From a teacher
     "gkd": Preset("distillation", {"on_policy": 0.5, "js_weight": 0.5, "temperature": 0.9}),
     "on_policy_distillation": Preset("distillation"),

@@ -13,7 +13,7 @@ from rlhf_fast.data.encoding import Prompt
 from rlhf_fast.models.backbone import Scores
 from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
 from rlhf_fast.rewards import Payment
-from rlhf_fast.rollout import Rollout, SamplerView, agreement, roll_out, token_that_ends
+from rlhf_fast.rollout import Drawing, Rollout, SamplerView, agreement, roll_out, token_that_ends
 from rlhf_fast.training.config import RolloutConfig, SamplingConfig
 from rlhf_fast.training.job import Job, random_state, seed_everything, set_random_state
 
@@ -124,13 +124,14 @@ def collect(
     exact_kl: bool = False,
     mixture: float = 0.0,
     ranks: bool = False,
+    drawing: Drawing | None = None,
 ) -> Experience:
     """Sample a completion for each prompt and score all roles in one traversal (micro_batch_size rows at a time).
 
     score_policy: False leaves the policy's log-probabilities to the first minibatch, which must have all rows: its
     weights are still those that sampled. keep_sampler: the rollout has the sampler's log-probabilities. exact_kl: the
     experience's KL is over the whole vocabulary. mixture: the weight of the reference in what samples. ranks: also
-    the sampled tokens' ranks by the reference.
+    the sampled tokens' ranks by the reference. drawing: what draws the tokens in the policy's place.
     """
     assert job.rewards is not None
     early = job.rewards.early
@@ -138,6 +139,7 @@ def collect(
         job.backbone, job.encoder.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, keep_logprobs=keep_sampler,
         on_finished=(lambda row, text: submit(job, prompts[row], text)) if early else None, mixture=mixture,
+        drawing=drawing,
     )  # fmt: skip
     return judge(job, config, rollout, score_policy=score_policy, exact_kl=exact_kl, ranks=ranks)
 
@@ -307,7 +309,9 @@ def samples_of(experience: Experience, count: int) -> list[dict[str, Any]]:
     ]
 
 
-def evaluate_policy(job: Job, config: SamplingConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def evaluate_policy(
+    job: Job, config: SamplingConfig, prompts: Sequence[Prompt], *, drawing: Drawing | None = None
+) -> dict[str, Any]:
     """Sample held-out prompts with a seed of their own: mean and standard error of reward and KL, and samples.
 
     The training run's random states are left as they were. A policy that passes the test of its costs is kept as the
@@ -317,7 +321,7 @@ def evaluate_policy(job: Job, config: SamplingConfig, prompts: Sequence[Prompt])
         assert job.rewards is not None
         job.rewards.reweigh(config.final_reward_weights)  # so that evaluations compare
     with separate_randomness(config.seed + 1):
-        experience = collect(job, config, prompts, ranks=True)
+        experience = collect(job, config, prompts, ranks=True, drawing=drawing)
     kl = experience.kl.sum(1)
     root = len(kl) ** 0.5
     metrics: dict[str, Tensor | float] = {

@@ -48,7 +48,7 @@ class Job:
 
     def changing_adapters(self) -> list[str]:
         """The adapters that this run trains or moves."""
-        names = [*self.optimizers, "reference", "safe", "ema", "teacher"]
+        names = [*self.optimizers, "reference", "safe", "ema", "teacher", "target_q", "target_q_2"]
         return [name for name in names if name in self.backbone.adapters or name in self.backbone.heads]
 
 

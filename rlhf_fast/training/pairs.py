@@ -52,13 +52,13 @@ def encode_pairs(encoder: Encoder, train: Sequence[Row], held_out: Sequence[Row]
 
 def encode_pair(encoder: Encoder, row: Row) -> Pair:
     """The pair of a row, with its `margin` and `preference` where it has these columns."""
-    margin, preference = (_number(row, name) for name in ("margin", "preference"))
+    margin, preference = (number(row, name) for name in ("margin", "preference"))
     if preference is not None and not 0 <= preference <= 1:
         raise UserError(f"{row.where}: preference must be in [0, 1], got {preference}")
     return Pair(*encoder.pair(row), margin=margin, preference=preference)
 
 
-def _number(row: Row, column: str) -> float | None:
+def number(row: Row, column: str) -> float | None:
     if column not in row.values:
         return None
     value = row.values[column]

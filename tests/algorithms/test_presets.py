@@ -35,6 +35,7 @@ NEEDS = {
     "on_policy_distillation": {"teacher": f"{folder()}/teacher"},
     "policy_gradient_distillation": {"teacher": f"{folder()}/teacher"},
     "sdpo": {"num_generations": 2},
+    "ilql": {"data": f"{folder()}/judged.jsonl"},
     "nash_md": {"ppo_epochs": 1, "num_minibatches": 1},
 }
 NEEDS |= {name: {"data": f"{folder()}/judged.jsonl"} for name, row in ALGORITHMS.items() if "form" in row.defaults}
@@ -60,7 +61,8 @@ def test_every_row_trains(name, tmp_path):
     run_stage(Console(quiet=True), single_stage(values), resume=None, overwrite=False)
     (metrics,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert metrics["skipped"] == 0
-    assert all(value > 0 for key, value in metrics.items() if key.startswith("grad_norm")), metrics
+    still = {"ilql": "grad_norm_value"}.get(name)  # its targets are 0 until they have moved
+    assert all(v > 0 for key, v in metrics.items() if key.startswith("grad_norm") and key != still), metrics
 
 
 def test_every_comparison_and_every_loss_that_the_loop_can_feed_has_a_row():

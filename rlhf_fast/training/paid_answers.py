@@ -1,0 +1,58 @@
+"""Answers of the data with what they are paid: the column `rating`, or what the run's reward says of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from rlhf_fast.data.batches import pad_batch
+from rlhf_fast.data.encoding import Encoder, Example, Prompt
+from rlhf_fast.data.reading import Row
+from rlhf_fast.errors import UserError
+from rlhf_fast.rollout import Rollout
+from rlhf_fast.training.config import SamplingConfig
+from rlhf_fast.training.experience import judge
+from rlhf_fast.training.job import Job
+from rlhf_fast.training.pairs import number
+
+
+@dataclass(frozen=True)
+class Paid(Example):
+    """prompt: of the completion, with the row's columns. reward: what it is paid; None: not said."""
+
+    prompt: Prompt | None = None
+    reward: float | None = None
+
+
+def encode_paid(encoder: Encoder, row: Row) -> Paid:
+    example = encoder.completion(row)
+    prompt = Prompt(row.where, example.ids[: example.start], "", row.values)
+    return Paid(example.ids, example.start, example.mask, prompt, number(row, "rating"))
+
+
+def paid(job: Job, config: SamplingConfig, examples: Sequence[Paid]) -> list[Paid]:
+    """With what `reward` says of those that the data does not pay."""
+    if all(example.reward is not None for example in examples):
+        return list(examples)
+    if job.rewards is None:
+        raise UserError(f"{config.algorithm} needs a column rating, or a reward that judges the data's answers")
+    judged = []
+    for start in range(0, len(examples), config.batch_size):
+        part = examples[start : start + config.batch_size]
+        texts = [str(job.encoder.tokenizer.decode(e.ids[e.start :], skip_special_tokens=True)) for e in part]
+        batch = pad_batch(part, job.encoder.pad_id).to(job.device)
+        rollout = Rollout([e.prompt for e in part if e.prompt], batch, texts, torch.ones(len(part), dtype=torch.bool))
+        judged += [
+            replace(e, reward=r) for e, r in zip(part, judge(job, config, rollout).rewards.tolist(), strict=True)
+        ]
+    return judged
+
+
+def standardised(train: Sequence[Paid], held_out: Sequence[Paid]) -> tuple[list[Paid], list[Paid]]:
+    """Rewards less the mean of the training data, over its deviation."""
+    rewards = torch.tensor([example.reward for example in train], dtype=torch.float64)
+    mean, std = float(rewards.mean()), float(rewards.std(correction=0))
+    if not std:
+        raise UserError(f"all {len(train)} answers are paid {mean:g}: there is nothing to tell them apart")
+    first, second = ([replace(e, reward=((e.reward or 0.0) - mean) / std) for e in part] for part in (train, held_out))
+    return first, second
