@@ -198,10 +198,8 @@ def test_a_killed_run_resumes_bit_for_bit(row, tmp_path, monkeypatch):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("row", "changes"), [
-    ("online_dpo", {}), ("sppo_online", {}), ("nash_md", {"objective": {"beta": 0.01}}),
-], ids=str)  # fmt: skip
-def test_the_reward_rises_far_beyond_noise(row, changes, tmp_path):
+@pytest.mark.parametrize("row", ["online_dpo", "sppo_online"])
+def test_the_reward_rises_far_beyond_noise(row, tmp_path):
     """A model that mostly repeats printable bytes is paid for the other ones, of which one more wins almost surely."""
     model, tokenizer = tiny(0, hidden_size=32, layers=2, heads=2, max_length=128)
     with torch.no_grad():
@@ -215,7 +213,7 @@ def test_the_reward_rises_far_beyond_noise(row, changes, tmp_path):
     values = values_of_row(
         row, model=str(tmp_path / "model"), reward=f"{tmp_path}/reward.py:score", steps=12, batch_size=32,
         max_new_tokens=8, learning_rate=0.01, eval_data=str(tmp_path / "held_out.jsonl"), eval_size=40,
-        output_dir=str(tmp_path / "run"), preference_temperature=0.1, **changes,
+        output_dir=str(tmp_path / "run"), preference_temperature=0.1,
     )  # fmt: skip
     run(values)
     before, after = (row["metrics"] for row in read_jsonl(tmp_path / "run" / "eval.jsonl"))
