@@ -12,6 +12,7 @@ from rlhf_fast.ops.advantages.group_advantages import VARIANTS as COMPARISONS
 from rlhf_fast.ops.advantages.group_advantages import group_advantages
 from rlhf_fast.ops.policy.policy_loss import VARIANTS as POLICY_LOSSES
 from rlhf_fast.ops.preference.preference_loss import VARIANTS as PREFERENCE_LOSSES
+from rlhf_fast.ops.preference.unpaired_preference_loss import VARIANTS as UNPAIRED_LOSSES
 from rlhf_fast.training.comparisons import OF_TOKENS
 from rlhf_fast.training.experience import collect, prompts_of_step
 from tests.training.tiny_runs import config_of, folder, job_of, values_of
@@ -72,7 +73,7 @@ def test_every_comparison_and_every_loss_that_the_loop_can_feed_has_a_row():
     objectives = [c.objective for c in defaults.values() if hasattr(c, "objective")]
     losses = {name for o in objectives for name, _ in getattr(o, "terms", ((o.variant, 1.0),))}
     # dro's old log-probabilities are the reference's.
-    assert losses == {*POLICY_LOSSES, *PREFERENCE_LOSSES} - {"dro"}
+    assert losses == {*POLICY_LOSSES, *PREFERENCE_LOSSES, *UNPAIRED_LOSSES} - {"dro"}
 
 
 def load_config(name):
