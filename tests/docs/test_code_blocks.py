@@ -172,8 +172,8 @@ def test_what_a_page_links_to_exists(page):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_is_on_the_page_of_training(name):
-    assert f"`{name}`" in TEXTS["docs/start.md"]
+def test_every_algorithm_is_on_the_page_of_methods(name):
+    assert f"`{name}`" in TEXTS["docs/methods.md"]
 
 
 def anchors(page: Path) -> set[str]:
