@@ -32,12 +32,12 @@ def merge(backbone: Backbone, role: str) -> Tensor:
         raise UserError(f"{next(iter(backbone.quantized))} is quantised: merge into the model that it was made from")
     users: dict[int, set[str]] = {}
     for name, parameter in backbone.model.named_parameters(remove_duplicate=False):
-        users.setdefault(parameter.data_ptr(), set()).add(name)
+        users.setdefault(id(parameter), set()).add(name)
     expected = logprobs_of_trial(backbone, role)
     for name, pair in backbone.adapters[role].items():
         module = backbone.model.get_submodule(name)
         weight = module.get_parameter("weight")
-        shared = users[weight.data_ptr()] - {f"{name}.weight"}
+        shared = users[id(weight)] - {f"{name}.weight"}
         if shared:
             raise UserError(f"{name}.weight is {min(shared)} too, which has no adapter: it cannot be merged")
         ours = weight.t() if isinstance(module, Conv1D) else weight

@@ -74,7 +74,7 @@ def experiences(
             assert job.rewards is not None
             job.rewards.reweigh(reward_weights_at(config, step))
         more = partial(sample, job, config, score_policy=config.scores_policy, exact_kl=exact_kl)
-        compared = step == 0
+        compared = step == run.start == 0
         experience = more(prompts_of_step(job, config, step), keep_sampler=config.sampler_correction or compared)
         told = (
             sampler_gap(job, config, experience.rollout) if compared and experience.rollout.sampler is not None else {}

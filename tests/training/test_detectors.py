@@ -135,5 +135,5 @@ def test_repeated_4_grams_and_the_correlation_with_lengths_by_hand():
     assert repetition_of([[7] * 7, [1, 2]]) == pytest.approx(0.5 * (1 - 1 / 4))
     assert repetition_of([[1, 2, 3, 4] * 2]) == pytest.approx(1 / 5)
     x, y = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 1.0, 1.0])
-    assert float(correlation_of(x, y)) == pytest.approx(-2 / (14 / 3 * 8 / 3) ** 0.5)
+    assert float(correlation_of(x, y)) == pytest.approx(-8 / 3 / (14 / 3 * 8 / 3) ** 0.5)
     assert float(correlation_of(x, torch.ones(3))) == 0.0
