@@ -81,7 +81,7 @@ def jsd(beta):
 
 @pytest.mark.parametrize(("js_weight", "of"), [
     (0.0, lambda student, teacher: kl(teacher, student)), (0.3, jsd(0.3)), (0.5, jsd(0.5)), (1.0, kl),
-], ids=str)  # fmt: skip
+], ids=["0", "0.3", "0.5", "1"])  # fmt: skip
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
 def test_the_loss_is_the_mean_divergence_from_another_model(js_weight, of, micro_batch_size):
     """The teacher has another width and depth; beta = 0.5 is gkd's."""

@@ -68,7 +68,7 @@ def test_a_loss_of_fixed_length_takes_that_of_the_completions():
 
 
 def test_a_loss_of_pairs_that_needs_more_than_pairs_is_refused():
-    with pytest.raises(UserError, match="objective hpo needs advantages, which no column holds"):
+    with pytest.raises(UserError, match="objective hpo needs advantages, which algorithm hpo makes"):
         parse(
             load_algorithm("dpo").AlgorithmConfig, {"algorithm": "dpo", "model": "m", "data": "d", "objective": "hpo"}
         )
@@ -123,7 +123,7 @@ def test_a_folder_is_no_config_file(tmp_path):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_config_survives_its_own_file(name):
     config_class = load_algorithm(name).AlgorithmConfig
-    values = {**LEAST, "algorithm": name, "model": {"from": "sft"}}
+    values = {**LEAST, "algorithm": name, "model": {"from": "sft"}, "teacher": "t", **ALGORITHMS[name].defaults}
     config = parse(config_class, {k: v for k, v in values.items() if k in config_class.model_fields})
     assert parse(config_class, config.values()) == config
 

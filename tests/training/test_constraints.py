@@ -206,7 +206,7 @@ def test_a_cost_may_be_what_an_earlier_stage_has_trained(tmp_path):
     ({"cost": EVEN, "cost_limit": 1.0, "cost_multiplier": 9.0}, "cost_multiplier 9.0 is above cost_multiplier_max 5.0"),
     ({"cost": EVEN, "cost_limit": 1.0, "cost_range": [1, 0]}, r"cost_range must be \[lowest, highest\], got"),
     ({"cost": EVEN, "cost_limit": 1.0, "advantage": "gdpo"}, "gdpo compares every reward by itself"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_costs_that_do_not_fit_are_one_line(changes, message):
     with pytest.raises(UserError, match=message):
         single_stage(values_of("grpo", **changes))
