@@ -5,7 +5,8 @@ from importlib.util import find_spec
 
 # What the extra `train` installs: `import rlhf_fast` does without.
 NEEDED = (
-    "matplotlib", "pyarrow", "pydantic", "rich", "safetensors", "tensorboard", "transformers", "typer", "yaml",
+    "httpx2", "matplotlib", "pyarrow", "pydantic", "rich", "safetensors", "tensorboard", "transformers", "typer",
+    "yaml",
 )  # fmt: skip
 
 

@@ -393,10 +393,10 @@ def cells(output: str) -> list[list[str]]:
 
 
 def test_keys_lists_what_a_config_may_hold_with_the_defaults_of_a_row(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "500")
     shown = {name: (kind, default) for name, kind, default, _ in cells(invoke("keys", "dapo").stdout)}
     assert shown["kl_target"] == ("float", "-")
-    assert shown["data"] == ("str", "(required)")
+    assert shown["data"] == ("str or {from: STAGE} or list", "(required)")
     assert shown["objective"] == ("name or mapping", "dapo")
     assert (shown["objective.clip_eps_low"], shown["objective.clip_eps_high"]) == (("float", "0.2"), ("float", "0.28"))
     assert set(shown) == set(keys_of(load_algorithm("dapo").AlgorithmConfig))

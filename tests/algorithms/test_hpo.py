@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from rich.console import Console
 
 from rlhf_fast.algorithms import hpo
-from rlhf_fast.algorithms.launch import run_stage, single_stage
-from rlhf_fast.data.reading import read_jsonl
+from rlhf_fast.algorithms.launch import single_stage
 from rlhf_fast.errors import UserError
 from rlhf_fast.training import supervised
 from rlhf_fast.training.optim import accumulate
@@ -81,7 +79,7 @@ def test_the_value_of_a_prompt_goes_to_the_expectile_of_its_rewards(tmp_path):
     references, rewards = hpo.reference_logprobs(job, config, job.train), hpo.rewards_of(job, config, job.train)
     assert rewards.tolist() == [[1.0, 0.0]] * len(job.train)
     loss = hpo.loss_of(job, config, references, rewards)
-    for _ in range(25):
+    for _ in range(60):
         accumulate(loss, supervised.micro_batches(job, job.train, range(4), None))
         job.optimizers["critic"].param_groups[0]["lr"] = 0.05
         job.optimizers["critic"].step()
@@ -89,22 +87,6 @@ def test_the_value_of_a_prompt_goes_to_the_expectile_of_its_rewards(tmp_path):
     _, hidden = logits_of(job, "critic", job.train[0].chosen)
     value = hidden[job.train[0].chosen.start - 1] @ job.backbone.heads["critic"].weight[0].double()
     assert float(value.detach()) == pytest.approx(0.8, abs=0.03)
-
-
-def test_the_other_reward_rises_although_the_pairs_speak_against_it(tmp_path):
-    """Pairs prefer the short answer, the reward pays the letter z: the policy learns both."""
-    (tmp_path / "reward.py").write_text("def score(completions):\n    return [3.0 * ('z' in c) for c in completions]\n")
-    rows = [
-        {"prompt": f"p{i}", "chosen": "a" if i % 2 else "z", "rejected": "aaaa" if i % 3 else "zzzz"} for i in range(24)
-    ]
-    write_jsonl(tmp_path / "data.jsonl", rows)
-    values = values_of("hpo", data=str(tmp_path / "data.jsonl"), reward=f"{tmp_path}/reward.py:score", steps=12,
-                       batch_size=8, eval_size=6, learning_rate=0.02, output_dir=str(tmp_path / "run"))  # fmt: skip
-    run_stage(Console(quiet=True), single_stage(values), resume=None, overwrite=False)
-    before, after = (row["metrics"] for row in read_jsonl(tmp_path / "run" / "eval.jsonl"))
-    assert after["margin"] > before["margin"] + 0.1
-    assert after["reward"] > before["reward"] + 0.5
-    assert (tmp_path / "run" / "critic" / "adapter_config.json").is_file()
 
 
 def test_hpo_needs_a_reward_and_its_own_objective():
