@@ -13,7 +13,7 @@ from benchmarks.memory import states
 from benchmarks.steps.recorder import Recorder
 from benchmarks.steps.setting import GROUPED, Setting, Workspace
 from rlhf_fast.algorithms import load_algorithm
-from rlhf_fast.training import experience, on_policy
+from rlhf_fast.training import experience
 from rlhf_fast.training.config import parse
 from rlhf_fast.training.job import seed_everything
 
@@ -84,7 +84,7 @@ def prepare(workspace: Workspace, recorder: Recorder) -> tuple[Callable[[], None
     if setting.algorithm in ("dpo", "kto"):
         recorder.watch(module, "reference_logprobs", "scoring")
     if setting.algorithm in SAMPLING:
-        recorder.watch(on_policy, "collect", "scoring")
+        recorder.watch(experience, "judge", "scoring")
         recorder.watch(experience, "roll_out", "generation", seeded=True)
 
     def tensors() -> list[Tensor]:
