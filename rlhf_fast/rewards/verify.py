@@ -23,7 +23,7 @@ from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.rewards import checks
 from rlhf_fast.rewards.sandbox import Limits, Test, check_sandbox, parse_tests, passed
-from rlhf_fast.training.config import VerifyConfig
+from rlhf_fast.training.entries import VerifyConfig
 
 BLOCK = r"```(?:python|py)?\n([\s\S]*?)```"
 

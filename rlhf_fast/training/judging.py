@@ -12,7 +12,8 @@ from rlhf_fast.rewards.cache import Cache
 from rlhf_fast.rewards.endpoint import Endpoint
 from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rewards.speakers import VERDICT_TOKENS, EndpointSpeaker, LocalSpeaker, Speaker
-from rlhf_fast.training.config import JudgeConfig, SamplingConfig
+from rlhf_fast.training.config import SamplingConfig
+from rlhf_fast.training.entries import JudgeConfig
 
 OWN_ROLES = ("policy", "reference")
 

@@ -6,7 +6,8 @@ from dataclasses import fields
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from rlhf_fast.ops.core.loss import Objective
-from rlhf_fast.training.config import Config, FromStage, JudgeConfig, VerifyConfig, parse
+from rlhf_fast.training.config import Config, parse
+from rlhf_fast.training.entries import FromStage, JudgeConfig, VerifyConfig
 
 
 class Key(NamedTuple):

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 from rich.table import Table
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.training.config import Config, FromStage
+from rlhf_fast.training.config import Config
+from rlhf_fast.training.entries import FromStage
 from rlhf_fast.training.folder import replace_file
 
 FILE = "rounds.jsonl"

@@ -22,8 +22,9 @@ from rlhf_fast.ops.advantages.kl_controller import AdaptiveKLController, FixedKL
 from rlhf_fast.rewards import AdapterSource, Rewards, Source, Verifier, load_rewards
 from rlhf_fast.rewards.adapter import MEAN, Combination
 from rlhf_fast.rollout import check_sampler
-from rlhf_fast.training.config import Config, FromStage, RolloutConfig, SamplingConfig, listed
+from rlhf_fast.training.config import Config, RolloutConfig, SamplingConfig, listed
 from rlhf_fast.training.constraints import Constraints
+from rlhf_fast.training.entries import FromStage
 from rlhf_fast.training.experience import collect, separate_randomness
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.judging import build_judge

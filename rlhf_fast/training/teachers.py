@@ -25,7 +25,8 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter
 from rlhf_fast.rollout import Rollout
-from rlhf_fast.training.config import FromStage, RolloutConfig
+from rlhf_fast.training.config import RolloutConfig
+from rlhf_fast.training.entries import FromStage
 from rlhf_fast.training.experience import Experience, collect, judge
 from rlhf_fast.training.hints import filled, hinted
 from rlhf_fast.training.job import Job

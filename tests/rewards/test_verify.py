@@ -12,7 +12,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import Rewards, Source, Verifier
 from rlhf_fast.rewards.checks import answered
 from rlhf_fast.rewards.sandbox import check_sandbox
-from rlhf_fast.training.config import VerifyConfig
+from rlhf_fast.training.entries import VerifyConfig
 
 OPTIONS = {"extract": None, "normalize": True, "choices": "ABCDE"}
 SCHEMA = {"type": "object", "required": ["age"], "properties": {"age": {"type": "integer"}}}

@@ -10,7 +10,8 @@ from rlhf_fast.algorithms.launch import single_stage
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.tiny import tiny
 from rlhf_fast.rewards import Verifier
-from rlhf_fast.training.config import VerifyConfig, parse_overrides
+from rlhf_fast.training.config import parse_overrides
+from rlhf_fast.training.entries import VerifyConfig
 from rlhf_fast.training.experience import collect, evaluate_policy, prompts_of_step
 from rlhf_fast.training.job import seed_everything
 from tests.training.test_experience import trained
