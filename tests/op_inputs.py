@@ -302,7 +302,7 @@ CASES = [
     Case(
         "reward_loss",
         lambda: {name: plane(PAIRS) for name in ("chosen_rewards", "rejected_rewards", "margin")}
-        | {"denominator": one(5.0)},
+        | {"preferences": torch.rand(PAIRS), "denominator": one(5.0)},
         {"label_smoothing": 0.1, "centring": 0.1},
         ("chosen_rewards", "rejected_rewards"),
         label="pairs",

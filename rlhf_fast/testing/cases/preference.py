@@ -82,7 +82,8 @@ CASES = [
     ),
     Case("reward_loss", rewards, grads=("chosen_rewards", "rejected_rewards")),
     Case(
-        "reward_loss", lambda: rewards() | {"margin": torch.rand(PAIRS)}, {"label_smoothing": 0.1, "centring": 0.01},
+        "reward_loss", lambda: rewards() | {"margin": torch.rand(PAIRS), "preferences": torch.rand(PAIRS)},
+        {"label_smoothing": 0.1, "centring": 0.01},
         ("chosen_rewards", "rejected_rewards"),
     ),
     *(Case("step_reward_loss", steps, {"variant": v}, ("scores",)) for v in step_reward_loss.VARIANTS),
