@@ -101,7 +101,7 @@ def table(results: dict[str, Any]) -> str:
     where = results["machine"]
     seeds = max(len(runs) for runs in results["methods"].values())
     lines += [
-        "", f"Means over {seeds} seeds, the change with its standard error; KL to the reference in nats per "
+        "", f"Means over up to {seeds} seeds, the change with its standard error; KL to the reference in nats per "
         "completion; median seconds of one run on one thread.", "",
         f"{where['cpu']}, torch {where['torch']}, commit {(where['commit'] or '')[:7]}. Command: `{where['command']}`.",
     ]  # fmt: skip
