@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def main() -> None:
     for algorithm in sorted(OWN):
         rows[algorithm] = compared(algorithm)
         print(algorithm, rows[algorithm], flush=True)
-    out.write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=1) + "\n")
+    where = machine("cpu") | {"command": " ".join(["python -m benchmarks.steps.parity", *sys.argv[1:]])}
+    out.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
