@@ -29,7 +29,7 @@ REMAINS = {
     "kto": "TRL pairs prompts with other answers in the order of the data, which it must not shuffle; ours in each "
     "batch, here the same ones.",
     "ppo": "TRL logs no gradient norm. It scores a completion that is cut off without an end, here with one as ours, "
-    "and pays the score of one that ends a token later; here none ends early.",
+    "and pays the score of one that ends a token later: the loss differs from the first step on in which one ends.",
     "reward_model": "",
     "rloo": "Ours is set to `aggregation: seq_mean_token_sum`, TRL's weighting. TRL logs the loss as -ratio x "
     "advantage, which is 0 in the mean; ours is -log-probability x advantage, with the same gradient.",
