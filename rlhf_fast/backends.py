@@ -23,10 +23,8 @@ import torch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Automatic order per device type.
 _AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
-# Ops whose CUDA C++ is taken before Triton where it is built: it measured faster. One H200, CUDA and Triton, ms:
-# token_logprobs of 8192 x 151936 bfloat16 0.737 and 0.920, with the entropy 0.795 and 1.340; gae of 512 x 4096 0.0192
-# and 0.0247.
-_CUDA_FIRST = ("token_logprobs", "gae")
+# Ops whose CUDA C++ is taken before Triton where it is built: it measured faster (kernels/LOG.md).
+_CUDA_FIRST = ("gae",)
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
 _HUGE = 4 << 20  # bytes from which on a tensor gains by huge pages of 2 MiB
 _override: ContextVar[str | None] = ContextVar("rlhf_fast_backend", default=None)

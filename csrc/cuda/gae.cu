@@ -33,32 +33,25 @@ template <typename C> __device__ Affine<C> scan_later(Affine<C> own, Affine<C>* 
   return compose(exclusive, later_warps);
 }
 
-// The steps of a thread in one chunk.
-template <typename C> struct Steps {
-  bool counts[kItems];
-  C r[kItems], v[kItems];
-};
-
 // s[k]: what step k of this thread gets from the one after it; returns what the block's first step hands on.
 template <typename C>
-__device__ C handed(const Recurrence<C>& recurrence, const Steps<C>& steps, C carry, Affine<C>* shared,
-                    C (&s)[kItems]) {
+__device__ C handed(const Recurrence<C>& recurrence, const bool (&counts)[kItems], const C (&r)[kItems],
+                    const C (&v)[kItems], C carry, Affine<C>* shared, C (&s)[kItems]) {
   Affine<C> own = identity<C>(), total;
 #pragma unroll
-  for (int k = kItems - 1; k >= 0; --k) own = compose(recurrence.step(steps.counts[k], steps.r[k], steps.v[k]), own);
+  for (int k = kItems - 1; k >= 0; --k) own = compose(recurrence.step(counts[k], r[k], v[k]), own);
   const Affine<C> later = scan_later(own, shared, &total);
   C next = later.scale * carry + later.shift;
 #pragma unroll
   for (int k = kItems - 1; k >= 0; --k) {
     s[k] = next;
-    const Affine<C> map = recurrence.step(steps.counts[k], steps.r[k], steps.v[k]);
+    const Affine<C> map = recurrence.step(counts[k], r[k], v[k]);
     next = map.scale * next + map.shift;
   }
   return total.scale * carry + total.shift;
 }
 
-// One thread block per sequence, from its end in chunks of kThreads * kItems steps; while one is scanned, the loads of
-// the next one, which wait for its mask first, are on their way.
+// One thread block per sequence, from its end in chunks of kThreads * kItems steps.
 template <typename T> __global__ void __launch_bounds__(kThreads) gae_kernel(cpu::Gae op) {
   using C = typename Compute<T>::type;
   __shared__ Affine<C> shared[kWarps];
@@ -69,36 +62,26 @@ template <typename T> __global__ void __launch_bounds__(kThreads) gae_kernel(cpu
   C carry = op.sequences.bootstrap ? C(op.gamma) * static_cast<const C*>(op.sequences.bootstrap)[i] : C(0);
   C carry_of_returns = carry;
 
-  const auto steps_from = [&](int64_t first) {
-    Steps<C> steps;
+  for (int64_t end = op.sequences.length(i); end > 0; end -= kThreads * kItems) {
+    const int64_t first = end - kThreads * kItems + int64_t(threadIdx.x) * kItems;
+    C r[kItems], v[kItems], s[kItems];
+    bool counts[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const int64_t t = first + k;
-      steps.counts[k] = t >= 0 && (!op.sequences.mask || op.sequences.mask[out + t]);
+      counts[k] = t >= 0 && (!op.sequences.mask || op.sequences.mask[out + t]);
+      r[k] = counts[k] ? load(rewards[t]) : C(0);
+      v[k] = counts[k] && values ? load(values[t]) : C(0);
     }
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      steps.r[k] = steps.counts[k] ? load(rewards[first + k]) : C(0);
-      steps.v[k] = steps.counts[k] && values ? load(values[first + k]) : C(0);
-    }
-    return steps;
-  };
-
-  int64_t first = op.sequences.length(i) - kThreads * kItems + int64_t(threadIdx.x) * kItems;
-  Steps<C> next = steps_from(first);
-  for (int64_t end = op.sequences.length(i); end > 0; end -= kThreads * kItems, first -= kThreads * kItems) {
-    const Steps<C> now = next;
-    next = steps_from(first - kThreads * kItems);
-    C s[kItems];
-    carry = handed(recurrence, now, carry, shared, s);
+    carry = handed(recurrence, counts, r, v, carry, shared, s);
 #pragma unroll
     for (int k = 0; k < kItems; ++k)
       if (values && first + k >= 0)
-        static_cast<C*>(op.advantages)[out + first + k] = now.counts[k] ? (now.r[k] + s[k]) - now.v[k] : C(0);
-    if (op.decoupled) carry_of_returns = handed(of_returns, now, carry_of_returns, shared, s);
+        static_cast<C*>(op.advantages)[out + first + k] = counts[k] ? (r[k] + s[k]) - v[k] : C(0);
+    if (op.decoupled) carry_of_returns = handed(of_returns, counts, r, v, carry_of_returns, shared, s);
 #pragma unroll
     for (int k = 0; k < kItems; ++k)
-      if (first + k >= 0) static_cast<C*>(op.returns)[out + first + k] = now.counts[k] ? now.r[k] + s[k] : C(0);
+      if (first + k >= 0) static_cast<C*>(op.returns)[out + first + k] = counts[k] ? r[k] + s[k] : C(0);
   }
 }
 

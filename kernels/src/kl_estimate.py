@@ -43,9 +43,9 @@ def _kernel(
     values,  # (rows, columns) contiguous
     by_logprob,  # (rows, columns) contiguous
     by_ref,  # (rows, columns) contiguous
-    log_ratio_clip,
-    value_clip,
-    weight_clip,
+    log_ratio_clip: tl.float64,
+    value_clip: tl.float64,
+    weight_clip: tl.float64,
     N,
     columns,
     row_stride,
@@ -69,16 +69,17 @@ def _kernel(
     reference = ref_logprobs + row * ref_row_stride + column * ref_column_stride
     log_ratio = tl.load(reference, mask=inside, other=0.0).to(acc) - logprob
 
-    x = _clipped(log_ratio, log_ratio_clip)
+    x = _clipped(log_ratio, tl.full([], log_ratio_clip, tl.float64).to(acc))
     raw, slope = ESTIMATOR(x)
-    value = _clipped(raw, value_clip)
+    value = _clipped(raw, tl.full([], value_clip, tl.float64).to(acc))
     weight = tl.full([BLOCK], 1.0, acc)
     through_weight = tl.zeros([BLOCK], acc)
     if HAS_OLD:
         old = old_logprobs + row * old_row_stride + column * old_column_stride
         weight = tl.exp(logprob - tl.load(old, mask=inside, other=0.0).to(acc))
-        through_weight = tl.where(weight > weight_clip, 0.0, value)
-        weight = tl.where(weight > weight_clip, weight_clip, weight)
+        bound = tl.full([], weight_clip, tl.float64).to(acc)
+        through_weight = tl.where(weight > bound, 0.0, value)
+        weight = tl.where(weight > bound, bound, weight)
     if GRADIENT is None:
         slope = tl.where((x == log_ratio) & (value == raw), slope, 0.0)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +21,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     for x in given:
         if isinstance(x, Tensor) and (x.is_neg() or not x.is_contiguous()):
             _check_layout(x, given)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _check_floats(kernel, arguments)
     device = next(x.device for x in given if isinstance(x, Tensor))
     with torch.accelerator.device_index(None if device.type == "cpu" else device.index):
         kernel[grid](*arguments, enable_fp_fusion=True, **options)
+
+
+def _check_floats(kernel: Any, arguments: tuple[Any, ...]) -> None:
+    """Triton compiles a Python float to float32 where its parameter does not say tl.float64; the interpreter does not."""
+    parameters = list(inspect.signature(kernel.fn).parameters.values())
+    for parameter, x in zip(parameters, arguments, strict=False):
+        if isinstance(x, float) and "float64" not in str(parameter.annotation):
+            raise TypeError(f"{kernel.fn.__name__} takes {parameter.name} as float32: it must be tl.float64")
 
 
 def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:

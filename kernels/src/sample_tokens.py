@@ -17,7 +17,7 @@ from rlhf_fast.kernels.scalar import log1p, product
 from rlhf_fast.kernels.transform import capped, row_factor
 from torch import Tensor
 
-BLOCK, WARPS = 4096, 16
+BLOCK, WARPS = 4096, 32
 LOG2E = tl.constexpr(1.4426950408889634)
 ROUNDING = tl.constexpr(1e-12)  # more than that of a sum of float64 over a vocabulary, relative
 

@@ -6,7 +6,8 @@
     ROCm              refuses both (seen with 2.9): a and b are widened
 
 Sums over the inner dimension are always accumulated in float32. What is made beside operands and result is made in
-blocks of at most BLOCK_BYTES.
+blocks of at most BLOCK_BYTES. A vocabulary that is no multiple of ALIGNED is multiplied in two parts: cuBLAS takes a
+kernel of a fifth of the speed for all of it otherwise (benchmarks/results/gpu.json has both).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 64 << 20
+ALIGNED = 8  # elements of half precision in 16 bytes
+LONG = 1024  # a shorter dimension is left as it is
 
 
 def takes(x: Tensor) -> bool:
@@ -40,12 +43,19 @@ def scratch_bytes() -> int:
 
 
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """a (m, k) @ b (k, n) as `dtype`, which is wider than theirs, in `out` where that is given."""
+    """a (m, k) @ b (k, n) as `dtype`, theirs or a wider one, in `out` of a wider one where that is given."""
+    if dtype == a.dtype:  # two parts of a sum are rounded once
+        return a @ b if a.shape[1] <= LONG or a.shape[1] % ALIGNED == 0 else multiply(a, b, torch.float32).to(dtype)
     if out is None:
         out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
-    if capability() != "widen":
-        return torch.ops.aten.mm.dtype_out(a, b, dtype, out=out)
-    return _widened(out, a, b, 1.0, 0.0)
+    if capability() == "widen":
+        return _widened(out, a, b, 1.0, 0.0)
+    for place, x, y, again in parts(out, a, b):
+        if again:
+            add(place, x, y)
+        else:
+            torch.ops.aten.mm.dtype_out(x, y, dtype, out=place)
+    return out
 
 
 def add(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, old: float = 1.0) -> None:
@@ -58,6 +68,33 @@ def add(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, old: float = 1.
             torch.mul(part, scale, out=place) if old == 0 else place.mul_(old).add_(part, alpha=scale)
     else:
         _widened(total, a, b, scale, old)
+
+
+Part = tuple[Tensor, Tensor, Tensor, bool]  # total, a, b, and whether total has been written by an earlier part
+
+
+def parts(total: Tensor, a: Tensor, b: Tensor) -> list[Part]:
+    """total = a (m, k) @ b (k, n) in products of which no long dimension that lies in memory element by element is odd.
+
+    Such a dimension has a multiple of ALIGNED elements in the first part; what is left of it is the second.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    if _splits(m, a.stride(0), total.stride(0)):
+        return [(total[rows], a[rows], b, False) for rows in _split(m)]
+    if _splits(n, b.stride(1), total.stride(1)):
+        return [(total[:, columns], a, b[:, columns], False) for columns in _split(n)]
+    if _splits(k, a.stride(1), b.stride(0)):
+        return [(total, a[:, inner], b[inner], inner.start > 0) for inner in _split(k)]
+    return [(total, a, b, False)]
+
+
+def _splits(length: int, *strides: int) -> bool:
+    return length % ALIGNED > 0 and length > LONG and 1 in strides
+
+
+def _split(length: int) -> tuple[slice, slice]:
+    most = length - length % ALIGNED
+    return slice(0, most), slice(most, length)
 
 
 def _widened(total: Tensor, a: Tensor, b: Tensor, scale: float, old: float) -> Tensor:

@@ -114,10 +114,9 @@ class Head(NamedTuple):
         weight, dtype = self.weight, dtype or self.weight.dtype
         if _products.takes(weight):
             gradient = narrowed(gradient, weight.dtype)
-        if gradient.dtype == weight.dtype == dtype:
-            result = gradient @ weight
-        elif _products.takes(weight):
             result = _products.multiply(gradient, weight, dtype)
+        elif gradient.dtype == weight.dtype:
+            result = gradient @ weight
         else:
             result = gradient.new_zeros(gradient.shape[0], weight.shape[1])
             for block in _vocabulary_blocks(weight):
@@ -303,7 +302,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, old: float = 1.0) -> None:
     """total = old * total + scale * a @ b, accumulated in the total's type; with old = 0 it may be unwritten."""
-    if _products.takes(a) and a.dtype != total.dtype:
-        _products.add(total, a, b.to(a.dtype), scale, old)
-    else:
+    if not _products.takes(a):
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=old, alpha=scale)
+        return
+    for place, x, y, again in _products.parts(total, a, b):
+        beta = 1.0 if again else old
+        if x.dtype != total.dtype:
+            _products.add(place, x, y.to(x.dtype), scale, beta)
+        else:
+            place.addmm_(x, y.to(total.dtype), beta=beta, alpha=scale)

@@ -49,6 +49,29 @@ def test_a_product_of_half_precision_is_added_to_float32(pytorch, small_blocks, 
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["logits", "hidden", "weight"])
+@pytest.mark.parametrize("odd", [1, 9, 12])
+def test_an_odd_vocabulary_is_multiplied_in_two_parts(pytorch, monkeypatch, odd, layout):
+    monkeypatch.setattr(_products, "LONG", 32)
+    monkeypatch.setattr(_products, "BLOCK_BYTES", 1000)
+    v, logits = 64 + odd, torch.zeros(5, 80)[:, : 64 + odd]
+    hidden, weight, gradient = (torch.randn(s).bfloat16() for s in ((5, 16), (v, 16), (5, 80)))
+    total, a, b = {
+        "logits": (logits, hidden, weight.t()), "hidden": (torch.zeros(5, 16), gradient[:, :v], weight),
+        "weight": (torch.zeros(v, 16), gradient[:, :v].t(), hidden),
+    }[layout]  # fmt: skip
+    split = _products.parts(total, a, b)
+    assert [again for *_, again in split] == [False, layout == "hidden"]
+    assert all(v not in (*place.shape, *x.shape, *y.shape) for place, x, y, _ in split)
+    assert any(64 + odd // 8 * 8 in x.shape + y.shape for _, x, y, _ in split[:1])
+    pytorch("2.13.0+cu130")
+    exact = a.double() @ b.double()
+    assert _products.multiply(a, b, torch.float32, total) is total
+    torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4)
+    rounded = _products.multiply(a, b, torch.bfloat16)
+    torch.testing.assert_close(rounded, exact.bfloat16(), rtol=2**-8, atol=1e-4)
+
+
 @pytest.mark.parametrize(("version", "scratch"), [("2.9.0", 2 * _products.BLOCK_BYTES), ("2.10.0", 0)])
 def test_what_a_product_takes_beside_its_result_is_counted(pytorch, version, scratch):
     pytorch(version)
