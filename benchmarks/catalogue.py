@@ -24,6 +24,7 @@ PICTURES = {  # of docs/benchmarks.md: results -> plot -> file
     "cpu.json": {"speed": "cpu_speed", "memory": "cpu_memory", "roofline": "cpu_roofline"},
     "scaling_cpu.json": {name: name for name in ("scaling_context", "scaling_vocabulary")},
 }
+GPU_RUNS = ("gpu_first.json", "gpu_second.json", "gpu_third.json")
 STEPS = ("steps_ppo.json", "steps_grpo.json", "steps_dpo.json")
 
 
@@ -116,6 +117,11 @@ def tables_of(title: str, name: str, machine: str = "") -> dict[str, Callable[[]
     return parts | {f"the {title} tables": of(name, lambda results: "\n".join(tables.sections(results, "###")) + "\n")}
 
 
+def gpu_runs() -> str:
+    runs = [results for results in map(read, GPU_RUNS) if results is not None]
+    return roofline.table(runs) if runs else NOTHING
+
+
 def step_results() -> list[dict[str, Any]]:
     return [result for result in map(read, STEPS) if result is not None]
 
@@ -161,7 +167,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         **tables_of("growing", "scaling_cpu.json"),
         "the whole steps": whole_steps,
         "the memory of an update": of("memory.json", memory.section),
-        "the first run on a GPU": of("gpu_first.json", roofline.table),
+        "the runs on a GPU": gpu_runs,
         **tables_of("GPU", "gpu.json", machine="GPU"),
     },
     ROOT / "docs" / "methods.md": {

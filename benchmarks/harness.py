@@ -155,7 +155,7 @@ def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:
     for name, contender in (case.contenders | case.peers).items():
         try:
             results = first_rows(case, contender)
-        except RuntimeError as error:  # of a peer: memory, or what it does not support
+        except (RuntimeError, ImportError) as error:  # of a peer: memory, what it does not support, or imports late
             if name in case.contenders:
                 raise
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -163,25 +163,41 @@ def measured(fact: Fact, device: str, best: dict[str, float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(results: dict[str, Any]) -> str:
-    """Of a run's facts: times, bytes and FLOPs per second, and the share of a copy where bytes are what counts."""
-    lines = ["| what | ms | TB/s | share of a copy | TFLOP/s |", "|---|---:|---:|---:|---:|"]
-    copy = results["copy_bytes_per_second"] / 1e12
-    for fact in results["facts"]:
-        products = fact["TFLOP/s"] > 100
-        cells = [f"{fact['ms']:.4g}", "" if products else f"{fact['TB/s']:.2f}"]
-        cells += ["" if products else f"{fact['TB/s'] / copy:.0%}", f"{fact['TFLOP/s']:.0f}" if products else ""]
-        lines.append(f"| {fact['fact']} | {' | '.join(cells)} |")
-    where = results["machine"]
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """Of several runs, in their order: the milliseconds of each; of the last that has a fact, bytes per second, the
+    share of a copy where bytes are what counts, and FLOPs per second.
+    """
+    numbers = [f"{i}, ms" for i in range(1, len(runs) + 1)]
+    lines = [
+        f"| what | {' | '.join(numbers)} | TB/s | share of a copy | TFLOP/s |",
+        "|---" + "|---:" * (len(runs) + 3) + "|",
+    ]
+    timed = [{fact["fact"]: fact for fact in run["facts"]} for run in runs]
+    for name in dict.fromkeys(name for facts in timed for name in facts):
+        run, fact = next(
+            (run, facts[name]) for run, facts in zip(reversed(runs), reversed(timed), strict=True) if name in facts
+        )
+        times = [f"{facts[name]['ms']:.4g}" if name in facts else "" for facts in timed]
+        if fact["TFLOP/s"] > 100:
+            cells = ["", "", f"{fact['TFLOP/s']:.0f}"]
+        else:
+            cells = [f"{fact['TB/s']:.2f}", f"{fact['TB/s'] * 1e12 / run['copy_bytes_per_second']:.0%}", ""]
+        lines.append(f"| {name} | {' | '.join([*times, *cells])} |")
+    return "\n".join([*lines, "", *(origin(i, run) for i, run in enumerate(runs, 1)), ""])
+
+
+def origin(number: int, run: dict[str, Any]) -> str:
+    where = run["machine"]
     versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "cuda"))
+    changed = " and changes" if where["uncommitted_changes"] else ""
     tests = "; ".join(
-        f"{run['phase']}: {run['passed']} passed, {run['failed']} failed, {run['skipped']} skipped"
-        for run in results["tests"]
+        f"{part['phase']}: {part['passed']} passed, {part['failed']} failed, {part['skipped']} skipped"
+        for part in run["tests"]
     )
-    return "\n".join([
-        *lines, "", f"{where['gpu']}; {versions}; commit {where['commit']}; `{where['command']}`. A copy moves "
-        f"{copy:.2f} TB/s, counting what is read and written. {tests}.", "",
-    ])  # fmt: skip
+    return (
+        f"{number}. {where['gpu']}; {versions}; commit {where['commit']}{changed}; `{where['command']}`. A copy moves "
+        f"{run['copy_bytes_per_second'] / 1e12:.2f} TB/s, counting what is read and written. {tests}."
+    )
 
 
 def main(words: list[str] | None = None) -> int:

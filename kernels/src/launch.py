@@ -29,7 +29,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 
 def _check_floats(kernel: Any, arguments: tuple[Any, ...]) -> None:
-    """Triton compiles a Python float to float32 where its parameter does not say tl.float64; the interpreter does not."""
+    """Triton takes a Python float as float32 where its parameter does not say tl.float64; its interpreter does not."""
     parameters = list(inspect.signature(kernel.fn).parameters.values())
     for parameter, x in zip(parameters, arguments, strict=False):
         if isinstance(x, float) and "float64" not in str(parameter.annotation):

@@ -14,7 +14,7 @@ from rlhf_fast.kernels.launch import launch
 from rlhf_fast.kernels.scalar import exp_minus_1_minus_near_0, expm1, log1p, tanh_slope
 from torch import Tensor
 
-BLOCK, WARPS = 2048, 4
+BLOCK, WARPS = 1024, 4
 STAGES = 3  # blocks of a row that are on their way or in use
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 BLOCK, WARPS = 2048, 4
 STAGES = 4  # blocks of a row that are on their way or in use
-GRADIENT_BLOCK = 4096  # what forward differentiates at a time, where it writes the gradient as well
 CHUNK, CHUNK_WARPS = 8192, 8  # what a program differentiates of a row
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -81,9 +80,8 @@ def _write_gradient(
         constant += grad_entropy * entropy
         linear = -factor * LN2 * grad_entropy
     constant *= -factor
-    final = first + (last - first - 1) // BLOCK * BLOCK
-    for done in range(0, last - first, BLOCK):  # from the end: what forward read last is still in the cache
-        columns = final - done + tl.arange(0, BLOCK)
+    for start in range(first, last, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, mask=columns < last, other=0.0).to(acc)
         log2_p = (capped(x, logit_scale, cap, HAS_CAP) - shift) * factor2 - logsum2
         value = constant
@@ -175,8 +173,7 @@ def _forward_kernel(
     HAS_SQUARES: tl.constexpr,
     HAS_GRADIENT: tl.constexpr,
     K_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,  # the sums, and so the bits of the results, depend on it
-    GRADIENT_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -195,7 +192,7 @@ def _forward_kernel(
         if HAS_SQUARES:
             tl.store(sums_p_squared + row, 0.0)
         if HAS_GRADIENT:
-            _write_zeros(gradient + base, 0, V, GRADIENT_BLOCK)
+            _write_zeros(gradient + base, 0, V, BLOCK)
         return
 
     factor = row_factor(temperatures, row, temperature, logit_scale, acc, HAS_TEMPERATURES, HAS_CAP)
@@ -240,7 +237,7 @@ def _forward_kernel(
         tl.debug_barrier()  # the targets' logits have been read, their log-probabilities are there to be read
         _write_gradient(
             0, V, logits + base, gradient + base, targets + row * K, logprobs + row * K, logprobs, 0.0, row_max,
-            row_logsum, 0.0, 0.0, factor, scale, cap, K, True, False, False, HAS_CAP, K_BLOCK, GRADIENT_BLOCK,
+            row_logsum, 0.0, 0.0, factor, scale, cap, K, True, False, False, HAS_CAP, K_BLOCK, BLOCK,
         )  # fmt: skip
 
 
@@ -345,8 +342,7 @@ def forward(
         logits, targets, mask, temperatures, *stats, gradient, temperature, logit_scale, softcap, vocabulary,
         targets.numel() // (outer * inner), inner, logits.stride(0), logits.stride(1),
         HAS_ENTROPY=want_entropy, HAS_SQUARES=stats[4].numel() > 0, HAS_GRADIENT=gradient is not None,
-        BLOCK=_block(BLOCK, vocabulary), GRADIENT_BLOCK=_block(GRADIENT_BLOCK, vocabulary), STAGES=STAGES,
-        num_warps=WARPS, **_options(logits, targets, mask, transform),
+        BLOCK=_block(BLOCK, vocabulary), STAGES=STAGES, num_warps=WARPS, **_options(logits, targets, mask, transform),
     )  # fmt: skip
 
 

@@ -59,12 +59,13 @@ def test_peers_are_compared_and_not_judged():
     assert errors == {"eager": 0.0, "ours": 0.0, "peer": 1.0}
 
 
-def test_a_peer_that_cannot_run_is_named_with_its_reason_and_the_others_are_timed():
+@pytest.mark.parametrize("kind", [RuntimeError, ImportError])
+def test_a_peer_that_cannot_run_is_named_with_its_reason_and_the_others_are_timed(kind):
     def breaks(inputs):
-        raise RuntimeError("no memory\nand more lines")
+        raise kind("no memory\nand more lines")
 
     result = measure(replace(doubling(2.0), peers={"peer": breaks}), "cpu", repeats=1)
-    assert result["failed"] == {"peer": "RuntimeError: no memory"}
+    assert result["failed"] == {"peer": f"{kind.__name__}: no memory"}
     assert set(result["contenders"]) == {"eager", "ours"}
 
 

@@ -70,7 +70,7 @@ def test_every_result_that_is_there_is_on_the_page(made_of):
     runs = {"cpu.json": CPU, "cpu_torchtune.json": CPU, "gpu.json": CPU, "scaling_cpu.json": growing()}
     runs |= {
         name: json.loads((ROOT / "benchmarks" / "results" / name).read_text())
-        for name in ("memory.json", "gpu_first.json")
+        for name in ("memory.json", *catalogue.GPU_RUNS)
     }
     text, plots = made_of(runs | {f"steps_{name}.json": steps(name) for name in ("ppo", "grpo", "dpo")})
     assert plots == {"cpu_speed", "cpu_memory", "cpu_roofline", "scaling_context", "scaling_vocabulary", "steps"}

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton.language as tl
 from rlhf_fast.kernels import launch
 
 ROOT = Path(__file__).parents[2]
@@ -60,8 +61,8 @@ def current(monkeypatch):
 class Kernel:
     """Stands in for a Triton kernel: says where and with what it was launched."""
 
-    def __init__(self, current):
-        self.current, self.launches = current, []
+    def __init__(self, current, fn=lambda x: None):
+        self.current, self.fn, self.launches = current, fn, []
 
     def __getitem__(self, grid):
         return lambda *arguments, **options: self.launches.append((self.current["device"], grid, arguments, options))
@@ -76,6 +77,19 @@ def test_a_kernel_runs_on_the_device_of_its_tensors_and_fuses_multiply_and_add(c
     assert kernel.launches[0] == (1, (4,), (None, there, 7), {"enable_fp_fusion": True, "BLOCK": 16})
     assert kernel.launches[1][0] == 0
     assert current["device"] == 0
+
+
+def test_a_number_reaches_a_kernel_in_float64(current, monkeypatch):
+    def narrow(x, clip):
+        pass
+
+    def wide(x, clip: tl.float64):
+        pass
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    launch.launch(Kernel(current, wide), (1,), torch.zeros(1), 0.1)
+    with pytest.raises(TypeError, match=r"narrow takes clip as float32: it must be tl\.float64"):
+        launch.launch(Kernel(current, narrow), (1,), torch.zeros(1), 0.1)
 
 
 def test_a_tensor_goes_to_a_kernel_with_its_strides_or_contiguous(current):

@@ -7,7 +7,7 @@
 
 Sums over the inner dimension are always accumulated in float32. What is made beside operands and result is made in
 blocks of at most BLOCK_BYTES. A vocabulary that is no multiple of ALIGNED is multiplied in two parts: cuBLAS takes a
-kernel of a fifth of the speed for all of it otherwise (benchmarks/results/gpu.json has both).
+kernel of a seventh of the speed for all of it otherwise (benchmarks/results/gpu_trials.jsonl).
 """
 
 from __future__ import annotations

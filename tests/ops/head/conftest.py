@@ -33,7 +33,8 @@ def pytorch(monkeypatch):
 
         aten = SimpleNamespace(mm=SimpleNamespace(dtype_out=mm), addmm=SimpleNamespace(dtype_out=addmm))
         hip = SimpleNamespace(hip="7.0" if "rocm" in version else None)
-        its = {"__version__": version, "version": hip, "ops": SimpleNamespace(aten=aten), "mul": torch.mul, "float32": torch.float32}
+        its = {"__version__": version, "version": hip, "ops": SimpleNamespace(aten=aten)}
+        its |= {"mul": torch.mul, "float32": torch.float32}
         monkeypatch.setattr(_products, "torch", SimpleNamespace(**its))
         monkeypatch.setattr(_products, "takes", lambda x: x.element_size() < 4)  # as on a GPU
         _products.capability.cache_clear()
