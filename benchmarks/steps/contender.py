@@ -1,6 +1,7 @@
-"""python -m benchmarks.steps.contender WORKSPACE NAME [--profile]: one contender in a process of its own, JSON last.
+"""python -m benchmarks.steps.contender WORKSPACE NAME: one contender in a process of its own, JSON last.
 
---profile counts the bytes of tensors over two steps instead of the time, which the profiler would falsify.
+--steps: only the first so many of the setting's. --profile counts the bytes of tensors over two steps instead of the
+time, which the profiler would falsify.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def measure(workspace: Workspace, name: str, *, profile: bool) -> dict[str, Any]
     train()
     return {
         "version": version(name), "seconds": recorder.seconds, "losses": recorder.losses, "rewards": recorder.rewards,
-        "grad_norms": recorder.grad_norms,
+        "grad_norms": recorder.grad_norms, "finished": recorder.finished,
         "held_bytes": unique_bytes(tensors()), "resident_bytes": 1024 * recorder.resident,
         "peak_bytes": 1024 * recorder.peak,
     }  # fmt: skip
@@ -43,9 +44,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workspace", type=Path)
     parser.add_argument("name", choices=MODULES)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
-    workspace = Workspace(options.workspace, steps=2 if options.profile else None)
+    workspace = Workspace(options.workspace, steps=2 if options.profile else options.steps)
     print(json.dumps(measure(workspace, options.name, profile=options.profile)))
 
 

@@ -30,6 +30,7 @@ class Recorder:
         self.losses: list[float] = []
         self.rewards: list[float] = []
         self.grad_norms: list[float] = []
+        self.finished: list[float] = []
         self.resident = self.peak = 0
         self.folder = Path()
         self._imported = memory_kib("VmRSS")
@@ -107,6 +108,8 @@ class Recorder:
         self.grad_norms += [metrics[name] for name in trained]
         if "reward" in metrics:
             self.rewards.append(metrics["reward"])
+        if "finished" in metrics:
+            self.finished.append(metrics["finished"])
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Samples are not kept."""

@@ -42,6 +42,7 @@ class Setting:
     kl_coef: float = 0.05
     beta: float = 0.1
     seed: int = 0
+    paid_at_end: bool = False  # TRL's PPO is made to pay the score at a completion's last token, as ours does
 
     @property
     def max_grad_norm(self) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -188,6 +190,8 @@ def ppo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Par
     )  # fmt: skip
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in workspace.rows_in_order()]
     data = Dataset.from_dict({"input_ids": prompts})
+    if setting.paid_at_end:
+        PPOTrainer.train = paid_at_end(ppo_trainer)
     reward = classifier(workspace, trainable=False).merge_and_unload()
     critic = classifier(workspace, trainable=True).get_base_model()
     trainer = PPOTrainer(
@@ -199,7 +203,8 @@ def ppo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Par
 
     def closed(model: nn.Module, ids: Tensor, pad: int, context: int) -> Any:
         if model is trainer.reward_model:
-            ids = torch.cat([ids, torch.full_like(ids[:, :1], tokenizer.eos_token_id)], dim=1)
+            ended = (ids[:, context:] == tokenizer.eos_token_id).any(1, keepdim=True)
+            ids = torch.cat([ids, torch.where(ended, pad, tokenizer.eos_token_id)], dim=1)
         return score(model, ids, pad, context)
 
     ppo_trainer.get_reward = closed
@@ -207,6 +212,21 @@ def ppo(workspace: Workspace, recorder: Recorder, common: dict[str, Any]) -> Par
     for name in ("forward", "get_reward", "selective_log_softmax"):
         recorder.watch(ppo_trainer, name, "scoring", without_grad=True)
     return trainer, trainer.model.policy, [trainer.model, trainer.reward_model]
+
+
+def paid_at_end(module: Any) -> Callable[[Any], None]:
+    """PPOTrainer.train with one line changed: the last paid token is a completion's last, not the one behind it.
+
+    `sequence_lengths` is the index of the last token. Where padding follows, TRL pays the score at the first padding
+    token, and trains the critic there too.
+    """
+    line, changed = "sequence_lengths_p1 = sequence_lengths + 1", "sequence_lengths_p1 = sequence_lengths"
+    source = textwrap.dedent(inspect.getsource(module.PPOTrainer.train))
+    if source.count(line) != 1:
+        raise RuntimeError(f"{source.count(line)} lines of TRL's PPOTrainer.train are `{line}`, needs 1")
+    functions: dict[str, Any] = {}
+    exec(source.replace(line, changed), vars(module), functions)
+    return functions["train"]
 
 
 def classifier(workspace: Workspace, *, trainable: bool) -> PeftModel:
