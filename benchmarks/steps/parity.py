@@ -52,7 +52,7 @@ PAYMENT = (
     "critic makes of that state. Ours is paid at the end. With `sequence_lengths_p1 = sequence_lengths` in TRL's "
     "source, and nothing else changed, the row of completions that end agrees; with TRL's own line its loss is off by"
     " {loss}. TRL also takes a sampled padding token for the end of a completion, which for us is a token like any "
-    "other: these runs sample none."
+    "other: the runs of PPO sample none."
 )
 
 
