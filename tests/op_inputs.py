@@ -228,6 +228,14 @@ CASES = [
         label="packed",
     ),
     Case(
+        "policy_loss",
+        lambda: drawn({"advantages": plane, "mask": some, **dict.fromkeys(("logprobs", "old_logprobs"), logprobs)})
+        | {"entropy": torch.rand(B, T), "kl": torch.rand(B, T)},
+        {"objective": PolicyObjective(**POLICY, kl_variant="exact")},
+        ("logprobs", "entropy", "kl"),
+        label="exact KL",
+    ),
+    Case(
         "linear_policy_loss",
         lambda: scored() | policy_constants(),
         {"objective": PolicyObjective(**POLICY), **TRANSFORM, "chunk_tokens": 16},

@@ -42,7 +42,7 @@ from rlhf_fast.models.self_test import (
     unsupported,
     why_not_shared,
 )
-from rlhf_fast.ops.head.linear_kl import linear_kl
+from rlhf_fast.ops.head.linear_kl import LinearKl, linear_kl
 from rlhf_fast.ops.head.linear_logprobs import linear_logprobs
 from rlhf_fast.ops.head.tiles import default_chunk_tokens
 
@@ -54,6 +54,7 @@ class Scores:
     logprobs, ref_logprobs: (B, T), nats, 0 where the mask is 0. values: (B, T), the value before each token,
     or (B, T, M) of a head with M outputs.
     scores: (B,), the reward head at the last real token; (B, M) where the reward roles have M outputs in all.
+    ref_hidden: (B, T, D), the reference's last hidden states, in their own type.
     features: (B, D), what the head of the role "reward" is given. costs: (B,), the cost head at the last real token.
     collisions: (B, T), the policy's sums of squared probabilities over the vocabulary. kl: (B, T), KL(policy ||
     reference) of the prediction of each token, over the vocabulary, nats. ref_ranks: (B, T), see `ranks`, of the
@@ -69,6 +70,7 @@ class Scores:
     collisions: Tensor | None = None
     kl: Tensor | None = None
     ref_ranks: Tensor | None = None
+    ref_hidden: Tensor | None = None
 
 
 class Backbone:
@@ -508,17 +510,16 @@ class Backbone:
 
     def divergence(
         self, hidden: Tensor, ref_hidden: Tensor, input_ids: Tensor, mask: Tensor, *, mask_count: int | None = None,
-        temperature: float = 1.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """(logprobs, ref_logprobs, kl), (B, T) each: those of `logprobs` under both hidden states, (B, T, D), and
-        KL(policy || reference) of each prediction over the whole vocabulary, fp32, nats."""
+        temperature: float = 1.0, variant: str = "reverse", return_entropy: bool = False,
+    ) -> LinearKl:  # fmt: skip
+        """Those of `logprobs` under both hidden states, (B, T, D), and the divergence of each prediction over the whole
+        vocabulary, (B, T) each, fp32, nats; variant: of linear_kl, reverse is KL(policy || reference)."""
         result = linear_kl(
             hidden, ref_hidden, self.lm_head_weight, input_ids.roll(-1, 1), bias=self.lm_head_bias,
-            mask=F.pad(mask[:, 1:], (0, 1)), mask_count=mask_count, temperature=temperature, **self.logit_transform,
+            mask=F.pad(mask[:, 1:], (0, 1)), mask_count=mask_count, temperature=temperature, variant=variant,
+            return_entropy=return_entropy, **self.logit_transform,
         )  # fmt: skip
-        assert result.logprobs is not None
-        assert result.ref_logprobs is not None
-        return _behind(result.logprobs), _behind(result.ref_logprobs), _behind(result.kl)
+        return LinearKl(*(None if values is None else _behind(values) for values in result))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def ranks(self, hidden: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -561,12 +562,13 @@ class Backbone:
         policy: bool = True,
         exact_kl: bool = False,
         ranks: bool = False,
+        ref_hidden: bool = False,
     ) -> Scores:
         """Policy and reference log-probabilities, values and scores of the roles that exist, in one traversal.
 
         policy: False leaves the policy out, whose old log-probabilities an update without a step before it makes too.
         exact_kl: also the KL of each prediction; it takes the policy. ranks: also those of the reference, for a
-        further product with the head.
+        further product with the head. ref_hidden: also the reference's hidden states.
         """
         rewards, critic = self.reward_roles, self._read_by.get("critic")
         roles = ["policy"] if policy else []
@@ -579,7 +581,9 @@ class Backbone:
         collisions: Tensor | None = None
         kl: Tensor | None = None
         if exact_kl:
-            logprobs, ref_logprobs, kl = self.divergence(hidden["policy"], hidden["reference"], **of_tokens)
+            found = self.divergence(hidden["policy"], hidden["reference"], **of_tokens)
+            assert found.ref_logprobs is not None
+            kl, logprobs, ref_logprobs = found.kl, found.logprobs, found.ref_logprobs
         else:
             ref_logprobs, _ = self.logprobs_and_collisions(hidden["reference"], **of_tokens)
             if policy:
@@ -595,6 +599,7 @@ class Backbone:
             collisions,
             kl,
             self.ranks(hidden["reference"], input_ids, mask) if ranks else None,
+            hidden["reference"] if ref_hidden else None,
         )
 
     # Bytes

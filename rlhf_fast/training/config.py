@@ -180,6 +180,11 @@ class SamplingConfig(Config):
         return self
 
     @property
+    def loss_kl(self) -> str | None:
+        """The divergence from the reference over the whole vocabulary in the loss, a variant of token_kl."""
+        return None
+
+    @property
     def judge_alone(self) -> bool:
         return self.judge is not None and self.reward is None and self.verify is None
 
@@ -249,6 +254,10 @@ class RolloutConfig(SamplingConfig):
     def needs_reward(self) -> bool:
         """Whether something must judge the samples."""
         return True
+
+    @property
+    def loss_kl(self) -> str | None:
+        return self.objective.exact_kl if isinstance(self.objective, PolicyObjective) else None
 
     @property
     def scores_policy(self) -> bool:

@@ -227,7 +227,7 @@ def score(
         lowers.append(lower)
         scores = job.backbone.score(
             rows.input_ids, rows.attention_mask, rows.mask, mask_count=rows.count, temperature=config.temperature,
-            lower=lower, policy=policy, exact_kl=exact_kl, ranks=ranks,
+            lower=lower, policy=policy, exact_kl=exact_kl, ranks=ranks, ref_hidden=config.loss_kl is not None,
         )  # fmt: skip
         passes.append(scores)
     joined: dict[str, Any] = {f.name: _joined([getattr(p, f.name) for p in passes]) for f in fields(Scores)}

@@ -38,7 +38,8 @@ class Rows(NamedTuple):
     indices: (M,), its rows of the experience, on the CPU. batch: their tokens. hidden: role -> (M, T, D), of every role
     that trains. logprobs, entropy: (M, T), nats, of the policy. old_logprobs: (M, T), those of the policy that sampled;
     None: the same as logprobs. ref_logprobs: (M, T), the reference's. sampler_logprobs: (M, T), those that the sampler
-    itself gave, where `sampler_correction` asks for them.
+    itself gave, where `sampler_correction` asks for them. kl: (M, T), the divergence from the reference over the whole
+    vocabulary, nats, where the loss has it.
     tokens, sequences: 0-d, what counts in the whole minibatch.
     """
 
@@ -50,6 +51,7 @@ class Rows(NamedTuple):
     old_logprobs: Tensor | None
     ref_logprobs: Tensor
     sampler_logprobs: Tensor | None
+    kl: Tensor | None
     tokens: Tensor
     sequences: Tensor
 
@@ -182,24 +184,43 @@ def micro_batches(job: Job, config: RolloutConfig, experience: Experience, parts
         hidden = backbone.hidden(
             part.input_ids, part.attention_mask, roles, lower=lower, dropout_seed=dropout_seed(job, config),
         )  # fmt: skip
-        logprobs, entropy = backbone.logprobs(
-            hidden["policy"], part.input_ids, part.mask, mask_count=part.count, temperature=config.temperature,
-            return_entropy=True,
-        )  # fmt: skip
+        kl, logprobs, entropy = predictions(job, config, hidden["policy"], part, experience.scores.ref_hidden, indices)
         yield Rows(
             indices, replace(part, mask=learnt[indices]), hidden, logprobs, entropy, experience.old_logprobs(indices),
-            experience.scores.ref_logprobs[indices], None if sampler is None else sampler.logprobs[indices], tokens,
-            sequences,
+            experience.scores.ref_logprobs[indices], None if sampler is None else sampler.logprobs[indices], kl,
+            tokens, sequences,
         )  # fmt: skip
         first_logprobs.append(logprobs.detach())
     experience.keep_logprobs(parts, first_logprobs)
+
+
+def predictions(
+    job: Job, config: RolloutConfig, hidden: Tensor, part: Batch, ref_hidden: Tensor | None, indices: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(the loss's divergence from the reference or None, log-probabilities, entropy), (M, T) each, of the policy.
+
+    ref_hidden: of all rows of the experience, of which `part` has those at `indices`.
+    """
+    of_tokens: dict[str, Any] = {
+        "mask_count": part.count, "temperature": config.temperature, "return_entropy": True,
+    }  # fmt: skip
+    variant = config.loss_kl
+    if variant is None:
+        return None, *job.backbone.logprobs(hidden, part.input_ids, part.mask, **of_tokens)
+    assert ref_hidden is not None  # `score` keeps them for this
+    kl, logprobs, _, entropy = job.backbone.divergence(
+        hidden, ref_hidden[indices], part.input_ids, part.mask, variant=variant, **of_tokens
+    )
+    assert logprobs is not None
+    assert entropy is not None
+    return kl, logprobs, entropy
 
 
 def policy_term(config: RolloutConfig, rows: Rows, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """policy_loss of the rows, whose advantages are (M, T) or (M,)."""
     return policy_loss(
         rows.logprobs, rows.old_logprobs, advantages, objective=config.objective, mask=rows.mask,
-        ref_logprobs=rows.ref_logprobs, sampler_logprobs=rows.sampler_logprobs, entropy=rows.entropy,
+        ref_logprobs=rows.ref_logprobs, sampler_logprobs=rows.sampler_logprobs, entropy=rows.entropy, kl=rows.kl,
         denominator=rows.tokens, sequences=rows.sequences,
     )  # fmt: skip
 

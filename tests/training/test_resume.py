@@ -91,7 +91,8 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_bit_for_bit(algorithm, tm
 def test_all_that_ppo_may_carry_from_step_to_step_resumes_bit_for_bit(tmp_path, monkeypatch):
     changes = {
         "critic": "shared", "critic_warmup_steps": 1, "kl_variant": "exact", "kl_coef": 0.1, "policy_ema": 0.5,
-        "normalize_rewards": "scale", "optimizer": "rmsprop", "ptx_data": str(data_folder() / "sft.jsonl"),
+        "objective": {"kl_coef": 0.1, "kl_variant": "exact_forward"}, "normalize_rewards": "scale",
+        "optimizer": "rmsprop", "ptx_data": str(data_folder() / "sft.jsonl"),
         "best_by": "reward", "eval_every": 1, "save_every": 2, "steps": 3, "learning_rate": 1e-3,
     }  # fmt: skip
     values = values_of("ppo", **changes)

@@ -111,6 +111,9 @@ def linear_policy_loss(
     TypeError for what does not fit, IndexError on the CPU for a counted target outside [0, V).
     """
     objective = PolicyObjective.of(objective)
+    if objective.exact_kl is not None:
+        raise ValueError(f"kl_variant {objective.kl_variant} takes linear_kl and policy_loss: here are no hidden "
+                         "states of the reference")  # fmt: skip
     name = resolve(f"linear_policy_loss of {objective.variant}", objective.kernels, hidden.device, backend)
     call = _loss.checked(
         hidden, weight, targets, bias, head_lora, temperature, logit_scale, softcap, mask, mask_count, chunk_tokens,

@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
 
 
 def check_reference(objective: PolicyObjective, ref_logprobs: Tensor | None) -> None:
-    if objective.kl_coef > 0 and ref_logprobs is None:
+    if objective.kl_coef > 0 and objective.exact_kl is None and ref_logprobs is None:
         raise ValueError(f"ref_logprobs must be given for kl_coef {objective.kl_coef}")
 
 

@@ -21,6 +21,7 @@ from rlhf_fast.ops.core.masked_loss import product
 from rlhf_fast.ops.tokens.kl_estimate import VARIANTS as KL_VARIANTS
 
 MAX_LOG_RATIO = 20.0
+EXACT_KL = {"exact": "reverse", "exact_forward": "forward"}  # kl_variant of a loss: variant of token_kl and linear_kl
 AGGREGATIONS = (
     "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm",
 )  # fmt: skip
@@ -42,9 +43,9 @@ class PolicyObjective(Objective):
     max_divergence >= 0: the delta of dppo_tv (a probability) and dppo_kl (nats).
     cov_fraction in (0, 1]: how many of the call's tokens clip_cov and kl_cov select; cov_low, cov_high: the covariances
     that clip_cov selects from; kl_cov_coef >= 0: the weight of kl_cov's penalty.
-    kl_coef >= 0: weight of the KL to the reference in the loss, by kl_variant; kl_unbiased: the estimate times the
-    ratio, with the gradient of the KL itself instead of the estimator's. entropy_coef >= 0: weight of the entropy
-    bonus.
+    kl_coef >= 0: weight of the KL to the reference in the loss, by kl_variant: an estimate, or one of EXACT_KL, with
+    which policy_loss is given the KL; kl_unbiased: the estimate times the ratio, with the gradient of the KL itself
+    instead of the estimator's. entropy_coef >= 0: weight of the entropy bonus.
     entropy_fraction in (0, 1]: the share of the call's tokens, those of highest entropy, that the policy term keeps.
     correction_level, correction_mode, correction_low, correction_high: how the policy term is weighted for samples of
     another sampler. off_policy_max_kl > 0: sequences with a negative advantage further than that from the sampler, in
@@ -88,7 +89,9 @@ class PolicyObjective(Objective):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         check.one_of("aggregation", self.aggregation, AGGREGATIONS)
-        check.one_of("kl_variant", self.kl_variant, KL_VARIANTS)
+        check.one_of("kl_variant", self.kl_variant, (*KL_VARIANTS, *EXACT_KL))
+        if self.kl_unbiased and self.kl_variant in EXACT_KL:
+            raise ValueError(f"kl_unbiased is of an estimate, got kl_variant {self.kl_variant}")
         check.one_of("correction_level", self.correction_level, CORRECTION_LEVELS)
         check.one_of("correction_mode", self.correction_mode, CORRECTION_MODES)
         for name, (meaning, holds) in _RANGES.items():
@@ -109,6 +112,11 @@ class PolicyObjective(Objective):
     def kernels(self) -> tuple[str, ...]:
         """The backends that have the loss beside "reference"."""
         return FUNCTIONS[self.function].kernels
+
+    @property
+    def exact_kl(self) -> str | None:
+        """Which divergence over the vocabulary is in the loss, a variant of token_kl; None: none."""
+        return EXACT_KL.get(self.kl_variant) if self.kl_coef > 0 else None
 
     @property
     def needs_sequences(self) -> bool:

@@ -24,10 +24,10 @@ With x = logprob - old_logprob, r = exp(x), A the advantage, clip(r) = r held wi
 
 w is the weight of the aggregation; c that of the sampler's correction (exp(old_logprob - sampler_logprob) of the token,
 its sequence, or their geometric mean, truncated or masked outside its bounds), 0 for tokens dropped by the entropy or
-the off-policy mask; KL the estimate k1, k2 or k3 of kl_estimate against ref_logprobs. Selected are the largest
-covariances (logprob - mean)(A - mean) of the call. d L / d logprob follows term by term, e.g. ppo_clip: -r A where the
-first term is the active one, else 0; kl_unbiased takes r KL with d KL = r (logprob - ref_logprob), which is the
-gradient of r k3 and of the KL itself.
+the off-policy mask; KL the estimate k1, k2 or k3 of kl_estimate against ref_logprobs, or `kl`, the exact one of each
+prediction, which linear_kl and token_kl make. Selected are the largest covariances (logprob - mean)(A - mean) of the
+call. d L / d logprob follows term by term, e.g. ppo_clip: -r A where the first term is the active one, else 0;
+kl_unbiased takes r KL with d KL = r (logprob - ref_logprob), which is the gradient of r k3 and of the KL itself.
 
 Numerics. Log-ratios are clamped to +-20 before exp (gradient 0 outside), so that one token cannot make the loss
 infinite; so is that of k3 to the reference, and with kl_unbiased of every estimate. A weight of 0 (a coefficient, an
@@ -67,6 +67,7 @@ from rlhf_fast.ops.core.loss import Loss, once
 from rlhf_fast.ops.core.sequences import sequence_ids
 from rlhf_fast.ops.policy.batch import DROPPED, SELECTED, Inputs, Plan, select
 from rlhf_fast.ops.policy.objective import (
+    EXACT_KL,
     FUNCTIONS,
     MAX_LOG_RATIO,
     VARIANTS,
@@ -97,20 +98,22 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
+    kl: Tensor | None = None,
     overlong: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     denominator: Tensor | float | None = None,
     sequences: Tensor | float | None = None,
     backend: str | None = None,
 ) -> Loss:
-    """The policy loss `objective` and its metrics; only `logprobs` and `entropy` get a gradient.
+    """The policy loss `objective` and its metrics; only `logprobs`, `entropy` and `kl` get a gradient.
 
     logprobs, old_logprobs: (B, T), or (N,) packed, in nats; float32, bfloat16, float16 or float64, any strides.
     old_logprobs None: on policy. They are logprobs without the gradient, as in the first update after a rollout.
     advantages: the same shape, or (B, 1) or (B,) for one per sequence, which is broadcast without a copy.
     objective: a name of VARIANTS, with the numbers of its paper, or a PolicyObjective with any others.
     mask: the shape of logprobs, nonzero counts. Nothing counted gives a loss of 0 with gradient 0.
-    ref_logprobs: the reference's, where kl_coef > 0 or to measure it. sampler_logprobs: those of the sampler, where it
+    ref_logprobs: the reference's, where kl_coef > 0 or to measure it. kl: in their place where kl_variant is exact or
+    exact_forward, token_kl's `reverse` or `forward`, nats per token. sampler_logprobs: those of the sampler, where it
     is not the policy that made old_logprobs. entropy: nats per token, where entropy_coef > 0 or entropy_fraction < 1,
     or to measure it. All of the shape of logprobs. overlong: (B,) or, packed, (S,): nonzero leaves the sequence out.
     cu_seqlens: (S + 1,) int64 or int32, the packed sequences, wherever sequences matter; tokens after the last one
@@ -129,13 +132,34 @@ def policy_loss(
     objective = PolicyObjective.of(objective)
     shape = masked_loss.per_token_shape("logprobs", logprobs)
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+    if objective.kl_variant in EXACT_KL:
+        ref_logprobs = None
     inputs = Inputs(logprobs, old_logprobs, per_token(advantages, shape), ref_logprobs, sampler_logprobs, entropy)
     inputs.check(objective)
+    check_exact_kl(objective, logprobs, kl)
     plan = Plan.of(
         objective, logprobs, mask=mask, overlong=overlong, cu_seqlens=cu_seqlens, denominator=denominator,
         sequences=sequences,
     )  # fmt: skip
-    return evaluate(objective, inputs.planes(), plan, backend=backend)
+    loss = evaluate(objective, inputs.planes(), plan, backend=backend)
+    return loss if kl is None else with_exact_kl(objective, loss, masked_loss.plane(kl), plan)
+
+
+def check_exact_kl(objective: PolicyObjective, logprobs: Tensor, kl: Tensor | None) -> None:
+    masked_loss.floats(logprobs.shape, "the shape of logprobs", logprobs=logprobs, kl=kl)
+    if kl is None and objective.exact_kl is not None:
+        raise ValueError(f"kl must be given for kl_variant {objective.kl_variant} with kl_coef {objective.kl_coef}")
+    if kl is not None and objective.kl_variant not in EXACT_KL:
+        raise ValueError(f"kl is of kl_variant {' or '.join(EXACT_KL)}, got {objective.kl_variant}")
+
+
+def with_exact_kl(objective: PolicyObjective, loss: Loss, kl: Tensor, plan: Plan) -> Loss:
+    """`loss` with kl_coef times the KL of every counted token, (rows, columns), by the aggregation's weights."""
+    kl = torch.where(plan.counts(kl), kl.to(check.compute_dtype(kl.dtype)), 0.0)
+    tokens = plan.tokens(kl)
+    weights = 1 / tokens if plan.weights is None else plan.weights
+    total = masked_loss.product(objective.kl_coef, (weights * kl).sum())
+    return Loss(loss.loss + total, {**loss.metrics, "kl_to_ref": kl.detach().sum() / tokens})
 
 
 def per_token(advantages: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -306,7 +330,9 @@ def numbers(objective: PolicyObjective) -> Numbers:
     values = {name: math.inf if value is None else value for name, value in vars(objective).items()}
     values |= {
         "function": objective.function, "needs_sequences": objective.needs_sequences,
-        "marks_tokens": objective.marks_tokens, "ratio_low": 1 - values["clip_eps_low"],
+        "marks_tokens": objective.marks_tokens,
+        "kl_variant": "k1" if objective.kl_variant in EXACT_KL else objective.kl_variant,  # exact: not theirs
+        "ratio_low": 1 - values["clip_eps_low"],
         "ratio_high": 1 + values["clip_eps_high"],
     }  # fmt: skip
     return Numbers._make([values[name] for name in Numbers._fields])

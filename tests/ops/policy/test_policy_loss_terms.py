@@ -6,7 +6,7 @@ from math import exp, log
 import pytest
 import torch
 
-from rlhf_fast import PolicyObjective, policy_loss
+from rlhf_fast import PolicyObjective, linear_kl, linear_policy_loss, policy_loss
 from tests.losses import BACKENDS, evaluate, of_policy
 
 # Losses -1, -2 of a sequence of two tokens and -4 of one of one token, all with ratio 1.
@@ -100,6 +100,71 @@ def test_the_kl_to_the_reference_joins_the_loss(backend, variant, unbiased, valu
     assert got["loss"].item() == pytest.approx(0.1 * value)
     assert got["gradient 0"].item() == pytest.approx(0.1 * slope)
     assert got["kl_to_ref"].item() == pytest.approx(value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("aggregation", "weights"),
+    [("token_mean", [[1 / 3, 1 / 3], [1 / 3, 0]]), ("seq_mean_token_mean", [[1 / 4, 1 / 4], [1 / 2, 0]])],
+)
+def test_an_exact_kl_is_added_by_the_weights_of_the_tokens(backend, aggregation, weights):
+    kl = torch.tensor([[0.5, 2.0], [3.0, math.nan]], dtype=torch.float64, requires_grad=True)
+    weights, logprobs = torch.tensor(weights, dtype=torch.float64), torch.full_like(ADVANTAGES, -1.0)
+    loss, metrics = policy_loss(
+        logprobs, logprobs, ADVANTAGES, mask=MASK, kl=kl, backend=backend,
+        objective=PolicyObjective(kl_coef=0.1, kl_variant="exact", aggregation=aggregation),
+        ref_logprobs=logprobs - 9,  # of no use here
+    )  # fmt: skip
+    loss.backward()
+    tokens = torch.tensor([[0.1 * 0.5 - 1, 0.1 * 2.0 - 2], [0.1 * 3.0 - 4, 0]], dtype=torch.float64)
+    assert loss.item() == pytest.approx((weights * tokens).sum().item(), rel=1e-12)
+    torch.testing.assert_close(kl.grad, 0.1 * weights)
+    assert metrics["kl_to_ref"].item() == pytest.approx(5.5 / 3)
+    assert not metrics["kl_to_ref"].requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("variant", "direction"), [("exact", "reverse"), ("exact_forward", "forward")])
+def test_an_exact_kl_has_the_gradient_of_the_sum_over_the_vocabulary(backend, variant, direction):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 8), (2, 3, 8), (37, 8), (2, 3))
+    hidden, reference, weight, upstream = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    ids, mask = torch.randint(0, 37, (2, 3), generator=generator), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    objective = PolicyObjective("a2c", kl_coef=0.3, kl_variant=variant)
+    out = linear_kl(ours, reference, weight, ids, mask=mask, temperature=0.7, variant=direction, backend=backend)
+    options = {"mask": mask, "objective": objective, "kl": out.kl, "backend": backend}
+    policy_loss(out.logprobs, None, upstream, **options).loss.backward()
+    log_p, log_q = ((x @ weight.T / 0.7).log_softmax(-1) for x in (theirs, reference))
+    kl = log_p.exp() * (log_p - log_q) if variant == "exact" else log_q.exp() * (log_q - log_p)
+    tokens = 0.3 * kl.sum(-1) - upstream * log_p.gather(-1, ids[..., None]).squeeze(-1)
+    ((tokens * mask).sum() / 5).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "message"),
+    [
+        ({"kl_coef": 0.1, "kl_variant": "exact"}, {}, "kl must be given for kl_variant exact with kl_coef 0.1"),
+        ({}, {"kl": ADVANTAGES}, "kl is of kl_variant exact or exact_forward, got k3"),
+        ({"kl_variant": "exact"}, {"kl": ADVANTAGES[0]}, r"kl must be the shape of logprobs = \(2, 2\), got \(2,\)"),
+        ({"kl_variant": "exact", "kl_unbiased": True}, {}, "kl_unbiased is of an estimate, got kl_variant exact"),
+        ({"kl_variant": "exakt"}, {}, "kl_variant must be one of k1, k2, k3, exact, exact_forward, got 'exakt'"),
+    ],
+    ids=str,
+)
+def test_an_exact_kl_that_does_not_fit_is_refused(objective, options, message):
+    with pytest.raises(ValueError, match=message):
+        policy_loss(ADVANTAGES, None, ADVANTAGES, objective=PolicyObjective(**objective), **options)
+
+
+def test_a_loss_from_hidden_states_of_the_policy_alone_has_no_exact_kl():
+    objective = PolicyObjective(kl_coef=0.1, kl_variant="exact")
+    hidden, weight, ids = torch.zeros(2, 2, 4), torch.zeros(5, 4), torch.zeros(2, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="kl_variant exact takes linear_kl and policy_loss"):
+        linear_policy_loss(hidden, weight, ids, None, torch.zeros(2), objective=objective)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
