@@ -91,7 +91,7 @@ def roll_out(
     top_p: float = 1.0,
     rows_per_pass: int | None = None,
     keep_logprobs: bool = False,
-    on_finished: Callable[[int, str], None] | None = None,
+    on_finished: Callable[[int, str, list[int]], None] | None = None,
     mixture: float = 0.0,
     role: str | None = "policy",
     drawing: "Drawing | None" = None,
@@ -103,8 +103,8 @@ def roll_out(
 
     Uses torch's global random state. rows_per_pass bounds the memory of the key-value cache. The prompts are padded
     on the left for generation and the result on the right, so nothing downstream needs to know about the left.
-    keep_logprobs: also the sampler's log-probabilities. on_finished: called with a row and its completion as soon as
-    it has ended, while others go on.
+    keep_logprobs: also the sampler's log-probabilities. on_finished: called with a row, its completion and the ids of
+    that as soon as it has ended, while others go on.
     """
     stops = stop_ids(backbone, tokenizer, prompts)
     pad = pad_id(tokenizer, embedding_rows(backbone.model))
@@ -262,7 +262,7 @@ class _Watch(StoppingCriteria):
         prompts: Sequence[Prompt],
         stops: Sequence[int],
         first: int,
-        tell: Callable[[int, str], None],
+        tell: Callable[[int, str, list[int]], None],
     ) -> None:
         """first: the number of the first of the prompts, as `tell` counts."""
         self.tokenizer, self.prompts, self.stops, self.first, self.tell = tokenizer, prompts, stops, first, tell
@@ -274,7 +274,8 @@ class _Watch(StoppingCriteria):
         for row in sorted(row for row in self.open if last[row] in self.stops):
             self.open.remove(row)
             completion = input_ids[row, self.width :].tolist()
-            self.tell(self.first + row, _text(self.tokenizer, self.prompts[row], completion, self.stops))
+            text = _text(self.tokenizer, self.prompts[row], completion, self.stops)
+            self.tell(self.first + row, text, completion)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 

@@ -2,7 +2,8 @@
 
 For each completion one number, paid at its last token; or a list with one number for each of its sampled tokens (the
 argument `completion_ids` has them); or a list of steps, `(end, reward)` each, paid at the token that completes the
-first `end` characters of the completion.
+first `end` characters of the completion. A function is called once for all rows of a batch, unless its attribute
+`one_by_one` says that it judges each by itself (one_by_one.py).
 """
 
 import importlib
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.rewards.one_by_one import OneByOne
 
 Function = Callable[..., Any]
 OURS = ("prompts", "completions", "completion_ids")
@@ -44,7 +46,8 @@ class Answer(NamedTuple):
 
 
 def load_function(spec: str) -> Function:
-    """The function named by 'pkg.mod:function' or 'path/file.py:function'; UserError when it cannot be had."""
+    """The function named by 'pkg.mod:function' or 'path/file.py:function', a OneByOne where its `one_by_one` is true.
+    UserError when it cannot be had."""
     place, _, name = spec.rpartition(":")
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
@@ -55,7 +58,7 @@ def load_function(spec: str) -> Function:
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"reward {spec}: {place} has no function {name!r}")
-    return function
+    return OneByOne(function) if getattr(function, "one_by_one", False) else function
 
 
 def check_columns(name: str, function: Function, columns: Sequence[str]) -> None:
@@ -81,11 +84,13 @@ def call(
     UserError, with the function's name and the example's index, when it raises, exits, takes more than `timeout`
     seconds, or returns anything but what the head of this file says, of numbers that are finite in fp32.
     """
-    arguments = _arguments(function, prompts, completions, columns)
+    arguments = arguments_of(function, prompts, completions, columns)
     try:
         with _alarm(timeout):
             values = function(**arguments)
     except (Exception, SystemExit) as error:
+        if isinstance(function, OneByOne):
+            function = function.function  # in this thread, where the alarm ends it
         where = _failing_example(function, arguments, len(completions), timeout)
         raise UserError(f"reward {name} raised {_line(error)} ({where})") from error
     return _checked(name, values, completions, columns.get("completion_ids"))
@@ -171,7 +176,7 @@ def _failing_example(function: Function, arguments: dict[str, Any], size: int, t
     return f"in a batch of {size}; every example alone is fine"
 
 
-def _arguments(
+def arguments_of(
     function: Function, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, list[Any]]
 ) -> dict[str, Any]:
     everything = {**columns, "prompts": list(prompts), "completions": list(completions)}

@@ -11,9 +11,10 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.rewards.adapter import MEAN, AdapterSource, Combination, load_adapter_source, read_stats
-from rlhf_fast.rewards.functions import Payment, call, check_columns, load_function
+from rlhf_fast.rewards.functions import Payment, arguments_of, call, check_columns, load_function
 from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.rewards.one_by_one import OneByOne
 from rlhf_fast.rewards.steps import ROLE, StepRewardModel
 from rlhf_fast.rewards.verify import Verifier
 
@@ -89,9 +90,19 @@ class Rewards:
         return {} if self.judge is None else self.judge.metrics()
 
     @property
-    def early(self) -> list[Verifier]:
+    def early(self) -> list[Verifier | OneByOne]:
         """The sources that can judge a row while others are still generated."""
-        return [source.function for source in self.sources if isinstance(source.function, Verifier)]
+        return [source.function for source in self.sources if isinstance(source.function, (Verifier, OneByOne))]
+
+    def submit(self, row: int, completion: str, columns: Mapping[str, Any]) -> None:
+        """Give those a completion. row: its number in the batch that will be asked for. columns: its row's, with
+        `prompt` and `completion_ids`."""
+        for source in self.early:
+            if isinstance(source, Verifier):
+                source.submit(completion, columns)
+            else:
+                lists = {name: [value] for name, value in columns.items()}
+                source.submit(row, arguments_of(source, lists.pop("prompt"), [completion], lists))
 
     def timeout_of(self, source: Source) -> float | None:
         """A verifier has its own, for each completion."""

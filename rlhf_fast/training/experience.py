@@ -12,7 +12,7 @@ from rlhf_fast.data.batches import Batch, shuffled_indices
 from rlhf_fast.data.encoding import Prompt
 from rlhf_fast.models.backbone import Scores
 from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
-from rlhf_fast.rewards import Payment
+from rlhf_fast.rewards import Payment, Rewards
 from rlhf_fast.rollout import Drawing, Rollout, SamplerView, agreement, roll_out, token_that_ends
 from rlhf_fast.training.config import RolloutConfig, SamplingConfig
 from rlhf_fast.training.job import Job, random_state, seed_everything, set_random_state
@@ -133,22 +133,26 @@ def collect(
     experience's KL is over the whole vocabulary. mixture: the weight of the reference in what samples. ranks: also
     the sampled tokens' ranks by the reference. drawing: what draws the tokens in the policy's place.
     """
-    assert job.rewards is not None
-    early = job.rewards.early
+    early = any(rewards.early for rewards in judges_of(job))
     rollout = roll_out(
         job.backbone, job.encoder.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, keep_logprobs=keep_sampler,
-        on_finished=(lambda row, text: submit(job, prompts[row], text)) if early else None, mixture=mixture,
-        drawing=drawing,
+        on_finished=(lambda row, *of_row: submit(job, row, prompts[row], *of_row)) if early else None,
+        mixture=mixture, drawing=drawing,
     )  # fmt: skip
     return judge(job, config, rollout, score_policy=score_policy, exact_kl=exact_kl, ranks=ranks)
 
 
-def submit(job: Job, prompt: Prompt, completion: str) -> None:
-    """Give a completion to the sources that can judge it while others are sampled or scored."""
+def judges_of(job: Job) -> list[Rewards]:
+    """The rewards, and the costs where there are any."""
     assert job.rewards is not None
-    for source in job.rewards.early:
-        source.submit(completion, prompt.columns)
+    return [job.rewards, *([] if job.constraints is None else [job.constraints.sources])]
+
+
+def submit(job: Job, row: int, prompt: Prompt, completion: str, ids: list[int]) -> None:
+    """Give a completion to the sources that can judge it while others are sampled or scored."""
+    for rewards in judges_of(job):
+        rewards.submit(row, completion, {**prompt.columns, "completion_ids": ids})
 
 
 def judge(
@@ -157,10 +161,11 @@ def judge(
 ) -> Experience:  # fmt: skip
     """The scores and rewards of completions that are there."""
     assert job.rewards is not None
-    for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True):
-        submit(job, prompt, completion)  # those that had no end
+    completion_ids = rollout.completion_ids()
+    for row, of_row in enumerate(zip(rollout.prompts, rollout.completions, completion_ids, strict=True)):
+        submit(job, row, *of_row)  # those that had no end
     lower, scores = score(job, config, rollout, policy=score_policy, exact_kl=exact_kl, ranks=ranks)
-    columns = rollout.columns() | {"completion_ids": rollout.completion_ids()}
+    columns = rollout.columns() | {"completion_ids": completion_ids}
     asked = [p.columns["prompt"] for p in rollout.prompts], rollout.completions, columns
     judged = job.rewards(*asked, scores.scores, scores.features)
     total = judged.total - penalties(config, rollout)
