@@ -11,3 +11,9 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What an exception of another library says, in one line: its first, or its type where it says nothing."""
     return next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)
+
+
+def short(value: object) -> str:
+    """A value as a message shows it: the start of it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

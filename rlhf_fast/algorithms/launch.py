@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
 from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +23,7 @@ from rlhf_fast.data.layouts import infer_algorithm, rename_columns
 from rlhf_fast.data.notes import forget
 from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError
+from rlhf_fast.training import core_yaml
 from rlhf_fast.training.config import (
     Config,
     FromStage,
@@ -268,4 +268,4 @@ def print_plan(console: Console, stage: Stage, job: Job) -> None:
     for name, size in [*sizes.items(), ("all", sum(sizes.values()))]:
         table.add_row(name, f"{size:,}", f"{size / sizes['base']:.4f}")
     console.print(table)
-    console.print(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False), markup=False)
+    console.print(core_yaml.dump(config.model_dump(mode="json", by_alias=True)), markup=False)

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from rlhf_fast.errors import UserError, first_line
+from rlhf_fast.errors import UserError, first_line, short
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _DELIMITERS = ",;\t"
@@ -233,5 +233,4 @@ def _opened(path: Path) -> IO[bytes]:
 
 def shown(value: object) -> str:
     """A value in an error message: its type and the start of it."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{type(value).__name__} {short(value)}"

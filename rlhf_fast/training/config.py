@@ -6,12 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, short
 from rlhf_fast.ops.core.check import nearest
 from rlhf_fast.ops.policy.objective import PolicyObjective
+from rlhf_fast.training import core_yaml
 from rlhf_fast.training.entries import FromStage, JudgeConfig, VerifyConfig
 from rlhf_fast.training.foreign_keys import (
     ACCUMULATION,
@@ -31,7 +31,7 @@ NESTED = ("columns.", "objective.", "verify.", "judge.")  # what begins so is an
 class Config(BaseModel):
     """Keys that every algorithm has."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
     family: ClassVar[str] = ""  # the algorithm that reads the same data and has the same keys
     reads: ClassVar[str] = ""  # the algorithm whose layouts of data it takes, where that is not its family
@@ -97,9 +97,9 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "Config":
-        for short, other in EXCLUSIVE.items():
-            if getattr(self, short) is not None and other in self.model_fields_set:
-                raise ValueError(f"{short} and {other} exclude each other, got {getattr(self, short)} and "
+        for key, other in EXCLUSIVE.items():
+            if getattr(self, key) is not None and other in self.model_fields_set:
+                raise ValueError(f"{key} and {other} exclude each other, got {getattr(self, key)} and "
                                  f"{getattr(self, other)}")  # fmt: skip
         return self
 
@@ -224,7 +224,7 @@ class RolloutConfig(SamplingConfig):
         None, gt=0.5, lt=1, description="test the held-out cost, keep the last policy that passes in safe/"
     )
     cost_range: tuple[float, float] | None = Field(
-        None, description="[lowest, highest] cost: the test is Hoeffding's, else Student's"
+        None, strict=False, description="[lowest, highest] cost: the test is Hoeffding's, else Student's"
     )
     sampler_correction: bool = Field(
         False, description="weigh tokens by the sampler's own log-probabilities, see objective.correction_mode"
@@ -414,7 +414,7 @@ def _one_line(config_class: type[Config], errors: ValidationError) -> str:
         return f"missing key {key!r} ({known[key.removeprefix('verify.')].description})"
     if error["type"] == "value_error":  # our own, which has the value
         return message if message.startswith(key) else f"{key}: {message}"
-    return f"{key}: {message}, got {error['input']!r}"
+    return f"{key}: {message}, got {short(error['input'])}"
 
 
 def _place(error: Any) -> tuple[Any, ...]:
@@ -435,19 +435,25 @@ def unknown_key(key: str, known: Any) -> str:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping; UserError with the line otherwise."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"config file {path} does not exist" if not path.exists() else f"{path} is no config file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        if not path.is_file():
+            raise UserError(f"config file {path} does not exist" if not path.exists() else f"{path} is no config file")
+        with path.open(encoding="utf-8-sig") as file:
+            values = core_yaml.load(file.read(core_yaml.SIZE + 1))
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
     return values
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
-    """`key=value`, `--key=value` and `--key value` (dashes or underscores) as a mapping; values are YAML."""
+    """`key=value`, `--key=value` and `--key value` (dashes or underscores) as a mapping; values are YAML.
+
+    Of a key that is there twice the last one counts, as with flags of any command.
+    """
     overrides: dict[str, Any] = {}
     queue = list(words)
     while queue:
@@ -460,7 +466,7 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
                 raise UserError(f"--{key} needs a value")
             value = queue.pop(0)
         try:
-            overrides[key.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"{key}: cannot read the value {value!r}") from None
+            overrides[key.replace("-", "_")] = core_yaml.load(value)
+        except ValueError as error:
+            raise UserError(f"{key}: cannot read the value {short(value)}: {error}") from None
     return overrides

@@ -14,7 +14,7 @@ class FromStage(BaseModel):
     data of every round so far.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     stage: str = Field(alias="from")
     first: str | None = None
     rounds: Literal["last", "all"] = "last"
@@ -23,7 +23,7 @@ class FromStage(BaseModel):
 class VerifyConfig(BaseModel):
     """The entries of the key `verify`: a program that knows whether an answer is right."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
     kind: Literal["exact", "math", "regex", "json_schema", "code", "choice"] = Field(description="of the answer")
     answer: str | None = Field(None, description="column of the right answers; default: answer, and tests for code")
@@ -64,7 +64,7 @@ class VerifyConfig(BaseModel):
 class JudgeConfig(BaseModel):
     """The entries of the key `judge`: a language model that rates or compares answers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
     by: str | FromStage = Field("backbone", description="backbone, a model folder, or the URL of an endpoint (.../v1)")
     adapter: str | FromStage | None = Field(None, description="of the backbone: policy, reference, or a folder")

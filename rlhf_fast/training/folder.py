@@ -12,11 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import CONFIG_NAME
+from rlhf_fast.training import core_yaml
 from rlhf_fast.training.config import Config, read_yaml
 
 MARKER = ".rlhf_fast_run"
@@ -99,7 +98,7 @@ def claim_folder(
         saved = _read_marker(folder)["saved"] if (folder / MARKER).is_file() else []
         _write_marker(folder, {"rlhf_fast": version("rlhf_fast"), "algorithm": values.get("algorithm"),
                                "stages": list(stages), "saved": saved})  # fmt: skip
-        replace_file(path, yaml.safe_dump(values, sort_keys=False))
+        replace_file(path, core_yaml.dump(values))
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
 
