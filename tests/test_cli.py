@@ -355,11 +355,11 @@ def test_a_backend_that_cannot_run_here_is_one_line(monkeypatch, tmp_path, name)
     assert f"'{name}'" in result.stderr
 
 
-def test_more_than_one_process_is_refused(monkeypatch, tmp_path):
+def test_several_processes_need_their_numbers(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = invoke("train", *words_of("grpo", output_dir=str(tmp_path / "run")))
     assert result.exit_code == 2
-    assert "training runs in one process" in result.stderr
+    assert "WORLD_SIZE is 2, but RANK is not set" in result.stderr
 
 
 def test_the_version_is_that_of_the_package():

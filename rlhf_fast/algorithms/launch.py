@@ -3,7 +3,6 @@
 All of it is checked before anything is written.
 """
 
-import os
 import tempfile
 import traceback
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from rlhf_fast.data.layouts import infer_algorithm, rename_columns
 from rlhf_fast.data.notes import forget
 from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError
-from rlhf_fast.training import core_yaml
+from rlhf_fast.training import core_yaml, ranks
 from rlhf_fast.training.config import (
     Config,
     FromStage,
@@ -50,6 +49,9 @@ from rlhf_fast.training.rounds import (
 )
 from rlhf_fast.training.run import Run, write_summary
 
+# The algorithms that divide their work among several processes.
+SHARED = {"sft"}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -72,8 +74,16 @@ def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume
     quiet_libraries()
     hub_logging.set_verbosity_error()  # it tells of every retry; what fails in the end is one line of ours
     forget()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training runs in one process so far; start it without torchrun or accelerate launch")
+    if ranks.started_again():
+        resume, overwrite = resume or "auto", False
+    with ranks.processes():
+        launch_here(path, overrides, dry_run=dry_run, resume=resume, overwrite=overwrite)
+
+
+def launch_here(
+    path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume: str | None, overwrite: bool
+) -> None:
+    """The part of this process in `launch`."""
     values = read_yaml(path) if path else {}
     console = Console()
     read = [Path(path)] if path else []
@@ -81,7 +91,10 @@ def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume
         stage = single_stage(values, overrides)
         stage.say_aliases(console)
         inputs = [*read, *inputs_of(stage.config)]
-        check_folder(Path(stage.config.output_dir), resume=resume is not None, overwrite=overwrite, inputs=inputs)
+        check_processes([stage])
+        ranks.from_first(lambda: check_folder(
+            Path(stage.config.output_dir), resume=resume is not None, overwrite=overwrite, inputs=inputs
+        ))  # fmt: skip
         if dry_run:
             print_plan(console, stage, prepare(stage))
         else:
@@ -94,20 +107,29 @@ def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume
     names = [stage.name for stage in stages]
     folder = Path(stages[0].config.output_dir).parents[stages[0].name.count("/")]
     read += [place for stage in stages for place in inputs_of(stage.config)]
-    check_folder(folder, resume=resume is not None, overwrite=overwrite, inputs=read)
+    check_processes(stages)
+    ranks.from_first(lambda: check_folder(folder, resume=resume is not None, overwrite=overwrite, inputs=read))
     check_stages(console, stages, dry_run=dry_run)
     if dry_run:
         return
-    claim_folder(
+    ranks.from_first(lambda: claim_folder(
         folder, {**values, **overrides}, resume=resume is not None, overwrite=overwrite, inputs=read, stages=names
-    )
+    ))  # fmt: skip
     for stage in stages:
-        if resume is not None and (Path(stage.config.output_dir) / "summary.json").is_file():
+        summary = Path(stage.config.output_dir) / "summary.json"
+        if resume is not None and ranks.from_first(summary.is_file):
             console.print(f"{stage.name}: finished before")
             continue
         run_stage(console, resolved(stage, stages), resume=resume and "auto", overwrite=False)
         if stage.plan.round and stage.plan.own == stage.plan.block[-1]:
-            console.print(rounds_table(record_rounds(folder, [s.plan for s in stages])))
+            console.print(rounds_table(ranks.from_first(lambda: record_rounds(folder, [s.plan for s in stages]))))
+
+
+def check_processes(stages: list[Stage]) -> None:
+    """UserError for a stage that has to run in one process."""
+    for stage in stages:
+        if ranks.world() > 1 and stage.module.__name__.rpartition(".")[2] not in SHARED:
+            raise UserError(f"{stage.config.algorithm} runs in one process so far, not in {ranks.world()}")
 
 
 def check_stages(console: Console, stages: list[Stage], *, dry_run: bool) -> None:
@@ -236,11 +258,11 @@ def run_stage(console: Console, stage: Stage, *, resume: str | None, overwrite: 
             module.train(job, config, run)
             check_progress(job)
             run.evaluate(config.steps)
-            with saving(folder):
-                module.save(job, config, folder)
+            with ranks.place_to_save(folder) as place, saving(folder):
+                module.save(job, config, place)
                 # Beside the adapter too, so that the folder is enough to use it, wherever it is.
-                job.encoder.tokenizer.save_pretrained(folder)
-            write_summary(folder)
+                job.encoder.tokenizer.save_pretrained(place)
+            ranks.from_first(lambda: write_summary(folder))
         except UserError as error:
             said = run.rescue()
             if error.__cause__ is not None:
@@ -248,7 +270,7 @@ def run_stage(console: Console, stage: Stage, *, resume: str | None, overwrite: 
                 (folder / "error.log").write_text(text, encoding="utf-8")
                 said = f"; traceback in {folder / 'error.log'}{said}"
             raise UserError(f"{error}{said}") from None
-    print_report(console, stage.name or config.algorithm, folder)
+    ranks.from_first(lambda: print_report(console, stage.name or config.algorithm, folder))
 
 
 def print_plan(console: Console, stage: Stage, job: Job) -> None:

@@ -14,13 +14,13 @@ from torch import Tensor
 from rlhf_fast.data.encoding import Encoder, Example, encode_rows
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
-from rlhf_fast.training import supervised
+from rlhf_fast.training import ranks, supervised
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import FULL, Job, save_roles
 from rlhf_fast.training.optim import Loss, adamw
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import add_trained_adapter, build_encoder, build_model, load_rows
-from rlhf_fast.training.supervised import Rows, logprobs_of, padded
+from rlhf_fast.training.supervised import Rows, logprobs_of, micro_batches
 
 
 class AlgorithmConfig(Config):
@@ -77,11 +77,10 @@ def role_of(job: Job) -> str | None:
 def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
     """Mean loss per token on the held-out examples."""
     total, count = 0.0, 0
-    for start in range(0, len(job.held_out), config.batch_size):
-        batch = padded(job, job.held_out[start : start + config.batch_size])
-        total -= float(logprobs_of(job, config, role_of(job), batch).sum())
-        count += batch.count
-    return {"metrics": {"loss": total / max(1, count)}, "samples": []}
+    for rows in micro_batches(job, job.held_out, range(len(job.held_out)), config.batch_size):
+        of_rows = float(logprobs_of(job, config, role_of(job), rows.batch).sum())
+        total, count = total - (0.0 if rows.idle else of_rows), rows.tokens
+    return {"metrics": {"loss": float(ranks.all_sum(torch.tensor(total, dtype=torch.float64))) / count}, "samples": []}
 
 
 def save(job: Job, config: AlgorithmConfig, folder: Path) -> None:

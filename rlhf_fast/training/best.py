@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import save_adapter
+from rlhf_fast.training import ranks
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.folder import replace_file
 from rlhf_fast.training.job import Job
@@ -18,6 +19,8 @@ def keep_best(job: Job, config: RolloutConfig, folder: Path, done: int, metrics:
     the best. A kill leaves the old adapter or the new one: its weights are one file, its config never changes. A run
     that is resumed behind its best evaluation makes the same policy again. UserError where nothing is paid.
     """
+    if not ranks.is_first():
+        return
     if config.best_by is None or (config.kl_budget is not None and metrics["kl"] > config.kl_budget):
         return
     if config.best_by not in metrics:

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.training import ranks
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
     """Write `folder`/step-N, then remove all but the newest `keep`. A kill at any moment loses nothing older."""
-    folder.mkdir(parents=True, exist_ok=True)
     target, staging = folder / f"step-{step}", folder / f".step-{step}.tmp"
+    if not ranks.is_first():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir()

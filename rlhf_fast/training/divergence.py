@@ -24,13 +24,14 @@ class DivergenceConfig(TeacherConfig):
 
 class Part(NamedTuple):
     """Of a micro-batch the K tokens that count. hidden, teacher: (K, D) and (K, E), what predicts them. targets: (K,).
-    old_logprobs: (K,), of the policy that sampled. tokens: how many the whole minibatch has."""
+    old_logprobs: (K,), of the policy that sampled. tokens: how many the whole minibatch has. idle: see ranks.Part."""
 
     hidden: Tensor
     teacher: Tensor
     targets: Tensor
     old_logprobs: Tensor
     tokens: Tensor
+    idle: bool = False
 
 
 def parts_of(

@@ -15,7 +15,7 @@ from typing import Any
 from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import CONFIG_NAME
-from rlhf_fast.training import core_yaml
+from rlhf_fast.training import core_yaml, ranks
 from rlhf_fast.training.config import Config, read_yaml
 
 MARKER = ".rlhf_fast_run"
@@ -133,6 +133,9 @@ def remove_run(folder: Path) -> None:
 @contextmanager
 def saving(folder: Path) -> Iterator[None]:
     """What appears in `folder` inside is what the run saved, and is noted in its marker."""
+    if not ranks.is_first():
+        yield
+        return
     before = _files(folder)
     yield
     marker = _read_marker(folder)

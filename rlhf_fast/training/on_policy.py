@@ -40,7 +40,7 @@ class Rows(NamedTuple):
     None: the same as logprobs. ref_logprobs: (M, T), the reference's. sampler_logprobs: (M, T), those that the sampler
     itself gave, where `sampler_correction` asks for them. kl: (M, T), the divergence from the reference over the whole
     vocabulary, nats, where the loss has it.
-    tokens, sequences: 0-d, what counts in the whole minibatch.
+    tokens, sequences: 0-d, what counts in the whole minibatch. idle: see ranks.Part.
     """
 
     indices: Tensor
@@ -54,6 +54,7 @@ class Rows(NamedTuple):
     kl: Tensor | None
     tokens: Tensor
     sequences: Tensor
+    idle: bool = False
 
     @property
     def mask(self) -> Tensor:

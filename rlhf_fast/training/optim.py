@@ -2,16 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config, RolloutConfig
 from rlhf_fast.training.job import FULL, Job
 
-R = TypeVar("R")
+
+class Idle(Protocol):
+    """A micro-batch. idle: of rows that another process has, without effect here."""
+
+    @property
+    def idle(self) -> bool: ...
+
+
+R = TypeVar("R", bound=Idle)
 Loss = Callable[[R], tuple[Tensor, dict[str, Tensor]]]  # what a method brings: rows -> (loss, metrics)
 EXTREMES = {"ratio_max": torch.amax, "ratio_min": torch.amin}  # of the metrics; the others add up
 
@@ -51,17 +60,32 @@ def set_learning_rates(job: Job, config: Config, step: int) -> None:
 
 
 def accumulate(loss: Loss[R], parts: Iterable[R]) -> dict[str, Tensor]:
-    """Backward of a minibatch, part by part; its loss and metrics, detached.
+    """Backward of this process's part of a minibatch, part by part; the minibatch's loss and metrics, detached.
 
     Those of the parts add up, because each divides by the numbers of the whole minibatch.
     """
     collected = []
     for rows in parts:
         total, metrics = loss(rows)
-        total.backward()
-        collected.append({"loss": total.detach(), **metrics})
+        (0.0 * total if rows.idle else total).backward()
+        metrics = {"loss": total, **metrics}
+        # The extremes of idle rows are among those of the process that has them.
+        collected.append({n: 0.0 * m if rows.idle and n not in EXTREMES else m for n, m in metrics.items()})
     stacked = {name: torch.stack([part[name].detach() for part in collected]) for name in collected[0]}
-    return {name: EXTREMES.get(name, torch.sum)(values) for name, values in stacked.items()}
+    return over_processes({name: EXTREMES.get(name, torch.sum)(values) for name, values in stacked.items()})
+
+
+def over_processes(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of 0-d metrics of each process's rows those of all."""
+    if ranks.world() == 1:
+        return metrics
+    sums = [name for name in metrics if name not in EXTREMES]
+    summed = ranks.all_sum(torch.stack([metrics[name].float() for name in sums]))
+    found = dict(zip(sums, summed, strict=True))
+    for name in [name for name in EXTREMES if name in metrics]:
+        sign = 1.0 if EXTREMES[name] is torch.amax else -1.0
+        found[name] = sign * ranks.all_max(sign * metrics[name])
+    return {name: found[name] for name in metrics}
 
 
 def as_numbers(metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -70,13 +94,16 @@ def as_numbers(metrics: dict[str, Tensor]) -> dict[str, float]:
 
 
 def update(job: Job, config: Config, loss: Tensor) -> dict[str, float]:
-    """Clip each role's accumulated gradient to max_grad_norm and step its optimizer; gradients are then cleared.
+    """Clip each role's gradient, the sum over the processes, to max_grad_norm and step its optimizer; gradients are
+    then cleared.
 
     loss: the value that was back-propagated, for the check. If it or a gradient is not finite, nothing steps; after
     config.max_bad_steps such updates in a row UserError names the first bad tensor.
     Returns the gradient norms before clipping and `skipped` (0 or 1).
     """
     parameters = {role: optimizer.param_groups[0]["params"] for role, optimizer in job.optimizers.items()}
+    for group in parameters.values():
+        ranks.sum_gradients(group)
     gradients = {role: [p.grad for p in group if p.grad is not None] for role, group in parameters.items()}
     none = loss.new_zeros(())  # of a role that does not train in this step
     norms = {role: nn.utils.get_total_norm(group) if group else none for role, group in gradients.items()}

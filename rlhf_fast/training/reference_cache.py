@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, shuffled_indices
+from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.folder import REFERENCE_FILE
 from rlhf_fast.training.job import Job
@@ -42,7 +43,7 @@ def references_of_run(
             references = torch.full((len(job.train), scores.shape[1]), torch.nan)
         references[part] = scores
     assert references is not None  # a run has at least one step
-    if parts:
+    if parts and ranks.is_first():
         staging = path.with_name(f".{path.name}.tmp")
         torch.save({"key": key, "references": references}, staging)
         staging.replace(path)

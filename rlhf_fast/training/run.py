@@ -15,10 +15,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
+import torch
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from rlhf_fast.data.reading import read_jsonl, split_lines
 from rlhf_fast.errors import UserError
+from rlhf_fast.training import ranks
 from rlhf_fast.training.best import keep_best
 from rlhf_fast.training.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
 from rlhf_fast.training.config import Config, RolloutConfig
@@ -55,11 +57,12 @@ class Run:
         self._evaluate = evaluate
         self.config, self.job, self.folder = config, job, Path(config.output_dir)
         checkpoint = _find_checkpoint(self.folder, resume)
+        ranks.check_alike(f"the newest checkpoint in {self.folder}", None if checkpoint is None else checkpoint[0])
         if checkpoint is not None and checkpoint[0] > config.steps:
             raise UserError(f"cannot resume: the checkpoint is at step {checkpoint[0]}, steps is {config.steps}")
-        claim_folder(
+        ranks.from_first(lambda: claim_folder(
             self.folder, config.values(), resume=resume is not None, overwrite=overwrite, inputs=inputs_of(config)
-        )
+        ))  # fmt: skip
         self.start = 0
         if checkpoint is not None:
             self.start, state = checkpoint
@@ -69,11 +72,12 @@ class Run:
         # An evaluation at the start itself, unless one was due there, was the last of a run that is now continued.
         due = self._evaluation_is_due(self.start)
         _forget_after(self.folder / "eval.jsonl", self.start if due else self.start - 1)
-        self.watch = Watch.of(
+        self.watch = ranks.from_first(lambda: Watch.of(
             read_jsonl(self.folder / "metrics.jsonl"), read_jsonl(self.folder / "eval.jsonl"),
             [warning["cause"] for warning in read_jsonl(self.folder / "warnings.jsonl")],
-        )  # fmt: skip
-        self.writer = _tensorboard(self.folder, self.start) if config.report_to == "tensorboard" else None
+        ))  # fmt: skip
+        reports = config.report_to == "tensorboard" and ranks.is_first()
+        self.writer = _tensorboard(self.folder, self.start) if reports else None
         self.signal = 0
         self.self_test: SelfTest | None = None  # of a run from its first step, until it is finished
         self._begun: tuple[int, dict[str, Any], dict[str, float]] | None = None
@@ -102,6 +106,10 @@ class Run:
         self.signal = number
         signal.signal(number, self.handlers[number])
 
+    def _hear_all(self) -> None:
+        """A signal to one process is one to all."""
+        self.signal = int(ranks.all_max(torch.tensor(self.signal)))
+
     def steps(self) -> Iterator[int]:
         """The steps still to do, from 0; saves a checkpoint where one is due, and when a signal ends the run."""
         for step in range(self.start, self.config.steps):
@@ -111,6 +119,7 @@ class Run:
             self._begun = step, random_state(), dict(self.job.counters)
             yield step
             done = step + 1
+            self._hear_all()
             if self._evaluation_is_due(done):
                 self.evaluate(done)
             if done % self.config.save_every == 0 or done == self.config.steps or self.signal:
@@ -129,7 +138,7 @@ class Run:
         What there is to say of it, or nothing.
         """
         done, random, counters = self._begun or (0, {}, {})
-        if done == 0 or counters != self.job.counters:
+        if done == 0 or counters != self.job.counters or not ranks.is_first():
             return ""
         state = {**capture(self.job), "random": random}
         save_checkpoint(self.folder / "checkpoints", done, state, keep=self.config.keep_checkpoints)
@@ -141,6 +150,7 @@ class Run:
         for part in parts:
             yield part
             self.progress.advance(task)
+            self._hear_all()
             if self.signal:
                 raise Stopped(f"stopped at {what}: the same command with --resume auto goes on", 128 + self.signal)
         self.progress.remove_task(task)
@@ -221,7 +231,7 @@ def _find_checkpoint(folder: Path, resume: str | None) -> tuple[int, dict[str, A
 
 def _forget_after(path: Path, step: int) -> None:
     """Drop what an interrupted run recorded past its checkpoint, and a last line that was cut off."""
-    if not path.exists():
+    if not path.exists() or not ranks.is_first():
         return
     lines = []
     for line in split_lines(path):
@@ -232,6 +242,8 @@ def _forget_after(path: Path, step: int) -> None:
 
 
 def _append(path: Path, values: dict[str, Any]) -> None:
+    if not ranks.is_first():
+        return
     with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(values, ensure_ascii=False) + "\n")
 

@@ -21,6 +21,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.peft_io import load_adapter, save_adapter
 from rlhf_fast.models.self_test import trial
+from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.experience import separate_randomness
 from rlhf_fast.training.folder import replace_file
@@ -77,7 +78,7 @@ class SelfTest:
             )  # fmt: skip
         self.results |= news
         self.open -= set(news)
-        if news:
+        if news and ranks.is_first():
             text = json.dumps({name: asdict(result) for name, result in self.results.items()}, indent=1)
             replace_file(self.folder / FILE, text + "\n")
         return [f"{name} after {done} steps: {result.why}" for name, result in news.items() if not result.passed]

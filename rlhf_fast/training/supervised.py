@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
 from rlhf_fast.data.encoding import Encoder, Example
 from rlhf_fast.data.reading import Row
+from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, learning_rate, set_learning_rates, update
@@ -29,13 +30,14 @@ class Rows(NamedTuple):
     """A micro-batch.
 
     indices: its examples. batch: their sequences, padded; of pairs first every chosen one, then every rejected one.
-    examples, tokens: how many examples, and tokens to learn, the whole batch has.
+    examples, tokens: how many examples, and tokens to learn, the whole batch has. idle: see ranks.Part.
     """
 
     indices: list[int]
     batch: Batch
     examples: int
     tokens: int
+    idle: bool = False
 
 
 def encode(encoder: Encoder, row: Row) -> Example:
@@ -74,17 +76,17 @@ def held_out_metrics(job: Job, config: Config, loss: Loss[Rows]) -> dict[str, fl
     for rows in micro_batches(job, job.held_out, range(len(job.held_out)), size):
         part, metrics = loss(rows)
         for name, value in as_numbers({"loss": part, **metrics}).items():
-            totals[name] += value
-    return dict(totals)
+            totals[name] += 0.0 if rows.idle else value
+    return dict(zip(totals, ranks.all_sum(torch.tensor([*totals.values()], dtype=torch.float64)).tolist(), strict=True))
 
 
 def micro_batches(job: Job, data: Sequence[Any], indices: Sequence[int], size: int | None) -> Iterator[Rows]:
-    """One batch, the examples `indices` of `data`, in parts of at most `size` examples."""
-    size = size or len(indices)
+    """One batch, the examples `indices` of `data`: those of this process in parts of at most `size` examples."""
+    costs = [sum(len(sequence.ids) for sequence in sequences_of([data[i]])) for i in indices]
     tokens = sum(sum(sequence.learnt[1:]) for sequence in sequences_of([data[i] for i in indices]))
-    for start in range(0, len(indices), size):
-        part = list(indices[start : start + size])
-        yield Rows(part, padded(job, [data[i] for i in part]), len(indices), max(1, tokens))
+    for places, idle in ranks.share(costs, size=size):
+        part = [indices[place] for place in places]
+        yield Rows(part, padded(job, [data[i] for i in part]), len(indices), max(1, tokens), idle)
 
 
 def padded(job: Job, examples: Sequence[Any]) -> Batch:
