@@ -57,7 +57,7 @@ def _serve(pipe: Connection, number: int, count: int) -> None:
         os.environ["MASTER_PORT"] = str(port)
         try:
             pipe.send((True, case(*args)))
-        except (Exception, SystemExit):  # noqa: BLE001: whatever a case raises is its answer
+        except (Exception, SystemExit):  # noqa: BLE001 - whatever a case raises is its answer
             pipe.send((False, traceback.format_exc()))
 
 
