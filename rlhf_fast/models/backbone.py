@@ -599,7 +599,7 @@ class Backbone:
             collisions,
             kl,
             self.ranks(hidden["reference"], input_ids, mask) if ranks else None,
-            hidden["reference"] if ref_hidden else None,
+            hidden["reference"].clone() if ref_hidden else None,  # alone, without the other roles' states
         )
 
     # Bytes

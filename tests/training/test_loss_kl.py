@@ -97,6 +97,16 @@ def test_a_preset_keeps_its_weight_of_the_kl_and_takes_the_exact_one():
         assert single_stage({**values_of("grpo"), "algorithm": algorithm, "objective": {}}).config.loss_kl is None
 
 
+def test_of_the_hidden_states_the_reference_s_alone_are_kept():
+    config = config_of("ppo", objective={"kl_coef": 0.3, "kl_variant": "exact"}, kl_coef=0.0, kl_target=None)
+    job = job_of(config)
+    batch = experience_of(job, config).batch
+    kept = job.backbone.score(batch.input_ids, batch.attention_mask, batch.mask, ref_hidden=True).ref_hidden
+    expected = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["reference"])["reference"]
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5)
+    assert kept.untyped_storage().nbytes() == expected.nbytes
+
+
 def test_no_more_than_a_tile_of_logits_exists_at_a_time(monkeypatch):
     monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 1 << 20)
     config = config_of("grpo", objective={"kl_coef": 0.3, "kl_variant": "exact"})
