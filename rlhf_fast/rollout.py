@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ class Rollout:
     sampler: SamplerView | None = None
 
     def columns(self) -> dict[str, list[object]]:
-        """The data's columns other than `prompt`, one list per column."""
-        names = [name for name in self.prompts[0].columns if name != "prompt"]
+        """The data's columns other than `prompt`, one list per column; None where a row lacks it."""
+        names = [name for name in dict.fromkeys(chain(*(p.columns for p in self.prompts))) if name != "prompt"]
         return {name: [p.columns.get(name) for p in self.prompts] for name in names}
 
     def completion_ids(self) -> list[list[int]]:

@@ -115,6 +115,13 @@ def test_passes_of_few_rows_keep_the_order(backbone, tokenizer):
     assert parts.columns() == {"n": [0, 1, 2, 3, 4]}
 
 
+def test_columns_of_a_batch_are_those_of_any_of_its_rows(backbone, tokenizer):
+    asked = prompts("a", "b")
+    asked[0].columns.pop("n")
+    asked[1].columns["tag"] = "x"
+    assert roll_out(backbone, tokenizer, asked, max_new_tokens=1).columns() == {"n": [None, 1], "tag": [None, "x"]}
+
+
 # A value of every field of transformers' GenerationConfig that changes what `generate` samples, or fails.
 NASTY = {
     "max_length": 3, "max_new_tokens": 1, "min_length": 40, "min_new_tokens": 6, "early_stopping": True,

@@ -124,7 +124,7 @@ def rewards_of(opened: Opened, spec: str, rows: Sequence[Row]) -> Rewards:
     if "reward" in opened.backbone.adapters:
         opened.backbone.remove_adapter("reward")
     rewards = load_rewards({spec: 1.0}, opened.backbone, chat=opened.config.chat is True)
-    rewards.check_columns(list(rows[0].values))
+    rewards.check_rows(rows)
     return rewards
 
 

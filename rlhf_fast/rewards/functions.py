@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.one_by_one import OneByOne
 
@@ -61,14 +62,23 @@ def load_function(spec: str) -> Function:
     return OneByOne(function) if getattr(function, "one_by_one", False) else function
 
 
-def check_columns(name: str, function: Function, columns: Sequence[str]) -> None:
-    """UserError when `function` has a required parameter that is no column of the data."""
+def check_rows(name: str, function: Function, rows: Sequence[Row]) -> None:
+    """UserError when a row lacks a column that `function` has as a required parameter."""
     for parameter in _parameters(function):
         required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
-        if required and parameter.name not in (*OURS, *columns):
-            raise UserError(
-                f"reward {name} needs {parameter.name!r}, which is no column of the data ({', '.join(columns)})"
-            )
+        if required and parameter.name not in OURS:
+            check_column(f"reward {name} needs", parameter.name, rows)
+
+
+def check_column(needs: str, column: str, rows: Sequence[Row]) -> None:
+    """UserError, which begins with `needs`, when a row lacks the column."""
+    lacking = next((row for row in rows if column not in row.values), None)
+    if lacking is None:
+        return
+    there = ", ".join(lacking.values)
+    if any(column in row.values for row in rows):
+        raise UserError(f"{needs} {column!r}, which {lacking.where} lacks ({there})")
+    raise UserError(f"{needs} {column!r}, which is no column of the data ({there})")
 
 
 def call(

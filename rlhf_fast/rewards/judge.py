@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
+from rlhf_fast.rewards.functions import check_column
 from rlhf_fast.rewards.speakers import Question, Speaker
 
 Columns = dict[str, list[Any]]
@@ -107,13 +109,13 @@ class Judge:
     inconsistent: int = field(default=0, init=False)
     answered: bool = field(default=False, init=False)
 
-    def check_columns(self, columns: Sequence[str]) -> None:
-        """UserError where the template, or `against`, asks for what the data does not have."""
+    def check_rows(self, rows: Sequence[Row]) -> None:
+        """UserError where the template, or `against`, asks for what a row does not have."""
         wanted = [name for _, name, _, _ in string.Formatter().parse(self._template) if name is not None]
         wanted += [self.against] if self.against is not None else []
         for name in wanted:
-            if name not in (*OURS, *columns):
-                raise UserError(f"judge asks for {name!r}, which is no column of the data ({', '.join(columns)})")
+            if name not in OURS:
+                check_column("judge asks for", name, rows)
 
     def rewards(self, prompts: Sequence[Any], completions: Sequence[str], columns: Columns) -> Tensor:
         """(N,) fp32 in [-1, 1]: the expected rating, or twice the mean probability to win less 1.

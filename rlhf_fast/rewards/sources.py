@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.rewards.adapter import MEAN, AdapterSource, Combination, load_adapter_source, read_stats
-from rlhf_fast.rewards.functions import Payment, arguments_of, call, check_columns, load_function
+from rlhf_fast.rewards.functions import Payment, arguments_of, call, check_rows, load_function
 from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rewards.one_by_one import OneByOne
@@ -68,12 +69,12 @@ class Rewards:
             self.adapter = replace(self.adapter, weight=by_name[self.adapter.name])
         self.judge_weight = by_name.get(JUDGE, self.judge_weight)
 
-    def check_columns(self, columns: Sequence[str]) -> None:
-        """UserError when a function or the judge needs a column that the data lacks."""
+    def check_rows(self, rows: Sequence[Row]) -> None:
+        """UserError when a function or the judge needs a column that a row lacks."""
         for source in self.sources:
-            check_columns(source.name, source.function, columns)
+            check_rows(source.name, source.function, rows)
         if self.judge is not None:
-            self.judge.check_columns(columns)
+            self.judge.check_rows(rows)
 
     @property
     def judge_calls(self) -> int:

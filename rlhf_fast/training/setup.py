@@ -109,7 +109,7 @@ def add_rewards(backbone: Backbone, config: SamplingConfig, rows: Sequence[Row],
         verifier.check_rows(rows)
         rewards.sources.append(Source(verifier.name, weights[len(specs)], verifier))
     rewards.judge, rewards.judge_weight = build_judge(config, backbone, tokenizer), weights[-1]
-    rewards.check_columns(columns=list(rows[0].values))
+    rewards.check_rows(rows)
     if waits:
         backbone.add_adapter("reward", rank=config.lora_rank, top_layers=config.top_layers, trainable=False)
         backbone.add_head("reward", trainable=False)
@@ -126,7 +126,7 @@ def check_weights(config: RolloutConfig, rewards: Rewards) -> None:
 
 
 def add_constraints(
-    backbone: Backbone, config: RolloutConfig, columns: Sequence[str], rewards: Rewards, held_out: int
+    backbone: Backbone, config: RolloutConfig, rows: Sequence[Row], rewards: Rewards, held_out: int
 ) -> Constraints | None:
     """The costs of config.cost, and where they are tested the policy that passes, so far the one that starts."""
     specs, floors = listed(config.cost), listed(config.reward_floors)
@@ -138,7 +138,7 @@ def add_constraints(
         backbone.add_adapter("safe", copy_of="policy", trainable=False)
     saved = {spec: 1.0 for spec in specs if isinstance(spec, str)}
     sources = load_rewards(saved, backbone, chat=config.chat is True, timeout=config.reward_timeout, role="cost")
-    sources.check_columns(columns)
+    sources.check_rows(rows)
     if len(saved) < len(specs):  # an earlier stage has yet to train it
         backbone.add_adapter("cost", rank=config.lora_rank, top_layers=config.top_layers, trainable=False)
         backbone.add_head("cost", trainable=False)
@@ -275,7 +275,8 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
     add_policy(backbone, config, saved, moving_reference=moving)
     backbone.enable_checkpointing(config.gradient_checkpointing)
     encoder = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
-    rewards = add_rewards(backbone, config, [*train, *held_out], tokenizer) or Rewards()
+    rows = [*train, *held_out]
+    rewards = add_rewards(backbone, config, rows, tokenizer) or Rewards()
     job = Job(
         backbone,
         encoder,
@@ -287,7 +288,7 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
     )
     check_weights(config, rewards)
     whole = config.for_data(len(job.train))
-    job.constraints = add_constraints(backbone, whole, list(train[0].values), rewards, len(job.held_out))
+    job.constraints = add_constraints(backbone, whole, rows, rewards, len(job.held_out))
     if config.policy_ema is not None:
         backbone.add_adapter("ema", copy_of="policy", trainable=False)
     if config.kl_target is not None:

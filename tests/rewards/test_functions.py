@@ -2,8 +2,9 @@ import numpy
 import pytest
 import torch
 
+from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards.functions import Payment, call, check_columns, load_function
+from rlhf_fast.rewards.functions import Payment, call, check_rows, load_function
 
 
 def ask(function, completions=("a", "bb"), columns=None):
@@ -89,10 +90,14 @@ def test_an_exception_is_reported_with_the_example_that_raises_alone():
     assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
-def test_a_required_parameter_must_be_a_column():
-    check_columns("fn", lambda completions, answer, scale=2.0: None, ["prompt", "answer"])
+def test_every_row_must_have_the_columns_of_required_parameters():
+    rows = [Row("d:1", {"prompt": "p", "answer": "a"}), Row("d:2", {"prompt": "q", "answer": None})]
+    check_rows("fn", lambda completions, answer, scale=2.0: None, rows)
+    lacking = Row("d:3", {"prompt": "r"})
+    with pytest.raises(UserError, match=r"fn needs 'answer', which d:3 lacks \(prompt\)"):
+        check_rows("fn", lambda completions, answer: None, [*rows, lacking])
     with pytest.raises(UserError, match=r"fn needs 'answer', which is no column of the data \(prompt\)"):
-        check_columns("fn", lambda completions, answer: None, ["prompt"])
+        check_rows("fn", lambda completions, answer: None, [lacking])
 
 
 def test_functions_load_from_a_file_and_from_a_module(tmp_path):

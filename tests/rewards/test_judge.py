@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlhf_fast.data.encoding import Encoder
+from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.tiny import tiny
@@ -142,9 +143,9 @@ def test_columns_that_the_policy_does_not_see_and_criteria_reach_the_question():
     assert scores.tolist() == [[10.0, 10.0]]
     assert judge.speaker.asked == [f"user: hi|sky: blue|yo {{x}}|Look at this alone: {name}. "
                                    for name in ("honesty", "brevity")]  # fmt: skip
-    judge.check_columns(["prompt", "facts"])
+    judge.check_rows([Row("d:1", {"prompt": "", "facts": ""})])
     with pytest.raises(UserError, match=r"judge asks for 'facts', which is no column of the data \(prompt, other\)"):
-        judge.check_columns(["prompt", "other"])
+        judge.check_rows([Row("d:1", {"prompt": "", "other": ""})])
 
 
 def test_one_principle_is_drawn_for_both_orders_by_what_is_judged_and_the_seed():

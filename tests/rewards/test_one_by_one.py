@@ -6,8 +6,9 @@ import time
 import pytest
 import torch
 
+from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards.functions import call, check_columns, load_function
+from rlhf_fast.rewards.functions import call, check_rows, load_function
 from rlhf_fast.rewards.one_by_one import OneByOne
 from rlhf_fast.training.experience import collect, prompts_of_step
 from rlhf_fast.training.job import seed_everything
@@ -105,7 +106,7 @@ def test_an_attribute_of_the_function_asks_for_it_and_columns_are_checked(tmp_pa
     alone = load_function(f"{tmp_path}/f.py:alone")
     assert isinstance(alone, OneByOne)
     with pytest.raises(UserError, match="fn needs 'answer', which is no column"):
-        check_columns("fn", alone, ["prompt"])
+        check_rows("fn", alone, [Row("d:1", {"prompt": "p"})])
 
 
 REWARD = """

@@ -7,7 +7,7 @@ import pytest
 from rlhf_fast.data import notes
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.pairs import load_pair_rows
-from rlhf_fast.training.setup import load_rows
+from rlhf_fast.training.setup import load_rows, prepare_rollouts
 from tests.training.tiny_runs import config_of, write_jsonl
 
 
@@ -121,3 +121,13 @@ def test_pairs_of_conversations_share_their_prompt_when_rows_are_held_out(tmp_pa
     assert len(held_out) == 4
     assert not asked[0] & asked[1]
     assert held_out[0].values["chosen"] == [{"role": "assistant", "content": f"a{held_out[0].values['n']}"}]
+
+
+@pytest.mark.parametrize("key", ["reward", "cost"])
+def test_a_column_that_any_row_lacks_is_missed_before_the_run_starts(key, tmp_path):
+    (tmp_path / "needs.py").write_text("def score(completions, tag):\n    return [0.0] * len(completions)\n")
+    rows = [{"prompt": f"p{i}", "tag": i} for i in range(9)]
+    del rows[6]["tag"]
+    changes = {key: f"{tmp_path / 'needs.py'}:score"} | ({"cost_limit": 0.0} if key == "cost" else {})
+    with pytest.raises(UserError, match=r"score needs 'tag', which d\.jsonl:7 lacks \(prompt\)"):
+        prepare_rollouts(config(tmp_path, rows, "grpo", **changes))
