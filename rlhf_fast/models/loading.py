@@ -78,16 +78,17 @@ def hub_id(path: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def check_finite(model: nn.Module, what: str) -> None:
-    """UserError that names the first weight with NaN or Inf in it."""
-    tensors: dict[str, torch.Tensor] = {
-        name: weight for name, weight in model.named_parameters() if weight.is_floating_point()
-    }
+    """UserError that names the first weight with NaN or Inf in it, or buffer with NaN: a mask may be infinite."""
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     for name, module in model.named_modules():
         if is_quantized(module):
             tensors |= {f"{name} (its scales)": state for state in quantization_state(module)}
-    for name, tensor in tensors.items():
-        # The largest absolute value needs no copy, and NaN survives it.
-        if tensor.numel() and not torch.linalg.vector_norm(tensor.detach(), ord=torch.inf).isfinite():
+    buffers = dict(model.named_buffers())
+    for name, tensor in {**tensors, **buffers}.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        largest = torch.linalg.vector_norm(tensor.detach(), ord=torch.inf)  # needs no copy, and NaN survives it
+        if largest.isnan() or (name not in buffers and largest.isinf()):
             raise UserError(f"{what} has weights that are not finite numbers, the first in {name}")
 
 

@@ -1,7 +1,7 @@
 """One optimizer per role; gradients of a minibatch from its parts; the update that refuses what is not finite."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 import torch
@@ -98,7 +98,8 @@ def update(job: Job, config: Config, loss: Tensor) -> dict[str, float]:
     then cleared.
 
     loss: the value that was back-propagated, for the check. If it or a gradient is not finite, nothing steps; after
-    config.max_bad_steps such updates in a row UserError names the first bad tensor.
+    config.max_bad_steps such updates in a row UserError names the first bad tensor, and at once where a weight is not
+    finite after the step.
     Returns the gradient norms before clipping and `skipped` (0 or 1).
     """
     parameters = {role: optimizer.param_groups[0]["params"] for role, optimizer in job.optimizers.items()}
@@ -106,8 +107,8 @@ def update(job: Job, config: Config, loss: Tensor) -> dict[str, float]:
         ranks.sum_gradients(group)
     gradients = {role: [p.grad for p in group if p.grad is not None] for role, group in parameters.items()}
     none = loss.new_zeros(())  # of a role that does not train in this step
-    norms = {role: nn.utils.get_total_norm(group) if group else none for role, group in gradients.items()}
-    checked = torch.stack([loss.detach().float(), *(norm.float() for norm in norms.values())])
+    norms = {role: (nn.utils.get_total_norm(group) if group else none).float() for role, group in gradients.items()}
+    checked = torch.stack([loss.detach().float(), *norms.values()])
     finite = bool(torch.isfinite(checked).all())
     if not finite:
         job.bad_tensor = _bad_tensor(job, loss)
@@ -123,24 +124,40 @@ def update(job: Job, config: Config, loss: Tensor) -> dict[str, float]:
         optimizer.zero_grad(set_to_none=True)
     job.counters["bad_steps"] = 0 if finite else job.counters["bad_steps"] + 1
     job.counters["updates"] = job.counters.get("updates", 0) + finite
-    report = {f"grad_norm_{role}": float(norm) for role, norm in norms.items()}
-    return {**report, "skipped": float(not finite)}
+    largest = [nn.utils.get_total_norm(group, math.inf) for group in parameters.values()]
+    # The norms after the step come to the host in the same wait as those before it.
+    report = as_numbers({**norms, "weights": torch.stack([size.float() for size in largest]).amax()})
+    if not math.isfinite(report.pop("weights")):
+        raise UserError(f"{_bad_weight(job)} is not finite after an update; lower learning_rate")
+    return {**{f"grad_norm_{role}": norm for role, norm in report.items()}, "skipped": float(not finite)}
 
 
 def check_progress(job: Job) -> None:
-    """UserError at the end of a run whose every update was skipped: it changed nothing."""
-    if job.counters.get("updates") == 0:
-        raise UserError(f"every update was skipped, the last because {job.bad_tensor or 'a number'} is not finite; "
-                        "look at the data and the model")  # fmt: skip
+    """UserError at the end of a run whose every update was skipped, or the last several: it changed nothing, or nothing
+    any more. One alone happens in runs that are well."""
+    every, last = job.counters.get("updates") == 0, job.counters["bad_steps"]
+    if every or last > 1:
+        skipped = "every update was" if every else f"the last {last:.0f} updates were"
+        raise UserError(f"{skipped} skipped, the last because {job.bad_tensor or 'a number'} is not finite; look at "
+                        "the data and the model")  # fmt: skip
 
 
 def _bad_tensor(job: Job, loss: Tensor) -> str:
     if not bool(torch.isfinite(loss)):
         return "loss"
+    for name, parameter in _named_parameters(job):
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return f"the gradient of {name}"
+    return "the gradient norm"
+
+
+def _bad_weight(job: Job) -> str:
+    return next(name for name, parameter in _named_parameters(job) if not bool(torch.isfinite(parameter).all()))
+
+
+def _named_parameters(job: Job) -> Iterator[tuple[str, nn.Parameter]]:
+    """What the optimizers train, under the names of its role and in it."""
     for role in job.optimizers:
         model = job.backbone.model
         named = dict(model.named_parameters()) if role == FULL else job.backbone.named_parameters_of(role)
-        for name, parameter in named.items():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                return f"the gradient of {role} {name}"
-    return "the gradient norm"
+        yield from ((f"{role} {name}", parameter) for name, parameter in named.items())

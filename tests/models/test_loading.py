@@ -1,11 +1,12 @@
 import json
+import math
 
 import pytest
 import torch
 
 from rlhf_fast.data.encoding import load_tokenizer
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.loading import load_model
+from rlhf_fast.models.loading import check_finite, load_model
 from rlhf_fast.models.tiny import byte_tokenizer
 from tests.models.tiny_models import make_model
 
@@ -116,3 +117,12 @@ def test_quantization_says_what_it_needs(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"quantization nf4 needs bitsandbytes: pip install 'rlhf_fast\[quant\]'"):
         load_model(folder, dtype=torch.float32, quantization="nf4")
+
+
+def test_a_buffer_may_be_infinite_and_is_no_nan():
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    check_finite(model, "model m")
+    model.mask[0] = math.nan
+    with pytest.raises(UserError, match="model m has weights that are not finite numbers, the first in mask"):
+        check_finite(model, "model m")

@@ -90,6 +90,45 @@ def test_a_run_whose_every_update_was_skipped_is_an_error_however_short_it_was()
     check_progress(job)
 
 
+def test_a_run_whose_last_updates_were_skipped_is_an_error_and_one_alone_is_not():
+    config = config_of("sft", max_bad_steps=5)
+    job = job_of(config)
+    for value in (1.0, math.nan):
+        set_gradients(job)
+        update(job, config, torch.tensor(value))
+    check_progress(job)
+    set_gradients(job)
+    update(job, config, torch.tensor(math.nan))
+    with pytest.raises(UserError, match="the last 2 updates were skipped, the last because loss is not finite"):
+        check_progress(job)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_after_a_step_ends_the_run_at_once_with_its_name(bad):
+    config = config_of("sft")
+    job = job_of(config)
+    names = list(job.backbone.named_parameters_of("policy"))
+    worst = job.backbone.named_parameters_of("policy")[names[3]]
+
+    def spoil(*_):
+        with torch.no_grad():
+            worst[0, 0] = bad
+
+    job.optimizers["policy"].register_step_post_hook(spoil)
+    set_gradients(job)
+    with pytest.raises(UserError, match=f"policy {names[3]} is not finite after an update"):
+        update(job, config, torch.tensor(1.0))
+
+
+def test_weights_whose_squares_overflow_are_finite():
+    config = config_of("sft")
+    job = job_of(config)
+    with torch.no_grad():
+        job.backbone.parameters_of("policy")[0].fill_(1e30)
+    set_gradients(job)
+    assert update(job, config, torch.tensor(1.0))["skipped"] == 0
+
+
 def test_the_rate_warms_up_and_then_follows_its_schedule():
     config = config_of("sft", steps=10, warmup_steps=2, learning_rate=1.0, lr_schedule="linear")
     assert [learning_rate(config, s) for s in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
