@@ -14,8 +14,9 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.training import ranks
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `folder`/step-N, then remove all but the newest `keep`. A kill at any moment loses nothing older."""
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int, good: int | None = None) -> Path:
+    """Write `folder`/step-N, then remove all but the newest `keep` and the newest of at most `good` steps (default: N).
+    A kill at any moment loses nothing older."""
     target, staging = folder / f"step-{step}", folder / f".step-{step}.tmp"
     if not ranks.is_first():
         return target
@@ -32,14 +33,21 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         shutil.rmtree(target)
     os.replace(staging, target)
     _flush(folder)
+    last_good = newest_of(folder, step if good is None else good)
     for old in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
+        if old != last_good:
+            shutil.rmtree(old)
     return target
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest first."""
     return sorted(folder.glob("step-*"), key=_step, reverse=True)
+
+
+def newest_of(folder: Path, steps: int) -> Path | None:
+    """The newest checkpoint in `folder` of at most so many steps."""
+    return next((path for path in list_checkpoints(folder) if _step(path) <= steps), None)
 
 
 def load_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:

@@ -78,6 +78,13 @@ class Config(BaseModel):
     adam_eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True, description="per role; .inf never clips")
     max_bad_steps: int = Field(5, ge=1, description="stop after so many non-finite updates in a row")
+    max_loss_growth: float | None = Field(
+        10.0, gt=1, description="stop at a loss above 20 and so many times its largest before; null: never"
+    )
+    max_norm_growth: float | None = Field(
+        100.0, gt=1, description="stop at a gradient norm above 100 and so many times its largest before; null: never"
+    )
+    explosion_steps: int = Field(5, ge=1, description="steps in a row that these, and max_kl, wait before they stop")
 
     lora_rank: int = Field(8, ge=0, description="0 trains every weight (sft only)")
     lora_alpha: float = Field(16, gt=0)
@@ -232,6 +239,9 @@ class RolloutConfig(SamplingConfig):
     ppo_epochs: int = Field(1, ge=1, description="passes over each rollout")
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per epoch; 1 saves scoring the policy first")
     early_stop_kl: float | None = Field(None, gt=0, description="end a step's updates above this approximate KL")
+    max_kl: float | None = Field(
+        20.0, gt=0, description="stop at a KL to the reference above it, nats per token; null: never"
+    )
     optimizer: Literal["adamw", "rmsprop"] = Field("adamw", description="rmsprop: adam_beta2 is its alpha")
     policy_ema: float | None = Field(None, gt=0, lt=1, description="weight of the old average in ema/, at each step")
     best_by: Literal["reward"] | None = Field(None, description="keep the policy of the best evaluation in best/")

@@ -22,9 +22,10 @@ from rlhf_fast.data.reading import read_jsonl, split_lines
 from rlhf_fast.errors import UserError
 from rlhf_fast.training import ranks
 from rlhf_fast.training.best import keep_best
-from rlhf_fast.training.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
+from rlhf_fast.training.checkpoint import load_checkpoint, newest_good_checkpoint, newest_of, save_checkpoint
 from rlhf_fast.training.config import Config, RolloutConfig
 from rlhf_fast.training.detectors import Watch
+from rlhf_fast.training.explosions import Explosions
 from rlhf_fast.training.folder import claim_folder, inputs_of, replace_file
 from rlhf_fast.training.job import Job, capture, random_state, restore
 from rlhf_fast.training.self_test import SelfTest
@@ -75,9 +76,9 @@ class Run:
         self.watch = ranks.from_first(lambda: Watch.of(
             read_jsonl(self.folder / "metrics.jsonl"), read_jsonl(self.folder / "eval.jsonl"),
             [warning["cause"] for warning in read_jsonl(self.folder / "warnings.jsonl")],
-        ))  # fmt: skip
-        reports = config.report_to == "tensorboard" and ranks.is_first()
-        self.writer = _tensorboard(self.folder, self.start) if reports else None
+        )  # fmt: skip
+        self.explosions = Explosions(config, read_jsonl(self.folder / "metrics.jsonl"))
+        self.writer = _tensorboard(self.folder, self.start) if config.report_to == "tensorboard" else None
         self.signal = 0
         self.self_test: SelfTest | None = None  # of a run from its first step, until it is finished
         self._begun: tuple[int, dict[str, Any], dict[str, float]] | None = None
@@ -123,8 +124,7 @@ class Run:
             if self._evaluation_is_due(done):
                 self.evaluate(done)
             if done % self.config.save_every == 0 or done == self.config.steps or self.signal:
-                state = capture(self.job)
-                save_checkpoint(self.folder / "checkpoints", done, state, keep=self.config.keep_checkpoints)
+                self._save(done, capture(self.job))
             if self.signal and done < self.config.steps:
                 raise Stopped(
                     f"stopped after step {done} of {self.config.steps}; the checkpoint is saved: "
@@ -135,14 +135,21 @@ class Run:
     def rescue(self) -> str:
         """Save a checkpoint of the steps before one that failed, where that has changed nothing yet (a reward failed).
 
-        What there is to say of it, or nothing.
+        What there is to say of it, else the last checkpoint before what went wrong, or nothing.
         """
         done, random, counters = self._begun or (0, {}, {})
-        if done == 0 or counters != self.job.counters or not ranks.is_first():
+        if not ranks.is_first():
             return ""
-        state = {**capture(self.job), "random": random}
-        save_checkpoint(self.folder / "checkpoints", done, state, keep=self.config.keep_checkpoints)
+        if done == 0 or counters != self.job.counters:
+            good = newest_of(self.folder / "checkpoints", done + 1 - self.explosions.streak)
+            return "" if good is None else f"; the last good checkpoint is {good}"
+        self._save(done, {**capture(self.job), "random": random})
         return f"; the checkpoint of step {done} is saved: --resume auto continues"
+
+    def _save(self, done: int, state: dict[str, Any]) -> None:
+        """A checkpoint after `done` steps; the last one before metrics became suspect stays."""
+        good = done - self.explosions.streak
+        save_checkpoint(self.folder / "checkpoints", done, state, keep=self.config.keep_checkpoints, good=good)
 
     def track(self, what: str, parts: Sequence[T]) -> Iterator[T]:
         """The parts, under a progress bar of their own; a signal ends the run behind the one that it came in."""
@@ -156,7 +163,10 @@ class Run:
         self.progress.remove_task(task)
 
     def log(self, step: int, metrics: dict[str, float], *, tokens: int) -> None:
-        """Record the metrics of a finished step (from 0), which worked on `tokens` tokens."""
+        """Record the metrics of a finished step (from 0), which worked on `tokens` tokens.
+
+        UserError where they have exploded.
+        """
         seconds = time.perf_counter() - self.clock
         self._test_itself(step + 1, metrics)
         self._warn(self.watch.step(step + 1, metrics))
@@ -171,6 +181,9 @@ class Run:
         last = step + 1 == self.config.steps
         if self.progress.disable and (last or step == self.start or (step + 1) % self.config.log_every == 0):
             print(f"{self.config.algorithm} {step + 1}/{self.config.steps}  {shown}", flush=True)
+        self.explosions.add(metrics)
+        if self.explosions.seen is not None:
+            raise UserError(f"{self.explosions.seen}: lower learning_rate or look at the data")
 
     def _test_itself(self, done: int, metrics: dict[str, float]) -> None:
         """The learning self-test, a line for what fails."""
