@@ -76,9 +76,10 @@ class Run:
         self.watch = ranks.from_first(lambda: Watch.of(
             read_jsonl(self.folder / "metrics.jsonl"), read_jsonl(self.folder / "eval.jsonl"),
             [warning["cause"] for warning in read_jsonl(self.folder / "warnings.jsonl")],
-        )  # fmt: skip
-        self.explosions = Explosions(config, read_jsonl(self.folder / "metrics.jsonl"))
-        self.writer = _tensorboard(self.folder, self.start) if config.report_to == "tensorboard" else None
+        ))  # fmt: skip
+        self.explosions = ranks.from_first(lambda: Explosions(config, read_jsonl(self.folder / "metrics.jsonl")))
+        reports = config.report_to == "tensorboard" and ranks.is_first()
+        self.writer = _tensorboard(self.folder, self.start) if reports else None
         self.signal = 0
         self.self_test: SelfTest | None = None  # of a run from its first step, until it is finished
         self._begun: tuple[int, dict[str, Any], dict[str, float]] | None = None
