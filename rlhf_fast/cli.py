@@ -156,6 +156,7 @@ TopK = Annotated[int | None, typer.Option()]
 TopP = Annotated[float | None, typer.Option()]
 Seed = Annotated[int | None, typer.Option()]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run the code that the model's folder holds")]
 
 
 @app.command()
@@ -175,6 +176,7 @@ def sample(
     top_p: TopP = None,
     seed: Seed = None,
     device: Device = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Completions of a run's policy beside those of what it started from."""
     with _one_line_errors():
@@ -184,6 +186,7 @@ def sample(
         run_sample(
             run, prompts, prompt or [], Wanted(n, best_of, reward, batch_size), before=before, out=out,
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, device=device,
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
 
 
@@ -198,6 +201,7 @@ def chat(
     top_p: TopP = None,
     seed: Seed = None,
     device: Device = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Talk to a run's policy: a line of standard input is a turn."""
     with _one_line_errors():
@@ -205,7 +209,7 @@ def chat(
 
         run_chat(
             run, system=system, before=before, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, seed=seed, device=device,
+            top_p=top_p, seed=seed, device=device, trust_remote_code=trust_remote_code,
         )  # fmt: skip
 
 
@@ -215,12 +219,13 @@ def export(
     out: OutFolder,
     to: Annotated[str, typer.Option(help="peft, merged or gguf")] = "peft",
     dtype: Annotated[str | None, typer.Option(help="of merged weights; default: the base model's own")] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a run's policy as an adapter of PEFT, as a whole model, or as GGUF."""
     with _one_line_errors():
         from rlhf_fast.commands.export import export as run_export
 
-        typer.echo(run_export(run, to, out, dtype))
+        typer.echo(run_export(run, to, out, dtype, trust_remote_code=trust_remote_code))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})  # a weight may be below 0
@@ -228,13 +233,14 @@ def soup(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="adapters of one base model")],
     out: OutFolder,
     weights: Annotated[str | None, typer.Option(help="one number each, 0.5 0.5 or 0.5,0.5; default: equal")] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """The exact weighted average of adapters, as an adapter whose rank is the sum of theirs."""
     with _one_line_errors():
         from rlhf_fast.commands.soup import parse_weights
         from rlhf_fast.commands.soup import soup as run_soup
 
-        typer.echo(run_soup(*parse_weights(runs, weights), out))
+        typer.echo(run_soup(*parse_weights(runs, weights), out, trust_remote_code=trust_remote_code))
 
 
 @app.command()

@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 CONVERTER = "convert_hf_to_gguf.py"
 
 
-def export(run: str, to: str, out: str, dtype: str | None = None) -> str:
+def export(run: str, to: str, out: str, dtype: str | None = None, *, trust_remote_code: bool = False) -> str:
     """Write the policy of `run` into the folder `out`; a line that says what is there.
 
     dtype: of merged weights; None is that of the base model's own files. Raises UserError.
@@ -29,7 +29,7 @@ def export(run: str, to: str, out: str, dtype: str | None = None) -> str:
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     converter = find_converter() if to == "gguf" else None
-    opened = open_run(run, dtype="float32")
+    opened = open_run(run, dtype="float32", trust_remote_code=trust_remote_code)
     if opened.adapter is None:
         raise UserError(f"{run} holds whole weights already, not an adapter: it is a model of transformers as it is")
     load_adapter(opened.backbone, "policy", opened.adapter, trainable=False)
@@ -41,7 +41,8 @@ def export(run: str, to: str, out: str, dtype: str | None = None) -> str:
             save_adapter(opened.backbone, "policy", folder)
             copy_tokenizer(opened.adapter, folder)
             return f"{folder}: an adapter for {base_of(folder)}"
-        type_ = stored_dtype(base_of(opened.adapter)) if dtype is None else getattr(torch, dtype)
+        type_ = (stored_dtype(base_of(opened.adapter), trust_remote_code=trust_remote_code) if dtype is None
+                 else getattr(torch, dtype))  # fmt: skip
         if converter is None:
             return f"{folder}: {write_merged(opened, folder, type_)}"
         with tempfile.TemporaryDirectory(dir=folder) as merged:

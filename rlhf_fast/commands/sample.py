@@ -123,7 +123,8 @@ def plain(opened: Opened, prompts: Sequence[Prompt], batch_size: int) -> list[st
 def rewards_of(opened: Opened, spec: str, rows: Sequence[Row]) -> Rewards:
     if "reward" in opened.backbone.adapters:
         opened.backbone.remove_adapter("reward")
-    rewards = load_rewards({spec: 1.0}, opened.backbone, chat=opened.config.chat is True)
+    rewards = load_rewards({spec: 1.0}, opened.backbone, chat=opened.config.chat is True,
+                           trust_remote_code=opened.config.trust_remote_code)  # fmt: skip
     rewards.check_rows(rows)
     return rewards
 

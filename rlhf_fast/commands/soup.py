@@ -40,7 +40,7 @@ def _is_number(word: str) -> bool:
         return False
 
 
-def soup(runs: Sequence[str], weights: Sequence[float] | None, out: str) -> str:
+def soup(runs: Sequence[str], weights: Sequence[float] | None, out: str, *, trust_remote_code: bool = False) -> str:
     """Write the average into the folder `out`; a line that says what is there. weights: default, all the same.
 
     Raises UserError for adapters that are not of one base, or not plain LoRA.
@@ -50,7 +50,7 @@ def soup(runs: Sequence[str], weights: Sequence[float] | None, out: str) -> str:
     weights = weights or [1 / len(runs)] * len(runs)
     if len(weights) != len(runs):
         raise UserError(f"--weights has {len(weights)} numbers for {len(runs)} adapters")
-    opened = open_run(runs[0], dtype="float32")
+    opened = open_run(runs[0], dtype="float32", trust_remote_code=trust_remote_code)
     if opened.adapter is None:
         raise UserError(f"{runs[0]} holds whole weights, not an adapter")
     bases = {run: base_of(run) for run in runs}

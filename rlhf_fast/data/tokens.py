@@ -7,17 +7,17 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_fast.errors import UserError, first_line
+from rlhf_fast.errors import UserError, refusing
 from rlhf_fast.models.loading import hub_id
 
 
-def load_tokenizer(folder: str, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str, *, needs_eos: bool = True, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id; UserError when there is none, or needs_eos and it has no EOS token."""
     place, revision = hub_id(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no tokenizer in {folder}: {first_line(error)}") from None
+    with refusing(f"no tokenizer in {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **revision)
+        ids = tokenizer("a b", verbose=False)["input_ids"]  # some of what is wrong shows in use only
+        tokenizer.decode(ids)
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no EOS token, so completions could never end")
     return tokenizer

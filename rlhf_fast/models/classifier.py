@@ -7,26 +7,27 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from rlhf_fast.errors import UserError, first_line
+from rlhf_fast.errors import UserError, refusing
 from rlhf_fast.models.loading import check_finite
 
 
-def load_classifier(folder: str, label: str | None = None, *, device: torch.device) -> tuple[PreTrainedModel, int]:
+def load_classifier(
+    folder: str, label: str | None = None, *, device: torch.device, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, int]:
     """The frozen classifier in `folder`, on `device`, in the dtype it was saved in; and the output that `label` means.
 
     label: a name of the config's `id2label` or its number; None for a classifier with one output.
     Raises UserError when it cannot be loaded, lacks its head, has no such output, or NaN in its weights.
     """
     what = f"reward model {folder}"
-    try:
+    with refusing(f"{what} cannot be loaded"):
         entries, _ = PreTrainedConfig.get_config_dict(folder)
         labels = _labels(entries)
         output = choose_output(labels, label, what)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=len(labels), dtype="auto", output_loading_info=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from None
+            folder, num_labels=len(labels), dtype="auto", output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
         count = "one output" if len(labels) == 1 else f"{len(labels)} outputs"

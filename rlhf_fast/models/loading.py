@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from rlhf_fast.errors import UserError, first_line
+from rlhf_fast.errors import UserError, refusing
 from rlhf_fast.models.quantized import is_quantized, quantization_state
 
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2")
@@ -31,11 +30,13 @@ def load_model(
     attn_implementation: str = "auto",
     device: torch.device | str = "cpu",
     quantization: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The causal language model in the folder `path`, or of the hub id `org/name@revision`, in `dtype` on `device`, in
     eval mode.
 
-    Code in the folder is never run. The commit of a hub id is the attribute `base_commit` of the model.
+    Code in the folder is run with trust_remote_code only. The commit of a hub id is the attribute `base_commit` of the
+    model.
 
     attn_implementation: "auto" is flash_attention_2 on a GPU where flash-attn is installed, else sdpa where the
     architecture has it.
@@ -48,17 +49,15 @@ def load_model(
     place, revision = hub_id(path)
     _check_folder(place)
     options = _quantized(quantization, device) | revision
-    try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **revision)
+    prefix = "" if Path(place).exists() else ": there is no such folder, and as a hub id"
+    with refusing(f"model {path} cannot be loaded{prefix}"):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **revision)
         if quantization is not None and hasattr(config, "quantization_config"):
             raise UserError(f"model {path} was saved quantised: leave out quantization {quantization}")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True,
-            trust_remote_code=False, **options,
+            trust_remote_code=trust_remote_code, **options,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        prefix = "" if Path(place).exists() else "there is no such folder, and as a hub id: "
-        raise UserError(f"model {path} cannot be loaded: {prefix}{first_line(error)}") from error
     model, report = loaded
     model.base_commit = _commit(place, revision)
     absent = [*report["missing_keys"], *report["mismatched_keys"]]

@@ -7,17 +7,19 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, refusing
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import hub_id
 from rlhf_fast.models.lora import LoRA
 from rlhf_fast.models.self_test import trial
 
 
-def stored_dtype(path: str) -> torch.dtype:
+def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:
     """The type of the weights in the folder `path`, or of the hub id."""
     place, revision = hub_id(path)
-    dtype = getattr(AutoConfig.from_pretrained(place, trust_remote_code=False, **revision), "dtype", None)
+    with refusing(f"model {path} cannot be loaded"):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **revision)
+    dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 

@@ -23,21 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, short
+from rlhf_fast.models.adapter_config import CONFIG_NAME, HEAD, alpha_of, own_file, read_config
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.lora import LoRAShape
 from rlhf_fast.models.self_test import rounding, trial
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_HEAD = "score"
-# Entries that change what the adapter computes, or the base under it, in ways that a plain LoRA cannot follow.
-_UNSUPPORTED = (
-    "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "layer_replication",
-    "target_parameters", "trainable_token_indices", "arrow_config", "monteclora_config", "kasa_config",
-)  # fmt: skip
-_BASE_CHANGING_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def save_adapter(backbone: Backbone, name: str, folder: str | Path) -> None:
@@ -114,13 +107,13 @@ def load_adapter(
     folder = Path(folder)
     config = read_config(folder)
     tensors = _read_weights(folder)
-    head = tensors.pop(f"{_HEAD}.weight", None)
+    head = tensors.pop(f"{HEAD}.weight", None)
     shapes = _shapes(config, tensors, folder)
     _check_fits(backbone, tensors, head, folder)
     backbone.create_adapter(name, shapes, trainable=trainable, dtype=dtype)
     if head is not None:
         backbone.add_head(name, outputs=len(head), trainable=trainable)
-        tensors[f"{_HEAD}.weight"] = head
+        tensors[f"{HEAD}.weight"] = head
     backbone.restore(name, backbone.snapshot(name) | tensors)
 
 
@@ -138,33 +131,6 @@ def base_of(folder: str | Path) -> str:
         raise UserError(f"{path}: the base model {base} is not there any more; write where it is")
     revision = config.get("revision")
     return base if revision is None or Path(base).exists() else f"{base}@{revision}"
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, checked to be a LoRA or DoRA. Raises UserError."""
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not an adapter: it has no {CONFIG_NAME}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{path}: peft_type must be LORA, got {kind}")
-    for key in _UNSUPPORTED:
-        if config.get(key):
-            raise UserError(f"{path}: adapters with {key}={config[key]!r} are not supported, only LoRA and DoRA")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{path}: adapters with bias={config['bias']!r} are not supported, only bias='none'")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_BASE_CHANGING_STARTS):
-        raise UserError(f"{path}: init_lora_weights={start!r} changes the base model; convert it to plain LoRA first")
-    # PEFT lists both usual names of a head in every SEQ_CLS adapter.
-    extra = set(config.get("modules_to_save") or []) - {_HEAD, "classifier"}
-    if extra:
-        raise UserError(f"{path}: modules_to_save={sorted(extra)} is not supported, only {_HEAD!r}")
-    return config
 
 
 def _config(backbone: Backbone, name: str) -> dict[str, Any]:
@@ -188,7 +154,7 @@ def _config(backbone: Backbone, name: str) -> dict[str, Any]:
         "use_dora": shape.use_dora,
         "fan_in_fan_out": any(isinstance(backbone.model.get_submodule(module), Conv1D) for module in pairs),
         "inference_mode": True,
-        "modules_to_save": [_HEAD] if has_head else None,
+        "modules_to_save": [HEAD] if has_head else None,
         **_targets(backbone, list(pairs)),
     }
 
@@ -222,22 +188,29 @@ def _targets(backbone: Backbone, modules: list[str]) -> dict[str, Any]:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors under their names without the prefix."""
-    path = folder / WEIGHTS_NAME
+    path = own_file(folder, WEIGHTS_NAME)
     if not path.is_file():
         raise UserError(f"{folder} has no {WEIGHTS_NAME}")
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     strange = [key for key in tensors if not key.startswith(_PREFIX)]
     if strange:
         raise UserError(f"{path}: {strange[0]!r} is not a key of PEFT's format ({_PREFIX}...)")
-    bad = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{path}: {short(key)} is {kind}; adapters are float32, bfloat16, float16 or float64")
+        if tensor.numel() == 0:
+            raise UserError(f"{path}: {short(key)} is empty, {tuple(tensor.shape)}: an adapter has a rank from 1")
+    bad = next((key for key, tensor in tensors.items() if not tensor.float().isfinite().all()), None)
     if bad is not None:
         raise UserError(f"{path}: {bad} has numbers that are not finite")
     return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
@@ -257,9 +230,10 @@ def _shapes(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) ->
             kind = "DoRA triple" if use_dora else "plain LoRA pair"
             raise UserError(f"{folder / WEIGHTS_NAME}: {key!r} is not part of a {kind}")
         if part == "lora_A.weight":
+            if tensors[key].dim() != 2:
+                raise UserError(f"{folder / WEIGHTS_NAME}: {key} is {tuple(tensors[key].shape)}, not a matrix")
             rank = tensors[key].shape[0]
-            alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-            scale = alpha / (rank**0.5 if use_rslora else rank)
+            scale = alpha_of(config, module) / (rank**0.5 if use_rslora else rank)
             shapes[module] = LoRAShape(rank, scale, use_rslora, use_dora, config.get("lora_dropout") or 0.0)
     if not shapes:
         raise UserError(f"{folder / WEIGHTS_NAME} has no LoRA weights")
@@ -273,20 +247,13 @@ def _check_fits(backbone: Backbone, tensors: dict[str, Tensor], head: Tensor | N
             reason = backbone.left_out.get(module, "it is no linear decoder layer of this model")
             raise UserError(f"{folder}: the adapter is for {module!r}: {reason}")
         out_features, in_features = backbone.linear_shapes[module]
-        size, wanted = (tensor.shape[1], in_features) if "A" in part else (tensor.shape[0], out_features)
-        if size != wanted:
+        rank = tensors[f"{module}.lora_A.weight"].shape[0]
+        wanted = dict(zip(_PARTS, ((rank, in_features), (out_features, rank), (out_features,)), strict=True))[part]
+        if tensor.shape != wanted:
             raise UserError(f"{folder}: {key} is {tuple(tensor.shape)}, this model has {wanted} there: another base?")
     dim = backbone.lm_head_weight.shape[1]
     if head is not None and (head.dim() != 2 or len(head) < 1 or head.shape[1] != dim):
-        raise UserError(f"{folder}: {_HEAD}.weight must be (outputs, {dim}), got {tuple(head.shape)}")
-
-
-def _by_pattern(patterns: dict[str, Any], module: str, default: float) -> float:
-    """The value of the first pattern that the module's name ends with, as PEFT matches them."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
+        raise UserError(f"{folder}: {HEAD}.weight must be (outputs, {dim}), got {tuple(head.shape)}")
 
 
 def _whole(value: float) -> float:

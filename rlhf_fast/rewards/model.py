@@ -32,10 +32,11 @@ class RewardModel:
         device: torch.device,
         chat: bool = False,
         rows_per_pass: int = 16,
+        trust_remote_code: bool = False,
     ) -> None:
         self.folder, self.rows_per_pass = folder, rows_per_pass
-        self.model, self.output = load_classifier(folder, label, device=device)
-        tokenizer = load_tokenizer(folder, needs_eos=False)
+        self.model, self.output = load_classifier(folder, label, device=device, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(folder, needs_eos=False, trust_remote_code=trust_remote_code)
         context = context_of(self.model)
         self.encoder = Encoder(
             tokenizer, context, context, chat or "auto", "truncate", vocab_size=embedding_rows(self.model)

@@ -155,6 +155,7 @@ def load_rewards(
     timeout: float | None = None,
     role: str = "reward",
     combination: Combination = MEAN,
+    trust_remote_code: bool = False,
 ) -> Rewards:
     """Rewards from 'pkg.mod:function', 'file.py:function', a reward adapter folder or a reward model folder, for one
     with several outputs 'folder:label'.
@@ -174,7 +175,8 @@ def load_rewards(
             rewards.adapter = load_adapter_source(backbone, spec, weight, combination, role=role)
         elif (classifier := classifier_of(spec)) is not None:
             device = next(backbone.model.parameters()).device
-            rewards.sources.append(Source(spec, weight, RewardModel(*classifier, device=device, chat=chat)))
+            model = RewardModel(*classifier, device=device, chat=chat, trust_remote_code=trust_remote_code)
+            rewards.sources.append(Source(spec, weight, model))
         elif ":" in spec:
             rewards.sources.append(Source(spec, weight, load_function(spec)))
         else:

@@ -43,6 +43,7 @@ class Config(BaseModel):
         description="examples: .jsonl, .json, .csv, .parquet, a folder of them, or a hub id; or several"
     )
     eval_data: str | None = Field(None, description="held-out examples; default: rows of data, drawn by seed")
+    trust_remote_code: bool = Field(False, description="run the code that the folder of a model holds")
     columns: dict[str, str] | None = Field(None, description="{prompt: question}: our name, and the data's own")
     bad_rows: Literal["error", "skip"] = Field(
         "error", description="nulls, pairs that differ in earlier turns, what the template refuses"

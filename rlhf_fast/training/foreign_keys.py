@@ -135,7 +135,6 @@ NO_EQUAL = {
     "use_peft": "lora_rank says so",
     "dataloader_num_workers": "the examples are in memory", "remove_unused_columns": "rewards may ask for any column",
     "truncate_prompts": "too_long: truncate",
-    "trust_remote_code": "code in a model folder is never run",
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def _speaker(chosen: JudgeConfig, config: SamplingConfig, backbone: Backbone, to
         ))  # fmt: skip
     role = None
     if isinstance(chosen.by, str) and chosen.by != "backbone":
-        backbone, tokenizer, role = _other_model(chosen.by, backbone)
+        backbone, tokenizer, role = _other_model(chosen.by, backbone, trust=config.trust_remote_code)
     elif chosen.adapter in OWN_ROLES:
         role = str(chosen.adapter) if chosen.adapter in backbone.adapters else None
     elif isinstance(chosen.adapter, str):
@@ -54,17 +54,16 @@ def _speaker(chosen: JudgeConfig, config: SamplingConfig, backbone: Backbone, to
     return LocalSpeaker(backbone, encoder, role, config.micro_batch_size or 16)
 
 
-def _other_model(folder: str, backbone: Backbone) -> tuple[Backbone, Any, str | None]:
+def _other_model(folder: str, backbone: Backbone, *, trust: bool) -> tuple[Backbone, Any, str | None]:
     """A model of its own, in the dtype and on the device of `backbone`; with the adapter where `folder` is one."""
     adapter = folder if (Path(folder) / "adapter_config.json").is_file() else None
     weight = backbone.lm_head_weight
     base = base_of(adapter) if adapter else folder
-    other = Backbone(load_model(base, dtype=weight.dtype, device=weight.device))
+    other = Backbone(load_model(base, dtype=weight.dtype, device=weight.device, trust_remote_code=trust))
     if adapter:
         load_adapter(other, "judge", adapter, trainable=False)
-    return other, load_tokenizer(folder if (Path(folder) / "tokenizer_config.json").is_file() else base), (
-        "judge" if adapter else None
-    )  # fmt: skip
+    own = folder if (Path(folder) / "tokenizer_config.json").is_file() else base
+    return other, load_tokenizer(own, trust_remote_code=trust), "judge" if adapter else None
 
 
 def _text(value: str | None) -> str | None:

@@ -49,13 +49,14 @@ def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
     base = base_of(adapter) if adapter else config.model
     model = load_model(
         base, dtype=dtype, attn_implementation=config.attn_implementation, device=device,
-        quantization=config.quantization,
+        quantization=config.quantization, trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
     backbone = Backbone(model)
     if backbone.quantized and config.lora_rank == 0 and adapter is None:
         raise UserError(f"lora_rank 0 trains every weight, but those of {base} are quantised")
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
-    return backbone, load_tokenizer(adapter if adapter is not None and own else base), adapter
+    place = adapter if adapter is not None and own else base
+    return backbone, load_tokenizer(place, trust_remote_code=config.trust_remote_code), adapter
 
 
 def add_trained_adapter(backbone: Backbone, name: str, config: Config, saved: str | None) -> None:
@@ -102,7 +103,7 @@ def add_rewards(backbone: Backbone, config: SamplingConfig, rows: Sequence[Row],
     waits = len(saved) < len(specs)
     rewards = load_rewards(
         saved, backbone, chat=config.chat is True, timeout=config.reward_timeout,
-        combination=MEAN if waits else combination,
+        combination=MEAN if waits else combination, trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
     if config.verify is not None:
         verifier = Verifier(config.verify)
@@ -137,7 +138,8 @@ def add_constraints(
     if config.cost_confidence is not None:
         backbone.add_adapter("safe", copy_of="policy", trainable=False)
     saved = {spec: 1.0 for spec in specs if isinstance(spec, str)}
-    sources = load_rewards(saved, backbone, chat=config.chat is True, timeout=config.reward_timeout, role="cost")
+    sources = load_rewards(saved, backbone, chat=config.chat is True, timeout=config.reward_timeout, role="cost",
+                           trust_remote_code=config.trust_remote_code)  # fmt: skip
     sources.check_rows(rows)
     if len(saved) < len(specs):  # an earlier stage has yet to train it
         backbone.add_adapter("cost", rank=config.lora_rank, top_layers=config.top_layers, trainable=False)

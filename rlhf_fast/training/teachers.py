@@ -122,10 +122,12 @@ def load_teacher(job: Job, config: TeacherConfig) -> tuple[Backbone, str | None]
         return job.backbone, "teacher"
     weight = job.backbone.lm_head_weight
     backbone = Backbone(load_model(base, dtype=weight.dtype, device=weight.device,
-                                   attn_implementation=config.attn_implementation))  # fmt: skip
+                                   attn_implementation=config.attn_implementation,
+                                   trust_remote_code=config.trust_remote_code))  # fmt: skip
     if adapter:
         load_adapter(backbone, "teacher", folder, trainable=False)
-    if load_tokenizer(base).get_vocab() != job.encoder.tokenizer.get_vocab():
+    tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
+    if tokenizer.get_vocab() != job.encoder.tokenizer.get_vocab():
         raise UserError(f"teacher {folder} has another tokenizer than {own}")
     if backbone.logit_transform != job.backbone.logit_transform:
         raise UserError(f"teacher {folder} has another logit transform than {own}: {backbone.logit_transform} and "

@@ -6,6 +6,7 @@ import torch
 
 from rlhf_fast.data.encoding import load_tokenizer
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.classifier import load_classifier
 from rlhf_fast.models.loading import check_finite, load_model
 from rlhf_fast.models.tiny import byte_tokenizer
 from tests.models.tiny_models import make_model
@@ -126,3 +127,74 @@ def test_a_buffer_may_be_infinite_and_is_no_nan():
     model.mask[0] = math.nan
     with pytest.raises(UserError, match="model m has weights that are not finite numbers, the first in mask"):
         check_finite(model, "model m")
+
+
+CODE = """
+from pathlib import Path
+Path({canary!r}).touch()
+from transformers import {base} as Base
+class Own{kind}(Base):
+    {line}
+"""
+FILES = {
+    "Config": ("PretrainedConfig", "model_type = 'own'"),
+    "Model": ("LlamaForCausalLM", "pass"),
+    "Classifier": ("LlamaForSequenceClassification", "pass"),
+    "Tokenizer": ("PreTrainedTokenizerFast", "pass"),
+}
+
+
+@pytest.fixture
+def with_code(folder, tmp_path_factory, monkeypatch):
+    """A folder whose config, model, classifier, tokenizer and generation are code of its own; and the file that the
+    code would make. A `y` waits for whoever asks."""
+    canary = tmp_path_factory.mktemp("canary") / "ran"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    for kind, (base, line) in FILES.items():
+        (folder / f"own_{kind.lower()}.py").write_text(CODE.format(canary=str(canary), base=base, kind=kind, line=line))
+    auto = {
+        "AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel",
+        "AutoModelForSequenceClassification": "own_classifier.OwnClassifier",
+    }  # fmt: skip
+    byte_tokenizer().save_pretrained(folder)
+    edit_config(folder, auto_map=auto)
+    path = folder / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}, "tokenizer_class": "OwnTokenizer"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(
+        f"open({str(canary)!r}, 'w')\ndef generate(*_, **__): pass\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    return folder, canary
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["llama", "own type"])
+def test_code_in_a_folder_is_not_run(with_code, known):
+    folder, canary = with_code
+    if not known:
+        edit_config(folder, model_type="own")
+    loads = (
+        lambda: load_model(folder, dtype=torch.float32),
+        lambda: load_classifier(str(folder), device=torch.device("cpu")),
+        lambda: load_tokenizer(str(folder)),
+    )
+    for load in loads:
+        try:
+            load()
+        except UserError as error:
+            said = str(error)
+            assert "\n" not in said
+            assert known or "it has code of its own, which is run with trust_remote_code: true only" in said
+        assert not canary.exists()
+
+
+def test_code_in_a_folder_is_run_where_the_user_says_so(with_code):
+    folder, canary = with_code
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "own_model.OwnModel"})
+    load_model(folder, dtype=torch.float32, trust_remote_code=True)
+    assert canary.exists()
+    canary.unlink()
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=True)
+    assert canary.exists()
+    assert type(tokenizer).__name__ == "OwnTokenizer"

@@ -1,6 +1,8 @@
 """Adapter files, judged by PEFT itself."""
 
 import json
+import math
+import time
 
 import peft
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.adapter_config import alpha_of
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter, save_adapter
@@ -185,9 +188,22 @@ def test_a_base_from_the_hub_is_named_with_its_commit_and_loaded_at_it(tmp_path,
         ({"use_dora": True}, "is not part of a DoRA triple"),
         ({"use_qalora": True}, "use_qalora=True are not supported"),
         ({"bias": "all"}, "bias='all' are not supported"),
-        ({"peft_type": "IA3"}, "peft_type must be LORA, got IA3"),
+        ({"peft_type": "IA3"}, "peft_type must be LORA, got 'IA3'"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
         ({"modules_to_save": ["embed_tokens"]}, r"modules_to_save=\['embed_tokens'\]"),
+        ({"r": 0}, "r: Input should be greater than or equal to 1, got 0"),
+        ({"lora_alpha": "16"}, "lora_alpha: Input should be a valid number, got '16'"),
+        ({"lora_alpha": True}, "lora_alpha: Input should be a valid number, got True"),
+        ({"lora_alpha": math.inf}, "lora_alpha: Input should be a finite number, got inf"),
+        ({"lora_dropout": 1.5}, "lora_dropout: Input should be less than 1, got 1.5"),
+        ({"use_dora": "yes"}, "use_dora: Input should be a valid boolean, got 'yes'"),
+        ({"modules_to_save": 5}, "modules_to_save: Input should be a valid list, got 5"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path: Input should be a valid string, got 5"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern.q_proj: Input should be a valid number, got 'x'"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "at most two repetitions, and none of a group, are matched"),
+        ({"alpha_pattern": {".*a.*b.*c": 1}}, "at most two repetitions, and none of a group, are matched"),
+        ({"alpha_pattern": {"(?=a)": 1}}, r"without \(\?\.\.\.\) and back references"),
+        ({"alpha_pattern": {"(a": 1}}, "it is no regular expression"),
     ],
 )
 def test_adapter_that_is_no_plain_lora_is_refused_in_one_line(change, message, tmp_path):
@@ -205,6 +221,12 @@ def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, to
     return {key.replace(old, new): value for key, value in tensors.items()}
 
 
+def one(tensors: dict[str, torch.Tensor], change) -> dict[str, torch.Tensor]:
+    """With a change of the first lora_A."""
+    key = min(key for key in tensors if "lora_A" in key)
+    return tensors | {key: change(tensors[key]).contiguous()}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -213,8 +235,34 @@ def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, to
         (lambda t: rename(t, "base_model.model.", ""), "is not a key of PEFT's format"),
         (lambda t: {k: v[:, :5].contiguous() for k, v in t.items()}, "another base"),
         (lambda t: {}, "has no LoRA weights"),
+        (lambda t: one(t, lambda x: x * math.nan), "has numbers that are not finite"),
+        (lambda t: one(t, lambda x: x.double() + 1e300), "has numbers that are not finite"),
+        (lambda t: one(t, lambda x: x.long()), "is int64; adapters are float32"),
+        (lambda t: one(t, lambda x: x.bool()), "is bool; adapters are float32"),
+        (lambda t: one(t, lambda x: x.to(torch.float8_e4m3fn)), "is float8_e4m3fn; adapters are float32"),
+        (lambda t: one(t, lambda x: x[:0]), "is empty, .*: an adapter has a rank from 1"),
+        (lambda t: one(t, lambda x: x[0]), "not a matrix"),
+        (lambda t: one(t, lambda x: x[0, 0]), "not a matrix"),
+        (lambda t: one(t, lambda x: x[:1]), "another base"),
+        (lambda t: one(t, lambda x: x.T), "another base"),
     ],
-    ids=["other layers", "half a pair", "other keys", "other sizes", "empty"],
+    ids=[
+        "other layers",
+        "half a pair",
+        "other keys",
+        "other sizes",
+        "empty",
+        "nan",
+        "too large",
+        "int64",
+        "bool",
+        "float8",
+        "rank 0",
+        "a vector",
+        "a number",
+        "another rank",
+        "turned over",
+    ],
 )
 def test_weights_that_do_not_fit_are_refused_and_nothing_is_added(change, message, tmp_path):
     save_adapter(four_roles(), "policy", tmp_path)
@@ -226,6 +274,31 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_added(change, messag
     assert backbone.adapters == {}
 
 
+def test_a_pattern_that_is_matched_is_matched_quickly():
+    """The slowest kind that is let through, on a long name."""
+    pattern = ".*a.*b"
+    start = time.process_time()
+    assert alpha_of({"lora_alpha": 2, "alpha_pattern": {pattern: 1}}, "a" * 200) == 2
+    assert (
+        alpha_of({"lora_alpha": 2, "alpha_pattern": {r".*\.[0-5]\..*|q_proj": 1}}, "model.layers.3.self_attn.v_proj")
+        == 1
+    )
+    assert time.process_time() - start < 5
+
+
+def test_links_out_of_the_folder_are_refused_but_those_of_the_hubs_cache(tmp_path):
+    save_adapter(four_roles(), "policy", tmp_path / "blobs")
+    for place in (tmp_path / "snapshots" / "0123", tmp_path / "elsewhere"):
+        place.mkdir(parents=True)
+        for path in (tmp_path / "blobs").iterdir():
+            (place / path.name).symlink_to(path)
+    load_adapter(Backbone(make_model("llama")), "policy", tmp_path / "snapshots" / "0123", trainable=True)
+    with pytest.raises(UserError, match=r"adapter_config.json is a link to .*, which is not in that folder"):
+        load_adapter(Backbone(make_model("llama")), "policy", tmp_path / "elsewhere", trainable=True)
+    (tmp_path / "link").symlink_to(tmp_path / "blobs")
+    load_adapter(Backbone(make_model("llama")), "policy", tmp_path / "link", trainable=True)
+
+
 def test_folder_without_an_adapter_is_named(tmp_path):
     backbone = Backbone(make_model("llama"))
     with pytest.raises(UserError, match=r"is not an adapter: it has no adapter_config\.json"):
@@ -233,6 +306,10 @@ def test_folder_without_an_adapter_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         load_adapter(backbone, "policy", tmp_path, trainable=True)
+    for text in ("[" * 100_000, '{"r": ' + "1" * 5000 + "}"):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(UserError, match="is not JSON"):
+            load_adapter(backbone, "policy", tmp_path, trainable=True)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
         load_adapter(backbone, "policy", tmp_path, trainable=True)
