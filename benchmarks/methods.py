@@ -1,20 +1,25 @@
 """Every method on its small example, five seeds each: what rose, by how much, at what KL, in how many seconds.
 
-    python -m benchmarks.methods --out benchmarks/results/methods.json            those that the file lacks
-    python -m benchmarks.methods --out out.json --only dpo --only grpo --seeds 2  some of them
+    python -m benchmarks.methods --out benchmarks/results/methods.json            the seeds that the file lacks
+    python -m benchmarks.methods --out out.json --only dpo --only grpo --seeds 2  some of them, anew
 
-A method is a row of rlhf_fast.algorithms.ALGORITHMS or a file of examples/methods. A row runs the file of its name, or
-that of its module with `algorithm` changed. All start from the model and the reward model of
+A method is a row of rlhf_fast.algorithms.ALGORITHMS or a file of examples/methods that no row runs. A row runs the file
+of its name, or that of its module with `algorithm` changed. All start from the model and the reward model of
 examples/methods/base.yaml, which is trained once, with seed 0. What a method is judged by is its own held-out
 evaluation, before and after.
+
+Every run says its commit and a digest of its settings. Where the settings of a method have changed, its runs with the
+old ones go. Whether a change of the code asks for new runs (`--only`) is for the one who made it to say.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
+import re
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,7 +39,6 @@ EXAMPLES, RUNS = ROOT / "examples" / "methods", ROOT / "run" / "methods"
 BASE = "base"
 SEEDS = 5
 MEASURES = ("reward", "accuracy", "loss")  # the first that an evaluation has
-FALLS = {"loss"}
 
 
 def methods() -> dict[str, Path]:
@@ -44,7 +48,32 @@ def methods() -> dict[str, Path]:
     missing = [name for name, path in rows.items() if path is None]
     if missing:
         raise FileNotFoundError(f"no example in {EXAMPLES} for {', '.join(missing)}")
-    return {name: path for name, path in rows.items() if path is not None} | files
+    used = {name: path for name, path in rows.items() if path is not None}
+    return used | {name: path for name, path in files.items() if path not in used.values()}
+
+
+def settings(name: str, path: Path) -> str:
+    """Digest of what a run of the method depends on besides the code: its preset, its file, the file of the base, and
+    the data and rewards that these name."""
+    preset = ALGORITHMS.get(name)
+    files = [yaml.safe_load(file.read_text()) for file in (path, EXAMPLES / f"{BASE}.yaml")]
+    told = json.dumps([preset and [preset.module, dict(preset.defaults)], files], sort_keys=True)
+    digest = hashlib.sha256(told.encode())
+    for named in sorted(set(re.findall(r"examples/[\w/]+\.\w+", told))):
+        digest.update((ROOT / named).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def kept(results: dict[str, Any], told: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """Method -> its runs in `results` with the settings `told`."""
+    runs = {name: results["methods"].get(name, []) for name in told}
+    return {name: [r for r in rows if r["settings"] == told[name]] for name, rows in runs.items()}
+
+
+def missing(runs: dict[str, list[dict[str, Any]]], seeds: int) -> list[tuple[str, int]]:
+    """(method, seed), seed by seed: a session that is cut short has seen every method."""
+    there = {(name, r["seed"]) for name, rows in runs.items() for r in rows}
+    return [(name, seed) for seed in range(seeds) for name in runs if (name, seed) not in there]
 
 
 def run(name: str, path: Path, seed: int) -> dict[str, Any]:
@@ -89,21 +118,20 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The table of docs/methods.md."""
-    lines = ["| method | measure | before | after | change | KL | seconds |", "|---|---|---:|---:|---:|---:|---:|"]
+    columns = ["method", "measure", "seeds", "before", "after", "change", "KL", "seconds"]
+    lines = [f"| {' | '.join(columns)} |", f"|---|---{'|---:' * (len(columns) - 2)}|"]
     for name, runs in results["methods"].items():
         s = summary(runs)
-        error = "" if s["rise_se"] is None else f" ± {s['rise_se']:.2f}"
+        change = f"{s['rise']:+.2f}" + ("" if s["rise_se"] is None else f" ± {s['rise_se']:.2f}")
         kl = "" if s["kl"] is None else f"{s['kl']:.2f}"
-        lines.append(
-            f"| `{name}` | {s['measure']} | {s['before']:.2f} | {s['after']:.2f} | {s['rise']:+.2f}{error} | {kl} "
-            f"| {s['seconds']:.1f} |"
-        )
+        means = f"{s['before']:.2f} | {s['after']:.2f} | {change} | {kl} | {s['seconds']:.1f}"
+        lines.append(f"| `{name}` | {s['measure']} | {s['seeds']} | {means} |")
     where = results["machine"]
-    seeds = max(len(runs) for runs in results["methods"].values())
+    commits = dict.fromkeys(r["commit"][:7] for runs in results["methods"].values() for r in runs)
     lines += [
-        "", f"Means over up to {seeds} seeds, the change with its standard error; KL to the reference in nats per "
-        "completion; median seconds of one run on one thread.", "",
-        f"{where['cpu']}, torch {where['torch']}, commit {(where['commit'] or '')[:7]}. Command: `{where['command']}`.",
+        "", "Means over seeds, the change with its standard error; KL to the reference in nats per completion; median "
+        "seconds of one run on one thread.", "",
+        f"{where['cpu']}, torch {where['torch']}, commits {', '.join(commits)}. Command: `{where['command']}`.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -125,15 +153,19 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
     asked = parser.parse_args(words)
     os.chdir(ROOT)  # the examples name their files from there
-    there = json.loads(asked.out.read_text()) if asked.out.exists() else {"methods": {}}
     known = methods()
-    wanted = asked.only or [name for name in known if name not in there["methods"]]
+    told = {name: settings(name, path) for name, path in known.items()}
+    there = json.loads(asked.out.read_text()) if asked.out.exists() else {"methods": {}}
+    runs_of = kept(there, told)
+    for name in asked.only or []:
+        runs_of[name] = []
+    wanted = {name: runs_of[name] for name in asked.only or known}
+    where = machine("cpu")
+    commit = f"{where['commit']}{'-dirty' if where['uncommitted_changes'] else ''}"
     make_base()
-    results = {"machine": machine("cpu"), "methods": {k: v for k, v in there["methods"].items() if k not in wanted}}
     failed = False
     with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn")) as pool:
-        # Seed by seed: a run that is cut short has seen every method.
-        begun = {pool.submit(run, name, known[name], seed): name for seed in range(asked.seeds) for name in wanted}
+        begun = {pool.submit(run, name, known[name], seed): name for name, seed in missing(wanted, asked.seeds)}
         for future in as_completed(begun):
             name = begun[future]
             error = future.exception()
@@ -141,12 +173,12 @@ def main(words: list[str] | None = None) -> int:
                 failed = True
                 print(f"{name}: {type(error).__name__}: {error}", flush=True)
                 continue
-            runs = [*results["methods"].get(name, []), future.result()]
-            results["methods"][name] = sorted(runs, key=lambda row: row["seed"])
-            print(name, results["methods"][name][-1], flush=True)
-            ordered = {name: results["methods"][name] for name in known if name in results["methods"]}
+            runs_of[name].append({"settings": told[name], "commit": commit, **future.result()})
+            runs_of[name].sort(key=lambda r: r["seed"])
+            print(name, future.result(), flush=True)
+            results = {"machine": where, "methods": {name: runs for name, runs in runs_of.items() if runs}}
             asked.out.parent.mkdir(parents=True, exist_ok=True)
-            asked.out.write_text(json.dumps({**results, "methods": ordered}, indent=1) + "\n")
+            asked.out.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if failed else 0
 
 
