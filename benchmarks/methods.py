@@ -1,7 +1,7 @@
 """Every method on its small example, five seeds each: what rose, by how much, at what KL, in how many seconds.
 
     python -m benchmarks.methods --out benchmarks/results/methods.json            the seeds that the file lacks
-    python -m benchmarks.methods --out out.json --only dpo --only grpo --seeds 2  some of them, anew
+    python -m benchmarks.methods --out out.json --only dpo --only grpo --seeds 2  of some of them
 
 A method is a row of rlhf_fast.algorithms.ALGORITHMS or a file of examples/methods that no row runs. A row runs the file
 of its name, or that of its module with `algorithm` changed. All start from the model and the reward model of
@@ -9,7 +9,7 @@ examples/methods/base.yaml, which is trained once, with seed 0. What a method is
 evaluation, before and after.
 
 Every run says its commit and a digest of its settings. Where the settings of a method have changed, its runs with the
-old ones go. Whether a change of the code asks for new runs (`--only`) is for the one who made it to say.
+old ones go. Whether a change of the code asks for new runs (`--anew`) is for the one who made it to say.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def main(words: list[str] | None = None) -> int:
     """The exit status: 1 where a method failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file, which is added to")
-    parser.add_argument("--only", action="append", help="a method; again for another; these run anew")
+    parser.add_argument("--only", action="append", help="a method; again for another")
+    parser.add_argument("--anew", action="store_true", help="of these, also the seeds that the file has")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
     asked = parser.parse_args(words)
@@ -157,15 +158,16 @@ def main(words: list[str] | None = None) -> int:
     told = {name: settings(name, path) for name, path in known.items()}
     there = json.loads(asked.out.read_text()) if asked.out.exists() else {"methods": {}}
     runs_of = kept(there, told)
-    for name in asked.only or []:
-        runs_of[name] = []
-    wanted = {name: runs_of[name] for name in asked.only or known}
+    wanted = asked.only or list(known)
+    if asked.anew:
+        runs_of |= {name: [] for name in wanted}
     where = machine("cpu")
     commit = f"{where['commit']}{'-dirty' if where['uncommitted_changes'] else ''}"
+    begin = missing({name: runs_of[name] for name in wanted}, asked.seeds)
     make_base()
     failed = False
     with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn")) as pool:
-        begun = {pool.submit(run, name, known[name], seed): name for name, seed in missing(wanted, asked.seeds)}
+        begun = {pool.submit(run, name, known[name], seed): name for name, seed in begin}
         for future in as_completed(begun):
             name = begun[future]
             error = future.exception()
