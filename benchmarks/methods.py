@@ -4,9 +4,8 @@
     python -m benchmarks.methods --out out.json --only dpo --only grpo --seeds 2  of some of them
 
 A method is a row of rlhf_fast.algorithms.ALGORITHMS or a file of examples/methods that no row runs. A row runs the file
-of its name, or that of its module with `algorithm` changed. All start from the model and the reward model of
-examples/methods/base.yaml, which is trained once, with seed 0. What a method is judged by is its own held-out
-evaluation, before and after.
+of its name, or that of its module with `algorithm` changed. All start from the models of BASES in examples/methods,
+which are trained once, with seed 0. What a method is judged by is its own held-out evaluation, before and after.
 
 Every run says its commit and a digest of its settings. Where the settings of a method have changed, its runs with the
 old ones go. Whether a change of the code asks for new runs (`--anew`) is for the one who made it to say.
@@ -36,14 +35,14 @@ from rlhf_fast.data.reading import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, RUNS = ROOT / "examples" / "methods", ROOT / "run" / "methods"
-BASE = "base"
+BASES = {"base": "teacher", "lessons": "."}  # file -> its last stage
 SEEDS = 5
 MEASURES = ("reward", "accuracy", "loss")  # the first that an evaluation has
 
 
 def methods() -> dict[str, Path]:
     """Method -> its file."""
-    files = {path.stem: path for path in sorted(EXAMPLES.glob("*.yaml")) if path.stem != BASE}
+    files = {path.stem: path for path in sorted(EXAMPLES.glob("*.yaml")) if path.stem not in BASES}
     rows = {name: files.get(name, files.get(preset.module)) for name, preset in ALGORITHMS.items()}
     missing = [name for name, path in rows.items() if path is None]
     if missing:
@@ -53,10 +52,13 @@ def methods() -> dict[str, Path]:
 
 
 def settings(name: str, path: Path) -> str:
-    """Digest of what a run of the method depends on besides the code: its preset, its file, the file of the base, and
-    the data and rewards that these name."""
+    """Digest of what a run of the method depends on besides the code: its preset, its file, the files of the models
+    that it starts from, and the data and rewards that these name."""
     preset = ALGORITHMS.get(name)
-    files = [yaml.safe_load(file.read_text()) for file in (path, EXAMPLES / f"{BASE}.yaml")]
+    files = [yaml.safe_load(path.read_text())]
+    for base in BASES:
+        if base == "base" or f"run/methods/{base}" in path.read_text():
+            files.append(yaml.safe_load((EXAMPLES / f"{base}.yaml").read_text()))
     told = json.dumps([preset and [preset.module, dict(preset.defaults)], files], sort_keys=True)
     digest = hashlib.sha256(told.encode())
     for named in sorted(set(re.findall(r"examples/[\w/]+\.\w+", told))):
@@ -112,7 +114,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "measure": runs[0]["measure"], "seeds": len(runs), "before": statistics.fmean(r["before"] for r in runs),
         "after": statistics.fmean(r["after"] for r in runs), "rise": statistics.fmean(rises), "rise_se": spread,
-        "kl": statistics.fmean(kls) if kls else None, "seconds": statistics.median(r["seconds"] for r in runs),
+        "kl": statistics.fmean(kls) if kls else None, "seconds": min(r["seconds"] for r in runs),
     }  # fmt: skip
 
 
@@ -129,19 +131,20 @@ def table(results: dict[str, Any]) -> str:
     where = results["machine"]
     commits = dict.fromkeys(r["commit"][:7] for runs in results["methods"].values() for r in runs)
     lines += [
-        "", "Means over seeds, the change with its standard error; KL to the reference in nats per completion; median "
-        "seconds of one run on one thread.", "",
+        "", "Means over seeds, the change with its standard error; KL to the reference in nats per completion; "
+        "seconds of the fastest run, on one thread.", "",
         f"{where['cpu']}, torch {where['torch']}, commits {', '.join(commits)}. Command: `{where['command']}`.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def make_base() -> None:
-    """The folder that the examples start from, unless it is there."""
+def make_bases() -> None:
+    """The folders that the examples start from, those that are not there."""
     from rlhf_fast.algorithms.launch import launch
 
-    if not (RUNS / BASE / "teacher" / "summary.json").is_file():
-        launch(str(EXAMPLES / f"{BASE}.yaml"), {}, dry_run=False, resume=None, overwrite=True)
+    for base, last in BASES.items():
+        if not (RUNS / base / last / "summary.json").is_file():
+            launch(str(EXAMPLES / f"{base}.yaml"), {}, dry_run=False, resume=None, overwrite=True)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -164,7 +167,7 @@ def main(words: list[str] | None = None) -> int:
     where = machine("cpu")
     commit = f"{where['commit']}{'-dirty' if where['uncommitted_changes'] else ''}"
     begin = missing({name: runs_of[name] for name in wanted}, asked.seeds)
-    make_base()
+    make_bases()
     failed = False
     with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn")) as pool:
         begun = {pool.submit(run, name, known[name], seed): name for name, seed in begin}

@@ -128,7 +128,7 @@ ALGORITHMS = {
     "apo_zero": _pairs("apo_zero"),
     "apo_down": _pairs("apo_down"),
     "discopop": _pairs("discopop"),
-    "sigmoid_norm": _pairs("sigmoid_norm"),
+    "sigmoid_norm": _pairs("sigmoid_norm", beta=5.0),
     "simpo": _pairs("simpo", beta=2.0, gamma=1.0),
     "cpo": _pairs("cpo"),
     "orpo": _pairs("orpo"),

@@ -106,7 +106,7 @@ def drafts_of(job: Job, config: AlgorithmConfig, prompts: list[Prompt], part: in
     encoder = build_encoder(plain, job.backbone, job.encoder.tokenizer, new_tokens=tokens)
     speaker = LocalSpeaker(job.backbone, encoder, "policy", config.micro_batch_size or 16, config.temperature)
     with separate_randomness(config.seed + part):
-        answers = [texts[0].strip() for texts in labels.sampled_answers(job, config, prompts, 1)]
+        answers = [texts[0] for texts in labels.sampled_answers(job, config, prompts, 1)]
         return revised(
             speaker, prompts, answers, lines_of(config.principles, "principles") or PRINCIPLES, seed=config.seed,
             rounds=config.revision_rounds, critique_tokens=config.critique_tokens, answer_tokens=config.max_new_tokens,

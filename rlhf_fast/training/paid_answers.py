@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from rlhf_fast.data.batches import pad_batch
 from rlhf_fast.data.encoding import Encoder, Example, Prompt
@@ -11,7 +12,7 @@ from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.rollout import Rollout
 from rlhf_fast.training.config import SamplingConfig
-from rlhf_fast.training.experience import judge
+from rlhf_fast.training.experience import penalties, score
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.pairs import number
 
@@ -42,10 +43,22 @@ def paid(job: Job, config: SamplingConfig, examples: Sequence[Paid]) -> list[Pai
         texts = [str(job.encoder.tokenizer.decode(e.ids[e.start :], skip_special_tokens=True)) for e in part]
         batch = pad_batch(part, job.encoder.pad_id).to(job.device)
         rollout = Rollout([e.prompt for e in part if e.prompt], batch, texts, torch.ones(len(part), dtype=torch.bool))
-        judged += [
-            replace(e, reward=r) for e, r in zip(part, judge(job, config, rollout).rewards.tolist(), strict=True)
-        ]
+        rewards = rewards_of(job, config, rollout).tolist()
+        judged += [replace(e, reward=r) for e, r in zip(part, rewards, strict=True)]
     return judged
+
+
+@torch.no_grad()
+def rewards_of(job: Job, config: SamplingConfig, rollout: Rollout) -> Tensor:
+    """(B,): what the job's rewards pay; the model is asked only where one of them is its adapter."""
+    assert job.rewards is not None
+    states: tuple[Tensor | None, ...] = ()
+    if job.rewards.adapter is not None:
+        scores = score(job, config, rollout, policy=False)[1]
+        states = scores.scores, scores.features
+    columns = rollout.columns() | {"completion_ids": rollout.completion_ids()}
+    asked = [prompt.columns["prompt"] for prompt in rollout.prompts], rollout.completions, columns
+    return job.rewards(*asked, *states).total - penalties(config, rollout)
 
 
 def standardised(train: Sequence[Paid], held_out: Sequence[Paid]) -> tuple[list[Paid], list[Paid]]:

@@ -50,18 +50,21 @@ WINDOW = 12  # characters
 
 @dataclass
 class Draft:
-    """An answer with its rounds: answers[0] is the first one, answers[i] the revision of round i."""
+    """An answer with its rounds: answers[0] is the first one, answers[i] the revision of round i, all without white
+    space around them. lead: the white space that parts the first one from its prompt, where that is plain text."""
 
     prompt: Prompt
     answers: list[str]
     principles: list[str] = field(default_factory=list)
     critiques: list[str] = field(default_factory=list)
+    lead: str = ""
 
     def row(self) -> dict[str, Any]:
         """What supervised fine-tuning reads, with how it came about."""
         return {
-            **kept_columns(self.prompt.columns), "completion": self.answers[-1], "original": self.answers[0],
-            "revisions": self.answers[1:], "principles": self.principles, "critiques": self.critiques,
+            **kept_columns(self.prompt.columns), "completion": self.lead + self.answers[-1],
+            "original": self.lead + self.answers[0], "revisions": self.answers[1:], "principles": self.principles,
+            "critiques": self.critiques,
         }  # fmt: skip
 
 
@@ -70,7 +73,10 @@ def revised(
     rounds: int, critique_tokens: int, answer_tokens: int, seed: int,
 ) -> list[Draft]:  # fmt: skip
     """The answers after `rounds` critiques and revisions, each by a principle that the seed and the prompt draw."""
-    drafts = [Draft(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)]
+    drafts = [
+        Draft(prompt, [answer.strip()], lead=_lead(answer) if isinstance(prompt.columns["prompt"], str) else "")
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     chat = speaker.chat
     for number in range(rounds):
         for draft in drafts:
@@ -86,6 +92,10 @@ def revised(
         for draft, text in zip(drafts, speaker.write(asked, answer_tokens), strict=True):
             draft.answers.append(text if chat else _first_part(text))
     return drafts
+
+
+def _lead(text: str) -> str:
+    return text[: len(text) - len(text.lstrip())]
 
 
 def _shown(draft: Draft) -> str:
@@ -152,7 +162,7 @@ def write_sifted(
             rows = [{"dropped": reason, **draft.row()} for reason, draft in dropped]
             write_rows(run.folder, part, rows, DROPPED)
             write_rows(run.folder, part, [draft.row() for draft in kept])
-        seen |= {row["completion"] for row in written_rows(run.folder)}
+        seen |= {row["revisions"][-1] for row in written_rows(run.folder)}
 
 
 def told(reasons: Sequence[str], total: int) -> str:

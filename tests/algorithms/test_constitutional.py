@@ -48,6 +48,16 @@ def test_each_round_criticises_by_a_principle_and_revises_what_the_last_one_wrot
                            draft.answers[1:], "principles": draft.principles, "critiques": draft.critiques}  # fmt: skip
 
 
+@pytest.mark.parametrize(("prompt", "lead"), [("p", " \n"), ([{"role": "user", "content": "p"}], "")])
+def test_a_revision_is_parted_from_a_plain_prompt_as_the_answer_was(prompt, lead):
+    """A plain prompt goes on with its completion: `The soup was` with ` good.`, not with `good.`."""
+    writer = Writer(chat=True)
+    (draft,) = revised(writer, [Prompt("d:1", [1], "p", {"prompt": prompt})], [" \nfirst "], ["A."], rounds=1,
+                       critique_tokens=3, answer_tokens=5, seed=0)  # fmt: skip
+    assert "|first|" in writer.asked[0][0]
+    assert (draft.row()["original"], draft.row()["completion"]) == (f"{lead}first", f"{lead}{draft.answers[1]}")
+
+
 def test_a_base_model_is_shown_examples_and_its_text_ends_with_the_part():
     writer = Writer(chat=False)
     prompts = [Prompt("d:1", [1], "p", {"prompt": "p"})]

@@ -8,6 +8,7 @@ from rlhf_fast.algorithms import ilql
 from rlhf_fast.algorithms.launch import run_stage, single_stage
 from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.rollout import roll_out
 from rlhf_fast.training import supervised
 from rlhf_fast.training.optim import accumulate
@@ -84,7 +85,12 @@ def test_q_and_v_start_at_zero():
     assert torch.isfinite(loss)
 
 
-def test_rewards_are_standardised_by_the_training_data_and_may_come_from_a_function(tmp_path):
+def test_rewards_are_standardised_by_the_training_data_and_may_come_from_a_function(tmp_path, monkeypatch):
+    """For a function the model is asked in the trial of two completions alone."""
+    asked, score = [], Backbone.score
+    monkeypatch.setattr(
+        Backbone, "score", lambda self, ids, *a, **k: asked.append(len(ids)) or score(self, ids, *a, **k)
+    )
     rows = [{"prompt": "p" * (1 + i % 3), "completion": "ab" * (i % 5)} for i in range(12)]
     write_jsonl(tmp_path / "plain.jsonl", rows)
     write_jsonl(tmp_path / "scored.jsonl", [{**row, "rating": len(row["completion"])} for row in rows])
@@ -93,6 +99,7 @@ def test_rewards_are_standardised_by_the_training_data_and_may_come_from_a_funct
     for data, reward in (("scored", None), ("plain", f"{tmp_path}/reward.py:score")):
         values = values_of_row(data=f"{tmp_path}/{data}.jsonl", reward=reward, max_new_tokens=4)
         jobs.append(job_of(single_stage(values).config))
+    assert asked == [2]
     for job in jobs:
         lengths = torch.tensor([float(len(e.ids) - e.start - 1) for e in job.train], dtype=torch.float64)
         expected = (lengths - lengths.mean()) / lengths.std(correction=0)

@@ -16,17 +16,21 @@ FOLDER = Path(__file__).parents[2] / "examples" / "methods"
 ROWS = [json.loads(line) for line in (FOLDER / "judgements.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_script_writes_the_committed_file(tmp_path):
+@pytest.mark.parametrize(
+    ("script", "files"), [("make_judgements", ["judgements"]), ("make_lessons", ["lessons", "bad_pairs"])]
+)
+def test_the_script_writes_the_committed_files(script, files, tmp_path):
     before = list(sys.path)
     try:
-        script = runpy.run_path(str(FOLDER / "make_judgements.py"))
-        script["main"].__globals__["FOLDER"] = tmp_path
-        script["main"]()
+        main = runpy.run_path(str(FOLDER / f"{script}.py"))["main"]
+        main.__globals__["FOLDER"] = tmp_path
+        main()
     finally:
         sys.path[:] = before
         for name in ("make_data", "word_reward"):
             sys.modules.pop(name, None)
-    assert (tmp_path / "judgements.jsonl").read_bytes() == (FOLDER / "judgements.jsonl").read_bytes()
+    for name in files:
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (FOLDER / f"{name}.jsonl").read_bytes()
 
 
 def test_every_row_has_every_form_and_answers_that_are_told_apart():
