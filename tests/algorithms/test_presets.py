@@ -88,6 +88,7 @@ def test_what_the_user_says_stands_above_a_row_and_the_rest_of_the_row_stays():
     assert (said.variant, said.clip_eps_high) == ("dapo", 0.5)
     said = single_stage(values_of_row("simpo", objective={"variant": "ipo"})).config.objective
     assert (said.variant, said.beta) == ("ipo", 0.1)
+    assert load_config("sigmoid_norm").objective.beta == 5.0  # Tulu 3's: it averages over the tokens
     assert single_stage(values_of_row("rloo"), {"advantage": "opo"}).config.advantage == "opo"
     assert single_stage(values_of_row("rloo", kl_coef=0.0)).config.kl_coef == 0
 
