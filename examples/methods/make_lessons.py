@@ -1,8 +1,8 @@
-"""Write lessons.jsonl and bad_pairs.jsonl: `python examples/methods/make_lessons.py` (always the same bytes).
+"""Write lessons.jsonl, bad_pairs.jsonl and rated.jsonl: `python examples/methods/make_lessons.py` (always the same bytes).
 
 Lessons: what a tiny model has to know before sdpo and constitutional can do anything for it, which are what a sentence
 that succeeded is shown for, and to criticise and revise. Bad pairs: both answers are no better than the model's own,
-for apo_down.
+for apo_down. Rated: answers of one short word, for ilql, whose values go back by a token per update.
 """
 
 import json
@@ -47,8 +47,18 @@ def bad_pairs(rng: random.Random, prompt: str) -> list[Row]:
     return [{"prompt": prompt, "chosen": ending(rng, "mixed"), "rejected": ending(rng, "negative")}]
 
 
+def rated(rng: random.Random, prompt: str) -> list[Row]:
+    """Of the short prompts, every short word with what it is paid."""
+    words = {"good": 1.0, "fine": 1.0, "nice": 1.0, "great": 1.0, "bad": -1.0, "sad": -1.0, "dull": -1.0, "ugly": -1.0}
+    return [
+        {"prompt": prompt, "completion": f" {word}.", "rating": rating}
+        for word, rating in words.items()
+        if prompt.startswith(("The ", "Our "))
+    ]
+
+
 def main() -> None:
-    for make in (lessons, bad_pairs):
+    for make in (lessons, bad_pairs, rated):
         rng = random.Random(2)
         prompts = prompts_about(THINGS)
         rng.shuffle(prompts)

@@ -17,7 +17,7 @@ ROWS = [json.loads(line) for line in (FOLDER / "judgements.jsonl").read_text(enc
 
 
 @pytest.mark.parametrize(
-    ("script", "files"), [("make_judgements", ["judgements"]), ("make_lessons", ["lessons", "bad_pairs"])]
+    ("script", "files"), [("make_judgements", ["judgements"]), ("make_lessons", ["lessons", "bad_pairs", "rated"])]
 )
 def test_the_script_writes_the_committed_files(script, files, tmp_path):
     before = list(sys.path)
