@@ -1,4 +1,4 @@
-"""Write lessons.jsonl, bad_pairs.jsonl and rated.jsonl: `python examples/methods/make_lessons.py` (always the same bytes).
+"""Write lessons, bad_pairs and rated (.jsonl): `python examples/methods/make_lessons.py` (always the same bytes).
 
 Lessons: what a tiny model has to know before sdpo and constitutional can do anything for it, which are what a sentence
 that succeeded is shown for, and to criticise and revise. Bad pairs: both answers are no better than the model's own,
