@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from rlhf_fast.algorithms import ilql
 from rlhf_fast.cli import app
 from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
@@ -53,6 +54,33 @@ def adapter(path: Path, *, seed: int = 0, template: str | None = None, **options
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     return adapter(tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_the_q_adapters_of_a_run_of_ilql_steer_its_samples(tmp_path):
+    run, beta = adapter(tmp_path / "run"), 3.0
+    for i, role in enumerate(ilql.QS, 1):
+        adapter(run / role, seed=i)
+    (run / "config.yaml").write_text(f"algorithm: ilql\ndecode_beta: {beta}\nmax_new_tokens: 5\n")
+    out = tmp_path / "out.jsonl"
+    result = invoke("sample", run, "--prompt", "ab", "--temperature", 0, "--out", out)
+    assert result.exit_code == 0, result.output
+    plain = AutoModelForCausalLM.from_pretrained(base()).eval()
+    models = [peft_model(run), *(peft_model(run / role) for role in ilql.QS)]
+    tokenizer = AutoTokenizer.from_pretrained(base())
+
+    @torch.no_grad()
+    def decoded(weight):
+        ids = torch.tensor([tokenizer("ab").input_ids])
+        start = ids.shape[1]
+        for _ in range(5):
+            policy, *qs = (model(ids).logits[0, -1] for model in models)
+            least = torch.minimum(*(q - plain(ids).logits[0, -1] for q in qs))
+            ids = torch.cat([ids, (policy.log_softmax(-1) + weight * least).argmax()[None, None]], 1)
+        return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+    (row,) = read_jsonl(out)
+    assert row["after"] == [{"completion": decoded(beta)}]
+    assert decoded(beta) != decoded(0)
 
 
 def peft_model(path: Path):

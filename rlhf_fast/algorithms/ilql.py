@@ -26,6 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_fast.data.encoding import Encoder
+from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.ops.head.linear_logprobs import linear_logprobs
 from rlhf_fast.rollout import Drawing
 from rlhf_fast.training import supervised
@@ -40,6 +41,7 @@ from rlhf_fast.training.setup import load_rows
 from rlhf_fast.training.supervised import Rows
 
 QS, TARGETS = ("q", "q_2"), ("target_q", "target_q_2")
+DECODE_BETA = 1.0
 
 
 class AlgorithmConfig(SamplingConfig):
@@ -54,7 +56,7 @@ class AlgorithmConfig(SamplingConfig):
     awac_beta: float = Field(0.0, ge=0, description="of the weights of the policy's log-probabilities; 0: all 1")
     target_share: float = Field(0.001, gt=0, le=1, description="how far the targets follow")
     target_every: int = Field(5, ge=1, description="in how many steps")
-    decode_beta: float = Field(1.0, ge=0, description="weight of Q where held-out prompts are sampled")
+    decode_beta: float = Field(DECODE_BETA, ge=0, description="weight of Q where the policy is sampled")
     top_k: int = Field(20, ge=0, description="0: off")
 
 
@@ -124,9 +126,9 @@ def loss_of(job: Job, config: AlgorithmConfig, examples: Sequence[Paid]) -> Loss
 class Steered(Drawing):
     """log policy + beta min Q."""
 
-    def __init__(self, config: AlgorithmConfig, logit_scale: float) -> None:
+    def __init__(self, backbone: Backbone, config: SamplingConfig, beta: float) -> None:
         super().__init__(["policy", None, *QS], config.temperature, config.top_k, config.top_p)
-        self.beta, self.logit_scale = config.decode_beta, logit_scale
+        self.beta, self.logit_scale = beta, backbone.logit_transform.get("logit_scale", 1.0)
 
     def combined(self, logits: Sequence[Tensor]) -> Tensor:
         policy, base, *qs = logits
@@ -140,7 +142,7 @@ def evaluate(job: OfflineJob, config: AlgorithmConfig) -> dict[str, Any]:
     metrics = supervised.held_out_metrics(job, config, loss_of(job, config, job.held_out))
     if job.rewards is None:
         return {"metrics": metrics, "samples": []}
-    steered = Steered(config, job.backbone.logit_transform.get("logit_scale", 1.0))
+    steered = Steered(job.backbone, config, config.decode_beta)
     sampled = evaluate_policy(job, config, job.held_out_prompts, drawing=steered)
     return {"metrics": metrics | sampled["metrics"], "samples": sampled["samples"]}
 

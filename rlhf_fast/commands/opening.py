@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.algorithms import ilql
 from rlhf_fast.data.encoding import Encoder, quiet_libraries
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.peft_io import CONFIG_NAME, load_adapter
+from rlhf_fast.rollout import Drawing
 from rlhf_fast.training.config import SamplingConfig, parse, read_yaml
 from rlhf_fast.training.folder import CONFIG_FILE
 from rlhf_fast.training.job import seed_everything
@@ -22,13 +24,19 @@ TOKENIZER_FILES = (
 
 @dataclass
 class Opened:
-    """A model without roles, and where the adapters are. adapter: None where the run trained every weight."""
+    """A model without roles, and where the adapters are. adapter: None where the run trained every weight.
+
+    decode_beta: the weight of the run's Q-adapters where it samples (ILQL); None where it has none. drawing: what draws
+    the tokens in the policy's place.
+    """
 
     folder: Path
     config: SamplingConfig
     backbone: Backbone
     encoder: Encoder
     adapter: Path | None
+    decode_beta: float | None = None
+    drawing: Drawing | None = None
 
     def play(self, *, trained: bool) -> None:
         """The role 'policy' is the run's policy, or what it started from: its reference, or the base model.
@@ -36,8 +44,13 @@ class Opened:
         The role 'reference' is what it started from, both times.
         """
         backbone, start = self.backbone, self.folder / "reference"
-        for role in {"policy", "reference"} & set(backbone.adapters):
+        for role in {"policy", "reference", *ilql.QS} & set(backbone.adapters):
             backbone.remove_adapter(role)
+        self.drawing = None
+        if trained and self.decode_beta is not None:
+            for role in ilql.QS:
+                load_adapter(backbone, role, self.folder / role, trainable=False)
+            self.drawing = ilql.Steered(backbone, self.config, self.decode_beta)
         moved = (start / CONFIG_NAME).is_file()
         if moved:
             load_adapter(backbone, "reference", start, trainable=False)
@@ -70,7 +83,8 @@ def open_run(folder: str | Path, **changes: Any) -> Opened:
     seed_everything(config.seed)
     backbone, tokenizer, adapter = build_model(config)
     encoder = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
-    return Opened(folder, config, backbone, encoder, None if adapter is None else Path(adapter))
+    beta = values.get("decode_beta", ilql.DECODE_BETA) if values.get("algorithm") == "ilql" else None
+    return Opened(folder, config, backbone, encoder, None if adapter is None else Path(adapter), beta)
 
 
 def empty_folder(out: str | Path) -> Path:

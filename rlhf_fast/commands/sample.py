@@ -103,7 +103,7 @@ def completions(opened: Opened, rows: Sequence[Row], wanted: Wanted, *, trained:
         answers = [Completion(text) for text in plain(opened, prompts, wanted.batch_size)]
     else:
         job = Job(opened.backbone, encoder, [], prompts, {}, rewards=rewards_of(opened, wanted.reward, rows))
-        best = best_of(job, opened.config, prompts, wanted.candidates)
+        best = best_of(job, opened.config, prompts, wanted.candidates, drawing=opened.drawing)
         answers = [Completion(*pair) for pair in zip(best.completions, best.rewards.tolist(), strict=True)]
     return [answers[i : i + wanted.n] for i in range(0, len(answers), wanted.n)]
 
@@ -114,7 +114,7 @@ def plain(opened: Opened, prompts: Sequence[Prompt], batch_size: int) -> list[st
         rollout = roll_out(
             opened.backbone, opened.encoder.tokenizer, prompts[i : i + batch_size],
             max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-            top_p=config.top_p,
+            top_p=config.top_p, drawing=opened.drawing,
         )  # fmt: skip
         texts += rollout.completions
     return texts

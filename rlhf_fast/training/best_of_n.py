@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.data.encoding import Prompt
+from rlhf_fast.rollout import Drawing
 from rlhf_fast.training.config import SamplingConfig
 from rlhf_fast.training.experience import Experience, collect
 from rlhf_fast.training.job import Job
@@ -49,8 +50,12 @@ class BestOf(NamedTuple):
     kl_bound: float
 
 
-def best_of(job: Job, config: SamplingConfig, prompts: Sequence[Prompt], n: int) -> BestOf:
+def best_of(
+    job: Job, config: SamplingConfig, prompts: Sequence[Prompt], n: int, *, drawing: Drawing | None = None
+) -> BestOf:
     """Sample n completions of each prompt, batch_size at a time, and choose by the job's rewards.
+
+    drawing: what draws the tokens in the policy's place.
 
     Uses torch's global random state. Raises ValueError for n < 1 or no prompts.
     """
@@ -58,7 +63,7 @@ def best_of(job: Job, config: SamplingConfig, prompts: Sequence[Prompt], n: int)
         raise ValueError(f"best_of needs n >= 1 and a prompt, got n = {n} and {len(prompts)} prompts")
     size = max(1, config.batch_size // n)
     passes = [
-        collect(job, config, [prompt for prompt in prompts[start : start + size] for _ in range(n)])
+        collect(job, config, [prompt for prompt in prompts[start : start + size] for _ in range(n)], drawing=drawing)
         for start in range(0, len(prompts), size)
     ]
     texts = [text for experience in passes for text in experience.rollout.completions]

@@ -119,8 +119,9 @@ def test_samples_are_steered_by_the_lesser_q():
     job = job_of(config)
     ids = job.train[0].prompt.ids
     rollout = roll_out(
-        job.backbone, job.encoder.tokenizer, [job.train[0].prompt], max_new_tokens=4, drawing=ilql.Steered(config, 1.0)
-    )
+        job.backbone, job.encoder.tokenizer, [job.train[0].prompt], max_new_tokens=4,
+        drawing=ilql.Steered(job.backbone, config, 3.0),
+    )  # fmt: skip
     drawn = rollout.completion_ids()[0]
     head, plain = job.backbone.lm_head_weight.double(), []
     with torch.no_grad():
