@@ -117,14 +117,20 @@ def roll_out(
     mixing = drawing or (Mixing(mixture, temperature, top_k, top_p) if 0 < mixture < 1 else None)
     completions: list[list[int]] = []
     recorder = Recorder(temperature) if keep_logprobs else None
-    for i in range(0, len(prompts), size):
-        ids = [p.ids for p in prompts[i : i + size]]
-        watch = None if on_finished is None else _Watch(tokenizer, prompts[i : i + size], stops, i, on_finished)
-        sampling = "reference" if mixture == 1 else role
-        tokens = _generate(backbone, ids, settings, mixing or recorder, watch, role=sampling)[:, max(map(len, ids)) :]
-        completions += [_cut(row, stops) for row in tokens.tolist()]
-        if recorder is not None:
-            recorder.finish(tokens)
+    sampling = "reference" if mixture == 1 else role
+    with backbone.sampling() as in_step:
+        starts = range(0, len(prompts), size)
+        idle = backbone.idle_passes(len(starts)) if in_step else 0
+        for i in starts:
+            ids = [p.ids for p in prompts[i : i + size]]
+            watch = None if on_finished is None else _Watch(tokenizer, prompts[i : i + size], stops, i, on_finished)
+            tokens = _generate(backbone, ids, settings, mixing or recorder, watch, role=sampling)
+            tokens = tokens[:, max(map(len, ids)) :]
+            completions += [_cut(row, stops) for row in tokens.tolist()]
+            if recorder is not None:
+                recorder.finish(tokens)
+        for _ in range(idle):
+            _generate(backbone, [prompts[0].ids], settings, mixing, role=sampling)
     scored = not {"reward", "cost"}.isdisjoint(backbone.heads)
     examples = [_example(p, c, closed=scored) for p, c in zip(prompts, completions, strict=True)]
     batch = pad_batch(examples, pad).to(_device(backbone))
@@ -421,7 +427,13 @@ def _generate(
         hooks["stopping_criteria"] = StoppingCriteriaList([watch])
     hook = model.get_output_embeddings().register_forward_pre_hook(_before_head)
     try:
-        with backbone.using(*roles), _without_settings_of_the_checkpoint(model):
+        with (
+            backbone.sampling() as in_step,
+            backbone.using(*roles),
+            _without_settings_of_the_checkpoint(model),
+        ):
+            if in_step:
+                hooks["synced_gpus"] = True
             output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings, **hooks)
             return output[: len(prompts)] if isinstance(output, Tensor) else output
     finally:

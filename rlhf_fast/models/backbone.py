@@ -31,6 +31,7 @@ from rlhf_fast.models.architecture import (
     select_linears,
 )
 from rlhf_fast.models.lora import LoRA, LoRALinear, LoRAShape, Route, routed
+from rlhf_fast.models.pieces import local_tensor, whole_tensor, whole_weight
 from rlhf_fast.models.quantized import QuantizedForward, is_quantized, quantization_state
 from rlhf_fast.models.routing import HeadInput, RoutedLayer, Traversal, traversing
 from rlhf_fast.models.self_test import (
@@ -42,6 +43,7 @@ from rlhf_fast.models.self_test import (
     unsupported,
     why_not_shared,
 )
+from rlhf_fast.models.sharding import Shards
 from rlhf_fast.ops.head.linear_kl import LinearKl, linear_kl
 from rlhf_fast.ops.head.linear_logprobs import linear_logprobs
 from rlhf_fast.ops.head.tiles import default_chunk_tokens
@@ -82,7 +84,8 @@ class Backbone:
     Raises UserError, with the reason, for an architecture that cannot be one.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, shards: Shards | None = None) -> None:
+        """shards: splits the weights over ranks; every method that runs the model is then a call of all of them."""
         layers = decoder_layers(model)
         self._available = adaptable_linears(model, layers)
         self.model = model.eval().requires_grad_(False)
@@ -90,9 +93,11 @@ class Backbone:
         self.quantized = {name: module for name, module in model.named_modules() if is_quantized(module)}
         for name, module in self.quantized.items():
             QuantizedForward(module, name)
-        for index, layer in enumerate(layers.values()):
-            RoutedLayer(layer, index)
-        HeadInput(model.get_output_embeddings())
+        routed_layers = [RoutedLayer(layer, index) for index, layer in enumerate(layers.values())]
+        head = HeadInput(model.get_output_embeddings())
+        self.shards = shards
+        if shards is not None:
+            shards.split(model, routed_layers, head)
         self._linears: dict[str, LoRALinear] = {}
         self.adapters: dict[str, dict[str, LoRA]] = {}
         self.heads: dict[str, nn.Linear] = {}
@@ -197,6 +202,7 @@ class Backbone:
                 name, shape, trainable=trainable, dtype=dtype, generator=generator
             )
         self.adapters[name] = pairs
+        self._tell_shards()
 
     def set_dropout(self, name: str, dropout: float) -> None:
         """Another dropout for the adapter, from the next pass on that has a dropout seed."""
@@ -210,6 +216,11 @@ class Backbone:
         del self.adapters[name]
         self.heads.pop(name, None)
         self._read_by.pop(name, None)
+        self._tell_shards()
+
+    def _tell_shards(self) -> None:
+        if self.shards is not None:
+            self.shards.first = self.first_adapted_layer
 
     def add_head(
         self,
@@ -230,9 +241,8 @@ class Backbone:
         """
         if name in self.heads:
             raise UserError(f"there is already a head named {name!r}")
-        weight = self.lm_head_weight
-        dim = weight.shape[1]
-        head = nn.Linear(dim, outputs, bias=False, dtype=torch.float32, device=weight.device)
+        dim, device = self.hidden_size, self.model.get_output_embeddings().weight.device
+        head = nn.Linear(dim, outputs, bias=False, dtype=torch.float32, device=device)
         with torch.no_grad():
             head.weight.zero_()
             if copy_of is not None:
@@ -448,9 +458,34 @@ class Backbone:
     # Heads on hidden states
 
     @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.model.get_output_embeddings().in_features
+
+    @property
     def lm_head_weight(self) -> Tensor:
-        """(V, D)."""
-        return self.model.get_output_embeddings().weight[: self.vocabulary]
+        """(V, D). Where it is split over ranks, each look gathers it; see `whole_head`."""
+        return whole_tensor(self.model.get_output_embeddings().weight)[: self.vocabulary]
+
+    @contextmanager
+    def whole_head(self) -> Iterator[None]:
+        """Looks at the head inside gather it once, where it is split over ranks."""
+        with whole_weight(self.model.get_output_embeddings()):
+            yield
+
+    @contextmanager
+    def sampling(self) -> Iterator[bool]:
+        """For what generates: whether the ranks inside must all go on to the end of the longest completion, because
+        they gather layers for each token."""
+        if self.shards is None:
+            yield False
+            return
+        with self.shards.sampling() as in_step:
+            yield in_step
+
+    def idle_passes(self, own: int) -> int:
+        """How many passes the other ranks make more than the `own` of this one, which they need it for."""
+        return 0 if self.shards is None else self.shards.idle_passes(own)
 
     @property
     def lm_head_bias(self) -> Tensor | None:
@@ -532,9 +567,10 @@ class Backbone:
         counted = F.pad(mask[:, 1:], (0, 1)).bool()
         states, targets = hidden[counted], input_ids.roll(-1, 1)[counted]
         places = []
-        size = default_chunk_tokens(self.lm_head_weight)
+        weight = self.lm_head_weight
+        size = default_chunk_tokens(weight)
         for rows, ids in zip(states.split(size), targets.split(size), strict=True):
-            logits = F.linear(rows, self.lm_head_weight, self.lm_head_bias)
+            logits = F.linear(rows, weight, self.lm_head_bias)
             places.append((logits > logits.gather(1, ids[:, None])).sum(1) + 1)
         ranks = torch.zeros_like(input_ids)
         ranks[counted] = torch.cat(places)
@@ -580,14 +616,16 @@ class Backbone:
         logprobs: Tensor | None = None
         collisions: Tensor | None = None
         kl: Tensor | None = None
-        if exact_kl:
-            found = self.divergence(hidden["policy"], hidden["reference"], **of_tokens)
-            assert found.ref_logprobs is not None
-            kl, logprobs, ref_logprobs = found.kl, found.logprobs, found.ref_logprobs
-        else:
-            ref_logprobs, _ = self.logprobs_and_collisions(hidden["reference"], **of_tokens)
-            if policy:
-                logprobs, collisions = self.logprobs_and_collisions(hidden["policy"], **of_tokens)
+        with self.whole_head():
+            if exact_kl:
+                found = self.divergence(hidden["policy"], hidden["reference"], **of_tokens)
+                assert found.ref_logprobs is not None
+                kl, logprobs, ref_logprobs = found.kl, found.logprobs, found.ref_logprobs
+            else:
+                ref_logprobs, _ = self.logprobs_and_collisions(hidden["reference"], **of_tokens)
+                if policy:
+                    logprobs, collisions = self.logprobs_and_collisions(hidden["policy"], **of_tokens)
+            ref_ranks = self.ranks(hidden["reference"], input_ids, mask) if ranks else None
         scores = [self.scores(role, hidden[role], attention_mask) for role in rewards]
         return Scores(
             logprobs,
@@ -598,14 +636,14 @@ class Backbone:
             self.scores("cost", hidden["cost"], attention_mask) if "cost" in hidden else None,
             collisions,
             kl,
-            self.ranks(hidden["reference"], input_ids, mask) if ranks else None,
+            ref_ranks,
             hidden["reference"].clone() if ref_hidden else None,  # alone, without the other roles' states
         )
 
     # Bytes
 
     def bytes(self) -> dict[str, int]:
-        """Bytes of unique storages: "base", and "adapter:<name>" and "head:<name>" of each role."""
+        """Bytes of unique storages on this rank: "base", and "adapter:<name>" and "head:<name>" of each role."""
         seen: set[int] = set()
         states = [tensor for layer in self.quantized.values() for tensor in quantization_state(layer)]
         sizes = {"base": _new_bytes([*self.model.parameters(), *self.model.buffers(), *states], seen)}
@@ -689,7 +727,7 @@ def _new_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
     """Bytes of the storages not in `seen`, which gets them. Counts on the meta device too."""
     total = 0
     for tensor in tensors:
-        storage = tensor.untyped_storage()
+        storage = local_tensor(tensor).untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
             total += storage.nbytes()

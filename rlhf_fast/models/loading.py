@@ -45,7 +45,7 @@ def load_model(
     Raises UserError for a path that is no model, an architecture that is no causal LM, weights that are missing or not
     finite, or a quantization that cannot be made.
     """
-    attention = _attention(attn_implementation, torch.device(device))
+    attention = attention_for(attn_implementation, torch.device(device))
     place, revision = hub_id(path)
     _check_folder(place)
     options = _quantized(quantization, device) | revision
@@ -124,7 +124,7 @@ def _quantized(name: str | None, device: torch.device | str) -> dict[str, Any]:
     return {"quantization_config": BitsAndBytesConfig(**QUANTIZATION[name]), "device_map": {"": device}}
 
 
-def _attention(name: str, device: torch.device) -> str | None:
+def attention_for(name: str, device: torch.device) -> str | None:
     """The name for transformers; its own choice (None) is sdpa where the architecture has it, else eager."""
     if name not in ATTENTION:
         raise UserError(f"attn_implementation must be one of {', '.join(ATTENTION)}, got {name!r}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.backends import resolve
 from rlhf_fast.models.architecture import linear_shape
+from rlhf_fast.models.pieces import whole_tensor
 from rlhf_fast.models.quantized import is_quantized
 from rlhf_fast.ops.lora.lora_linear import IMPLS, Adapter, lora_linear, may_prepare, prepare
 
@@ -219,7 +220,7 @@ class LoRALinear:
         b = torch.zeros(out_features, shape.rank, dtype=dtype, device=device)
         magnitude = None
         if shape.use_dora:
-            weight = self.weight.detach()
+            weight = whole_tensor(self.weight).detach()
             norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
             magnitude = nn.Parameter(norms.to(dtype), requires_grad=trainable)
         pair = LoRA(

@@ -27,6 +27,7 @@ from rlhf_fast.errors import UserError, short
 from rlhf_fast.models.adapter_config import CONFIG_NAME, HEAD, alpha_of, own_file, read_config
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.lora import LoRAShape
+from rlhf_fast.models.pieces import of_whole_shapes
 from rlhf_fast.models.self_test import rounding, trial
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -55,7 +56,7 @@ def check_reload(backbone: Backbone, name: str, folder: Path) -> None:
 
     Raises UserError; the files stay.
     """
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = LoraConfig.from_pretrained(str(folder))
@@ -63,7 +64,10 @@ def check_reload(backbone: Backbone, name: str, folder: Path) -> None:
     input_ids, mask = trial(backbone.model)
     with torch.no_grad(), _modules_restored(backbone.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT warns of is compared below
-        model = PeftModel.from_pretrained(backbone.model, folder, config=config).eval().get_base_model()
+        with of_whole_shapes(backbone.model):
+            wrapped = get_peft_model(backbone.model, config)
+        wrapped.load_adapter(str(folder), "default")
+        model = wrapped.eval().get_base_model()
         theirs = model(**backbone.inputs(input_ids, mask)).logits
         targets = {place for place, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     strange = targets.symmetric_difference(backbone.adapters[name])
@@ -251,7 +255,7 @@ def _check_fits(backbone: Backbone, tensors: dict[str, Tensor], head: Tensor | N
         wanted = dict(zip(_PARTS, ((rank, in_features), (out_features, rank), (out_features,)), strict=True))[part]
         if tensor.shape != wanted:
             raise UserError(f"{folder}: {key} is {tuple(tensor.shape)}, this model has {wanted} there: another base?")
-    dim = backbone.lm_head_weight.shape[1]
+    dim = backbone.hidden_size
     if head is not None and (head.dim() != 2 or len(head) < 1 or head.shape[1] != dim):
         raise UserError(f"{folder}: {HEAD}.weight must be (outputs, {dim}), got {tuple(head.shape)}")
 

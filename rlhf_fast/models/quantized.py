@@ -32,26 +32,40 @@ def is_quantized(module: nn.Module) -> bool:
     if library is None:
         return False
     if isinstance(module, library.nn.Linear4bit):
-        return module.weight.quant_state is not None
+        return _state_of_4_bits(module) is not None
     return isinstance(module, library.nn.Linear8bitLt) and module.weight.dtype == torch.int8
 
 
 def dequantized(layer: Any) -> Tensor:
     """(out, in): a new matrix of what the weight of a quantised layer stands for."""
     functional = sys.modules["bitsandbytes"].functional
-    if hasattr(layer.weight, "quant_state"):
-        return functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    state = _state_of_4_bits(layer)
+    if state is not None:
+        return functional.dequantize_4bit(layer.weight.data, state)
     return functional.int8_vectorwise_dequant(layer.weight.data, _row_scales(layer))
 
 
 def quantization_state(layer: Any) -> list[Tensor]:
     """The tensors besides weight and bias that a quantised layer holds; they are neither parameters nor buffers."""
-    if not hasattr(layer.weight, "quant_state"):
+    outer = _state_of_4_bits(layer)
+    if outer is None:
         return [_row_scales(layer)]
-    outer = layer.weight.quant_state
     states = [outer] if outer.state2 is None else [outer, outer.state2]
     tensors = [tensor for state in states for tensor in (state.absmax, state.code)]
     return tensors if outer.offset is None else [*tensors, outer.offset]
+
+
+def make_plain(layer: Any) -> None:
+    """Keeps the scales in the layer, and of its weight the bytes alone: an ordinary parameter, which may be split."""
+    layer.quant_state = getattr(layer.weight, "quant_state", None)
+    if layer.quant_state is None:
+        layer.state.SCB = _row_scales(layer)
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Tensor), requires_grad=False)
+
+
+def _state_of_4_bits(layer: Any) -> Any:
+    """None for a layer of int8, and for one whose weight is not quantised."""
+    return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
 
 
 def _row_scales(layer: Any) -> Tensor:
@@ -66,7 +80,7 @@ class QuantizedForward:
     """
 
     def __init__(self, layer: nn.Module, name: str) -> None:
-        state: Any = getattr(layer.weight, "quant_state", None)
+        state = _state_of_4_bits(layer)
         if getattr(state, "packing_format_for_cpu", False):
             raise UserError(f"{name} was packed for inference by a pass of the model: load it again")
         self.layer = layer

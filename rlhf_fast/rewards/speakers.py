@@ -59,6 +59,11 @@ class LocalSpeaker:
     temperature: float | None = None
     calls: int = 0
 
+    def __post_init__(self) -> None:
+        if self.backbone.shards is not None:
+            raise UserError("a model whose weights are split over processes (shards) cannot judge: each asks it on its "
+                            "own; take a model of its own or an endpoint")  # fmt: skip
+
     @property
     def chat(self) -> bool:
         """Whether a question is a user's message; else it is plain text, and goes on with the answer."""

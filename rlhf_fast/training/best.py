@@ -19,17 +19,19 @@ def keep_best(job: Job, config: RolloutConfig, folder: Path, done: int, metrics:
     the best. A kill leaves the old adapter or the new one: its weights are one file, its config never changes. A run
     that is resumed behind its best evaluation makes the same policy again. UserError where nothing is paid.
     """
-    if not ranks.is_first():
-        return
     if config.best_by is None or (config.kl_budget is not None and metrics["kl"] > config.kl_budget):
         return
     if config.best_by not in metrics:
         raise UserError(f"best_by {config.best_by}: nothing is paid here")
     best = folder / "best"
     record, staging = best / "best.json", best / ".new"
-    if record.is_file() and metrics[config.best_by] <= json.loads(record.read_text())[config.best_by]:
+    name = config.best_by
+    if not ranks.from_first(lambda: not record.is_file() or metrics[name] > json.loads(record.read_text())[name]):
         return
-    save_adapter(job.backbone, "policy", staging)
+    with ranks.place_to_save(staging) as place:
+        save_adapter(job.backbone, "policy", place)
+    if not ranks.is_first():
+        return
     for path in staging.iterdir():
         os.replace(path, best / path.name)
     staging.rmdir()

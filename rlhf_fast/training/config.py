@@ -55,6 +55,12 @@ class Config(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
     quantization: Literal["nf4", "int8"] | None = Field(None, description="of the frozen model, by bitsandbytes")
+    shards: int = Field(
+        1, ge=1, description="neighbouring processes over which the frozen model is split (FSDP2); 1: whole on each"
+    )
+    whole_rollouts: Literal["auto"] | bool = Field(
+        "auto", description="with shards: sample from all weights, gathered once a rollout; auto: where memory allows"
+    )
     attn_implementation: str = Field("auto", description="auto: flash-attn where installed, on a GPU, else SDPA")
 
     chat: Literal["auto"] | bool = Field("auto", description="chat template for plain prompts too (true), or never")

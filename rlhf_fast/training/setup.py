@@ -16,8 +16,9 @@ from rlhf_fast.data.reading import Row
 from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
-from rlhf_fast.models.loading import embedding_rows, load_model
+from rlhf_fast.models.loading import attention_for, embedding_rows, load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter
+from rlhf_fast.models.sharding import Shards
 from rlhf_fast.ops.advantages.kl_controller import AdaptiveKLController, FixedKLController
 from rlhf_fast.rewards import AdapterSource, Rewards, Source, Verifier, load_rewards
 from rlhf_fast.rewards.adapter import MEAN, Combination
@@ -37,6 +38,7 @@ def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
         raise UserError(f"model: {{from: {config.model.stage}}} needs `stages`")
     device = usable_device(config.device)
     dtype = _dtype(config, device)
+    shards = _shards(config, device)
     if config.model == "tiny":
         if config.quantization is not None:
             raise UserError(f"quantization {config.quantization} needs a model with weights of its own, not tiny")
@@ -44,19 +46,35 @@ def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
 
         built, tokenizer = tiny(config.seed)
         built.to(device=device, dtype=dtype)  # type: ignore[call-arg]
-        return Backbone(built), tokenizer, None
+        return Backbone(built, shards), tokenizer, None
     adapter = config.model if (Path(config.model) / "adapter_config.json").is_file() else None
     base = base_of(adapter) if adapter else config.model
-    model = load_model(
-        base, dtype=dtype, attn_implementation=config.attn_implementation, device=device,
-        quantization=config.quantization, trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
-    backbone = Backbone(model)
+    attention = attention_for(config.attn_implementation, device) or config.attn_implementation
+
+    def load(place: torch.device) -> Any:
+        return load_model(
+            base, dtype=dtype, attn_implementation=attention, device=place, quantization=config.quantization,
+            trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
+
+    backbone = Backbone(load(device) if shards is None else shards.load(load), shards)
     if backbone.quantized and config.lora_rank == 0 and adapter is None:
         raise UserError(f"lora_rank 0 trains every weight, but those of {base} are quantised")
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     place = adapter if adapter is not None and own else base
     return backbone, load_tokenizer(place, trust_remote_code=config.trust_remote_code), adapter
+
+
+def _shards(config: Config, device: torch.device) -> Shards | None:
+    """How the model is split over processes; None where each holds it whole."""
+    if config.shards == 1:
+        return None
+    if config.lora_rank == 0:
+        raise UserError(f"lora_rank 0 trains every weight; shards {config.shards} splits a frozen model")
+    if config.trust_remote_code:
+        raise UserError(f"trust_remote_code: shards {config.shards} splits models of transformers' own code")
+    whole_rollouts = None if config.whole_rollouts == "auto" else config.whole_rollouts
+    return Shards(config.shards, device, whole_rollouts=whole_rollouts)
 
 
 def add_trained_adapter(backbone: Backbone, name: str, config: Config, saved: str | None) -> None:

@@ -64,9 +64,8 @@ def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
     return input_ids, attention_mask
 
 
-def four_roles(family: str = "llama", top_layers: int | None = 2, attention: str | None = None) -> Backbone:
+def add_roles(backbone: Backbone, top_layers: int | None = 2) -> Backbone:
     """policy, critic (another rank) and reward, all away from their start; reference is the base."""
-    backbone = Backbone(make_model(family, attention))
     backbone.add_adapter("policy", rank=4, top_layers=top_layers)
     backbone.add_adapter("critic", rank=3, top_layers=top_layers)
     backbone.add_adapter("reward", rank=2, top_layers=top_layers, trainable=False)
@@ -75,3 +74,7 @@ def four_roles(family: str = "llama", top_layers: int | None = 2, attention: str
     for seed, name in enumerate(("policy", "critic", "reward")):
         scramble(backbone, name, seed)
     return backbone
+
+
+def four_roles(family: str = "llama", top_layers: int | None = 2, attention: str | None = None) -> Backbone:
+    return add_roles(Backbone(make_model(family, attention)), top_layers)
