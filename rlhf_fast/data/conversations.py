@@ -1,6 +1,7 @@
 """What a row says: a prompt and completions of it, as plain text or as a conversation."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -40,6 +41,25 @@ class Exchange:
             return [*self.prompt[:-1], joined(self.prompt[-1], completion[0]), *completion[1:]]
         return [*self.prompt, *completion]
 
+    def texts(self) -> list[str]:
+        """Every text of it, by itself."""
+        found: list[str] = []
+
+        def noted(text: str) -> str:
+            found.append(text)
+            return text
+
+        self.with_texts(noted, noted)
+        return found
+
+    def with_texts(self, prompt: Callable[[str], str], completion: Callable[[str], str]) -> "Exchange":
+        """With `prompt` of every text of the prompt, and `completion` of every text of the completions."""
+        return replace(
+            self,
+            prompt=_with_text(self.prompt, prompt),
+            completions=[_with_text(c, completion) for c in self.completions],
+        )
+
     def shorter(self) -> "Exchange | None":
         """Without the first turn behind the system message; None where the prompt has but one turn."""
         if isinstance(self.prompt, str):
@@ -50,6 +70,17 @@ class Exchange:
             return None
         prompt = [*self.prompt[:start], *self.prompt[turns[0] :]]
         return replace(self, prompt=prompt)
+
+
+def _with_text(value: Any, change: Callable[[str], str]) -> Any:
+    """`change` of a text, of the contents of messages, and of the text in their parts."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_with_text(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_text(x, change) if key in ("content", "text") else x for key, x in value.items()}
+    return value
 
 
 @dataclass(frozen=True)

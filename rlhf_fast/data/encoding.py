@@ -28,6 +28,7 @@ from rlhf_fast.errors import UserError
 __all__ = ["Encoder", "Example", "Prompt", "TooLong", "encode_rows", "load_tokenizer", "pad_id", "quiet_libraries"]
 
 T = TypeVar("T")
+MANY = 1 << 17  # characters of a text that may be over any budget
 SPANNING = "a token spans the end of the prompt: it counts as the completion's, and the prompt is cut before it"
 
 
@@ -220,6 +221,7 @@ class Encoder:
 
     def _fitted(self, exchange: Exchange, name: str) -> tuple[Exchange, list[Example]]:
         """The encoded exchange within the budgets, and what is left of its prompt."""
+        exchange = self._cut(exchange, name)
         where, examples = exchange.row.where, self._encoded(exchange)
         answer = max(len(e.ids) - e.start for e in examples)
         prompt, budget = examples[0].start, min(self.max_prompt_tokens, self.max_tokens - answer)
@@ -245,6 +247,29 @@ class Encoder:
         self.note("longer than the budget, and cut to it", where)
         learnt = [e.learnt[: self.max_tokens] for e in examples]
         return exchange, [Example(e.ids[: self.max_tokens], e.start, m) for e, m in zip(examples, learnt, strict=True)]
+
+    def _cut(self, exchange: Exchange, name: str) -> Exchange:
+        """Less the characters for which the budget has no tokens whatever they are: megabytes are never tokenised.
+
+        Of a prompt both ends stay, of a completion its beginning, each with more than the tokens that will be left.
+        """
+        longest = max(map(len, exchange.texts()), default=0)
+        if longest <= MANY or longest <= (most := max(MANY, self.max_tokens * self._longest_token)):
+            return exchange
+        if self.too_long != "truncate":
+            raise TooLong(
+                f"{exchange.row.where}: {name} has a text of {longest:,} characters, and the budget (max_tokens "
+                f"{self.max_tokens}) holds at most {most:,}"
+            )
+        self.note("longer than the budget, and cut to it", exchange.row.where)
+        return exchange.with_texts(
+            prompt=lambda text: text if len(text) <= 2 * most else text[:most] + text[-most:],
+            completion=lambda text: text[:most],
+        )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def _fixed(self, exchange: Exchange, example: Example) -> tuple[int, int]:
         """How many tokens at the beginning and at the end of the prompt stay: the template's own, and a prefill."""

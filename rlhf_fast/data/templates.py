@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from rlhf_fast.data.messages import Message
+from rlhf_fast.data.rendering import Renderer
 from rlhf_fast.data.tokens import Tokens
 from rlhf_fast.errors import UserError
 
@@ -59,7 +60,7 @@ class ChatTemplate:
             raise UserError(f"{where}: a conversation needs a chat template, and {self.name} has none")
         try:
             return str(
-                self.tokens.tokenizer.apply_chat_template(
+                self._renderer(
                     [self._taken(message) for message in messages], tools=tools, tokenize=False,
                     add_generation_prompt=opening, continue_final_message=more,
                 )
@@ -74,7 +75,7 @@ class ChatTemplate:
         tokenizer = self.tokens.tokenizer
         if not tokenizer.is_fast or not _GENERATION.search(tokenizer.get_chat_template(None, tools)):
             return None
-        encoded: Any = tokenizer.apply_chat_template(
+        encoded: Any = self._renderer(
             [self._taken(message) for message in messages], tools=tools, return_dict=True,
             return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False},
         )  # fmt: skip
@@ -92,6 +93,10 @@ class ChatTemplate:
         marked = [{**m, "content": _MARK} if i == index else m for i, m in enumerate(messages)]
         text = self.render(where, marked, tools, opening=True)
         return text[: text.index(_MARK)] if _MARK in text else None
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.tokens.tokenizer)
 
     @cached_property
     def turn_end(self) -> TurnEnd:
@@ -151,12 +156,11 @@ class ChatTemplate:
     @cached_property
     def _takes(self) -> tuple[bool, bool]:
         """Whether contents may be text, and whether they may be a list of text parts."""
-        tokenizer = self.tokens.tokenizer
         taken = []
         contents: list[Any] = [_MARK, [{"type": "text", "text": _MARK}]]
         for content in contents:
             try:
-                text = str(tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+                text = str(self._renderer([{"role": "user", "content": content}], tokenize=False))
             except Exception:  # noqa: BLE001 - a refusal is the answer
                 text = ""
             taken.append(_MARK in text and f"'{_MARK}'" not in text and f'"{_MARK}"' not in text)

@@ -1,7 +1,8 @@
 import pytest
 
-from rlhf_fast.data.encoding import Encoder, TooLong, encode_rows, load_tokenizer, pad_id
+from rlhf_fast.data.encoding import MANY, Encoder, TooLong, encode_rows, load_tokenizer, pad_id
 from rlhf_fast.data.reading import Row
+from rlhf_fast.data.tokens import Tokens
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.tiny import byte_tokenizer
 
@@ -237,3 +238,26 @@ def test_rows_that_cannot_be_encoded_are_left_out_and_counted_on_request(capsys)
     assert capsys.readouterr().out == said
     with pytest.raises(UserError, match=r"a\.jsonl:1: the last message must be an answer"):
         encode_rows(encoder(), rows, encoder().conversation, "data")
+
+
+def test_megabytes_are_cut_before_they_are_tokenised(monkeypatch):
+    seen = []
+    ids = Tokens.ids
+    monkeypatch.setattr(Tokens, "ids", lambda self, where, text: seen.append(len(text)) or ids(self, where, text))
+    small, large = (
+        row(prompt="ab" * n + "c", completion="de" * n, messages=[{**USER, "content": "ab" * n}, ANSWER])
+        for n in (50_000, 5_000_000)
+    )  # both over the budget, and only one over MANY
+    cutting = encoder(too_long="truncate")
+    assert cutting.prompt(large).ids == cutting.prompt(small).ids
+    assert cutting.completion(large) == cutting.completion(small)
+    assert cutting.conversation(large) == cutting.conversation(small)
+    assert max(seen) < 5 * MANY
+    assert cutting.report(3)[0].startswith("1 of 3 rows: longer than the budget, and cut to it")
+    with pytest.raises(TooLong, match=r"a\.jsonl:7: completion has a text of 10,000,001 characters, and the budget"):
+        encoder().completion(large)
+
+
+def test_a_text_that_the_budget_may_hold_is_not_cut():
+    wide = encoder(max_tokens=MANY + 500, max_prompt_tokens=MANY + 500)
+    assert len(wide.prompt(row(prompt="x" * (MANY + 10))).ids) == MANY + 11
