@@ -27,9 +27,9 @@ def refusing(what: str) -> Iterator[None]:
     """For reading what somebody else wrote by somebody else's code, which may raise anything: that is a UserError."""
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         text = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in text:
             text = "it has code of its own, which is run with trust_remote_code: true only"

@@ -21,7 +21,7 @@ from rlhf_fast.data.encoding import quiet_libraries
 from rlhf_fast.data.layouts import infer_algorithm, rename_columns
 from rlhf_fast.data.notes import forget
 from rlhf_fast.data.sources import read_rows
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, short
 from rlhf_fast.training import core_yaml, ranks
 from rlhf_fast.training.config import (
     Config,
@@ -106,6 +106,9 @@ def launch_here(
             stage.say_aliases(console)
     names = [stage.name for stage in stages]
     folder = Path(stages[0].config.output_dir).parents[stages[0].name.count("/")]
+    for stage in stages:
+        if not Path(stage.config.output_dir).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"stage {stage.name}: {stage.config.output_dir} is a link out of output_dir {folder}")
     read += [place for stage in stages for place in inputs_of(stage.config)]
     check_processes(stages)
     ranks.from_first(lambda: check_folder(folder, resume=resume is not None, overwrite=overwrite, inputs=read))
@@ -176,6 +179,8 @@ def all_stages(values: dict[str, Any], overrides: dict[str, Any]) -> list[Stage]
     plans = planned({**values, **{key: overrides[key] for key in ("repeat",) if key in overrides}})
     top, _ = merged(Config, None, values, overrides)
     folder = top.get("output_dir", "run")
+    if not isinstance(folder, str):
+        raise UserError(f"output_dir: Input should be a valid string, got {short(folder)}")
     shared, flags = ({k: v for k, v in layer.items() if k not in ("stages", "repeat", "output_dir", "save_path")}
                      for layer in (values, overrides))  # fmt: skip
     modules = [load_algorithm(plan.values["algorithm"]) for plan in plans]
@@ -191,6 +196,10 @@ def all_stages(values: dict[str, Any], overrides: dict[str, Any]) -> list[Stage]
             {key.removeprefix(prefix): value for key, value in flags.items() if key.startswith(prefix)},
         ]
         of_stage, aliases = merged(config_class, algorithm, *layers)
+        if "output_dir" in of_stage:
+            raise UserError(
+                f"stage {plan.own}: output_dir {short(of_stage['output_dir'])}: a stage's folder is its name"
+            )
         of_stage["output_dir"] = str(Path(folder) / plan.name)
         config = in_its_round(parse(config_class, of_stage, where=f"stage {plan.own}: "), plan, plans)
         stages.append(Stage(plan.name, module, config, aliases, plan))

@@ -67,7 +67,7 @@ def regex(text: str, gold: Any, options: Options) -> bool:
     """A match of the pattern, anywhere in the completion."""
     try:
         pattern = re.compile(str(gold))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise BadGold(f"is no regular expression: {error}") from None
     return pattern.search(text) is not None
 

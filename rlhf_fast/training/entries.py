@@ -49,10 +49,12 @@ class VerifyConfig(BaseModel):
                 raise ValueError(f"verify.{name} is of kind {kind}, got {getattr(self, name)!r} for {self.kind}")
         if self.kind == "code" and self.extract is not None:
             raise ValueError(f"verify.extract: of code, the last fenced block counts, got {self.extract!r}")
+        if not self.choices.isalnum() or len(set(self.choices)) < len(self.choices):
+            raise ValueError(f"verify.choices must be different letters or digits, got {self.choices!r}")
         for name in ("extract", "pattern"):
             try:
                 re.compile(getattr(self, name) or "")
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"verify.{name} {getattr(self, name)!r} is no regular expression: {error}") from None
         return self
 

@@ -5,16 +5,17 @@ stage NAME of round R is the folder round-R/NAME.
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from rich.table import Table
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, short
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.entries import FromStage
-from rlhf_fast.training.folder import replace_file
+from rlhf_fast.training.folder import CONFIG_FILE, replace_file
 
 FILE = "rounds.jsonl"
 SHOWN = ("reward", "kl", "accuracy", "loss", "rows", "revisions")  # in the table; the file has all
@@ -76,9 +77,13 @@ def _checked(listed: Any) -> list[dict[str, Any]]:
 
 
 def _name(entry: dict[str, Any]) -> str:
-    name = str(entry.get("name", entry["algorithm"]))
-    if Path(name).name != name or name == "..":
-        raise UserError(f"stage name {name!r}: it is a folder in output_dir, so it must be one word without a path")
+    name = entry.get("name", entry["algorithm"])
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise UserError(
+            f"stage name {short(name)}: it is a folder in output_dir, so it must be one word without a path"
+        )
+    if name in (CONFIG_FILE, FILE) or re.fullmatch(r"round-\d+", name):
+        raise UserError(f"stage name {name!r}: output_dir has a file or folder of that name")
     return name
 
 

@@ -155,11 +155,37 @@ def test_stages_run_in_order_each_on_what_the_earlier_ones_made(tmp_path):
     assert len(read_jsonl(run / "sft/metrics.jsonl")) == 5
 
 
-@pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/b", "..", "."])
+@pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/b", "..", ".", "", "a b", ".git", "a\\b", "x" * 300, 5, None])
 def test_a_stage_is_a_folder_in_the_run_folder(name, tmp_path):
     values = {"output_dir": str(tmp_path / "run"), "stages": [{"algorithm": "sft", "name": name}]}
     with pytest.raises(UserError, match="must be one word without a path"):
         all_stages(values, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "config.yaml"}, "stage name 'config.yaml': output_dir has a file or folder of that name"),
+        ({"name": "round-1"}, "stage name 'round-1': output_dir has"),
+        ({"output_dir": "../up"}, "stage sft: output_dir '../up': a stage's folder is its name"),
+        ({"save_path": "../up"}, "stage sft: output_dir '../up': a stage's folder is its name"),
+    ],
+)
+def test_a_stage_has_no_folder_of_its_own(change, message, tmp_path):
+    stage = {"algorithm": "sft", "model": "m", "data": "d", **change}
+    with pytest.raises(UserError, match=message):
+        all_stages({"output_dir": str(tmp_path / "run"), "stages": [stage]}, {})
+
+
+def test_a_link_out_of_the_run_folder_is_no_stage(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "sft").symlink_to(tmp_path / "elsewhere")
+    config = tmp_path / "pipeline.yaml"
+    keys = {**values_of("sft"), "output_dir": str(tmp_path / "run")}
+    config.write_text(json.dumps({**keys, "stages": [{"algorithm": "sft"}]}))
+    with pytest.raises(UserError, match=r"stage sft: .*run/sft is a link out of output_dir"):
+        launch(str(config), {}, dry_run=True, resume="auto", overwrite=False)
 
 
 def test_a_run_folder_loads_from_anywhere_by_itself(tmp_path, monkeypatch):
