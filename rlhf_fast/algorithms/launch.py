@@ -22,12 +22,15 @@ from rlhf_fast.data.layouts import infer_algorithm, rename_columns
 from rlhf_fast.data.notes import forget
 from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError, short
+from rlhf_fast.rewards.functions import begun
+from rlhf_fast.rewards.sources import is_function
 from rlhf_fast.training import core_yaml, ranks
 from rlhf_fast.training.config import (
     Config,
     FromStage,
     folded,
     keys_of,
+    listed,
     means_something,
     merged,
     parse,
@@ -253,7 +256,9 @@ def on_its_first_model(stage: Stage, stages: list[Stage], place: Path) -> Stage:
 
 def prepare(stage: Stage) -> Job:
     seed_everything(stage.config.seed)
-    return stage.module.prepare(stage.config)
+    specs = [spec for key in ("reward", "cost") for spec in listed(getattr(stage.config, key, None))]
+    with begun(spec for spec in specs if isinstance(spec, str) and is_function(spec)):
+        return stage.module.prepare(stage.config)
 
 
 def run_stage(console: Console, stage: Stage, *, resume: str | None, overwrite: bool) -> None:

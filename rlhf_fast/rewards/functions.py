@@ -2,19 +2,18 @@
 
 For each completion one number, paid at its last token; or a list with one number for each of its sampled tokens (the
 argument `completion_ids` has them); or a list of steps, `(end, reward)` each, paid at the token that completes the
-first `end` characters of the completion. A function is called once for all rows of a batch, unless its attribute
-`one_by_one` says that it judges each by itself (one_by_one.py).
+first `end` characters of the completion. One that a file or a module names runs in a process of its own (worker.py), a
+callable in this one. A function is called once for all rows of a batch, unless its attribute `one_by_one` says that it
+judges each by itself (one_by_one.py).
 """
 
-import importlib
-import importlib.util
 import inspect
+import math
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards.one_by_one import OneByOne
+from rlhf_fast.rewards.one_by_one import OneByOne, RowFailed
+from rlhf_fast.rewards.worker import Failed, Other, Worker
 
 Function = Callable[..., Any]
 OURS = ("prompts", "completions", "completion_ids")
@@ -46,20 +46,25 @@ class Answer(NamedTuple):
     payments: list[list[Payment]] | None = None
 
 
-def load_function(spec: str) -> Function:
-    """The function named by 'pkg.mod:function' or 'path/file.py:function', a OneByOne where its `one_by_one` is true.
-    UserError when it cannot be had."""
-    place, _, name = spec.rpartition(":")
+def load_function(spec: str, timeout: float | None = None) -> Function:
+    """The function named by 'pkg.mod:function' or 'path/file.py:function' in a process of its own: a Worker, or a
+    OneByOne of it where its `one_by_one` is true. UserError when it cannot be had in `timeout` seconds."""
+    worker = _begun.pop(spec, None) or Worker(spec)
+    worker.ready(timeout)
+    return OneByOne(worker) if worker.one_by_one else worker
+
+
+_begun: dict[str, Worker] = {}
+
+
+@contextmanager
+def begun(specs: Iterable[str]) -> Iterator[None]:
+    """The functions begin to be imported; inside, `load_function` takes those and waits for what is left to do."""
+    _begun.update({spec: Worker(spec) for spec in specs})
     try:
-        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"reward {spec}: importing it failed: {_line(error)}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"reward {spec}: {place} has no function {name!r}")
-    return OneByOne(function) if getattr(function, "one_by_one", False) else function
+        yield
+    finally:
+        _begun.clear()
 
 
 def check_rows(name: str, function: Function, rows: Sequence[Row]) -> None:
@@ -96,20 +101,28 @@ def call(
     """
     arguments = arguments_of(function, prompts, completions, columns)
     try:
-        with _alarm(timeout):
-            values = function(**arguments)
+        values = _ask(function, arguments, timeout)
+    except RowFailed as failed:
+        where = _example(arguments, failed.row)
+        raise UserError(f"reward {name} {_what(failed.error)} ({where})") from failed.error
     except (Exception, SystemExit) as error:
-        if isinstance(function, OneByOne):
-            function = function.function  # in this thread, where the alarm ends it
         where = _failing_example(function, arguments, len(completions), timeout)
-        raise UserError(f"reward {name} raised {_line(error)} ({where})") from error
+        raise UserError(f"reward {name} {_what(error)} ({where})") from error
     return _checked(name, values, completions, columns.get("completion_ids"))
+
+
+def _ask(function: Function, arguments: dict[str, Any], timeout: float | None) -> Any:
+    if isinstance(function, (Worker, OneByOne)):
+        return function.ask(arguments, timeout)
+    with _alarm(timeout):
+        return function(**arguments)
 
 
 def _checked(name: str, values: Any, completions: Sequence[str], ids: Sequence[Sequence[int]] | None) -> Answer:
     values, expected = _plain(values), len(completions)
     if not isinstance(values, (list, tuple)):
-        raise UserError(f"reward {name} must return a list of {expected} numbers, got {type(values).__name__}")
+        got = values.type if isinstance(values, Other) else type(values).__name__
+        raise UserError(f"reward {name} must return a list of {expected} numbers, got {got}")
     if len(values) != expected:
         raise UserError(f"reward {name} returned {len(values)} values for {expected} completions")
     rows = [_plain(value) for value in values]
@@ -176,14 +189,30 @@ def _alarm(seconds: float | None) -> Iterator[None]:
 
 
 def _failing_example(function: Function, arguments: dict[str, Any], size: int, timeout: float | None) -> str:
-    """Which example fails on its own; the batch is small and the run is over, so trying each is cheap."""
-    for i in range(size):
+    """Which example fails on its own. The batch is small and the run is over, so trying each is cheap; together they
+    have the time that the batch had."""
+    end = time.monotonic() + (math.inf if timeout is None else timeout)
+    for row in range(size):
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        alone, limit = {key: [values[row]] for key, values in arguments.items()}, None if timeout is None else left
         try:
-            with _alarm(timeout):
-                function(**{key: [values[i]] for key, values in arguments.items()})
+            if isinstance(function, Worker):
+                function.ask(alone, limit, tries=1)
+            else:
+                _ask(function, alone, limit)
         except (Exception, SystemExit):  # noqa: BLE001 - a user's function may raise anything, and that is the question here
-            return f"example {i}: completion {arguments['completions'][i][:60]!r}"
-    return f"in a batch of {size}; every example alone is fine"
+            return _example(arguments, row)
+    else:
+        return f"in a batch of {size}; every example alone is fine"
+    return f"in a batch of {size}"
+
+
+def _example(arguments: dict[str, Any], row: int) -> str:
+    if "completions" not in arguments:
+        return f"example {row}"
+    return f"example {row}: completion {arguments['completions'][row][:60]!r}"
 
 
 def arguments_of(
@@ -200,22 +229,9 @@ def _parameters(function: Function) -> list[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())
 
 
-def _import_module(name: str) -> Any:
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    return importlib.import_module(name)
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"reward file {path} does not exist")
-    module_spec = importlib.util.spec_from_file_location(f"rlhf_fast_reward_{path.stem}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None, "a .py suffix always has a loader"
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
-    module_spec.loader.exec_module(module)
-    return module
+def _what(error: BaseException) -> str:
+    """What happened, behind the name of the reward."""
+    return error.line if isinstance(error, Failed) else f"raised {_line(error)}"
 
 
 def _line(error: BaseException) -> str:

@@ -24,7 +24,8 @@ JUDGE = "judge"  # the name of what a judge pays
 
 @dataclass(frozen=True)
 class Source:
-    """A named callable (prompts, completions, columns) -> what each completion is paid (see functions.py)."""
+    """A named callable (prompts, completions, columns) -> what each completion is paid (see functions.py). One that is
+    no Worker is called in this process, and what it does to the process is done to the run."""
 
     name: str
     weight: float
@@ -177,8 +178,8 @@ def load_rewards(
             device = next(backbone.model.parameters()).device
             model = RewardModel(*classifier, device=device, chat=chat, trust_remote_code=trust_remote_code)
             rewards.sources.append(Source(spec, weight, model))
-        elif ":" in spec:
-            rewards.sources.append(Source(spec, weight, load_function(spec)))
+        elif is_function(spec):
+            rewards.sources.append(Source(spec, weight, load_function(spec, timeout)))
         else:
             raise UserError(
                 f"{role} {spec!r} is neither module:function, file.py:function, nor a folder with "
@@ -187,6 +188,11 @@ def load_rewards(
     if combination.variant != "mean" and not backbone.reward_roles and ROLE not in backbone.heads:
         raise UserError(f"reward_combine {combination.variant} is for a reward adapter, and reward names none")
     return rewards
+
+
+def is_function(spec: str) -> bool:
+    """Whether `load_rewards` takes it for the name of a function."""
+    return ":" in spec and not (Path(spec) / "adapter_config.json").is_file() and classifier_of(spec) is None
 
 
 def classifier_of(spec: str) -> tuple[str, str | None] | None:

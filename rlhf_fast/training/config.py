@@ -160,7 +160,9 @@ class SamplingConfig(Config):
     reward_weights: list[float] | None = Field(
         None, description="one per reward, verify and judge behind them; default 1"
     )
-    reward_timeout: float = Field(600.0, gt=0, description="seconds of a reward function for one batch")
+    reward_timeout: float = Field(
+        600.0, gt=0, description="seconds that a reward function has for one batch, and again for its repeat"
+    )
     reward_combine: Literal["mean", "min", "uwo", "pessimistic", "optimistic"] = Field(
         "mean",
         description="ensemble: mean, min, mean - coef variance, mean -+ coef std; one: its bound; steps: each, min",

@@ -2,11 +2,12 @@
 
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from rlhf_fast.data.reading import Row
+from rlhf_fast.data.reading import Row, read_jsonl
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.functions import call, check_rows, load_function
 from rlhf_fast.rewards.one_by_one import OneByOne
@@ -110,11 +111,12 @@ def test_an_attribute_of_the_function_asks_for_it_and_columns_are_checked(tmp_pa
 
 
 REWARD = """
-seen = []
+import json
 
 
 def score(prompts, completions, completion_ids, tag):
-    seen.extend(completions)
+    with open(__file__ + ".seen", "a") as file:
+        file.writelines(json.dumps(c) + "\\n" for c in completions)
     return [len(c) % 7 + 0.1 * len(ids) + 0.01 * t for c, ids, t in zip(completions, completion_ids, tag)]
 
 
@@ -137,28 +139,28 @@ def test_finished_rows_are_judged_while_others_are_generated(as_cost, tmp_path, 
     likely = job.backbone.model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, logits: logits + 3.0 * (torch.arange(logits.shape[-1]) == eos)
     )
-    sources = job.constraints.sources.sources if as_cost else job.rewards.sources
-    seen = sources[0].function.function.__globals__["seen"]
+    place = tmp_path / "reward.py.seen"
+    seen = partial(read_jsonl, place)
     generate = type(job.backbone.model).generate
 
     def generated(self, **options):
         ids = generate(self, **options)
         finished = int((ids[:, options["input_ids"].shape[1] :] == eos).any(1).sum())
         until = time.monotonic() + 5  # generation has not returned yet: the other thread may be slow
-        while len(seen) < finished and time.monotonic() < until:
+        while len(seen()) < finished and time.monotonic() < until:
             time.sleep(0.001)
-        early.extend(seen)
+        early.extend(seen())
         return ids
 
     monkeypatch.setattr(type(job.backbone.model), "generate", generated)
     seed_everything(0)
-    seen.clear()  # of the trial before the run
+    place.unlink()  # of the trial before the run
     rollout = collect(job, config, prompts_of_step(job, config, 0)).rollout
     likely.remove()
     done = [text for text, finished in zip(rollout.completions, rollout.finished.tolist(), strict=True) if finished]
     assert 4 < len(done) < 16
     assert sorted(early) == sorted(done)
-    assert sorted(seen) == sorted(rollout.completions), "each once"
+    assert sorted(seen()) == sorted(rollout.completions), "each once"
 
 
 def test_a_run_is_the_same_either_way(tmp_path):

@@ -122,10 +122,11 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeyp
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_a_reward_that_fails_or_hangs_loses_no_step(algorithm, tmp_path):
     (tmp_path / "reward.py").write_text(
-        "import pathlib, time\ncalls = []\n"
+        "import pathlib, time\n"
+        f"calls, hangs = (pathlib.Path({str(tmp_path)!r}) / name for name in ('calls', 'hangs'))\n"
         "def score(completions):\n"
-        "    calls.append(1)\n"
-        f"    if len(calls) == 6 and pathlib.Path({str(tmp_path / 'hangs')!r}).exists(): time.sleep(60)\n"
+        "    if hangs.exists(): calls.open('a').write('.')\n"
+        "    if hangs.exists() and len(calls.read_text()) >= 6: time.sleep(60)\n"
         "    return [len(c) % 11 / 5.0 for c in completions]\n"
     )
     values = values_of(algorithm, reward=f"{tmp_path / 'reward.py'}:score", reward_timeout=1)
