@@ -115,23 +115,26 @@ class Worker:
     def ask(self, arguments: dict[str, Any], timeout: float | None = None, *, tries: int = 2) -> Any:
         """What the function returns: numbers, lists of them, and an Other for anything else.
 
-        A call that fails is repeated, which a line on stderr says. Raises Failed, or TimeoutError where the last try
-        has no answer after `timeout` seconds.
+        A call that fails is repeated, and where that helps, a line on stderr says so. Raises Failed, or TimeoutError
+        where the last try has no answer after `timeout` seconds.
         """
         if IDS in arguments:  # as arrays, which take a tenth of the time
             arguments = {**arguments, IDS: [array("q", ids) for ids in arguments[IDS]]}
         request = pickle.dumps(arguments, protocol=pickle.HIGHEST_PROTOCOL)
+        failed = ""
         for left in reversed(range(tries)):
             try:
                 with self._turn:
                     self._describe(timeout)
-                    return _values(self._exchange(request, timeout)["values"])
+                    values = _values(self._exchange(request, timeout)["values"])
+                break
             except (Failed, TimeoutError) as error:
                 if not left:
                     raise
-                line = error.line if isinstance(error, Failed) else f"TimeoutError: {error}"
-                print(f"warning: reward {self.spec}: {line}; the call is repeated", file=sys.stderr)
-        raise AssertionError("the last try returns or raises")
+                failed = error.line if isinstance(error, Failed) else f"had {error}"
+        if failed:
+            print(f"warning: reward {self.spec} {failed}; asked again, it answered", file=sys.stderr)
+        return values
 
     def stop(self, why: str) -> None:
         """End the process. What waits for it in another thread raises Failed, which says why; the next try starts

@@ -46,10 +46,10 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # the function may have closed it
                 stream.flush()
-        connection.send_bytes(answer)
         try:
+            connection.send_bytes(answer)
             request = connection.recv_bytes()
-        except EOFError:
+        except (EOFError, BrokenPipeError, ConnectionResetError):  # nobody asks any more
             return
         assert function is not None, "nobody asks where importing it failed"
         try:
