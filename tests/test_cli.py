@@ -280,7 +280,7 @@ def test_a_reward_that_fails_while_training_leaves_its_traceback_in_the_run_fold
     (tmp_path / "later.py").write_text(
         "calls = []\n"
         "def score(completions):\n    calls.append(1)\n"
-        "    if len(calls) == 4:\n        raise RuntimeError('no more')\n    return [0.0] * len(completions)\n"
+        "    if len(calls) >= 4:\n        raise RuntimeError('no more')\n    return [0.0] * len(completions)\n"
     )
     run = tmp_path / "run"
     result = invoke("train", *words_of("grpo", reward=f"{tmp_path}/later.py:score", output_dir=str(run)))
