@@ -128,8 +128,10 @@ def evaluate(job: Job, config: AlgorithmConfig) -> dict[str, Any]:
 
 def save(job: Job, config: AlgorithmConfig, folder: Path) -> None:
     """Nothing beside the rows, which are there already."""
-    if not written_rows(folder):
-        raise UserError(f"label wrote no row into {folder}: every answer to a prompt was the same, or as good")
+    if not written_rows(Path(config.output_dir)):
+        raise UserError(
+            f"label wrote no row into {config.output_dir}: every answer to a prompt was the same, or as good"
+        )
 
 
 def example_rows(job: Job, config: AlgorithmConfig) -> list[dict[str, Any]]:

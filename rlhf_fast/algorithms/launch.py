@@ -5,6 +5,7 @@ All of it is checked before anything is written.
 
 import tempfile
 import traceback
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 from torch.optim import RMSprop
 
 from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
@@ -21,7 +23,7 @@ from rlhf_fast.data.encoding import quiet_libraries
 from rlhf_fast.data.layouts import infer_algorithm, rename_columns
 from rlhf_fast.data.notes import forget
 from rlhf_fast.data.sources import read_rows
-from rlhf_fast.errors import UserError, short
+from rlhf_fast.errors import UserError, first_line, short
 from rlhf_fast.rewards.functions import begun
 from rlhf_fast.rewards.sources import is_function
 from rlhf_fast.training import core_yaml, ranks
@@ -37,7 +39,19 @@ from rlhf_fast.training.config import (
     read_yaml,
     unknown_key,
 )
-from rlhf_fast.training.folder import DATA, check_folder, claim_folder, inputs_of, saving, write_rows
+from rlhf_fast.training.files import WriteError, refusal, replace_file
+from rlhf_fast.training.folder import (
+    CONFIG_FILE,
+    DATA,
+    SUMMARY_FILE,
+    check_folder,
+    claim_folder,
+    forget_replaced,
+    saving,
+    take_folder,
+    write_rows,
+)
+from rlhf_fast.training.inputs import inputs_of
 from rlhf_fast.training.job import Job, seed_everything
 from rlhf_fast.training.optim import check_progress
 from rlhf_fast.training.report import print_report
@@ -88,6 +102,8 @@ def launch_here(
 ) -> None:
     """The part of this process in `launch`."""
     values = read_yaml(path) if path else {}
+    if path is None and resume not in (None, "auto"):
+        values, overrides = _of_run(Path(resume), overrides)
     console = Console()
     read = [Path(path)] if path else []
     if "stages" not in values:
@@ -113,22 +129,41 @@ def launch_here(
         if not Path(stage.config.output_dir).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"stage {stage.name}: {stage.config.output_dir} is a link out of output_dir {folder}")
     read += [place for stage in stages for place in inputs_of(stage.config)]
+    if resume not in (None, "auto") and Path(resume).resolve() != folder.resolve():
+        raise UserError(f"--resume {resume}: a run of stages goes on in its own folder, {folder}: say --resume auto")
     check_processes(stages)
     ranks.from_first(lambda: check_folder(folder, resume=resume is not None, overwrite=overwrite, inputs=read))
     check_stages(console, stages, dry_run=dry_run)
     if dry_run:
         return
-    ranks.from_first(lambda: claim_folder(
-        folder, {**values, **overrides}, resume=resume is not None, overwrite=overwrite, inputs=read, stages=names
-    ))  # fmt: skip
-    for stage in stages:
-        summary = Path(stage.config.output_dir) / "summary.json"
-        if resume is not None and ranks.from_first(summary.is_file):
-            console.print(f"{stage.name}: finished before")
-            continue
-        run_stage(console, resolved(stage, stages), resume=resume and "auto", overwrite=False)
-        if stage.plan.round and stage.plan.own == stage.plan.block[-1]:
-            console.print(rounds_table(ranks.from_first(lambda: record_rounds(folder, [s.plan for s in stages]))))
+    with ExitStack() as held:
+
+        def take() -> None:
+            lock = take_folder(folder, resume=resume is not None, overwrite=overwrite, inputs=read)
+            held.callback(lock.release)
+            claim_folder(folder, {**values, **overrides}, resume=resume is not None, overwrite=overwrite, stages=names)
+
+        ranks.from_first(take)
+        for stage in stages:
+            summary = Path(stage.config.output_dir) / SUMMARY_FILE
+            if resume is not None and ranks.from_first(summary.is_file):
+                console.print(f"{stage.name}: finished before")
+                continue
+            run_stage(console, resolved(stage, stages), resume=resume and "auto", overwrite=False, whole=folder)
+            if stage.plan.round and stage.plan.own == stage.plan.block[-1]:
+                console.print(rounds_table(ranks.from_first(lambda: record_rounds(folder, [s.plan for s in stages]))))
+
+
+def _of_run(place: Path, overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys and the flags of the run in the folder `place`, or of the one whose checkpoint that is, to go on there
+    unless a flag says elsewhere."""
+    folder = next((path for path in (place, *place.absolute().parents[:2]) if (path / CONFIG_FILE).is_file()), None)
+    if folder is None:
+        raise UserError(f"--resume {place}: no run is there; it has no {CONFIG_FILE}")
+    saved = read_yaml(folder / CONFIG_FILE)
+    flags = {key: value for key, value in saved.items() if "." in key}  # of single stages
+    keys = {key: value for key, value in saved.items() if key not in flags}
+    return {**keys, "output_dir": str(folder)}, {**flags, **overrides}
 
 
 def check_processes(stages: list[Stage]) -> None:
@@ -261,30 +296,44 @@ def prepare(stage: Stage) -> Job:
         return stage.module.prepare(stage.config)
 
 
-def run_stage(console: Console, stage: Stage, *, resume: str | None, overwrite: bool) -> None:
-    """Prepare, evaluate, train, evaluate, save, report."""
+def run_stage(
+    console: Console, stage: Stage, *, resume: str | None, overwrite: bool, whole: Path | None = None
+) -> None:
+    """Prepare, evaluate, train, evaluate, save, report. whole: the folder of the run that has the stage."""
     job = prepare(stage)
     module, config, folder = stage.module, stage.config.for_data(len(job.train)), Path(stage.config.output_dir)
-    with Run(config, job, resume=resume, overwrite=overwrite, evaluate=module.evaluate) as run:
+    with Run(config, job, resume=resume, overwrite=overwrite, evaluate=module.evaluate, whole=whole) as run:
         try:
             if run.start == 0:
                 run.evaluate(0)
             module.train(job, config, run)
             check_progress(job)
             run.evaluate(config.steps)
-            with ranks.place_to_save(folder) as place, saving(folder):
+            with saving(folder) as place:
                 module.save(job, config, place)
                 # Beside the adapter too, so that the folder is enough to use it, wherever it is.
                 job.encoder.tokenizer.save_pretrained(place)
             ranks.from_first(lambda: write_summary(folder))
+            ranks.from_first(lambda: forget_replaced(run.whole))
+            run.progress.stop()
+            ranks.from_first(lambda: print_report(console, stage.name or config.algorithm, folder))
         except UserError as error:
             said = run.rescue()
             if error.__cause__ is not None:
-                text = "".join(traceback.format_exception(error.__cause__))
-                (folder / "error.log").write_text(text, encoding="utf-8")
-                said = f"; traceback in {folder / 'error.log'}{said}"
+                said = _with_log(folder / "error.log", error.__cause__) + said
             raise UserError(f"{error}{said}") from None
-    ranks.from_first(lambda: print_report(console, stage.name or config.algorithm, folder))
+        except (OSError, SafetensorError) as error:
+            refused = getattr(error, "filename", None) or folder
+            raise UserError(f"{refused}: {refusal(error) or first_line(error)}{run.rescue()}") from None
+
+
+def _with_log(path: Path, error: BaseException) -> str:
+    """Where the traceback is; where it cannot be written, that."""
+    try:
+        replace_file(path, "".join(traceback.format_exception(error)))
+    except WriteError as refused:
+        return f"; {refused}"
+    return f"; traceback in {path}"
 
 
 def print_plan(console: Console, stage: Stage, job: Job) -> None:

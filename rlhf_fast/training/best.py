@@ -8,7 +8,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import RolloutConfig
-from rlhf_fast.training.folder import replace_file
+from rlhf_fast.training.files import replace_file
 from rlhf_fast.training.job import Job
 
 

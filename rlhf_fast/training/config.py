@@ -105,7 +105,8 @@ class Config(BaseModel):
     log_every: int = Field(10, ge=1, description="lines on a terminal that cannot show a progress bar")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: before and after only")
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the newest; the last before skipped updates stays as well")
+    allow_changed_inputs: bool = Field(False, description="resume on model, data or rewards that are others by now")
     report_to: Literal["none", "tensorboard"] = "tensorboard"
     self_test: bool = Field(True, description="look in the first steps whether weights move and adapters reload")
 

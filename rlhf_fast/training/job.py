@@ -71,7 +71,7 @@ def save_roles(job: Job, folder: Path, *beside: str) -> None:
     if "safe" in job.backbone.adapters:
         passed = "passed" in job.counters
         beside += ("safe",) * passed
-        say(f"costs: the last policy that passed is in {folder / 'safe'}" if passed else "costs: no policy passed")
+        say("costs: the last policy that passed is in safe/" if passed else "costs: no policy passed")
     for role in (*beside, "ema"):
         if role in job.backbone.adapters:
             save_adapter(job.backbone, role, str(folder / role))

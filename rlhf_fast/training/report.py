@@ -11,6 +11,7 @@ from rich.text import Text
 from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.training import reward_report
+from rlhf_fast.training.files import replaced
 
 PANELS = {
     "reward": ("reward",),
@@ -48,7 +49,8 @@ def plot_curves(folder: Path) -> Path | None:
         if len(names) > 1:
             axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=110)
+    with replaced(folder / "curves.png") as path:
+        figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return folder / "curves.png"
 
@@ -81,8 +83,9 @@ def plot_frontier(runs: Sequence[Path], out: Path) -> Path:
         axis.legend(fontsize=7)
     figure.tight_layout()
     try:
-        figure.savefig(out, dpi=110)
-    except (OSError, ValueError) as error:
+        with replaced(out) as path:
+            figure.savefig(path, dpi=110)
+    except ValueError as error:
         raise UserError(f"{out} cannot be written: {first_line(error)}") from None
     finally:
         pyplot.close(figure)

@@ -15,7 +15,8 @@ from rich.table import Table
 from rlhf_fast.errors import UserError, short
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.entries import FromStage
-from rlhf_fast.training.folder import CONFIG_FILE, replace_file
+from rlhf_fast.training.files import replace_file
+from rlhf_fast.training.folder import CONFIG_FILE
 
 FILE = "rounds.jsonl"
 SHOWN = ("reward", "kl", "accuracy", "loss", "rows", "revisions")  # in the table; the file has all

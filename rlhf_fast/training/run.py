@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -18,16 +19,37 @@ from typing import Any, TypeVar
 import torch
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from rlhf_fast.data.reading import read_jsonl, split_lines
-from rlhf_fast.errors import UserError
+from rlhf_fast.data.reading import read_jsonl
+from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.training import ranks
 from rlhf_fast.training.best import keep_best
-from rlhf_fast.training.checkpoint import load_checkpoint, newest_good_checkpoint, newest_of, save_checkpoint
-from rlhf_fast.training.config import Config, RolloutConfig
+from rlhf_fast.training.checkpoint import (
+    MANIFEST,
+    is_whole,
+    last_good,
+    load_checkpoint,
+    newest_good_checkpoint,
+    resume_from,
+    save_checkpoint,
+)
+from rlhf_fast.training.config import Config, RolloutConfig, read_yaml
 from rlhf_fast.training.detectors import Watch
 from rlhf_fast.training.explosions import Explosions
-from rlhf_fast.training.folder import claim_folder, inputs_of, replace_file
+from rlhf_fast.training.files import WriteError, append_record, cut_records, flush, replace_file, writing
+from rlhf_fast.training.folder import (
+    CONFIG_FILE,
+    RECORDS,
+    SUMMARY_FILE,
+    check_same,
+    claim_folder,
+    forget_replaced,
+    id_of_run,
+    replaced_by,
+    take_folder,
+)
+from rlhf_fast.training.inputs import check_inputs, hashes, inputs_of, read_inputs, write_inputs
 from rlhf_fast.training.job import Job, capture, random_state, restore
+from rlhf_fast.training.lock import FolderLock
 from rlhf_fast.training.self_test import SelfTest
 
 T = TypeVar("T")
@@ -53,26 +75,21 @@ class Run:
         resume: str | None,
         overwrite: bool,
         evaluate: Callable[[Any, Any], dict[str, Any]] | None = None,
+        whole: Path | None = None,
     ) -> None:
-        """evaluate: (job, config) -> the metrics and samples of the held-out data, without a trace in the job."""
+        """evaluate: (job, config) -> the metrics and samples of the held-out data, without a trace in the job.
+        whole: the folder of the run that this one is a stage of."""
         self._evaluate = evaluate
         self.config, self.job, self.folder = config, job, Path(config.output_dir)
-        checkpoint = _find_checkpoint(self.folder, resume)
-        ranks.check_alike(f"the newest checkpoint in {self.folder}", None if checkpoint is None else checkpoint[0])
-        if checkpoint is not None and checkpoint[0] > config.steps:
-            raise UserError(f"cannot resume: the checkpoint is at step {checkpoint[0]}, steps is {config.steps}")
-        ranks.from_first(lambda: claim_folder(
-            self.folder, config.values(), resume=resume is not None, overwrite=overwrite, inputs=inputs_of(config)
-        ))  # fmt: skip
-        self.start = 0
-        if checkpoint is not None:
-            self.start, state = checkpoint
-            restore(job, state)
-        for name in ("metrics.jsonl", "samples.jsonl", "warnings.jsonl"):
-            _forget_after(self.folder / name, self.start)
-        # An evaluation at the start itself, unless one was due there, was the last of a run that is now continued.
-        due = self._evaluation_is_due(self.start)
-        _forget_after(self.folder / "eval.jsonl", self.start if due else self.start - 1)
+        self.whole = whole or self.folder
+        self._inputs = inputs_of(config)
+        self.lock: FolderLock | None = None  # of the first process
+        try:
+            ranks.from_first(lambda: self._take(resume, overwrite=overwrite))
+            self._open(resume, overwrite=overwrite)
+        except BaseException:
+            self._release()
+            raise
         self.watch = ranks.from_first(lambda: Watch.of(
             read_jsonl(self.folder / "metrics.jsonl"), read_jsonl(self.folder / "eval.jsonl"),
             [warning["cause"] for warning in read_jsonl(self.folder / "warnings.jsonl")],
@@ -83,12 +100,56 @@ class Run:
         self.signal = 0
         self.self_test: SelfTest | None = None  # of a run from its first step, until it is finished
         self._begun: tuple[int, dict[str, Any], dict[str, float]] | None = None
+        self._unwritten: WriteError | None = None  # the first record of a step that the system refused
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), disable=not sys.stdout.isatty(),
         )  # fmt: skip
         self.task: TaskID = self.progress.add_task(config.algorithm, total=config.steps, completed=self.start, shown="")
         self.clock = time.perf_counter()
+
+    def _take(self, resume: str | None, *, overwrite: bool) -> None:
+        self.lock = take_folder(
+            self.folder, resume=resume is not None, overwrite=overwrite, inputs=self._inputs,
+            stage=self.whole != self.folder,
+        )  # fmt: skip
+
+    def _release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+    def _open(self, resume: str | None, *, overwrite: bool) -> None:
+        """Make the folder, which is locked, this run's, and put the job where the run is to go on."""
+        config = self.config
+        source, checkpoint = _find_checkpoint(self.folder, resume)
+        self.start, state = checkpoint or (0, {})
+        ranks.check_alike(f"the newest checkpoint in {self.folder}", self.start)
+        if self.start > config.steps:
+            raise UserError(f"cannot resume: the checkpoint is at step {self.start}, steps is {config.steps}")
+        if checkpoint is not None:
+            _restore(self.job, state, self.start)
+        self.id = ranks.from_first(lambda: self._claim(source, resume=resume is not None, overwrite=overwrite))
+
+    def _claim(self, source: Path, *, resume: bool, overwrite: bool) -> str:
+        """Write what says that the folder is this run's, after comparing it with that in `source`, which it goes on
+        from. The id of the run."""
+        config, start = self.config, self.start
+        defaults = {name: field.default for name, field in type(config).model_fields.items()}
+        if source != self.folder:
+            check_same(read_yaml(source / CONFIG_FILE), config.values(), source / CONFIG_FILE, defaults)
+        found, before = hashes(self._inputs), read_inputs(source) if start else None
+        if before is not None:
+            for line in check_inputs(before, found, start, allowed=config.allow_changed_inputs):
+                print(f"warning: {line}", file=sys.stderr)
+        run = claim_folder(self.folder, config.values(), resume=resume, overwrite=overwrite, defaults=defaults)
+        write_inputs(self.folder, found)
+        if resume:
+            resume_from(self.folder / "checkpoints", start)
+        # An evaluation at the start itself, unless one was due there, was the last of a run that is now continued.
+        due = self._evaluation_is_due(start)
+        for name in RECORDS:
+            cut_records(self.folder / name, start - (name == "eval.jsonl" and not due))
+        return run
 
     def __enter__(self) -> "Run":
         # A first signal ends the run after its current step; a second one is the default: at once.
@@ -101,8 +162,12 @@ class Run:
         self.progress.stop()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.writer is not None:
-            self.writer.close()
+        try:
+            if self.writer is not None:
+                self.writer.close()
+        except OSError as refused:
+            print(f"warning: {self.folder / 'tensorboard'} cannot be written: {refused.strerror}", file=sys.stderr)
+        self._release()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -114,6 +179,8 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, from 0; saves a checkpoint where one is due, and when a signal ends the run."""
+        if self.start and self._evaluation_is_due(self.start) and not self._was_evaluated(self.start):
+            self.evaluate(self.start)
         for step in range(self.start, self.config.steps):
             self.clock = time.perf_counter()
             if step == 0 and self.config.self_test:
@@ -122,8 +189,14 @@ class Run:
             yield step
             done = step + 1
             self._hear_all()
-            if self._evaluation_is_due(done):
-                self.evaluate(done)
+            try:
+                if self._unwritten is not None:
+                    raise self._unwritten
+                if self._evaluation_is_due(done):
+                    self.evaluate(done)
+            except WriteError:
+                self._begun = done, random_state(), dict(self.job.counters)  # the step itself is whole
+                raise
             if done % self.config.save_every == 0 or done == self.config.steps or self.signal:
                 self._save(done, capture(self.job))
             if self.signal and done < self.config.steps:
@@ -133,24 +206,50 @@ class Run:
                     128 + self.signal,
                 )
 
+    def _save(self, done: int, state: dict[str, Any]) -> None:
+        """A checkpoint after `done` steps; the last one before updates were skipped or metrics became suspect stays.
+        From the first one on a run that this one replaces is gone."""
+        if not ranks.is_first():
+            return
+        for path in (self.folder / name for name in RECORDS):
+            if path.exists():
+                with writing(path):
+                    flush(path)
+        good = not self.job.counters["bad_steps"] and not self.explosions.streak
+        save_checkpoint(
+            self.folder / "checkpoints", done, state, keep=self.config.keep_checkpoints, run=self.id, good=good
+        )
+        forget_replaced(self.whole)
+
     def rescue(self) -> str:
         """Save a checkpoint of the steps before one that failed, where that has changed nothing yet (a reward failed).
 
-        What there is to say of it, else the last checkpoint before what went wrong, or nothing.
+        What there is to say of it: otherwise which checkpoint is the last good one, and what would have been replaced.
         """
-        done, random, counters = self._begun or (0, {}, {})
         if not ranks.is_first():
             return ""
-        if done == 0 or counters != self.job.counters:
-            good = newest_of(self.folder / "checkpoints", done + 1 - self.explosions.streak)
-            return "" if good is None else f"; the last good checkpoint is {good}"
-        self._save(done, {**capture(self.job), "random": random})
-        return f"; the checkpoint of step {done} is saved: --resume auto continues"
+        done, random, counters = self._begun or (0, {}, {})
+        path = self.folder / "checkpoints" / f"step-{done}"
+        if done > 0 and counters == self.job.counters and not counters["bad_steps"]:
+            try:
+                if not is_whole(path):
+                    self._hold_folder()
+                    self._save(done, {**capture(self.job), "random": random})
+                return f"; the checkpoint of step {done} is saved: --resume auto continues"
+            except UserError as error:
+                print(f"warning: {error}", file=sys.stderr)
+        good = last_good(self.folder / "checkpoints", self.id)
+        return (f"; the last good checkpoint is {good}" if good else "") + replaced_by(self.whole)
 
-    def _save(self, done: int, state: dict[str, Any]) -> None:
-        """A checkpoint after `done` steps; the last one before metrics became suspect stays."""
-        good = done - self.explosions.streak
-        save_checkpoint(self.folder / "checkpoints", done, state, keep=self.config.keep_checkpoints, good=good)
+    def _hold_folder(self) -> None:
+        """Make the folder anew where it was removed. UserError where it is another run's by now."""
+        if self.lock is None or not self.lock.holds():
+            self.lock = FolderLock(self.folder)
+        owner = id_of_run(self.folder)
+        if owner not in ("", self.id):
+            raise UserError(f"{self.folder} is another run's by now")
+        if not owner:
+            self.id = claim_folder(self.folder, self.config.values(), resume=False, overwrite=False)
 
     def track(self, what: str, parts: Sequence[T]) -> Iterator[T]:
         """The parts, under a progress bar of their own; a signal ends the run behind the one that it came in."""
@@ -169,14 +268,15 @@ class Run:
         UserError where they have exploded.
         """
         seconds = time.perf_counter() - self.clock
-        self._test_itself(step + 1, metrics)
-        self._warn(self.watch.step(step + 1, metrics))
+        with self._recording():
+            self._test_itself(step + 1, metrics)
+        with self._recording():
+            self._warn(self.watch.step(step + 1, metrics))
         metrics = {**metrics, "seconds": seconds, "tokens_per_second": tokens / seconds}
         metrics["warnings"] = len(self.watch.told)
-        _append(self.folder / "metrics.jsonl", {"step": step + 1, **metrics})
-        if self.writer is not None:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step + 1)
+        with self._recording():
+            self._append("metrics.jsonl", {"step": step + 1, **metrics})
+            self._draw(metrics, step + 1)
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
         self.progress.update(self.task, completed=step + 1, shown=shown)
         last = step + 1 == self.config.steps
@@ -185,6 +285,24 @@ class Run:
         self.explosions.add(metrics)
         if self.explosions.seen is not None:
             raise UserError(f"{self.explosions.seen}: lower learning_rate or look at the data")
+
+    def _append(self, name: str, values: dict[str, Any]) -> None:
+        if ranks.is_first():
+            append_record(self.folder / name, values)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """What cannot be written inside ends the run behind the step, which is whole then, and not within it."""
+        try:
+            yield
+        except WriteError as error:
+            self._unwritten = self._unwritten or error
+
+    def _draw(self, metrics: dict[str, float], step: int, prefix: str = "") -> None:
+        if self.writer is not None:
+            with writing(self.folder / "tensorboard"):
+                for name, value in metrics.items():
+                    self.writer.add_scalar(prefix + name, value, step)
 
     def _test_itself(self, done: int, metrics: dict[str, float]) -> None:
         """The learning self-test, a line for what fails."""
@@ -197,17 +315,21 @@ class Run:
     def _warn(self, warnings: list[dict[str, Any]]) -> None:
         """Record what the detectors found, and say it in a line each."""
         for warning in warnings:
-            _append(self.folder / "warnings.jsonl", warning)
+            self._append("warnings.jsonl", warning)
             print("warning: {cause} at step {step}: {seen}; {means}; try {try}".format_map(warning), file=sys.stderr)
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        for sample in samples:
-            _append(self.folder / "samples.jsonl", {"step": step + 1, **sample})
+        with self._recording():
+            for sample in samples:
+                self._append("samples.jsonl", {"step": step + 1, **sample})
 
     def _evaluation_is_due(self, done: int) -> bool:
         """Between the first and the last step, both of which have one anyway."""
         every = self.config.eval_every
         return every is not None and done % every == 0 and 0 < done < self.config.steps
+
+    def _was_evaluated(self, done: int) -> bool:
+        return ranks.from_first(lambda: any(row["step"] == done for row in read_jsonl(self.folder / "eval.jsonl")))
 
     def evaluate(self, done: int) -> None:
         """Evaluate after `done` steps and record it."""
@@ -222,52 +344,45 @@ class Run:
         for name, value in result["metrics"].items():
             if not math.isfinite(value):
                 raise UserError(f"{name} of the held-out data is {value} after {done} steps: look at model and data")
-        _append(self.folder / "eval.jsonl", {"step": done, **result})
+        self._append("eval.jsonl", {"step": done, **result})
         self._warn(self.watch.evaluation(done, result["metrics"]))
-        if self.writer is not None:
-            for name, value in result["metrics"].items():
-                self.writer.add_scalar(f"eval/{name}", value, done)
+        self._draw(result["metrics"], done, "eval/")
 
 
-def _find_checkpoint(folder: Path, resume: str | None) -> tuple[int, dict[str, Any]] | None:
+def _find_checkpoint(folder: Path, resume: str | None) -> tuple[Path, tuple[int, dict[str, Any]] | None]:
+    """(run folder, (step, state) of its newest whole checkpoint, or of the one that is named). None: from the start."""
     if resume is None:
-        return None
-    if resume == "auto":
-        return newest_good_checkpoint(folder / "checkpoints")
-    path = Path(resume)
-    if (path / "manifest.json").is_file():
-        return load_checkpoint(path)
-    newest = newest_good_checkpoint(path / "checkpoints")
-    if newest is None:
+        return folder, None
+    path = folder if resume == "auto" else Path(resume)
+    if (path / MANIFEST).is_file():
+        run = path.absolute().parents[1]
+        if not (run / CONFIG_FILE).is_file():
+            raise UserError(f"--resume {resume}: it lies in no run folder, so its config is not known")
+        return _same_as(run, folder), load_checkpoint(path)
+    newest = newest_good_checkpoint(path / "checkpoints", id_of_run(path))
+    if newest is None and resume != "auto":
         raise UserError(f"--resume {resume}: no checkpoint there")
-    return newest
+    return _same_as(path, folder), newest
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop what an interrupted run recorded past its checkpoint, and a last line that was cut off."""
-    if not path.exists() or not ranks.is_first():
-        return
-    lines = []
-    for line in split_lines(path):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        lines.append(line)
-    replace_file(path, "".join(lines))
+def _same_as(path: Path, folder: Path) -> Path:
+    return folder if path.resolve() == folder.resolve() else path
 
 
-def _append(path: Path, values: dict[str, Any]) -> None:
-    if not ranks.is_first():
-        return
-    with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(values, ensure_ascii=False) + "\n")
+def _restore(job: Job, state: dict[str, Any], step: int) -> None:
+    try:
+        restore(job, state)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(f"the checkpoint of step {step} is of another model or version: {first_line(error)}") from None
 
 
 def _tensorboard(folder: Path, start: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    with writing(folder / "tensorboard"):
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
 
 def write_summary(folder: Path) -> None:
     """summary.json: the last evaluation. Its presence says that the run finished."""
-    replace_file(folder / "summary.json", json.dumps(read_jsonl(folder / "eval.jsonl")[-1], indent=1) + "\n")
+    replace_file(folder / SUMMARY_FILE, json.dumps(read_jsonl(folder / "eval.jsonl")[-1], indent=1) + "\n")

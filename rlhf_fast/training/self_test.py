@@ -24,7 +24,7 @@ from rlhf_fast.models.self_test import trial
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.experience import separate_randomness
-from rlhf_fast.training.folder import replace_file
+from rlhf_fast.training.files import replace_file
 from rlhf_fast.training.job import Job
 
 FILE = "self_test.json"

@@ -2,12 +2,29 @@
 
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.training.folder import MARKER, check_folder, claim_folder, inputs_of, saving
+from rlhf_fast.training.checkpoint import save_checkpoint
+from rlhf_fast.training.folder import (
+    MARKER,
+    REMOVED,
+    REPLACED,
+    check_folder,
+    claim_folder,
+    forget_replaced,
+    saving,
+    take_folder,
+)
+from rlhf_fast.training.inputs import inputs_of
+from rlhf_fast.training.lock import LOCK, FolderLock
 from tests.training.tiny_runs import config_of
 
 
@@ -17,15 +34,18 @@ def made(folder: Path, stages=()) -> Path:
     for name in ("metrics.jsonl", "checkpoints/step-1/state.pt", "tensorboard/events.out.tfevents.1.2"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("old")
-    with saving(folder):
-        (folder / "adapter_model.safetensors").write_text("old")
-        (folder / "critic").mkdir()
-        (folder / "critic" / "adapter_model.safetensors").write_text("old")
+    with saving(folder) as place:
+        (place / "adapter_model.safetensors").write_text("old")
+        (place / "critic").mkdir()
+        (place / "critic" / "adapter_model.safetensors").write_text("old")
     return folder
 
 
 def overwrite(folder: Path, *inputs: Path) -> None:
-    claim_folder(folder, {"algorithm": "sft"}, resume=False, overwrite=True, inputs=inputs)
+    """By a run that gets a checkpoint."""
+    take_folder(folder, resume=False, overwrite=True, inputs=inputs).release(remove=True)
+    claim_folder(folder, {"algorithm": "sft"}, resume=False, overwrite=True)
+    forget_replaced(folder)
 
 
 def names(folder: Path) -> set[str]:
@@ -116,22 +136,164 @@ def test_a_folder_without_a_marker_of_ours_is_left_as_it_is(content, tmp_path):
     assert (tmp_path / "precious").is_file()
 
 
-def test_a_kill_while_an_earlier_run_is_removed_leaves_a_folder_that_can_be_overwritten(tmp_path, monkeypatch):
+class Killed(BaseException):
+    pass
+
+
+def kill_at(monkeypatch, number: int) -> None:
+    """The next call of os.replace with this number (from 1) never happens."""
+    replace, count = os.replace, []
+
+    def killed(*paths):
+        count.append(paths)
+        if len(count) == number:
+            raise Killed
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", killed)
+
+
+def text(folder: Path) -> dict[str, str]:
+    """What every file holds, but for locks and what a kill left half written."""
+    files = [folder / name for name in sorted(names(folder))]
+    whole = [path for path in files if path.is_file() and path.name != LOCK and not path.name.startswith(".new.")]
+    return {str(path.relative_to(folder)): path.read_text() for path in whole}
+
+
+def test_a_run_that_is_replaced_waits_until_the_new_one_has_a_checkpoint(tmp_path):
     run = made(tmp_path / "run")
-    unlink, count = Path.unlink, []
+    before = text(run)
+    take_folder(run, resume=False, overwrite=True).release()
+    claim_folder(run, {"algorithm": "sft", "seed": 1}, resume=False, overwrite=True)
+    assert text(run / REPLACED) == before
+    with pytest.raises(UserError, match=f"seed is None, but .* has 1; the run that it replaced is in .*{REPLACED}"):
+        claim_folder(run, {"algorithm": "sft"}, resume=True, overwrite=False)
+    # A second one replaces the first, which has done nothing; the finished one still waits.
+    claim_folder(run, {"algorithm": "sft", "seed": 2}, resume=False, overwrite=True)
+    assert text(run / REPLACED) == before
+    save_checkpoint(run / "checkpoints", 1, {}, keep=1)
+    forget_replaced(run)
+    assert {MARKER, "config.yaml", "checkpoints/step-1/state.pt"} <= names(run)
+    assert not any(name.startswith(".rlhf_fast_re") for name in names(run))
 
-    def killed(self, **options):
-        count.append(self)
-        if len(count) == 3:
-            raise KeyboardInterrupt
-        unlink(self, **options)
 
-    monkeypatch.setattr(Path, "unlink", killed)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_kill_anywhere_while_a_run_is_put_away_leaves_it_whole_for_resume_and_overwrite(tmp_path, monkeypatch):
+    """With stages; each file is moved by itself."""
+    for number in range(1, 99):
+        run = made(tmp_path / f"{number}", stages=["sft"])
+        made(run / "sft")
+        before = text(run)
+        with monkeypatch.context() as patch:
+            kill_at(patch, number)
+            try:
+                claim_folder(run, {"algorithm": "ppo"}, resume=False, overwrite=True)
+            except Killed:
+                pass
+            else:
+                break
+        copy = shutil.copytree(run, tmp_path / f"{number} copy")
+        take_folder(run, resume=True, overwrite=False).release(remove=True)
+        began = yaml.safe_load((run / "config.yaml").read_text())["algorithm"] == "ppo"
+        assert began or text(run) == before, number
+        overwrite(copy)
+        assert set(text(copy)) == {MARKER, "config.yaml"}, number
+    assert number > 12
+
+
+def test_a_kill_anywhere_while_a_run_is_brought_back_loses_nothing(tmp_path, monkeypatch):
+    for number in range(1, 99):
+        run = made(tmp_path / f"{number}")
+        before = text(run)
+        with monkeypatch.context() as patch:
+            kill_at(patch, 8)  # all is put away, and the new marker is not written yet
+            with pytest.raises(Killed):
+                claim_folder(run, {"algorithm": "ppo"}, resume=False, overwrite=True)
+        assert set(text(run)) - {f"{REPLACED}/{name}" for name in before} == set()
+        with monkeypatch.context() as patch:
+            kill_at(patch, number)
+            try:
+                take_folder(run, resume=True, overwrite=False)
+            except Killed:
+                take_folder(run, resume=True, overwrite=False).release(remove=True)
+                assert text(run) == before
+            else:
+                break
+    assert number > 5
+
+
+@pytest.mark.parametrize("left", [[], [LOCK], [LOCK, f".new.{MARKER}"], [REMOVED]])
+def test_a_folder_left_before_it_had_a_marker_is_taken_by_all(left, tmp_path):
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        run = tmp_path / str(flags)
+        run.mkdir()
+        for name in left:
+            (run / name).touch()
+        lock = take_folder(run, **{"resume": False, "overwrite": False, **flags})
+        assert lock.holds()
+        lock.release()
+
+
+def test_a_lock_keeps_other_processes_out_and_ends_with_its_process(tmp_path):
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom rlhf_fast.training.lock import FolderLock\n"
+        f"lock = FolderLock(Path({str(tmp_path / 'run')!r}))\n"
+        "child = os.fork()\nif child == 0:\n    signal.pause()\n"  # it outlives its parent
+        "print(child, flush=True)\nsys.stdin.readline()\nos.kill(os.getpid(), 9)\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as holder:
+        child = int(holder.stdout.readline())
+        for flags in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(UserError, match=f"is in use by another run, process {holder.pid}"):
+                take_folder(tmp_path / "run", **{"resume": False, "overwrite": False, **flags})
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+        holder.wait()
+        try:
+            take_folder(tmp_path / "run", resume=False, overwrite=False).release()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_stage_that_another_process_trains_is_not_replaced(tmp_path):
+    run = made(tmp_path / "run", stages=["sft"])
+    made(run / "sft")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom rlhf_fast.training.lock import FolderLock\n"
+        f"lock = FolderLock(Path({str(run / 'sft')!r}))\nprint('locked', flush=True)\nsys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        before = names(run)
+        with pytest.raises(UserError, match="sft is in use by another run"):
+            overwrite(run)
+        assert names(run) - {LOCK} == before
+        holder.stdin.close()
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "dangling"])
+def test_a_lock_that_is_something_else_is_one_line(kind, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    target = tmp_path / LOCK
+    if kind == "folder":
+        target.mkdir()
+    else:
+        target.symlink_to(tmp_path / ("mine" if kind == "link" else "nowhere"))
+    with pytest.raises(UserError, match="cannot be written"):
+        FolderLock(tmp_path)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("stages", [[""], ["."], ["a", "../x"], ["a\0b"], [3], "abc", None])
+def test_a_marker_that_somebody_wrote_is_one_line_or_harmless(stages, tmp_path):
+    run = made(tmp_path / "run")
+    marker = json.loads((run / MARKER).read_text()) | {"stages": stages}
+    (run / MARKER).write_text(json.dumps(marker))
+    if stages == "abc":  # names of folders that are not there
         overwrite(run)
-    monkeypatch.undo()
-    overwrite(run)
-    assert names(run) == {MARKER, "config.yaml"}
+        return
+    with pytest.raises(UserError, match=r"^[^\n]*left as it is$"):
+        overwrite(run)
 
 
 def test_the_inputs_of_a_run_are_its_model_and_that_ones_base_its_data_and_its_rewards(tmp_path):

@@ -93,10 +93,11 @@ def test_a_checkpoint_folder_can_be_named(tmp_path):
     config = config_of("sft", output_dir=str(tmp_path / "run"), save_every=2)
     named = Run(config, job_of(config), resume=str(tmp_path / "run/checkpoints/step-4"), overwrite=False)
     assert named.start == 4
+    assert (tmp_path / "run/checkpoints/aside/step-5/state.pt").is_file()
     with pytest.raises(UserError, match="no checkpoint there"):
         Run(config, job_of(config), resume=str(tmp_path / "nowhere"), overwrite=False)
     shorter = config.model_copy(update={"steps": 3})
-    with pytest.raises(UserError, match="the checkpoint is at step 5, steps is 3"):
+    with pytest.raises(UserError, match="the checkpoint is at step 4, steps is 3"):
         Run(shorter, job_of(shorter), resume="auto", overwrite=False)
 
 
