@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +53,47 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+class _Lasting:
+    """A standard stream that a run outlives: where its reader is gone, or its disk full, nothing more is written."""
+
+    def __init__(self, stream: Any, tell: Callable[[str], None]) -> None:
+        self._stream, self._tell, self._broken = stream, tell, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        if self._broken:
+            return
+        try:
+            action()
+        except OSError as error:
+            self._broken = True
+            # What is still in its buffer goes nowhere, so that the end of the process does not stumble over it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._tell(f"warning: {self._stream.name} cannot be written ({error.strerror}); the run goes on")
+
+
+@contextmanager
+def _lasting_streams() -> Iterator[None]:
+    """A closed pipe (`| head`) or a full disk behind standard output or error does not end what runs inside."""
+    streams = sys.stdout, sys.stderr
+    sys.stderr = _Lasting(streams[1], lambda line: None)  # type: ignore[assignment]
+    sys.stdout = _Lasting(streams[0], lambda line: print(line, file=sys.stderr))  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
+
+
 @app.command(help=TRAIN_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
@@ -77,7 +118,7 @@ def train(
     if config is None and words and not words[0].startswith("--") and "=" not in words[0]:
         config = words.pop(0)
     words = [f"{name}={x}" for name, x in context.params.items() if name in KEYS and x is not None] + words
-    with _one_line_errors():
+    with _lasting_streams(), _one_line_errors():
         from rlhf_fast.algorithms.launch import launch
         from rlhf_fast.training.run import Stopped
 
