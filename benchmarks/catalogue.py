@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import costs, memory, methods, plots, roofline, tables
+from benchmarks import costs, memory, methods, plots, roofline, scale, tables
 from benchmarks.results_file import best_of, floor_ms, source
 from benchmarks.steps import parity
 from benchmarks.steps import report as steps
@@ -169,6 +169,12 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "the memory of an update": of("memory.json", memory.section),
         "the runs on a GPU": gpu_runs,
         **tables_of("GPU", "gpu.json", machine="GPU"),
+    },
+    ROOT / "docs" / "scale.md": {
+        "what passes carry": scale.per_pass,
+        "what a step carries": scale.per_step,
+        "rollouts": scale.rollouts,
+        "the head": scale.head,
     },
     ROOT / "docs" / "methods.md": {
         "the methods": of("methods.json", methods.table),
