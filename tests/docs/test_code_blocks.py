@@ -141,6 +141,8 @@ def check_command(words: list[str]) -> None:
     elif program == "pip":
         extras = re.findall(r"\[(.*)\]", " ".join(rest))
         assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras), words
+    elif program == "torchrun":
+        check_command(rest[rest.index("-m") + 1 :])
     elif program == "rlhf_fast":
         check_ours(rest)
     else:
