@@ -21,9 +21,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from rlhf_fast.data.batches import Batch, pad_batch
@@ -31,6 +28,7 @@ from rlhf_fast.data.encoding import Example, Prompt, pad_id
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import embedding_rows
+from rlhf_fast.ops.tokens.sample_tokens import sample_tokens
 
 
 @dataclass(frozen=True)
@@ -96,41 +94,49 @@ def roll_out(
     mixture: float = 0.0,
     role: str | None = "policy",
     drawing: "Drawing | None" = None,
+    row_ids: Sequence[int] | None = None,
 ) -> Rollout:
     """One completion of at most max_new_tokens tokens (at least one) for each prompt, by `role` (None: the base model).
 
     mixture: the weight of the reference: tokens are drawn from softmax((1 - mixture) log policy + mixture log
     reference), both at a cost of their own; 1 is the reference alone. drawing: what draws the tokens instead.
 
-    Uses torch's global random state. rows_per_pass bounds the memory of the key-value cache. The prompts are padded
-    on the left for generation and the result on the right, so nothing downstream needs to know about the left.
+    A number from torch's global random state, the row and the place of a token decide how that is drawn: not what other
+    rows there are. row_ids: the numbers of the prompts among all that are sampled, where these are a part; default:
+    from 0. rows_per_pass bounds the memory of the key-value cache. The prompts are padded on the left for generation
+    and the result on the right, so nothing downstream needs to know about the left.
     keep_logprobs: also the sampler's log-probabilities. on_finished: called with a row, its completion and the ids of
     that as soon as it has ended, while others go on.
     """
     stops = stop_ids(backbone, tokenizer, prompts)
     pad = pad_id(tokenizer, embedding_rows(backbone.model))
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p,
-        pad_token_id=pad, eos_token_id=stops,
-    )  # fmt: skip
+    # What is drawn is left as the only token, which is then the greatest.
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=stops)
     size = rows_per_pass or len(prompts)
-    mixing = drawing or (Mixing(mixture, temperature, top_k, top_p) if 0 < mixture < 1 else None)
+    numbers = torch.arange(len(prompts)) if row_ids is None else torch.tensor(row_ids)
+    seed = int(torch.randint(1 << 62, ()))
+    if drawing is None:
+        sampling = "reference" if mixture == 1 else _role(backbone, role)
+        drawing = (
+            Mixing(mixture, temperature, top_k, top_p) if 0 < mixture < 1
+            else Drawing([sampling], temperature, top_k, top_p)
+        )  # fmt: skip
     completions: list[list[int]] = []
     recorder = Recorder(temperature) if keep_logprobs else None
-    sampling = "reference" if mixture == 1 else role
     with backbone.sampling() as in_step:
         starts = range(0, len(prompts), size)
         idle = backbone.idle_passes(len(starts)) if in_step else 0
         for i in starts:
             ids = [p.ids for p in prompts[i : i + size]]
             watch = None if on_finished is None else _Watch(tokenizer, prompts[i : i + size], stops, i, on_finished)
-            tokens = _generate(backbone, ids, settings, mixing or recorder, watch, role=sampling)
-            tokens = tokens[:, max(map(len, ids)) :]
+            drawing.begin(seed, numbers[i : i + size].to(_device(backbone)), recorder)
+            tokens = _generate(backbone, ids, settings, drawing, watch)[:, max(map(len, ids)) :]
             completions += [_cut(row, stops) for row in tokens.tolist()]
             if recorder is not None:
                 recorder.finish(tokens)
         for _ in range(idle):
-            _generate(backbone, [prompts[0].ids], settings, mixing, role=sampling)
+            drawing.begin(seed, numbers[:1].to(_device(backbone)))
+            _generate(backbone, [prompts[0].ids], settings, drawing)
     scored = not {"reward", "cost"}.isdisjoint(backbone.heads)
     examples = [_example(p, c, closed=scored) for p, c in zip(prompts, completions, strict=True)]
     batch = pad_batch(examples, pad).to(_device(backbone))
@@ -225,11 +231,11 @@ def agreement(backbone: Backbone, batch: Batch, sampler: SamplerView, temperatur
     )
 
 
-class Recorder(LogitsProcessor):
-    """Log-probabilities of the tokens that `generate` samples, kept without keeping the logits of every step.
+class Recorder:
+    """Log-probabilities of the tokens that are sampled, kept without keeping the logits of every step.
 
-    `generate` calls it with the tokens so far and the next logits, before temperature, top_k and top_p; the token that
-    was drawn from those is the last one of the next call.
+    It is shown the tokens so far and the next logits, before temperature, top_k and top_p; the token that was drawn
+    from those is the last one of the next time.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -239,17 +245,16 @@ class Recorder(LogitsProcessor):
         self._last: Tensor | None = None  # (B, V), of the step whose token is not known yet
         self._spreads: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> None:
         if self._last is not None:
             self._steps.append(self._last.gather(1, input_ids[:, -1:]))
         logits = scores.float() / self.temperature
         self._spreads.append(_spread(logits))
         self._last = logits.log_softmax(1)
-        return scores
 
     def finish(self, tokens: Tensor) -> None:
         """The pass is over; it gave the tokens (B, N)."""
-        assert self._last is not None, "generate has called this"
+        assert self._last is not None, "it was shown logits"
         self._steps.append(self._last.gather(1, tokens[:, -1:]))
         # Where generation looks a step ahead before it stops, there is one step more than it returns.
         self.rows += torch.cat(self._steps[: tokens.shape[1]], dim=1)
@@ -287,27 +292,31 @@ class _Watch(StoppingCriteria):
 
 
 class Drawing(LogitsProcessor):
-    """Draws the next tokens from what several roles say of them, each for an equal share of the rows.
+    """Draws the next tokens from what one role, or several, say of them, each for an equal share of the rows.
 
     Each token is drawn here, once, and left as the only one for all of its rows.
     """
 
     def __init__(self, roles: Sequence[str | None], temperature: float, top_k: int, top_p: float) -> None:
         self.roles = list(roles)
-        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-        if top_k:
-            self.warpers.append(TopKLogitsWarper(top_k))
-        if top_p < 1:
-            self.warpers.append(TopPLogitsWarper(top_p))
+        self.rule: dict[str, Any] = {"temperature": temperature, "top_k": top_k or None, "top_p": top_p}
+        self.recorder: Recorder | None = None
+        self.seed, self.row_ids, self.step = 0, torch.empty(0), 0
+
+    def begin(self, seed: int, row_ids: Tensor, recorder: "Recorder | None" = None) -> None:
+        """A pass over the rows of these numbers, (B,), begins. recorder: is shown what one role alone says."""
+        self.seed, self.row_ids, self.step, self.recorder = seed, row_ids, 0, recorder
 
     def combined(self, logits: Sequence[Tensor]) -> Tensor:
         """(B, V), what tokens are drawn from, before temperature, top_k and top_p; logits: fp32, of each role."""
-        raise NotImplementedError
+        return logits[0]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.recorder is not None:
+            self.recorder(input_ids, scores)
         mixed = self.combined(scores.float().chunk(len(self.roles)))
-        mixed = self.warpers(input_ids[: len(mixed)], mixed)  # type: ignore[arg-type]
-        drawn = mixed.softmax(-1).multinomial(1)
+        drawn = sample_tokens(mixed, seed=self.seed, row_ids=self.row_ids, step=self.step, **self.rule).ids[:, None]
+        self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn.repeat(len(self.roles), 1), 0.0)
 
 
@@ -405,24 +414,23 @@ def _generate(
     backbone: Backbone,
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
-    processor: LogitsProcessor | None = None,
+    drawing: "Drawing | None" = None,
     watch: StoppingCriteria | None = None,
-    role: str | None = "policy",
 ) -> Any:
     """What `generate` returns: the ids (B, W + N), prompts padded on the left to W, or with the settings' outputs.
 
-    A `Drawing` draws from its own roles, anything else from `role`.
+    drawing: what draws the tokens, from its roles; default: `generate` itself, from the policy.
     """
     model, device = backbone.model, _device(backbone)
     width = max(len(ids) for ids in prompts)
     pad = settings.pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(ids)) + [*ids] for ids in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    roles: list[str | None] = [_role(backbone, role)]
-    if isinstance(processor, Drawing):
-        roles = processor.roles
+    roles: list[str | None] = [_role(backbone)]
+    if drawing is not None:
+        roles = drawing.roles
         input_ids, mask = input_ids.repeat(len(roles), 1), mask.repeat(len(roles), 1)
-    hooks: dict[str, Any] = {} if processor is None else {"logits_processor": LogitsProcessorList([processor])}
+    hooks: dict[str, Any] = {} if drawing is None else {"logits_processor": LogitsProcessorList([drawing])}
     if watch is not None:
         hooks["stopping_criteria"] = StoppingCriteriaList([watch])
     hook = model.get_output_embeddings().register_forward_pre_hook(_before_head)

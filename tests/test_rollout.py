@@ -41,7 +41,7 @@ def prompts(*texts: str) -> list[Prompt]:
 def scripted(backbone, *rows: list[int]):
     """Let generation return these completions, whatever the model says."""
 
-    def generate(input_ids, attention_mask, generation_config):
+    def generate(input_ids, attention_mask, generation_config, **hooks):
         width = max(map(len, rows))
         tail = torch.tensor([[*row, *[generation_config.pad_token_id] * (width - len(row))] for row in rows])
         return torch.cat([input_ids, tail], dim=1)
@@ -105,6 +105,21 @@ def test_it_is_the_policy_that_writes(backbone, tokenizer):
         for parameter in backbone.parameters_of("policy"):
             parameter.add_(torch.randn(parameter.shape))
     assert sample() != before
+
+
+@pytest.mark.parametrize("rule", [{}, {"top_k": 5}, {"top_p": 0.9, "temperature": 2.0}], ids=str)
+def test_a_row_is_sampled_alike_alone_and_among_others(rule, backbone, tokenizer):
+    texts = ("a", "longer", "bc", "d")
+
+    def sample(*rows, **options):
+        torch.manual_seed(5)
+        asked = prompts(*(texts[row] for row in rows))
+        return roll_out(backbone, tokenizer, asked, max_new_tokens=6, row_ids=rows, **rule, **options).completion_ids()
+
+    whole = sample(0, 1, 2, 3)
+    assert len({tuple(ids) for ids in whole}) == 4
+    assert sample(3, 1) == [whole[3], whole[1]]
+    assert sample(0, 1, 2, 3, rows_per_pass=1) == whole
 
 
 def test_passes_of_few_rows_keep_the_order(backbone, tokenizer):

@@ -30,9 +30,9 @@ from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.experience import Experience, collect, evaluate_policy, separate_randomness
 from rlhf_fast.training.hints import HintJob, asked_again, prepare_hints
 from rlhf_fast.training.job import Job, save_roles
+from rlhf_fast.training.joined import joined
 from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, net_rewards, policy_term
 from rlhf_fast.training.optim import Loss
-from rlhf_fast.training.resampling import joined
 from rlhf_fast.training.run import Run
 
 LIKELIHOOD = {"variant": "reinforce", "aggregation": "token_mean"}

@@ -67,7 +67,7 @@ from rlhf_fast.training.rounds import (
 from rlhf_fast.training.run import Run, write_summary
 
 # The algorithms that divide their work among several processes.
-SHARED = {"sft"}
+SHARED = {"sft", "reward_model", "ppo", "grpo", "preference", "unpaired", "hpo", "online_preference"}
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.experience import Experience, collect, score
 from rlhf_fast.training.job import Job
+from rlhf_fast.training.joined import joined
 from rlhf_fast.training.on_policy import Rows, micro_batches, net_rewards, paid
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, update
-from rlhf_fast.training.resampling import joined
 from rlhf_fast.training.setup import prepare_rollouts
 
 
@@ -171,7 +171,7 @@ def learn_units(
     for _ in range(config.ppo_epochs):
         for chosen in torch.randperm(len(units)).chunk(config.num_minibatches):
             size = max(1, (config.micro_batch_size or units.numel()) // units.shape[1])
-            parts = tuple(units[part].T.flatten() for part in chosen.split(size))
-            metrics = accumulate(loss, micro_batches(job, config, experience, parts))
+            parts = tuple(units[part].flatten() for part in chosen.split(size))
+            metrics = accumulate(loss, micro_batches(job, config, experience, parts, together=units.shape[1]))
             history.append({**as_numbers(metrics), **update(job, config, metrics["loss"])})
     return {name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]}

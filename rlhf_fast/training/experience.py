@@ -1,8 +1,10 @@
 """Sampled completions with everything the update needs: log-probabilities, values, rewards; and their evaluation."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +16,11 @@ from rlhf_fast.models.backbone import Scores
 from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
 from rlhf_fast.rewards import Payment, Rewards
 from rlhf_fast.rollout import Drawing, Rollout, SamplerView, agreement, roll_out, token_that_ends
+from rlhf_fast.training import ranks as processes
 from rlhf_fast.training.config import RolloutConfig, SamplingConfig
 from rlhf_fast.training.job import Job, random_state, seed_everything, set_random_state
+from rlhf_fast.training.joined import joined, on_device
+from rlhf_fast.training.ranks import Part
 
 
 class StepRewards(NamedTuple):
@@ -89,17 +94,20 @@ class Experience:
         """(rows, T), those of the policy that sampled; None in the minibatch that makes them."""
         return None if self.scores.logprobs is None else self.scores.logprobs[rows]
 
-    def keep_logprobs(self, parts: tuple[Tensor, ...], logprobs: list[Tensor]) -> None:
-        """Where the policy was not scored: those of the first minibatch, whose micro-batches have the rows `parts`.
+    def keep_logprobs(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Where the policy was not scored: those of the first minibatch, (rows, log-probabilities) of micro-batches.
 
         Raises ValueError where these are not all rows: the others would be scored by newer weights than sampled them.
         """
         if self.scores.logprobs is None:
-            rows = torch.cat(parts)
+            if processes.world() > 1:
+                own = [(rows, made.cpu()) for rows, made in parts]
+                parts = [part for of_one in processes.all_gather_objects(own) for part in of_one]
+            rows, made = (torch.cat(of_all) for of_all in zip(*parts, strict=True))
             if len(rows) != len(self.rewards):
                 raise ValueError(f"the policy was not scored, and the first minibatch has {len(rows)} rows, "
                                  f"not all {len(self.rewards)}")  # fmt: skip
-            self.scores = replace(self.scores, logprobs=torch.cat(logprobs)[rows.argsort()])
+            self.scores = replace(self.scores, logprobs=made[rows.argsort()].to(self.rewards.device))
 
 
 def prompts_of_step(job: Job, config: RolloutConfig, step: int) -> list[Prompt]:
@@ -134,13 +142,66 @@ def collect(
     the sampled tokens' ranks by the reference. drawing: what draws the tokens in the policy's place.
     """
     early = any(rewards.early for rewards in judges_of(job))
+    own = own_prompts(prompts)
+    asked = [prompts[row] for row in own.rows]
     rollout = roll_out(
-        job.backbone, job.encoder.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
+        job.backbone, job.encoder.tokenizer, asked, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, keep_logprobs=keep_sampler,
-        on_finished=(lambda row, *of_row: submit(job, row, prompts[row], *of_row)) if early else None,
-        mixture=mixture, drawing=drawing,
+        on_finished=(lambda row, *of_row: submit(job, row, asked[row], *of_row)) if early else None,
+        mixture=mixture, drawing=drawing, row_ids=own.rows,
     )  # fmt: skip
-    return judge(job, config, rollout, score_policy=score_policy, exact_kl=exact_kl, ranks=ranks)
+    with everyone_alike(job):
+        experience = judge(job, config, rollout, score_policy=score_policy, exact_kl=exact_kl, ranks=ranks)
+    return gathered(experience, prompts, own)
+
+
+def own_prompts(prompts: Sequence[Prompt]) -> Part:
+    """This process's share; the completions of one prompt, which follow each other, stay together."""
+    together = math.gcd(*(len(list(same)) for _, same in groupby(prompts, key=id)))
+    (part,) = processes.share([len(prompt.ids) for prompt in prompts], together=together)
+    return part
+
+
+@contextmanager
+def everyone_alike(job: Job) -> Iterator[None]:
+    """What differs between processes inside does not outside: random states, and the requests that a judge sent."""
+    if processes.world() == 1:
+        yield
+        return
+    assert job.rewards is not None
+    state, calls = random_state(), job.rewards.judge_calls
+    yield
+    set_random_state(state)
+    job.rewards.judge_calls = calls + int(processes.all_sum(torch.tensor(job.rewards.judge_calls - calls)))
+
+
+def gathered(experience: Experience, prompts: Sequence[Prompt], own: Part) -> Experience:
+    """The experience of all `prompts`, of which this process has made the rows `own`.
+
+    What is large, the hidden states, is left where it is and computed anew when it is needed.
+    """
+    if processes.world() == 1:
+        return experience
+    scores, rollout = replace(experience.scores, ref_hidden=None), replace(experience.rollout, prompts=[])
+    small = replace(experience, lower=None, scores=scores, rollout=rollout)
+    made = processes.all_gather_objects(None if own.idle else (own.rows, on_device(small, "cpu")))
+    found, order = [], []
+    for rows, part in filter(None, made):
+        found.append(replace(part, rollout=replace(part.rollout, prompts=[prompts[row] for row in rows])))
+        order += rows
+    whole = joined(alike_in_steps(*found), [torch.arange(len(part.rewards)) for part in found])
+    whole = joined([whole], [torch.tensor(order).argsort()])
+    metrics = {name: sum(part.metrics[name] for part in found) / len(found) for name in found[0].metrics}
+    return replace(on_device(whole, alike_in_steps(whole, small)[1]), metrics=metrics)
+
+
+def alike_in_steps(*experiences: Experience) -> list[Experience]:
+    """Where a source pays inside of the completions of one, all have steps; those of the others pay nothing."""
+    if all(experience.steps is None for experience in experiences):
+        return list(experiences)
+    masks = [experience.batch.mask for experience in experiences]
+    none = [StepRewards(torch.zeros_like(mask, dtype=torch.float32), torch.zeros_like(mask).bool()) for mask in masks]
+    return [replace(e, steps=e.steps or zeros) for e, zeros in zip(experiences, none, strict=True)]
 
 
 def judges_of(job: Job) -> list[Rewards]:
@@ -232,7 +293,8 @@ def score(
         lowers.append(lower)
         scores = job.backbone.score(
             rows.input_ids, rows.attention_mask, rows.mask, mask_count=rows.count, temperature=config.temperature,
-            lower=lower, policy=policy, exact_kl=exact_kl, ranks=ranks, ref_hidden=config.loss_kl is not None,
+            lower=lower, policy=policy, exact_kl=exact_kl, ranks=ranks,
+            ref_hidden=config.loss_kl is not None and processes.world() == 1,
         )  # fmt: skip
         passes.append(scores)
     joined: dict[str, Any] = {f.name: _joined([getattr(p, f.name) for p in passes]) for f in fields(Scores)}

@@ -4,7 +4,7 @@ A method brings `loss(rows) -> (loss, metrics)`. Both are sums over the rows, di
 minibatch (`Rows.tokens`, `Rows.sequences`), so that micro-batches change nothing.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_fast.data.batches import Batch
 from rlhf_fast.data.notes import say
 from rlhf_fast.ops.policy.policy_loss import policy_loss
+from rlhf_fast.training import ranks
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.constraints import reward_weights_at
 from rlhf_fast.training.experience import (
@@ -168,9 +169,12 @@ def minibatches(config: RolloutConfig, size: int) -> Iterator[tuple[Tensor, ...]
         yield rows.split(config.micro_batch_size or len(rows))
 
 
-def micro_batches(job: Job, config: RolloutConfig, experience: Experience, parts: tuple[Tensor, ...]) -> Iterator[Rows]:
-    """The rows `parts` of a minibatch, each after a forward pass of every role that trains.
+def micro_batches(
+    job: Job, config: RolloutConfig, experience: Experience, parts: tuple[Tensor, ...], *, together: int = 1
+) -> Iterator[Rows]:
+    """The rows `parts` of a minibatch, those of this process, each after a forward pass of every role that trains.
 
+    together: see `own_parts`.
     Where the policy was not scored, the experience keeps the log-probabilities of its first minibatch.
     """
     batch, backbone, learnt = experience.batch, job.backbone, experience.learnt(config)
@@ -178,8 +182,8 @@ def micro_batches(job: Job, config: RolloutConfig, experience: Experience, parts
     tokens, sequences = mask.sum(), mask.any(1).sum()
     sampler = experience.rollout.sampler if config.sampler_correction else None
     roles = [role for role in job.optimizers if role in backbone.adapters]  # the others are heads on theirs
-    first_logprobs = []
-    for indices in parts:
+    first: list[tuple[Tensor, Tensor]] = []
+    for indices, idle in own_parts(batch, parts, together=together):
         part = batch.rows(indices)
         lower = None if experience.lower is None else experience.lower[indices]
         hidden = backbone.hidden(
@@ -189,10 +193,28 @@ def micro_batches(job: Job, config: RolloutConfig, experience: Experience, parts
         yield Rows(
             indices, replace(part, mask=learnt[indices]), hidden, logprobs, entropy, experience.old_logprobs(indices),
             experience.scores.ref_logprobs[indices], None if sampler is None else sampler.logprobs[indices], kl,
-            tokens, sequences,
+            tokens, sequences, idle,
         )  # fmt: skip
-        first_logprobs.append(logprobs.detach())
-    experience.keep_logprobs(parts, first_logprobs)
+        if not idle:
+            first.append((indices, logprobs.detach()))
+    experience.keep_logprobs(first)
+
+
+def own_parts(batch: Batch, parts: Sequence[Tensor], *, together: int = 1) -> Iterator[tuple[Tensor, bool]]:
+    """(rows, idle) of this process's micro-batches, no larger than the first of `parts`, which are all of a minibatch.
+
+    together: so many rows in a row are a unit, and stay so; of a micro-batch come the first rows of all its units, then
+    the second ones, and so on.
+    """
+    rows = torch.cat(tuple(parts))
+    if ranks.world() == 1:
+        own = [(part, False) for part in parts]
+    else:
+        lengths = batch.attention_mask.sum(1).cpu()[rows].tolist()
+        dealt = ranks.share(lengths, size=len(parts[0]), together=together)
+        own = [(rows[torch.tensor(part.rows)], part.idle) for part in dealt]
+    for part, idle in own:
+        yield part.view(-1, together).T.flatten(), idle
 
 
 def predictions(
@@ -208,9 +230,13 @@ def predictions(
     variant = config.loss_kl
     if variant is None:
         return None, *job.backbone.logprobs(hidden, part.input_ids, part.mask, **of_tokens)
-    assert ref_hidden is not None  # `score` keeps them for this
+    if ref_hidden is None:  # of several processes, which make them anew
+        with torch.no_grad():
+            theirs = job.backbone.hidden(part.input_ids, part.attention_mask, ["reference"])["reference"]
+    else:
+        theirs = ref_hidden[indices]
     kl, logprobs, _, entropy = job.backbone.divergence(
-        hidden, ref_hidden[indices], part.input_ids, part.mask, variant=variant, **of_tokens
+        hidden, theirs, part.input_ids, part.mask, variant=variant, **of_tokens
     )
     assert logprobs is not None
     assert entropy is not None

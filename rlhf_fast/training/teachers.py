@@ -30,7 +30,7 @@ from rlhf_fast.training.entries import FromStage
 from rlhf_fast.training.experience import Experience, collect, judge
 from rlhf_fast.training.hints import filled, hinted
 from rlhf_fast.training.job import Job
-from rlhf_fast.training.resampling import joined
+from rlhf_fast.training.joined import joined
 from rlhf_fast.training.setup import prepare_rollouts
 
 SELF = "self"
