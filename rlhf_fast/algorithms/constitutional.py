@@ -45,6 +45,7 @@ class AlgorithmConfig(SamplingConfig):
     family = "constitutional"
     reads = "grpo"
     gives = ("model", "data")
+    divides = False
 
     principles: str | list[str] | None = Field(None, description="a list, or a file of lines; default: a short list")
     revision_rounds: int = Field(1, ge=1, description="critiques and revisions of each answer")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rlhf_fast.data.batches import Batch
 from rlhf_fast.errors import UserError
+from rlhf_fast.training import ranks
 from rlhf_fast.training.divergence import DivergenceConfig, divergence_of, parts_of
 from rlhf_fast.training.experience import Experience, collect, evaluate_policy, separate_randomness
 from rlhf_fast.training.job import Job, save_roles
@@ -93,7 +94,9 @@ def evaluate(job: TaughtJob, config: AlgorithmConfig) -> dict[str, Any]:
             experience = collect(job, config, job.held_out)
             whole = torch.arange(len(job.held_out)).split(config.micro_batch_size or len(job.held_out))
             parts = parts_of(job, config, experience, experience.batch, whole)
-            result["metrics"]["loss"] = sum(float(divergence_of(job, config)(part)[1]["divergence"]) for part in parts)
+            loss = divergence_of(job, config)
+            means = [0.0 if part.idle else float(loss(part)[1]["divergence"]) for part in parts]
+            result["metrics"]["loss"] = float(ranks.all_sum(torch.tensor(sum(means), dtype=torch.float64)))
     return result
 
 

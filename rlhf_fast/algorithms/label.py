@@ -30,6 +30,7 @@ class AlgorithmConfig(SamplingConfig):
     family = "label"
     reads = "grpo"
     gives = ("data",)
+    divides = False
 
     answers: str | list[str] | None = Field(None, description="columns of given answers; default: they are sampled")
     num_generations: int = Field(2, ge=2, description="answers to sample for each prompt")

@@ -21,7 +21,7 @@ from torch.optim import RMSprop
 from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
 from rlhf_fast.data.encoding import quiet_libraries
 from rlhf_fast.data.layouts import infer_algorithm, rename_columns
-from rlhf_fast.data.notes import forget
+from rlhf_fast.data.notes import forget, say
 from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError, first_line, short
 from rlhf_fast.rewards.functions import begun
@@ -66,9 +66,6 @@ from rlhf_fast.training.rounds import (
 )
 from rlhf_fast.training.run import Run, write_summary
 
-# The algorithms that divide their work among several processes.
-SHARED = {"sft", "reward_model", "ppo", "grpo", "preference", "unpaired", "hpo", "online_preference"}
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -110,7 +107,6 @@ def launch_here(
         stage = single_stage(values, overrides)
         stage.say_aliases(console)
         inputs = [*read, *inputs_of(stage.config)]
-        check_processes([stage])
         ranks.from_first(lambda: check_folder(
             Path(stage.config.output_dir), resume=resume is not None, overwrite=overwrite, inputs=inputs
         ))  # fmt: skip
@@ -131,7 +127,6 @@ def launch_here(
     read += [place for stage in stages for place in inputs_of(stage.config)]
     if resume not in (None, "auto") and Path(resume).resolve() != folder.resolve():
         raise UserError(f"--resume {resume}: a run of stages goes on in its own folder, {folder}: say --resume auto")
-    check_processes(stages)
     ranks.from_first(lambda: check_folder(folder, resume=resume is not None, overwrite=overwrite, inputs=read))
     check_stages(console, stages, dry_run=dry_run)
     if dry_run:
@@ -164,13 +159,6 @@ def _of_run(place: Path, overrides: dict[str, Any]) -> tuple[dict[str, Any], dic
     flags = {key: value for key, value in saved.items() if "." in key}  # of single stages
     keys = {key: value for key, value in saved.items() if key not in flags}
     return {**keys, "output_dir": str(folder)}, {**flags, **overrides}
-
-
-def check_processes(stages: list[Stage]) -> None:
-    """UserError for a stage that has to run in one process."""
-    for stage in stages:
-        if ranks.world() > 1 and stage.module.__name__.rpartition(".")[2] not in SHARED:
-            raise UserError(f"{stage.config.algorithm} runs in one process so far, not in {ranks.world()}")
 
 
 def check_stages(console: Console, stages: list[Stage], *, dry_run: bool) -> None:
@@ -300,6 +288,10 @@ def run_stage(
     console: Console, stage: Stage, *, resume: str | None, overwrite: bool, whole: Path | None = None
 ) -> None:
     """Prepare, evaluate, train, evaluate, save, report. whole: the folder of the run that has the stage."""
+    if ranks.world() > 1 and not stage.config.divides:
+        say(f"{stage.name or stage.config.algorithm}: the first of {ranks.world()} processes works alone")
+        ranks.first_alone(lambda: run_stage(console, stage, resume=resume, overwrite=overwrite, whole=whole))
+        return
     job = prepare(stage)
     module, config, folder = stage.module, stage.config.for_data(len(job.train)), Path(stage.config.output_dir)
     with Run(config, job, resume=resume, overwrite=overwrite, evaluate=module.evaluate, whole=whole) as run:

@@ -36,6 +36,7 @@ class Config(BaseModel):
     family: ClassVar[str] = ""  # the algorithm that reads the same data and has the same keys
     reads: ClassVar[str] = ""  # the algorithm whose layouts of data it takes, where that is not its family
     gives: ClassVar[tuple[str, ...]] = ("model",)  # what a later stage may take: a model, data
+    divides: ClassVar[bool] = True  # whether several processes divide the work, which else is that of the first
 
     algorithm: str = Field(description="what learns; `rlhf_fast keys` lists all")
     model: str | FromStage = Field(description="model folder, adapter folder of a run, or tiny (built by code)")
@@ -71,8 +72,8 @@ class Config(BaseModel):
     )
     train_on: Literal["last", "all_assistant"] = Field("last", description="answers of a conversation that sft learns")
 
-    batch_size: int = Field(32, ge=1, description="sequences per step")
-    micro_batch_size: int | None = Field(None, ge=1, description="rows per pass; default: all of a minibatch")
+    batch_size: int = Field(32, ge=1, description="sequences per step, of all processes together")
+    micro_batch_size: int | None = Field(None, ge=1, description="rows per pass of a process; default: all that it has")
     steps: int = Field(100, ge=1, description="optimizer steps; for ppo and grpo, rollouts")
     epochs: float | None = Field(None, gt=0, description="in place of steps: passes over the examples or prompts")
     learning_rate: float = Field(1e-4, gt=0, description="after the warm-up")
@@ -137,6 +138,11 @@ class Config(BaseModel):
         if self.warmup_ratio is not None:
             changes["warmup_steps"] = math.ceil(self.warmup_ratio * changes.get("steps", self.steps))
         return self.model_copy(update=changes)
+
+    @property
+    def compares_rows(self) -> bool:
+        """Whether the loss compares the rows of a micro-batch with each other, which then have to be those."""
+        return bool(getattr(getattr(self, "objective", None), "compares_rows", False))
 
     def peak_rate(self, role: str) -> float:
         """The learning rate of a role after its warm-up."""

@@ -11,6 +11,7 @@ from rlhf_fast.data.batches import Batch
 from rlhf_fast.ops.head.linear_kl import linear_kl
 from rlhf_fast.training.experience import Experience
 from rlhf_fast.training.job import dropout_seed
+from rlhf_fast.training.on_policy import own_parts
 from rlhf_fast.training.optim import Loss
 from rlhf_fast.training.teachers import TaughtJob, TeacherConfig, teacher_hidden
 
@@ -37,10 +38,10 @@ class Part(NamedTuple):
 def parts_of(
     job: TaughtJob, config: DivergenceConfig, taught: Experience, read: Batch, parts: tuple[Tensor, ...]
 ) -> Iterator[Part]:
-    """The rows `parts` of a minibatch, after a pass of policy and teacher each."""
+    """The rows `parts` of a minibatch, those of this process, after a pass of policy and teacher each."""
     old, tokens = taught.scores.logprobs, taught.batch.mask[torch.cat(parts)].sum()
     assert old is not None  # scores_policy
-    for indices in parts:
+    for indices, idle in own_parts(taught.batch, parts):
         batch, theirs = taught.batch.rows(indices), read.rows(indices)
         hidden = job.backbone.hidden(
             batch.input_ids, batch.attention_mask, ["policy"], dropout_seed=dropout_seed(job, config),
@@ -48,7 +49,7 @@ def parts_of(
         )["policy"]  # fmt: skip
         yield Part(
             predicting(hidden, batch), predicting(teacher_hidden(job, theirs), theirs),
-            batch.input_ids[batch.mask.bool()], old[indices][batch.mask.bool()], tokens,
+            batch.input_ids[batch.mask.bool()], old[indices][batch.mask.bool()], tokens, idle,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.ops.advantages.kl_controller import FixedKLController
 from rlhf_fast.rewards import Rewards
+from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.constraints import Constraints
 
@@ -60,7 +61,8 @@ def dropout_seed(job: Job, config: Config) -> int | None:
     if not config.lora_dropout or not torch.is_grad_enabled():
         return None
     job.counters["passes"] = job.counters.get("passes", 0) + 1
-    digest = hashlib.sha256(f"{config.seed} {job.counters['passes']:.0f}".encode()).digest()
+    process = f" {ranks.rank()}" if ranks.rank() else ""
+    digest = hashlib.sha256(f"{config.seed} {job.counters['passes']:.0f}{process}".encode()).digest()
     return int.from_bytes(digest[:5], "big")  # 40 bits: Backbone.hidden takes 47
 
 

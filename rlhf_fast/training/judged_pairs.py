@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_fast.data.conversations import plain
 from rlhf_fast.data.encoding import Encoder
 from rlhf_fast.data.reading import Row
+from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.pairs import Pair, encode_pair
@@ -44,7 +45,8 @@ def rewards_of(job: Job, config: Config, pairs: Sequence[JudgedPair]) -> Tensor:
     columns = {name: [row.get(name) for row in rows] for name in pairs[0].columns if name != "prompt"}
     columns["completion_ids"] = [example.ids[example.start :] for example in sequences_of(pairs)]
     judged = job.rewards([row.get("prompt", "") for row in rows], texts, columns, scores)
-    return judged.total.view(2, -1).T.to(job.device)
+    total = ranks.from_first(lambda: judged.total.cpu())  # a judge may say something else to each process
+    return total.view(2, -1).T.to(job.device)
 
 
 def _text(answer: Any) -> str:

@@ -183,7 +183,7 @@ def micro_batches(
     sampler = experience.rollout.sampler if config.sampler_correction else None
     roles = [role for role in job.optimizers if role in backbone.adapters]  # the others are heads on theirs
     first: list[tuple[Tensor, Tensor]] = []
-    for indices, idle in own_parts(batch, parts, together=together):
+    for indices, idle in own_parts(batch, parts, together=together, whole=config.compares_rows):
         part = batch.rows(indices)
         lower = None if experience.lower is None else experience.lower[indices]
         hidden = backbone.hidden(
@@ -200,18 +200,20 @@ def micro_batches(
     experience.keep_logprobs(first)
 
 
-def own_parts(batch: Batch, parts: Sequence[Tensor], *, together: int = 1) -> Iterator[tuple[Tensor, bool]]:
+def own_parts(
+    batch: Batch, parts: Sequence[Tensor], *, together: int = 1, whole: bool = False
+) -> Iterator[tuple[Tensor, bool]]:
     """(rows, idle) of this process's micro-batches, no larger than the first of `parts`, which are all of a minibatch.
 
     together: so many rows in a row are a unit, and stay so; of a micro-batch come the first rows of all its units, then
-    the second ones, and so on.
+    the second ones, and so on. whole: the `parts` stay as they are, each in one process.
     """
     rows = torch.cat(tuple(parts))
     if ranks.world() == 1:
         own = [(part, False) for part in parts]
     else:
         lengths = batch.attention_mask.sum(1).cpu()[rows].tolist()
-        dealt = ranks.share(lengths, size=len(parts[0]), together=together)
+        dealt = ranks.share(lengths, size=len(parts[0]), together=len(parts[0]) if whole else together)
         own = [(rows[torch.tensor(part.rows)], part.idle) for part in dealt]
     for part, idle in own:
         yield part.view(-1, together).T.flatten(), idle

@@ -11,6 +11,7 @@ from rlhf_fast.data.encoding import Encoder, Example, Prompt
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.rollout import Rollout
+from rlhf_fast.training import ranks
 from rlhf_fast.training.config import SamplingConfig
 from rlhf_fast.training.experience import penalties, score
 from rlhf_fast.training.job import Job
@@ -37,15 +38,15 @@ def paid(job: Job, config: SamplingConfig, examples: Sequence[Paid]) -> list[Pai
         return list(examples)
     if job.rewards is None:
         raise UserError(f"{config.algorithm} needs a column rating, or a reward that judges the data's answers")
-    judged = []
+    judged: list[float] = []
     for start in range(0, len(examples), config.batch_size):
         part = examples[start : start + config.batch_size]
         texts = [str(job.encoder.tokenizer.decode(e.ids[e.start :], skip_special_tokens=True)) for e in part]
         batch = pad_batch(part, job.encoder.pad_id).to(job.device)
         rollout = Rollout([e.prompt for e in part if e.prompt], batch, texts, torch.ones(len(part), dtype=torch.bool))
-        rewards = rewards_of(job, config, rollout).tolist()
-        judged += [replace(e, reward=r) for e, r in zip(part, rewards, strict=True)]
-    return judged
+        judged += rewards_of(job, config, rollout).tolist()
+    rewards = ranks.from_first(lambda: judged)  # a judge may say something else to each process
+    return [replace(example, reward=reward) for example, reward in zip(examples, rewards, strict=True)]
 
 
 @torch.no_grad()

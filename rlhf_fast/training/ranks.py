@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +25,8 @@ from rlhf_fast.errors import UserError, first_line
 
 T = TypeVar("T")
 GRACE = 3.0  # seconds that another process leaves the first one to say what went wrong, before it does so itself
+# How long a process waits for another, whose reward may take hours; one that has ended is seen at once.
+PATIENCE = timedelta(days=1)
 LOST = ("peer", "broken pipe", "socket", "timed out", "connection")  # in what a collective says of a process that ended
 
 
@@ -40,12 +43,28 @@ class _Group:
         said = self.store.get("error").decode() if self.store.check(["error"]) else ""
         return said or "a process of the run was lost: killed, out of memory, or its machine is gone"
 
-    def told(self) -> bool:
-        """Whether somebody says what went wrong, or does so within GRACE."""
+    def tell(self) -> None:
+        """The first process says what went wrong. Where the store ends with it, it waits for the others to hear that."""
+        self.store.set("told", "0")
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            self._until(lambda: self.store.add("heard", 0) == dist.get_world_size() - 1)
+
+    def is_told(self, number: int) -> bool:
+        """Whether somebody else than process `number` says what went wrong, or does so within GRACE."""
+        try:
+            told = self._until(lambda: self.store.check(["told"]))
+            if not told:
+                return self.store.compare_set("told", "", str(number)).decode() != str(number)
+            self.store.add("heard", 1)
+        except RuntimeError:  # the store has ended, with a first process that could say nothing
+            return False
+        return True
+
+    def _until(self, holds: Callable[[], bool]) -> bool:
         end = time.monotonic() + GRACE
-        while not self.store.check(["told"]):
+        while not holds():
             if time.monotonic() > end:
-                return self.store.compare_set("told", "", str(rank())).decode() != str(rank())
+                return False
             time.sleep(0.05)
         return True
 
@@ -92,7 +111,8 @@ def processes() -> Iterator[None]:
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
     store, number, count = next(iter(dist.rendezvous("env://")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number, world_size=count)
+    backends = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backends, store=store, rank=number, world_size=count, timeout=PATIENCE)
     _group = group = _Group(store)
     stdout, stderr = sys.stdout, sys.stderr
     try:
@@ -102,12 +122,12 @@ def processes() -> Iterator[None]:
             yield
     except Exception as error:
         if number == 0:
-            store.set("told", "0")
+            group.tell()
         else:
             if not group.lost:
                 store.compare_set("error", "", f"process {number}: {first_line(error)}")
             dist.destroy_process_group()  # the others see at once that this one is gone
-            if group.told():
+            if group.is_told(number):
                 raise SystemExit(getattr(error, "exit_code", 2)) from None
         raise
     finally:
@@ -170,6 +190,20 @@ def from_first(make: Callable[[], T]) -> T:
     return given[0]
 
 
+def first_alone(make: Callable[[], T]) -> T:
+    """As `from_first`, for work that is not divided: meanwhile the first process is the only one that it knows of."""
+
+    def alone() -> T:
+        global _group
+        group, _group = _group, None
+        try:
+            return make()
+        finally:
+            _group = group
+
+    return from_first(alone)
+
+
 def check_alike(what: str, value: Any) -> None:
     """UserError where the processes have not all the same of `what`, which the folders they see should hold."""
     seen = all_gather_objects(value)
@@ -208,7 +242,8 @@ def shares(costs: Sequence[float], count: int, *, together: int = 1) -> list[lis
         to_and_fro = dealt if turn // count % 2 == 0 else dealt[::-1]
         for own, group in zip(to_and_fro, order[turn : turn + count], strict=False):
             own.append(group)
-    return [[group * together + row for group in sorted(own) for row in range(together)] for own in dealt]
+    rows = range(len(costs))
+    return [[row for group in sorted(own) for row in rows[group * together :][:together]] for own in dealt]
 
 
 class Part(NamedTuple):

@@ -62,7 +62,8 @@ def batches(job: Job, config: Config, run: Run) -> Iterator[tuple[int, list[int]
 
 def learn(job: Job, config: Config, run: Run, step: int, indices: Sequence[int], loss: Loss[Rows]) -> dict[str, float]:
     """The update on one batch, recorded; its metrics."""
-    metrics = accumulate(loss, micro_batches(job, job.train, indices, config.micro_batch_size))
+    parts = micro_batches(job, job.train, indices, config.micro_batch_size, whole=config.compares_rows)
+    metrics = accumulate(loss, parts)
     numbers = {**as_numbers(metrics), **update(job, config, metrics["loss"])}
     tokens = sum(len(sequence.ids) for sequence in sequences_of([job.train[i] for i in indices]))
     run.log(step, {**numbers, "learning_rate": learning_rate(config, step)}, tokens=tokens)
@@ -73,18 +74,23 @@ def learn(job: Job, config: Config, run: Run, step: int, indices: Sequence[int],
 def held_out_metrics(job: Job, config: Config, loss: Loss[Rows]) -> dict[str, float]:
     """The loss and its metrics over all held-out examples, as one batch in parts."""
     size, totals = config.micro_batch_size or config.batch_size, defaultdict[str, float](float)
-    for rows in micro_batches(job, job.held_out, range(len(job.held_out)), size):
+    for rows in micro_batches(job, job.held_out, range(len(job.held_out)), size, whole=config.compares_rows):
         part, metrics = loss(rows)
         for name, value in as_numbers({"loss": part, **metrics}).items():
             totals[name] += 0.0 if rows.idle else value
     return dict(zip(totals, ranks.all_sum(torch.tensor([*totals.values()], dtype=torch.float64)).tolist(), strict=True))
 
 
-def micro_batches(job: Job, data: Sequence[Any], indices: Sequence[int], size: int | None) -> Iterator[Rows]:
-    """One batch, the examples `indices` of `data`: those of this process in parts of at most `size` examples."""
+def micro_batches(
+    job: Job, data: Sequence[Any], indices: Sequence[int], size: int | None, *, whole: bool = False
+) -> Iterator[Rows]:
+    """One batch, the examples `indices` of `data`: those of this process in parts of at most `size` examples.
+
+    whole: the parts are those of one process, each in one of the processes.
+    """
     costs = [sum(len(sequence.ids) for sequence in sequences_of([data[i]])) for i in indices]
     tokens = sum(sum(sequence.learnt[1:]) for sequence in sequences_of([data[i] for i in indices]))
-    for places, idle in ranks.share(costs, size=size):
+    for places, idle in ranks.share(costs, size=size, together=(size or len(indices)) if whole else 1):
         part = [indices[place] for place in places]
         yield Rows(part, padded(job, [data[i] for i in part]), len(indices), max(1, tokens), idle)
 

@@ -27,7 +27,7 @@ from rlhf_fast.models.peft_io import base_of, load_adapter
 from rlhf_fast.rollout import Rollout
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.entries import FromStage
-from rlhf_fast.training.experience import Experience, collect, judge
+from rlhf_fast.training.experience import Experience, collect, everyone_alike, gathered, judge, own_prompts
 from rlhf_fast.training.hints import filled, hinted
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.joined import joined
@@ -139,10 +139,14 @@ def mixed(job: TaughtJob, config: TeacherConfig, prompts: Sequence[Prompt], **op
     """`collect`, or with the chance 1 - on_policy, drawn for the whole step, the data's completions."""
     if config.on_policy == 1 or float(torch.rand(())) < config.on_policy:
         return collect(job, config, prompts, **options)
-    batch = pad_batch([job.answers[prompt.where] for prompt in prompts], job.encoder.pad_id).to(job.device)
-    written = [prompt.columns["completion"] for prompt in prompts]
-    rollout = Rollout(list(prompts), batch, written, torch.ones(len(prompts), dtype=torch.bool))
-    return judge(job, config, rollout, score_policy=options["score_policy"])
+    own = own_prompts(prompts)
+    asked = [prompts[row] for row in own.rows]
+    batch = pad_batch([job.answers[prompt.where] for prompt in asked], job.encoder.pad_id).to(job.device)
+    written = [prompt.columns["completion"] for prompt in asked]
+    rollout = Rollout(asked, batch, written, torch.ones(len(asked), dtype=torch.bool))
+    with everyone_alike(job):
+        experience = judge(job, config, rollout, score_policy=options["score_policy"])
+    return gathered(experience, prompts, own)
 
 
 def shown(job: TaughtJob, config: TeacherConfig, experience: Experience) -> tuple[Experience, Batch]:

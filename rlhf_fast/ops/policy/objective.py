@@ -137,6 +137,11 @@ class PolicyObjective(Objective):
         """Whether tokens are dropped or selected by what they are among those of the whole call."""
         return self.function in ("clip_cov", "kl_cov") or self.entropy_fraction < 1
 
+    @property
+    def compares_rows(self) -> bool:
+        """Whether the loss of a row depends on the other rows of the call."""
+        return self.marks_tokens
+
 
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(

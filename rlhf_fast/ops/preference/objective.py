@@ -86,6 +86,11 @@ class PreferenceObjective(Objective):
         return any([getattr(VARIANTS[name], what) for name, _ in self.terms])
 
     @property
+    def compares_rows(self) -> bool:
+        """Whether the loss of a pair depends on the other pairs of the call."""
+        return self.looks_at("ranks") or "bco_pair" in dict(self.terms)
+
+    @property
     def kernels(self) -> tuple[str, ...]:
         """The backends that have every loss of the sum beside "reference"."""
         return () if any([VARIANTS[name].kernel is None for name, _ in self.terms]) else KERNELS
