@@ -289,6 +289,8 @@ def run_stage(
 ) -> None:
     """Prepare, evaluate, train, evaluate, save, report. whole: the folder of the run that has the stage."""
     if ranks.world() > 1 and not stage.config.divides:
+        if stage.config.shards > 1:
+            raise UserError(f"{stage.config.algorithm} is the work of one process: shards is {stage.config.shards}")
         say(f"{stage.name or stage.config.algorithm}: the first of {ranks.world()} processes works alone")
         ranks.first_alone(lambda: run_stage(console, stage, resume=resume, overwrite=overwrite, whole=whole))
         return

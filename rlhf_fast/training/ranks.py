@@ -44,7 +44,7 @@ class _Group:
         return said or "a process of the run was lost: killed, out of memory, or its machine is gone"
 
     def tell(self) -> None:
-        """The first process says what went wrong. Where the store ends with it, it waits for the others to hear that."""
+        """The first process says what went wrong. It waits for the others to hear that where it holds the store."""
         self.store.set("told", "0")
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             self._until(lambda: self.store.add("heard", 0) == dist.get_world_size() - 1)
