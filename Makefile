@@ -13,7 +13,7 @@ ifeq ($(wildcard /dev/nvidia0),)
 export RLHF_FAST_CUDA_ARCHITECTURES ?= 90a-real
 endif
 
-.PHONY: train test test-all test-peers test-suites check lint types smollm2 bench peers gpu gpu-first gpu-second
+.PHONY: train test test-all fuzz test-peers test-suites check lint types smollm2 bench peers gpu gpu-first gpu-second
 .PHONY: sanitize sanitize-cpu aot native clean
 
 VENV := .venv/.installed
@@ -49,6 +49,12 @@ test: $(VENV)
 
 test-all: $(VENV)
 	$(PYTEST)
+
+# Hostile inputs for so many minutes; what was tried and found goes into OUT/fuzz.json.
+MINUTES ?= 10
+SEED ?= 0
+fuzz: $(VENV)
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.fuzz.run --minutes $(MINUTES) --seed $(SEED) --out $(OUT)/fuzz.json
 
 lint: $(VENV)
 	.venv/bin/ruff check .

@@ -53,8 +53,19 @@ def read_file(path: Path) -> list[Row]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file that this package wrote; none where there is no file."""
-    return [json.loads(line) for line in split_lines(path)] if path.exists() else []
+    """The objects of a JSON lines file that this package wrote; none where there is no file. UserError names the line of
+    one that it did not write so."""
+    try:
+        lines = split_lines(path) if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = _parsed(f"{path}:{number}", line, "is damaged")
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: is damaged: must be an object, got {shown(row)}")
+        rows.append(row)
+    return rows
 
 
 def split_lines(path: Path) -> list[str]:

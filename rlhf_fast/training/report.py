@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_fast.data.reading import read_jsonl
-from rlhf_fast.errors import UserError, first_line
+from rlhf_fast.errors import UserError, first_line, refusing
 from rlhf_fast.training import reward_report
 from rlhf_fast.training.files import replaced
 
@@ -94,12 +94,13 @@ def plot_frontier(runs: Sequence[Path], out: Path) -> Path:
 
 def frontier(run: Path) -> list[tuple[int, float, float, float]]:
     """(step, sqrt KL, reward, its standard error) of each evaluation that has them. An estimate of KL below 0 is 0."""
-    found = [(row["step"], row["metrics"]) for row in read_jsonl(run / "eval.jsonl")]
-    return [
-        (step, max(0.0, metrics["kl"]) ** 0.5, metrics["reward"], metrics.get("reward_se", 0.0))
-        for step, metrics in found
-        if {"kl", "reward"} <= metrics.keys()
-    ]
+    with refusing(f"{run / 'eval.jsonl'} is damaged"):
+        found = [(row["step"], row["metrics"]) for row in read_jsonl(run / "eval.jsonl")]
+        return [
+            (step, max(0.0, metrics["kl"]) ** 0.5, metrics["reward"], metrics.get("reward_se", 0.0))
+            for step, metrics in found
+            if {"kl", "reward"} <= metrics.keys()
+        ]
 
 
 def print_report(console: Console, title: str, folder: Path) -> None:
