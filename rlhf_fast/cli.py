@@ -14,7 +14,7 @@ import typer
 
 from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
 from rlhf_fast.backends import BackendError
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, short
 from rlhf_fast.training.config import RolloutConfig, flat, parse_overrides
 from rlhf_fast.training.keys import described
 
@@ -34,6 +34,7 @@ TRAIN_HELP = """Train from a YAML file and flags.
 Every key of the YAML file is also a flag, as key=value or --key value. `rlhf_fast keys` lists the algorithms,
 `rlhf_fast keys ppo` the keys of one.
 """
+LONGEST = 2000  # characters of an error
 KEYS = {key.name: key for key in described(RolloutConfig)}
 
 
@@ -49,8 +50,15 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, BackendError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
+        said = " ".join(str(error).split())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        said = f"{short(str(error.filename))}: {error.strerror}"  # too long a name, no permission, a ring of links
+    else:
+        return
+    typer.echo(f"error: {said if len(said) <= LONGEST else f'{said[:LONGEST]}...'}", err=True)
+    raise typer.Exit(2)
 
 
 class _Lasting:

@@ -48,7 +48,7 @@ class AlgorithmConfig(Config):
     )
     step_separator: str = Field("\n", min_length=1, description="closes every step; its last token has the score")
     share_prompts: bool = Field(True, description="compute a prompt once for all of its answers, where that is exact")
-    ensemble: int = Field(1, ge=1, description="members, trained together in one traversal")
+    ensemble: int = Field(1, ge=1, le=256, description="members, trained together in one traversal")
     ensemble_of: Literal["adapters", "heads"] = Field("adapters", description="heads share one adapter")
     bound: bool = Field(False, description="keep what the bound of reward_combine for one model needs, (D, D)")
     bound_ridge: float = Field(1.0, gt=0, description="lambda of Sigma = lambda I + sum over the training pairs")

@@ -53,8 +53,10 @@ def read_file(path: Path) -> list[Row]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file that this package wrote; none where there is no file. UserError names the line of
-    one that it did not write so."""
+    """The objects of a JSON lines file that this package wrote; none where there is no file.
+
+    UserError names the line of what it did not write so.
+    """
     try:
         lines = split_lines(path) if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:

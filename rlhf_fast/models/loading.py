@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from rlhf_fast.errors import UserError, refusing
 from rlhf_fast.models.quantized import is_quantized, quantization_state
 
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2")
+MOST_LAYERS = 4096
 # Arguments of BitsAndBytesConfig. "nf4" is what QLoRA (arXiv 2305.14314) uses: the scales are quantised as well.
 QUANTIZATION: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -54,6 +55,7 @@ def load_model(
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **revision)
         if quantization is not None and hasattr(config, "quantization_config"):
             raise UserError(f"model {path} was saved quantised: leave out quantization {quantization}")
+        _check_depth(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True,
             trust_remote_code=trust_remote_code, **options,
@@ -65,6 +67,13 @@ def load_model(
         raise UserError(f"model {path} lacks {len(absent)} of its weights, such as {absent[0]}")
     check_finite(model, f"model {path}")
     return model.to(device).eval()
+
+
+def _check_depth(config: PretrainedConfig) -> None:
+    """ValueError for more layers than any model has: each takes milliseconds to make, before its weights are missed."""
+    for name, value in vars(config.get_text_config(decoder=True)).items():
+        if name.endswith("layers") and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(f"its config has {name} {value}, and more than {MOST_LAYERS} are not made")
 
 
 def hub_id(path: str | Path) -> tuple[str, dict[str, str]]:

@@ -85,6 +85,9 @@ def add_trained_adapter(backbone: Backbone, name: str, config: Config, saved: st
         return
     if config.lora_rank < 1:
         raise UserError(f"{config.algorithm} trains an adapter: lora_rank must be at least 1 (0 is for sft)")
+    widest = max(max(shape) for shape in backbone.linear_shapes.values())
+    if config.lora_rank > widest:
+        raise UserError(f"lora_rank {config.lora_rank} is more than the widest linear of this model has, {widest}")
     backbone.add_adapter(
         name, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets,
         top_layers=config.top_layers, seed=config.seed, use_rslora=config.use_rslora, use_dora=config.use_dora,

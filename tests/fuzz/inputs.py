@@ -11,12 +11,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
@@ -143,8 +145,26 @@ def base_values(random: Random, source: Path, algorithm: str | None = None) -> d
 
 def with_keys(random: Random, values: dict[str, Any]) -> dict[str, Any]:
     """With one more key that there is, here or in another trainer, and a value for it."""
-    names = [*keys_of(load_algorithm(random.choice(list(ALGORITHMS))).AlgorithmConfig), *ALIASES, *NO_EQUAL]
-    return {**values, random.choice(names): atom(random)}
+    fields = load_algorithm(own if isinstance(own := values.get("algorithm"), str) and own in ALGORITHMS else "sft")
+    fields = fields.AlgorithmConfig.model_fields
+    if random.random() < 0.7:
+        name = random.choice(list(fields))
+        return {**values, name: fitting(random, fields[name].annotation)}
+    other = load_algorithm(random.choice(list(ALGORITHMS))).AlgorithmConfig
+    return {**values, random.choice([*keys_of(other), *ALIASES, *NO_EQUAL]): atom(random)}
+
+
+def fitting(random: Random, annotation: Any) -> Any:
+    """A value of that type, as far as it is one of the usual."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return random.choice(inner)
+    if get_origin(annotation) in (Union, UnionType):
+        return fitting(random, random.choice(inner))
+    numbers = {int: [0, 1, 2, 3, 5, 64, 1 << 31, 1 << 62], float: [0.0, 0.1, 0.5, 1.0, 1.5, 3, 1e-300, 1e-8, 1e308]}
+    if annotation in numbers:
+        return random.choice(numbers[annotation])
+    return random.choice([True, False]) if annotation is bool else atom(random)
 
 
 def config_values(random: Random, source: Path) -> dict[str, Any]:
@@ -159,7 +179,9 @@ def config_values(random: Random, source: Path) -> dict[str, Any]:
             **shared,
             "stages": random.choice([[stage], [stage, second], [{"repeat": 2, "stages": [stage, second]}]]),
         }
-    return several(random, lambda v: (with_keys if random.random() < 0.4 else changed)(random, v), values)
+    return several(
+        random, lambda v: (with_keys if random.random() < 0.6 and isinstance(v, dict) else changed)(random, v), values
+    )
 
 
 def config(random: Random, place: Path, source: Path) -> list[str]:
@@ -342,25 +364,34 @@ def spoil_file(random: Random, path: Path) -> None:
             path.mkdir()
         elif other != "missing":
             path.symlink_to(other)
-    elif path.suffix == ".safetensors" and action < 0.9:
-        spoil_tensors(random, path)
-    elif path.suffix in (".json", ".jsonl", ".yaml", "") and path.stat().st_size < 1 << 20 and action < 0.75:
-        text = path.read_text()
-        if path.suffix == ".jsonl":
-            lines = text.splitlines()
-            index = random.randrange(max(1, len(lines)))
-            lines[index : index + 1] = [
-                as_json(safe(changed(random, json.loads(line)))) for line in lines[index : index + 1]
-            ]
-            path.write_text("\n".join(lines))
-        elif path.suffix == ".yaml":
-            path.write_bytes(as_yaml(changed(random, yaml.safe_load(text))).encode("utf-8", "surrogatepass"))
-        else:
-            path.write_text(as_json(several(random, partial(changed, random), json.loads(text))))
-    elif path.suffix == ".jinja" and action < 0.75:
-        path.write_text(template(random))
+    elif action < 0.75 and path.suffix in SPOILED and path.stat().st_size < 1 << 20:
+        try:
+            SPOILED[path.suffix](random, path)
+        except (ValueError, SafetensorError, yaml.YAMLError, RuntimeError):  # it is spoiled already
+            path.write_bytes(changed_bytes(random, path.read_bytes()))
     else:
         path.write_bytes(several(random, partial(changed_bytes, random), path.read_bytes()))
+
+
+def spoil_json(random: Random, path: Path) -> None:
+    path.write_text(as_json(several(random, partial(changed, random), json.loads(path.read_text()))))
+
+
+def spoil_jsonl(random: Random, path: Path) -> None:
+    lines = path.read_text().splitlines()
+    index = random.randrange(max(1, len(lines)))
+    lines[index : index + 1] = [as_json(safe(changed(random, json.loads(x)))) for x in lines[index : index + 1]]
+    path.write_text("\n".join(lines))
+
+
+def spoil_yaml(random: Random, path: Path) -> None:
+    path.write_bytes(as_yaml(changed(random, yaml.safe_load(path.read_text()))).encode("utf-8", "surrogatepass"))
+
+
+SPOILED: dict[str, Callable[[Random, Path], None]] = {
+    ".safetensors": spoil_tensors, ".json": spoil_json, "": spoil_json, ".jsonl": spoil_jsonl, ".yaml": spoil_yaml,
+    ".jinja": lambda random, path: path.write_text(template(random)) and None,
+}  # fmt: skip
 
 
 def template(random: Random) -> str:

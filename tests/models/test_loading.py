@@ -129,6 +129,12 @@ def test_a_buffer_may_be_infinite_and_is_no_nan():
         check_finite(model, "model m")
 
 
+def test_more_layers_than_any_model_has_are_not_made(folder):
+    edit_config(folder, num_hidden_layers=1 << 31)
+    with pytest.raises(UserError, match="its config has num_hidden_layers 2147483648, and more than 4096 are not made"):
+        load_model(folder, dtype=torch.float32)
+
+
 CODE = """
 from pathlib import Path
 Path({canary!r}).touch()
