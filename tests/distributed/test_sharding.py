@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from rlhf_fast import rollout
 from rlhf_fast.data.encoding import Prompt
@@ -10,6 +11,7 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.sharding import Shards
 from rlhf_fast.models.tiny import tiny
+from rlhf_fast.rewards.speakers import LocalSpeaker
 from rlhf_fast.training import ranks
 from tests.distributed.test_equal_to_one import STEADY, assert_same_run, run
 from tests.models.tiny_models import add_roles, make_batch, make_model, scramble
@@ -56,9 +58,9 @@ def assert_same(found, expected):
         torch.testing.assert_close(found[name], value, rtol=2e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def compare(family, top_layers, recompute):
+def compare(family, top_layers, recompute, count=2):
     with ranks.processes():
-        whole, split = Backbone(make_model(family)), pieces(make_model(family))
+        whole, split = Backbone(make_model(family)), pieces(make_model(family), count)
         for backbone in (whole, split):
             add_roles(backbone, top_layers)
         expected = results(whole, recompute=recompute)
@@ -73,6 +75,37 @@ def compare(family, top_layers, recompute):
 def test_scores_losses_and_gradients_are_those_of_the_whole_model(two, family, top_layers, recompute):
     sizes = two.run(compare, family, top_layers, recompute)
     assert all(0.49 * whole < own < 0.51 * whole for whole, own in sizes)
+
+
+def test_each_node_may_hold_a_copy_of_its_own(four):
+    """Two copies of two pieces: processes 0 and 1, 2 and 3."""
+    sizes = four.run(compare, "llama", None, False)
+    assert all(0.49 * whole < own < 0.51 * whole for whole, own in sizes)
+
+
+def whole_layers_at_a_time():
+    """How many layers are whole inside of each layer's forward, and of its backward."""
+    with ranks.processes():
+        backbone = pieces(make_model("llama"))
+        backbone.add_adapter("policy", rank=2)
+        layers, found = backbone.model.model.layers, {"forward": [], "backward": []}
+
+        def whole():
+            return sum(not isinstance(layer.mlp.up_proj.weight, DTensor) for layer in layers)
+
+        def watch(module, inputs, output):
+            found["forward"].append(whole())
+            output.register_hook(lambda gradient: found["backward"].append(whole()))
+
+        for layer in layers:
+            layer.mlp.register_forward_hook(watch)
+        input_ids, mask = rows_of_this_process()
+        backbone.hidden(input_ids, mask, ["policy"])["policy"].sum().backward()
+        return found, whole()
+
+
+def test_the_layer_that_runs_is_the_only_whole_one(two):
+    assert two.run(whole_layers_at_a_time) == [({"forward": [1, 1, 1, 1], "backward": [1, 1, 1, 1]}, 0)] * 2
 
 
 def compare_dora():
@@ -184,6 +217,22 @@ def test_a_run_with_split_weights_is_that_of_one_process(two, tmp_path, algorith
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
-def test_weights_that_train_and_a_model_that_judges_are_not_split(tmp_path):
-    with pytest.raises(UserError, match="lora_rank 0 trains every weight; shards 2 splits a frozen model"):
-        run(values_of("sft", lora_rank=0, shards=2, output_dir=str(tmp_path)))
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"lora_rank": 0}, "lora_rank 0 trains every weight; shards 2 splits a frozen model"),
+        ({"trust_remote_code": True}, "trust_remote_code: shards 2 splits models of transformers' own code"),
+    ],
+)
+def test_what_shards_do_not_go_with_is_said(tmp_path, changes, error):
+    with pytest.raises(UserError, match=error):
+        run(values_of("sft", shards=2, output_dir=str(tmp_path), **changes))
+
+
+def ask():
+    with ranks.processes(), pytest.raises(UserError, match=r"split over processes \(shards\) cannot judge"):
+        LocalSpeaker(pieces(make_model("llama")), None)
+
+
+def test_a_model_in_pieces_does_not_judge(two):
+    two.run(ask)
