@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, shuffled_indices
+from rlhf_fast.models.pieces import whole_tensor
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.folder import REFERENCE_FILE
@@ -69,7 +70,9 @@ def fingerprint(job: Job, kind: str = "") -> str:
     if "reference" in job.backbone.adapters:
         tensors |= job.backbone.named_parameters_of("reference")
     for name, tensor in tensors.items():
-        every = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)]  # enough to tell models apart
+        every = (
+            whole_tensor(tensor).detach().flatten()[:: max(1, tensor.numel() // 4096)]
+        )  # enough to tell models apart
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
         digest.update(every.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     digest.update(str(job.backbone.model.config._attn_implementation).encode())

@@ -205,15 +205,19 @@ def test_what_cannot_be_split_is_said_in_every_process(two):
     assert two.run(why_not, 2, "/nowhere") == ["model /nowhere cannot be loaded: there is no such folder"] * 2
 
 
-def run_in_pieces(values):
-    run({**values, "shards": 2})
+RUNS = {
+    "sft": {"gradient_checkpointing": True},
+    "grpo": {},
+    "ppo": {"whole_rollouts": False, "micro_batch_size": 1, "top_layers": 1, "best_by": "reward", "eval_every": 1},
+    "dpo": {},
+}
 
 
-@pytest.mark.parametrize("algorithm", ["sft"])
+@pytest.mark.parametrize("algorithm", RUNS)
 def test_a_run_with_split_weights_is_that_of_one_process(two, tmp_path, algorithm):
-    values = values_of(algorithm, **STEADY)
+    values = values_of(algorithm, **STEADY, **RUNS[algorithm])
     run({**values, "output_dir": str(tmp_path / "one")})
-    two.run(run_in_pieces, {**values, "output_dir": str(tmp_path / "two")})
+    two.run(run, {**values, "shards": 2, "output_dir": str(tmp_path / "two")})
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
