@@ -444,3 +444,21 @@ def test_help_is_quick_and_names_the_common_flags():
         assert flag in shown.stdout
     # transformers alone takes longer than this to import.
     assert seconds < torch_seconds + 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_dir": "x" * 300}, "error: 'xxx.*File name too long"),
+        ({"reward": "x" * 300}, "error: 'xxx.*File name too long"),
+        ({"lora_rank": 97}, "error: lora_rank 97 is more than the widest linear of this model has, 96"),
+        ({"data": "x" * 5000}, r"error: data file x+\.\.\."),
+    ],
+    ids=["output_dir", "reward", "lora_rank", "data"],
+)
+def test_sizes_and_names_out_of_all_bounds_are_one_line(changes, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("train", *words_of("grpo", **{"output_dir": "run", **changes}), "--dry-run")
+    assert result.exit_code == 2
+    assert re.fullmatch(message, result.stderr.strip()), result.stderr
+    assert len(result.stderr) < 2100

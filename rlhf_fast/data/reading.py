@@ -19,6 +19,8 @@ from typing import IO, Any, NamedTuple
 from rlhf_fast.errors import UserError, first_line, short
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+LINE = 1 << 28  # bytes of a line
+ROWS_PER_BYTE = 10_000  # of parquet, where a value that repeats takes no room
 _DELIMITERS = ",;\t"
 _BLANK = " \t\r\n"  # JSON's own idea of it
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -63,9 +65,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
     rows = []
     for number, line in enumerate(lines, start=1):
-        row = _parsed(f"{path}:{number}", line, "is damaged")
+        row = _parsed(f"{path}:{number}", line, "damaged")
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: is damaged: must be an object, got {shown(row)}")
+            raise UserError(f"{path}:{number}: damaged: must be an object, got {shown(row)}")
         rows.append(row)
     return rows
 
@@ -202,7 +204,11 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(path).read()
+        file = pyarrow.parquet.ParquetFile(path)
+        rows, size = file.metadata.num_rows, path.stat().st_size
+        if rows > ROWS_PER_BYTE * size:
+            raise UserError(f"{path} says that its {size:,} bytes are {rows:,} rows: it is no data")
+        table = file.read()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is not a parquet file: {first_line(error)}") from None
     try:
@@ -230,7 +236,10 @@ def _decoded(path: Path, file: IO[bytes], encoding: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path.name}: not {encoding.upper()} text: {error.reason}") from None
         return
-    for number, line in enumerate(file, start=1):
+    # As `for line in file`, but a few bytes of gzip may stand for a line without end.
+    for number, line in enumerate(iter(lambda: file.readline(LINE + 1), b""), start=1):
+        if len(line) > LINE:
+            raise UserError(f"{path.name}:{number}: a line of more than {LINE >> 20} MiB")
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def own_file(folder: Path, name: str) -> Path:
     """The file of that name in the folder. UserError for a link to somewhere else, except into the hub's cache, whose
     snapshots are links to blobs beside them."""
-    path, home = folder / name, folder.resolve()
-    target = path.resolve()
+    path, home = folder / name, Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(path))  # which a ring of links does not stop
     blobs = home.parent.parent / "blobs"
     if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.is_relative_to(blobs)):
         raise UserError(f"{path} is a link to {target}, which is not in that folder: copy it there")

@@ -3,6 +3,8 @@ import gzip
 import json
 import math
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -226,3 +228,26 @@ def test_json_rows_come_back_as_they_were_written(tmp_path_factory, rows, ascii_
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"
     path.write_bytes("".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows).encode())
     assert values(path) == rows
+
+
+def test_few_bytes_that_stand_for_no_end_of_data_are_refused(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"prompt": pa.array(["a"] * 5000)}), tmp_path / "a.parquet", compression="zstd")
+    assert len(read_file(tmp_path / "a.parquet")) == 5000
+    monkeypatch.setattr("rlhf_fast.data.reading.ROWS_PER_BYTE", 1)
+    with pytest.raises(UserError, match=r"a\.parquet says that its [\d,]+ bytes are 5,000 rows: it is no data"):
+        read_file(tmp_path / "a.parquet")
+    monkeypatch.setattr("rlhf_fast.data.reading.LINE", 1 << 20)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' + b" " * (1 << 22)))
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz:2: a line of more than 1 MiB"):
+        read_file(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize("content", [b"[1]\n", b"{\n", b'{"a": 1, "a": 2}\n', b"\xff\n", b"\0\n", b"[" * 100_000])
+def test_a_record_that_no_run_wrote_so_is_named(content, tmp_path):
+    (tmp_path / "eval.jsonl").write_bytes(b'{"step": 1}\n' + content)
+    with pytest.raises(UserError, match=r"eval\.jsonl(:2: damaged| is damaged): ") as error:
+        read_jsonl(tmp_path / "eval.jsonl")
+    assert "\n" not in str(error.value)
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"folder\.jsonl is damaged: .*Is a directory"):
+        read_jsonl(tmp_path / "folder.jsonl")

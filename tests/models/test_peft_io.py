@@ -295,6 +295,10 @@ def test_links_out_of_the_folder_are_refused_but_those_of_the_hubs_cache(tmp_pat
     load_adapter(Backbone(make_model("llama")), "policy", tmp_path / "snapshots" / "0123", trainable=True)
     with pytest.raises(UserError, match=r"adapter_config.json is a link to .*, which is not in that folder"):
         load_adapter(Backbone(make_model("llama")), "policy", tmp_path / "elsewhere", trainable=True)
+    (tmp_path / "ring").mkdir()
+    (tmp_path / "ring" / "adapter_config.json").symlink_to("adapter_config.json")
+    with pytest.raises(UserError, match="ring is not an adapter"):
+        load_adapter(Backbone(make_model("llama")), "policy", tmp_path / "ring", trainable=True)
     (tmp_path / "link").symlink_to(tmp_path / "blobs")
     load_adapter(Backbone(make_model("llama")), "policy", tmp_path / "link", trainable=True)
 
