@@ -20,7 +20,7 @@ import torch
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from rlhf_fast.data.reading import read_jsonl
-from rlhf_fast.errors import UserError, first_line
+from rlhf_fast.errors import UserError, first_line, refusing
 from rlhf_fast.training import ranks
 from rlhf_fast.training.best import keep_best
 from rlhf_fast.training.checkpoint import (
@@ -90,11 +90,12 @@ class Run:
         except BaseException:
             self._release()
             raise
-        self.watch = ranks.from_first(lambda: Watch.of(
-            read_jsonl(self.folder / "metrics.jsonl"), read_jsonl(self.folder / "eval.jsonl"),
-            [warning["cause"] for warning in read_jsonl(self.folder / "warnings.jsonl")],
-        ))  # fmt: skip
-        self.explosions = ranks.from_first(lambda: Explosions(config, read_jsonl(self.folder / "metrics.jsonl")))
+        with refusing(f"the records in {self.folder} are damaged"):
+            self.watch = ranks.from_first(lambda: Watch.of(
+                read_jsonl(self.folder / "metrics.jsonl"), read_jsonl(self.folder / "eval.jsonl"),
+                [warning["cause"] for warning in read_jsonl(self.folder / "warnings.jsonl")],
+            ))  # fmt: skip
+            self.explosions = ranks.from_first(lambda: Explosions(config, read_jsonl(self.folder / "metrics.jsonl")))
         reports = config.report_to == "tensorboard" and ranks.is_first()
         self.writer = _tensorboard(self.folder, self.start) if reports else None
         self.signal = 0

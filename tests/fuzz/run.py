@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -48,6 +49,11 @@ def main() -> int:
     return int(bool(result["findings"]))
 
 
+def commit() -> str | None:
+    found = subprocess.run(["git", "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
 def fuzz(minutes: float, seed: int, kinds: list[str], source: Path) -> dict[str, Any]:
     """Inputs of all kinds in turn, until the time is over."""
     counts = {kind: Counter() for kind in kinds}
@@ -71,7 +77,7 @@ def fuzz(minutes: float, seed: int, kinds: list[str], source: Path) -> dict[str,
                 print(f"{kind}:{number} {outcome.finding} {''.join(place_of).strip()}", file=sys.stderr, flush=True)
         number += 1
     return {
-        "inputs": number, "seconds": round(time.monotonic() - start), "seed": seed, "longest_seconds": round(longest,
+        "commit": commit(), "inputs": number, "seconds": round(time.monotonic() - start), "seed": seed, "longest_seconds": round(longest,
         1),
         "largest_growth_mib": largest >> 20, "limits": {"seconds": SECONDS, "growth_mib": GROWTH >> 20},
         "kinds": {kind: dict(count) for kind, count in counts.items()},
