@@ -77,9 +77,9 @@ def fuzz(minutes: float, seed: int, kinds: list[str], source: Path) -> dict[str,
                 print(f"{kind}:{number} {outcome.finding} {''.join(place_of).strip()}", file=sys.stderr, flush=True)
         number += 1
     return {
-        "commit": commit(), "inputs": number, "seconds": round(time.monotonic() - start), "seed": seed, "longest_seconds": round(longest,
-        1),
-        "largest_growth_mib": largest >> 20, "limits": {"seconds": SECONDS, "growth_mib": GROWTH >> 20},
+        "commit": commit(), "inputs": number, "seconds": round(time.monotonic() - start), "seed": seed,
+        "longest_seconds": round(longest, 1), "largest_growth_mib": largest >> 20,
+        "limits": {"seconds": SECONDS, "growth_mib": GROWTH >> 20},
         "kinds": {kind: dict(count) for kind, count in counts.items()},
         "findings": [{"what": what, **known} for what, known in findings.items()],
     }  # fmt: skip
