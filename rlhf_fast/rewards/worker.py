@@ -172,10 +172,12 @@ class Worker:
             if isinstance(error, TimeoutError):
                 raise
             raise Failed(self._drop(ended=True) + (" while it was imported" if request is None else "")) from None
+        if request is None and answer.keys() & {"absent", "error"}:
+            self._drop(ended=False)  # it would answer nothing more
         if "absent" in answer:
             raise Failed(f"{self.spec.rpartition(':')[0]} has no function {self.__name__!r}")
         if "error" in answer:
-            what = "importing it failed:" if request is None else "raised"
+            what = "could not be imported:" if request is None else "raised"
             raise Failed(f"{what} {answer['error']}", answer["traceback"])
         return dict(answer)
 

@@ -110,7 +110,7 @@ def test_functions_load_from_a_file_and_from_a_module(tmp_path):
     ("spec", "message"),
     [
         ("none.py:f", "none.py does not exist"),
-        ("no_such_module_here:f", "importing it failed: ModuleNotFoundError"),
+        ("no_such_module_here:f", "could not be imported: ModuleNotFoundError"),
         ("statistics:nothing", "statistics has no function 'nothing'"),
     ],
 )

@@ -135,6 +135,14 @@ def test_what_fails_once_is_asked_again_and_said(failure, line, tmp_path, capsys
     assert re.search(said, capsys.readouterr().err)
 
 
+def test_one_whose_file_is_gone_when_it_starts_anew_fails_at_once(tmp_path):
+    score = loaded(tmp_path, function("os.remove(__file__) if os.path.exists(__file__) else None", "os._exit(1)"))
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"fn could not be imported: FileNotFoundError: .*reward\.py"):
+        ask(score, timeout=60.0)
+    assert time.monotonic() - begin < 20
+
+
 def test_a_module_keeps_its_state_between_calls_and_each_worker_has_its_own(tmp_path):
     body = "calls = []\ndef score(completions):\n    calls.append(1)\n    return [len(calls)] * len(completions)\n"
     first, second = loaded(tmp_path, body), loaded(tmp_path, body)
@@ -189,7 +197,7 @@ def test_the_same_call_draws_the_same_numbers_and_another_call_others(tmp_path):
 @pytest.mark.parametrize(("body", "message"), [
     ("time.sleep(60)", "importing it took more than 0.5 s"),
     ("os._exit(5)", "ended its process with exit status 5 while it was imported"),
-    ("sys.exit(5)", "importing it failed: SystemExit: 5"),
+    ("sys.exit(5)", "could not be imported: SystemExit: 5"),
     ("os.fork()", None),
 ])  # fmt: skip
 def test_an_import_that_goes_wrong_is_one_line(body, message, tmp_path):
