@@ -6,6 +6,7 @@ or several. The last revisions, less those that repeat, are the run folder's dat
 judge that has principles.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from pydantic import Field
 
 from rlhf_fast.algorithms.sft import loss_of
-from rlhf_fast.data.encoding import Prompt, encode_rows
+from rlhf_fast.data.encoded import encode_rows
+from rlhf_fast.data.encoding import Encoder, Prompt
 from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
@@ -63,8 +65,8 @@ def prepare(config: AlgorithmConfig) -> Job:
     backbone.enable_checkpointing(config.gradient_checkpointing)
     encoder = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
     job = Job(
-        backbone, encoder, encode_rows(encoder, train, encoder.prompt, "data"),
-        encode_rows(encoder, held_out, encoder.prompt, "held-out data"),
+        backbone, encoder, encode_rows(encoder, train, Encoder.prompt, "data"),
+        encode_rows(encoder, held_out, Encoder.prompt, "held-out data"),
         {"policy": adamw(backbone.parameters_of("policy"), config)},
         add_rewards(backbone, config, [*train, *held_out], tokenizer),
     )  # fmt: skip
@@ -96,11 +98,11 @@ def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     if config.data_only:
         return
     encoder = build_encoder(config, job.backbone, job.encoder.tokenizer)
-    job.train = encode_rows(encoder, [*rows, *helpful_rows(config)], encoder.completion, "revisions")
+    job.train = encode_rows(encoder, [*rows, *helpful_rows(config)], Encoder.completion, "revisions")
     supervised.train(job, config, run, loss_of(job, config))
 
 
-def drafts_of(job: Job, config: AlgorithmConfig, prompts: list[Prompt], part: int) -> list[Draft]:
+def drafts_of(job: Job, config: AlgorithmConfig, prompts: Sequence[Prompt], part: int) -> list[Draft]:
     """Answers of the policy with their revisions, drawn by a seed of this part's own."""
     tokens = max(config.critique_tokens, config.max_new_tokens)
     plain = config.model_copy(update={"max_prompt_tokens": None, "max_tokens": None})

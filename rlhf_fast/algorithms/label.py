@@ -12,7 +12,8 @@ import torch
 from pydantic import Field, model_validator
 
 from rlhf_fast.data.batches import shuffled_indices
-from rlhf_fast.data.encoding import Prompt, encode_rows
+from rlhf_fast.data.encoded import encode_rows
+from rlhf_fast.data.encoding import Encoder, Prompt
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import load_adapter
 from rlhf_fast.training import labels
@@ -82,8 +83,8 @@ def prepare(config: AlgorithmConfig) -> Job:
     if saved is not None:
         load_adapter(backbone, "policy", saved, trainable=False)
     encoder = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
-    prompts = encode_rows(encoder, rows, encoder.prompt, "data")
-    job = Job(backbone, encoder, prompts, [], {}, add_rewards(backbone, config, rows, tokenizer))
+    prompts = encode_rows(encoder, rows, Encoder.prompt, "data")
+    job = Job(backbone, encoder, prompts, prompts.of([]), {}, add_rewards(backbone, config, rows, tokenizer))
     with separate_randomness(config.seed):
         labelled(job, config.model_copy(update={"max_new_tokens": min(8, config.max_new_tokens)}), prompts[:1])
     return job

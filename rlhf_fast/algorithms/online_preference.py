@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.ops.preference.preference_loss import PreferenceObjective, preference_loss
-from rlhf_fast.training.duels import DuelConfig, DuelJob, Duels, duels_of, learn_units, prepare_duels
+from rlhf_fast.training.duels import DuelConfig, Duels, duels_of, learn_units, prepare_duels
 from rlhf_fast.training.experience import evaluate_policy
 from rlhf_fast.training.job import Job, save_roles
 from rlhf_fast.training.on_policy import Rows, experiences, finish_step
@@ -68,11 +68,11 @@ class AlgorithmConfig(DuelConfig):
         return self
 
 
-def prepare(config: AlgorithmConfig) -> DuelJob:
+def prepare(config: AlgorithmConfig) -> Job:
     return prepare_duels(config)
 
 
-def train(job: DuelJob, config: AlgorithmConfig, run: Run) -> None:
+def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     """Sample, judge, pair, learn; a step whose completions make no pair teaches nothing."""
     for step, experience in experiences(job, config, run):
         duels = duels_of(job, config, experience)

@@ -9,7 +9,9 @@ Sources: Rafailov et al. 2023 (2305.18290); the others in ops/preference; MPO: W
 Pang et al. 2024 (2404.19733).
 """
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,9 +71,12 @@ class AlgorithmConfig(SamplingConfig):
 
 def prepare(config: AlgorithmConfig) -> OfflineJob:
     if config.ranking:
-        return prepare_offline(config, load_ranking_rows(config), encode_ranking, Encoder.prompt)
+        job = prepare_offline(config, load_ranking_rows(config), encode_ranking, Encoder.prompt)
+        outlines = chain(job.train.outlines(), job.held_out.outlines())
+        job.widest = max(len(ranking.answers) for ranking in outlines)
+        return job
     job = prepare_offline(config, load_pair_rows(config), encode_pair, Encoder.pair_prompt)
-    check_labels([*job.train, *job.held_out], config.objective)
+    check_labels(list(chain(job.train.outlines(), job.held_out.outlines())), config.objective)
     return job
 
 
@@ -84,7 +89,7 @@ def train(job: OfflineJob, config: AlgorithmConfig, run: Run) -> None:
     supervised.train(job, config, run, loss_of(job, config, job.train, references))
 
 
-def loss_of(job: Job, config: AlgorithmConfig, pairs: list[Any], references: Tensor | None) -> Loss[Rows]:
+def loss_of(job: Job, config: AlgorithmConfig, pairs: Sequence[Any], references: Tensor | None) -> Loss[Rows]:
     """The mean over a batch's pairs, or rankings. references: (pairs, 2), the reference's log-probabilities of chosen
     and rejected, of all `pairs`, which `rows.indices` count; None where the objective looks at none."""
 
@@ -105,12 +110,11 @@ def loss_of(job: Job, config: AlgorithmConfig, pairs: list[Any], references: Ten
     return loss
 
 
-def references_of(job: Job, config: AlgorithmConfig, pairs: list[Any]) -> Tensor:
+def references_of(job: OfflineJob, config: AlgorithmConfig, pairs: Sequence[Any]) -> Tensor:
     """(pairs, 2): the reference's log-probabilities of chosen and rejected; of rankings, of each answer."""
     if config.ranking:
-        width = max(len(ranking.answers) for ranking in [*job.train, *job.held_out])
         answers = [answer for ranking in pairs for answer in ranking.answers]
-        return padded_rows(reference_logprobs(job, config, answers)[:, 0], pairs, width)
+        return padded_rows(reference_logprobs(job, config, answers)[:, 0], pairs, job.widest)
     return reference_logprobs(job, config, pairs, lambda *given: answer_logprobs(*given)[0])
 
 

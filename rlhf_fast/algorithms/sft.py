@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_fast.data.encoding import Encoder, Example, encode_rows
+from rlhf_fast.data.encoded import encode_rows
+from rlhf_fast.data.encoding import Encoder, Example
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.training import ranks, supervised
@@ -44,7 +45,7 @@ def prepare(config: AlgorithmConfig) -> Job:
         add_trained_adapter(backbone, "policy", config, saved)
         optimizers = {"policy": adamw(backbone.parameters_of("policy"), config)}
     backbone.enable_checkpointing(config.gradient_checkpointing)
-    encode = partial(_encode, config, encoder)
+    encode = partial(_encode, config)
     train = encode_rows(encoder, train_rows, encode, "data")
     held_out = encode_rows(encoder, held_out_rows, encode, "held-out data")
     return Job(backbone, encoder, train, held_out, optimizers)

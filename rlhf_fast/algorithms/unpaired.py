@@ -66,7 +66,7 @@ class AlgorithmConfig(SamplingConfig):
 
 def prepare(config: AlgorithmConfig) -> OfflineJob:
     job = prepare_offline(config, load_answer_rows(config), encode_answer, Encoder.prompt)
-    good = sum(answer.desirable for answer in job.train)
+    good = sum(answer.desirable for answer in job.train.outlines())
     if good in (0, len(job.train)):
         raise UserError(f"all {len(job.train)} answers have the label {bool(good)}: {config.algorithm} needs both")
     if config.compares_with == "kl":
@@ -93,7 +93,7 @@ def train(job: OfflineJob, config: AlgorithmConfig, run: Run) -> None:
 
 
 def loss_of(
-    job: Job, config: AlgorithmConfig, answers: list[Answer], references: Tensor, indices: Sequence[int]
+    job: Job, config: AlgorithmConfig, answers: Sequence[Answer], references: Tensor, indices: Sequence[int]
 ) -> Loss[Rows]:
     """The mean over the batch `indices` of `answers`. references: (answers, 1), the reference's log-probabilities."""
     batch = [answers[i] for i in indices]

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_fast.commands.opening import Opened, open_run
-from rlhf_fast.data.encoding import Prompt, encode_rows
+from rlhf_fast.data.encoded import encode_rows
+from rlhf_fast.data.encoding import Encoder, Prompt
 from rlhf_fast.data.layouts import rename_columns, require_columns, with_known_columns
 from rlhf_fast.data.reading import Row
 from rlhf_fast.data.sources import read_rows
@@ -98,11 +99,12 @@ def completions(opened: Opened, rows: Sequence[Row], wanted: Wanted, *, trained:
     opened.play(trained=trained)
     seed_everything(opened.config.seed)
     encoder = opened.encoder
-    prompts = [p for p in encode_rows(encoder, rows, encoder.prompt, "prompts") for _ in range(wanted.n)]
+    asked = encode_rows(encoder, rows, Encoder.prompt, "prompts")
+    prompts = [prompt for prompt in asked for _ in range(wanted.n)]
     if wanted.reward is None:
         answers = [Completion(text) for text in plain(opened, prompts, wanted.batch_size)]
     else:
-        job = Job(opened.backbone, encoder, [], prompts, {}, rewards=rewards_of(opened, wanted.reward, rows))
+        job = Job(opened.backbone, encoder, asked.of([]), asked, {}, rewards=rewards_of(opened, wanted.reward, rows))
         best = best_of(job, opened.config, prompts, wanted.candidates, drawing=opened.drawing)
         answers = [Completion(*pair) for pair in zip(best.completions, best.rewards.tolist(), strict=True)]
     return [answers[i : i + wanted.n] for i in range(0, len(answers), wanted.n)]

@@ -6,28 +6,24 @@ completion together. The completion begins where the rendering of its prompt end
 it (the line break of `<|im_end|>\\n`) is read but not learnt, because the model has stopped by then.
 """
 
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import hashlib
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rlhf_fast.data.conversations import Exchange, Exchanges, Text, plain
 from rlhf_fast.data.messages import LEADING, Message
-from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row, shown
 from rlhf_fast.data.templates import ChatTemplate, TurnEnd
 from rlhf_fast.data.tokens import Tokens, common_prefix, load_tokenizer, pad_id
 from rlhf_fast.data.turns import Turns, until_stop
 from rlhf_fast.errors import UserError
 
-__all__ = ["Encoder", "Example", "Prompt", "TooLong", "encode_rows", "load_tokenizer", "pad_id", "quiet_libraries"]
+__all__ = ["Encoder", "Example", "Prompt", "TooLong", "load_tokenizer", "pad_id", "quiet_libraries"]
 
-T = TypeVar("T")
 MANY = 1 << 17  # characters of a text that may be over any budget
 SPANNING = "a token spans the end of the prompt: it counts as the completion's, and the prompt is cut before it"
 
@@ -172,7 +168,7 @@ class Encoder:
         read. In running text a line break merges with its neighbours. Source: the recipe of TRL 0.29's PRM trainer.
         """
         ids, ends = list(self.prompt(row).ids), []
-        start, closing = len(ids), self.tokens.ids(row.where, separator)
+        start, closing = len(ids), self._ids(row.where, separator)
         if not closing:
             raise UserError(f"step_separator {separator!r} is no token of this tokenizer")
         for step in row.values["completions"]:
@@ -180,7 +176,7 @@ class Encoder:
                 raise UserError(
                     f"{row.where}: completions must be a list of texts, one for each step, got {shown(step)}"
                 )
-            ids += self.tokens.ids(row.where, step) + closing
+            ids += self._ids(row.where, step) + closing
             ends.append(len(ids) - 1)
         return start, ids, ends
 
@@ -201,6 +197,17 @@ class Encoder:
         lines = [f"{len(rows)} of {total} rows: {what} (first: {rows[0]})" for what, rows in self.notes.items()]
         self.notes.clear()
         return lines
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of the tokenizer, its template and the settings: of all that the ids of a row depend on."""
+        state = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("tokenizer", "notes")}
+        backend = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else self.tokenizer.get_vocab()
+        parts = (state, backend, self.tokenizer.chat_template, self.tokenizer.special_tokens_map)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _ids(self, where: str, text: str) -> list[int]:
+        return self.tokens.ids(where, text)
 
     # Budgets
 
@@ -412,28 +419,3 @@ class Encoder:
 def _with(before: list[int], ids: list[int]) -> tuple[list[int], int]:
     """`ids` behind `before`, which they may begin with already; and how many were added."""
     return (ids, 0) if ids[: len(before)] == before else ([*before, *ids], len(before))
-
-
-def encode_rows(encoder: Encoder, rows: Sequence[Row], encode: Callable[[Row], T], what: str) -> list[T]:
-    """`encode` of every row, less those that too_long and bad_rows leave out.
-
-    What was left out or changed is said, one line for each kind. UserError when no row is left.
-    """
-    encoded = []
-    for row in track(rows, f"reading {what}", transient=True, disable=not sys.stdout.isatty()):
-        try:
-            encoded.append(encode(row))
-        except UserError as error:
-            rule = encoder.too_long if isinstance(error, TooLong) else encoder.bad_rows
-            if rule == "error":
-                raise
-            reason = str(error)
-            if isinstance(error, TooLong):
-                encoder.note("too long, and left out", row.where)
-            else:
-                encoder.note("left out", reason)
-    for line in encoder.report(len(rows)):
-        say(f"{what}: {line}")
-    if not encoded:
-        raise UserError(f"no row of {what} is left of {len(rows)}; the last one: {reason}")
-    return encoded

@@ -15,7 +15,7 @@ Sources: threshold: RS-DPO, Khaki et al. 2024 (2402.10038), from memory.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,7 +24,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rlhf_fast.data.batches import pad_batch
-from rlhf_fast.data.encoding import Example, encode_rows
+from rlhf_fast.data.encoded import encode_rows
+from rlhf_fast.data.encoding import Encoder, Example
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import RolloutConfig
@@ -79,26 +80,17 @@ class DuelConfig(RolloutConfig):
         return self
 
 
-@dataclass
-class DuelJob(Job):
-    """answers: place of a prompt -> the data's own completion, where that is the rival."""
-
-    answers: dict[str, Example] = field(default_factory=dict)
-
-
-def prepare_duels(config: DuelConfig) -> DuelJob:
-    job = DuelJob(**vars(prepare_rollouts(config)))
+def prepare_duels(config: DuelConfig) -> Job:
+    job = prepare_rollouts(config)
     if config.rival == "data":
-        rows = [Row(prompt.where, prompt.columns) for prompt in job.train]
-        job.answers = dict(encode_rows(job.encoder, rows, lambda row: (row.where, _answer(job, row)), "answers"))
-        job.train = [prompt for prompt in job.train if prompt.where in job.answers]
+        job.train = job.train.of(encode_rows(job.encoder, job.train.rows, _answer, "answers").rows)
     return job
 
 
-def _answer(job: Job, row: Row) -> Example:
+def _answer(encoder: Encoder, row: Row) -> Example:
     if "completion" not in row.values:
         raise UserError(f"{row.where}: rival data needs the column 'completion'; found: {', '.join(row.values)}")
-    return job.encoder.completion(row)
+    return encoder.completion(row)
 
 
 class Duels(NamedTuple):
@@ -111,7 +103,7 @@ class Duels(NamedTuple):
     chances: Tensor
 
 
-def duels_of(job: DuelJob, config: DuelConfig, experience: Experience) -> Duels:
+def duels_of(job: Job, config: DuelConfig, experience: Experience) -> Duels:
     """Who meets whom in an experience, and the outcome; the chances by Bradley-Terry on the rewards."""
     count = len(experience.batch)
     rows, everyone = torch.arange(count), experience
@@ -150,9 +142,9 @@ def win_rates(rewards: Tensor, *, temperature: float) -> Tensor:
     return ((rewards[:, :, None] - rewards[:, None, :]) / temperature).sigmoid().mean(2)
 
 
-def answers_as_rivals(job: DuelJob, config: DuelConfig, experience: Experience) -> Experience:
+def answers_as_rivals(job: Job, config: DuelConfig, experience: Experience) -> Experience:
     """The data's answers to the experience's prompts; their rewards are 0."""
-    answers = [job.answers[prompt.where] for prompt in experience.rollout.prompts]
+    answers = [_answer(job.encoder, Row(prompt.where, prompt.columns)) for prompt in experience.rollout.prompts]
     rollout = replace(experience.rollout, batch=pad_batch(answers, job.encoder.pad_id).to(job.device), sampler=None)
     lower, scores = score(job, config, rollout)
     unpaid = torch.zeros_like(experience.rewards)

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_fast.data.batches import pad_batch
-from rlhf_fast.data.encoding import Encoder, Example, Prompt, encode_rows
+from rlhf_fast.data.encoded import encode_rows
+from rlhf_fast.data.encoding import Encoder, Example, Prompt
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import RolloutConfig
@@ -18,20 +19,23 @@ from rlhf_fast.training.setup import prepare_rollouts
 
 @dataclass
 class HintJob(Job):
-    """hinted: place of a prompt -> the same with the hint; its columns are those of the plain one."""
+    """hint: what stands for a prompt in its second form; None: none has one. unhinted: places of those that have none
+    because it is too long."""
 
-    hinted: dict[str, Prompt] = field(default_factory=dict)
+    hint: str | None = None
+    unhinted: set[str] = field(default_factory=set)
 
 
 def prepare_hints(config: RolloutConfig, hint: str | None) -> HintJob:
     """As for rollouts, with the second form of every prompt."""
-    job = HintJob(**vars(prepare_rollouts(config)))
+    job = HintJob(**vars(prepare_rollouts(config)), hint=hint)
     if hint is not None:
+        rows = job.train.rows
         encoded = encode_rows(
-            job.encoder, [Row(prompt.where, prompt.columns) for prompt in job.train],
-            lambda row: (row.where, hinted(job.encoder, row.where, row.values, hint)), "hints",
-        )  # fmt: skip
-        job.hinted = dict(encoded)
+            job.encoder, rows, lambda encoder, row: hinted(encoder, row.where, row.values, hint), "hints"
+        )
+        if encoded.rows is not rows:
+            job.unhinted = {row.where for row in rows} - {row.where for row in encoded.rows}
     return job
 
 
@@ -56,10 +60,10 @@ def asked_again(job: HintJob, config: RolloutConfig, experience: Experience, whi
     """New completions, with the hint, of the prompts `which`, (P,) bool, as answers to the plain ones: scored as such,
     and judged as they were given. None where there is no such prompt."""
     asked = zip(experience.rollout.prompts, which.repeat_interleave(config.num_generations).tolist(), strict=True)
-    prompts = [prompt for prompt, again in asked if again and prompt.where in job.hinted]
-    if not prompts:
+    prompts = [prompt for prompt, again in asked if again and prompt.where not in job.unhinted]
+    if job.hint is None or not prompts:
         return None
-    answers = collect(job, config, [job.hinted[prompt.where] for prompt in prompts])
+    answers = collect(job, config, [hinted(job.encoder, p.where, p.columns, job.hint) for p in prompts])
     ids = answers.rollout.completion_ids()
     examples = [Example(p.ids + answer, len(p.ids)) for p, answer in zip(prompts, ids, strict=True)]
     batch = pad_batch(examples, job.encoder.pad_id).to(job.device)

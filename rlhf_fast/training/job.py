@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy
 import torch
 
+from rlhf_fast.data.encoded import Encoded
 from rlhf_fast.data.encoding import Encoder
 from rlhf_fast.data.notes import say
 from rlhf_fast.models.backbone import Backbone
@@ -33,14 +35,14 @@ class Job:
 
     backbone: Backbone
     encoder: Encoder
-    train: list[Any]
-    held_out: list[Any]
+    train: Encoded[Any]
+    held_out: Encoded[Any]
     optimizers: dict[str, torch.optim.Optimizer]
     rewards: Rewards | None = None
     kl_controller: FixedKLController | None = None
     constraints: Constraints | None = None
     counters: dict[str, float] = field(default_factory=lambda: {"bad_steps": 0})
-    pretraining: list[Any] = field(default_factory=list)  # examples that learn beside the policy's own samples
+    pretraining: Sequence[Any] = field(default_factory=list)  # examples that learn beside the policy's own samples
     bad_tensor: str | None = None  # of the last update that was skipped
 
     @property

@@ -3,13 +3,14 @@
 Where such a run has a `reward`, it teaches nothing: it judges samples for the held-out prompts, before and after.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from rlhf_fast.data.encoding import Encoder, Prompt, encode_rows
+from rlhf_fast.data.encoded import encode_rows
+from rlhf_fast.data.encoding import Encoder, Prompt
 from rlhf_fast.data.reading import Row
 from rlhf_fast.training.config import SamplingConfig
 from rlhf_fast.training.experience import evaluate_policy
@@ -22,11 +23,13 @@ from rlhf_fast.training.supervised import Rows, held_out_metrics
 @dataclass
 class OfflineJob(Job):
     """held_out_prompts: prompts to sample for the reward, when there is one. held_out_references: (examples, K), the
-    reference's log-probabilities of their K answers, once they were needed.
+    reference's log-probabilities of their K answers, once they were needed. widest: of rankings, the answers
+    of the longest.
     """
 
-    held_out_prompts: list[Prompt] = field(default_factory=list)
+    held_out_prompts: Sequence[Prompt] = ()
     held_out_references: Tensor | None = None
+    widest: int = 0
 
 
 def prepare_offline(
@@ -46,14 +49,14 @@ def prepare_offline(
     job = OfflineJob(
         backbone,
         encoder,
-        train=encode_rows(encoder, train_rows, lambda row: encode(encoder, row), "data"),
-        held_out=encode_rows(encoder, held_out_rows, lambda row: encode(encoder, row), "held-out data"),
+        train=encode_rows(encoder, train_rows, encode, "data"),
+        held_out=encode_rows(encoder, held_out_rows, encode, "held-out data"),
         optimizers={"policy": adamw(backbone.parameters_of("policy"), config)},
         rewards=rewards,
     )
     if rewards is not None:
         prompts = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
-        job.held_out_prompts = encode_rows(prompts, held_out_rows, lambda row: prompt(prompts, row), "held-out prompts")
+        job.held_out_prompts = encode_rows(prompts, held_out_rows, prompt, "held-out prompts")
         try_rewards(job, config, job.held_out_prompts)
     return job
 

@@ -1,12 +1,12 @@
 """Answers of the data with what they are paid: the column `rating`, or what the run's reward says of them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.data.batches import pad_batch
+from rlhf_fast.data.encoded import Encoded
 from rlhf_fast.data.encoding import Encoder, Example, Prompt
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
@@ -32,10 +32,10 @@ def encode_paid(encoder: Encoder, row: Row) -> Paid:
     return Paid(example.ids, example.start, example.mask, prompt, number(row, "rating"))
 
 
-def paid(job: Job, config: SamplingConfig, examples: Sequence[Paid]) -> list[Paid]:
+def paid(job: Job, config: SamplingConfig, examples: Encoded[Paid]) -> Encoded[Paid]:
     """With what `reward` says of those that the data does not pay."""
-    if all(example.reward is not None for example in examples):
-        return list(examples)
+    if all(example.reward is not None for example in examples.outlines()):
+        return examples
     if job.rewards is None:
         raise UserError(f"{config.algorithm} needs a column rating, or a reward that judges the data's answers")
     judged: list[float] = []
@@ -46,7 +46,8 @@ def paid(job: Job, config: SamplingConfig, examples: Sequence[Paid]) -> list[Pai
         rollout = Rollout([e.prompt for e in part if e.prompt], batch, texts, torch.ones(len(part), dtype=torch.bool))
         judged += rewards_of(job, config, rollout).tolist()
     rewards = ranks.from_first(lambda: judged)  # a judge may say something else to each process
-    return [replace(example, reward=reward) for example, reward in zip(examples, rewards, strict=True)]
+    rows = zip(examples.rows, rewards, strict=True)
+    return examples.of([Row(row.where, {**row.values, "rating": reward}) for row, reward in rows])
 
 
 @torch.no_grad()
@@ -62,11 +63,14 @@ def rewards_of(job: Job, config: SamplingConfig, rollout: Rollout) -> Tensor:
     return job.rewards(*asked, *states).total - penalties(config, rollout)
 
 
-def standardised(train: Sequence[Paid], held_out: Sequence[Paid]) -> tuple[list[Paid], list[Paid]]:
+def standardised(train: Encoded[Paid], held_out: Encoded[Paid]) -> tuple[Encoded[Paid], Encoded[Paid]]:
     """Rewards less the mean of the training data, over its deviation."""
-    rewards = torch.tensor([example.reward for example in train], dtype=torch.float64)
+    rewards = torch.tensor([example.reward for example in train.outlines()], dtype=torch.float64)
     mean, std = float(rewards.mean()), float(rewards.std(correction=0))
     if not std:
         raise UserError(f"all {len(train)} answers are paid {mean:g}: there is nothing to tell them apart")
-    first, second = ([replace(e, reward=((e.reward or 0.0) - mean) / std) for e in part] for part in (train, held_out))
-    return first, second
+
+    def scaled(example: Paid) -> Paid:
+        return replace(example, reward=((example.reward or 0.0) - mean) / std)
+
+    return train.map(scaled), held_out.map(scaled)

@@ -1,12 +1,11 @@
 """Preference pairs: a prompt with a chosen and a rejected completion, or two conversations that differ in the last."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rlhf_fast.data.encoding import Encoder, Example, encode_rows
+from rlhf_fast.data.encoding import Encoder, Example
 from rlhf_fast.data.layouts import JUDGEMENTS, changed_rows
 from rlhf_fast.data.messages import split_pair, trimmed
 from rlhf_fast.data.notes import say
@@ -42,12 +41,6 @@ def take_apart(rows: list[Row], *, skip: bool) -> list[Row]:
 
 def _plain(answer: Any) -> Any:
     return answer.strip() if isinstance(answer, str) else trimmed(answer)
-
-
-def encode_pairs(encoder: Encoder, train: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[Pair], list[Pair]]:
-    """The pairs of both sets; what was left out or changed is said."""
-    encode = partial(encode_pair, encoder)
-    return encode_rows(encoder, train, encode, "data"), encode_rows(encoder, held_out, encode, "held-out data")
 
 
 def encode_pair(encoder: Encoder, row: Row) -> Pair:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_fast.data.batches import shuffled_indices
-from rlhf_fast.data.encoding import encode_rows
+from rlhf_fast.data.encoded import encode_rows
 from rlhf_fast.data.layouts import require_columns, with_known_columns
 from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError
@@ -39,7 +39,7 @@ def add_ptx(job: Job, config: PtxConfig) -> None:
     skip = config.bad_rows == "skip"
     rows = with_known_columns(read_rows(config.ptx_data), "sft", config.ptx_data, family="sft", skip=skip)
     _, rows = require_columns(rows, supervised.LAYOUTS, "sft", skip=skip)
-    job.pretraining = encode_rows(job.encoder, rows, lambda row: supervised.encode(job.encoder, row), "ptx_data")
+    job.pretraining = encode_rows(job.encoder, rows, supervised.encode, "ptx_data")
 
 
 def add_ptx_gradient(job: Job, config: PtxConfig, rows: int) -> dict[str, Tensor]:

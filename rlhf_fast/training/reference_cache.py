@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, shuffled_indices
+from rlhf_fast.data.encoded import Encoded
 from rlhf_fast.models.pieces import whole_tensor
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
@@ -64,8 +65,11 @@ def fingerprint(job: Job, kind: str = "") -> str:
     """A hash of what the reference's log-probabilities depend on: the examples, the adapter, the model and its types,
     and `kind`."""
     digest = hashlib.sha256(kind.encode())
-    for example in job.train:
-        digest.update(repr(sequences_of([example])).encode())
+    if isinstance(job.train, Encoded):
+        digest.update(job.train.key.encode())
+    else:
+        for example in job.train:
+            digest.update(repr(sequences_of([example])).encode())
     tensors = dict(job.backbone.model.named_parameters())
     if "reference" in job.backbone.adapters:
         tensors |= job.backbone.named_parameters_of("reference")

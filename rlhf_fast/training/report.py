@@ -31,7 +31,7 @@ def plot_curves(folder: Path) -> Path | None:
     from matplotlib import pyplot
 
     rows = read_jsonl(folder / "metrics.jsonl")
-    panels = {title: [n for n in names if rows and n in rows[-1]] for title, names in PANELS.items()}
+    panels = {title: [n for n in names if any(n in row for row in rows)] for title, names in PANELS.items()}
     panels = {title: names for title, names in panels.items() if names}
     if not panels:
         return None
@@ -42,7 +42,8 @@ def plot_curves(folder: Path) -> Path | None:
         axis.remove()
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
         for name in names:
-            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+            told = [row for row in rows if name in row]  # a step without a pair has no loss
+            axis.plot([row["step"] for row in told], [row[name] for row in told], label=name)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

@@ -149,7 +149,7 @@ def sifted(drafts: Sequence[Draft], limit: float, seen: set[str]) -> tuple[list[
 
 
 def write_sifted(
-    run: Run, prompts: list[Prompt], size: int, limit: float, make: Callable[[list[Prompt], int], list[Draft]]
+    run: Run, prompts: Sequence[Prompt], size: int, limit: float, make: Callable[[Sequence[Prompt], int], list[Draft]]
 ) -> None:
     """The rows of `make(prompts, part)` for every `size` prompts, kept and dropped ones in a file each.
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.encoding import Encoder, Example, TooLong, encode_rows
+from rlhf_fast.data.encoded import Encoded, encode_rows
+from rlhf_fast.data.encoding import Encoder, Example, TooLong
 from rlhf_fast.data.layouts import JUDGEMENTS
 from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row, shown
@@ -102,9 +103,9 @@ class JudgementData:
     """references: the answers whose scores have mean 0. outputs: what the scores tell, of ratings the criteria.
     scales: (mean, std) of each criterion's training ratings, whose standardised values are the targets."""
 
-    train: list[Judgement]
-    held_out: list[Judgement]
-    references: list[Judgement]
+    train: Encoded[Judgement]
+    held_out: Encoded[Judgement]
+    references: Encoded[Judgement]
     outputs: list[str]
     scales: list[tuple[float, float]]
 
@@ -131,7 +132,7 @@ def load_judged(config: Any, encoder: Encoder, backbone: Backbone) -> JudgementD
     scales: list[tuple[float, float]] = []
     if form == "ratings":
         train, held_out = (weighed(x, criteria, config.criterion_weights) for x in (train, held_out))
-        scales = scales_of(train)
+        scales = scales_of([one.targets for one in train.outlines()])
         train, held_out = (standardised(x, scales) for x in (train, held_out))
         criteria = ["weighted sum"] if config.criterion_weights else criteria
     if config.share_prompts:
@@ -139,7 +140,7 @@ def load_judged(config: Any, encoder: Encoder, backbone: Backbone) -> JudgementD
     references = {"train": train, "held_out": held_out}.get(config.center_on)
     if references is None:
         rows = rows_of(config, config.center_on, [("prompt", "completion")])
-        references = encode_rows(encoder, rows, lambda row: _answers("", [encoder.completion(row)], ()), "center_on")
+        references = encode_rows(encoder, rows, _reference, "center_on")
     return JudgementData(train, held_out, references, criteria or ["reward"], scales)
 
 
@@ -148,39 +149,41 @@ def form_of(row: Row, forms: Sequence[str]) -> str:
     return next(form for form in forms if any(set(names) <= row.values.keys() for names in JUDGEMENTS[form]))
 
 
-def encode_judged(encoder: Encoder, rows: Sequence[Row], form: str, read: "Reading", what: str) -> list[Judgement]:
+def encode_judged(encoder: Encoder, rows: Sequence[Row], form: str, read: "Reading", what: str) -> Encoded[Judgement]:
     """The rows in the form `form`; what was left out or changed is said."""
 
-    def encode(row: Row) -> Judgement:
+    def encode(encoder: Encoder, row: Row) -> Judgement:
         who = row.values.get("annotator")
         return replace(READERS[form](encoder, row, read), annotator=None if who is None else str(who))
 
     return encode_rows(encoder, rows, encode, what)
 
 
-def weighed(judged: list[Judgement], criteria: Sequence[str], weights: Mapping[str, float] | None) -> list[Judgement]:
+def weighed(
+    judged: Encoded[Judgement], criteria: Sequence[str], weights: Mapping[str, float] | None
+) -> Encoded[Judgement]:
     """With the weighted sum of the ratings as the one rating, where there are weights."""
     if weights is None:
         return judged
     if set(weights) != set(criteria):
         raise UserError(f"criterion_weights must have {', '.join(criteria)}, got {', '.join(weights)}")
     order = [weights[name] for name in criteria]
-    return [replace(x, targets=(sum(w * y for w, y in zip(order, x.targets, strict=True)),)) for x in judged]
+    return judged.map(lambda x: replace(x, targets=(sum(w * y for w, y in zip(order, x.targets, strict=True)),)))
 
 
-def scales_of(judged: Sequence[Judgement]) -> list[tuple[float, float]]:
+def scales_of(ratings: Sequence[tuple[float, ...]]) -> list[tuple[float, float]]:
     """(mean, std) of each criterion; UserError for one whose ratings are all the same."""
-    columns = torch.tensor([one.targets for one in judged], dtype=torch.float64)
+    columns = torch.tensor(ratings, dtype=torch.float64)
     if bool((columns.std(0, correction=0) == 0).any()):
-        raise UserError(f"a criterion has the same rating in all {len(judged)} rows: there is nothing to learn")
+        raise UserError(f"a criterion has the same rating in all {len(ratings)} rows: there is nothing to learn")
     return list(zip(columns.mean(0).tolist(), columns.std(0, correction=0).tolist(), strict=True))
 
 
-def standardised(judged: Sequence[Judgement], scales: Sequence[tuple[float, float]]) -> list[Judgement]:
-    return [
-        replace(x, targets=tuple((y - mean) / std for y, (mean, std) in zip(x.targets, scales, strict=True)))
-        for x in judged
-    ]
+def standardised(judged: Encoded[Judgement], scales: Sequence[tuple[float, float]]) -> Encoded[Judgement]:
+    def change(x: Judgement) -> Judgement:
+        return replace(x, targets=tuple((y - mean) / std for y, (mean, std) in zip(x.targets, scales, strict=True)))
+
+    return judged.map(change)
 
 
 def targets_of(judged: Sequence[Judgement], like: Tensor) -> Tensor:
@@ -188,16 +191,21 @@ def targets_of(judged: Sequence[Judgement], like: Tensor) -> Tensor:
     return torch.tensor([one.targets for one in judged], device=like.device)
 
 
-def sharing(backbone: Backbone, judged: list[Judgement]) -> list[Judgement]:
-    """The same, with every prompt once where the architecture allows it; where it does not, the reason is said."""
-    several = [one for one in judged if len(one.rows) > 1]
-    if not several:
-        return judged
-    reason = backbone.why_not_shared(max(len(row.ids) for one in several for row in one.rows))
-    if reason is None:
-        return [one.joined() for one in judged]
-    say(f"prompts are computed once for each answer: {reason}")
-    return judged
+def sharing(backbone: Backbone, judged: Encoded[Judgement]) -> Encoded[Judgement]:
+    """The same, with every prompt once where that is exact; where it is not, the first reason is said."""
+    said = False
+
+    def joined(one: Judgement) -> Judgement:
+        nonlocal said
+        reason = backbone.why_not_shared(max(len(row.ids) for row in one.rows)) if len(one.rows) > 1 else None
+        if reason is None:
+            return one.joined()
+        if not said:
+            said = True
+            say(f"prompts are computed once for each answer: {reason}")
+        return one
+
+    return judged.map(joined)
 
 
 class Reading(NamedTuple):
@@ -225,6 +233,10 @@ def _answers(form: str, answers: Sequence[Example], targets: Sequence[float]) ->
         replace(answer, mask=marked(len(answer.ids), [end])) for answer, (_, end) in zip(answers, ends, strict=True)
     ]
     return Judgement(form, tuple(rows), tuple(ends), tuple(targets), tuple(lengths))
+
+
+def _reference(encoder: Encoder, row: Row) -> Judgement:
+    return _answers("", [encoder.completion(row)], ())
 
 
 def _pair(encoder: Encoder, row: Row, reading: Reading) -> Judgement:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from rlhf_fast.data.batches import held_out_indices
-from rlhf_fast.data.encoding import Encoder, Prompt, encode_rows, load_tokenizer
+from rlhf_fast.data.encoded import encode_rows
+from rlhf_fast.data.encoding import Encoder, Prompt, load_tokenizer
 from rlhf_fast.data.feedback import as_read
 from rlhf_fast.data.layouts import prompt_key, rename_columns, require_columns, with_known_columns
 from rlhf_fast.data.notes import say
@@ -303,8 +304,8 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
     job = Job(
         backbone,
         encoder,
-        train=encode_rows(encoder, train, encoder.prompt, "data"),
-        held_out=encode_rows(encoder, held_out, encoder.prompt, "held-out data"),
+        train=encode_rows(encoder, train, Encoder.prompt, "data"),
+        held_out=encode_rows(encoder, held_out, Encoder.prompt, "held-out data"),
         optimizers={"policy": build_optimizer(backbone.parameters_of("policy"), config)},
         rewards=rewards,
         kl_controller=FixedKLController(config.kl_coef),
@@ -320,7 +321,7 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
     return job
 
 
-def try_rewards(job: Job, config: SamplingConfig, prompts: list[Prompt]) -> None:
+def try_rewards(job: Job, config: SamplingConfig, prompts: Sequence[Prompt]) -> None:
     """Sample and score two short completions: a reward that cannot work, or a model that does not sample from the
     distribution that it is scored by, fails here, before any folder is touched."""
     tokens = min(8, config.max_new_tokens)

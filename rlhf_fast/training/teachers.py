@@ -9,7 +9,7 @@ code of its authors.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, pad_batch
-from rlhf_fast.data.encoding import Encoder, Example, Prompt, TooLong, encode_rows, load_tokenizer
+from rlhf_fast.data.encoded import encode_rows
+from rlhf_fast.data.encoding import Encoder, Example, Prompt, TooLong, load_tokenizer
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
@@ -80,10 +81,7 @@ class Teacher(NamedTuple):
 
 @dataclass(kw_only=True)
 class TaughtJob(Job):
-    """answers: place of a prompt -> the data's completion, where these are learnt."""
-
     teacher: Teacher
-    answers: dict[str, Example] = field(default_factory=dict)
 
 
 def prepare_taught(config: TeacherConfig) -> TaughtJob:
@@ -94,17 +92,15 @@ def prepare_taught(config: TeacherConfig) -> TaughtJob:
     longer = replace(plain.encoder, max_prompt_tokens=plain.encoder.max_tokens - config.max_new_tokens)
     job = TaughtJob(**vars(plain), teacher=Teacher(*load_teacher(plain, config), longer))
     if config.on_policy < 1:
-        rows = [Row(prompt.where, prompt.columns) for prompt in job.train]
-        job.answers = dict(encode_rows(job.encoder, rows, lambda row: (row.where, _answer(job, row)), "completions"))
-        job.train = [prompt for prompt in job.train if prompt.where in job.answers]
+        job.train = plain.train.of(encode_rows(job.encoder, plain.train.rows, _answer, "completions").rows)
     return job
 
 
-def _answer(job: Job, row: Row) -> Example:
+def _answer(encoder: Encoder, row: Row) -> Example:
     if not isinstance(row.values.get("completion"), str):
         raise UserError(f"{row.where}: on_policy below 1 needs the text column 'completion'; found: "
                         f"{', '.join(row.values)}")  # fmt: skip
-    return job.encoder.completion(row)
+    return encoder.completion(row)
 
 
 def load_teacher(job: Job, config: TeacherConfig) -> tuple[Backbone, str | None]:
@@ -141,7 +137,8 @@ def mixed(job: TaughtJob, config: TeacherConfig, prompts: Sequence[Prompt], **op
         return collect(job, config, prompts, **options)
     own = own_prompts(prompts)
     asked = [prompts[row] for row in own.rows]
-    batch = pad_batch([job.answers[prompt.where] for prompt in asked], job.encoder.pad_id).to(job.device)
+    answers = [_answer(job.encoder, Row(prompt.where, prompt.columns)) for prompt in asked]
+    batch = pad_batch(answers, job.encoder.pad_id).to(job.device)
     written = [prompt.columns["completion"] for prompt in asked]
     rollout = Rollout(asked, batch, written, torch.ones(len(asked), dtype=torch.bool))
     with everyone_alike(job):

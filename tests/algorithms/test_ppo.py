@@ -10,7 +10,7 @@ from rlhf_fast.training.critic import critic_values
 from rlhf_fast.training.experience import collect, move_reference, prompts_of_step
 from rlhf_fast.training.on_policy import improve, micro_batches
 from rlhf_fast.training.optim import accumulate, build_optimizer
-from rlhf_fast.training.pairs import encode_pairs, load_pair_rows
+from rlhf_fast.training.pairs import encode_pair, load_pair_rows
 from rlhf_fast.training.reward_scale import follow_rewards
 from rlhf_fast.training.supervised import padded
 from tests.training.test_experience import trained
@@ -186,7 +186,7 @@ def test_scores_of_a_reward_adapter_have_mean_zero_and_spread_one_on_its_trainin
     config = config_of("reward_model", model=str(folder() / "model"))
     ppo_config = config_of("ppo", reward=str(reward_adapter))
     job = ppo.prepare(ppo_config)
-    pairs, _ = encode_pairs(job.encoder, *load_pair_rows(config))
+    pairs = [encode_pair(job.encoder, row) for row in load_pair_rows(config)[0]]
     batch = padded(job, pairs)
     with torch.no_grad():
         hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["reward"])["reward"]

@@ -90,7 +90,8 @@ def test_what_another_run_kept_is_never_used(change, many_pairs, tmp_path, score
     references_of_run(job, config, Folder(tmp_path))
     scored.clear()
     if change == "data":
-        job.train[0], job.train[1] = job.train[1], job.train[0]
+        first, second, *others = job.train.rows
+        job.train = job.train.of([second, first, *others])
     elif change == "model":
         with torch.no_grad():
             next(job.backbone.model.parameters()).neg_()

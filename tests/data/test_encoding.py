@@ -1,6 +1,7 @@
 import pytest
 
-from rlhf_fast.data.encoding import MANY, Encoder, TooLong, encode_rows, load_tokenizer, pad_id
+from rlhf_fast.data.encoded import encode_rows
+from rlhf_fast.data.encoding import MANY, Encoder, TooLong, load_tokenizer, pad_id
 from rlhf_fast.data.reading import Row
 from rlhf_fast.data.tokens import Tokens
 from rlhf_fast.errors import UserError
@@ -165,12 +166,12 @@ def test_an_answer_that_is_too_long_loses_its_end_once_the_prompt_has_half_of_th
 def test_rows_over_budget_are_left_out_and_counted_on_request(capsys):
     rows = [Row(f"a.jsonl:{i}", {"prompt": "x" * n}) for i, n in enumerate((5, 60, 7, 70))]
     one = encoder(too_long="skip")
-    assert [len(p.ids) for p in encode_rows(one, rows, one.prompt, "data")] == [6, 8]
+    assert [len(p.ids) for p in encode_rows(one, rows, Encoder.prompt, "data")] == [6, 8]
     assert capsys.readouterr().out == "data: 2 of 4 rows: too long, and left out (first: a.jsonl:1)\n"
     with pytest.raises(UserError, match=r"no row of data is left of 2; the last one: a\.jsonl:3: the prompt"):
-        encode_rows(one, rows[1::2], one.prompt, "data")
+        encode_rows(one, rows[1::2], Encoder.prompt, "data")
     with pytest.raises(TooLong, match=r"a\.jsonl:1: the prompt has 61 tokens"):
-        encode_rows(encoder(), rows, encoder().prompt, "data")
+        encode_rows(encoder(), rows, Encoder.prompt, "data")
 
 
 def test_special_tokens_that_the_text_has_are_not_added_again():
@@ -231,13 +232,13 @@ def test_rows_that_cannot_be_encoded_are_left_out_and_counted_on_request(capsys)
     good, bad = [USER, ANSWER], [USER, {"role": "tool", "content": "x"}]
     rows = [Row(f"a.jsonl:{i}", {"messages": messages}) for i, messages in enumerate((good, bad, good, bad))]
     one = encoder(bad_rows="skip")
-    assert len(encode_rows(one, rows, one.conversation, "data")) == 2
+    assert len(encode_rows(one, rows, Encoder.conversation, "data")) == 2
     said = (
         "data: 2 of 4 rows: left out (first: a.jsonl:1: the last message must be an answer, but its role is 'tool')\n"
     )
     assert capsys.readouterr().out == said
     with pytest.raises(UserError, match=r"a\.jsonl:1: the last message must be an answer"):
-        encode_rows(encoder(), rows, encoder().conversation, "data")
+        encode_rows(encoder(), rows, Encoder.conversation, "data")
 
 
 def test_megabytes_are_cut_before_they_are_tokenised(monkeypatch):
