@@ -18,6 +18,7 @@ from rlhf_fast.data.encoded import encode_rows
 from rlhf_fast.data.encoding import Encoder, Prompt
 from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row
+from rlhf_fast.data.rows import joined
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.speakers import LocalSpeaker
 from rlhf_fast.training import labels, supervised
@@ -68,7 +69,7 @@ def prepare(config: AlgorithmConfig) -> Job:
         backbone, encoder, encode_rows(encoder, train, Encoder.prompt, "data"),
         encode_rows(encoder, held_out, Encoder.prompt, "held-out data"),
         {"policy": adamw(backbone.parameters_of("policy"), config)},
-        add_rewards(backbone, config, [*train, *held_out], tokenizer),
+        add_rewards(backbone, config, joined([train, held_out]), tokenizer),
     )  # fmt: skip
     helpful_rows(config)
     if job.rewards is not None:
@@ -78,7 +79,7 @@ def prepare(config: AlgorithmConfig) -> Job:
     return job
 
 
-def helpful_rows(config: AlgorithmConfig) -> list[Row]:
+def helpful_rows(config: AlgorithmConfig) -> Sequence[Row]:
     if config.helpful_data is None:
         return []
     return rows_of(config, config.helpful_data, [("prompt", "completion")], as_algorithm="sft")

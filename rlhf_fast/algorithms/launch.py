@@ -192,7 +192,7 @@ def single_stage(*layers: dict[str, Any]) -> Stage:
         columns = values.get("columns") or {}
         if not isinstance(columns, dict) or not all(isinstance(name, str) for name in columns.values()):
             raise UserError(f"columns must map our names to those of the data, {{prompt: question}}, got {columns!r}")
-        rows = rename_columns(read_rows(values["data"]), columns)
+        rows = rename_columns(read_rows(values["data"])[:1], columns)
         values["algorithm"] = infer_algorithm(rows, values["data"])
     algorithm = values["algorithm"]
     module = load_algorithm(algorithm)

@@ -57,22 +57,23 @@ def pad_batch(sequences: Sequence[Example], pad: int) -> Batch:
     return Batch(input_ids, attention_mask, mask, mask.sum(1))
 
 
-def held_out_indices(keys: Sequence[str], size: int, seed: int) -> list[int]:
+def held_out_indices(keys: Sequence[str] | NDArray[np.uint64], size: int, seed: int) -> list[int]:
     """At most `size` of the indices of `keys`, in order, drawn by `seed`; equal keys are drawn together or not at all.
 
     Where every group of equal keys is larger than `size`, it is the smallest group. A pure function of its arguments.
     """
-    groups: dict[str, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    values = list(groups.values())
-    shuffled = [values[i] for i in order]
-    drawn: list[int] = []
-    for group in shuffled:
-        if len(drawn) + len(group) <= size:
-            drawn += group
-    return sorted(drawn or min(shuffled, key=len))
+    _, first, group, sizes = np.unique(np.asarray(keys), return_index=True, return_inverse=True, return_counts=True)
+    appearing = first.argsort()
+    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = appearing[order]
+    drawn, left = [], size
+    for number, count in zip(shuffled.tolist(), sizes[shuffled].tolist(), strict=True):
+        if count <= left:
+            drawn.append(number)
+            left -= count
+        if not left:
+            break
+    return np.flatnonzero(np.isin(group, drawn or shuffled[sizes[shuffled].argmin()])).tolist()
 
 
 def shuffled_indices(size: int, seed: int, start: int, count: int) -> list[int]:

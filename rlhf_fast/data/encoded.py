@@ -1,7 +1,6 @@
 """Rows as token ids, each made when it is asked for: a run over many rows starts at once, and holds few of them."""
 
 import hashlib
-import heapq
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +13,7 @@ from rlhf_fast.data.conversations import Exchange
 from rlhf_fast.data.encoding import Encoder, Example, Prompt, TooLong
 from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row
-from rlhf_fast.data.rows import Picked
+from rlhf_fast.data.rows import Picked, facts_of
 from rlhf_fast.errors import UserError
 
 T = TypeVar("T")
@@ -76,10 +75,7 @@ class Encoded(Sequence[T], Generic[T]):
     @cached_property
     def key(self) -> str:
         """A hash of the rows and of the encoder's settings."""
-        digest = hashlib.sha256(self.encoder.key.encode())
-        for row in self.rows:
-            digest.update(f"{row.where} {row.values!r}\n".encode(errors="surrogatepass"))
-        return digest.hexdigest()
+        return hashlib.sha256(self.encoder.key.encode() + facts_of(self.rows, "says").tobytes()).hexdigest()
 
 
 def encode_rows(encoder: Encoder, rows: Sequence[Row], encode: Callable[[Encoder, Row], T], what: str) -> Encoded[T]:
@@ -135,6 +131,5 @@ _BAR: dict[str, Any] = {"transient": True, "disable": not sys.stdout.isatty()}
 
 def first_and_longest(rows: Sequence[Row], count: int) -> list[int]:
     """Places, in order, of the first `count` rows and of the `count` longest, by the characters of all columns."""
-    lengths = [len(str(row.values)) for row in rows]
-    longest = heapq.nlargest(count, range(len(rows)), key=lengths.__getitem__)
+    longest = facts_of(rows, "length").argsort(kind="stable")[-count:].tolist()
     return sorted({*range(min(count, len(rows))), *longest})

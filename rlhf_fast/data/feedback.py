@@ -57,6 +57,17 @@ def as_read(rows: Sequence[Row], family: str, data: str) -> list[Row]:
     return found
 
 
+def check_alike(rows: Sequence[Row], family: str) -> None:
+    """UserError where a row has other forms than the first: rows that are read one by one cannot be made into another
+    form together."""
+    forms = forms_of(rows[0].values)
+    other = next((row for row in rows if forms_of(row.values) != forms), None)
+    if family in CONVERSIONS and other is not None:
+        theirs = " and ".join(forms_of(other.values)) or "no feedback"
+        raise UserError(f"{other.where} has {theirs}, {rows[0].where} has {' and '.join(forms) or 'none'}: "
+                        "a file of several forms must fit into memory; split it")  # fmt: skip
+
+
 def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {form}{'s' * (count > 1)}" for form, count in counts.items())
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_fast.data.messages import check_text_or_messages, spelled_out, split_pair, trimmed
-from rlhf_fast.data.notes import say
+from rlhf_fast.data.notes import say, tell
 from rlhf_fast.data.reading import Row, shown
 from rlhf_fast.errors import UserError
 
@@ -317,13 +317,12 @@ def changed_rows(rows: Sequence[Row], change: Callable[[Row], Values], *, skip: 
         try:
             changed.append(Row(row.where, change(row)))
         except UserError as error:
-            errors.append(error)
+            errors.append((row, error))
             if not skip:
                 raise
     if errors and not changed:
-        raise UserError(f"all {len(rows)} rows are bad, the first: {errors[0]}")
-    if errors:
-        say(f"{len(errors)} of {len(rows)} rows are left out, the first: {errors[0]}")
+        raise UserError(f"all {len(rows)} rows are bad, the first: {errors[0][1]}")
+    tell("{found} of {rows} rows are left out, the first: {first}", [(row, str(error)) for row, error in errors], rows)
     return changed
 
 

@@ -3,6 +3,7 @@
 A line ends in a line feed and in nothing else: U+2028, U+2029 and U+0085 are text.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -78,15 +79,23 @@ def split_lines(path: Path) -> list[str]:
         return [line.decode() for line in file]
 
 
-def table_rows(table: Any, name: str) -> Iterator[Row]:
-    """The rows of a pyarrow table, called `name:row N`. Fields of structs that are null are left out: a row has them
-    only because another row does."""
+def line_row(name: str, number: int, line: bytes) -> Row:
+    """The row of one line of a UTF-8 file of JSON lines."""
+    where = f"{name}:{number}"
+    return _line_row(where, _checked_text(where, _decoded_line(where, line, first=number == 1)))
+
+
+def table_rows(table: Any, name: str, *, first: int = 1) -> Iterator[Row]:
+    """The rows of a pyarrow table or batch, called `name:row N`, N from `first` on.
+
+    Fields of structs that are null are left out: a row has them only because another row does.
+    """
     _once(table.column_names, name)
-    number = 0
-    for batch in table.to_batches():
+    number = first
+    for batch in table.to_batches() if hasattr(table, "to_batches") else [table]:
         for values in batch.to_pylist():
-            number += 1
             yield Row(f"{name}:row {number}", {column: _without_nulls(value) for column, value in values.items()})
+            number += 1
 
 
 def _without_nulls(value: Any) -> Any:
@@ -115,8 +124,11 @@ def _json(path: Path) -> Iterator[Row]:
             yield from _array(path, "\n" * (number - 1) + line + "".join(rest for _, rest in lines))
             return
         first = False
-        where = f"{path.name}:{number}"
-        yield _json_row(where, _parsed(where, line, "not JSON, one object per line"), _SURROGATE.search(line))
+        yield _line_row(f"{path.name}:{number}", line)
+
+
+def _line_row(where: str, line: str) -> Row:
+    return _json_row(where, _parsed(where, line, "not JSON, one object per line"), _SURROGATE.search(line))
 
 
 def _array(path: Path, text: str) -> Iterator[Row]:
@@ -201,20 +213,41 @@ def _long_fields() -> Iterator[None]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        rows, size = file.metadata.num_rows, path.stat().st_size
-        if rows > ROWS_PER_BYTE * size:
-            raise UserError(f"{path} says that its {size:,} bytes are {rows:,} rows: it is no data")
-        table = file.read()
+        table = parquet_file(path).read()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is not a parquet file: {first_line(error)}") from None
     try:
         yield from table_rows(table, path.name)
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise UserError(f"{path} holds a value that Python has no type for: {first_line(error)}") from None
+
+
+def parquet_file(path: Path) -> Any:
+    """The opened file. UserError where it is none."""
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a parquet file: {first_line(error)}") from None
+    rows, size = file.metadata.num_rows, path.stat().st_size
+    if rows > ROWS_PER_BYTE * size:
+        raise UserError(f"{path} says that its {size:,} bytes are {rows:,} rows: it is no data")
+    return file
+
+
+def is_lines(path: Path) -> bool:
+    """Whether a file is JSON lines in UTF-8, not compressed, and no array: each line can be found by its place."""
+    if data_suffix(path) not in (".jsonl", ".ndjson", ".json"):
+        return False
+    with path.open("rb") as file:
+        head = file.read(4)
+        file.seek(0)
+        first = next((line for line in file if line.strip()), b"")
+    plain = not head.startswith(b"\x1f\x8b") and json.detect_encoding(head).startswith("utf-8")
+    return plain and not first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -224,9 +257,7 @@ def _lines(path: Path) -> Iterator[str]:
         file.seek(0)
         encoding = json.detect_encoding(head)
         for number, line in enumerate(_decoded(path, file, encoding), start=1):
-            if "\0" in line:
-                raise UserError(f"{path.name}:{number}: a NUL byte, so this is no text")
-            yield line
+            yield _checked_text(f"{path.name}:{number}", line)
 
 
 def _decoded(path: Path, file: IO[bytes], encoding: str) -> Iterator[str]:
@@ -238,13 +269,23 @@ def _decoded(path: Path, file: IO[bytes], encoding: str) -> Iterator[str]:
         return
     # As `for line in file`, but a few bytes of gzip may stand for a line without end.
     for number, line in enumerate(iter(lambda: file.readline(LINE + 1), b""), start=1):
-        if len(line) > LINE:
-            raise UserError(f"{path.name}:{number}: a line of more than {LINE >> 20} MiB")
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            byte = f"byte 0x{line[error.start]:02x} at {error.start + 1}"
-            raise UserError(f"{path.name}:{number}: not UTF-8 text: {error.reason} ({byte})") from None
+        yield _decoded_line(f"{path.name}:{number}", line, first=number == 1)
+
+
+def _decoded_line(where: str, line: bytes, *, first: bool) -> str:
+    if len(line) > LINE:
+        raise UserError(f"{where}: a line of more than {LINE >> 20} MiB")
+    try:
+        return line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{line[error.start]:02x} at {error.start + 1}"
+        raise UserError(f"{where}: not UTF-8 text: {error.reason} ({byte})") from None
+
+
+def _checked_text(where: str, line: str) -> str:
+    if "\0" in line:
+        raise UserError(f"{where}: a NUL byte, so this is no text")
+    return line
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -9,8 +9,11 @@ from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_fast.data.reading import SUFFIXES, Row, data_suffix, read_file, table_rows
+from rlhf_fast.data.reading import SUFFIXES, Row, data_suffix, is_lines, read_file, table_rows
+from rlhf_fast.data.rows import Joined, Lines, Table
 from rlhf_fast.errors import UserError, first_line
+
+IN_MEMORY = 1 << 28  # bytes of files up to which their rows are read at once
 
 # How the hub tells splits apart by the names of files (https://huggingface.co/docs/hub/datasets-file-names-and-splits).
 _SPLIT_WORDS = {
@@ -36,7 +39,7 @@ def parse_source(text: str) -> Source:
     return Source(*match.groups()) if match else Source(text, None, None)  # type: ignore[arg-type]
 
 
-def read_rows(data: str, *, may_be_empty: bool = False) -> list[Row]:
+def read_rows(data: str, *, may_be_empty: bool = False) -> Sequence[Row]:
     """All rows of `data`, which is one of
 
     file            .jsonl, .json (lines or one array), .ndjson, .csv, .tsv, each also as .gz, and .parquet
@@ -57,7 +60,7 @@ def read_rows(data: str, *, may_be_empty: bool = False) -> list[Row]:
     return rows
 
 
-def _read(data: str, source: Source) -> list[Row]:
+def _read(data: str, source: Source) -> Sequence[Row]:
     if not data or "\0" in data:
         raise UserError(f"data {data!r} is no name of a file, a folder or a data set")
     path = Path(source.place)
@@ -77,15 +80,22 @@ def _read(data: str, source: Source) -> list[Row]:
     raise UserError(f"data file {source.place} does not exist")
 
 
-def read_shards(paths: Sequence[Path]) -> list[Row]:
+def read_shards(paths: Sequence[Path]) -> Sequence[Row]:
+    """The rows of the files; more than IN_MEMORY bytes of them stay where they are (JSON lines, parquet)."""
     for path in paths:
         if not data_suffix(path):
             suffix = path.suffix or path.name
             raise UserError(f"{path}: unknown data format {suffix!r}; use one of {', '.join(SUFFIXES)}")
-    return [row for path in paths for row in read_file(path)]
+    large = sum(path.stat().st_size for path in paths) > IN_MEMORY
+    opened = [path for path in paths if large and (data_suffix(path) == ".parquet" or is_lines(path))]
+    if not opened:
+        return [row for path in paths for row in read_file(path)]
+    parts = [(Table if data_suffix(path) == ".parquet" else Lines)(path) if path in opened else read_file(path)
+             for path in paths]  # fmt: skip
+    return Joined(parts)
 
 
-def _read_folder(folder: Path, source: Source) -> list[Row]:
+def _read_folder(folder: Path, source: Source) -> Sequence[Row]:
     if any((folder / name).is_file() for name in _SAVED):
         return _load_saved(folder, source)
     shards = sorted(path for path in folder.iterdir() if path.is_file() and data_suffix(path))

@@ -27,7 +27,7 @@ class Answer(Example):
     desirable: bool = True
 
 
-def load_answer_rows(config: Config) -> tuple[list[Row], list[Row]]:
+def load_answer_rows(config: Config) -> tuple[Sequence[Row], Sequence[Row]]:
     """(training, held-out) rows with the columns prompt, completion and label; a pair becomes two of them."""
 
     def split(rows: list[Row]) -> list[Row]:

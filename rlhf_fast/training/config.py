@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -42,6 +42,9 @@ class Config(BaseModel):
     model: str | FromStage = Field(description="model folder, adapter folder of a run, or tiny (built by code)")
     data: str | FromStage | list[str | FromStage] = Field(
         description="examples: .jsonl, .json, .csv, .parquet, a folder of them, or a hub id; or several"
+    )
+    data_weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="shares of the places in `data` among the rows, one each; rows repeat for it"
     )
     eval_data: str | None = Field(None, description="held-out examples; default: rows of data, drawn by seed")
     trust_remote_code: bool = Field(False, description="run the code that the folder of a model holds")

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_fast.data.encoded import encode_rows
 from rlhf_fast.data.encoding import Encoder, Prompt
 from rlhf_fast.data.reading import Row
+from rlhf_fast.data.rows import joined
 from rlhf_fast.training.config import SamplingConfig
 from rlhf_fast.training.experience import evaluate_policy
 from rlhf_fast.training.job import Job
@@ -34,7 +35,7 @@ class OfflineJob(Job):
 
 def prepare_offline(
     config: SamplingConfig,
-    rows: tuple[list[Row], list[Row]],
+    rows: tuple[Sequence[Row], Sequence[Row]],
     encode: Callable[[Encoder, Row], Any],
     prompt: Callable[[Encoder, Row], Prompt],
 ) -> OfflineJob:
@@ -44,7 +45,7 @@ def prepare_offline(
     backbone, tokenizer, saved = build_model(config)
     add_policy(backbone, config, saved)
     backbone.enable_checkpointing(config.gradient_checkpointing)
-    rewards = add_rewards(backbone, config, [*train_rows, *held_out_rows], tokenizer)
+    rewards = add_rewards(backbone, config, joined([train_rows, held_out_rows]), tokenizer)
     encoder = build_encoder(config, backbone, tokenizer)
     job = OfflineJob(
         backbone,

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_fast.data.encoding import Encoder, Example
 from rlhf_fast.data.layouts import JUDGEMENTS, changed_rows
 from rlhf_fast.data.messages import split_pair, trimmed
-from rlhf_fast.data.notes import say
+from rlhf_fast.data.notes import tell
 from rlhf_fast.data.reading import Row, shown
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import Config
@@ -25,7 +25,7 @@ class Pair:
     preference: float | None = None
 
 
-def load_pair_rows(config: Config) -> tuple[list[Row], list[Row]]:
+def load_pair_rows(config: Config) -> tuple[Sequence[Row], Sequence[Row]]:
     """(training, held-out) rows whose conversations are taken apart into the prompt and two answers."""
     return load_rows(config, JUDGEMENTS["pairs"], partial(take_apart, skip=config.bad_rows == "skip"))
 
@@ -33,9 +33,8 @@ def load_pair_rows(config: Config) -> tuple[list[Row], list[Row]]:
 def take_apart(rows: list[Row], *, skip: bool) -> list[Row]:
     """The rows with whole conversations taken apart; pairs of equal answers are counted and said."""
     pairs = changed_rows(rows, split_pair, skip=skip)
-    same = [row for row in pairs if _plain(row.values["chosen"]) == _plain(row.values["rejected"])]
-    if same:
-        say(f"chosen and rejected are the same in {len(same)} of {len(pairs)} pairs, first in {same[0].where}")
+    same = [(row, row.where) for row in pairs if _plain(row.values["chosen"]) == _plain(row.values["rejected"])]
+    tell("chosen and rejected are the same in {found} of {rows} pairs, first in {first}", same, pairs)
     return pairs
 
 

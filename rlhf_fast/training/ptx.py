@@ -13,6 +13,8 @@ from torch import Tensor
 from rlhf_fast.data.batches import shuffled_indices
 from rlhf_fast.data.encoded import encode_rows
 from rlhf_fast.data.layouts import require_columns, with_known_columns
+from rlhf_fast.data.reading import Row
+from rlhf_fast.data.rows import prepared
 from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError
 from rlhf_fast.training import supervised
@@ -37,8 +39,13 @@ def add_ptx(job: Job, config: PtxConfig) -> None:
             raise UserError(f"ptx_coef {config.ptx_coef} is the weight of ptx_data, which is missing")
         return
     skip = config.bad_rows == "skip"
-    rows = with_known_columns(read_rows(config.ptx_data), "sft", config.ptx_data, family="sft", skip=skip)
-    _, rows = require_columns(rows, supervised.LAYOUTS, "sft", skip=skip)
+    name = config.ptx_data
+
+    def change(rows: list[Row]) -> list[Row]:
+        rows = with_known_columns(rows, "sft", name, family="sft", skip=skip)
+        return require_columns(rows, supervised.LAYOUTS, "sft", skip=skip)[1]
+
+    rows = prepared(read_rows(name), change, name)
     job.pretraining = encode_rows(job.encoder, rows, supervised.encode, "ptx_data")
 
 

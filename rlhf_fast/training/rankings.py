@@ -31,7 +31,7 @@ class Ranking:
     ranks: tuple[int, ...]
 
 
-def load_ranking_rows(config: Config) -> tuple[list[Row], list[Row]]:
+def load_ranking_rows(config: Config) -> tuple[Sequence[Row], Sequence[Row]]:
     """(training, held-out) rows with the columns prompt, completions, and ranks or scores."""
     return load_rows(config, JUDGEMENTS["rankings"])
 

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rlhf_fast.data.batches import held_out_indices
 from rlhf_fast.data.encoded import encode_rows
 from rlhf_fast.data.encoding import Encoder, Prompt, load_tokenizer
-from rlhf_fast.data.feedback import as_read
-from rlhf_fast.data.layouts import prompt_key, rename_columns, require_columns, with_known_columns
-from rlhf_fast.data.notes import say
+from rlhf_fast.data.feedback import as_read, check_alike
+from rlhf_fast.data.layouts import rename_columns, require_columns, with_known_columns
+from rlhf_fast.data.notes import say, tell
 from rlhf_fast.data.reading import Row
+from rlhf_fast.data.rows import View, facts_of, joined, picked, prepared
 from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
@@ -31,6 +35,10 @@ from rlhf_fast.training.experience import collect, separate_randomness
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.judging import build_judge
 from rlhf_fast.training.optim import build_optimizer
+
+Rows = Sequence[Row]
+Prepare = Callable[[list[Row]], list[Row]]
+Places = str | FromStage | list[str | FromStage]
 
 
 def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
@@ -193,72 +201,94 @@ def build_encoder(config: Config, backbone: Backbone, tokenizer: Any, *, new_tok
     return replace(encoder, max_prompt_tokens=min(encoder.max_prompt_tokens, room))
 
 
-def load_rows(
-    config: Config, layouts: Sequence[Sequence[str]], prepare: Callable[[list[Row]], list[Row]] = list
-) -> tuple[list[Row], list[Row]]:
+def load_rows(config: Config, layouts: Sequence[Sequence[str]], prepare: Prepare = list) -> tuple[Rows, Rows]:
     """(training, held-out) rows of config.data and config.eval_data, which must have one of the column layouts;
-    `prepare` brings the rows of one source into their last form.
+    `prepare` brings the rows of one place into their last form.
 
     Held-out rows are drawn by the seed, those that ask the same together, and keep the order that they have in the
-    data.
+    data. Of places with data_weights, training rows come as often as these say.
     """
-    rows, named = prepare(all_rows(config, layouts)), shown_data(config.data)
+    parts, named = parts_of(config, config.data, layouts, prepare=prepare), shown_data(config.data)
+    rows = joined(parts)
     if config.eval_data is not None:
-        held_out = prepare(rows_of(config, config.eval_data, layouts))
+        held_out = rows_of(config, config.eval_data, layouts, prepare=prepare)
         if config.eval_size is not None and config.eval_size < len(held_out):
-            held_out = [held_out[i] for i in _draw(config, held_out, config.eval_size)]
-        trained = {prompt_key(row) for row in rows}
-        shared = sum(prompt_key(row) in trained for row in held_out)
+            held_out = picked(held_out, _draw(config, held_out, config.eval_size))
+        shared = int(np.isin(facts_of(held_out, "asks"), facts_of(rows, "asks")).sum())
         if shared:
             say(f"{shared} of the {len(held_out)} rows of {config.eval_data} ask what {named} asks too")
-        return rows, held_out
+        return picked(rows, _mixed(config, parts, [])), held_out
     size = max(1, min(64, len(rows) // 10)) if config.eval_size is None else config.eval_size
     if size >= len(rows):
         raise UserError(f"{named} has {len(rows)} rows; holding out {size} (eval_size) leaves none to train on")
     drawn = _draw(config, rows, size)
-    chosen = set(drawn)
-    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in drawn]
+    return picked(rows, _mixed(config, parts, drawn)), picked(rows, drawn)
 
 
-def all_rows(config: Config, layouts: Sequence[Sequence[str]]) -> list[Row]:
+def _mixed(config: Config, parts: Sequence[Rows], held_out: Sequence[int]) -> NDArray[np.int64]:
+    """The places of the training rows: those of all parts less the held-out ones, once; or, with data_weights, so often
+    that the parts have these shares, and that every row comes at least once."""
+    ends = list(accumulate(map(len, parts)))
+    places = [np.setdiff1d(np.arange(end - len(part), end), held_out) for part, end in zip(parts, ends, strict=True)]
+    weights = config.data_weights
+    if weights is None:
+        return np.concatenate(places)
+    if not isinstance(config.data, list) or len(weights) != len(parts):
+        raise UserError(f"data_weights has {len(weights)} entries for {shown_data(config.data)}")
+    if not all(len(part) for part in places):
+        raise UserError(f"data_weights {weights}: a place of {shown_data(config.data)} has no row to train on")
+    total = max(len(part) / weight for part, weight in zip(places, weights, strict=True))
+    return np.concatenate([np.resize(part, round(total * w)) for part, w in zip(places, weights, strict=True)])
+
+
+def all_rows(config: Config, layouts: Sequence[Sequence[str]]) -> Rows:
     """Every row of config.data, none held out."""
     return rows_of(config, config.data, layouts)
 
 
 def rows_of(
-    config: Config,
-    data: str | FromStage | list[str | FromStage],
-    layouts: Sequence[Sequence[str]],
-    as_algorithm: str | None = None,
-) -> list[Row]:
+    config: Config, data: Places, layouts: Sequence[Sequence[str]], as_algorithm: str | None = None,
+    prepare: Prepare = list,
+) -> Rows:  # fmt: skip
     """The rows of one place or of several, of which some may still be empty: labels that come later.
 
     as_algorithm: the one that the rows are for; default: the config's.
     """
-    if isinstance(data, list):
-        parts = [_rows_of_place(config, place, layouts, as_algorithm, may_be_empty=True) for place in data]
-        if not any(parts):
-            raise UserError(f"data {shown_data(data)}: there is no example in any of them")
-        return [row for part in parts for row in part]
-    return _rows_of_place(config, data, layouts, as_algorithm)
+    return joined(parts_of(config, data, layouts, as_algorithm, prepare))
 
 
-def shown_data(data: str | FromStage | list[str | FromStage]) -> str:
+def parts_of(
+    config: Config, data: Places, layouts: Sequence[Sequence[str]], as_algorithm: str | None = None,
+    prepare: Prepare = list,
+) -> list[Rows]:  # fmt: skip
+    """The rows of every place."""
+    places = data if isinstance(data, list) else [data]
+    parts = []
+    for place in places:
+        if isinstance(place, FromStage):
+            raise UserError(f"data: {{from: {place.stage}}} needs `stages`")
+        rows = read_rows(place, may_be_empty=isinstance(data, list))
+
+        def change(rows: list[Row], place: str = place, large: bool = isinstance(rows, View)) -> list[Row]:
+            if large:
+                check_alike(rows, as_algorithm or config.reads or config.family)
+            return prepare(_as_learnt(config, rows, place, layouts, as_algorithm))
+
+        parts.append(prepared(rows, change, place))
+    if not any(map(len, parts)):
+        raise UserError(f"data {shown_data(data)}: there is no example in any of them")
+    return parts
+
+
+def shown_data(data: Places) -> str:
     places = data if isinstance(data, list) else [data]
     return ", ".join(str(place) for place in places)
 
 
-def _rows_of_place(
-    config: Config,
-    data: str | FromStage,
-    layouts: Sequence[Sequence[str]],
-    as_algorithm: str | None,
-    *,
-    may_be_empty: bool = False,
+def _as_learnt(
+    config: Config, rows: list[Row], data: str, layouts: Sequence[Sequence[str]], as_algorithm: str | None
 ) -> list[Row]:
-    if isinstance(data, FromStage):
-        raise UserError(f"data: {{from: {data.stage}}} needs `stages`")
-    rows = read_rows(data, may_be_empty=may_be_empty)
+    """The rows of a place, checked, under the names that the algorithm knows."""
     if not rows:
         return []
     algorithm, family = as_algorithm or config.algorithm, as_algorithm or config.reads or config.family
@@ -270,9 +300,8 @@ def _rows_of_place(
     if others:
         say(f"{data}: {algorithm} reads {', '.join(used)}, not {', '.join(others[0])}")
     for name in ("completion", "chosen", "rejected"):
-        empty = [row for row in rows if name in used and not _spoken(row.values[name])]
-        if empty:
-            say(f"{data}: {name} is empty in {len(empty)} of {len(rows)} rows, first in {empty[0].where}")
+        empty = [(row, row.where) for row in rows if name in used and not _spoken(row.values[name])]
+        tell(f"{data}: {name} is empty in {{found}} of {{rows}} rows, first in {{first}}", empty, rows)
     return rows
 
 
@@ -283,11 +312,11 @@ def _spoken(answer: Any) -> bool:
     return any(value.strip() if isinstance(value, str) else value for value in last.values())
 
 
-def _draw(config: Config, rows: list[Row], size: int) -> list[int]:
-    keys = [prompt_key(row) for row in rows]
-    if len(set(keys)) == 1:
+def _draw(config: Config, rows: Rows, size: int) -> list[int]:
+    keys = facts_of(rows, "asks")
+    if len(np.unique(keys)) == 1:
         say(f"all {len(rows)} rows ask the same, the held-out ones too")
-        keys = [row.where for row in rows]
+        keys = np.arange(len(rows), dtype=np.uint64)
     return held_out_indices(keys, size, config.order_seed)
 
 
@@ -299,7 +328,7 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
     add_policy(backbone, config, saved, moving_reference=moving)
     backbone.enable_checkpointing(config.gradient_checkpointing)
     encoder = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
-    rows = [*train, *held_out]
+    rows = joined([train, held_out])
     rewards = add_rewards(backbone, config, rows, tokenizer) or Rewards()
     job = Job(
         backbone,
