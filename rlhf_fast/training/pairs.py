@@ -1,6 +1,7 @@
 """Preference pairs: a prompt with a chosen and a rejected completion, or two conversations that differ in the last."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
