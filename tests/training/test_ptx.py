@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rlhf_fast.algorithms import ppo
+from rlhf_fast.data.batches import shuffled_indices
 from rlhf_fast.errors import UserError
 from rlhf_fast.training import on_policy
 from rlhf_fast.training.experience import collect, prompts_of_step
@@ -38,8 +39,7 @@ def test_one_optimizer_step_has_the_policys_gradient_plus_gamma_times_the_texts(
     accumulate(loss, micro_batches(job, config, experience, parts))
     alone = gradients(job)
     job.counters["ptx_examples"] = 8  # the last of the first pass over the 9, and the first of the second
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(config.seed))[8:].tolist()
-    order += torch.randperm(9, generator=torch.Generator().manual_seed(config.seed + 1))[:2].tolist()
+    order = [*shuffled_indices(9, config.seed, 0, 9)[8:], *shuffled_indices(9, config.seed, 9, 2)]
     texts, mean = language_model_gradient(job, [job.pretraining[i] for i in order])
     seen = []
 
