@@ -9,6 +9,7 @@ it (the line break of `<|im_end|>\\n`) is read but not learnt, because the model
 import hashlib
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from logging import ERROR, getLogger
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -66,9 +67,10 @@ class Example:
 
 
 def quiet_libraries() -> None:
-    """No progress bars and warnings of transformers' own: what matters to the user is reported by us."""
+    """No progress bars and warnings of the libraries' own: what matters to the user is reported by us."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("bitsandbytes").setLevel(ERROR)
 
 
 @dataclass(frozen=True)
