@@ -131,7 +131,7 @@ def table(results: dict[str, Any]) -> str:
         means = f"{s['before']:.2f} | {s['after']:.2f} | {change} | {kl} | {s['seconds']:.1f}"
         lines.append(f"| `{name}` | {s['measure']} | {s['seeds']} | {means} |")
     where = results["machine"]
-    command = re.sub(r" --(only \S+|jobs \d+)", "", where["command"])
+    command = re.sub(r" --(only \S+|jobs \d+|anew)", "", where["command"])
     commits = dict.fromkeys(r["commit"][:7] for runs in results["methods"].values() for r in runs)
     lines += [
         "", "Means over seeds, the change with its standard error; KL to the reference in nats per completion; "
