@@ -52,7 +52,7 @@ FILES = (
 # What may differ between a run and its continuation.
 FREE_KEYS = {
     "steps", "epochs", "eval_every", "log_every", "save_every", "keep_checkpoints", "report_to", "output_dir",
-    "micro_batch_size", "repeat", "self_test", "allow_changed_inputs",
+    "micro_batch_size", "repeat", "self_test", "allow_changed_inputs", "shards", "whole_rollouts",
 }  # fmt: skip
 
 

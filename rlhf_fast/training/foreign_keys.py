@@ -89,7 +89,7 @@ def _aliases() -> dict[str, list[Alias]]:
 ALIASES = _aliases()
 PER_DEVICE, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
-_ONE_PROCESS = "training runs in one process, on one device"
+_PROCESSES = "torchrun or accelerate launch starts several processes, over which shards splits the frozen model"
 _OTHER_POLICY = "it would sample from another distribution than is scored; there are temperature, top_k, top_p"
 _ROLLOUTS = "for ppo and grpo, batch_size counts the completions of a rollout, num_minibatches the updates on it"
 _STEPS = "for ppo and grpo, steps counts rollouts, with ppo_epochs x num_minibatches updates on each"
@@ -130,7 +130,7 @@ NO_EQUAL = {
     "val_set_size": "eval_size counts rows", "logging_dir": "it is output_dir/tensorboard",
     "train_on_inputs": "completion_only: false counts the prompt's tokens too",
     "completion_only_loss": "completion_only", "dataset_text_field": "columns maps names",
-    "deepspeed": _ONE_PROCESS, "fsdp": _ONE_PROCESS, "ddp_find_unused_parameters": _ONE_PROCESS,
+    "deepspeed": _PROCESSES, "fsdp": _PROCESSES, "fsdp_config": _PROCESSES, "ddp_find_unused_parameters": _PROCESSES,
     "use_vllm": "rollouts come from the model that trains", "use_liger_kernel": "its kernels are always our own",
     "use_peft": "lora_rank says so",
     "dataloader_num_workers": "the examples are in memory", "remove_unused_columns": "rewards may ask for any column",

@@ -221,6 +221,16 @@ def test_a_run_with_split_weights_is_that_of_one_process(two, tmp_path, algorith
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+def test_a_run_goes_on_with_its_weights_in_other_pieces(two, four, tmp_path):
+    values = values_of("ppo", **STEADY, lora_dropout=0.0)
+    run({**values, "output_dir": str(tmp_path / "one")})
+    changing = {**values, "output_dir": str(tmp_path / "changing")}
+    two.run(run, {**changing, "steps": 1, "shards": 2})
+    run({**changing, "steps": 2}, "auto")
+    four.run(run, {**changing, "shards": 2, "whole_rollouts": True}, "auto")
+    assert_same_run(tmp_path / "changing", tmp_path / "one")
+
+
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
