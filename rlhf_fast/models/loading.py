@@ -95,8 +95,9 @@ def check_finite(model: nn.Module, what: str) -> None:
     for name, tensor in {**tensors, **buffers}.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        largest = torch.linalg.vector_norm(tensor.detach(), ord=torch.inf)  # needs no copy, and NaN survives it
-        if largest.isnan() or (name not in buffers and largest.isinf()):
+        # One pass without a copy, at the speed of memory, and NaN survives it.
+        ends = torch.stack(tensor.detach().aminmax())
+        if ends.isnan().any() or (name not in buffers and ends.isinf().any()):
             raise UserError(f"{what} has weights that are not finite numbers, the first in {name}")
 
 

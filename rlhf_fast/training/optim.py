@@ -124,11 +124,13 @@ def update(job: Job, config: Config, loss: Tensor) -> dict[str, float]:
         optimizer.zero_grad(set_to_none=True)
     job.counters["bad_steps"] = 0 if finite else job.counters["bad_steps"] + 1
     job.counters["updates"] = job.counters.get("updates", 0) + finite
-    largest = [nn.utils.get_total_norm(group, math.inf) for group in parameters.values()]
+    sizes = torch.stack([nn.utils.get_total_norm(group).float() for group in parameters.values()])
     # The norms after the step come to the host in the same wait as those before it.
-    report = as_numbers({**norms, "weights": torch.stack([size.float() for size in largest]).amax()})
+    report = as_numbers({**norms, "weights": sizes.amax()})
     if not math.isfinite(report.pop("weights")):
-        raise UserError(f"{_bad_weight(job)} is not finite after an update; lower learning_rate")
+        bad = _bad_weight(job)
+        if bad is not None:  # else only a square was too large
+            raise UserError(f"{bad} is not finite after an update; lower learning_rate")
     return {**{f"grad_norm_{role}": norm for role, norm in report.items()}, "skipped": float(not finite)}
 
 
@@ -151,8 +153,9 @@ def _bad_tensor(job: Job, loss: Tensor) -> str:
     return "the gradient norm"
 
 
-def _bad_weight(job: Job) -> str:
-    return next(name for name, parameter in _named_parameters(job) if not bool(torch.isfinite(parameter).all()))
+def _bad_weight(job: Job) -> str | None:
+    named = _named_parameters(job)
+    return next((name for name, parameter in named if not bool(torch.isfinite(parameter).all())), None)
 
 
 def _named_parameters(job: Job) -> Iterator[tuple[str, nn.Parameter]]:
