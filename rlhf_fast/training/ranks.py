@@ -110,7 +110,9 @@ def processes() -> Iterator[None]:
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
-    store, number, count = next(iter(dist.rendezvous("env://")))
+    shared, number, count = next(iter(dist.rendezvous("env://")))
+    # The store of torchrun outlives its processes: what those of an earlier attempt left there is not for these.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
     backends = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backends, store=store, rank=number, world_size=count, timeout=PATIENCE)
     _group = group = _Group(store)

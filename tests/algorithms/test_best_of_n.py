@@ -140,7 +140,7 @@ def test_a_row_raises_the_reward_and_reports_the_curve(tmp_path):
     write_jsonl(tmp_path / "held_out.jsonl", [{"prompt": "ab"}] * 20)
     values = values_of_row(
         "raft", model=str(tmp_path / "model"), reward=f"{tmp_path}/reward.py:score", steps=8, batch_size=32,
-        max_new_tokens=8, learning_rate=0.02, eval_data=str(tmp_path / "held_out.jsonl"),
+        max_new_tokens=8, learning_rate=0.02, eval_data=str(tmp_path / "held_out.jsonl"), eval_size=20,
         output_dir=str(tmp_path / "run"),
     )  # fmt: skip
     run_stage(Console(quiet=True), single_stage(values), resume=None, overwrite=False)

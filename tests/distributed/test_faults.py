@@ -90,7 +90,7 @@ def test_a_killed_process_ends_the_job_which_torchrun_then_starts_again(tmp_path
     values = values_of("sft", **STEADY, save_every=1, output_dir=str(tmp_path / "run"))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
-               "--master-port=0", str(tmp_path / "job.py"), str(tmp_path / "run.yaml")]  # fmt: skip
+               "--standalone", str(tmp_path / "job.py"), str(tmp_path / "run.yaml")]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
