@@ -85,9 +85,10 @@ def test_it_pulls_the_policy_back_to_its_reference(variant, tmp_path):
     (tmp_path / "flat.py").write_text("def score(completions):\n    return [0.0] * len(completions)\n")
     changes = {"reward": f"{tmp_path}/flat.py:score", "reference_refresh_every": None, "batch_size": 8}
     objective = {"kl_coef": 1.0, "kl_variant": variant}
-    _, metrics = trained("grpo", 8, objective=objective, **changes)
+    _, metrics = trained("grpo", 12, objective=objective, **changes)
     assert metrics[0]["kl_to_ref"] > 0.05
-    assert metrics[-1]["kl_to_ref"] < 0.5 * metrics[0]["kl_to_ref"]
+    last = sum(row["kl_to_ref"] for row in metrics[-3:]) / 3  # eight completions leave noise
+    assert last < 0.5 * metrics[0]["kl_to_ref"]
 
 
 def test_a_preset_keeps_its_weight_of_the_kl_and_takes_the_exact_one():
