@@ -171,7 +171,7 @@ def keys(algorithm: Annotated[str | None, typer.Argument(help="a name of the lis
             for key in described(config_class, {**ALGORITHMS[algorithm].defaults, "algorithm": algorithm}):
                 table.add_row(*map(Text, key))
         table.columns[0].no_wrap = True
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 @app.command()
@@ -194,7 +194,7 @@ def probe(
 
         quiet_libraries()
         rows = read_rows(data) if data else []
-        Console().print(run_probe(model, rows, out, device=usable_device(device), chat=chat))
+        Console(markup=False, emoji=False).print(run_probe(model, rows, out, device=usable_device(device), chat=chat))
 
 
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="a run, an adapter or a model")]
@@ -353,7 +353,7 @@ def doctor() -> None:
             if reason is not None:
                 reasons[f"{name}: {reason}"] = None
         table.add_row(op, *cells)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     versions = f"rlhf_fast {version('rlhf_fast')}, torch {torch.__version__}, Python {platform.python_version()}"
     console.print(Text(versions), soft_wrap=True)
     console.print(table)

@@ -462,3 +462,11 @@ def test_sizes_and_names_out_of_all_bounds_are_one_line(changes, message, tmp_pa
     assert result.exit_code == 2
     assert re.fullmatch(message, result.stderr.strip()), result.stderr
     assert len(result.stderr) < 2100
+
+
+def test_names_in_brackets_are_names(tmp_path, monkeypatch):
+    """Not the markup of the library that prints tables, of which [/red] closes what was never opened."""
+    monkeypatch.chdir(tmp_path)
+    result = invoke("train", *words_of("sft", output_dir="[/red]:smile:[bold]"), "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "into [/red]:smile:[bold]" in result.output.replace("\n", "")

@@ -101,7 +101,7 @@ def launch_here(
     values = read_yaml(path) if path else {}
     if path is None and resume not in (None, "auto"):
         values, overrides = _of_run(Path(resume), overrides)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names in brackets are names
     read = [Path(path)] if path else []
     if "stages" not in values:
         stage = single_stage(values, overrides)
@@ -347,4 +347,4 @@ def print_plan(console: Console, stage: Stage, job: Job) -> None:
     for name, size in [*sizes.items(), ("all", sum(sizes.values()))]:
         table.add_row(name, f"{size:,}", f"{size / sizes['base']:.4f}")
     console.print(table)
-    console.print(core_yaml.dump(config.model_dump(mode="json", by_alias=True)), markup=False)
+    console.print(core_yaml.dump(config.model_dump(mode="json", by_alias=True)))

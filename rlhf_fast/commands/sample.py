@@ -67,10 +67,10 @@ def sample(
         found = {"before": completions(open_run(start, **greedy(changes)), rows, wanted, trained=True), **found}
     asked = [row.values["prompt"] for row in rows]
     if out is None:
-        print_table(Console(), asked, found)
+        print_table(Console(markup=False, emoji=False), asked, found)
     else:
         write(Path(out), asked, found)
-    summarise(Console(), found, wanted)
+    summarise(Console(markup=False, emoji=False), found, wanted)
 
 
 def greedy(changes: dict[str, Any]) -> dict[str, Any]:

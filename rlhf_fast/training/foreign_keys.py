@@ -6,7 +6,7 @@ A name is an alias where it means the same, number for number. Where it does not
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, short
 
 OFFLINE, ONLINE = ("sft", "dpo", "kto", "reward_model"), ("ppo", "grpo")
 
@@ -199,10 +199,9 @@ def with_batches(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _whole(key: str, value: Any) -> int:
-    text = str(value)
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"{key}: must be a whole number from 1, got {value!r}")
-    return int(text)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{key}: must be a whole number from 1, got {short(value)}")
+    return value
 
 
 def no_equal(key: str) -> str | None:
