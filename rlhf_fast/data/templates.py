@@ -186,7 +186,7 @@ class ChatTemplate:
         """Ids of added tokens other than white space, which some vocabularies have among them."""
         tokenizer = self.tokens.tokenizer
         added = {i for i, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
-        return frozenset(added | set(tokenizer.all_special_ids))
+        return frozenset(i for i in added | set(tokenizer.all_special_ids) if i is not None)  # None: of the token ""
 
     def _token(self, index: int) -> str:
         return str(self.tokens.tokenizer.convert_ids_to_tokens(index))

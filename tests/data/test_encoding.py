@@ -262,3 +262,9 @@ def test_megabytes_are_cut_before_they_are_tokenised(monkeypatch):
 def test_a_text_that_the_budget_may_hold_is_not_cut():
     wide = encoder(max_tokens=MANY + 500, max_prompt_tokens=MANY + 500)
     assert len(wide.prompt(row(prompt="x" * (MANY + 10))).ids) == MANY + 11
+
+
+def test_a_special_token_without_an_id_is_none():
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = ""
+    assert encoder(tokenizer=tokenizer).completion(row(prompt="ab", completion="c")).ids[-2:] == [99, EOS]
