@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any, Generic, TypeVar, overload
 
+from rich.markup import escape
 from rich.progress import track
 
 from rlhf_fast.data.conversations import Exchange
@@ -101,10 +102,10 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], encode: Callable[[Encoder
     drops = "skip" in (encoder.too_long, encoder.bad_rows)
     some: Sequence[int] = range(len(rows))
     if len(rows) > KEPT and not drops:
-        for _ in track(encoded.outlines(), f"checking {what}", len(rows), **_BAR):
+        for _ in track(encoded.outlines(), escape(f"checking {what}"), len(rows), **_BAR):
             pass
         some = first_and_longest(rows, LOOKED_AT)
-    for place in track(some, f"reading {what}", **_BAR):
+    for place in track(some, escape(f"reading {what}"), **_BAR):
         try:
             encoded[place]
         except UserError as error:

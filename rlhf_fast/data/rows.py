@@ -16,6 +16,7 @@ from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.progress import track
 
 from rlhf_fast.data import notes
@@ -181,7 +182,7 @@ class Prepared(View):
             self._before = len(change(self._first))
         with notes.tallied(self._first[0].where) as tally:
             starts = range(0, len(rows), CHUNK)
-            for start in track(starts, f"reading {name}", transient=True, disable=not sys.stdout.isatty()):
+            for start in track(starts, escape(f"reading {name}"), transient=True, disable=not sys.stdout.isatty()):
                 tally.begin()
                 for place, part, row in self._made(range(start, min(len(rows), start + CHUNK))):
                     places.append(place)
