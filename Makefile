@@ -13,7 +13,8 @@ ifeq ($(wildcard /dev/nvidia0),)
 export RLHF_FAST_CUDA_ARCHITECTURES ?= 90a-real
 endif
 
-.PHONY: train test test-all fuzz test-peers test-suites check lint types smollm2 bench peers gpu gpu-first gpu-second
+.PHONY: train test test-all fuzz attack test-peers test-suites check lint types smollm2 bench peers gpu gpu-first
+.PHONY: gpu-second
 .PHONY: sanitize sanitize-cpu aot native clean
 
 VENV := .venv/.installed
@@ -55,6 +56,13 @@ MINUTES ?= 10
 SEED ?= 0
 fuzz: $(VENV)
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.fuzz.run --minutes $(MINUTES) --seed $(SEED) --out $(OUT)/fuzz.json
+
+# Attacks on small runs: kills between any two effects on the file system, races, hostile folders, damaged files. All of
+# them take hours: make attack ATTACK="--count 50" tries as many of each kind, and writes the table of docs/reliability.md.
+ATTACK ?=
+attack: $(VENV)
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.attack --out benchmarks/results/reliability.json $(ATTACK)
+	.venv/bin/python -m benchmarks.catalogue
 
 lint: $(VENV)
 	.venv/bin/ruff check .

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import costs, memory, methods, plots, roofline, scale, tables
+from benchmarks import costs, memory, methods, plots, reliability, roofline, scale, tables
 from benchmarks.results_file import best_of, floor_ms, source
 from benchmarks.steps import parity
 from benchmarks.steps import report as steps
@@ -176,6 +176,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "rollouts": scale.rollouts,
         "the head": scale.head,
     },
+    ROOT / "docs" / "reliability.md": {"the attacks": of("reliability.json", reliability.table)},
     ROOT / "docs" / "methods.md": {
         "the methods": of("methods.json", methods.table),
         "parity": of("parity.json", parity.table),

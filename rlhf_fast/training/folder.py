@@ -49,6 +49,11 @@ FILES = (
     *(f"checkpoints/{step}/{name}" for step in ("step-*", ".step-*.tmp", ".step-*.old", f"{ASIDE}/step-*")
       for name in (STATE, MANIFEST)),
 )  # fmt: skip
+# The folders of these, of which a kill may leave empty ones.
+FOLDERS = (
+    SAVING, "checkpoints/.step-*", f"checkpoints/{ASIDE}", "checkpoints", "best/.new", "best", "tensorboard", DATA,
+    DROPPED,
+)  # fmt: skip
 # What may differ between a run and its continuation.
 FREE_KEYS = {
     "steps", "epochs", "eval_every", "log_every", "save_every", "keep_checkpoints", "report_to", "output_dir",
@@ -201,7 +206,11 @@ def put_away(folder: Path) -> None:
     for stage, lock in locks.items():
         lock.release(remove=True)
         _drop_empty(stage, folder)
-    left = sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, REPLACED, REMOVED))
+    for path in (path for name in FOLDERS for path in folder.glob(name)):
+        if path.is_dir() and not _linked(path, folder):
+            _drop_empty(path, folder)
+    ours = {LOCK, REPLACED, REMOVED, staged(Path(MARKER)).name}
+    left = sorted(path.name for path in folder.iterdir() if path.name not in ours)
     if left:
         print(f"left in {folder}, because no run made it: {', '.join(left[:5])}", file=sys.stderr)
 
