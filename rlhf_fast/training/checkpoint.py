@@ -42,10 +42,12 @@ def save_checkpoint(
         if keep < 2 or not old:
             raise
         for path in old:
-            _remove(path)
+            with writing(path):
+                _remove(path)
         target = _write(folder, step, state, run, good)
     for path in _superfluous(folder, keep, run):
-        _remove(path)
+        with writing(path):
+            _remove(path)
     return target
 
 

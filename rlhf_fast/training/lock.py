@@ -23,7 +23,7 @@ class FolderLock:
         """UserError where another process has it."""
         self.path = folder / LOCK
         self.descriptor: int | None = None
-        while self.descriptor is None:
+        for _ in range(100):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -34,8 +34,9 @@ class FolderLock:
             self._lock(folder, descriptor)
             if _same_file(self.path, descriptor):
                 self.descriptor = descriptor
-            else:  # that one was removed meanwhile, and another may be there
-                os.close(descriptor)
+                return
+            os.close(descriptor)  # that one was removed meanwhile, and another may be there
+        raise UserError(f"output_dir {folder} cannot be made: it is gone again and again")
 
     def _lock(self, folder: Path, descriptor: int) -> None:
         try:

@@ -127,29 +127,38 @@ class Run:
         ranks.check_alike(f"the newest checkpoint in {self.folder}", self.start)
         if self.start > config.steps:
             raise UserError(f"cannot resume: the checkpoint is at step {self.start}, steps is {config.steps}")
+        if resume is not None:
+            ranks.from_first(lambda: self._compare(source))
         if checkpoint is not None:
             _restore(self.job, state, self.start)
-        self.id = ranks.from_first(lambda: self._claim(source, resume=resume is not None, overwrite=overwrite))
+        self.id = ranks.from_first(lambda: self._claim(resume=resume is not None, overwrite=overwrite))
 
-    def _claim(self, source: Path, *, resume: bool, overwrite: bool) -> str:
-        """Write what says that the folder is this run's, after comparing it with that in `source`, which it goes on
-        from. The id of the run."""
-        config, start = self.config, self.start
-        defaults = {name: field.default for name, field in type(config).model_fields.items()}
-        if source != self.folder:
-            check_same(read_yaml(source / CONFIG_FILE), config.values(), source / CONFIG_FILE, defaults)
-        found, before = hashes(self._inputs), read_inputs(source) if start else None
+    def _compare(self, source: Path) -> None:
+        """UserError where this run is not the one in `source`, from which it is to go on."""
+        path = source / CONFIG_FILE
+        if path.is_file():
+            check_same(read_yaml(path), self.config.values(), path, self._defaults())
+        before = read_inputs(source) if self.start else None
         if before is not None:
-            for line in check_inputs(before, found, start, allowed=config.allow_changed_inputs):
+            allowed = self.config.allow_changed_inputs
+            for line in check_inputs(before, hashes(self._inputs), self.start, allowed=allowed):
                 print(f"warning: {line}", file=sys.stderr)
-        run = claim_folder(self.folder, config.values(), resume=resume, overwrite=overwrite, defaults=defaults)
-        write_inputs(self.folder, found)
+
+    def _defaults(self) -> dict[str, Any]:
+        return {name: field.default for name, field in type(self.config).model_fields.items()}
+
+    def _claim(self, *, resume: bool, overwrite: bool) -> str:
+        """Write what says that the folder is this run's, and cut what is behind its checkpoint. The id of the run."""
+        run = claim_folder(
+            self.folder, self.config.values(), resume=resume, overwrite=overwrite, defaults=self._defaults()
+        )
+        write_inputs(self.folder, hashes(self._inputs))
         if resume:
-            resume_from(self.folder / "checkpoints", start)
+            resume_from(self.folder / "checkpoints", self.start)
         # An evaluation at the start itself, unless one was due there, was the last of a run that is now continued.
-        due = self._evaluation_is_due(start)
+        due = self._evaluation_is_due(self.start)
         for name in RECORDS:
-            cut_records(self.folder / name, start - (name == "eval.jsonl" and not due))
+            cut_records(self.folder / name, self.start - (name == "eval.jsonl" and not due))
         return run
 
     def __enter__(self) -> "Run":
@@ -212,6 +221,7 @@ class Run:
         From the first one on a run that this one replaces is gone."""
         if not ranks.is_first():
             return
+        self._hold_folder()
         for path in (self.folder / name for name in RECORDS):
             if path.exists():
                 with writing(path):
@@ -220,7 +230,8 @@ class Run:
         save_checkpoint(
             self.folder / "checkpoints", done, state, keep=self.config.keep_checkpoints, run=self.id, good=good
         )
-        forget_replaced(self.whole)
+        with writing(self.whole):
+            forget_replaced(self.whole)
 
     def rescue(self) -> str:
         """Save a checkpoint of the steps before one that failed, where that has changed nothing yet (a reward failed).
@@ -234,10 +245,9 @@ class Run:
         if done > 0 and counters == self.job.counters and not counters["bad_steps"]:
             try:
                 if not is_whole(path):
-                    self._hold_folder()
                     self._save(done, {**capture(self.job), "random": random})
                 return f"; the checkpoint of step {done} is saved: --resume auto continues"
-            except UserError as error:
+            except (UserError, OSError) as error:
                 print(f"warning: {error}", file=sys.stderr)
         good = last_good(self.folder / "checkpoints", self.id)
         return (f"; the last good checkpoint is {good}" if good else "") + replaced_by(self.whole)
@@ -248,9 +258,11 @@ class Run:
             self.lock = FolderLock(self.folder)
         owner = id_of_run(self.folder)
         if owner not in ("", self.id):
-            raise UserError(f"{self.folder} is another run's by now")
+            raise UserError(f"output_dir {self.folder} is another run's by now")
         if not owner:
+            print(f"warning: output_dir {self.folder} was removed, and is made anew", file=sys.stderr)
             self.id = claim_folder(self.folder, self.config.values(), resume=False, overwrite=False)
+            write_inputs(self.folder, hashes(self._inputs))
 
     def track(self, what: str, parts: Sequence[T]) -> Iterator[T]:
         """The parts, under a progress bar of their own; a signal ends the run behind the one that it came in."""

@@ -225,13 +225,16 @@ def points(seen: list[str]) -> list[int]:
     return found
 
 
-def same_as(whole: Path, folder: Path) -> str | None:
-    """What of a run is another than of an uninterrupted one; None where it is the same, bit for bit."""
+def same_as(whole: Path, folder: Path, *, files: bool = True) -> str | None:
+    """What of a run is another than of an uninterrupted one; None where it is the same, bit for bit.
+
+    files: it must have no others either.
+    """
     ours, theirs = contents(folder), contents(whole)
     differ = [name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)]
     if differ:
         return f"{min(differ)} differs"
-    left = names_in(folder) ^ names_in(whole)
+    left = names_in(folder) ^ names_in(whole) if files else set()
     return f"{min(left)} is left, or missing" if left else None
 
 

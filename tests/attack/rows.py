@@ -343,7 +343,7 @@ def damaged(name: str, damage: str, place: Path) -> str | None:
     records = name.endswith(".jsonl") and damage != "a folder"
     if ended.status or records:  # records before the damage are all that is left of them
         return None
-    return same_as(whole("sft"), run)
+    return same_as(whole("sft"), run, files=False)
 
 
 @row("damaged files", "`--resume auto` ends with the bits of an uninterrupted run, or says a line")

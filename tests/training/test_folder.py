@@ -284,6 +284,14 @@ def test_a_lock_that_is_something_else_is_one_line(kind, tmp_path):
     assert (tmp_path / "mine").read_text() == "precious"
 
 
+def test_a_folder_that_cannot_come_into_being_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    with pytest.raises(UserError, match="output_dir run cannot be made"):
+        FolderLock(Path("run"))
+
+
 @pytest.mark.parametrize("stages", [[""], ["."], ["a", "../x"], ["a\0b"], [3], "abc", None])
 def test_a_marker_that_somebody_wrote_is_one_line_or_harmless(stages, tmp_path):
     run = made(tmp_path / "run")
