@@ -121,8 +121,9 @@ class ChatTemplate:
     @cached_property
     def user_opening(self) -> tuple[str, str]:
         """The text before and behind a first user message that is to be answered, without BOS and EOS."""
-        before, behind = self._probe("the chat template", [_user(_MARK)], opening=True).split(_MARK)
-        return self._without_ends(before), self._without_ends(behind)
+        text = self._probe("the chat template", [_user(_MARK)], opening=True)
+        # A template may render a message twice.
+        return self._without_ends(text.partition(_MARK)[0]), self._without_ends(text.rpartition(_MARK)[2])
 
     @cached_property
     def starts_with_bos(self) -> bool:

@@ -239,3 +239,10 @@ def test_a_call_that_ends_otherwise_than_an_answer_is_not_learnt_into_the_result
     assert learnt_text(tokenizer, encoder(tokenizer).conversation(row(messages=messages))).count("<|im_end|>") == 1
     with pytest.raises(UserError, match=r"cannot tell which tokens .* are message 1"):
         encoder(tokenizer, train_on="all_assistant").conversation(row(messages=messages))
+
+
+def test_a_template_that_renders_a_message_twice_has_a_beginning_and_an_end():
+    tokenizer = tokenizer_of("byte level", "{% for m in messages %}<s>{{ m.content }} {{ m.content }}</s>{% endfor %}")
+    prompt = encoder(tokenizer).prompt(row(prompt="plain"))
+    assert prompt.text == "plain"
+    assert encoder(tokenizer).template.user_opening[1] == ""
