@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -107,9 +107,8 @@ class Shards:
         Raises UserError for layers that share weights, or have some that cannot be split.
         """
         inside = {module for layer in layers for module in layer.layer.modules()}
-        sent: dict[Tensor, Tensor] = {}
         for layer in layers:
-            self._send(layer.layer.modules(), sent)
+            self._send(layer.layer.modules())
             for module in layer.layer.modules():
                 if is_quantized(module):
                     make_plain(module)
@@ -120,7 +119,7 @@ class Shards:
                 raise UserError(f"{type(model).__name__} cannot be sharded: {error}") from error
             self.layers.append(unit)
             layer.layer_forward = functools.partial(unit, layer.layer_forward)
-        self._send((module for module in model.modules() if module not in inside), sent)
+        self._send(module for module in model.modules() if module not in inside)
         self._split_rows(model, inside, head)
         root = Unit(*self.layers)
         fully_shard(root, mesh=self.mesh)
@@ -141,11 +140,12 @@ class Shards:
         for place, unit in enumerate(self.layers):
             unit.set_modules_to_backward_prefetch([self.layers[place - 1 if place > index else place]])
 
-    def _send(self, modules: Any, sent: dict[Tensor, Tensor]) -> None:
+    def _send(self, modules: Iterable[nn.Module]) -> None:
         """The tensors of the modules from the first rank to all, on their device, where it alone has loaded them."""
         if not self._from_first:
             return
         places = [(held, name) for module in modules for held, name in _tensors_of(module)]
+        sent: dict[Tensor, Tensor] = {}  # what several modules share stays shared
         described = [[(held[name].shape, held[name].dtype) for held, name in places]]
         dist.broadcast_object_list(described)
         for (held, name), (shape, dtype) in zip(places, described[0], strict=True):

@@ -1,5 +1,8 @@
 """A model whose frozen weights are split over processes computes what a whole one does, on rows that differ."""
 
+import weakref
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -7,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from rlhf_fast import rollout
 from rlhf_fast.data.encoding import Prompt
 from rlhf_fast.errors import UserError
+from rlhf_fast.models import sharding
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.sharding import Shards
@@ -181,6 +185,28 @@ def test_the_first_process_reads_a_model_and_sends_the_others_their_pieces(two, 
     (first, own), (second, other) = two.run(load, str(tmp_path), torch.bfloat16, None)
     assert (first, second) == (1, 0)
     assert own + other == pytest.approx(1, abs=0.01)
+
+
+def whole_layers_while_split(folder):
+    """How many weights of earlier layers are still whole when one is split."""
+    split, alive, whole = sharding.fully_shard, [], []
+
+    def watch(unit, **options):
+        alive.append(sum(weight() is not None for weight in whole))
+        whole.extend(weakref.ref(weight) for weight in unit.parameters() if not isinstance(weight, DTensor))
+        return split(unit, **options)
+
+    with ranks.processes(), patch.object(sharding, "fully_shard", watch):
+        shards = Shards(2, CPU)
+        Backbone(shards.load(lambda device: load_model(folder, dtype=torch.float32, device=device)), shards)
+    return alive, len(whole)
+
+
+def test_one_layer_is_whole_at_a_time_while_pieces_are_sent(two, tmp_path):
+    model = make_model("llama")
+    model.save_pretrained(tmp_path)
+    weights = len(list(model.model.layers.parameters()))
+    assert two.run(whole_layers_while_split, str(tmp_path)) == [([0] * 5, weights)] * 2  # layers, and the model
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
