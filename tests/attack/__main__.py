@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
+from tests.attack import inputs  # noqa: F401
 from tests.attack.rows import ROWS, Row
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from huggingface_hub import constants
+
 from tests.fuzz.inputs import KINDS
 
 SECONDS = 20  # of the processor; and three times as long by the clock, of which other work takes its part
@@ -82,6 +84,8 @@ def _child(arguments: list[str], place: Path, log: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size + 2 * GROWTH, size + 2 * GROWTH))
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 28, 1 << 28))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.environ |= ENVIRONMENT
+        constants.HF_HUB_OFFLINE = True  # which was read when it was imported
         sys.argv = ["rlhf_fast", *arguments]
         from rlhf_fast.__main__ import main
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.fuzz.harness import ENVIRONMENT, GROWTH, SECONDS, tried, valid_things, warm_up
+from tests.fuzz.harness import GROWTH, SECONDS, tried, valid_things, warm_up
 from tests.fuzz.inputs import KINDS
 
 
@@ -25,7 +24,6 @@ def main() -> int:
     parser.add_argument("--kind", action="append", choices=KINDS)
     parser.add_argument("--only", help="KIND:NUMBER of a finding, to see it again; its input stays")
     options = parser.parse_args()
-    os.environ |= ENVIRONMENT
     warm_up()
     with valid_things() as source:
         if options.only:

@@ -1,6 +1,5 @@
 """A sample of `make fuzz`, and that the harness sees what it looks for."""
 
-import contextlib
 import sys
 import tempfile
 import time
@@ -17,12 +16,9 @@ from tests.fuzz.inputs import KINDS
 
 @pytest.fixture(scope="module")
 def source():
-    with contextlib.ExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        for name, value in harness.ENVIRONMENT.items():
-            patch.setenv(name, value)
-        harness.warm_up()
-        yield stack.enter_context(harness.valid_things())
+    harness.warm_up()
+    with harness.valid_things() as place:
+        yield place
 
 
 @given(kind=st.sampled_from(list(KINDS)), random=st.randoms(use_true_random=False))
