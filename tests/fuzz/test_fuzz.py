@@ -78,7 +78,7 @@ def _dies():
 )  # fmt: skip
 def test_the_harness_sees_it(does, finding, tmp_path, monkeypatch):
     monkeypatch.setattr("rlhf_fast.__main__.main", does)
-    monkeypatch.setattr(harness, "SECONDS", 2)
+    monkeypatch.setattr(harness, "SECONDS", 1 if does in (_hangs, _computes) else 10)
     monkeypatch.setattr(harness, "GROWTH", 256 << 20)
     (tmp_path / "place").mkdir()
     outcome = harness.judged([], *harness.ran([], tmp_path / "place"))
