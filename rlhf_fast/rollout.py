@@ -4,10 +4,12 @@ Of the checkpoint's generation_config only the stop ids are used: whatever else 
 distribution than the one whose log-probabilities are trained on. `check_sampler` compares the two.
 """
 
+import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -23,12 +25,15 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from rlhf_fast import signals
 from rlhf_fast.data.batches import Batch, pad_batch
 from rlhf_fast.data.encoding import Example, Prompt, pad_id
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import embedding_rows
 from rlhf_fast.ops.tokens.sample_tokens import sample_tokens
+
+Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ def roll_out(
     top_k: int = 0,
     top_p: float = 1.0,
     rows_per_pass: int | None = None,
+    chunk: int | None = None,
+    keep: "Keep" = lambda what, make: make(),
     keep_logprobs: bool = False,
     on_finished: Callable[[int, str, list[int]], None] | None = None,
     mixture: float = 0.0,
@@ -105,6 +112,8 @@ def roll_out(
     rows there are. row_ids: the numbers of the prompts among all that are sampled, where these are a part; default:
     from 0. rows_per_pass bounds the memory of the key-value cache. The prompts are padded on the left for generation
     and the result on the right, so nothing downstream needs to know about the left.
+    chunk: after so many tokens the completions that have ended leave the pass, and the others begin with a new cache.
+    keep: is given a name and what makes a chunk, as tensors on the CPU, and gives what that gives, or gave before.
     keep_logprobs: also the sampler's log-probabilities. on_finished: called with a row, its completion and the ids of
     that as soon as it has ended, while others go on.
     """
@@ -121,31 +130,55 @@ def roll_out(
             Mixing(mixture, temperature, top_k, top_p) if 0 < mixture < 1
             else Drawing([sampling], temperature, top_k, top_p)
         )  # fmt: skip
-    completions: list[list[int]] = []
-    recorder = Recorder(temperature) if keep_logprobs else None
+    draws = drawing
+    completions: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[Tensor]] = [[] for _ in prompts]
+    spreads: list[Tensor] = []
+
+    def sampled(rows: list[int], first: int, tokens: int) -> dict[str, Tensor]:
+        """Up to so many further tokens of some rows, (B, N), of which the first is their token number `first`, with
+        their log-probabilities where these are kept."""
+        settings.max_new_tokens = tokens
+        ids = [[*prompts[row].ids, *completions[row]] for row in rows]
+        recorder = Recorder(temperature) if keep_logprobs else None
+        told = None if on_finished is None else _Watch(tokenizer, prompts, completions, rows, stops, on_finished)
+        draws.begin(seed, numbers[rows].to(_device(backbone)), recorder, step=first)
+        made = _generate(backbone, ids, settings, draws, told)[:, max(map(len, ids)) :]
+        return {"tokens": made.cpu()} | ({} if recorder is None else recorder.finish(made))
+
     with backbone.sampling() as in_step:
         starts = range(0, len(prompts), size)
         idle = backbone.idle_passes(len(starts)) if in_step else 0
-        for i in starts:
-            ids = [p.ids for p in prompts[i : i + size]]
-            watch = None if on_finished is None else _Watch(tokenizer, prompts[i : i + size], stops, i, on_finished)
-            drawing.begin(seed, numbers[i : i + size].to(_device(backbone)), recorder)
-            tokens = _generate(backbone, ids, settings, drawing, watch)[:, max(map(len, ids)) :]
-            completions += [_cut(row, stops) for row in tokens.tolist()]
-            if recorder is not None:
-                recorder.finish(tokens)
+        most = max_new_tokens if in_step or chunk is None else chunk  # others would have to know how many chunks it was
+        for start in starts:
+            rows, first = list(range(start, min(start + size, len(prompts)))), 0
+            name = hashlib.sha256(repr([prompts[row].ids for row in rows]).encode()).hexdigest()
+            while rows and first < max_new_tokens:
+                made = keep(f"tokens {name}", partial(sampled, rows, first, min(max_new_tokens - first, most)))
+                for row, tokens in zip(rows, made["tokens"].tolist(), strict=True):
+                    completions[row] += _cut(tokens, stops)
+                if keep_logprobs:
+                    spreads.append(made["spreads"])
+                    for row, values in zip(rows, made["logprobs"], strict=True):
+                        logprobs[row].append(values)
+                first += made["tokens"].shape[1]
+                rows = [row for row in rows if completions[row][-1] not in stops]
         for _ in range(idle):
             drawing.begin(seed, numbers[:1].to(_device(backbone)))
             _generate(backbone, [prompts[0].ids], settings, drawing)
     scored = not {"reward", "cost"}.isdisjoint(backbone.heads)
     examples = [_example(p, c, closed=scored) for p, c in zip(prompts, completions, strict=True)]
     batch = pad_batch(examples, pad).to(_device(backbone))
+    sampler = None
+    if keep_logprobs:
+        rows_logprobs = [torch.cat(values) for values in logprobs]
+        sampler = SamplerView(_placed(rows_logprobs, batch), float(torch.cat(spreads).mean()))
     return Rollout(
         prompts=list(prompts),
         batch=batch,
         completions=[_text(tokenizer, p, c, stops) for p, c in zip(prompts, completions, strict=True)],
         finished=torch.tensor([c[-1] in stops for c in completions]),
-        sampler=None if recorder is None else SamplerView(_placed(recorder.rows, batch), recorder.spread),
+        sampler=sampler,
     )
 
 
@@ -240,7 +273,6 @@ class Recorder:
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
-        self.rows: list[Tensor] = []  # (N,) of each row of the passes that are finished
         self._steps: list[Tensor] = []  # (B, 1) each
         self._last: Tensor | None = None  # (B, V), of the step whose token is not known yet
         self._spreads: list[Tensor] = []
@@ -252,17 +284,21 @@ class Recorder:
         self._spreads.append(_spread(logits))
         self._last = logits.log_softmax(1)
 
-    def finish(self, tokens: Tensor) -> None:
-        """The pass is over; it gave the tokens (B, N)."""
+    def finish(self, tokens: Tensor) -> dict[str, Tensor]:
+        """The pass is over; it gave the tokens (B, N). logprobs: (B, N). spreads: of each step's logits. On the CPU."""
         assert self._last is not None, "it was shown logits"
         self._steps.append(self._last.gather(1, tokens[:, -1:]))
         # Where generation looks a step ahead before it stops, there is one step more than it returns.
-        self.rows += torch.cat(self._steps[: tokens.shape[1]], dim=1)
-        self._steps, self._last = [], None
+        logprobs = torch.cat(self._steps[: tokens.shape[1]], dim=1)
+        return {"logprobs": logprobs.cpu(), "spreads": torch.stack(self._spreads).cpu()}
 
-    @property
-    def spread(self) -> float:
-        return float(torch.stack(self._spreads).mean())
+
+class _Heed(StoppingCriteria):
+    """Ends the program between two tokens where a signal asks for it."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
+        signals.heed()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _Watch(StoppingCriteria):
@@ -272,22 +308,25 @@ class _Watch(StoppingCriteria):
         self,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Prompt],
+        before: Sequence[list[int]],
+        rows: Sequence[int],
         stops: Sequence[int],
-        first: int,
         tell: Callable[[int, str, list[int]], None],
     ) -> None:
-        """first: the number of the first of the prompts, as `tell` counts."""
-        self.tokenizer, self.prompts, self.stops, self.first, self.tell = tokenizer, prompts, stops, first, tell
-        self.open = set(range(len(prompts)))
-        self.width = max(len(prompt.ids) for prompt in prompts)
+        """rows: the numbers of the prompts that are sampled, behind the tokens that they have from `before`."""
+        self.tokenizer, self.prompts, self.before, self.rows = tokenizer, prompts, before, rows
+        self.stops, self.tell = stops, tell
+        self.open = set(range(len(rows)))
+        self.width = max(len(prompts[row].ids) + len(before[row]) for row in rows)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
         last = input_ids[:, -1].tolist()
         for row in sorted(row for row in self.open if last[row] in self.stops):
             self.open.remove(row)
-            completion = input_ids[row, self.width :].tolist()
-            text = _text(self.tokenizer, self.prompts[row], completion, self.stops)
-            self.tell(self.first + row, text, completion)
+            number = self.rows[row]
+            completion = self.before[number] + input_ids[row, self.width :].tolist()
+            text = _text(self.tokenizer, self.prompts[number], completion, self.stops)
+            self.tell(number, text, completion)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -303,9 +342,10 @@ class Drawing(LogitsProcessor):
         self.recorder: Recorder | None = None
         self.seed, self.row_ids, self.step = 0, torch.empty(0), 0
 
-    def begin(self, seed: int, row_ids: Tensor, recorder: "Recorder | None" = None) -> None:
-        """A pass over the rows of these numbers, (B,), begins. recorder: is shown what one role alone says."""
-        self.seed, self.row_ids, self.step, self.recorder = seed, row_ids, 0, recorder
+    def begin(self, seed: int, row_ids: Tensor, recorder: "Recorder | None" = None, *, step: int = 0) -> None:
+        """A pass over the rows of these numbers, (B,), begins, with their token number `step`. recorder: is shown what
+        one role alone says."""
+        self.seed, self.row_ids, self.step, self.recorder = seed, row_ids, step, recorder
 
     def combined(self, logits: Sequence[Tensor]) -> Tensor:
         """(B, V), what tokens are drawn from, before temperature, top_k and top_p; logits: fp32, of each role."""
@@ -342,7 +382,7 @@ def _placed(rows: Sequence[Tensor], batch: Batch) -> Tensor:
     """(B, T): each row's values at the places that the batch's mask marks."""
     placed = torch.zeros(batch.mask.shape, device=batch.mask.device)
     for row, values, mask in zip(placed, rows, batch.mask.bool(), strict=True):
-        row[mask] = values[: int(mask.sum())]
+        row[mask] = values[: int(mask.sum())].to(placed.device)
     return placed
 
 
@@ -431,8 +471,7 @@ def _generate(
         roles = drawing.roles
         input_ids, mask = input_ids.repeat(len(roles), 1), mask.repeat(len(roles), 1)
     hooks: dict[str, Any] = {} if drawing is None else {"logits_processor": LogitsProcessorList([drawing])}
-    if watch is not None:
-        hooks["stopping_criteria"] = StoppingCriteriaList([watch])
+    hooks["stopping_criteria"] = StoppingCriteriaList([_Heed(), *([] if watch is None else [watch])])
     hook = model.get_output_embeddings().register_forward_pre_hook(_before_head)
     try:
         with (

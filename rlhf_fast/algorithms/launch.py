@@ -18,6 +18,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch.optim import RMSprop
 
+from rlhf_fast import signals
 from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
 from rlhf_fast.data.encoding import quiet_libraries
 from rlhf_fast.data.layouts import infer_algorithm, rename_columns
@@ -64,7 +65,7 @@ from rlhf_fast.training.rounds import (
     rounds_table,
     with_references,
 )
-from rlhf_fast.training.run import Run, write_summary
+from rlhf_fast.training.run import Run, Stopped, write_summary
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,11 @@ def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume
     forget()
     if ranks.started_again():
         resume, overwrite = resume or "auto", False
-    with ranks.processes():
-        launch_here(path, overrides, dry_run=dry_run, resume=resume, overwrite=overwrite)
+    with signals.listening(), ranks.processes():
+        try:
+            launch_here(path, overrides, dry_run=dry_run, resume=resume, overwrite=overwrite)
+        except signals.Interrupted as signal:
+            raise Stopped.by(signal, "while getting ready", "saved: what was finished") from None
 
 
 def launch_here(
@@ -312,13 +316,13 @@ def run_stage(
             run.progress.stop()
             ranks.from_first(lambda: print_report(console, stage.name or config.algorithm, folder))
         except UserError as error:
-            said = run.rescue()
+            said = run.rescue(error)
             if error.__cause__ is not None:
                 said = _with_log(folder / "error.log", error.__cause__) + said
             raise UserError(f"{error}{said}") from None
         except (OSError, SafetensorError) as error:
             refused = getattr(error, "filename", None) or folder
-            raise UserError(f"{refused}: {refusal(error) or first_line(error)}{run.rescue()}") from None
+            raise UserError(f"{refused}: {refusal(error) or first_line(error)}{run.rescue(error)}") from None
 
 
 def _with_log(path: Path, error: BaseException) -> str:

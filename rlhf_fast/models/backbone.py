@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_fast import signals
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.architecture import (
     adaptable_linears,
@@ -383,6 +384,7 @@ class Backbone:
         Each answer then reads the prompt and itself, at the positions that it would have alone, which is exact where
         `why_not_shared` says nothing.
         """
+        signals.heed()
         batch, time = input_ids.shape
         if attention_mask.shape != input_ids.shape:
             raise ValueError(

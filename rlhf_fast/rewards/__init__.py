@@ -3,7 +3,7 @@ that know whether an answer is right."""
 
 from rlhf_fast.rewards.adapter import AdapterSource, write_stats
 from rlhf_fast.rewards.functions import Payment
-from rlhf_fast.rewards.sources import Rewards, Source, load_rewards
+from rlhf_fast.rewards.sources import Judged, Rewards, Source, load_rewards
 from rlhf_fast.rewards.verify import Verifier
 
-__all__ = ["AdapterSource", "Payment", "Rewards", "Source", "Verifier", "load_rewards", "write_stats"]
+__all__ = ["AdapterSource", "Judged", "Payment", "Rewards", "Source", "Verifier", "load_rewards", "write_stats"]

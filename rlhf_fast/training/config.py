@@ -109,6 +109,9 @@ class Config(BaseModel):
     log_every: int = Field(10, ge=1, description="lines on a terminal that cannot show a progress bar")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: before and after only")
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    save_minutes: float | None = Field(
+        30.0, gt=0, description="a step that ends so long after the last checkpoint has one too; null: never"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="the newest; the last before skipped updates stays as well")
     allow_changed_inputs: bool = Field(False, description="resume on model, data or rewards that are others by now")
     report_to: Literal["none", "tensorboard"] = "tensorboard"
@@ -179,6 +182,9 @@ class SamplingConfig(Config):
     )
     reward_combine_coef: float | None = Field(None, ge=0, description="coef of reward_combine; default 1, uwo 0.1")
     max_new_tokens: int = Field(64, ge=1)
+    rollout_chunk: int = Field(
+        512, ge=1, description="tokens after which a rollout is kept for a resume, and what has ended leaves it"
+    )
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0, description="0: off. Truncated sampling biases the importance ratio")
     top_p: float = Field(1.0, gt=0, le=1)

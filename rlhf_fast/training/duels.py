@@ -16,6 +16,7 @@ Sources: threshold: RS-DPO, Khaki et al. 2024 (2402.10038), from memory.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.experience import Experience, collect, score
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.joined import joined
-from rlhf_fast.training.on_policy import Rows, micro_batches, net_rewards, paid
+from rlhf_fast.training.on_policy import Rows, micro_batches, net_rewards, one_of_several, paid
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, update
 from rlhf_fast.training.setup import prepare_rollouts
 
@@ -160,10 +161,14 @@ def learn_units(
     all its units, then the second ones.
     """
     history = []
+
+    def minibatch(parts: tuple[Tensor, ...]) -> dict[str, float]:
+        metrics = accumulate(loss, micro_batches(job, config, experience, parts, together=units.shape[1]))
+        return {**as_numbers(metrics), **update(job, config, metrics["loss"])}
+
     for _ in range(config.ppo_epochs):
         for chosen in torch.randperm(len(units)).chunk(config.num_minibatches):
             size = max(1, (config.micro_batch_size or units.numel()) // units.shape[1])
             parts = tuple(units[part].flatten() for part in chosen.split(size))
-            metrics = accumulate(loss, micro_batches(job, config, experience, parts, together=units.shape[1]))
-            history.append({**as_numbers(metrics), **update(job, config, metrics["loss"])})
+            history.append(one_of_several(job, config, experience, partial(minibatch, parts)))
     return {name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]}

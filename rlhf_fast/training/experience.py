@@ -1,25 +1,28 @@
 """Sampled completions with everything the update needs: log-probabilities, values, rewards; and their evaluation."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf_fast import signals
 from rlhf_fast.data.batches import Batch, shuffled_indices
 from rlhf_fast.data.encoding import Prompt
 from rlhf_fast.models.backbone import Scores
 from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
-from rlhf_fast.rewards import Payment, Rewards
+from rlhf_fast.rewards import Judged, Payment, Rewards
 from rlhf_fast.rollout import Drawing, Rollout, SamplerView, agreement, roll_out, token_that_ends
 from rlhf_fast.training import ranks as processes
 from rlhf_fast.training.config import RolloutConfig, SamplingConfig
 from rlhf_fast.training.job import Job, random_state, seed_everything, set_random_state
 from rlhf_fast.training.joined import joined, on_device
+from rlhf_fast.training.kept import keep
 from rlhf_fast.training.ranks import Part
 
 
@@ -146,7 +149,8 @@ def collect(
     asked = [prompts[row] for row in own.rows]
     rollout = roll_out(
         job.backbone, job.encoder.tokenizer, asked, max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, keep_logprobs=keep_sampler,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, chunk=config.rollout_chunk,
+        keep=partial(keep, job), keep_logprobs=keep_sampler,
         on_finished=(lambda row, *of_row: submit(job, row, asked[row], *of_row)) if early else None,
         mixture=mixture, drawing=drawing, row_ids=own.rows,
     )  # fmt: skip
@@ -228,15 +232,30 @@ def judge(
     lower, scores = score(job, config, rollout, policy=score_policy, exact_kl=exact_kl, ranks=ranks)
     columns = rollout.columns() | {"completion_ids": completion_ids}
     asked = [p.columns["prompt"] for p in rollout.prompts], rollout.completions, columns
-    judged = job.rewards(*asked, scores.scores, scores.features)
+    judged = paid_by(job, job.rewards, asked, scores.scores, scores.features)
     total = judged.total - penalties(config, rollout)
     steps = None if judged.payments is None else placed(job, rollout, judged.payments)
     costs = {}
     if job.constraints is not None:
-        costs = job.constraints.measured(job.constraints.sources(*asked, scores.costs).parts, judged.parts)
-    return Experience(
-        rollout, lower, scores, total.to(job.device), judged.parts, steps, costs, metrics=job.rewards.metrics()
-    )
+        paid = paid_by(job, job.constraints.sources, asked, scores.costs)
+        costs = job.constraints.measured(paid.parts, judged.parts)
+    metrics = keep(job, "metrics", job.rewards.metrics)
+    return Experience(rollout, lower, scores, total.to(job.device), judged.parts, steps, costs, metrics=metrics)
+
+
+def paid_by(job: Job, rewards: Rewards, asked: tuple[Any, ...], *states: Tensor | None) -> Judged:
+    """What the sources pay. asked: prompts, completions and columns; states: what the roles give the adapter's."""
+
+    def made() -> dict[str, Any]:
+        judged = rewards(*asked, *states)
+        payments = None if judged.payments is None else [list(map(tuple, row)) for row in judged.payments]
+        return {"total": judged.total, "parts": judged.parts, "payments": payments, "judge_calls": rewards.judge_calls}
+
+    kept = keep(job, "rewards", made)
+    rewards.judge_calls = kept["judge_calls"]
+    payments = kept["payments"]
+    paid = None if payments is None else [[Payment(*payment) for payment in row] for row in payments]
+    return Judged(kept["total"], kept["parts"], paid)
 
 
 def penalties(config: SamplingConfig, rollout: Rollout) -> Tensor:
@@ -291,14 +310,27 @@ def score(
         rows = batch.rows(slice(start, start + size))
         lower = job.backbone.lower(rows.input_ids, rows.attention_mask)
         lowers.append(lower)
-        scores = job.backbone.score(
-            rows.input_ids, rows.attention_mask, rows.mask, mask_count=rows.count, temperature=config.temperature,
-            lower=lower, policy=policy, exact_kl=exact_kl, ranks=ranks,
+        scored = partial(
+            job.backbone.score, rows.input_ids, rows.attention_mask, rows.mask, mask_count=rows.count,
+            temperature=config.temperature, lower=lower, policy=policy, exact_kl=exact_kl, ranks=ranks,
             ref_hidden=config.loss_kl is not None and processes.world() == 1,
         )  # fmt: skip
-        passes.append(scores)
+        # Hidden states are larger than what is worth keeping.
+        passes.append(scored() if config.loss_kl is not None else kept_scores(job, f"scores {start} of {size}", scored))
+        signals.heed()
     joined: dict[str, Any] = {f.name: _joined([getattr(p, f.name) for p in passes]) for f in fields(Scores)}
     return _joined(lowers), Scores(**joined)
+
+
+def kept_scores(job: Job, what: str, make: Callable[[], Scores]) -> Scores:
+    """One pass of scoring; a step that is done again reads it."""
+    if job.kept is None:
+        return make()
+    kept: dict[str, Any] = job.kept(
+        what, lambda: {name: None if x is None else x.cpu() for name, x in vars(make()).items()}
+    )
+    placed: dict[str, Any] = {name: None if x is None else x.to(job.device) for name, x in kept.items()}
+    return Scores(**placed)
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -34,10 +34,11 @@ REPLACED, REMOVED, SAVING = ".rlhf_fast_replaced", ".rlhf_fast_removed", ".rlhf_
 CONFIG_FILE = "config.yaml"
 INPUTS_FILE = "inputs.json"
 SUMMARY_FILE = "summary.json"  # its presence says that the run finished
-REFERENCE_FILE = "reference_logprobs.pt"
+REFERENCE_FILE = "reference_logprobs.jsonl"
 RECORDS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "warnings.jsonl")
 DATA = "data"  # the folder of rows that a run writes, a file for each of its steps
 DROPPED = "dropped"  # rows that it made and left out
+KEPT = "kept"  # the folder of what steps have made that no checkpoint has yet
 # What every run writes besides what it saves at its end, which the marker lists.
 _WHOLE = (
     CONFIG_FILE, INPUTS_FILE, *RECORDS, "self_test.json", SUMMARY_FILE, "rounds.jsonl", "curves.png", "frontier.png",
@@ -45,19 +46,19 @@ _WHOLE = (
 )  # fmt: skip
 FILES = (
     *_WHOLE, *(str(staged(Path(name))) for name in (*_WHOLE, MARKER)), "error.log", "best/adapter_*", "best/.new/*",
-    f".{REFERENCE_FILE}.tmp", "tensorboard/events.out.tfevents*", f"{SAVING}/**/*",
+    f"{KEPT}/step-*/*.pt", "tensorboard/events.out.tfevents*", f"{SAVING}/**/*",
     *(f"checkpoints/{step}/{name}" for step in ("step-*", ".step-*.tmp", ".step-*.old", f"{ASIDE}/step-*")
       for name in (STATE, MANIFEST)),
 )  # fmt: skip
 # The folders of these, of which a kill may leave empty ones.
 FOLDERS = (
     SAVING, "checkpoints/.step-*", f"checkpoints/{ASIDE}", "checkpoints", "best/.new", "best", "tensorboard", DATA,
-    DROPPED,
+    DROPPED, f"{KEPT}/step-*", KEPT,
 )  # fmt: skip
 # What may differ between a run and its continuation.
 FREE_KEYS = {
-    "steps", "epochs", "eval_every", "log_every", "save_every", "keep_checkpoints", "report_to", "output_dir",
-    "micro_batch_size", "repeat", "self_test", "allow_changed_inputs", "shards", "whole_rollouts",
+    "steps", "epochs", "eval_every", "log_every", "save_every", "save_minutes", "keep_checkpoints", "report_to",
+    "output_dir", "micro_batch_size", "repeat", "self_test", "allow_changed_inputs", "shards", "whole_rollouts",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -20,6 +20,9 @@ from rlhf_fast.rewards import Rewards
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.constraints import Constraints
+
+if TYPE_CHECKING:
+    from rlhf_fast.training.kept import Kept
 
 FULL = "model"  # the optimizer key when every weight of the model trains
 
@@ -44,6 +47,7 @@ class Job:
     counters: dict[str, float] = field(default_factory=lambda: {"bad_steps": 0})
     pretraining: Sequence[Any] = field(default_factory=list)  # examples that learn beside the policy's own samples
     bad_tensor: str | None = None  # of the last update that was skipped
+    kept: "Kept | None" = None  # what the present step has made; None outside of a step
 
     @property
     def device(self) -> torch.device:
@@ -86,15 +90,22 @@ def capture(job: Job) -> dict[str, Any]:
     state: dict[str, Any] = {
         "adapters": {name: job.backbone.snapshot(name) for name in job.changing_adapters()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in job.optimizers.items()},
+        **passing_state(job),
+    }
+    if FULL in job.optimizers:
+        state["model"] = job.backbone.model.state_dict()
+    return state
+
+
+def passing_state(job: Job) -> dict[str, Any]:
+    """The part of it that is small, and changes in a step also before its first update."""
+    return {
         "counters": dict(job.counters),
         "kl_controller": None if job.kl_controller is None else job.kl_controller.state_dict(),
         "constraints": None if job.constraints is None else job.constraints.state_dict(),
         "random": random_state(),
         "judge_calls": 0 if job.rewards is None else job.rewards.judge_calls,
     }
-    if FULL in job.optimizers:
-        state["model"] = job.backbone.model.state_dict()
-    return state
 
 
 def restore(job: Job, state: dict[str, Any]) -> None:
@@ -105,6 +116,12 @@ def restore(job: Job, state: dict[str, Any]) -> None:
         job.backbone.model.load_state_dict(state["model"])
     for name, optimizer in job.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
+    restore_passing(job, state)
+
+
+def restore_passing(job: Job, state: dict[str, Any]) -> None:
+    """Put a `passing_state` back."""
+    job.counters.clear()
     job.counters.update(state["counters"])
     if job.kl_controller is not None:
         job.kl_controller.load_state_dict(state["kl_controller"])

@@ -142,17 +142,40 @@ def improve(
     rows_of: what the loss is given of a minibatch, from the row indices of its parts; default: `micro_batches`.
     """
     history = []
+
+    def minibatch(parts: tuple[Tensor, ...]) -> dict[str, float]:
+        metrics = accumulate(loss, (rows_of or partial(micro_batches, job, config, experience))(parts))
+        if beside is not None:
+            metrics |= beside(sum(map(len, parts)))
+        norms = update(job, config, metrics["loss"])
+        return {**as_numbers(metrics), **norms}
+
     for _ in range(config.ppo_epochs):
         for parts in minibatches(config, len(experience.batch)):
-            metrics = accumulate(loss, (rows_of or partial(micro_batches, job, config, experience))(parts))
-            if beside is not None:
-                metrics |= beside(sum(map(len, parts)))
-            norms = update(job, config, metrics["loss"])
-            history.append({**as_numbers(metrics), **norms})
+            history.append(one_of_several(job, config, experience, partial(minibatch, parts)))
         if config.early_stop_kl is not None and history[-1]["approx_kl"] > config.early_stop_kl:
             break
     means = {name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]}
     return means | first_ratio_error(history[0])
+
+
+def one_of_several(
+    job: Job, config: RolloutConfig, experience: Experience, make: Callable[[], dict[str, float]]
+) -> dict[str, float]:
+    """The metrics of an update, which a step that is done again does not make again."""
+    if job.kept is None or config.ppo_epochs * config.num_minibatches == 1:
+        return make()
+
+    scored = experience.scores.logprobs is not None
+
+    def made() -> dict[str, Any]:
+        metrics, logprobs = make(), experience.scores.logprobs
+        return {"metrics": metrics, "logprobs": None if scored or logprobs is None else logprobs.cpu()}
+
+    kept = job.kept.update(made)
+    if not scored:
+        experience.scores = replace(experience.scores, logprobs=kept["logprobs"].to(job.device))
+    return kept["metrics"]
 
 
 def first_ratio_error(metrics: dict[str, float]) -> dict[str, float]:

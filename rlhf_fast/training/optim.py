@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Protocol, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config, RolloutConfig
 from rlhf_fast.training.job import FULL, Job
+from rlhf_fast.training.kept import Kept
 
 
 class Idle(Protocol):
@@ -59,19 +61,24 @@ def set_learning_rates(job: Job, config: Config, step: int) -> None:
             group["lr"] = learning_rate(config, step, role=role)
 
 
-def accumulate(loss: Loss[R], parts: Iterable[R]) -> dict[str, Tensor]:
+def accumulate(loss: Loss[R], parts: Iterable[R], kept: Kept | None = None) -> dict[str, Tensor]:
     """Backward of this process's part of a minibatch, part by part; the minibatch's loss and metrics, detached.
 
-    Those of the parts add up, because each divides by the numbers of the whole minibatch.
+    Those of the parts add up, because each divides by the numbers of the whole minibatch. kept: of a step's only
+    minibatch, where it keeps the sums so far, and has those of the parts that an earlier process did.
     """
-    collected = []
-    for rows in parts:
+    collected = [] if kept is None else kept.sums()
+    for rows in islice(parts, len(collected), None):
         total, metrics = loss(rows)
         (0.0 * total if rows.idle else total).backward()
         metrics = {"loss": total, **metrics}
         # The extremes of idle rows are among those of the process that has them.
-        collected.append({n: 0.0 * m if rows.idle and n not in EXTREMES else m for n, m in metrics.items()})
-    stacked = {name: torch.stack([part[name].detach() for part in collected]) for name in collected[0]}
+        found = {name: metric.detach() for name, metric in metrics.items()}
+        collected.append({n: 0.0 * m if rows.idle and n not in EXTREMES else m for n, m in found.items()})
+        if kept is not None:
+            kept.keep_sums(collected)
+        ranks.heed()
+    stacked = {name: torch.stack([part[name] for part in collected]) for name in collected[0]}
     return over_processes({name: EXTREMES.get(name, torch.sum)(values) for name, values in stacked.items()})
 
 
@@ -117,6 +124,8 @@ def update(job: Job, config: Config, loss: Tensor) -> dict[str, float]:
                 f"{job.bad_tensor} is not finite, {config.max_bad_steps} updates in a row (max_bad_steps); "
                 "lower learning_rate or look at the data"
             )
+    if job.kept is not None:
+        job.kept.changed = True
     for role, optimizer in job.optimizers.items():
         if finite:
             nn.utils.clip_grads_with_norm_(parameters[role], config.max_grad_norm, norms[role])

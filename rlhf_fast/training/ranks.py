@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlhf_fast import signals
 from rlhf_fast.errors import UserError, first_line
 
 T = TypeVar("T")
@@ -213,6 +214,13 @@ def check_alike(what: str, value: Any) -> None:
         if other != seen[0]:
             raise UserError(f"{what} is {seen[0]} for the first process and {other} for process {number}: output_dir "
                             "must be one folder that all of them see")  # fmt: skip
+
+
+def heed() -> None:
+    """End the program here, where a signal has asked any of its processes for it; they are all here."""
+    if _group is not None:
+        signals.catch(int(all_max(torch.tensor(signals.caught()))))
+    signals.stop()
 
 
 def barrier() -> None:

@@ -1,9 +1,9 @@
 """The reference's log-probabilities of the data's answers: they never change, so a run scores each answer once."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from rlhf_fast.data.encoded import Encoded
 from rlhf_fast.models.pieces import whole_tensor
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
-from rlhf_fast.training.folder import REFERENCE_FILE
+from rlhf_fast.training.folder import REFERENCE_FILE, replace_file
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.supervised import answer_logprobs, padded, sequences_of
@@ -30,10 +30,10 @@ def references_of_run(
 
     kind: what else than the examples and the reference its numbers depend on. The run folder keeps them for a resume.
     The first pass over the data takes the examples in the order of its shuffle; they are scored in that order, in whole
-    parts, so that a run that is continued has the bits of a longer one.
+    parts, so that a run that is continued has the bits of a longer one. Every part is kept as soon as it is there.
     """
     path, key = run.folder / REFERENCE_FILE, fingerprint(job, kind)
-    references = read_references(path, key)
+    references = read_references(path, key, len(job.train))
     size = config.micro_batch_size or config.batch_size
     order = shuffled_indices(len(job.train), config.order_seed, 0, len(job.train))
     parts = [order[i : i + size] for i in range(0, min(len(order), config.steps * config.batch_size), size)]
@@ -44,21 +44,37 @@ def references_of_run(
         if references is None:
             references = torch.full((len(job.train), scores.shape[1]), torch.nan)
         references[part] = scores
+        if ranks.is_first():
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line_of(key, part, scores.tolist()))
     assert references is not None  # a run has at least one step
-    if parts and ranks.is_first():
-        staging = path.with_name(f".{path.name}.tmp")
-        torch.save({"key": key, "references": references}, staging)
-        staging.replace(path)
     return references.to(job.device)
 
 
-def read_references(path: Path, key: str) -> Tensor | None:
-    """What `references_of_run` stored; None where that is absent, cut off, or of another model or other data."""
-    try:
-        stored = torch.load(path, weights_only=True)
-        return stored["references"] if stored["key"] == key else None
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, UnpicklingError):
-        return None
+def line_of(key: str, part: list[int], scores: list[list[float]]) -> str:
+    """A part as the file has it: fp32 numbers as decimals are read back as the same ones."""
+    said = json.dumps([key, part, scores])
+    return json.dumps([hashlib.sha256(said.encode()).hexdigest(), key, part, scores]) + "\n"
+
+
+def read_references(path: Path, key: str, examples: int) -> Tensor | None:
+    """What `references_of_run` kept of so many examples, NaN for the others; None where it kept nothing of them under
+    this key. What else the file has, of another model or cut off by a kill, is removed from it."""
+    kept, references = [], None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
+    for line in lines:
+        try:
+            _, of, part, scores = json.loads(line)
+        except (ValueError, TypeError):
+            continue
+        if of == key and line == line_of(key, part, scores):
+            kept.append(line)
+            if references is None:
+                references = torch.full((examples, len(scores[0])), torch.nan)
+            references[part] = torch.tensor(scores)
+    if kept != lines and ranks.is_first():
+        replace_file(path, "".join(kept))
+    return references
 
 
 def fingerprint(job: Job, kind: str = "") -> str:

@@ -1,24 +1,24 @@
 """The run folder: configuration, metrics, samples, checkpoints, and how a run is started, stopped and resumed.
 
 config.yaml  metrics.jsonl  samples.jsonl  eval.jsonl  warnings.jsonl  self_test.json  curves.png  tensorboard/
-checkpoints/step-N/
+checkpoints/step-N/  kept/step-N/
 and the adapters in PEFT's format: the policy at the top, critic/ reward/ reference/ beside it
 """
 
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from rlhf_fast import signals
 from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError, first_line, refusing
 from rlhf_fast.training import ranks
@@ -48,7 +48,8 @@ from rlhf_fast.training.folder import (
     take_folder,
 )
 from rlhf_fast.training.inputs import check_inputs, hashes, inputs_of, read_inputs, write_inputs
-from rlhf_fast.training.job import Job, capture, random_state, restore
+from rlhf_fast.training.job import Job, capture, restore
+from rlhf_fast.training.kept import Kept
 from rlhf_fast.training.lock import FolderLock
 from rlhf_fast.training.self_test import SelfTest
 
@@ -57,15 +58,21 @@ SHOWN = ("loss", "policy_loss", "accuracy", "reward", "kl", "tokens_per_second")
 
 
 class Stopped(Exception):
-    """The run was asked to end by a signal, and saved itself first."""
+    """A signal has ended the program, and nothing that was to be saved is lost."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
+    @classmethod
+    def by(cls, signal: signals.Interrupted, where: str, saved: str = "") -> "Stopped":
+        """where: what the program was at. saved: what it saved for that."""
+        again = "the same command with --resume auto continues"
+        return cls("; ".join(filter(None, [f"stopped {where} by {signal}", saved, again])), 128 + signal.number)
+
 
 class Run:
-    """An open run folder. As a context manager it also owns the signal handlers and the progress bar."""
+    """An open run folder. As a context manager it also listens to signals and owns the progress bar."""
 
     def __init__(
         self,
@@ -98,16 +105,18 @@ class Run:
             self.explosions = ranks.from_first(lambda: Explosions(config, read_jsonl(self.folder / "metrics.jsonl")))
         reports = config.report_to == "tensorboard" and ranks.is_first()
         self.writer = _tensorboard(self.folder, self.start) if reports else None
-        self.signal = 0
         self.self_test: SelfTest | None = None  # of a run from its first step, until it is finished
-        self._begun: tuple[int, dict[str, Any], dict[str, float]] | None = None
+        self.kept = Kept(job, self.folder)
+        self._done, self._in_step = self.start, False
+        self._tracked = ""  # what `track` is at
         self._unwritten: WriteError | None = None  # the first record of a step that the system refused
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), disable=not sys.stdout.isatty(),
         )  # fmt: skip
         self.task: TaskID = self.progress.add_task(config.algorithm, total=config.steps, completed=self.start, shown="")
-        self.clock = time.perf_counter()
+        self.clock = self.saved_at = time.perf_counter()
+        self._listening = ExitStack()
 
     def _take(self, resume: str | None, *, overwrite: bool) -> None:
         self.lock = take_folder(
@@ -155,69 +164,87 @@ class Run:
         write_inputs(self.folder, hashes(self._inputs))
         if resume:
             resume_from(self.folder / "checkpoints", self.start)
-        # An evaluation at the start itself, unless one was due there, was the last of a run that is now continued.
-        due = self._evaluation_is_due(self.start)
+        # An evaluation at the start itself is made again where one is due, since the checkpoint is from before it; else
+        # it was the last of a run that is now continued.
         for name in RECORDS:
-            cut_records(self.folder / name, self.start - (name == "eval.jsonl" and not due))
+            cut_records(self.folder / name, self.start - (name == "eval.jsonl"))
         return run
 
     def __enter__(self) -> "Run":
-        # A first signal ends the run after its current step; a second one is the default: at once.
-        numbers = (int(signal.SIGINT), int(signal.SIGTERM))
-        self.handlers = {number: signal.signal(number, self._stop) for number in numbers}
+        self._listening.enter_context(signals.listening())
         self.progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.progress.stop()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
         try:
             if self.writer is not None:
                 self.writer.close()
         except OSError as refused:
             print(f"warning: {self.folder / 'tensorboard'} cannot be written: {refused.strerror}", file=sys.stderr)
-        self._release()
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, self.handlers[number])
-
-    def _hear_all(self) -> None:
-        """A signal to one process is one to all."""
-        self.signal = int(ranks.all_max(torch.tensor(self.signal)))
+        self.job.kept = None
+        try:
+            if isinstance(error, signals.Interrupted):
+                raise self._stopped(error) from None
+        finally:
+            self._listening.close()
+            self._release()
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do, from 0; saves a checkpoint where one is due, and when a signal ends the run."""
-        if self.start and self._evaluation_is_due(self.start) and not self._was_evaluated(self.start):
+        """The steps still to do, from 0; saves a checkpoint where one is due or asked for."""
+        if self._evaluation_is_due(self.start):
             self.evaluate(self.start)
         for step in range(self.start, self.config.steps):
             self.clock = time.perf_counter()
             if step == 0 and self.config.self_test:
                 self.self_test = SelfTest(self.job, self.config, self.folder)
-            self._begun = step, random_state(), dict(self.job.counters)
+            self.kept.begin(step)
+            signals.hold(self.kept.can_stop, alone=ranks.world() == 1)
+            self._in_step = True
             yield step
-            done = step + 1
-            self._hear_all()
-            try:
-                if self._unwritten is not None:
-                    raise self._unwritten
-                if self._evaluation_is_due(done):
-                    self.evaluate(done)
-            except WriteError:
-                self._begun = done, random_state(), dict(self.job.counters)  # the step itself is whole
-                raise
-            if done % self.config.save_every == 0 or done == self.config.steps or self.signal:
-                self._save(done, capture(self.job))
-            if self.signal and done < self.config.steps:
-                raise Stopped(
-                    f"stopped after step {done} of {self.config.steps}; the checkpoint is saved: "
-                    "the same command with --resume auto continues",
-                    128 + self.signal,
-                )
+            self.kept.end()
+            self._in_step, self._done = False, step + 1
+            if self._unwritten is not None:
+                raise self._unwritten
+            if self._checkpoint_is_due():
+                self._save()
+            if self._evaluation_is_due(self._done):
+                self.evaluate(self._done)
 
-    def _save(self, done: int, state: dict[str, Any]) -> None:
-        """A checkpoint after `done` steps; the last one before updates were skipped or metrics became suspect stays.
+    def _checkpoint_is_due(self) -> bool:
+        """After a step; ends the run where a signal asks for it in any of the processes."""
+        asked, minutes = signals.checkpoint_wanted(), self.config.save_minutes
+        late = minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
+        heard = ranks.all_max(torch.tensor([signals.caught(), int(asked), int(late)])).tolist()
+        signals.catch(heard[0])
+        signals.release()
+        if heard[1]:
+            print(f"SIGUSR1: the checkpoint of step {self._done} is saved", file=sys.stderr)
+        return self._done % self.config.save_every == 0 or self._done == self.config.steps or any(heard[1:])
+
+    def _stopped(self, signal: signals.Interrupted) -> Stopped:
+        """Save what there is to save when a signal ends the run."""
+        steps, done = self.config.steps, self._done
+        if done and not is_whole(self._checkpoint):
+            self._save()
+        if self._in_step:
+            self.kept.stop()
+            saved = [f"the checkpoint of step {done}"] * bool(done) + ["what was made in it"] * self.kept.active
+            said = f"saved: {' and '.join(saved)}" if saved else ""
+            return Stopped.by(signal, f"in step {done + 1} of {steps}", said)
+        if self._tracked:
+            return Stopped.by(signal, f"at {self._tracked}", "saved: what was made")
+        if done:
+            return Stopped.by(signal, f"after step {done} of {steps}", f"saved: the checkpoint of step {done}")
+        return Stopped.by(signal, "before the first step")
+
+    @property
+    def _checkpoint(self) -> Path:
+        """Where that of the steps done is, or would be."""
+        return self.folder / "checkpoints" / f"step-{self._done}"
+
+    def _save(self) -> None:
+        """A checkpoint of the steps done; the last one before updates were skipped or metrics became suspect stays.
         From the first one on a run that this one replaces is gone."""
         if not ranks.is_first():
             return
@@ -227,26 +254,28 @@ class Run:
                 with writing(path):
                     flush(path)
         good = not self.job.counters["bad_steps"] and not self.explosions.streak
+        state = self.kept.state_of_begin() if self._in_step else capture(self.job)
         save_checkpoint(
-            self.folder / "checkpoints", done, state, keep=self.config.keep_checkpoints, run=self.id, good=good
+            self.folder / "checkpoints", self._done, state, keep=self.config.keep_checkpoints, run=self.id, good=good
         )
+        self.saved_at = time.perf_counter()
         with writing(self.whole):
+            self.kept.forget(self._done)
             forget_replaced(self.whole)
 
-    def rescue(self) -> str:
+    def rescue(self, error: Exception) -> str:
         """Save a checkpoint of the steps before one that failed, where that has changed nothing yet (a reward failed).
 
         What there is to say of it: otherwise which checkpoint is the last good one, and what would have been replaced.
         """
         if not ranks.is_first():
             return ""
-        done, random, counters = self._begun or (0, {}, {})
-        path = self.folder / "checkpoints" / f"step-{done}"
-        if done > 0 and counters == self.job.counters and not counters["bad_steps"]:
+        unchanged = not self.kept.changed if self._in_step else isinstance(error, WriteError)
+        if self._done > 0 and unchanged and not self.job.counters["bad_steps"]:
             try:
-                if not is_whole(path):
-                    self._save(done, {**capture(self.job), "random": random})
-                return f"; the checkpoint of step {done} is saved: --resume auto continues"
+                if not is_whole(self._checkpoint):
+                    self._save()
+                return f"; the checkpoint of step {self._done} is saved: --resume auto continues"
             except (UserError, OSError) as error:
                 print(f"warning: {error}", file=sys.stderr)
         good = last_good(self.folder / "checkpoints", self.id)
@@ -265,14 +294,13 @@ class Run:
             write_inputs(self.folder, hashes(self._inputs))
 
     def track(self, what: str, parts: Sequence[T]) -> Iterator[T]:
-        """The parts, under a progress bar of their own; a signal ends the run behind the one that it came in."""
+        """The parts, under a progress bar of their own."""
         task = self.progress.add_task(what, total=len(parts), shown="")
+        self._tracked = what
         for part in parts:
             yield part
             self.progress.advance(task)
-            self._hear_all()
-            if self.signal:
-                raise Stopped(f"stopped at {what}: the same command with --resume auto goes on", 128 + self.signal)
+        self._tracked = ""
         self.progress.remove_task(task)
 
     def log(self, step: int, metrics: dict[str, float], *, tokens: int) -> None:
@@ -340,9 +368,6 @@ class Run:
         """Between the first and the last step, both of which have one anyway."""
         every = self.config.eval_every
         return every is not None and done % every == 0 and 0 < done < self.config.steps
-
-    def _was_evaluated(self, done: int) -> bool:
-        return ranks.from_first(lambda: any(row["step"] == done for row in read_jsonl(self.folder / "eval.jsonl")))
 
     def evaluate(self, done: int) -> None:
         """Evaluate after `done` steps and record it."""

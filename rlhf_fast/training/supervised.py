@@ -63,7 +63,7 @@ def batches(job: Job, config: Config, run: Run) -> Iterator[tuple[int, list[int]
 def learn(job: Job, config: Config, run: Run, step: int, indices: Sequence[int], loss: Loss[Rows]) -> dict[str, float]:
     """The update on one batch, recorded; its metrics."""
     parts = micro_batches(job, job.train, indices, config.micro_batch_size, whole=config.compares_rows)
-    metrics = accumulate(loss, parts)
+    metrics = accumulate(loss, parts, job.kept)
     numbers = {**as_numbers(metrics), **update(job, config, metrics["loss"])}
     tokens = sum(len(sequence.ids) for sequence in sequences_of([job.train[i] for i in indices]))
     run.log(step, {**numbers, "learning_rate": learning_rate(config, step)}, tokens=tokens)

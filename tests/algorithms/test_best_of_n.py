@@ -14,8 +14,8 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.training import on_policy
 from rlhf_fast.training.experience import collect, prompts_of_step
 from rlhf_fast.training.optim import accumulate
+from tests.training.interruptions import assert_resumes
 from tests.training.test_experience import Log
-from tests.training.test_resume import Killed, contents, interrupt, kill
 from tests.training.tiny_runs import folder, gradients, job_of, save_supple_model, values_of, write_jsonl
 
 
@@ -176,17 +176,7 @@ def test_the_best_of_n_of_the_reference_is_not_the_policys(monkeypatch):
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     values = values_of_row("rft", save_every=1, lora_dropout=0.3)
     values["reward"] = f"{folder()}/reward.py:score"
-
-    def run(name, resume=None):
-        stage = single_stage({**values, "output_dir": str(tmp_path / name)})
-        run_stage(Console(quiet=True), stage, resume=resume, overwrite=False)
-
-    run("whole")
-    interrupt(monkeypatch, 1, kill)
-    with pytest.raises(Killed):
-        run("killed")
-    run("killed", resume="auto")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert_resumes(values, tmp_path, monkeypatch, step=1)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -17,7 +17,7 @@ from rlhf_fast.training.folder import written_rows
 from rlhf_fast.training.revision import Draft, repetition, revised, sifted
 from rlhf_fast.training.run import Run, Stopped
 from rlhf_fast.training.supervised import micro_batches
-from tests.training.test_resume import contents, run
+from tests.training.interruptions import contents, run
 from tests.training.tiny_runs import assert_close, folder, job_of, values_of, write_jsonl
 
 
@@ -174,7 +174,7 @@ def test_a_run_that_is_stopped_while_it_revises_goes_on_behind_the_last_part(tmp
         run(stopped)
     assert made == [0, 0], "a trial, and the first part"
     run(stopped, resume="auto")
-    assert made == [0, 0, 0, 1]
+    assert made == [0, 0, 0, 0, 1], "a part that a signal came in is made again"
     assert written_rows(tmp_path / "stopped") == written_rows(tmp_path / "whole")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 

@@ -18,7 +18,7 @@ from rlhf_fast.training.divergence import divergence_of, parts_of
 from rlhf_fast.training.experience import collect, prompts_of_step
 from rlhf_fast.training.optim import accumulate
 from rlhf_fast.training.teachers import demonstrations, mixed, shown
-from tests.training.test_resume import Killed, contents, interrupt, kill
+from tests.training.interruptions import assert_resumes
 from tests.training.tiny_runs import folder, gradients, job_of, values_of, write_jsonl
 
 PLAIN = {"objective": None, "reference_refresh_every": None, "num_generations": None, "reward": None}
@@ -218,17 +218,7 @@ def test_the_average_follows_the_policy_by_its_share():
 @pytest.mark.parametrize("name", ["gkd", "sdpo"])
 def test_a_killed_run_resumes_bit_for_bit(name, tmp_path, monkeypatch):
     values = values_of_row(name, save_every=1, eval_every=1, teacher_ema=0.5, steps=4, lora_dropout=0.3)
-
-    def run(folder, resume=None):
-        stage = single_stage({**values, "output_dir": str(tmp_path / folder)})
-        run_stage(Console(quiet=True), stage, resume=resume, overwrite=False)
-
-    run("whole")
-    interrupt(monkeypatch, 2, kill)
-    with pytest.raises(Killed):
-        run("killed")
-    run("killed", resume="auto")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert_resumes(values, tmp_path, monkeypatch, step=2)
     assert (tmp_path / "whole" / "teacher").is_dir() == (name == "sdpo")
 
 

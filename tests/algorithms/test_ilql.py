@@ -12,7 +12,7 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.rollout import roll_out
 from rlhf_fast.training import supervised
 from rlhf_fast.training.optim import accumulate
-from tests.training.test_resume import Killed, contents, interrupt, kill
+from tests.training.interruptions import assert_resumes
 from tests.training.tiny_runs import folder, gradients, job_of, values_of, write_jsonl
 
 NUMBERS = {"gamma": 0.9, "tau": 0.8, "cql_scale": 0.3, "awac_scale": 0.7, "awac_beta": 0.5}
@@ -148,15 +148,5 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch):
         save_every=1, eval_every=1, target_every=1, target_share=0.5, lora_dropout=0.3, max_new_tokens=6,
         reward=f"{folder()}/reward.py:score",
     )  # fmt: skip
-
-    def run(name, resume=None):
-        stage = single_stage({**values, "output_dir": str(tmp_path / name)})
-        run_stage(Console(quiet=True), stage, resume=resume, overwrite=False)
-
-    run("whole")
-    interrupt(monkeypatch, 2, kill)
-    with pytest.raises(Killed):
-        run("killed")
-    run("killed", resume="auto")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert_resumes(values, tmp_path, monkeypatch, step=2)
     assert "reward" in read_jsonl(tmp_path / "whole" / "eval.jsonl")[-1]["metrics"]

@@ -12,7 +12,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.training import labels
 from rlhf_fast.training.folder import written_rows
 from tests.rewards.test_judge import Scripted, likes_long_and_first
-from tests.training.test_resume import Killed, contents, interrupt, kill, run
+from tests.training.interruptions import assert_resumes, run
 from tests.training.tiny_runs import folder, job_of, scramble, values_of, write_jsonl
 
 COMPARE = {"form": "compare", "prompt": "Answer 1: {first} Answer 2: {second} tag {tag}"}
@@ -81,15 +81,10 @@ def test_a_reward_orders_answers_and_ties_are_no_pair(tmp_path):
 
 def test_a_pass_labels_every_prompt_once_and_a_resumed_run_writes_the_same(tmp_path, monkeypatch):
     values = label_values(tmp_path, save_every=2)
-    run({**values, "output_dir": str(tmp_path / "whole")})
+    assert_resumes(values, tmp_path, monkeypatch, step=2)
     rows = written_rows(tmp_path / "whole")
     assert sorted({row["tag"] for row in rows}) == list(range(9))
     assert len(read_jsonl(tmp_path / "whole" / "metrics.jsonl")) == 5, "two prompts a step, the last step one"
-    interrupt(monkeypatch, 2, kill)
-    with pytest.raises(Killed):
-        run({**values, "output_dir": str(tmp_path / "killed")})
-    run({**values, "output_dir": str(tmp_path / "killed")}, resume="auto")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert written_rows(tmp_path / "killed") == rows
 
 

@@ -16,7 +16,7 @@ from rlhf_fast.training.checkpoint import load_checkpoint
 from rlhf_fast.training.duels import duels_of, pick_pairs, win_rates
 from rlhf_fast.training.experience import collect, prompts_of_step
 from rlhf_fast.training.optim import accumulate
-from tests.training.test_resume import Killed, contents, interrupt, kill
+from tests.training.interruptions import assert_resumes
 from tests.training.tiny_runs import folder, gradients, job_of, values_of, write_jsonl
 
 REWARDS = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0], [5.0, 5.0, 4.5]])
@@ -189,13 +189,7 @@ def test_spins_reference_is_the_iterate_before(tmp_path):
 @pytest.mark.parametrize("row", ["spin", "nash_md", "sppo_online"])
 def test_a_killed_run_resumes_bit_for_bit(row, tmp_path, monkeypatch):
     values = values_of_row(row, save_every=2, eval_every=1, steps=4, reference_refresh_every=1)
-    run({**values, "output_dir": str(tmp_path / "whole")})
-    killed = {**values, "output_dir": str(tmp_path / "killed")}
-    interrupt(monkeypatch, 2, kill)
-    with pytest.raises(Killed):
-        run(killed)
-    run(killed, resume="auto")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert_resumes(values, tmp_path, monkeypatch, step=2)
 
 
 @pytest.mark.parametrize("row", ["online_dpo", "sppo_online"])

@@ -9,7 +9,7 @@ from rlhf_fast.algorithms.launch import run_stage, single_stage
 from rlhf_fast.data.batches import shuffled_indices
 from rlhf_fast.training import reference_cache
 from rlhf_fast.training.run import read_jsonl
-from tests.training.test_resume import contents
+from tests.training.interruptions import contents
 from tests.training.tiny_runs import config_of, job_of, values_of, write_jsonl
 
 
@@ -100,7 +100,7 @@ def test_what_another_run_kept_is_never_used(change, many_pairs, tmp_path, score
     elif change == "attention":
         job.backbone.model.config._attn_implementation = "eager"
     else:
-        path = tmp_path / "reference_logprobs.pt"
+        path = tmp_path / "reference_logprobs.jsonl"
         path.write_bytes(path.read_bytes()[:100] if change == "cut off" else b"hello")
     references_of_run(job, config, Folder(tmp_path))
     assert [len(pairs) for pairs in scored] == [4]

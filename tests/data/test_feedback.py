@@ -8,7 +8,7 @@ from rlhf_fast.data.feedback import answers, as_read, critiques, forms_of, likes
 from rlhf_fast.data.notes import forget
 from rlhf_fast.data.reading import Row, read_jsonl
 from rlhf_fast.errors import UserError
-from tests.training.test_resume import run
+from tests.training.interruptions import run
 from tests.training.tiny_runs import values_of, write_jsonl
 
 BY = {"annotator": "ann", "time": "2026-11-01T10:00"}

@@ -18,7 +18,7 @@ from rlhf_fast.rewards.cache import Cache
 from rlhf_fast.rewards.endpoint import Endpoint
 from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rewards.speakers import EndpointSpeaker
-from tests.training.test_resume import contents, run
+from tests.training.interruptions import contents, run
 from tests.training.tiny_runs import values_of
 
 

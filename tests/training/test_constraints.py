@@ -16,8 +16,8 @@ from rlhf_fast.rewards import Rewards
 from rlhf_fast.training.constraints import Constraints, student_t_quantile, upper_bound
 from rlhf_fast.training.experience import collect, evaluate_policy, prompts_of_step
 from rlhf_fast.training.on_policy import constrained
+from tests.training.interruptions import assert_resumes, run
 from tests.training.test_experience import trained
-from tests.training.test_resume import Killed, contents, interrupt, kill, run
 from tests.training.tiny_runs import config_of, folder, job_of, save_supple_model, values_of
 
 EVEN = f"{folder()}/reward.py:even"
@@ -147,14 +147,7 @@ def test_a_killed_run_with_costs_and_resampling_resumes_bit_for_bit(tmp_path, mo
         "grpo", cost=f"{folder()}/reward.py:score", cost_limit=1.0, cost_confidence=0.9, cost_window=6, reward=EVEN,
         max_resamples=2, save_every=2, eval_every=1,
     )  # fmt: skip
-    run({**values, "output_dir": str(tmp_path / "whole")})
-    killed = {**values, "output_dir": str(tmp_path / "killed")}
-    interrupt(monkeypatch, 3, kill)
-    with pytest.raises(Killed):
-        run(killed)
-    run(killed, resume="auto")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    metrics = contents(tmp_path / "whole")["metrics.jsonl"]
+    metrics = assert_resumes(values, tmp_path, monkeypatch, step=3)["metrics.jsonl"]
     assert len({row["cost_multiplier"] for row in metrics}) == len(metrics), "the multiplier moves"
     assert sum(row["dropped_groups"] for row in metrics) > 0
 

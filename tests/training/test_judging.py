@@ -9,7 +9,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.training.config import SamplingConfig, merged, parse
 from rlhf_fast.training.judging import lines_of
-from tests.training.test_resume import Killed, contents, interrupt, kill, run
+from tests.training.interruptions import assert_resumes, run
 from tests.training.tiny_runs import config_of, folder, job_of, values_of
 
 LEAST = {"algorithm": "grpo", "model": "m", "data": "d"}
@@ -90,10 +90,4 @@ def test_a_judge_weighs_behind_the_rewards_and_reports_what_it_could_not_read(tm
 def test_a_run_that_a_judge_pays_resumes_bit_for_bit(tmp_path, monkeypatch):
     judge = {**SHORT, "adapter": "policy", "thought_tokens": 3}
     values = values_of("grpo", reward=None, judge=judge, save_every=2, steps=4)
-    run({**values, "output_dir": str(tmp_path / "whole")})
-    killed = {**values, "output_dir": str(tmp_path / "killed")}
-    interrupt(monkeypatch, 2, kill)
-    with pytest.raises(Killed):
-        run(killed)
-    run(killed, resume="auto")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert_resumes(values, tmp_path, monkeypatch, step=2)

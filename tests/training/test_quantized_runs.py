@@ -12,7 +12,7 @@ from rlhf_fast.models.quantized import quantization_state
 from rlhf_fast.training.run import Stopped
 from rlhf_fast.training.setup import build_model
 from tests.algorithms.test_invariants import one_backward
-from tests.training.test_resume import contents, interrupt, run
+from tests.training.interruptions import contents, interrupt, run
 from tests.training.tiny_runs import assert_close, config_of, gradients, job_of, values_of
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install rlhf_fast[quant]")

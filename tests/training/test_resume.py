@@ -1,55 +1,14 @@
 """A run that was stopped or killed inside an epoch and resumed is the uninterrupted run, bit for bit."""
 
 import signal
-from pathlib import Path
 
 import pytest
-from rich.console import Console
-from safetensors.torch import load_file
 
-from rlhf_fast.algorithms.launch import run_stage, single_stage
-from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
-from rlhf_fast.training.run import Run, Stopped
+from rlhf_fast.training.run import Stopped
+from tests.training.interruptions import assert_resumes, contents, interrupt, run, terminate
 from tests.training.tiny_runs import ALGORITHMS, values_of
 from tests.training.tiny_runs import folder as data_folder
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the code under test may catch it."""
-
-
-def run(values, *, resume=None):
-    run_stage(Console(quiet=True), single_stage(values), resume=resume, overwrite=False)
-
-
-def interrupt(monkeypatch, step: int, action) -> None:
-    """Call `action` once, inside the step with this number (from 0)."""
-    log = Run.log
-
-    def logged(self, index, metrics, **rest):
-        log(self, index, metrics, **rest)
-        if index == step:
-            monkeypatch.setattr(Run, "log", log)
-            action()
-
-    monkeypatch.setattr(Run, "log", logged)
-
-
-def kill():
-    raise Killed
-
-
-def contents(folder: Path) -> dict:
-    """All that a run leaves, less the clock: weights bitwise, metrics, samples, evaluations."""
-    found = {str(p.relative_to(folder)): {k: v.tolist() for k, v in load_file(p).items()}
-             for p in folder.rglob("*.safetensors")}  # fmt: skip
-    for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
-        path = folder / name
-        rows = read_jsonl(path)
-        found[name] = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
-    return found
-
 
 SPECIAL = {
     "sft of all weights": values_of("sft", lora_rank=0),
@@ -62,7 +21,7 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(algorithm, tmp_path, monk
     values = SPECIAL[algorithm] if algorithm in SPECIAL else values_of(algorithm)
     run({**values, "output_dir": str(tmp_path / "whole")})
     stopped = {**values, "output_dir": str(tmp_path / "stopped")}
-    interrupt(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+    interrupt(monkeypatch, 2, terminate)
     with pytest.raises(Stopped, match=r"after step 3 of 5.*--resume auto") as info:
         run(stopped)
     assert info.value.exit_code == 128 + signal.SIGTERM
@@ -78,14 +37,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_bit_for_bit(algorithm, tm
         algorithm, save_every=2, eval_every=1, lora_dropout=0.3, data_seed=11, epochs=2.3, warmup_ratio=0.5
     )
     del values["steps"]
-    run({**values, "output_dir": str(tmp_path / "whole")})
-    assert len(contents(tmp_path / "whole")["eval.jsonl"]) > 4
-    killed = {**values, "output_dir": str(tmp_path / "killed")}
-    interrupt(monkeypatch, 3, kill)
-    with pytest.raises(Killed):
-        run(killed)
-    run(killed, resume="auto")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert len(assert_resumes(values, tmp_path, monkeypatch, step=3)["eval.jsonl"]) > 4
 
 
 def test_all_that_ppo_may_carry_from_step_to_step_resumes_bit_for_bit(tmp_path, monkeypatch):
@@ -96,27 +48,13 @@ def test_all_that_ppo_may_carry_from_step_to_step_resumes_bit_for_bit(tmp_path, 
         "best_by": "reward", "eval_every": 1, "save_every": 2, "steps": 3, "learning_rate": 1e-3,
     }  # fmt: skip
     values = values_of("ppo", **changes)
-    run({**values, "output_dir": str(tmp_path / "whole")})
-    killed = {**values, "output_dir": str(tmp_path / "killed")}
-    interrupt(monkeypatch, 2, kill)
-    with pytest.raises(Killed):
-        run(killed)
-    run(killed, resume="auto")
-    found = contents(tmp_path / "killed")
-    assert found == contents(tmp_path / "whole")
+    found = assert_resumes(values, tmp_path, monkeypatch, step=2)
     for place in ("", "critic/", "ema/", "best/"):
         assert f"{place}adapter_model.safetensors" in found
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch):
-    values = values_of("sft")
-    run({**values, "output_dir": str(tmp_path / "whole")})
-    killed = {**values, "output_dir": str(tmp_path / "killed")}
-    interrupt(monkeypatch, 1, kill)
-    with pytest.raises(Killed):
-        run(killed)
-    run(killed, resume="auto")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert_resumes(values_of("sft"), tmp_path, monkeypatch, step=1)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])

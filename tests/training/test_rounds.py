@@ -13,7 +13,7 @@ from rlhf_fast.training.config import read_yaml
 from rlhf_fast.training.entries import FromStage
 from rlhf_fast.training.folder import written_rows
 from rlhf_fast.training.run import Run, Stopped
-from tests.training.test_resume import contents
+from tests.training.interruptions import contents
 from tests.training.test_run import go
 from tests.training.tiny_runs import folder, values_of, write_jsonl
 

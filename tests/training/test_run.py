@@ -15,7 +15,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.training import report
 from rlhf_fast.training.config import read_yaml
 from rlhf_fast.training.run import Run, Stopped, read_jsonl, write_summary
-from tests.training.test_resume import interrupt
+from tests.training.interruptions import interrupt
 from tests.training.tiny_runs import DEVICE, config_of, folder, job_of, values_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -1,0 +1,118 @@
+"""Signals that a run obeys: SIGINT, SIGTERM and SIGHUP end it, SIGUSR1 asks for a checkpoint.
+
+Where a signal can lose nothing it ends the program at once. Inside of a step it waits until `heed` is called, which
+whatever takes long does between its parts: the tokens of a rollout, the micro-batches of a pass. A second signal has
+its default action.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """A signal ends the program. No Exception, because nothing on its way may take it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class _State:
+    """caught: the signal that ends the program, 0 for none. checkpoint: one was asked for. held: inside of a step.
+    ready: whether the step can be left as it is. alone: whether this process decides that by itself."""
+
+    def __init__(self) -> None:
+        self.caught = 0
+        self.checkpoint = False
+        self.held = False
+        self.alone = True
+        self.ready: Callable[[], bool] = lambda: True
+
+
+_state: _State | None = None
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """The signals are heard inside. Those that the program was started to ignore stay ignored, as nohup wants it."""
+    global _state
+    if _state is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _state = state = _State()
+    before = {number: signal.getsignal(number) for number in (*ENDING, signal.SIGUSR1)}
+    heard = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+
+    def put_back() -> None:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        put_back()
+        state.caught = number
+        if not state.held:
+            raise Interrupted(number)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        state.checkpoint = True
+
+    for number in heard:
+        signal.signal(number, ask if number == signal.SIGUSR1 else end)
+    try:
+        yield
+    finally:
+        put_back()
+        _state = None
+
+
+def caught() -> int:
+    """The number of the signal that ends the program; 0 while there is none."""
+    return 0 if _state is None else _state.caught
+
+
+def catch(number: int) -> None:
+    """Take a signal, if any, that another process of the run has caught for one to this process."""
+    if _state is not None and number:
+        _state.caught = number
+
+
+def checkpoint_wanted() -> bool:
+    """Whether a checkpoint was asked for since the last call."""
+    wanted = _state is not None and _state.checkpoint
+    if _state is not None:
+        _state.checkpoint = False
+    return wanted
+
+
+def hold(ready: Callable[[], bool], *, alone: bool = True) -> None:
+    """From here on an ending signal waits for `heed`, and that until ready(). alone: False where this process ends only
+    together with others, in `stop`."""
+    if _state is not None:
+        _state.held, _state.ready, _state.alone = True, ready, alone
+
+
+def release() -> None:
+    """From here on an ending signal ends the program at once, one that waits right now."""
+    if _state is not None:
+        _state.held = False
+        if _state.caught:
+            raise Interrupted(_state.caught)
+
+
+def heed() -> None:
+    """End the program here if a signal asked for it and this process alone decides."""
+    if _state is not None and _state.alone:
+        stop()
+
+
+def stop() -> None:
+    """End the program here if a signal asked for it."""
+    if _state is None or not _state.caught or threading.current_thread() is not threading.main_thread():
+        return
+    if _state.ready():
+        raise Interrupted(_state.caught)

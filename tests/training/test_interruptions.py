@@ -1,0 +1,192 @@
+"""A run that ends inside of a step, by a kill or a signal, goes on from there: it leaves what one leaves that nothing
+disturbs, and what was finished is not done again."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_fast import rollout, signals
+from rlhf_fast.algorithms import preference
+from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.rewards import Rewards
+from rlhf_fast.training import job, kept, on_policy, ranks, supervised
+from rlhf_fast.training.folder import KEPT
+from rlhf_fast.training.run import Run, Stopped
+from tests.training.interruptions import Killed, contents, counted, interrupt, kill, run, terminate
+from tests.training.tiny_runs import values_of
+
+# name -> (what is counted, how often it may be done twice)
+PHASES = {
+    "tokens": ((rollout._Heed, "__call__"), 2),  # those of a chunk
+    "scores": ((Backbone, "score"), 1),
+    "rewards": ((Rewards, "__call__"), 1),
+    "micro_batches": ((ranks, "heed"), 2),  # those of a minibatch
+    "updates": ((on_policy, "update"), 1),
+    "batches": ((supervised, "update"), 1),
+    "references": ((preference, "references_of"), 2),  # a part, and the held-out pairs, which every process scores
+    "evaluations": ((Run, "evaluate"), 1),
+    "savings": ((job, "save_adapter"), 1),
+}
+VALUES = {
+    "ppo": values_of("ppo", steps=2, save_every=1, micro_batch_size=1, rollout_chunk=2, eval_every=1),
+    "sft": values_of("sft", steps=2, save_every=1, micro_batch_size=2, eval_every=1),
+    "dpo": values_of("dpo", steps=2, save_every=1, micro_batch_size=2, eval_every=1),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Of each algorithm what a run leaves that is left alone, and how often everything was done in it."""
+    found = {}
+    for algorithm, values in VALUES.items():
+        folder = tmp_path_factory.mktemp(algorithm)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = watched(patch)
+            run({**values, "output_dir": str(folder)})
+        found[algorithm] = contents(folder), dict(calls)
+    return found
+
+
+def watched(patch):
+    """Counts what is done; of what is done in steps and elsewhere, that in steps."""
+    patch.setattr(kept, "PATIENCE", 0.0)
+    calls = counted(patch, {name: place for name, (place, _) in PHASES.items()})
+    calls.inside = {"tokens", "scores", "rewards", "micro_batches"}
+    for name, inside in (("begin", True), ("end", False)):
+        method = getattr(kept.Kept, name)
+
+        def marked(self, *arguments, method=method, inside=inside):
+            calls.in_step = inside
+            method(self, *arguments)
+
+        patch.setattr(kept.Kept, name, marked)
+    return calls
+
+
+CASES = [
+    *(("ppo", phase, by) for phase in ("tokens", "scores", "micro_batches", "updates") for by in (kill, terminate)),
+    ("ppo", "rewards", kill), ("ppo", "evaluations", terminate), ("ppo", "savings", terminate),
+    ("sft", "micro_batches", terminate), ("sft", "batches", kill), ("sft", "evaluations", kill),
+    ("dpo", "references", kill), ("dpo", "references", terminate), ("dpo", "micro_batches", kill),
+    ("dpo", "evaluations", terminate), ("dpo", "savings", kill),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("algorithm", "phase", "by"), CASES, ids=lambda x: getattr(x, "__name__", x))
+def test_a_run_that_ends_anywhere_goes_on_from_there(algorithm, phase, by, whole, tmp_path, monkeypatch):
+    expected, counts = whole[algorithm]
+    values = {**VALUES[algorithm], "output_dir": str(tmp_path)}
+    calls = watched(monkeypatch)
+    # In the second half: behind the first step, and of what is done once, there.
+    calls.at(phase, counts[phase] // 2 + 1, by)
+    with pytest.raises(Killed if by is kill else Stopped):
+        run(values)
+    first = dict(calls)
+    calls.at("", 0, None)
+    run(values, resume="auto")
+    assert contents(tmp_path) == expected
+    assert not (tmp_path / KEPT).exists()
+    for name, (_, often) in PHASES.items():
+        if name not in ("evaluations", "savings"):
+            twice = first.get(name, 0) + calls[name] - counts.get(name, 0)
+            assert 0 <= twice <= often, f"{name}: {twice} of {counts[name]} were done twice"
+
+
+def test_the_rollouts_of_all_steps_since_the_last_checkpoint_are_kept(whole, tmp_path, monkeypatch):
+    values = {**VALUES["ppo"], "save_every": 50, "output_dir": str(tmp_path)}
+    calls = watched(monkeypatch)
+    calls.at("updates", 7, kill)
+    with pytest.raises(Killed):
+        run(values)
+    calls.at("", 0, None)
+    run(values, resume="auto")
+    assert contents(tmp_path) == whole["ppo"][0]
+    assert not calls.keys() & {"tokens", "scores", "rewards"}
+
+
+@pytest.mark.parametrize("damage", ["cut off", "other bytes", "another run"])
+def test_what_is_damaged_or_of_something_else_is_made_again(damage, whole, tmp_path, monkeypatch):
+    values = {**VALUES["ppo"], "output_dir": str(tmp_path)}
+    calls = watched(monkeypatch)
+    calls.at("updates", 7, kill)
+    with pytest.raises(Killed):
+        run(values)
+    for path in (tmp_path / KEPT).rglob("*.pt"):
+        data = path.read_bytes()
+        path.write_bytes(data[:-9] if damage == "cut off" else data[:-9] + bytes(9))
+        if damage == "another run":
+            kept.write(path, "another", {"value": {}, "random": {}})
+    calls.at("", 0, None)
+    run(values, resume="auto")
+    assert contents(tmp_path) == whole["ppo"][0]
+    assert calls["tokens"] == whole["ppo"][1]["tokens"] // 2
+
+
+def test_a_signal_says_in_one_line_where_it_ended_the_run_and_what_is_saved(tmp_path, monkeypatch):
+    values = {**VALUES["ppo"], "output_dir": str(tmp_path / "run")}
+    calls = watched(monkeypatch)
+    calls.at("tokens", 8, lambda: signal.raise_signal(signal.SIGHUP))
+    saved = "saved: the checkpoint of step 1 and what was made in it; the same command with --resume auto continues"
+    with pytest.raises(Stopped, match=f"^stopped in step 2 of 2 by SIGHUP; {saved}$") as info:
+        run(values)
+    assert info.value.exit_code == 128 + signal.SIGHUP
+    assert calls["tokens"] == 8, "not one token more"
+
+
+def test_sigusr1_saves_a_checkpoint_and_the_run_goes_on(whole, tmp_path, monkeypatch, capsys):
+    values = {**VALUES["sft"], "save_every": 50, "output_dir": str(tmp_path)}
+    saved, save = [], Run._save
+
+    def noted(self, state):
+        saved.append(self._done)
+        save(self, state)
+
+    monkeypatch.setattr(Run, "_save", noted)
+    interrupt(monkeypatch, 0, lambda: signal.raise_signal(signal.SIGUSR1))
+    run(values)
+    assert saved == [1, 2]
+    assert "SIGUSR1: the checkpoint of step 1 is saved" in capsys.readouterr().err
+    assert contents(tmp_path) == whole["sft"][0]
+
+
+def test_a_checkpoint_is_saved_when_so_many_minutes_have_passed(tmp_path):
+    run({**VALUES["sft"], "steps": 3, "save_every": 50, "save_minutes": 1e-6, "output_dir": str(tmp_path / "often")})
+    assert sorted(path.name for path in (tmp_path / "often/checkpoints").iterdir()) == ["step-2", "step-3"]
+    run({**VALUES["sft"], "steps": 3, "save_every": 50, "save_minutes": 60, "output_dir": str(tmp_path / "rarely")})
+    assert sorted(path.name for path in (tmp_path / "rarely/checkpoints").iterdir()) == ["step-3"]
+
+
+def test_the_second_signal_has_its_default_action():
+    with signals.listening():
+        signals.hold(lambda: True)
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_waits_until_a_step_can_be_left():
+    ready = False
+    with signals.listening():
+        signals.hold(lambda: ready)
+        signal.raise_signal(signal.SIGTERM)
+        signals.heed()
+        ready = True
+        with pytest.raises(signals.Interrupted, match="SIGTERM"):
+            signals.heed()
+
+
+def test_a_signal_that_the_program_was_started_to_ignore_stays_ignored():
+    """As nohup wants it."""
+    code = (
+        "import os, signal\nfrom rlhf_fast import signals\n"
+        "with signals.listening():\n    os.kill(os.getpid(), signal.SIGHUP)\nprint('alive')"
+    )
+    ignoring = subprocess.run(
+        [sys.executable, "-c", code], preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        capture_output=True, text=True, env=os.environ,
+    )  # fmt: skip
+    assert ignoring.stdout == "alive\n", ignoring.stderr
