@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from rlhf_fast import signals
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import worker_main
 from rlhf_fast.rewards.worker_main import IDS
@@ -186,6 +187,7 @@ class Worker:
         assert self._process is not None
         end = math.inf if timeout is None else time.monotonic() + timeout
         while (left := end - time.monotonic()) > 0:
+            signals.heed()
             if self._process.connection.poll(min(left, LOOK)):
                 return True
             if self._process.popen.poll() is not None and not self._process.connection.poll(0):

@@ -222,8 +222,8 @@ def copied(value: Any) -> Any:
 
 
 def write(path: Path, key: str, value: Any) -> None:
-    """A file with a checksum; a kill leaves all of it or nothing. Nobody waits for the disk: what a power loss damages is
-    made again."""
+    """A file with a checksum; a kill leaves all of it or nothing, and what a power loss damages is made again: nobody
+    waits for the disk."""
     data = io.BytesIO()
     torch.save({"key": key, "value": value}, data)
     path.parent.mkdir(parents=True, exist_ok=True)
