@@ -15,7 +15,7 @@ import torch
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.functions import begun, call, load_function
 from rlhf_fast.rewards.worker import Worker
-from tests.training.test_resume import contents, run
+from tests.training.interruptions import contents, run
 from tests.training.tiny_runs import values_of
 
 COMPLETIONS = ["a", "bb"]
