@@ -131,6 +131,9 @@ class Exchanges:
 
     def _exchange(self, row: Row, prompt: Text, completions: list[Any], *, earlier: bool = False) -> Exchange:
         """Text stays text, unless the prompt, a completion or `chat` makes it a conversation."""
+        strange = next((x for x in (prompt, *completions) if not isinstance(x, str | list)), None)
+        if strange is not None:
+            raise UserError(f"{row.where}: a prompt or completion is text or a list of messages, got {shown(strange)}")
         listed = isinstance(prompt, list) or any(isinstance(c, list) for c in completions)
         wrapped = self.chat is True and isinstance(prompt, str) and bool(prompt)
         if not listed and not (wrapped and not self.template.has_rendered(str(prompt))):

@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from rlhf_fast.errors import UserError, refusing
+from rlhf_fast.errors import UserError, refusing, short
 from rlhf_fast.models.quantized import is_quantized, quantization_state
 
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2")
@@ -60,6 +67,7 @@ def load_model(
             place, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True,
             trust_remote_code=trust_remote_code, **options,
         )  # fmt: skip
+        _check_stops(loaded[0].generation_config)
     model, report = loaded
     model.base_commit = _commit(place, revision)
     absent = [*report["missing_keys"], *report["mismatched_keys"]]
@@ -67,6 +75,13 @@ def load_model(
         raise UserError(f"model {path} lacks {len(absent)} of its weights, such as {absent[0]}")
     check_finite(model, f"model {path}")
     return model.to(device).eval()
+
+
+def _check_stops(config: GenerationConfig | None) -> None:
+    stops = getattr(config, "eos_token_id", None)
+    for stop in stops if isinstance(stops, list) else [stops]:
+        if stop is not None and (isinstance(stop, bool) or not isinstance(stop, int)):
+            raise ValueError(f"eos_token_id of its generation config is {short(stop)}, not the id of a token")
 
 
 def _check_depth(config: PretrainedConfig) -> None:

@@ -268,3 +268,8 @@ def test_a_special_token_without_an_id_is_none():
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = ""
     assert encoder(tokenizer=tokenizer).completion(row(prompt="ab", completion="c")).ids[-2:] == [99, EOS]
+
+
+def test_a_completion_is_text_or_messages():
+    with pytest.raises(UserError, match=r"a\.jsonl:7: a prompt or completion is text or a list of messages, got int 5"):
+        encoder().answers(row(prompt="ab", completions=["a", 5]))

@@ -129,9 +129,18 @@ def test_a_buffer_may_be_infinite_and_is_no_nan():
         check_finite(model, "model m")
 
 
+def test_a_generation_config_that_stops_at_no_token_is_refused(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, "x"]}')
+    with pytest.raises(UserError, match="eos_token_id of its generation config is 'x', not the id of a token"):
+        load_model(folder, dtype=torch.float32)
+
+
 def test_more_layers_than_any_model_has_are_not_made(folder):
     edit_config(folder, num_hidden_layers=1 << 31)
-    with pytest.raises(UserError, match="its config has num_hidden_layers 2147483648, and more than 4096 are not made"):
+    with pytest.raises(
+        UserError,
+        match="cannot be loaded: its config has num_hidden_layers 2147483648, and more than 4096 are not made",
+    ):
         load_model(folder, dtype=torch.float32)
 
 
