@@ -228,12 +228,13 @@ def test_weights_that_another_module_uses_are_not_merged():
 
 CONVERTER = """
 import pathlib, sys
-model, flag, out = sys.argv[1:]
-assert flag == "--outfile"
+model, *flags = sys.argv[1:]
+(_, out), (_, kind) = options = list(zip(flags[::2], flags[1::2], strict=True))
+assert [name for name, _ in options] == ["--outfile", "--outtype"] and kind in ("f32", "f16")
 assert (pathlib.Path(model) / "config.json").is_file() and (pathlib.Path(model) / "tokenizer.json").is_file()
 if pathlib.Path(__file__).with_name("broken").exists():
     sys.exit("unknown pre-tokenizer")
-pathlib.Path(out).write_bytes(b"GGUF" + (pathlib.Path(model) / "model.safetensors").read_bytes())
+pathlib.Path(out).write_bytes(kind.encode() + (pathlib.Path(model) / "model.safetensors").read_bytes())
 """
 
 
@@ -256,8 +257,10 @@ def test_gguf_is_what_the_converter_makes_of_the_merged_model(run, tmp_path, mon
     assert invoke(*words).exit_code == 0
     assert invoke("export", run, "--to", "merged", "--out", tmp_path / "merged").exit_code == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
-    expected = b"GGUF" + (tmp_path / "merged" / "model.safetensors").read_bytes()
+    expected = b"f32" + (tmp_path / "merged" / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "model.gguf").read_bytes() == expected
+    assert invoke(*words[:-1], tmp_path / "half", "--dtype", "float16").exit_code == 0
+    assert (tmp_path / "half" / "model.gguf").read_bytes().startswith(b"f16")
 
 
 def deltas(path: Path) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from rlhf_fast.models.peft_io import base_of, load_adapter, save_adapter
 FORMATS = ("peft", "merged", "gguf")
 DTYPES = ("float32", "bfloat16", "float16")
 CONVERTER = "convert_hf_to_gguf.py"
+OUTTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}  # the converter's names
 
 
 def export(run: str, to: str, out: str, dtype: str | None = None, *, trust_remote_code: bool = False) -> str:
@@ -47,7 +48,7 @@ def export(run: str, to: str, out: str, dtype: str | None = None, *, trust_remot
             return f"{folder}: {write_merged(opened, folder, type_)}"
         with tempfile.TemporaryDirectory(dir=folder) as merged:
             said = write_merged(opened, Path(merged), type_)
-            convert(converter, Path(merged), folder / "model.gguf")
+            convert(converter, Path(merged), folder / "model.gguf", OUTTYPES[type_])
         return f"{folder / 'model.gguf'}: {said}"
     except UserError:
         shutil.rmtree(folder)
@@ -81,9 +82,9 @@ def find_converter() -> Path:
     return Path(found)
 
 
-def convert(converter: Path, model: Path, out: Path) -> None:
+def convert(converter: Path, model: Path, out: Path, outtype: str) -> None:
     """Raises UserError with the converter's last line where it fails."""
-    command = [sys.executable, str(converter), str(model), "--outfile", str(out)]
+    command = [sys.executable, str(converter), str(model), "--outfile", str(out), "--outtype", outtype]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode or not out.is_file():
         said = (result.stderr or result.stdout).strip().splitlines() or ["nothing was said"]
