@@ -1,7 +1,7 @@
 """python -m tests.attack: attacks small runs, and writes how many survived.
 
 python -m tests.attack --out benchmarks/results/reliability.json             all cases of all rows: hours
-python -m tests.attack --count 20 --row "crash points" --seed 3              a sample of some
+python -m tests.attack --count 20 --row "crash points, sft" --seed 3              a sample of some
 """
 
 from __future__ import annotations

@@ -130,11 +130,14 @@ def killed_at(algorithm: str, flag: str, at: int, place: Path) -> str | None:
     return recovers(algorithm, place)
 
 
-@row("crash points", "`--resume auto` ends with the bits of an uninterrupted run, and `--overwrite` takes the folder")
-def crash_points() -> Cases:
-    for algorithm in ALGORITHMS:
-        for flag in STARTS:
-            yield from crash_points_of(algorithm, flag)
+def crash_points(algorithm: str) -> Cases:
+    for flag in STARTS:
+        yield from crash_points_of(algorithm, flag)
+
+
+RECOVERED = "`--resume auto` ends with the bits of an uninterrupted run, and `--overwrite` takes the folder"
+for name in ALGORITHMS:
+    row(f"crash points, {name}", RECOVERED)(partial(crash_points, name))
 
 
 def crash_points_of(algorithm: str, flag: str) -> Cases:
@@ -165,7 +168,7 @@ def seconds_of(algorithm: str) -> float:
     return max(1.0, 1.5 * (os.stat(whole(algorithm) / "curves.png").st_mtime - start) + 1.0)
 
 
-@row("kills at random times", "as of crash points")
+@row("kills at random times", RECOVERED)
 def kills() -> Cases:
     draw = random.Random(0)
     for number in range(1000):
@@ -179,7 +182,7 @@ def refused_at(algorithm: str, flag: str, why: str, at: int, place: Path) -> str
     return recovers(algorithm, place) if ended.is_said else ended.last
 
 
-@row("writes that the system refuses", "one line; then as of crash points")
+@row("writes that the system refuses", f"one line; then {RECOVERED}")
 def refusals() -> Cases:
     """A disk that is full, read-only or gone from one effect on."""
     for algorithm in ("sft", "grpo"):
