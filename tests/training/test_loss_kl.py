@@ -83,11 +83,11 @@ def test_the_rest_of_the_loss_is_what_it_is_without_it():
 @pytest.mark.parametrize("variant", ["exact", "exact_forward"])
 def test_it_pulls_the_policy_back_to_its_reference(variant, tmp_path):
     (tmp_path / "flat.py").write_text("def score(completions):\n    return [0.0] * len(completions)\n")
-    changes = {"reward": f"{tmp_path}/flat.py:score", "reference_refresh_every": None, "batch_size": 8}
+    changes = {"reward": f"{tmp_path}/flat.py:score", "reference_refresh_every": None, "batch_size": 16}
     objective = {"kl_coef": 1.0, "kl_variant": variant}
-    _, metrics = trained("grpo", 12, objective=objective, **changes)
+    _, metrics = trained("grpo", 24, objective=objective, learning_rate=0.01, **changes)
     assert metrics[0]["kl_to_ref"] > 0.05
-    last = sum(row["kl_to_ref"] for row in metrics[-3:]) / 3  # eight completions leave noise
+    last = sum(row["kl_to_ref"] for row in metrics[-3:]) / 3  # sixteen completions leave noise
     assert last < 0.5 * metrics[0]["kl_to_ref"]
 
 
