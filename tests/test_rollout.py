@@ -122,6 +122,31 @@ def test_a_row_is_sampled_alike_alone_and_among_others(rule, backbone, tokenizer
     assert sample(0, 1, 2, 3, rows_per_pass=1) == whole
 
 
+def test_chunks_are_the_rollout_and_a_kept_one_is_not_sampled_again(backbone, tokenizer):
+    """Rows end at different places, and leave; a reader of what was kept needs no model."""
+    asked, made = prompts("a", "longer", "bc", "d", "ef", "ghi"), []
+
+    def sample(**options):
+        torch.manual_seed(5)
+        return roll_out(backbone, tokenizer, asked, max_new_tokens=40, keep_logprobs=True, temperature=1.5, **options)
+
+    def keep(what, make):
+        made.append(make())
+        return made[-1]
+
+    whole, chunks = sample(), sample(chunk=3, keep=keep)
+    assert len(set(whole.batch.counts.tolist())) > 1
+    assert chunks.completion_ids() == whole.completion_ids()
+    assert chunks.finished.tolist() == whole.finished.tolist()
+    torch.testing.assert_close(chunks.sampler.logprobs, whole.sampler.logprobs, rtol=1e-4, atol=1e-5)
+    assert len(made) > 1
+    assert all(part["tokens"].shape[1] <= 3 for part in made)
+    kept, backbone.model.generate = iter(made), None
+    again = sample(chunk=3, keep=lambda what, make: next(kept))
+    assert again.completion_ids() == chunks.completion_ids()
+    assert torch.equal(again.sampler.logprobs, chunks.sampler.logprobs)
+
+
 def test_passes_of_few_rows_keep_the_order(backbone, tokenizer):
     texts = ["a", "bb", "ccc", "d", "e"]
     whole = roll_out(backbone, tokenizer, prompts(*texts), max_new_tokens=3, temperature=1e-4)
