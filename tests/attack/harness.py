@@ -24,7 +24,7 @@ import safetensors.torch
 
 from rlhf_fast.cli import app
 from rlhf_fast.training.folder import LOCK
-from tests.training.test_resume import contents
+from tests.training.interruptions import contents
 
 EFFECTS = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 KILLED = 137

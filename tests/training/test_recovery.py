@@ -19,7 +19,7 @@ from rlhf_fast.training import inputs
 from rlhf_fast.training.files import WriteError, append_record, cut_records, replace_file, writing
 from rlhf_fast.training.inputs import check_inputs, hashes
 from rlhf_fast.training.run import Run
-from tests.training.test_resume import Killed, contents, interrupt, kill, run
+from tests.training.interruptions import Killed, contents, interrupt, kill, run
 from tests.training.tiny_runs import folder, values_of
 
 RECORD = '{"step": %d, "text": "üb\u2028er"}\n'
