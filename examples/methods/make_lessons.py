@@ -2,7 +2,7 @@
 
 Lessons: what a tiny model has to know before sdpo and constitutional can do anything for it, which are what a sentence
 that succeeded is shown for, and to criticise and revise. Bad pairs: both answers are no better than the model's own,
-for apo_down. Rated: answers of one short word, for ilql, whose values go back by a token per update.
+for apo_down. Rated: answers of one short word, for ilql, whose first letter decides what it is paid.
 """
 
 import json
@@ -49,9 +49,9 @@ def bad_pairs(rng: random.Random, prompt: str) -> list[Row]:
 
 def rated(rng: random.Random, prompt: str) -> list[Row]:
     """Of the short prompts, every short word with what it is paid."""
-    words = {"good": 1.0, "fine": 1.0, "nice": 1.0, "great": 1.0, "bad": -1.0, "sad": -1.0, "dull": -1.0, "ugly": -1.0}
+    words = {"good": 1.0, "fine": 1.0, "nice": 1.0, "bad": -1.0, "sad": -1.0, "ugly": -1.0}
     return [
-        {"prompt": prompt, "completion": f" {word}.", "rating": rating}
+        {"prompt": prompt, "completion": f" {word}", "rating": rating}
         for word, rating in words.items()
         if prompt.startswith(("The ", "Our "))
     ]

@@ -101,7 +101,8 @@ def rounds(tmp_path):
     (tmp_path / "late.jsonl").write_text("")
     keys = {key: values_of("dpo")[key] for key in ("device", "batch_size", "learning_rate", "lora_rank", "seed")}
     label = {"algorithm": "label", "model": {"from": "dpo", "first": str(folder() / "model")}, "reward": gold,
-             "data": str(folder() / "prompts.jsonl"), "write": "pairs", "steps": 2}  # fmt: skip
+             "data": str(folder() / "prompts.jsonl"), "write": "pairs", "steps": 2, "num_generations": 4,
+             "batch_size": 8}  # fmt: skip
     dpo = {"algorithm": "dpo", "model": {"from": "dpo", "first": str(folder() / "model")}, "steps": 2, "reward": gold,
            "data": [str(tmp_path / "late.jsonl"), {"from": "label", "rounds": "all"}],
            "eval_data": str(tmp_path / "held_out.jsonl")}  # fmt: skip

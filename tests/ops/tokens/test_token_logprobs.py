@@ -522,7 +522,7 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 
 @pytest.mark.parametrize(
     ("op", "built", "expected"),
-    [("token_logprobs", True, "cuda"), ("token_logprobs", False, "triton"), ("whiten", True, "triton")],
+    [("gae", True, "cuda"), ("gae", False, "triton"), ("token_logprobs", True, "triton")],
 )
 def test_a_gpu_takes_the_faster_backend_of_those_that_are_built(monkeypatch, op, built, expected):
     def why_not(op, impls, device, name):
