@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.clock import clock_for
 from benchmarks.costs import Work, work
 from benchmarks.machine import machine
+from rlhf_fast.errors import first_line
 from rlhf_fast.testing.memory import peak_bytes
 from rlhf_fast.testing.numerics import assert_contract
 
@@ -158,7 +159,7 @@ def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:
         except (RuntimeError, ImportError) as error:  # of a peer: memory, what it does not support, or imports late
             if name in case.contenders:
                 raise
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            failed[name] = f"{type(error).__name__}: {first_line(error)}"
             continue
         errors[name] = max((r.double() - o).abs().max().item() for r, o in zip(results, oracle, strict=True))
         if name in case.contenders:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.errors import first_line
 from rlhf_fast.testing.stand_ins import stand_ins
 
 PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl", "openrlhf", "torchrl", "torchtune")
@@ -45,7 +46,7 @@ def loaded(job: str) -> tuple[dict[str, Function], dict[str, str]]:
         try:
             functions[name] = load()
         except ImportError as error:
-            reasons[name] = str(error).splitlines()[0]
+            reasons[name] = first_line(error)
     return functions, reasons
 
 

@@ -30,6 +30,7 @@ from benchmarks.cases.sizes import GPU, Sizes, backends_of, normal
 from benchmarks.clock import clock_for
 from benchmarks.costs import Work, floor_seconds
 from benchmarks.harness import Case, limits
+from rlhf_fast.errors import first_line
 
 SMALL = Sizes(N=64, V=512, D=32, B=8, T=64, packed=0, dtype=torch.float32)
 REPEATS = 7
@@ -220,7 +221,7 @@ def main(words: list[str] | None = None) -> int:
             journal.write(**measured(fact, asked.device, best))
         except (RuntimeError, NotImplementedError) as error:  # the next fact may be there
             failed = True
-            journal.write(fact=fact.name, error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            journal.write(fact=fact.name, error=f"{type(error).__name__}: {first_line(error)[:200]}")
             traceback.print_exc(limit=-3)
         if gpu:
             torch.cuda.empty_cache()

@@ -27,9 +27,12 @@ def refusing(what: str) -> Iterator[None]:
     """For reading what somebody else wrote by somebody else's code, which may raise anything: that is a UserError."""
     try:
         yield
-    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except UserError:
         raise
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:
+        # A panic of a library in Rust is no Exception; what else is none, a signal, is no fault of what is read.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         text = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in text:
             text = "it has code of its own, which is run with trust_remote_code: true only"

@@ -28,7 +28,7 @@ from transformers import (
 from rlhf_fast import signals
 from rlhf_fast.data.batches import Batch, pad_batch
 from rlhf_fast.data.encoding import Example, Prompt, pad_id
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import embedding_rows
 from rlhf_fast.ops.tokens.sample_tokens import sample_tokens
@@ -226,8 +226,7 @@ def check_sampler(
     except UserError:
         raise
     except Exception as error:  # whatever the code of an architecture may raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{type(backbone.model).__name__} cannot generate: {reason}") from error
+        raise UserError(f"{type(backbone.model).__name__} cannot generate: {first_line(error)}") from error
     scores = torch.stack(output.scores, dim=1)  # (B, N, V)
     tokens = output.sequences[:, -scores.shape[1] :]
     sampled = scores.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.models.architecture import logit_transforms
 from rlhf_fast.models.quantized import is_quantized
 
@@ -75,7 +75,7 @@ def check_logits(backbone: Backbone) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever the code of an architecture may raise
-        raise unsupported(model, f"it fails on text alone: {_first_line(error)}") from error
+        raise unsupported(model, f"it fails on text alone: {first_line(error)}") from error
     if not difference <= bound:
         raise unsupported(model, f"its log-probabilities differ from those of its head by {difference:.3g} nats")
     real = TOKENS - PADDING - 1
@@ -184,7 +184,7 @@ def why_not_shared(backbone: Backbone) -> str | None:
             if not difference <= bound:
                 return f"its hidden states would differ by {difference:.3g}"
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
-        return f"it takes no mask for every two tokens: {_first_line(error)}"
+        return f"it takes no mask for every two tokens: {first_line(error)}"
     return None
 
 
@@ -225,7 +225,3 @@ def _why_not(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 def unsupported(model: PreTrainedModel, reason: str) -> UserError:
     return UserError(f"unsupported architecture {type(model).__name__}: {reason}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -19,7 +19,7 @@ from rlhf_fast.data.notes import say, tell
 from rlhf_fast.data.reading import Row
 from rlhf_fast.data.rows import View, facts_of, joined, picked, prepared
 from rlhf_fast.data.sources import read_rows
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import attention_for, embedding_rows, load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter
@@ -375,7 +375,7 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {name!r} cannot be used: {first_line(error)}") from None
     return device
 
 
