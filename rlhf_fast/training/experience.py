@@ -17,7 +17,7 @@ from rlhf_fast.data.encoding import Prompt
 from rlhf_fast.models.backbone import Scores
 from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
 from rlhf_fast.rewards import Judged, Payment, Rewards
-from rlhf_fast.rollout import Drawing, Rollout, SamplerView, agreement, roll_out, token_that_ends
+from rlhf_fast.rollout import Drawing, Rollout, agreement, roll_out, token_that_ends
 from rlhf_fast.training import ranks as processes
 from rlhf_fast.training.config import RolloutConfig, SamplingConfig
 from rlhf_fast.training.job import Job, random_state, seed_everything, set_random_state
@@ -288,7 +288,7 @@ def sampler_gap(job: Job, config: SamplingConfig, rollout: Rollout) -> dict[str,
     assert rollout.sampler is not None
     shortest = torch.tensor([len(p.ids) for p in rollout.prompts]).argsort(stable=True)
     rows = shortest[: config.micro_batch_size or len(shortest)]
-    sampler = SamplerView(rollout.sampler.logprobs[rows], rollout.sampler.spread)
+    sampler = replace(rollout.sampler, logprobs=rollout.sampler.logprobs[rows], drawn=rollout.sampler.drawn[rows])
     comparison = agreement(job.backbone, rollout.batch.rows(rows), sampler, config.temperature)
     return {"sampler_gap": comparison.gap, "sampler_gap_limit": comparison.bar}
 

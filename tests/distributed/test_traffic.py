@@ -17,11 +17,12 @@ from benchmarks.scale import (
     scale_bytes,
     whole_rollout_bytes,
 )
-from rlhf_fast import rollout
-from rlhf_fast.data.encoding import Prompt
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.sharding import Shards
+from rlhf_fast.rollout.drawing import Drawing
+from rlhf_fast.rollout.engines import sample_rows
+from rlhf_fast.rollout.rows import Row
 from rlhf_fast.training import ranks
 from tests.models.tiny_models import VOCAB, add_roles, make_batch, make_model
 
@@ -102,14 +103,12 @@ def count_rollout(whole_rollouts, tokens):
     with ranks.processes():
         shards = Shards(ranks.world(), torch.device("cpu"), whole_rollouts=whole_rollouts)
         backbone = Backbone(make_model("llama"), shards)
-        prompts = [Prompt("a", [3, 4, 5], {}, "a row")]
-        backbone.model.generation_config.eos_token_id = None
+        own = tokens - 2 * ranks.rank()
 
         def sample():
-            return rollout._generate(
-                backbone, [p.ids for p in prompts],
-                rollout.GenerationConfig(max_new_tokens=tokens - 2 * ranks.rank(), do_sample=True, pad_token_id=0),
-            )  # fmt: skip
+            with backbone.sampling() as in_step:
+                rows = [Row(0, [3, 4, 5], 0, own)]
+                sample_rows(backbone, Drawing([None], 1.0, 0, 1.0), rows, own, stops=(), pad=0, in_step=in_step)
 
         return Traffic().of(sample)[0]
 

@@ -11,6 +11,7 @@ from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.functions import call, check_rows, load_function
 from rlhf_fast.rewards.one_by_one import OneByOne
+from rlhf_fast.rollout.decoder import Decoder
 from rlhf_fast.training.experience import collect, prompts_of_step
 from rlhf_fast.training.job import seed_everything
 from tests.training.test_experience import trained
@@ -144,18 +145,17 @@ def test_finished_rows_are_judged_while_others_are_generated(as_cost, tmp_path, 
     def seen():
         return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
 
-    generate = type(job.backbone.model).generate
+    run = Decoder.run
 
-    def generated(self, **options):
-        ids = generate(self, **options)
-        finished = int((ids[:, options["input_ids"].shape[1] :] == eos).any(1).sum())
+    def generated(self, rows, tokens):
+        run(self, rows, tokens)
+        finished = sum(row.tokens[-1] == eos for row in rows)
         until = time.monotonic() + 5  # generation has not returned yet: the other thread may be slow
         while len(seen()) < finished and time.monotonic() < until:
             time.sleep(0.001)
         early.extend(seen())
-        return ids
 
-    monkeypatch.setattr(type(job.backbone.model), "generate", generated)
+    monkeypatch.setattr(Decoder, "run", generated)
     seed_everything(0)
     place.unlink()  # of the trial before the run
     rollout = collect(job, config, prompts_of_step(job, config, 0)).rollout

@@ -29,6 +29,7 @@ from rlhf_fast.models.classifier import classify
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rollout import roll_out
 from tests.data.chat import TEMPLATES, tokenizer_of
+from tests.rollout.script import Script
 
 USER = {"role": "user", "content": "What is the weather?"}
 PREFILL = {"role": "assistant", "content": "It is"}
@@ -86,11 +87,7 @@ def answered(backbone: Backbone, tokenizer, prompt: Prompt, answer: str, *, clos
     if not closed:
         written = written[: -1 - prompt.turn_end.ids.index(prompt.turn_end.stop)]
 
-    def generate(input_ids, attention_mask, generation_config, **others):
-        return torch.cat([input_ids, torch.tensor([written])], dim=1)
-
-    backbone.model.generate = generate
-    rollout = roll_out(backbone, tokenizer, [prompt], max_new_tokens=len(written))
+    rollout = roll_out(backbone, tokenizer, [prompt], max_new_tokens=len(written), drawing=Script(written))
     assert rollout.finished.item() == closed
     return rollout.batch, rollout.completions[0]
 

@@ -6,10 +6,11 @@ from itertools import cycle
 
 import pytest
 
-from rlhf_fast import rollout, signals
+from rlhf_fast import signals
 from rlhf_fast.algorithms import preference
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.rewards import Rewards
+from rlhf_fast.rollout.decoder import Decoder
 from rlhf_fast.training import job, kept, on_policy, ranks, supervised
 from rlhf_fast.training.folder import KEPT
 from rlhf_fast.training.run import Run, Stopped
@@ -18,7 +19,7 @@ from tests.training.tiny_runs import values_of
 
 # name -> (what is counted, how often it may be done twice)
 PHASES = {
-    "tokens": ((rollout._Heed, "__call__"), 2),  # those of a chunk
+    "tokens": ((Decoder, "_forward"), 2),  # those of a chunk
     "scores": ((Backbone, "score"), 1),
     "rewards": ((Rewards, "__call__"), 1),
     "micro_batches": ((ranks, "heed"), 1),  # of PPO, those of a minibatch

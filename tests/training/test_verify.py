@@ -10,6 +10,7 @@ from rlhf_fast.algorithms.launch import single_stage
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.tiny import tiny
 from rlhf_fast.rewards import Verifier
+from rlhf_fast.rollout.decoder import Decoder
 from rlhf_fast.training.config import parse_overrides
 from rlhf_fast.training.entries import VerifyConfig
 from rlhf_fast.training.experience import collect, evaluate_policy, prompts_of_step
@@ -90,12 +91,12 @@ def test_finished_rows_are_judged_while_others_are_generated(monkeypatch):
         lambda module, inputs, logits: logits + 5.0 * (torch.arange(logits.shape[-1]) == eos)
     )
     generating, begun = [], []
-    generate, submit = type(job.backbone.model).generate, Verifier.submit
+    run, submit = Decoder.run, Verifier.submit
 
-    def generated(self, **options):
+    def generated(self, *arguments):
         generating.append(True)
         try:
-            return generate(self, **options)
+            run(self, *arguments)
         finally:
             generating.clear()
 
@@ -103,7 +104,7 @@ def test_finished_rows_are_judged_while_others_are_generated(monkeypatch):
         begun.append((completion, bool(generating)))
         return submit(self, completion, columns)
 
-    monkeypatch.setattr(type(job.backbone.model), "generate", generated)
+    monkeypatch.setattr(Decoder, "run", generated)
     monkeypatch.setattr(Verifier, "submit", submitted)
     seed_everything(0)
     rollout = collect(job, config, prompts_of_step(job, config, 0)).rollout
