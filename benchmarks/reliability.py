@@ -14,7 +14,7 @@ def table(results: dict[str, Any]) -> str:
     failed = [
         f"- {name}: {case}: {why}" for name, row in results["rows"].items() for case, why in row["failed"].items()
     ]
-    commits = ", ".join(sorted({str(row["commit"])[:7] for row in results["rows"].values()}))
+    commits = ", ".join(sorted({commit[:7] for row in results["rows"].values() for commit in row["commits"]}))
     machine = results["machine"]
     origin = f"{machine['cpu']}; torch {machine['torch']}; commit {commits}; `make attack`, cases drawn by a seed."
     return "\n".join([*lines, "", origin, *(["", "What did not:", "", *failed] if failed else [])]) + "\n"

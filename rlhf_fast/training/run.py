@@ -107,6 +107,8 @@ class Run:
         self.writer = _tensorboard(self.folder, self.start) if reports else None
         self.self_test: SelfTest | None = None  # of a run from its first step, until it is finished
         self.kept = Kept(job, self.folder)
+        with writing(self.whole):
+            self.kept.forget(self.start)  # where a kill came between the checkpoint and that
         self._done, self._in_step = self.start, False
         self._tracked = ""  # what `track` is at
         self._unwritten: WriteError | None = None  # the first record of a step that the system refused

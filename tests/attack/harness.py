@@ -1,21 +1,24 @@
 """Runs that are killed, refused and raced: each in a forked process, so that nothing is imported twice.
 
-A command of the line runs in a child as it would by itself. Before each of its effects on the file system below one
-folder something can be done to it: `Fault` counts the effects, and kills, or refuses, at one of them.
+A command of the line runs in a child as it would by itself, less what has no bearing on the folder (`_stand_ins`).
+Before each of its effects on the file system below one folder something can be done to it: `Fault` counts the effects,
+and kills, or refuses, at one of them; `Snapshots` copies what kills at any of them would leave.
 """
 
 from __future__ import annotations
 
 import builtins
 import errno
+import hashlib
 import io
+import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +26,15 @@ from typing import Any, NamedTuple
 import safetensors.torch
 
 from rlhf_fast.cli import app
+from rlhf_fast.models import peft_io
+from rlhf_fast.training import kept, report
+from rlhf_fast.training.files import replaced
 from rlhf_fast.training.folder import LOCK
 from tests.training.interruptions import contents
 
 EFFECTS = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 KILLED = 137
+LIMIT = 120.0  # seconds in which a command ends
 
 
 class Outcome(NamedTuple):
@@ -61,21 +68,31 @@ class Fault:
     seen: list[str] = field(default_factory=list)
     listed: Path | None = None
 
-    def effect(self, name: str, path: Any, half: Callable[[], object] | None = None) -> None:
-        """To be called before each effect. half: does a part of it."""
+    def effect(self, name: str, path: Any, half: Callable[[], object] | None = None) -> bool:
+        """To be called before each effect. half: does a part of it. Whether that was called, and the rest is to do."""
         try:
-            real = os.path.realpath(os.fspath(path))
+            real = Path(os.fsdecode(os.path.realpath(os.fspath(path))))
         except TypeError:  # a descriptor
-            return
-        if not Path(os.fsdecode(real)).is_relative_to(self.folder.resolve()):
-            return
-        self.seen.append(f"{name} {Path(os.fsdecode(real)).relative_to(self.folder.resolve())}")
+            return False
+        if not real.is_relative_to(self.folder.resolve()):
+            return False
+        self.seen.append(f"{name} {real.relative_to(self.folder.resolve())}")
+        return self.happens(real, half)
+
+    def happens(self, path: Path, half: Callable[[], object] | None) -> bool:
+        """What is done at the effect that was just counted."""
         if self.error and 0 < self.at <= len(self.seen):
-            raise OSError(self.error, os.strerror(self.error), os.fsdecode(real))
+            raise OSError(self.error, os.strerror(self.error), str(path))
         if len(self.seen) == self.at:
             if half is not None:
                 half()
             os._exit(KILLED)
+        return False
+
+    def end(self) -> None:
+        """The command has ended."""
+        if self.listed is not None:
+            self.listed.write_text("\n".join(self.seen))
 
     @contextmanager
     def armed(self) -> Iterator[None]:
@@ -134,6 +151,42 @@ def _at(path: Any, descriptor: Any) -> Any:
     return os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), path) if inside else path
 
 
+@dataclass
+class Snapshots(Fault):
+    """What kills at each of the effects `points` would leave: a copy in `kept` of each state of the folder, less those
+    that are the same as the one before. `kept`/states has (name of the copy, first effect, last effect) of each."""
+
+    points: frozenset[int] = frozenset()
+    kept: Path = Path()
+    states: list[tuple[str, int, int]] = field(default_factory=list)
+    last: str = ""
+
+    def happens(self, path: Path, half: Callable[[], object] | None) -> bool:
+        number = len(self.seen)
+        if number in self.points:
+            if half is not None:
+                half()
+            state = state_of(self.folder)
+            if state != self.last:
+                self.states.append((f"{number:06d}", number, number))
+                copy(self.folder, self.kept / self.states[-1][0])
+            self.last, self.states[-1] = state, (*self.states[-1][:2], number)
+        return number in self.points and half is not None
+
+    def end(self) -> None:
+        super().end()
+        (self.kept / "states").write_text(json.dumps(self.states))
+
+
+def state_of(folder: Path) -> str:
+    """A hash of all that is in the folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        what = os.readlink(path) if path.is_symlink() else "folder" if path.is_dir() else path.read_bytes()
+        digest.update(repr((str(path.relative_to(folder)), what)).encode())
+    return digest.hexdigest() if folder.exists() else "none"
+
+
 class _Watched:
     """A file whose writes are effects: before each, and when half of it is on the disk."""
 
@@ -157,27 +210,73 @@ class _Watched:
             self._file.write(data[: len(data) // 2])
             self._file.flush()
 
-        self._fault.effect("half of write", self._path, half)
-        return int(self._file.write(data))
+        done = self._fault.effect("half of write", self._path, half)
+        self._file.write(data[len(data) // 2 :] if done else data)
+        return len(data)
 
 
-def command(words: list[str], *, fault: Fault | None = None, after: Callable[[int], None] | None = None) -> Outcome:
-    """Run `rlhf_fast WORDS` in a child. after: is called with its number while it runs."""
-    with tempfile.TemporaryFile() as said:
-        child = os.fork()
-        if child == 0:
-            _run(words, said.fileno(), fault)
-        if after is not None:
-            after(child)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said.seek(0)
-        return Outcome(128 - status if status < 0 else status, said.read().decode(errors="replace"))
+class Child:
+    """`rlhf_fast WORDS` in a child process. fault: what is done to it. environment: what it has besides ours."""
+
+    def __init__(
+        self, words: list[str], *, fault: Fault | None = None, environment: dict[str, str] | None = None
+    ) -> None:
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - until `ended`
+        self.number = os.fork()
+        if self.number == 0:
+            os.environ |= environment or {}
+            _run(words, self.said.fileno(), fault)
+        self.deadline = time.monotonic() + LIMIT
+
+    def ended(self) -> Outcome:
+        """Wait for it. A process that does not end in LIMIT seconds is killed, and its outcome is no status."""
+        while True:
+            done, status = os.waitpid(self.number, os.WNOHANG)
+            if done:
+                break
+            if time.monotonic() > self.deadline:
+                self.kill()
+            time.sleep(0.003)
+        code = os.waitstatus_to_exitcode(status)
+        with self.said as said:
+            said.seek(0)
+            text = said.read().decode(errors="replace")
+        if time.monotonic() > self.deadline:
+            return Outcome(-1, f"{text}\nhangs")
+        return Outcome(128 - code if code < 0 else code, text)
+
+    def kill(self) -> None:
+        os.kill(self.number, 9)  # nobody has waited for it, so the number is its own
+
+
+def command(words: list[str], *, fault: Fault | None = None) -> Outcome:
+    """Run `rlhf_fast WORDS` in a child."""
+    return Child(words, fault=fault).ended()
+
+
+def _stand_ins() -> None:
+    """What takes most of the time of a tiny run and has no bearing on its folder is left out: how the pictures look,
+    and that PEFT reads what was saved. What has, but depends on the clock, is always done: the weights between updates
+    are written after each."""
+
+    def curves(folder: Path) -> Path:
+        return draw([folder], folder / "curves.png")
+
+    def draw(runs: Sequence[Path], out: Path) -> Path:
+        with replaced(out) as path, open(path, "wb") as file:
+            file.write(b"a picture")
+        return out
+
+    report.plot_curves, report.plot_frontier = curves, draw  # type: ignore[assignment]
+    peft_io.check_reload = lambda *_: None  # type: ignore[assignment]
+    kept.PATIENCE = 0.0
 
 
 def _run(words: list[str], said: int, fault: Fault | None) -> None:
     """The child: never returns."""
     status = 1
     try:
+        _stand_ins()
         os.dup2(said, 1)
         os.dup2(said, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
@@ -189,8 +288,7 @@ def _run(words: list[str], said: int, fault: Fault | None) -> None:
                 with fault.armed():
                     app(words)
             finally:
-                if fault.listed is not None:
-                    fault.listed.write_text("\n".join(fault.seen))
+                fault.end()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:  # noqa: BLE001 - what reaches the interpreter is a traceback
@@ -203,9 +301,8 @@ def _run(words: list[str], said: int, fault: Fault | None) -> None:
         os._exit(status)
 
 
-def effects(words: list[str], folder: Path) -> list[str]:
-    """Every effect of the command below the folder, which is as an uninterrupted run leaves it afterwards."""
-    fault = Fault(folder)
+def effects(words: list[str], fault: Fault) -> list[str]:
+    """Every effect of a command below the folder of `fault`, which is afterwards as an uninterrupted run leaves it."""
     with tempfile.TemporaryDirectory() as place:
         fault.listed = Path(place) / "effects"
         ended = command(words, fault=fault)
@@ -250,13 +347,6 @@ def copy(source: Path, target: Path) -> Path:
     if source.exists():
         shutil.copytree(source, target, symlinks=True)
     return target
-
-
-def wait(child: int, seconds: float) -> None:
-    """Kill the child after so long."""
-    time.sleep(seconds)
-    with suppress(ProcessLookupError):
-        os.kill(child, 9)
 
 
 REFUSALS = {"full": errno.ENOSPC, "read-only": errno.EROFS, "gone": errno.ENOENT, "no permission": errno.EACCES}

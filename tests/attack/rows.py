@@ -11,26 +11,17 @@ import json
 import os
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_fast.cli import app
 from rlhf_fast.training.folder import LOCK, MARKER, REPLACED, SAVING, claim_folder, take_folder
-from tests.attack.harness import (
-    KILLED,
-    REFUSALS,
-    Fault,
-    command,
-    copy,
-    effects,
-    points,
-    same_as,
-    wait,
-)
+from tests.attack.harness import REFUSALS, Child, Fault, Snapshots, command, copy, effects, points, same_as
 from tests.training.tiny_runs import ALGORITHMS, folder, values_of
 
 Attack = Callable[[Path], str | None]
@@ -77,20 +68,26 @@ def stopped(algorithm: str) -> Path:
 
 
 @cache
-def _warm() -> None:
+def warm(algorithm: str) -> None:
     """One run in this process: its children need not import again what a run imports on its way."""
-    with redirect_stdout(io.StringIO()), suppress(SystemExit):
-        app(words("sft", folder() / "runs" / "warm"))
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), suppress(SystemExit):
+        app(words(algorithm, folder() / "runs" / algorithm / "warm"))
 
 
 def _made(algorithm: str, name: str, steps: int) -> Path:
-    _warm()
+    warm(algorithm)
     place = folder() / "runs" / algorithm / name
     place.mkdir(parents=True)
     ended = command([*words(algorithm, place), f"steps={steps}"])
     if ended.status:
         raise RuntimeError(f"{algorithm} fails by itself: {ended.text}")
     return place / "run"
+
+
+def prepared(*algorithms: str) -> None:
+    """Make what the cases of these share, before several processes need it."""
+    for algorithm in algorithms:
+        whole(algorithm), stopped(algorithm), seconds_of(algorithm)
 
 
 # How a run begins that is then killed: flag -> the folder that it finds.
@@ -123,10 +120,9 @@ def recovers(algorithm: str, place: Path) -> str | None:
     return None
 
 
-def killed_at(algorithm: str, flag: str, at: int, place: Path) -> str | None:
-    ended = command(begun(algorithm, flag, place), fault=Fault(place / "run", at))
-    if ended.status not in (0, KILLED):
-        return ended.last
+def left_as(algorithm: str, left: Path, place: Path) -> str | None:
+    """Why a run does not recover whose folder is as a kill left it."""
+    copy(left, place / "run")
     return recovers(algorithm, place)
 
 
@@ -141,36 +137,61 @@ for name in ALGORITHMS:
 
 
 def crash_points_of(algorithm: str, flag: str) -> Cases:
-    """A kill before, and within, each effect of a command on its run folder."""
-    for at in points_of(algorithm, flag):
-        yield f"{algorithm} {flag} effect {at}", partial(killed_at, algorithm, flag, at)
+    """Each state in which a kill before, or within, an effect of a command leaves its run folder."""
+    kept = states_of(algorithm, flag)
+    for name, first, last in json.loads((kept / "states").read_text()):
+        yield f"{algorithm} {flag} effects {first} to {last}", partial(left_as, algorithm, kept / name)
+
+
+@cache
+def states_of(algorithm: str, flag: str) -> Path:
+    """Copies of the run folder, see Snapshots."""
+    found, place = points_of(algorithm, flag), _counted(algorithm, flag, "copied")
+    kept = place / "states"
+    kept.mkdir()
+    seen = effects(begun(algorithm, flag, place), Snapshots(place / "run", points=frozenset(found), kept=kept))
+    if points(seen) != found:
+        raise RuntimeError(f"the effects of {algorithm} {flag} differ from run to run")
+    return kept
 
 
 @cache
 def points_of(algorithm: str, flag: str) -> list[int]:
     """Which effects of a command there are."""
-    _warm()
-    place = folder() / "runs" / algorithm / f"counted {flag}"
+    place = _counted(algorithm, flag, "counted")
+    return points(effects(begun(algorithm, flag, place), Fault(place / "run")))
+
+
+def _counted(algorithm: str, flag: str, name: str) -> Path:
+    whole(algorithm)
+    place = folder() / "runs" / algorithm / f"{name} {flag}"
     place.mkdir(parents=True)
-    return points(effects(begun(algorithm, flag, place), place / "run"))
+    return place
 
 
 def killed_after(algorithm: str, flag: str, share: float, place: Path) -> str | None:
     seconds = seconds_of(algorithm) * share
-    command(begun(algorithm, flag, place), after=lambda child: wait(child, seconds))
+    child = Child(begun(algorithm, flag, place))
+    time.sleep(seconds)
+    child.kill()
+    child.ended()
     return recovers(algorithm, place)
 
 
 @cache
 def seconds_of(algorithm: str) -> float:
-    """That a run takes, from its first to its last record."""
-    start = os.stat(whole(algorithm) / "config.yaml").st_ctime
-    return max(1.0, 1.5 * (os.stat(whole(algorithm) / "curves.png").st_mtime - start) + 1.0)
+    """That a run takes here and now."""
+    whole(algorithm)
+    with tempfile.TemporaryDirectory() as place:
+        start = time.monotonic()
+        command(words(algorithm, Path(place)))
+        return time.monotonic() - start
 
 
 @row("kills at random times", RECOVERED)
 def kills() -> Cases:
     draw = random.Random(0)
+    prepared(*ALGORITHMS)
     for number in range(1000):
         algorithm, flag = ALGORITHMS[number % len(ALGORITHMS)], list(STARTS)[number // 8 % 3]
         share = draw.random()
@@ -185,6 +206,7 @@ def refused_at(algorithm: str, flag: str, why: str, at: int, place: Path) -> str
 @row("writes that the system refuses", f"one line; then {RECOVERED}")
 def refusals() -> Cases:
     """A disk that is full, read-only or gone from one effect on."""
+    prepared("sft", "grpo")
     for algorithm in ("sft", "grpo"):
         for flag in STARTS:
             for at in points_of(algorithm, flag):
@@ -193,17 +215,13 @@ def refusals() -> Cases:
                     yield name, partial(refused_at, algorithm, flag, why, at)
 
 
-def raced(flags: tuple[str, str], delay: float, place: Path) -> str | None:
+def raced(flags: tuple[str, str], share: float, place: Path) -> str | None:
     """Two processes start on one folder. One at least finishes, with the bits of a run by itself; the other finishes
     or is refused in a line."""
-    first = begun("sft", flags[0], place)
-    children: list[Any] = []
-
-    def second(child: int) -> None:
-        time.sleep(delay)
-        children.append(command(words("sft", place, *filter(None, [flags[1]]))))
-
-    ended = [command(first, after=second), *children]
+    first = Child(begun("sft", flags[0], place))
+    time.sleep(share * seconds_of("sft"))
+    second = Child(words("sft", place, *filter(None, [flags[1]])))
+    ended = [first.ended(), second.ended()]
     said = next((one for one in ended if not one.is_said), None)
     if said is not None:
         return said.last
@@ -221,10 +239,11 @@ RACES = (
 @row("races of two processes", "one finishes with the bits of a run by itself; the other does too, or says a line")
 def races() -> Cases:
     draw = random.Random(1)
+    prepared("sft")
     for _ in range(20):
         for flags in RACES:
-            delay = draw.random() * seconds_of("sft")
-            yield f"{flags} after {delay:.2f} s", partial(raced, flags, delay)
+            share = draw.random()
+            yield f"{flags} after {share:.3f} of the first", partial(raced, flags, share)
 
 
 def _project(place: Path) -> None:
@@ -301,6 +320,7 @@ def hosted(prepare: Callable[[Path], None], flag: str, place: Path) -> str | Non
 
 @row("hostile folders", "no file of the user's is touched; the run finishes, or says a line")
 def hostile() -> Cases:
+    prepared("sft")
     for name, prepare in HOSTILE.items():
         for flag in STARTS:
             yield f"{name} {flag}", partial(hosted, prepare, flag)
@@ -351,6 +371,7 @@ def damaged(name: str, damage: str, place: Path) -> str | None:
 
 @row("damaged files", "`--resume auto` ends with the bits of an uninterrupted run, or says a line")
 def damages() -> Cases:
+    prepared("sft")
     files = sorted(str(path.relative_to(stopped("sft"))) for path in stopped("sft").rglob("*") if path.is_file())
     for name in files:
         for damage in DAMAGES:

@@ -164,6 +164,14 @@ def test_resume_reads_the_config_of_the_run_that_it_names(whole, tmp_path):
         run(there, resume=str(tmp_path / "step-3"))
 
 
+def test_what_a_kill_left_behind_the_last_checkpoint_goes_when_the_run_is_resumed(whole, tmp_path):
+    here = shutil.copytree(whole, tmp_path / "here")
+    (here / "kept" / "step-000003").mkdir(parents=True)
+    (here / "kept" / "step-000003" / "gradients.pt").write_text("of the step that the checkpoint has")
+    launch(None, {}, dry_run=False, resume=str(here), overwrite=False)
+    assert not (here / "kept").exists()
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_a_run_folder_that_is_removed_costs_no_step(before, whole, tmp_path, monkeypatch, capsys):
     """Before a record is written, which then ends the run behind its step, or before its checkpoint is."""
