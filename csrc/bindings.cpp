@@ -16,6 +16,7 @@
 #include "cpu/sample_tokens.h"
 #include "cpu/policy_loss.h"
 #include "cpu/shaped_rewards.h"
+#include "cpu/slot_attention.h"
 #include "cpu/token_kl.h"
 #include "cpu/token_logprobs.h"
 #include "cpu/vtrace.h"
@@ -382,6 +383,23 @@ PYBIND11_MODULE(_native, m) {
       [](Address y, Address h, int dtype, std::array<int64_t, 3> sizes, const std::vector<LowRankArguments>& ups,
          const std::vector<std::array<int64_t, 3>>& spans, int threads) {
         cpu::lora_expand(lora_linear(y, h, dtype, sizes, ups, spans), threads);
+      },
+      Release());
+
+  // addresses = query, keys, values, starts, out; sizes = rows, heads, key heads, columns, D, D of the values, window;
+  // strides = those of the query, the keys and the values
+  m.def(
+      "slot_attention",
+      [](std::array<Address, 5> addresses, int dtype, std::array<int64_t, 7> sizes, std::array<int64_t, 8> strides,
+         double scale, double softcap, int threads) {
+        cpu::slot_attention({.query = at<>(addresses[0]), .keys = at<>(addresses[1]), .values = at<>(addresses[2]),
+                             .out = at<>(addresses[4]), .dtype = DType(dtype), .rows = sizes[0], .heads = sizes[1],
+                             .key_heads = sizes[2], .columns = sizes[3], .width = sizes[4], .value_width = sizes[5],
+                             .query_strides = {strides[0], strides[1]},
+                             .key_strides = {strides[2], strides[3], strides[4]},
+                             .value_strides = {strides[5], strides[6], strides[7]},
+                             .starts = at<int64_t>(addresses[3]), .window = sizes[6], .scale = scale, .softcap = softcap},
+                            threads);
       },
       Release());
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "math/elementary.h"
 #include "math/philox.h"
 
 namespace rlhf::cpu {
@@ -68,7 +69,7 @@ template <typename T> RLHF_INLINE void sample_row(const SampleTokens& op, int64_
   for (int64_t i = 0; i < n; ++i) {
     // The factor of a tiny temperature takes differences alone to infinity. + 0: one key for both zeros.
     z[i] = product(z[i] - max, transform.factor) + C(0);
-    weights[i] = std::exp(z[i]);
+    weights[i] = exp_neg(z[i]);
     keys[i] = key_of(z[i]);
   }
   const double full = mass_from<C>(keys.data(), weights.data(), n, 0);

@@ -7,6 +7,7 @@ token (see `Drawing.draw`), so neither the order nor the number of slots decides
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from rlhf_fast import signals
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.ops.tokens.sample_tokens import Samples
+from rlhf_fast.rollout.attention import UnknownArgument, is_usable, reading, slot_attention
 from rlhf_fast.rollout.cache import SlotCache, sliding_layers
 from rlhf_fast.rollout.drawing import Drawing
 from rlhf_fast.rollout.rows import Row, give
@@ -74,7 +76,11 @@ class Decoder:
         self.rows: list[Row | None] = [None] * count
         # Of each slot its last token, the place of that in its row, the row's number, and that of its next token.
         self.ids, self.places, self.numbers, self.steps = torch.zeros(4, count, dtype=torch.int64, device=self.device)
-        with self.backbone.using(*self.drawing.roles):
+        self.attends = is_usable(self.backbone.model)
+        with ExitStack() as entered:
+            entered.enter_context(self.backbone.using(*self.drawing.roles))
+            if self.attends:
+                entered.enter_context(slot_attention(self.backbone.model))
             while self.waiting or any(self.rows):
                 self._admit()
                 if any(row is not None and len(row.tokens) >= tokens for row in self.rows):
@@ -90,9 +96,17 @@ class Decoder:
         cache.first = cache.column - longest
         if cache.column == cache.width:
             cache.shift(-cache.first)
-        columns = torch.arange(cache.first, cache.column + 1, device=self.device)
-        mask = (columns >= (cache.column - self.places)[:, None]).long()
-        logits = self._forward(cache, self.ids[:, None], mask, self.places[:, None])
+        starts = cache.column - cache.first - self.places
+        columns = torch.arange(cache.column - cache.first + 1, device=self.device)
+        given = cache, self.ids[:, None], (columns >= starts[:, None]).long(), self.places[:, None]
+        if self.attends:
+            try:
+                with reading(starts.repeat(self.copies)):
+                    logits = self._forward(*given)
+            except UnknownArgument:
+                self.attends = False
+        if not self.attends:
+            logits = self._forward(*given)
         samples = self.drawing.draw(logits, self.numbers, self.steps)
         self.ids = samples.ids
         self.places += 1
