@@ -66,7 +66,7 @@ def _attend(
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     softcap: float | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """query: (B, heads, 1, D), key: (B, key heads, columns, D), value: the same with its own D. (B, 1, heads, D) of it."""
+    """(B, heads, 1, D), (B, key heads, columns, D), (B, key heads, columns, E) -> (B, 1, heads, E)."""
     starts = _STARTS.get()
     if starts is None:
         return sdpa_attention_forward(
