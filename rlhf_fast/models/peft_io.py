@@ -34,10 +34,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-def save_adapter(backbone: Backbone, name: str, folder: str | Path) -> None:
+def save_adapter(backbone: Backbone, name: str, folder: str | Path, *, checked: bool = True) -> None:
     """Write the role's adapter and head into `folder`, so that PEFT, TRL and vLLM load them.
 
-    Where PEFT is installed, it reads the adapter back: UserError where it makes something else of it.
+    checked: where PEFT is installed, it reads the adapter back: UserError where it makes something else of it.
     """
     if name not in backbone.adapters:
         raise UserError(f"there is no adapter named {name!r} to save; there are: {sorted(backbone.adapters)}")
@@ -46,7 +46,7 @@ def save_adapter(backbone: Backbone, name: str, folder: str | Path) -> None:
     tensors = {_PREFIX + key: p.detach().cpu().contiguous() for key, p in backbone.named_parameters_of(name).items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(_config(backbone, name), indent=2, sort_keys=True) + "\n")
-    if importlib.util.find_spec("peft") is not None and backbone.model.device.type != "meta":
+    if checked and importlib.util.find_spec("peft") is not None and backbone.model.device.type != "meta":
         check_reload(backbone, name, folder)
 
 

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, pad_batch
 from rlhf_fast.data.encoding import Example
 from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.ops.tokens.transform import transformed
 from rlhf_fast.rollout.completions import SamplerView, placed, policy_of
-from rlhf_fast.rollout.drawing import Drawing
+from rlhf_fast.rollout.drawing import Drawing, spread_of
 from rlhf_fast.rollout.engines import sample_rows
 from rlhf_fast.rollout.rows import Row
 
@@ -88,9 +90,17 @@ def agreement(backbone: Backbone, batch: Batch, sampler: SamplerView, temperatur
     count = batch.mask.sum(1)
     gaps = (sampler.logprobs - scored).abs().sum(1) / count
     mean = float(sampler.logprobs.sum() / count.sum())
+    spread = _spread(backbone, hidden, batch, temperature) if sampler.spread is None else sampler.spread
     return Agreement(
         sampled=mean,
         scored=float(scored.sum() / count.sum()),
         gap=float(gaps.max()),
-        bar=MARGIN * _rounding(backbone, hidden) * max(sampler.spread, -mean),
+        bar=MARGIN * _rounding(backbone, hidden) * max(spread, -mean),
     )
+
+
+def _spread(backbone: Backbone, hidden: Tensor, batch: Batch, temperature: float, tokens: int = 64) -> float:
+    """What a Drawing measures, of the first sampled tokens' logits, from the hidden states of a scoring pass."""
+    states = hidden[:, :-1][batch.mask[:, 1:].bool()][:tokens]
+    logits = F.linear(states, backbone.lm_head_weight, backbone.lm_head_bias)
+    return float(spread_of(transformed(logits.float(), temperature=temperature, **backbone.logit_transform)))

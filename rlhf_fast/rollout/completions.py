@@ -18,12 +18,13 @@ from rlhf_fast.models.backbone import Backbone
 class SamplerView:
     """logprobs: (B, T) fp32, the sampler's own of the sampled tokens, nats, at the temperature and before top_k and
     top_p, 0 behind the mask. drawn: those under what top_k and top_p left, which the tokens were drawn from. spread:
-    mean standard deviation of its logits over the vocabulary, at the temperature.
+    mean standard deviation of its logits over the vocabulary, at the temperature. Where an engine does not tell them,
+    drawn is NaN and spread None.
     """
 
     logprobs: Tensor
     drawn: Tensor
-    spread: float
+    spread: float | None
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Drawing:
         row's number and that of its token, which with the seed decide what is drawn."""
         mixed = self.combined(logits.float().chunk(len(self.roles)))
         if self.spread is None:
-            self.spread = float(_spread(mixed / self.temperature))
+            self.spread = float(spread_of(mixed / self.temperature))
         return sample_tokens(mixed, seed=self.seed, row_ids=row_ids + (steps << 32), **self.rule)
 
 
@@ -51,7 +51,7 @@ class Mixing(Drawing):
         return torch.lerp(first, second, self.mixture)
 
 
-def _spread(logits: Tensor) -> Tensor:
+def spread_of(logits: Tensor) -> Tensor:
     """(..., V) -> (): mean standard deviation over the vocabulary, less the entries that a model masks out."""
     open_entries = logits.where(logits > torch.finfo(torch.float16).min, torch.nan)
     return (open_entries - open_entries.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().mean()

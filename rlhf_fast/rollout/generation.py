@@ -61,7 +61,7 @@ def generate(
     settings = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=pad, eos_token_id=[*stops])
     sampler = _Sampler(drawing, rows, tokens, frozenset(stops), ended, device)
     hooks: dict[str, Any] = {"synced_gpus": True} if in_step else {}
-    with backbone.using(*drawing.roles), _without_settings_of_the_checkpoint(model):
+    with backbone.using(*drawing.roles), without_settings_of_the_checkpoint(model):
         model.generate(
             input_ids=ids.repeat(copies, 1), attention_mask=mask.repeat(copies, 1), generation_config=settings,
             logits_processor=LogitsProcessorList([sampler]), **hooks,
@@ -69,7 +69,7 @@ def generate(
 
 
 @contextmanager
-def _without_settings_of_the_checkpoint(model: PreTrainedModel) -> Iterator[None]:
+def without_settings_of_the_checkpoint(model: PreTrainedModel) -> Iterator[None]:
     """`generate` takes each field that its caller leaves open from the model's generation_config: here an empty one."""
     of_checkpoint, model.generation_config = model.generation_config, GenerationConfig()
     try:

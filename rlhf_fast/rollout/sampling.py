@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.batches import pad_batch
 from rlhf_fast.data.encoding import Prompt, pad_id
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import embedding_rows
 from rlhf_fast.rollout.completions import Rollout, SamplerView, example, placed, policy_of, stop_ids, text_of
 from rlhf_fast.rollout.drawing import Drawing, Mixing
 from rlhf_fast.rollout.engines import sample_rows, why_not_local
+from rlhf_fast.rollout.engines.protocol import Ask, Engine, Rule, sample_all
 from rlhf_fast.rollout.rows import Row
 
-Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+Keep = Callable[[str, Callable[[], Any]], Any]
 
 
 @torch.no_grad()
@@ -39,7 +42,7 @@ def roll_out(
     role: str | None = "policy",
     drawing: Drawing | None = None,
     row_ids: Sequence[int] | None = None,
-    engine: str = "local",
+    engine: str | Engine = "local",
 ) -> Rollout:
     """One completion of at most max_new_tokens tokens (at least one) for each prompt, by `role` (None: the base model).
 
@@ -53,14 +56,27 @@ def roll_out(
     keep: is given a name and what makes a chunk, as tensors on the CPU, and gives what that gives, or gave before.
     keep_logprobs: also the sampler's log-probabilities. on_finished: called with a row, its completion and the ids of
     that as soon as it has ended, while others go on. engine: `local`, our loop, where the model's cache allows it, or
-    `transformers`, its generate.
+    `transformers`, its generate; or another one, which samples by one role alone, in one chunk, all rows at a time.
     """
     stops = stop_ids(backbone, tokenizer, prompts)
     pad = pad_id(tokenizer, embedding_rows(backbone.model))
     numbers = list(range(len(prompts))) if row_ids is None else list(row_ids)
     seed = int(torch.randint(1 << 62, ()))
+    sampling = policy_of(backbone, "reference" if mixture == 1 else role)
+    if not isinstance(engine, str):
+        if drawing is not None or 0 < mixture < 1:
+            raise UserError(f"{engine.name} samples from one role; a mixture of two, or steering, takes engine: local")
+        rule = Rule(max_new_tokens, tuple(stops), seed, temperature, top_k, top_p, keep_logprobs)
+
+        def told(place: int, completion: list[int]) -> None:
+            if on_finished is not None and completion[-1] in stops:
+                on_finished(place, text_of(tokenizer, prompts[place], completion, stops), completion)
+
+        asked = [Ask(prompt.ids, number) for prompt, number in zip(prompts, numbers, strict=True)]
+        found = sample_all(engine, backbone, sampling, asked, rule, keep=keep, ended=told)
+        of_engine = ([one.logprobs for one in found], [one.drawn for one in found], None) if keep_logprobs else None
+        return _rollout(backbone, tokenizer, prompts, [one.ids for one in found], stops, of_engine)
     if drawing is None:
-        sampling = "reference" if mixture == 1 else policy_of(backbone, role)
         drawing = (
             Mixing(mixture, temperature, top_k, top_p) if 0 < mixture < 1
             else Drawing([sampling], temperature, top_k, top_p)
@@ -122,12 +138,26 @@ def roll_out(
                 left.sort(key=lambda place: not completions[place])  # those that wait come last
         for _ in range(idle):
             sample([Row(-1, [*prompts[0].ids], 0, max_new_tokens)], max_new_tokens)
+    of_sampler = (logprobs, drawn, float(torch.stack(spreads).mean())) if keep_logprobs else None
+    return _rollout(backbone, tokenizer, prompts, completions, stops, of_sampler)
+
+
+def _rollout(
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    completions: Sequence[list[int]],
+    stops: Sequence[int],
+    values: tuple[Sequence[list[float]], Sequence[list[float]], float | None] | None,
+) -> Rollout:
+    """values: what SamplerView has, by row, where it is kept."""
     scored = not {"reward", "cost"}.isdisjoint(backbone.heads)
     examples = [example(p, c, closed=scored) for p, c in zip(prompts, completions, strict=True)]
-    batch = pad_batch(examples, pad).to(backbone.model.device)
+    batch = pad_batch(examples, pad_id(tokenizer, embedding_rows(backbone.model))).to(backbone.model.device)
     sampler = None
-    if keep_logprobs:
-        sampler = SamplerView(placed(logprobs, batch), placed(drawn, batch), float(torch.stack(spreads).mean()))
+    if values is not None:
+        logprobs, drawn, spread = values
+        sampler = SamplerView(placed(logprobs, batch), placed(drawn, batch), spread)
     return Rollout(
         prompts=list(prompts),
         batch=batch,

@@ -12,7 +12,7 @@ from rlhf_fast.errors import UserError, short
 from rlhf_fast.ops.core.check import nearest
 from rlhf_fast.ops.policy.objective import PolicyObjective
 from rlhf_fast.training import core_yaml
-from rlhf_fast.training.entries import FromStage, JudgeConfig, VerifyConfig
+from rlhf_fast.training.entries import EngineConfig, FromStage, JudgeConfig, VerifyConfig
 from rlhf_fast.training.foreign_keys import (
     ACCUMULATION,
     ALIASES,
@@ -25,7 +25,7 @@ from rlhf_fast.training.foreign_keys import (
 
 # Key -> the key that it takes the place of.
 EXCLUSIVE = {"epochs": "steps", "warmup_ratio": "warmup_steps"}
-NESTED = ("columns.", "objective.", "verify.", "judge.")  # what begins so is an entry of a key
+NESTED = ("columns.", "objective.", "verify.", "judge.", "engine.")  # what begins so is an entry of a key
 
 
 class Config(BaseModel):
@@ -181,6 +181,9 @@ class SamplingConfig(Config):
         description="ensemble: mean, min, mean - coef variance, mean -+ coef std; one: its bound; steps: each, min",
     )
     reward_combine_coef: float | None = Field(None, ge=0, description="coef of reward_combine; default 1, uwo 0.1")
+    engine: EngineConfig = Field(
+        EngineConfig.model_validate({}), description="what samples: local, transformers, or {kind: vllm, url: ...}"
+    )
     max_new_tokens: int = Field(64, ge=1)
     rollout_chunk: int = Field(
         512, ge=1, description="tokens after which a rollout is kept for a resume, and what has ended leaves it"
@@ -259,7 +262,8 @@ class RolloutConfig(SamplingConfig):
         None, strict=False, description="[lowest, highest] cost: the test is Hoeffding's, else Student's"
     )
     sampler_correction: bool = Field(
-        False, description="weigh tokens by the sampler's own log-probabilities, see objective.correction_mode"
+        False,
+        description="weigh tokens by the sampler's own log-probabilities, see objective.correction_mode; vllm: on",
     )
     ppo_epochs: int = Field(1, ge=1, description="passes over each rollout")
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per epoch; 1 saves scoring the policy first")
@@ -273,6 +277,17 @@ class RolloutConfig(SamplingConfig):
     kl_budget: float | None = Field(None, gt=0, description="of best_by: the KL that it may have, nats per completion")
     reference_refresh_every: int | None = Field(None, ge=1, description="copy the policy to the reference")
     reference_ema: float | None = Field(None, gt=0, lt=1, description="weight of the old reference at each step")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _corrected(cls, values: Any) -> Any:
+        engine = values.get("engine") if isinstance(values, dict) else None
+        if not isinstance(engine, dict) or engine.get("kind") != "vllm":
+            return values
+        if values.get("sampler_correction") is False:
+            raise ValueError("sampler_correction false leaves a sampler of other rounding uncorrected: "
+                             "engine vllm takes true")  # fmt: skip
+        return {**values, "sampler_correction": True}
 
     @model_validator(mode="after")
     def _is_rewarded(self) -> "RolloutConfig":
@@ -367,6 +382,7 @@ def keys_of(config_class: type[Config]) -> list[str]:
     own = [] if objective is None else [f"objective.{field.name}" for field in fields(objective.annotation)]  # type: ignore
     own += [f"verify.{name}" for name in VerifyConfig.model_fields if "verify" in config_class.model_fields]
     own += [f"judge.{name}" for name in JudgeConfig.model_fields if "judge" in config_class.model_fields]
+    own += [f"engine.{name}" for name in EngineConfig.model_fields if "engine" in config_class.model_fields]
     return [*config_class.model_fields, *own]
 
 
@@ -393,7 +409,7 @@ def merged(
         rivals |= {(PER_DEVICE, "batch_size"), (PER_DEVICE, "micro_batch_size"), (ACCUMULATION, "micro_batch_size"),
                    ("batch_size", PER_DEVICE), ("batch_size", ACCUMULATION)}  # fmt: skip
         below = {other for key, other in rivals if key in own}
-        for whole in ("objective.variant", "verify.kind"):
+        for whole in ("objective.variant", "verify.kind", "engine.kind"):
             if whole in own:
                 below |= {key for key in values if key.startswith(whole.partition(".")[0] + ".")}
         values = {key: value for key, value in values.items() if key not in below} | own
@@ -403,11 +419,11 @@ def merged(
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`objective: ipo`, `objective: {beta: 0.2}`, `verify: exact` and `judge: {by: backbone}` as objective.variant,
-    objective.beta, verify.kind and judge.by."""
+    """`objective: ipo`, `objective: {beta: 0.2}`, `verify: exact`, `judge: {by: backbone}` and `engine: local` as
+    objective.variant, objective.beta, verify.kind, judge.by and engine.kind."""
     entries: dict[str, Any] = {}
     rest = dict(values)
-    for key, name in (("objective", "variant"), ("verify", "kind"), ("judge", None)):
+    for key, name in (("objective", "variant"), ("verify", "kind"), ("judge", None), ("engine", "kind")):
         value = {name: values[key]} if name and isinstance(values.get(key), str) else values.get(key)
         if isinstance(value, Mapping):
             del rest[key]
@@ -453,9 +469,9 @@ def _one_line(config_class: type[Config], errors: ValidationError) -> str:
 
 
 def _place(error: Any) -> tuple[Any, ...]:
-    """Where an error is; an entry of `verify` or `judge` is a key of its own, verify.kind."""
+    """Where an error is; an entry of `verify`, `judge` or `engine` is a key of its own, verify.kind."""
     location = error["loc"]
-    nested = location[:1] in (("verify",), ("judge",))
+    nested = location[:1] in (("verify",), ("judge",), ("engine",))
     return (".".join(map(str, location[:2])), *location[2:]) if nested else location
 
 

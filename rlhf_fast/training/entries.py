@@ -117,3 +117,33 @@ class JudgeConfig(BaseModel):
     @property
     def is_endpoint(self) -> bool:
         return isinstance(self.by, str) and self.by.startswith(("http://", "https://"))
+
+
+class EngineConfig(BaseModel):
+    """The entries of the key `engine`: what samples completions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+    kind: Literal["local", "transformers", "vllm"] = Field(
+        "local", description="the weights that train, by our decoder or transformers'; or a server of vLLM"
+    )
+    continuous: bool = Field(False, description="transformers: its continuous batching, in place of generate")
+    url: str | None = Field(None, description="vllm: of the server, http://HOST:PORT/v1")
+    model: str | None = Field(None, description="vllm: its name of the base model; default: the first that it has")
+    folder: str | None = Field(
+        None, description="vllm: where it finds adapters; default: a RAM disk, where there is one"
+    )
+    timeout: float = Field(600.0, gt=0, description="vllm: seconds of a request")
+    retries: int = Field(10, ge=0, description="vllm: further tries, with growing pauses: about two minutes")
+    concurrency: int = Field(64, ge=1, description="vllm: prompts at a time")
+    key_variable: str = Field("VLLM_API_KEY", description="vllm: environment variable with the server's key")
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> "EngineConfig":
+        for name in self.model_fields_set - {"kind"}:
+            kind = "transformers" if name == "continuous" else "vllm"
+            if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"engine.{name} is of kind {kind}, got {getattr(self, name)!r} for {self.kind}")
+        if self.kind == "vllm" and not str(self.url).startswith(("http://", "https://")):
+            raise ValueError(f"engine.url must be the server's, such as http://127.0.0.1:8000/v1, got {self.url!r}")
+        return self

@@ -20,6 +20,7 @@ from rlhf_fast.rewards import Judged, Payment, Rewards
 from rlhf_fast.rollout import Drawing, Rollout, agreement, roll_out, token_that_ends
 from rlhf_fast.training import ranks as processes
 from rlhf_fast.training.config import RolloutConfig, SamplingConfig
+from rlhf_fast.training.engine import engine_of
 from rlhf_fast.training.job import Job, random_state, seed_everything, set_random_state
 from rlhf_fast.training.joined import joined, on_device
 from rlhf_fast.training.kept import keep
@@ -152,7 +153,7 @@ def collect(
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, chunk=config.rollout_chunk,
         keep=partial(keep, job), keep_logprobs=keep_sampler,
         on_finished=(lambda row, *of_row: submit(job, row, asked[row], *of_row)) if early else None,
-        mixture=mixture, drawing=drawing, row_ids=own.rows,
+        mixture=mixture, drawing=drawing, row_ids=own.rows, engine=engine_of(job, config),
     )  # fmt: skip
     with everyone_alike(job):
         experience = judge(job, config, rollout, score_policy=score_policy, exact_kl=exact_kl, ranks=ranks)

@@ -17,6 +17,7 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.ops.advantages.kl_controller import FixedKLController
 from rlhf_fast.rewards import Rewards
+from rlhf_fast.rollout.engines.protocol import Engine
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.constraints import Constraints
@@ -48,6 +49,7 @@ class Job:
     pretraining: Sequence[Any] = field(default_factory=list)  # examples that learn beside the policy's own samples
     bad_tensor: str | None = None  # of the last update that was skipped
     kept: "Kept | None" = None  # what the present step has made; None outside of a step
+    engine: str | Engine | None = None  # what samples; None: none was needed yet
 
     @property
     def device(self) -> torch.device:

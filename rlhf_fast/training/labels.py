@@ -17,6 +17,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rollout import roll_out
 from rlhf_fast.training.config import SamplingConfig
+from rlhf_fast.training.engine import engine_of
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.kept import keep
 
@@ -132,6 +133,7 @@ def sampled_answers(job: Job, config: SamplingConfig, prompts: Sequence[Prompt],
         job.backbone, job.encoder.tokenizer, [prompt for prompt in prompts for _ in range(count)],
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
         rows_per_pass=config.micro_batch_size, chunk=config.rollout_chunk, keep=partial(keep, job),
+        engine=engine_of(job, config),
     ).completions  # fmt: skip
     return [texts[i : i + count] for i in range(0, len(texts), count)]
 

@@ -28,13 +28,18 @@ from rlhf_fast.ops.advantages.kl_controller import AdaptiveKLController, FixedKL
 from rlhf_fast.rewards import AdapterSource, Rewards, Source, Verifier, load_rewards
 from rlhf_fast.rewards.adapter import MEAN, Combination
 from rlhf_fast.rollout import check_sampler
+from rlhf_fast.rollout.engines.protocol import Engine
 from rlhf_fast.training.config import Config, RolloutConfig, SamplingConfig, listed
 from rlhf_fast.training.constraints import Constraints
+from rlhf_fast.training.engine import engine_of
 from rlhf_fast.training.entries import FromStage
-from rlhf_fast.training.experience import collect, separate_randomness
+from rlhf_fast.training.experience import Experience, collect, sampler_gap, separate_randomness
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.judging import build_judge
 from rlhf_fast.training.optim import build_optimizer
+
+# Nats per token by which an engine's log-probabilities may differ from ours: bfloat16 explains a tenth of it.
+OTHER_WEIGHTS = 0.3
 
 Rows = Sequence[Row]
 Prepare = Callable[[list[Row]], list[Row]]
@@ -353,18 +358,31 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
 def try_rewards(job: Job, config: SamplingConfig, prompts: Sequence[Prompt]) -> None:
     """Sample and score two short completions: a reward that cannot work, or a model that does not sample from the
     distribution that it is scored by, fails here, before any folder is touched."""
-    tokens = min(8, config.max_new_tokens)
+    tokens, engine = min(8, config.max_new_tokens), engine_of(job, config)
     with separate_randomness(config.seed):
-        comparison = check_sampler(
-            job.backbone, [prompt.ids for prompt in prompts[:2]], pad=job.encoder.pad_id,
-            temperature=config.temperature, new_tokens=tokens,
-        )  # fmt: skip
-        if not comparison.holds:
-            raise UserError(
-                f"the model does not sample from the distribution that it is scored by; {comparison} (an architecture "
-                "that is not safe under left padding, or one that changes its logits while generating)"
-            )
-        collect(job, config.model_copy(update={"max_new_tokens": tokens}), prompts[:2])
+        if isinstance(engine, str):
+            comparison = check_sampler(
+                job.backbone, [prompt.ids for prompt in prompts[:2]], pad=job.encoder.pad_id,
+                temperature=config.temperature, new_tokens=tokens, engine=engine,
+            )  # fmt: skip
+            if not comparison.holds:
+                raise UserError(
+                    f"the model does not sample from the distribution that it is scored by; {comparison} (an "
+                    "architecture that is not safe under left padding, or one that changes its logits while generating)"
+                )
+        short = config.model_copy(update={"max_new_tokens": tokens})
+        experience = collect(job, short, prompts[:2], keep_sampler=not isinstance(engine, str))
+        if not isinstance(engine, str):
+            check_weights_of(job, config, experience, engine)
+
+
+def check_weights_of(job: Job, config: SamplingConfig, experience: Experience, engine: Engine) -> None:
+    """UserError where the engine that sampled has other weights than the backbone."""
+    found = sampler_gap(job, config, experience.rollout)
+    gap = found["sampler_gap"]
+    if not gap <= (OTHER_WEIGHTS if config.engine.kind == "vllm" else found["sampler_gap_limit"]):
+        raise UserError(f"{engine.name} samples from another model than the one that trains: log-probabilities of its "
+                        f"tokens differ by {gap:.2g} nats in the worst of two completions")  # fmt: skip
 
 
 def usable_device(name: str) -> torch.device:

@@ -26,7 +26,7 @@ LAYERS = [
     {"integrations"},
     {"ops"},
     {"backends"},
-    {"kernels", "_native", "errors", "signals"},
+    {"kernels", "_native", "http", "errors", "signals"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 USES_TRANSFORMERS = ("models", "rollout", "data")

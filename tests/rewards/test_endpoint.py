@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_fast import http
 from rlhf_fast.data.notes import forget
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards import endpoint as module
 from rlhf_fast.rewards.cache import Cache
 from rlhf_fast.rewards.endpoint import Endpoint
 from rlhf_fast.rewards.judge import Judge
@@ -54,7 +54,7 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_pause", lambda attempt, asked=None: float(asked or 0.05))
+    monkeypatch.setattr(http, "pause", lambda attempt, asked=None: float(asked or 0.05))
     forget()
     server = Server(tmp_path / "answered.jsonl")
     yield server
