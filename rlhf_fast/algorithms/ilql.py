@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rlhf_fast.data.encoding import Encoder
@@ -58,6 +58,12 @@ class AlgorithmConfig(SamplingConfig):
     target_every: int = Field(5, ge=1, description="in how many steps")
     decode_beta: float = Field(DECODE_BETA, ge=0, description="weight of Q where the policy is sampled")
     top_k: int = Field(20, ge=0, description="0: off")
+
+    @model_validator(mode="after")
+    def _can_steer(self) -> "AlgorithmConfig":
+        if self.engine.kind == "vllm" or self.engine.continuous:
+            raise ValueError(f"ilql steers what it samples by Q, which engine {self.engine.kind} cannot: engine local")
+        return self
 
 
 def prepare(config: AlgorithmConfig) -> OfflineJob:

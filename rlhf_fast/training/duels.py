@@ -71,6 +71,14 @@ class DuelConfig(RolloutConfig):
         return self.rival != "data"
 
     @model_validator(mode="after")
+    def _can_mix(self) -> "DuelConfig":
+        other = self.engine.kind == "vllm" or self.engine.continuous
+        if self.rival == "mixture" and self.mixture_coef < 1 and other:
+            raise ValueError(f"rival mixture samples from policy and reference together, which engine "
+                             f"{self.engine.kind} cannot: engine local")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
     def _can_meet(self) -> "DuelConfig":
         if self.rival == "samples" and self.num_generations < 2:
             raise ValueError("rival samples compares the completions of a prompt: num_generations is "

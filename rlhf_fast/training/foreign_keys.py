@@ -131,7 +131,7 @@ NO_EQUAL = {
     "train_on_inputs": "completion_only: false counts the prompt's tokens too",
     "completion_only_loss": "completion_only", "dataset_text_field": "columns maps names",
     "deepspeed": _PROCESSES, "fsdp": _PROCESSES, "fsdp_config": _PROCESSES, "ddp_find_unused_parameters": _PROCESSES,
-    "use_vllm": "rollouts come from the model that trains", "use_liger_kernel": "its kernels are always our own",
+    "use_vllm": "it is engine: {kind: vllm, url: ...}", "use_liger_kernel": "its kernels are always our own",
     "use_peft": "lora_rank says so",
     "dataloader_num_workers": "the examples are in memory", "remove_unused_columns": "rewards may ask for any column",
     "truncate_prompts": "too_long: truncate",

@@ -14,8 +14,6 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.tiny import tiny
 from rlhf_fast.rollout import agreement, roll_out
-from rlhf_fast.rollout.engines import vllm
-from rlhf_fast.rollout.engines.protocol import Rule
 from rlhf_fast.rollout.engines.vllm import VLLM, answers
 from tests.rollout.vllm_server import Server, until
 from tests.training.interruptions import contents, run
@@ -225,7 +223,14 @@ def test_the_correction_is_on(server):
         config_of("grpo", engine=engine, sampler_correction=False)
 
 
-def test_a_rule_of_one_token_has_no_stops():
-    body = VLLM("http://127.0.0.1:1/v1")._body([1], Rule(1, (), 0))
-    assert body["stop_token_ids"] == []
-    assert vllm.RANKS[-1] == 512
+@pytest.mark.parametrize(("algorithm", "changes", "message"), [
+    ("online_dpo", {"rival": "mixture"}, "samples from policy and reference together, which engine vllm cannot"),
+    ("ilql", {}, "steers what it samples by Q, which engine vllm cannot"),
+    ("grpo", {"url": "127.0.0.1:8000"}, "engine.url must be the server's, such as http"),
+    ("grpo", {"kind": "transformers"}, "engine.url is of kind vllm, got 'http://h/v1' for transformers"),
+], ids=str)  # fmt: skip
+def test_what_an_engine_cannot_do_is_refused_with_the_config(algorithm, changes, message):
+    engine = {"kind": "vllm", "url": "http://h/v1"}
+    engine |= {name: changes.pop(name) for name in ("kind", "url") if name in changes}
+    with pytest.raises(ValueError, match=message):
+        config_of(algorithm, engine=engine, **changes)
