@@ -90,8 +90,9 @@ def test_grpo_trains_through_it_pushes_its_adapter_at_every_step_and_survives_it
     values = {
         "algorithm": "grpo", "model": str(MODEL), "data": str(tmp_path / "prompts.jsonl"), "eval_size": 2,
         "reward": f"{tmp_path / 'reward.py'}:score", "steps": 4, "batch_size": 8, "num_generations": 4,
-        "max_new_tokens": 12, "learning_rate": 1e-3, "device": "cpu", "dtype": "float32", "report_to": "none", "chat": False,
+        "max_new_tokens": 12, "learning_rate": 1e-3, "device": "cpu", "dtype": "float32", "report_to": "none",
         "engine": {"kind": "vllm", "url": server.url, "retries": 40}, "output_dir": str(tmp_path / "run"),
+        "chat": False,
     }  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
 
