@@ -11,7 +11,6 @@ Pang et al. 2024 (2404.19733).
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from rlhf_fast.data.encoding import Encoder
+from rlhf_fast.data.rows import unlike
 from rlhf_fast.ops.preference.preference_loss import PreferenceObjective
 from rlhf_fast.ops.rewards.ranking_loss import VARIANTS as RANKINGS
 from rlhf_fast.training import supervised
@@ -28,7 +28,7 @@ from rlhf_fast.training.job import Job, save_roles
 from rlhf_fast.training.offline import OfflineJob, evaluate_offline, prepare_offline
 from rlhf_fast.training.optim import Loss
 from rlhf_fast.training.pair_loss import answer_logprobs, check_labels, pair_loss
-from rlhf_fast.training.pairs import encode_pair, load_pair_rows
+from rlhf_fast.training.pairs import Pair, encode_pair, load_pair_rows
 from rlhf_fast.training.rankings import encode_ranking, implicit_ranking_loss, load_ranking_rows, padded_rows
 from rlhf_fast.training.reference_cache import reference_logprobs, references_of_run
 from rlhf_fast.training.run import Run
@@ -72,11 +72,14 @@ class AlgorithmConfig(SamplingConfig):
 def prepare(config: AlgorithmConfig) -> OfflineJob:
     if config.ranking:
         job = prepare_offline(config, load_ranking_rows(config), encode_ranking, Encoder.prompt)
-        outlines = chain(job.train.outlines(), job.held_out.outlines())
-        job.widest = max(len(ranking.answers) for ranking in outlines)
+        widths = (rows.numbers("answers", lambda ranking: len(ranking.answers)) for rows in (job.train, job.held_out))
+        job.widest = int(max(width.max() for width in widths))
         return job
     job = prepare_offline(config, load_pair_rows(config), encode_pair, Encoder.pair_prompt)
-    check_labels(list(chain(job.train.outlines(), job.held_out.outlines())), config.objective)
+    pairs: list[Pair] = []
+    for examples in (job.train, job.held_out):
+        pairs += examples.outlines(unlike(examples.rows))
+    check_labels(pairs, config.objective)
     return job
 
 

@@ -66,7 +66,7 @@ class AlgorithmConfig(SamplingConfig):
 
 def prepare(config: AlgorithmConfig) -> OfflineJob:
     job = prepare_offline(config, load_answer_rows(config), encode_answer, Encoder.prompt)
-    good = sum(answer.desirable for answer in job.train.outlines())
+    good = int(job.train.numbers("desirable", lambda answer: answer.desirable).sum())
     if good in (0, len(job.train)):
         raise UserError(f"all {len(job.train)} answers have the label {bool(good)}: {config.algorithm} needs both")
     if config.compares_with == "kl":

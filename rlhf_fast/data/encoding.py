@@ -15,6 +15,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from rlhf_fast.data.cache import NONE, Cache
 from rlhf_fast.data.conversations import Exchange, Exchanges, Text, plain
 from rlhf_fast.data.messages import LEADING, Message
 from rlhf_fast.data.reading import Row, shown
@@ -86,6 +87,7 @@ class Encoder:
     train_on: in a conversation, the last answer or every one. A template's own `{% generation %}` marks come first.
     vocab_size: rows of the model's embeddings; an id beyond them raises UserError. None: not checked.
     bad_rows: 'skip': `encode_rows` leaves out what the template refuses and what has no answer.
+    known: where `encode_rows` keeps what it found.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -96,6 +98,7 @@ class Encoder:
     train_on: Literal["last", "all_assistant"] = "last"
     vocab_size: int | None = None
     bad_rows: Literal["error", "skip"] = "error"
+    known: Cache = field(default=NONE, compare=False)
     notes: dict[str, list[str]] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -203,7 +206,7 @@ class Encoder:
     @cached_property
     def key(self) -> str:
         """A hash of the tokenizer, its template and the settings: of all that the ids of a row depend on."""
-        state = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("tokenizer", "notes")}
+        state = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("tokenizer", "known", "notes")}
         backend = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else self.tokenizer.get_vocab()
         parts = (state, backend, self.tokenizer.chat_template, self.tokenizer.special_tokens_map)
         return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -57,14 +57,18 @@ def as_read(rows: Sequence[Row], family: str, data: str) -> list[Row]:
     return found
 
 
+class Unlike(UserError):
+    """Rows of several forms, which are made into one together."""
+
+
 def check_alike(rows: Sequence[Row], family: str) -> None:
-    """UserError where a row has other forms than the first: rows that are read one by one cannot be made into another
+    """Unlike where a row has other forms than the first: rows that are read one by one cannot be made into another
     form together."""
     forms = forms_of(rows[0].values)
     other = next((row for row in rows if forms_of(row.values) not in (forms, [])), None)
     if forms and family in CONVERSIONS and other is not None:
-        raise UserError(f"{other.where} has {' and '.join(forms_of(other.values))}, {rows[0].where} has "
-                        f"{' and '.join(forms)}: a file of several forms must fit into memory; split it")  # fmt: skip
+        raise Unlike(f"{other.where} has {' and '.join(forms_of(other.values))}, {rows[0].where} has "
+                     f"{' and '.join(forms)}: a file of several forms must fit into memory; split it")  # fmt: skip
 
 
 def _listed(counts: Counter[str]) -> str:

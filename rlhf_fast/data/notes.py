@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 _said: set[str] = set()
 _quiet = False
@@ -12,26 +12,50 @@ _quiet = False
 
 @dataclass
 class Tally:
-    """Counts of rows that come in parts, each behind the row `first`, which is not counted there.
+    """What is to be said of rows that come in parts, each behind the row `first`, which is not counted there.
 
-    counts: of each text, and of its first, second ... telling in a part: found, rows, and how the first one is shown.
+    lines: those that say no number. counts: of each text, and of its first, second ... telling in a part: found, rows,
+    and how the first one is shown.
     """
 
     first: str
+    lines: list[str] = field(default_factory=list)
     counts: dict[tuple[str, int], tuple[int, int, str]] = field(default_factory=dict)
     told: Counter[str] = field(default_factory=Counter)
 
-    def begin(self) -> None:
-        """The next part comes."""
-        self.told.clear()
-
     def add(self, text: str, found: Sequence[tuple["_Placed", str]], rows: Sequence["_Placed"]) -> None:
+        """Of one part."""
         key = text, self.told[text]
         self.told[text] += 1
         found = found[1:] if found and found[0][0].where == self.first else found
-        number, total, shown = self.counts.get(key, (0, 0, ""))
-        total += len(rows) - bool(rows and rows[0].where == self.first)
-        self.counts[key] = number + len(found), total, shown or (found[0][1] if found else "")
+        total = len(rows) - bool(rows and rows[0].where == self.first)
+        self._count(key, len(found), total, found[0][1] if found else "")
+
+    def merge(self, part: "Tally") -> None:
+        """With what is to be said of the next part."""
+        self.lines += [line for line in part.lines if line not in self.lines]
+        for key, (found, total, shown) in part.counts.items():
+            self._count(key, found, total, shown)
+
+    def _count(self, key: tuple[str, int], found: int, total: int, shown: str) -> None:
+        before, rows, earlier = self.counts.get(key, (0, 0, ""))
+        self.counts[key] = before + found, rows + total, earlier or shown
+
+    def say(self) -> None:
+        for line in self.lines:
+            say(line)
+        for (text, _), counts in self.counts.items():
+            _say_count(text, *counts)
+
+    @property
+    def values(self) -> list[Any]:
+        """All of it, as JSON has it."""
+        return [self.first, self.lines, [[*key, *counts] for key, counts in self.counts.items()]]
+
+    @classmethod
+    def of(cls, values: list[Any]) -> "Tally":
+        first, lines, counts = values
+        return cls(first, lines, {(text, n): (found, rows, shown) for text, n, found, rows, shown in counts})
 
 
 _tally: Tally | None = None
@@ -44,7 +68,9 @@ class _Placed(Protocol):
 
 def say(line: str) -> None:
     """Print `line` on standard output, unless this launch has said it before: stages read the same data twice."""
-    if line not in _said and not _quiet:
+    if _tally is not None and not _quiet:
+        _tally.lines.append(line)
+    elif line not in _said and not _quiet:
         _said.add(line)
         print(line, flush=True)
 
@@ -74,15 +100,13 @@ def _say_count(text: str, found: int, rows: int, first: str) -> None:
 
 @contextmanager
 def tallied(first: str) -> Iterator[Tally]:
-    """What is told of rows that come in parts is said at the end, of all together."""
+    """Nothing is said of rows that are one part: it is in the Tally."""
     global _tally
     _tally = tally = Tally(first)
     try:
         yield tally
     finally:
         _tally = None
-    for (text, _), counts in tally.counts.items():
-        _say_count(text, *counts)
 
 
 @contextmanager

@@ -139,7 +139,7 @@ def _array(path: Path, text: str) -> Iterator[Row]:
 
 def _parsed(where: str, text: str, otherwise: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise UserError(f"{where}: {otherwise}: {error.msg} ({place})") from None
@@ -155,6 +155,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"key {twice!r} is there twice")
     return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for each row
 
 
 def _json_row(where: str, value: Any, suspect: object) -> Row:

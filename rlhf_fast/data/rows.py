@@ -6,13 +6,12 @@ A row is found by its number as in a list, so that the order of a run and its re
 import os
 import sys
 import tempfile
-from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +19,30 @@ from rich.markup import escape
 from rich.progress import track
 
 from rlhf_fast.data import notes
+from rlhf_fast.data.cache import NONE, Cache, Entry, digest_of, packed, unpacked
 from rlhf_fast.data.layouts import prompt_key
+from rlhf_fast.data.processes import in_order
 from rlhf_fast.data.reading import Row, line_row, parquet_file, table_rows
 from rlhf_fast.errors import UserError, first_line
 
 CHUNK = 4096  # rows that are read at a time where all are
+FORKED = 4 * CHUNK  # rows that more than one process reads
+_BLOCK = 1 << 24
+_LINE_FEED, _SPACE = ord("\n"), list(b" \t\n\r\v\f")
+
+
+T = TypeVar("T")
 
 
 class View(Sequence[Row]):
     """A sequence of rows that is asked for several at once."""
 
     def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that the rows are read from."""
         raise NotImplementedError
 
     def take(self, places: Sequence[int]) -> list[Row]:
@@ -64,6 +76,10 @@ class Picked(View):
     def __len__(self) -> int:
         return len(self.places)
 
+    @property
+    def size(self) -> int:
+        return _bytes(self.rows)
+
     def take(self, places: Sequence[int]) -> list[Row]:
         return take(self.rows, self.places[np.asarray(places, dtype=np.int64)].tolist())
 
@@ -77,6 +93,10 @@ class Joined(View):
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
+
+    @property
+    def size(self) -> int:
+        return sum(map(_bytes, self.parts))
 
     def take(self, places: Sequence[int]) -> list[Row]:
         found: dict[int, Row] = {}
@@ -107,17 +127,33 @@ class Lines(View):
     def __init__(self, path: Path) -> None:
         self.path, self._file = path, path.open("rb")
         self._stat = self._state()
-        starts, numbers, position = array("Q"), array("Q"), 0
-        for number, line in enumerate(self._file, start=1):
-            if line.strip():
-                starts.append(position)
-                numbers.append(number)
-            position += len(line)
-        starts.append(position)
-        self._starts, self._numbers = np.array(starts, np.uint64), np.array(numbers, np.uint64)
+        self._starts, self._ends, self._numbers = self._index()
+
+    def _index(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Where each line with a row begins and ends, and its number."""
+        found, heads, position, opens = [], [], 0, True
+        while block := self._file.read(_BLOCK):
+            codes = np.frombuffer(block, np.uint8)
+            begins = np.flatnonzero(codes == _LINE_FEED) + 1
+            begins = np.concatenate([[0], begins]) if opens else begins
+            opens = len(begins) > 0 and begins[-1] == len(block)  # the next line begins with the next block
+            begins = begins[:-1] if opens else begins
+            heads.append(codes[begins])
+            found.append(begins + position)
+            position += len(block)
+        starts = np.concatenate(found) if found else np.zeros(0, np.int64)
+        ends = np.append(starts[1:], position)
+        suspects: Any = np.flatnonzero(np.isin(np.concatenate(heads), _SPACE)) if heads else []
+        blank = [i for i in suspects if not self._read(int(starts[i]), int(ends[i])).strip()]
+        kept = np.delete(np.arange(len(starts)), blank)
+        return starts[kept], ends[kept], kept + 1
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    @property
+    def size(self) -> int:
+        return self._stat[0]
 
     def take(self, places: Sequence[int]) -> list[Row]:
         if self._state() != self._stat:
@@ -125,8 +161,11 @@ class Lines(View):
         return [self._row(place) for place in places]
 
     def _row(self, place: int) -> Row:
-        start, end = int(self._starts[place]), int(self._starts[place + 1])
-        return line_row(self.path.name, int(self._numbers[place]), os.pread(self._file.fileno(), end - start, start))
+        line = self._read(int(self._starts[place]), int(self._ends[place]))
+        return line_row(self.path.name, int(self._numbers[place]), line)
+
+    def _read(self, start: int, end: int) -> bytes:
+        return os.pread(self._file.fileno(), end - start, start)
 
     def _state(self) -> tuple[int, int]:
         stat = os.fstat(self._file.fileno())
@@ -157,43 +196,68 @@ class Table(View):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def take(self, places: Sequence[int]) -> list[Row]:
-        return [self._row(place) for place in places]
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
 
-    def _row(self, place: int) -> Row:
-        number = bisect_right(self._ends, place)
-        batch = self._reader.get_batch(number)
-        of_batch = place - self._ends[number] + batch.num_rows
-        (row,) = table_rows(batch.slice(of_batch, 1), self.path.name, first=place + 1)
-        return row
+    def take(self, places: Sequence[int]) -> list[Row]:
+        rows: list[Row] = []
+        while len(rows) < len(places):
+            place = places[len(rows)]
+            number = bisect_right(self._ends, place)
+            run = 1  # rows that follow each other in one batch are made together
+            while len(rows) + run < len(places) and places[len(rows) + run] == place + run < self._ends[number]:
+                run += 1
+            batch = self._reader.get_batch(number)
+            of_batch = place - self._ends[number] + batch.num_rows
+            rows += table_rows(batch.slice(of_batch, run), self.path.name, first=place + 1)
+        return rows
 
 
 class Prepared(View):
     """What `change` makes of rows that are not in memory, each by itself.
 
     It is given the first row before any others, so that it takes all for what it takes that one for. A row may become
-    several, or none. facts: FACTS of each row that it makes. Memory: 29 bytes a row.
+    several, or none. facts: FACTS of each row that it makes. content: a hash of all rows that it makes. Memory: 45
+    bytes a row.
     """
 
-    def __init__(self, rows: View, change: Callable[[list[Row]], list[Row]], name: str) -> None:
+    def __init__(
+        self, rows: View, change: Callable[[list[Row]], list[Row]], name: str, known: Cache = NONE, how: Any = None
+    ) -> None:
+        """how: what `change` depends on besides the settings of `known`, told apart by its repr."""
         self.rows, self._change, self._first = rows, change, rows[:1]
-        places, parts, facts = array("Q"), array("B"), {name: array("Q") for name in FACTS}
         with notes.silent():
             self._before = len(change(self._first))
-        with notes.tallied(self._first[0].where) as tally:
-            starts = range(0, len(rows), CHUNK)
-            for start in track(starts, escape(f"reading {name}"), transient=True, disable=not sys.stdout.isatty()):
-                tally.begin()
-                for place, part, row in self._made(range(start, min(len(rows), start + CHUNK))):
-                    places.append(place)
-                    parts.append(part)
-                    for fact, value in facts.items():
-                        value.append(FACTS[fact](row))
-        self._places, self._parts = np.array(places, np.int64), np.array(parts, np.int64)
-        self.facts = {fact: np.array(values, np.uint64) for fact, values in facts.items()}
+        entry = known.entry((content_of(rows), name, how), lambda: self._looked_through(name))
+        notes.Tally.of(unpacked(entry["told"])).say()
+        self._places, self._parts = entry["places"], entry["parts"]
+        self.facts = {fact: entry[fact] for fact in FACTS}
+
+    def _looked_through(self, name: str) -> Entry:
+        def part(places: range) -> tuple[Entry, notes.Tally]:
+            with notes.tallied(self._first[0].where) as tally:
+                made = list(self._made(places))
+            of_rows = [(row, str(row.values)) for _, _, row in made]
+            found = {fact: np.array([of(*one) for one in of_rows], np.uint64) for fact, of in FACTS.items()}
+            found["places"] = np.array([place for place, _, _ in made], np.int64)
+            found["parts"] = np.array([number for _, number, _ in made], np.int32)
+            return found, tally
+
+        size, told = len(self.rows), notes.Tally(self._first[0].where)
+        parts = [range(start, min(size, start + CHUNK)) for start in range(0, size, CHUNK)]
+        found = []
+        for arrays, tally in shown(in_order(part, parts, alone=size < FORKED), f"reading {name}", len(parts)):
+            told.merge(tally)
+            found.append(arrays)
+        return {"told": packed(told.values)} | {key: np.concatenate([one[key] for one in found]) for key in found[0]}
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def size(self) -> int:
+        return self.rows.size
 
     def take(self, places: Sequence[int]) -> list[Row]:
         wanted = [(int(self._places[place]), int(self._parts[place])) for place in places]
@@ -212,15 +276,26 @@ class Prepared(View):
             part += 1
 
 
+def _bytes(rows: Sequence[Row]) -> int:
+    return rows.size if isinstance(rows, View) else 0
+
+
+def shown(parts: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """The parts, with a bar on a terminal."""
+    return iter(track(parts, escape(what), total, transient=True, disable=not sys.stdout.isatty()))
+
+
 def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
 
-# What is known of each row without reading it again: what it asks and all that it says, as hashes, and how long it is.
-FACTS: dict[str, Callable[[Row], int]] = {
-    "asks": lambda row: _hash(prompt_key(row)),
-    "says": lambda row: _hash(f"{row.where} {row.values}"),
-    "length": lambda row: len(str(row.values)),
+# What is known of each row without reading it again: what it asks, all that it says and the names of its columns, as
+# hashes, and how long it is.
+FACTS: dict[str, Callable[[Row, str], int]] = {  # of a row, and its values as text
+    "asks": lambda row, text: _hash(prompt_key(row)),
+    "says": lambda row, text: _hash(f"{row.where} {text}"),
+    "length": lambda row, text: len(text),
+    "columns": lambda row, text: _hash(" ".join(map(repr, row.values))),
 }
 
 
@@ -232,9 +307,18 @@ def facts_of(rows: Sequence[Row], fact: str) -> NDArray[np.uint64]:
         return np.concatenate([facts_of(part, fact) for part in rows.parts])
     if isinstance(rows, Picked):
         return facts_of(rows.rows, fact)[rows.places]
-    return np.array([FACTS[fact](row) for row in rows], dtype=np.uint64)
+    return np.array([FACTS[fact](row, str(row.values)) for row in rows], dtype=np.uint64)
 
 
-def prepared(rows: Sequence[Row], change: Callable[[list[Row]], list[Row]], name: str) -> Sequence[Row]:
-    """What `change` makes of all rows; of a view, of each when it is asked for."""
-    return Prepared(rows, change, name) if isinstance(rows, View) else change(list(rows))
+def content_of(rows: Sequence[Row]) -> str:
+    """A hash of what all rows say, or of what they are read from."""
+    if isinstance(rows, Lines | Table):
+        return f"{rows.path.name} {digest_of(rows.path)}"
+    if isinstance(rows, Joined):
+        return blake2b(" ".join(map(content_of, rows.parts)).encode()).hexdigest()
+    return blake2b(facts_of(rows, "says").tobytes()).hexdigest()
+
+
+def unlike(rows: Sequence[Row]) -> list[int]:
+    """The place of the first row of each set of columns that rows have."""
+    return sorted(np.unique(facts_of(rows, "columns"), return_index=True)[1].tolist())

@@ -13,7 +13,8 @@ from rlhf_fast.data.reading import SUFFIXES, Row, data_suffix, is_lines, read_fi
 from rlhf_fast.data.rows import Joined, Lines, Table
 from rlhf_fast.errors import UserError, first_line
 
-IN_MEMORY = 1 << 28  # bytes of files up to which their rows are read at once
+IN_MEMORY = 1 << 22  # bytes of files up to which their rows are read at once
+GATHERED = 1 << 28  # bytes of larger files whose rows are brought into memory where they are needed together
 
 # How the hub tells splits apart by the names of files (https://huggingface.co/docs/hub/datasets-file-names-and-splits).
 _SPLIT_WORDS = {

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.reading import Row
+from rlhf_fast.data.rows import take, unlike
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.one_by_one import OneByOne, RowFailed
 from rlhf_fast.rewards.worker import Failed, Other, Worker
@@ -77,6 +78,7 @@ def check_rows(name: str, function: Function, rows: Sequence[Row]) -> None:
 
 def check_column(needs: str, column: str, rows: Sequence[Row]) -> None:
     """UserError, which begins with `needs`, when a row lacks the column."""
+    rows = take(rows, unlike(rows))
     lacking = next((row for row in rows if column not in row.values), None)
     if lacking is None:
         return

@@ -52,6 +52,10 @@ class Config(BaseModel):
     bad_rows: Literal["error", "skip"] = Field(
         "error", description="nulls, pairs that differ in earlier turns, what the template refuses"
     )
+    data_cache: str | None = Field(
+        "auto",
+        description="folder for what was found in data; auto: rlhf_fast in XDG_CACHE_HOME or ~/.cache; null: none",
+    )
     eval_size: int | None = Field(None, ge=1, description="rows held out; default: a tenth, at most 64")
     output_dir: str = Field("run", description="run folder: adapters, metrics, samples, curves, checkpoints")
     seed: int = Field(0, ge=0, lt=1 << 63, description="of new adapters, samples and order")

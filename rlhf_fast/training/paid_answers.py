@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def encode_paid(encoder: Encoder, row: Row) -> Paid:
 
 def paid(job: Job, config: SamplingConfig, examples: Encoded[Paid]) -> Encoded[Paid]:
     """With what `reward` says of those that the data does not pay."""
-    if all(example.reward is not None for example in examples.outlines()):
+    if not np.isnan(examples.numbers("paid", lambda example: example.reward)).any():
         return examples
     if job.rewards is None:
         raise UserError(f"{config.algorithm} needs a column rating, or a reward that judges the data's answers")
@@ -65,7 +66,7 @@ def rewards_of(job: Job, config: SamplingConfig, rollout: Rollout) -> Tensor:
 
 def standardised(train: Encoded[Paid], held_out: Encoded[Paid]) -> tuple[Encoded[Paid], Encoded[Paid]]:
     """Rewards less the mean of the training data, over its deviation."""
-    rewards = torch.tensor([example.reward for example in train.outlines()], dtype=torch.float64)
+    rewards = torch.from_numpy(train.numbers("paid", lambda example: example.reward))
     mean, std = float(rewards.mean()), float(rewards.std(correction=0))
     if not std:
         raise UserError(f"all {len(train)} answers are paid {mean:g}: there is nothing to tell them apart")

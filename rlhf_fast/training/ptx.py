@@ -14,13 +14,14 @@ from rlhf_fast.data.batches import shuffled_indices
 from rlhf_fast.data.encoded import encode_rows
 from rlhf_fast.data.layouts import require_columns, with_known_columns
 from rlhf_fast.data.reading import Row
-from rlhf_fast.data.rows import prepared
+from rlhf_fast.data.rows import Prepared, View
 from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError
 from rlhf_fast.training import supervised
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.optim import Loss, accumulate
+from rlhf_fast.training.setup import known_of
 from rlhf_fast.training.supervised import Rows, logprobs_of
 
 
@@ -45,7 +46,8 @@ def add_ptx(job: Job, config: PtxConfig) -> None:
         rows = with_known_columns(rows, "sft", name, family="sft", skip=skip)
         return require_columns(rows, supervised.LAYOUTS, "sft", skip=skip)[1]
 
-    rows = prepared(read_rows(name), change, name)
+    rows = read_rows(name)
+    rows = Prepared(rows, change, name, known_of(config), "ptx") if isinstance(rows, View) else change(list(rows))
     job.pretraining = encode_rows(job.encoder, rows, supervised.encode, "ptx_data")
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_fast.data.encoded import Encoded, encode_rows
@@ -132,7 +134,7 @@ def load_judged(config: Any, encoder: Encoder, backbone: Backbone) -> JudgementD
     scales: list[tuple[float, float]] = []
     if form == "ratings":
         train, held_out = (weighed(x, criteria, config.criterion_weights) for x in (train, held_out))
-        scales = scales_of([one.targets for one in train.outlines()])
+        scales = scales_of(train.numbers("ratings", lambda one: one.targets))
         train, held_out = (standardised(x, scales) for x in (train, held_out))
         criteria = ["weighted sum"] if config.criterion_weights else criteria
     if config.share_prompts:
@@ -171,9 +173,9 @@ def weighed(
     return judged.map(lambda x: replace(x, targets=(sum(w * y for w, y in zip(order, x.targets, strict=True)),)))
 
 
-def scales_of(ratings: Sequence[tuple[float, ...]]) -> list[tuple[float, float]]:
+def scales_of(ratings: NDArray[np.float64]) -> list[tuple[float, float]]:
     """(mean, std) of each criterion; UserError for one whose ratings are all the same."""
-    columns = torch.tensor(ratings, dtype=torch.float64)
+    columns = torch.from_numpy(ratings)
     if bool((columns.std(0, correction=0) == 0).any()):
         raise UserError(f"a criterion has the same rating in all {len(ratings)} rows: there is nothing to learn")
     return list(zip(columns.mean(0).tolist(), columns.std(0, correction=0).tolist(), strict=True))

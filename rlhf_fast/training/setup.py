@@ -1,5 +1,6 @@
 """From a config to a model with roles and encoded examples: everything that can fail on bad input."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -11,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_fast.data.batches import held_out_indices
+from rlhf_fast.data.cache import NONE, Cache
 from rlhf_fast.data.encoded import encode_rows
 from rlhf_fast.data.encoding import Encoder, Prompt, load_tokenizer
-from rlhf_fast.data.feedback import as_read, check_alike
+from rlhf_fast.data.feedback import Unlike, as_read, check_alike
 from rlhf_fast.data.layouts import rename_columns, require_columns, with_known_columns
 from rlhf_fast.data.notes import say, tell
 from rlhf_fast.data.reading import Row
-from rlhf_fast.data.rows import View, facts_of, joined, picked, prepared
-from rlhf_fast.data.sources import read_rows
+from rlhf_fast.data.rows import Prepared, View, facts_of, joined, picked
+from rlhf_fast.data.sources import GATHERED, read_rows
 from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import attention_for, embedding_rows, load_model
@@ -40,6 +42,15 @@ from rlhf_fast.training.optim import build_optimizer
 
 # Nats per token by which an engine's log-probabilities may differ from ours: bfloat16 explains a tenth of it.
 OTHER_WEIGHTS = 0.3
+# Keys of which nothing that is found in the data depends; a key that is not here makes another entry of the cache.
+NOT_OF_DATA = {
+    "data_cache", "output_dir", "device", "dtype", "quantization", "shards", "whole_rollouts", "attn_implementation",
+    "batch_size", "micro_batch_size", "steps", "epochs", "learning_rate", "lr_schedule", "warmup_steps",
+    "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm", "max_bad_steps",
+    "max_loss_growth", "max_norm_growth", "explosion_steps", "lora_rank", "lora_alpha", "lora_targets", "lora_dropout",
+    "use_rslora", "use_dora", "top_layers", "gradient_checkpointing", "log_every", "eval_every", "save_every",
+    "save_minutes", "keep_checkpoints", "allow_changed_inputs", "report_to", "self_test", "seed", "data_seed",
+}  # fmt: skip
 
 Rows = Sequence[Row]
 Prepare = Callable[[list[Row]], list[Row]]
@@ -198,7 +209,7 @@ def build_encoder(config: Config, backbone: Backbone, tokenizer: Any, *, new_tok
     encoder = Encoder(
         tokenizer, min(config.max_prompt_tokens or max_tokens, max_tokens - new_tokens), max_tokens, config.chat,
         config.too_long, config.train_on, vocab_size=embedding_rows(backbone.model),
-        bad_rows=config.bad_rows,
+        bad_rows=config.bad_rows, known=known_of(config),
     )  # fmt: skip
     if not new_tokens:
         return encoder
@@ -268,21 +279,41 @@ def parts_of(
 ) -> list[Rows]:  # fmt: skip
     """The rows of every place."""
     places = data if isinstance(data, list) else [data]
-    parts = []
+    parts: list[Rows] = []
     for place in places:
         if isinstance(place, FromStage):
             raise UserError(f"data: {{from: {place.stage}}} needs `stages`")
         rows = read_rows(place, may_be_empty=isinstance(data, list))
 
-        def change(rows: list[Row], place: str = place, large: bool = isinstance(rows, View)) -> list[Row]:
-            if large:
-                check_alike(rows, as_algorithm or config.reads or config.family)
+        def change(rows: list[Row], place: str = place) -> list[Row]:
             return prepare(_as_learnt(config, rows, place, layouts, as_algorithm))
 
-        parts.append(prepared(rows, change, place))
+        def change_each(rows: list[Row], change: Prepare = change) -> list[Row]:
+            check_alike(rows, as_algorithm or config.reads or config.family)
+            return change(rows)
+
+        if isinstance(rows, View):
+            try:
+                parts.append(Prepared(rows, change_each, place, known_of(config), (as_algorithm, layouts)))
+                continue
+            except Unlike:
+                if rows.size > GATHERED:
+                    raise
+        parts.append(change(list(rows)))
     if not any(map(len, parts)):
         raise UserError(f"data {shown_data(data)}: there is no example in any of them")
     return parts
+
+
+def known_of(config: Config) -> Cache:
+    """Where what is found in the data is kept: under all keys but those that cannot change it."""
+    place = config.data_cache
+    if place is None:
+        return NONE
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(home) / "rlhf_fast" if place == "auto" else Path(place)
+    settings = {key: value for key, value in sorted(config.values().items()) if key not in NOT_OF_DATA}
+    return Cache(folder, repr(settings))
 
 
 def shown_data(data: Places) -> str:

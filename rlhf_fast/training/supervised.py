@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
+from rlhf_fast.data.encoded import Encoded
 from rlhf_fast.data.encoding import Encoder, Example
 from rlhf_fast.data.reading import Row
 from rlhf_fast.training import ranks
@@ -54,10 +55,17 @@ def train(job: Job, config: Config, run: Run, loss: Loss[Rows]) -> None:
 
 
 def batches(job: Job, config: Config, run: Run) -> Iterator[tuple[int, list[int]]]:
-    """For each step, with the learning rates set, the training examples of its batch."""
+    """For each step, with the learning rates set, the training examples of its batch; those of the next one are encoded
+    meanwhile."""
+
+    def of(step: int) -> list[int]:
+        return shuffled_indices(len(job.train), config.order_seed, step * config.batch_size, config.batch_size)
+
     for step in run.steps():
         set_learning_rates(job, config, step)
-        yield step, shuffled_indices(len(job.train), config.order_seed, step * config.batch_size, config.batch_size)
+        if isinstance(job.train, Encoded) and step + 1 < run.config.steps:
+            job.train.ahead(of(step + 1))
+        yield step, of(step)
 
 
 def learn(job: Job, config: Config, run: Run, step: int, indices: Sequence[int], loss: Loss[Rows]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from rlhf_fast.data import notes, rows, sources
 from rlhf_fast.data.rows import Joined, Lines, Picked, View, facts_of
 from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError
+from rlhf_fast.training import setup
 from rlhf_fast.training.setup import load_rows
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -24,8 +25,9 @@ ALGORITHMS = {"dpo": TABLE, "kto": TABLE, "reward_model": CONVERSATIONS, "sft": 
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "CHUNK", 8)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     notes.forget()
 
 
@@ -152,7 +154,10 @@ def test_some_rows_of_several_sequences(tmp_path):
     assert len(set(facts_of(some, "asks").tolist())) == 4
 
 
-def test_a_large_file_of_several_forms_of_feedback_is_refused(tmp_path, large):
+def test_a_file_of_several_forms_of_feedback_is_refused_where_it_is_too_large_to_be_read_at_once(
+    tmp_path, large, monkeypatch
+):
+    monkeypatch.setattr(setup, "GATHERED", 0)
     table = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 20 + [{"prompt": "a", "original": "b", "edited": "c"}]
     with pytest.raises(UserError, match=r"x.jsonl:23 has edit, x.jsonl:1 has pair"):
         load_rows(config_of("dpo", write(tmp_path / "x.jsonl", table)), [("prompt", "chosen", "rejected")])
