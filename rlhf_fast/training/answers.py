@@ -12,10 +12,11 @@ from rlhf_fast.data.messages import split_pair
 from rlhf_fast.data.reading import Row, shown
 from rlhf_fast.errors import UserError
 from rlhf_fast.ops.preference.unpaired_preference_loss import mismatched_kl
+from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.setup import load_rows
-from rlhf_fast.training.supervised import padded
+from rlhf_fast.training.supervised import padded, shared_out
 
 LAYOUTS = [*JUDGEMENTS["likes"], *JUDGEMENTS["pairs"]]
 
@@ -80,13 +81,13 @@ def _joined(prompt: Example, answer: Example) -> Example:
 def batch_kl(job: Job, config: Config, answers: Sequence[Answer]) -> Tensor:
     """(): KTO's z of a whole batch, in nats."""
     others, size = mismatched(answers), config.micro_batch_size or config.batch_size
-    sums = [torch.zeros(0, 2, device=job.device)]
-    for start in range(0, len(others), size):
-        batch = padded(job, others[start : start + size])
+    sums = [(list[int](), torch.zeros(0, 2, device=job.device))]
+    for rows, idle in shared_out(others, size):
+        batch = padded(job, [others[row] for row in rows])
         hidden = job.backbone.hidden(batch.input_ids, batch.attention_mask, ["policy", "reference"])
         logprobs = [
             job.backbone.logprobs(states, batch.input_ids, batch.mask, mask_count=batch.count).sum(1)
             for states in hidden.values()
         ]
-        sums.append(torch.stack(logprobs, dim=1))
-    return mismatched_kl(*torch.cat(sums).unbind(1))
+        sums += [] if idle else [(rows, torch.stack(logprobs, dim=1))]
+    return mismatched_kl(*ranks.in_order(sums).to(job.device).unbind(1))

@@ -24,13 +24,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rlhf_fast.data.batches import pad_batch
 from rlhf_fast.data.encoded import encode_rows
 from rlhf_fast.data.encoding import Encoder, Example
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import RolloutConfig
-from rlhf_fast.training.experience import Experience, collect, score
+from rlhf_fast.training.experience import Experience, collect, rescored
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.joined import joined
 from rlhf_fast.training.on_policy import Rows, micro_batches, net_rewards, one_of_several, paid
@@ -153,11 +152,10 @@ def win_rates(rewards: Tensor, *, temperature: float) -> Tensor:
 
 def answers_as_rivals(job: Job, config: DuelConfig, experience: Experience) -> Experience:
     """The data's answers to the experience's prompts; their rewards are 0."""
-    answers = [_answer(job.encoder, Row(prompt.where, prompt.columns)) for prompt in experience.rollout.prompts]
-    rollout = replace(experience.rollout, batch=pad_batch(answers, job.encoder.pad_id).to(job.device), sampler=None)
-    lower, scores = score(job, config, rollout)
-    unpaid = torch.zeros_like(experience.rewards)
-    return replace(experience, rollout=rollout, lower=lower, scores=scores, rewards=unpaid)
+    prompts = experience.rollout.prompts
+    answers = [_answer(job.encoder, Row(prompt.where, prompt.columns)) for prompt in prompts]
+    rivals = rescored(job, config, experience, prompts, answers)
+    return replace(rivals, rewards=torch.zeros_like(experience.rewards))
 
 
 def learn_units(

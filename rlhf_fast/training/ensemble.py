@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batches import Batch, pad_batch
+from rlhf_fast.data.batches import Batch
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.rewards.adapter import Output, member_folders, write_covariance, write_stats
+from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.reward_data import Judgement, JudgementData, Places
 from rlhf_fast.training.setup import add_trained_adapter
+from rlhf_fast.training.supervised import padded, shared_out
 
 
 @dataclass
@@ -80,21 +82,20 @@ def member_scores(job: Job, config: Config, batch: Batch, judged: Sequence[Judge
 
 
 @torch.no_grad()
-def passes(
-    job: Job, config: Config, judged: Sequence[Judgement]
-) -> Iterator[tuple[Sequence[Judgement], Tensor, Tensor]]:
-    """`member_scores` of everything in passes of few rows: the judgements of each, its scores and states on the CPU."""
-    size = config.micro_batch_size or config.batch_size
-    for start in range(0, len(judged), size):
-        some = judged[start : start + size]
-        batch = pad_batch([row for one in some for row in one.rows], job.encoder.pad_id).to(job.device)
-        scores, states = member_scores(job, config, batch, some)
-        yield some, scores.cpu(), states.cpu()
+def passes(job: Job, config: Config, judged: Sequence[Judgement]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """`member_scores` of this process's share in passes of few rows: which of `judged` each has, its scores and states
+    on the CPU."""
+    for indices, idle in shared_out(judged, config.micro_batch_size or config.batch_size):
+        some = [judged[i] for i in indices]
+        scores, states = member_scores(job, config, padded(job, some), some)
+        if not idle:
+            yield indices, scores.cpu(), states.cpu()
 
 
 def all_scores(job: Job, config: Config, judged: Sequence[Judgement]) -> Tensor:
     """(S, M): the scores of all outputs of all members, on the CPU."""
-    return torch.cat([scores for _, scores, _ in passes(job, config, judged)])
+    found = passes(job, config, judged)
+    return ranks.in_order([([i for i in indices for _ in judged[i].ends], scores) for indices, scores, _ in found])
 
 
 def covariance(job: Job, config: Any) -> Tensor:
@@ -105,13 +106,14 @@ def covariance(job: Job, config: Any) -> Tensor:
     (2301.11270), where 1/n of this sum stands; the ridge is theirs times n.
     """
     dim = job.backbone.head("reward").in_features
-    total = config.bound_ridge * torch.eye(dim, dtype=torch.float64)
-    for judged, _, states in passes(job, config, job.train):
+    total = (config.bound_ridge if ranks.is_first() else 0.0) * torch.eye(dim, dtype=torch.float64)
+    for indices, _, states in passes(job, config, job.train):
+        judged = [job.train[i] for i in indices]
         for one, phi in zip(judged, states.double().split([len(one.ends) for one in judged]), strict=True):
             better, worse = torch.tensor(one.comparisons, dtype=torch.int64).view(-1, 2).unbind(1)
             apart = phi[better] - phi[worse]
             total += apart.T @ apart
-    return total
+    return ranks.all_sum(total)
 
 
 def save_members(job: RewardJob, config: Any, folder: Path) -> None:

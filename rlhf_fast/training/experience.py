@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import signals
-from rlhf_fast.data.batches import Batch, shuffled_indices
-from rlhf_fast.data.encoding import Prompt
+from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
+from rlhf_fast.data.encoding import Example, Prompt
 from rlhf_fast.models.backbone import Scores
 from rlhf_fast.ops.tokens.kl_estimate import kl_estimate
 from rlhf_fast.rewards import Judged, Payment, Rewards
@@ -104,14 +104,11 @@ class Experience:
         Raises ValueError where these are not all rows: the others would be scored by newer weights than sampled them.
         """
         if self.scores.logprobs is None:
-            if processes.world() > 1:
-                own = [(rows, made.cpu()) for rows, made in parts]
-                parts = [part for of_one in processes.all_gather_objects(own) for part in of_one]
-            rows, made = (torch.cat(of_all) for of_all in zip(*parts, strict=True))
-            if len(rows) != len(self.rewards):
-                raise ValueError(f"the policy was not scored, and the first minibatch has {len(rows)} rows, "
+            made = processes.in_order(parts)
+            if len(made) != len(self.rewards):
+                raise ValueError(f"the policy was not scored, and the first minibatch has {len(made)} rows, "
                                  f"not all {len(self.rewards)}")  # fmt: skip
-            self.scores = replace(self.scores, logprobs=made[rows.argsort()].to(self.rewards.device))
+            self.scores = replace(self.scores, logprobs=made.to(self.rewards.device))
 
 
 def prompts_of_step(job: Job, config: RolloutConfig, step: int) -> list[Prompt]:
@@ -187,17 +184,32 @@ def gathered(experience: Experience, prompts: Sequence[Prompt], own: Part) -> Ex
     """
     if processes.world() == 1:
         return experience
-    scores, rollout = replace(experience.scores, ref_hidden=None), replace(experience.rollout, prompts=[])
+    rollout = replace(experience.rollout, prompts=[], batch=experience.batch.packed())
+    scores = replace(experience.scores, ref_hidden=None)
     small = replace(experience, lower=None, scores=scores, rollout=rollout)
     made = processes.all_gather_objects(None if own.idle else (own.rows, on_device(small, "cpu")))
     found, order = [], []
     for rows, part in filter(None, made):
-        found.append(replace(part, rollout=replace(part.rollout, prompts=[prompts[row] for row in rows])))
+        known = replace(part.rollout, prompts=[prompts[row] for row in rows], batch=part.batch.unpacked())
+        found.append(replace(part, rollout=known))
         order += rows
     whole = joined(alike_in_steps(*found), [torch.arange(len(part.rewards)) for part in found])
     whole = joined([whole], [torch.tensor(order).argsort()])
     metrics = {name: sum(part.metrics[name] for part in found) / len(found) for name in found[0].metrics}
     return replace(on_device(whole, alike_in_steps(whole, small)[1]), metrics=metrics)
+
+
+def rescored(
+    job: Job, config: SamplingConfig, experience: Experience, prompts: Sequence[Prompt], examples: Sequence[Example]
+) -> Experience:
+    """The experience with `examples`, which answer `prompts`, in the place of its rows: scored anew, and paid as these
+    were."""
+    own = own_prompts(prompts)
+    part: Experience = joined([experience], [torch.tensor(own.rows)])
+    batch = pad_batch([examples[row] for row in own.rows], job.encoder.pad_id).to(job.device)
+    rollout = replace(part.rollout, prompts=[prompts[row] for row in own.rows], batch=batch, sampler=None)
+    lower, scores = score(job, config, rollout)
+    return gathered(replace(part, rollout=rollout, lower=lower, scores=scores), prompts, own)
 
 
 def alike_in_steps(*experiences: Experience) -> list[Experience]:

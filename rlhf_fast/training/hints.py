@@ -6,13 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_fast.data.batches import pad_batch
 from rlhf_fast.data.encoded import encode_rows
 from rlhf_fast.data.encoding import Encoder, Example, Prompt
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.config import RolloutConfig
-from rlhf_fast.training.experience import Experience, collect, score
+from rlhf_fast.training.experience import Experience, collect, rescored
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.setup import prepare_rollouts
 
@@ -66,7 +65,4 @@ def asked_again(job: HintJob, config: RolloutConfig, experience: Experience, whi
     answers = collect(job, config, [hinted(job.encoder, p.where, p.columns, job.hint) for p in prompts])
     ids = answers.rollout.completion_ids()
     examples = [Example(p.ids + answer, len(p.ids)) for p, answer in zip(prompts, ids, strict=True)]
-    batch = pad_batch(examples, job.encoder.pad_id).to(job.device)
-    rollout = replace(answers.rollout, prompts=prompts, batch=batch, sampler=None)
-    lower, scores = score(job, config, rollout)
-    return replace(answers, rollout=rollout, lower=lower, scores=scores, steps=None)
+    return rescored(job, config, replace(answers, steps=None), prompts, examples)

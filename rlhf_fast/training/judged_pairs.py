@@ -12,9 +12,10 @@ from rlhf_fast.data.encoding import Encoder
 from rlhf_fast.data.reading import Row
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
+from rlhf_fast.training.experience import everyone_alike
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.pairs import Pair, encode_pair
-from rlhf_fast.training.supervised import hidden_of, padded, sequences_of
+from rlhf_fast.training.supervised import hidden_of, padded, sequences_of, shared_out
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,28 @@ def encode_judged(encoder: Encoder, row: Row) -> JudgedPair:
 def rewards_of(job: Job, config: Config, pairs: Sequence[JudgedPair]) -> Tensor:
     """(pairs, 2) fp32: what the job's rewards pay for the chosen and the rejected answers."""
     assert job.rewards is not None
-    scores = None
-    if job.rewards.adapter is not None:
-        size, scored = config.micro_batch_size or config.batch_size, []
-        for start in range(0, len(pairs), size):
-            batch = padded(job, pairs[start : start + size])
+    own, scored = list[int](), []
+    for rows, idle in shared_out(pairs, config.micro_batch_size or config.batch_size):
+        if job.rewards.adapter is not None:
+            batch = padded(job, [pairs[row] for row in rows])
             hidden = hidden_of(job, config, "reward", batch)
-            scored.append(job.backbone.scores("reward", hidden, batch.attention_mask).view(2, -1))
-        scores = torch.cat(scored, dim=1).flatten()
+            of_rows = job.backbone.scores("reward", hidden, batch.attention_mask).view(2, -1)
+            scored += [] if idle else [of_rows]
+        own += [] if idle else rows
+    scores = torch.cat(scored, dim=1).flatten() if scored else None
+    with everyone_alike(job):
+        made = [(own, _judged(job, [pairs[row] for row in own], scores))] if own else []
+    return ranks.in_order(made).to(job.device)
+
+
+def _judged(job: Job, pairs: Sequence[JudgedPair], scores: Tensor | None) -> Tensor:
+    """(pairs, 2). scores: (2 pairs,), of the chosen ones, then of the rejected ones, by the job's reward adapter."""
+    assert job.rewards is not None
     rows = [pair.columns for pair in pairs] * 2
     texts = [_text(pair.columns[name]) for name in ("chosen", "rejected") for pair in pairs]
     columns = {name: [row.get(name) for row in rows] for name in pairs[0].columns if name != "prompt"}
     columns["completion_ids"] = [example.ids[example.start :] for example in sequences_of(pairs)]
-    judged = job.rewards([row.get("prompt", "") for row in rows], texts, columns, scores)
-    total = ranks.from_first(lambda: judged.total.cpu())  # a judge may say something else to each process
-    return total.view(2, -1).T.to(job.device)
+    return job.rewards([row.get("prompt", "") for row in rows], texts, columns, scores).total.view(2, -1).T
 
 
 def _text(answer: Any) -> str:

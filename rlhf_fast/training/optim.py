@@ -24,7 +24,7 @@ class Idle(Protocol):
 
 R = TypeVar("R", bound=Idle)
 Loss = Callable[[R], tuple[Tensor, dict[str, Tensor]]]  # what a method brings: rows -> (loss, metrics)
-EXTREMES = {"ratio_max": torch.amax, "ratio_min": torch.amin}  # of the metrics; the others add up
+EXTREMES = ("ratio_max", "ratio_min")  # of the metrics; the others add up
 
 
 def adamw(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimizer:
@@ -79,7 +79,15 @@ def accumulate(loss: Loss[R], parts: Iterable[R], kept: Kept | None = None) -> d
             kept.keep_sums(collected)
         ranks.heed()
     stacked = {name: torch.stack([part[name] for part in collected]) for name in collected[0]}
-    return over_processes({name: EXTREMES.get(name, torch.sum)(values) for name, values in stacked.items()})
+    return over_processes({n: extreme(n, values) if n in EXTREMES else values.sum() for n, values in stacked.items()})
+
+
+def extreme(name: str, ratios: Tensor, over: Callable[[Tensor], Tensor] = torch.amax) -> Tensor:
+    """(): that of the ratios of several parts, of which those are 0 that count no token. over: the greatest of them."""
+    if name == "ratio_max":
+        return over(ratios)
+    least = -over(-torch.where(ratios == 0, torch.inf, ratios))
+    return torch.where(least == torch.inf, 0.0, least)
 
 
 def over_processes(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,8 +98,7 @@ def over_processes(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     summed = ranks.all_sum(torch.stack([metrics[name].float() for name in sums]))
     found = dict(zip(sums, summed, strict=True))
     for name in [name for name in EXTREMES if name in metrics]:
-        sign = 1.0 if EXTREMES[name] is torch.amax else -1.0
-        found[name] = sign * ranks.all_max(sign * metrics[name])
+        found[name] = extreme(name, metrics[name].float(), ranks.all_max)
     return {name: found[name] for name in metrics}
 
 

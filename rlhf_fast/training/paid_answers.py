@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batches import pad_batch
 from rlhf_fast.data.encoded import Encoded
 from rlhf_fast.data.encoding import Encoder, Example, Prompt
 from rlhf_fast.data.reading import Row
@@ -14,9 +13,10 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.rollout import Rollout
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import SamplingConfig
-from rlhf_fast.training.experience import penalties, score
+from rlhf_fast.training.experience import everyone_alike, penalties, score
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.pairs import number
+from rlhf_fast.training.supervised import padded, shared_out
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,29 @@ def paid(job: Job, config: SamplingConfig, examples: Encoded[Paid]) -> Encoded[P
         return examples
     if job.rewards is None:
         raise UserError(f"{config.algorithm} needs a column rating, or a reward that judges the data's answers")
-    judged: list[float] = []
-    for start in range(0, len(examples), config.batch_size):
-        part = examples[start : start + config.batch_size]
-        texts = [str(job.encoder.tokenizer.decode(e.ids[e.start :], skip_special_tokens=True)) for e in part]
-        batch = pad_batch(part, job.encoder.pad_id).to(job.device)
-        rollout = Rollout([e.prompt for e in part if e.prompt], batch, texts, torch.ones(len(part), dtype=torch.bool))
-        judged += rewards_of(job, config, rollout).tolist()
-    rewards = ranks.from_first(lambda: judged)  # a judge may say something else to each process
-    rows = zip(examples.rows, rewards, strict=True)
+    judged = []
+    with everyone_alike(job):
+        for numbers, idle in shared_out(examples, config.batch_size):
+            part = [examples[number] for number in numbers]
+            texts = [str(job.encoder.tokenizer.decode(e.ids[e.start :], skip_special_tokens=True)) for e in part]
+            finished = torch.ones(len(part), dtype=torch.bool)
+            rollout = Rollout([e.prompt for e in part if e.prompt], padded(job, part), texts, finished)
+            rewards = rewards_of(job, config, rollout, idle=idle)
+            judged += [] if idle else [(numbers, rewards)]
+    rows = zip(examples.rows, ranks.in_order(judged).tolist(), strict=True)
     return examples.of([Row(row.where, {**row.values, "rating": reward}) for row, reward in rows])
 
 
 @torch.no_grad()
-def rewards_of(job: Job, config: SamplingConfig, rollout: Rollout) -> Tensor:
-    """(B,): what the job's rewards pay; the model is asked only where one of them is its adapter."""
+def rewards_of(job: Job, config: SamplingConfig, rollout: Rollout, *, idle: bool = False) -> Tensor:
+    """(B,): what the job's rewards pay; the model is asked only where one of them is its adapter. idle: it alone."""
     assert job.rewards is not None
     states: tuple[Tensor | None, ...] = ()
     if job.rewards.adapter is not None:
         scores = score(job, config, rollout, policy=False)[1]
         states = scores.scores, scores.features
+    if idle:
+        return torch.zeros(0)
     columns = rollout.columns() | {"completion_ids": rollout.completion_ids()}
     asked = [prompt.columns["prompt"] for prompt in rollout.prompts], rollout.completions, columns
     return job.rewards(*asked, *states).total - penalties(config, rollout)

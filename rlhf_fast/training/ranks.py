@@ -274,6 +274,19 @@ def share(costs: Sequence[float], *, size: int | None = None, together: int = 1)
     return parts + [Part(list(range(min(together, len(costs)))), idle=True)] * missing
 
 
+def in_order(parts: Sequence[tuple[Sequence[int] | Tensor, Tensor]]) -> Tensor:
+    """What the processes have computed of their rows, as one tensor in the order of the rows.
+
+    parts: this one's, (numbers of rows, values), in any order; values of one number stay in a row. The result has the
+    device of the values, and of several processes that of the CPU.
+    """
+    if _group is not None:
+        own = [(torch.as_tensor(numbers), values.cpu()) for numbers, values in parts]
+        parts = [part for of_one in all_gather_objects(own) for part in of_one]
+    numbers = torch.cat([torch.as_tensor(numbers) for numbers, _ in parts])
+    return torch.cat([values for _, values in parts])[numbers.argsort(stable=True)]
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """One all-reduce of a role's gradients as one flat tensor: 4 bytes for each number, in fp32."""
     if _group is None:

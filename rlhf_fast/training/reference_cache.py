@@ -17,7 +17,7 @@ from rlhf_fast.training.config import Config
 from rlhf_fast.training.folder import REFERENCE_FILE, replace_file
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.run import Run
-from rlhf_fast.training.supervised import answer_logprobs, padded, sequences_of
+from rlhf_fast.training.supervised import answer_logprobs, padded, sequences_of, shared_out
 
 # (job, config, role, batch) -> (B,): the log-probability of every sequence's answer.
 Logprobs = Callable[[Job, Any, str, Batch], Tensor]
@@ -34,7 +34,7 @@ def references_of_run(
     """
     path, key = run.folder / REFERENCE_FILE, fingerprint(job, kind)
     references = read_references(path, key, len(job.train))
-    size = config.micro_batch_size or config.batch_size
+    size = config.batch_size if config.micro_batch_size is None else config.micro_batch_size * ranks.world()
     order = shuffled_indices(len(job.train), config.order_seed, 0, len(job.train))
     parts = [order[i : i + size] for i in range(0, min(len(order), config.steps * config.batch_size), size)]
     if references is not None:
@@ -104,7 +104,9 @@ def reference_logprobs(
     job: Job, config: Config, examples: Sequence[Any], logprobs: Logprobs = answer_logprobs
 ) -> Tensor:
     """(examples, K): the reference's log-probability of each of the K answers of every example, in nats."""
-    size = config.micro_batch_size or config.batch_size
-    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-    sums = [logprobs(job, config, "reference", padded(job, part)).view(-1, len(part)) for part in parts]
-    return torch.cat(sums, dim=1).T
+    made = []
+    for rows, idle in shared_out(examples, config.micro_batch_size or config.batch_size):
+        part = [examples[row] for row in rows]
+        sums = logprobs(job, config, "reference", padded(job, part)).view(-1, len(part)).T
+        made += [] if idle else [(rows, sums)]
+    return ranks.in_order(made).to(job.device)

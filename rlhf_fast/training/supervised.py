@@ -96,11 +96,17 @@ def micro_batches(
 
     whole: the parts are those of one process, each in one of the processes.
     """
-    costs = [sum(len(sequence.ids) for sequence in sequences_of([data[i]])) for i in indices]
-    tokens = sum(sum(sequence.learnt[1:]) for sequence in sequences_of([data[i] for i in indices]))
-    for places, idle in ranks.share(costs, size=size, together=(size or len(indices)) if whole else 1):
+    examples = [data[i] for i in indices]
+    tokens = sum(sum(sequence.learnt[1:]) for sequence in sequences_of(examples))
+    for places, idle in shared_out(examples, size, together=(size or len(indices)) if whole else 1):
         part = [indices[place] for place in places]
         yield Rows(part, padded(job, [data[i] for i in part]), len(indices), max(1, tokens), idle)
+
+
+def shared_out(examples: Sequence[Any], size: int | None, *, together: int = 1) -> list[ranks.Part]:
+    """`ranks.share` of examples by their tokens."""
+    costs = [sum(len(sequence.ids) for sequence in sequences_of([example])) for example in examples]
+    return ranks.share(costs, size=size, together=together)
 
 
 def padded(job: Job, examples: Sequence[Any]) -> Batch:

@@ -26,6 +26,7 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter
 from rlhf_fast.rollout import Rollout
+from rlhf_fast.training import ranks
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.entries import FromStage
 from rlhf_fast.training.experience import Experience, collect, everyone_alike, gathered, judge, own_prompts
@@ -192,12 +193,13 @@ def teacher_hidden(job: TaughtJob, batch: Batch) -> Tensor:
 @torch.no_grad()
 def teacher_logprobs(job: TaughtJob, config: TeacherConfig, taught: Experience, read: Batch) -> Tensor:
     """(M, T): the teacher's log-probabilities of the taught completions, 0 elsewhere."""
-    backbone, parts = job.teacher.backbone, []
-    for start in range(0, len(read), config.micro_batch_size or len(read)):
-        rows = read.rows(slice(start, start + (config.micro_batch_size or len(read))))
-        parts.append(backbone.logprobs(
+    backbone, made = job.teacher.backbone, []
+    for numbers, idle in ranks.share(read.attention_mask.sum(1).tolist(), size=config.micro_batch_size):
+        rows = read.rows(torch.tensor(numbers))
+        logprobs = backbone.logprobs(
             teacher_hidden(job, rows), rows.input_ids, rows.mask, mask_count=rows.count, temperature=config.temperature
-        ))  # fmt: skip
+        )
+        made += [] if idle else [(numbers, logprobs)]
     placed = torch.zeros(taught.batch.mask.shape, device=job.device)
-    placed[taught.batch.mask.bool()] = torch.cat(parts)[read.mask.bool()]
+    placed[taught.batch.mask.bool()] = ranks.in_order(made).to(job.device)[read.mask.bool()]
     return placed

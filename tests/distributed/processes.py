@@ -12,14 +12,20 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from rlhf_fast.algorithms import ALGORITHMS
+
 LIMIT = 120.0  # seconds in which a case ends
+# What one process imports, from which all the others are forked.
+LOADED = [f"rlhf_fast.algorithms.{name}" for name in sorted({preset.module for preset in ALGORITHMS.values()})]
+LOADED += ["transformers.models.llama.modeling_llama", "tests.distributed.runs"]
 
 
 class Processes:
     """`count` processes with one thread each."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(LOADED)
         self.count, self.pipes, self.running = count, [], []
         for number in range(count):
             ours, theirs = context.Pipe()
@@ -53,7 +59,10 @@ def _serve(pipe: Connection, number: int, count: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     while True:
-        case, args, port = pipe.recv()
+        try:
+            case, args, port = pipe.recv()
+        except EOFError:
+            return
         os.environ["MASTER_PORT"] = str(port)
         try:
             pipe.send((True, case(*args)))

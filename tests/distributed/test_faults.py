@@ -10,7 +10,8 @@ import yaml
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.training import ranks
-from tests.distributed.test_equal_to_one import STEADY, assert_same_run, run
+from tests.distributed.cases import STEADY
+from tests.distributed.runs import assert_same_run, run
 from tests.training.tiny_runs import values_of
 
 # A launch in which process 1 is killed between the backward pass of its third step and the sum of the gradients.

@@ -17,7 +17,8 @@ from rlhf_fast.models.sharding import Shards
 from rlhf_fast.models.tiny import tiny
 from rlhf_fast.rewards.speakers import LocalSpeaker
 from rlhf_fast.training import ranks
-from tests.distributed.test_equal_to_one import STEADY, assert_same_run, run
+from tests.distributed.cases import STEADY
+from tests.distributed.runs import assert_same_run, run
 from tests.models.tiny_models import add_roles, make_batch, make_model, scramble
 from tests.training.tiny_runs import values_of
 
