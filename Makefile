@@ -13,7 +13,7 @@ ifeq ($(wildcard /dev/nvidia0),)
 export RLHF_FAST_CUDA_ARCHITECTURES ?= 90a-real
 endif
 
-.PHONY: train test test-all fuzz attack test-peers test-suites check lint types smollm2 bench peers gpu gpu-first
+.PHONY: train test test-all fuzz attack processes test-peers test-suites check lint types smollm2 bench peers gpu gpu-first
 .PHONY: gpu-second vllm test-vllm
 .PHONY: sanitize sanitize-cpu aot native clean
 
@@ -63,6 +63,10 @@ ATTACK ?=
 attack: $(VENV)
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.attack --out benchmarks/results/reliability.json $(ATTACK)
 	.venv/bin/python -m benchmarks.catalogue
+
+# Every algorithm in 2 and 4 processes and with split weights: how far it is from one process.
+processes: $(VENV)
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.distributed --out $(OUT)/processes.json
 
 lint: $(VENV)
 	.venv/bin/ruff check .

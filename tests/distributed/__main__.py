@@ -1,7 +1,7 @@
 """python -m tests.distributed: how far runs in several processes are from those of one.
 
-python -m tests.distributed --out benchmarks/results/processes.json             all cases: a quarter of an hour
-python -m tests.distributed --out out.json --only ppo --only "a judge"                 some of them
+python -m tests.distributed --out out/processes.json                       all cases: a quarter of an hour
+python -m tests.distributed --out out.json --only ppo --only "a judge"     some of them
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def main() -> int:
         commit = results["machine"]["commit"]
         results["cases"][name] = {"module": module, "commit": commit, "differences": found}
         if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(results, indent=1) + "\n")
     for processes in groups.values():
         processes.close()
