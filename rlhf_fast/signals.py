@@ -70,6 +70,21 @@ def listening() -> Iterator[None]:
         _state = None
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Inside an ending signal has its default action, for what waits in a library, where no handler of Python is
+    called, and can lose nothing."""
+    before = {number: signal.getsignal(number) for number in ENDING} if _state is not None else {}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def caught() -> int:
     """The number of the signal that ends the program; 0 while there is none."""
     return 0 if _state is None else _state.caught

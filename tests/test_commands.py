@@ -326,6 +326,18 @@ def test_the_frontier_is_reward_over_the_root_of_kl(tmp_path):
     assert "has no evaluations with a reward and a KL" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"reward": "x"}, {"reward": None}, {"kl": []}, {"reward_se": "a"}, {"reward_se": -1}, {"kl": 10**400}],
+    ids=str,
+)
+def test_the_frontier_of_a_damaged_run_is_refused_in_a_line(damage, tmp_path):
+    write_jsonl(tmp_path / "eval.jsonl", [{"step": 1, "metrics": {"kl": 1.0, "reward": 1.0, **damage}}])
+    result = invoke("frontier", tmp_path, "--out", tmp_path / "g.png")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1), result.stderr
+    assert "eval.jsonl is damaged" in result.stderr
+
+
 MISTAKES = {
     "no folder": ("sample {tmp}/none --prompt a", "there is no such folder"),
     "unfinished": ("sample {tmp}/begun --prompt a", "it is not finished"),

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -152,13 +153,22 @@ def launch_here(
 
         ranks.from_first(take)
         for stage in stages:
-            summary = Path(stage.config.output_dir) / SUMMARY_FILE
-            if resume is not None and ranks.from_first(summary.is_file):
+            if resume is not None and ranks.from_first(partial(_is_finished, stage)):
                 console.print(f"{stage.name}: finished before")
                 continue
             run_stage(console, resolved(stage, stages), resume=resume and "auto", overwrite=False, whole=folder)
             if stage.plan.round and stage.plan.own == stage.plan.block[-1]:
                 console.print(rounds_table(ranks.from_first(lambda: record_rounds(folder, [s.plan for s in stages]))))
+
+
+def _is_finished(stage: Stage) -> bool:
+    """Whether the stage has made all the steps that it is to make."""
+    folder, config = Path(stage.config.output_dir), stage.config
+    if not (folder / SUMMARY_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
+        return (folder / SUMMARY_FILE).is_file()
+    key = "steps" if config.epochs is None else "epochs"
+    made = read_yaml(folder / CONFIG_FILE).get(key)
+    return not isinstance(made, (int, float)) or made >= getattr(config, key)
 
 
 def _of_run(place: Path, overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

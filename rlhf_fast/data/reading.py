@@ -73,6 +73,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file that this package wrote; UserError where it is damaged."""
+    try:
+        found = _parsed(str(path), path.read_text(encoding="utf-8"), "damaged")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged: must be an object, got {shown(found)}")
+    return found
+
+
 def split_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file, each with its line feed, which only the last may lack."""
     with path.open("rb") as file:

@@ -110,8 +110,9 @@ def check_finite(model: nn.Module, what: str) -> None:
     for name, tensor in {**tensors, **buffers}.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        # One pass without a copy, at the speed of memory, and NaN survives it.
-        ends = torch.stack(tensor.detach().aminmax())
+        # One pass without a copy, at the speed of memory, and NaN survives it. PyTorch finds no ends of eight bits.
+        whole = tensor.detach().to(torch.float32) if tensor.dtype.itemsize == 1 else tensor.detach()
+        ends = torch.stack(whole.aminmax())
         if ends.isnan().any() or (name not in buffers and ends.isinf().any()):
             raise UserError(f"{what} has weights that are not finite numbers, the first in {name}")
 

@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.data.reading import read_json
+from rlhf_fast.errors import UserError, refusing
 from rlhf_fast.models.peft_io import save_adapter
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import RolloutConfig
@@ -26,7 +27,12 @@ def keep_best(job: Job, config: RolloutConfig, folder: Path, done: int, metrics:
     best = folder / "best"
     record, staging = best / "best.json", best / ".new"
     name = config.best_by
-    if not ranks.from_first(lambda: not record.is_file() or metrics[name] > json.loads(record.read_text())[name]):
+
+    def is_better() -> bool:
+        with refusing(f"{record} is damaged"):
+            return not record.is_file() or metrics[name] > read_json(record)[name]
+
+    if not ranks.from_first(is_better):
         return
     with ranks.place_to_save(staging) as place:
         save_adapter(job.backbone, "policy", place)

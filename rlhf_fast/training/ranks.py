@@ -113,11 +113,15 @@ def processes() -> Iterator[None]:
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
-    shared, number, count = next(iter(dist.rendezvous("env://")))
-    # The store of torchrun outlives its processes: what those of an earlier attempt left there is not for these.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
-    backends = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    dist.init_process_group(backends, store=store, rank=number, world_size=count, timeout=PATIENCE)
+    try:
+        with signals.unheard():
+            shared, number, count = next(iter(dist.rendezvous("env://")))
+            # The store of torchrun outlives its processes: what an earlier attempt left there is not for these.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+            backends = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+            dist.init_process_group(backends, store=store, rank=number, world_size=count, timeout=PATIENCE)
+    except RuntimeError as error:
+        raise UserError(f"the processes of the run do not find each other: {first_line(error)}") from None
     _group = group = _Group(store)
     stdout, stderr = sys.stdout, sys.stderr
     try:
@@ -131,7 +135,8 @@ def processes() -> Iterator[None]:
             group.tell()
         else:
             if not group.lost:
-                store.compare_set("error", "", f"process {number}: {first_line(error)}")
+                with suppress(RuntimeError):  # the first process has ended too, and the store with it
+                    store.compare_set("error", "", f"process {number}: {first_line(error)}")
             dist.destroy_process_group()  # the others see at once that this one is gone
             if group.is_told(number):
                 raise SystemExit(getattr(error, "exit_code", 2)) from None

@@ -1,5 +1,6 @@
 """What a run shows at its end: curves as a PNG and a before/after table."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,15 @@ def frontier(run: Path) -> list[tuple[int, float, float, float]]:
     """(step, sqrt KL, reward, its standard error) of each evaluation that has them. An estimate of KL below 0 is 0."""
     with refusing(f"{run / 'eval.jsonl'} is damaged"):
         found = [(row["step"], row["metrics"]) for row in read_jsonl(run / "eval.jsonl")]
-        return [
-            (step, max(0.0, metrics["kl"]) ** 0.5, metrics["reward"], metrics.get("reward_se", 0.0))
+        points = [
+            (int(step), max(0.0, metrics["kl"]) ** 0.5, float(metrics["reward"]), float(metrics.get("reward_se", 0.0)))
             for step, metrics in found
             if {"kl", "reward"} <= metrics.keys()
         ]
+        strange = [point for point in points if not (all(map(math.isfinite, point)) and point[3] >= 0)]
+        if strange:
+            raise ValueError(f"step {strange[0][0]} has a reward of {strange[0][2]} +- {strange[0][3]}")
+    return points
 
 
 def print_report(console: Console, title: str, folder: Path) -> None:

@@ -17,6 +17,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from rlhf_fast.data.reading import read_json
+from rlhf_fast.errors import refusing
 from rlhf_fast.training.reward_data import Judgement
 
 BINS = 15
@@ -199,12 +201,13 @@ def tables(folder: Path) -> list[Table]:
     path = folder / REPORT_FILE
     if not path.is_file():
         return []
-    report, made = json.loads(path.read_text()), []
-    for key, what in TABLES.items():
-        rows = [(f"{b['low']:.3g} to {b['high']:.3g}", b) for b in report.get(key, [])]
-        made += [_table(what, rows)] if rows else []
-    groups = list(report.get("by_annotator", {}).items())
-    return [*made, _table("annotator", groups)] if groups else made
+    with refusing(f"{path} is damaged"):
+        report, made = read_json(path), []
+        for key, what in TABLES.items():
+            rows = [(f"{b['low']:.3g} to {b['high']:.3g}", b) for b in report.get(key, [])]
+            made += [_table(what, rows)] if rows else []
+        groups = list(report.get("by_annotator", {}).items())
+        return [*made, _table("annotator", groups)] if groups else made
 
 
 def _table(what: str, rows: Sequence[tuple[str, dict[str, float]]]) -> Table:

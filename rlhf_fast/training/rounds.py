@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from rich.table import Table
 
-from rlhf_fast.errors import UserError, short
+from rlhf_fast.data.reading import read_json
+from rlhf_fast.errors import UserError, refusing, short
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.entries import FromStage
 from rlhf_fast.training.files import replace_file
-from rlhf_fast.training.folder import CONFIG_FILE
+from rlhf_fast.training.folder import CONFIG_FILE, SUMMARY_FILE
 
 FILE = "rounds.jsonl"
 SHOWN = ("reward", "kl", "accuracy", "loss", "rows", "revisions")  # in the table; the file has all
@@ -154,9 +155,10 @@ def record_rounds(folder: Path, plans: Sequence[Planned]) -> list[dict[str, Any]
     rows = []
     for number in sorted({plan.round for plan in plans} - {0}):
         stages = [plan for plan in plans if plan.round == number]
-        summaries = [folder / plan.name / "summary.json" for plan in stages]
+        summaries = [folder / plan.name / SUMMARY_FILE for plan in stages]
         if all(path.is_file() for path in summaries):
-            metrics = [json.loads(path.read_text(encoding="utf-8"))["metrics"] for path in summaries]
+            with refusing(f"a {SUMMARY_FILE} in {folder} is damaged"):
+                metrics = [read_json(path)["metrics"] for path in summaries]
             rows.append({"round": number, **{p.own: found for p, found in zip(stages, metrics, strict=True)}})
     replace_file(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -129,6 +129,15 @@ def test_a_buffer_may_be_infinite_and_is_no_nan():
         check_finite(model, "model m")
 
 
+def test_weights_of_eight_bits_are_checked():
+    model = torch.nn.Linear(2, 2, bias=False)
+    model.weight = torch.nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn), requires_grad=False)
+    check_finite(model, "model m")
+    model.weight = torch.nn.Parameter(torch.full((2, 2), math.nan).to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UserError, match="model m has weights that are not finite numbers, the first in weight"):
+        check_finite(model, "model m")
+
+
 def test_a_generation_config_that_stops_at_no_token_is_refused(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, "x"]}')
     with pytest.raises(UserError, match="eos_token_id of its generation config is 'x', not the id of a token"):

@@ -232,6 +232,9 @@ def test_interrupted_stages_resume_where_they_were(tmp_path, monkeypatch):
     stopped = len(calls)
     go(path, resume="auto")
     assert calls[stopped:] == [("reward_model", i) for i in (2, 3, 4)] + [("ppo", i) for i in range(5)]
+    stopped = len(calls)
+    go(path, {"ppo.steps": 6}, resume="auto")
+    assert calls[stopped:] == [("ppo", 5)]
 
 
 def test_a_dry_run_of_stages_writes_nothing(tmp_path, capsys):
