@@ -19,12 +19,13 @@ from typing import NamedTuple
 from rlhf_fast.training import ranks
 from tests.attack.harness import Child, Outcome, same_as
 from tests.attack.rows import Cases, row, warm, words
-from tests.distributed.test_equal_to_one import STEADY, assert_same_run
+from tests.distributed.cases import STEADY
+from tests.distributed.runs import assert_same_run
 from tests.training.tiny_runs import ALGORITHMS, folder
 
 SECONDS = 20.0  # in which the other process has ended too
 TERMINATED = 128 + signal.SIGTERM
-# As test_equal_to_one has them, so that another number of processes makes the same run.
+# As tests/distributed has them, so that another number of processes makes the same run.
 CHANGES = {key: value for key, value in STEADY.items() if key != "steps"}
 OF = {"online_dpo": {"reference_refresh_every": None}}
 
