@@ -167,7 +167,7 @@ def times() -> Cases:
     for number in range(200):
         algorithm, lost, share = ALGORITHMS[number % len(ALGORITHMS)], number // 8 % 2, draw.random()
         processes = 1 + number // 16 % 2
-        name = f"{algorithm} process {lost} after {share:.3f}, then {processes}"
+        name = f"{number} {algorithm} process {lost} after {share:.3f}, then {processes}"
         yield name, partial(lost_after, algorithm, lost, share, processes)
 
 

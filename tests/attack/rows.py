@@ -195,7 +195,7 @@ def kills() -> Cases:
     for number in range(1000):
         algorithm, flag = ALGORITHMS[number % len(ALGORITHMS)], list(STARTS)[number // 8 % 3]
         share = draw.random()
-        yield f"{algorithm} {flag} at {share:.3f}", partial(killed_after, algorithm, flag, share)
+        yield f"{number} {algorithm} {flag} at {share:.3f}", partial(killed_after, algorithm, flag, share)
 
 
 def refused_at(algorithm: str, flag: str, why: str, at: int, place: Path) -> str | None:
@@ -240,10 +240,10 @@ RACES = (
 def races() -> Cases:
     draw = random.Random(1)
     prepared("sft")
-    for _ in range(20):
+    for number in range(20):
         for flags in RACES:
             share = draw.random()
-            yield f"{flags} after {share:.3f} of the first", partial(raced, flags, share)
+            yield f"{number} {flags} after {share:.3f} of the first", partial(raced, flags, share)
 
 
 def _project(place: Path) -> None:
