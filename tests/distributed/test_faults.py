@@ -97,13 +97,14 @@ def test_a_run_goes_on_in_another_number_of_processes(two, four, tmp_path):
     assert_same_run(tmp_path / "changing", tmp_path / "one")
 
 
-def test_a_killed_process_ends_the_job_which_torchrun_then_starts_again(tmp_path):
-    """Once without restarts: one line, a checkpoint; then with them: it goes on to the end by itself."""
+def test_a_killed_process_ends_the_job_which_accelerate_then_starts_again(tmp_path):
+    """It hands the job to torchrun. One line and a checkpoint; then the run goes on to its end by itself."""
     (tmp_path / "job.py").write_text(KILLED)
     values = values_of("sft", **STEADY, save_every=1, output_dir=str(tmp_path / "run"))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
-               "--standalone", str(tmp_path / "job.py"), str(tmp_path / "run.yaml")]  # fmt: skip
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2",
+               "--mixed_precision=no", "--dynamo_backend=no", "--max_restarts=1", "--rdzv_backend=c10d",
+               str(tmp_path / "job.py"), str(tmp_path / "run.yaml")]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
