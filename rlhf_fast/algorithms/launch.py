@@ -5,7 +5,8 @@ All of it is checked before anything is written.
 
 import tempfile
 import traceback
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -91,11 +92,18 @@ def launch(path: str | None, overrides: dict[str, Any], *, dry_run: bool, resume
     forget()
     if ranks.started_again():
         resume, overwrite = resume or "auto", False
-    with signals.listening(), ranks.processes():
-        try:
-            launch_here(path, overrides, dry_run=dry_run, resume=resume, overwrite=overwrite)
-        except signals.Interrupted as signal:
-            raise Stopped.by(signal, "while getting ready", "saved: what was finished") from None
+    # Outside too: a signal may come while the processes find each other, or part.
+    with signals.listening(), _stopping(), ranks.processes(), _stopping():
+        launch_here(path, overrides, dry_run=dry_run, resume=resume, overwrite=overwrite)
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """A signal that ends what is inside is one line."""
+    try:
+        yield
+    except signals.Interrupted as signal:
+        raise Stopped.by(signal, "while getting ready", "saved: what was finished") from None
 
 
 def launch_here(

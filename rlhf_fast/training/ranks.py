@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +41,9 @@ class _Group:
     def why(self) -> str:
         """Why another process has ended: what it said, where it could."""
         self.lost = True
-        said = self.store.get("error").decode() if self.store.check(["error"]) else ""
+        said = ""
+        with suppress(RuntimeError):  # the store has ended, with a first process that could say nothing
+            said = self.store.get("error").decode() if self.store.check(["error"]) else ""
         return said or "a process of the run was lost: killed, out of memory, or its machine is gone"
 
     def tell(self) -> None:
@@ -124,6 +126,7 @@ def processes() -> Iterator[None]:
                 sys.stdout = sys.stderr = nowhere
             yield
     except Exception as error:
+        signals.hold(lambda: False)  # torchrun ends what is left of the processes: what went wrong is said before
         if number == 0:
             group.tell()
         else:

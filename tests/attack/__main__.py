@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
+from tests.attack import processes  # noqa: F401
 from tests.attack.rows import ROWS, Attack, Row
 
 IN_MEMORY = Path("/dev/shm")  # where no kill waits for a disk

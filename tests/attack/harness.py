@@ -216,11 +216,10 @@ class _Watched:
 
 
 class Child:
-    """`rlhf_fast WORDS` in a child process. fault: what is done to it. environment: what it has besides ours."""
+    """`rlhf_fast WORDS` in a child process. fault: what is done to it, which is `armed()` inside, and told of the
+    `end()`. environment: what it has besides ours."""
 
-    def __init__(
-        self, words: list[str], *, fault: Fault | None = None, environment: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, words: list[str], *, fault: Any = None, environment: dict[str, str] | None = None) -> None:
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 - until `ended`
         self.number = os.fork()
         if self.number == 0:
@@ -249,7 +248,7 @@ class Child:
         os.kill(self.number, 9)  # nobody has waited for it, so the number is its own
 
 
-def command(words: list[str], *, fault: Fault | None = None) -> Outcome:
+def command(words: list[str], *, fault: Any = None) -> Outcome:
     """Run `rlhf_fast WORDS` in a child."""
     return Child(words, fault=fault).ended()
 
@@ -272,7 +271,7 @@ def _stand_ins() -> None:
     kept.PATIENCE = 0.0
 
 
-def _run(words: list[str], said: int, fault: Fault | None) -> None:
+def _run(words: list[str], said: int, fault: Any) -> None:
     """The child: never returns."""
     status = 1
     try:

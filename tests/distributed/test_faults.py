@@ -1,6 +1,7 @@
 """What a process that fails, or is lost, leaves: one line, in seconds, and a run that goes on."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,8 +34,8 @@ main()
 """
 
 
-def failing(values, error):
-    """Process 1 raises in its second step, process 0 tells."""
+def failing(values, error, told_by=None):
+    """Process 1 raises in its second step, process 0 tells. told_by: a signal that comes when it begins to."""
     summed, calls = ranks.sum_gradients, []
 
     def raises(parameters):
@@ -44,20 +45,31 @@ def failing(values, error):
         summed(parameters)
 
     ranks.sum_gradients = raises
+    tell = ranks._Group.tell
+
+    def interrupted(group):
+        if told_by is not None:
+            signal.raise_signal(told_by)
+        tell(group)
+
+    ranks._Group.tell = interrupted
     start = time.monotonic()
     try:
         run(values)
     except (UserError, SystemExit) as ended:
         return type(ended).__name__, str(ended), time.monotonic() - start
     finally:
-        ranks.sum_gradients = summed
+        ranks.sum_gradients, ranks._Group.tell = summed, tell
     return None
 
 
-@pytest.mark.parametrize("error", [UserError("the reward is NaN"), ValueError("a bug")], ids=str)
-def test_what_one_process_fails_with_ends_all_and_is_said_once(error, two, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "told_by"), [(UserError("the reward is NaN"), None), (ValueError("a bug"), signal.SIGTERM)], ids=str
+)
+def test_what_one_process_fails_with_ends_all_and_is_said_once(error, told_by, two, tmp_path):
+    """Also where torchrun's SIGTERM comes while it is said."""
     values = values_of("sft", **STEADY, save_every=10, output_dir=str(tmp_path / "run"))
-    (first, message, seconds), (second, code, _) = two.run(failing, values, error)
+    (first, message, seconds), (second, code, _) = two.run(failing, values, error, told_by)
     assert (first, second, code) == ("UserError", "SystemExit", "2")
     assert message == f"process 1: {error}; the checkpoint of step 1 is saved: --resume auto continues"
     assert seconds < 60
