@@ -103,7 +103,8 @@ def test_a_killed_process_ends_the_job_which_accelerate_then_starts_again(tmp_pa
     values = values_of("sft", **STEADY, save_every=1, output_dir=str(tmp_path / "run"))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1",
-               "--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no", "--max_restarts=1", "--rdzv_backend=c10d",
+               "--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no", "--max_restarts=1",
+               "--rdzv_backend=c10d",
                str(tmp_path / "job.py"), str(tmp_path / "run.yaml")]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
