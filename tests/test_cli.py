@@ -399,6 +399,7 @@ def test_keys_lists_what_a_config_may_hold_with_the_defaults_of_a_row(monkeypatc
     assert shown["data"] == ("str or {from: STAGE} or list", "(required)")
     assert shown["objective"] == ("name or mapping", "dapo")
     assert (shown["objective.clip_eps_low"], shown["objective.clip_eps_high"]) == (("float", "0.2"), ("float", "0.28"))
+    assert (shown["engine"], shown["engine.kind"][1]) == (("name or mapping", "local"), "local")
     assert set(shown) == set(keys_of(load_algorithm("dapo").AlgorithmConfig))
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from rlhf_fast.ops.core.loss import Objective
 from rlhf_fast.training.config import Config, parse
-from rlhf_fast.training.entries import FromStage, JudgeConfig, VerifyConfig
+from rlhf_fast.training.entries import EngineConfig, FromStage, JudgeConfig, VerifyConfig
 
 
 class Key(NamedTuple):
@@ -19,7 +19,7 @@ class Key(NamedTuple):
 
 def described(config_class: type[Config], defaults: Mapping[str, Any] | None = None) -> Iterator[Key]:
     """Every key of an algorithm in order, then the entries of `verify`, the numbers of its objective, and the entries
-    of `judge`.
+    of `judge` and `engine`.
 
     defaults: those of a preset.
     """
@@ -28,7 +28,7 @@ def described(config_class: type[Config], defaults: Mapping[str, Any] | None = N
     config = parse(config_class, {**least, **(defaults or {})})
     for name, info in config_class.model_fields.items():
         value = None if name == "verify" else getattr(config, name)
-        default = "(required)" if name in required else shown(getattr(value, "variant", value))
+        default = "(required)" if name in required else shown(getattr(value, "variant", getattr(value, "kind", value)))
         yield Key(name, type_name(info.annotation), default, info.description or "")
     if "verify" in config_class.model_fields:
         for name, info in VerifyConfig.model_fields.items():
@@ -39,9 +39,9 @@ def described(config_class: type[Config], defaults: Mapping[str, Any] | None = N
         for field in fields(objective):
             kind = " or ".join(part for part in field.type.split(" | ") if part != "None")
             yield Key(f"objective.{field.name}", kind, shown(getattr(objective, field.name)), "")
-    if "judge" in config_class.model_fields:
-        for name, info in JudgeConfig.model_fields.items():
-            yield Key(f"judge.{name}", type_name(info.annotation), shown(info.default), info.description or "")
+    for key, entries in (("judge", JudgeConfig), ("engine", EngineConfig)):
+        for name, info in entries.model_fields.items() if key in config_class.model_fields else ():
+            yield Key(f"{key}.{name}", type_name(info.annotation), shown(info.default), info.description or "")
 
 
 def shown(value: Any) -> str:
@@ -59,6 +59,6 @@ def type_name(annotation: Any) -> str:
         return "{from: STAGE}"
     if annotation is JudgeConfig:
         return "mapping"
-    if isinstance(annotation, type) and issubclass(annotation, (Objective, VerifyConfig)):
+    if isinstance(annotation, type) and issubclass(annotation, (EngineConfig, Objective, VerifyConfig)):
         return "name or mapping"
     return str((origin or annotation).__name__)
