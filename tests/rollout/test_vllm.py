@@ -2,14 +2,10 @@
 
 import os
 import re
-import signal
-import socket
-import subprocess
 import threading
 import time
 from pathlib import Path
 
-import httpx2
 import pytest
 import torch
 from peft import PeftModel
@@ -22,13 +18,13 @@ from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.peft_io import load_adapter
 from rlhf_fast.rollout import roll_out
 from rlhf_fast.rollout.engines.vllm import VLLM
+from rlhf_fast.testing.vllm import Server
 from tests.training.interruptions import run
 from tests.training.tiny_runs import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("RLHF_FAST_VLLM", ROOT / ".venv-vllm" / "bin" / "python"))
 MODEL = Path(os.environ.get("RLHF_FAST_SMOLLM2", ROOT / ".cache" / "smollm2-135m-instruct"))
-STARTS = 600  # seconds; 35 on two quiet cores
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,50 +32,10 @@ pytestmark = [
 ]
 
 
-class Server:
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url, self.log, self.process = f"http://127.0.0.1:{self.port}/v1", folder / "vllm.log", None
-
-    def start(self) -> None:
-        """In a process group of its own, because the engine is a child of what is started."""
-        environment = {
-            **os.environ, "PATH": f"{PYTHON.parent}:{os.environ['PATH']}", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-        }  # fmt: skip
-        options = (
-            f"--model {MODEL} --served-model-name smollm2 --port {self.port} --host 127.0.0.1 --dtype float32 "
-            "--max-model-len 512 --max-num-seqs 16 --enforce-eager --enable-lora --max-lora-rank 8"
-        )
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *options.split()], env=environment,
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        end = time.monotonic() + STARTS
-        while time.monotonic() < end:
-            assert self.process.poll() is None, self.log.read_text()[-2000:]
-            try:
-                httpx2.get(f"{self.url}/models", timeout=2).raise_for_status()
-                return
-            except httpx2.HTTPError:
-                time.sleep(0.5)
-        raise AssertionError(f"vLLM does not answer in {STARTS} s: {self.log.read_text()[-2000:]}")
-
-    def kill(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("vllm"))
-    server.start()
-    yield server
+    server = Server(PYTHON, MODEL, tmp_path_factory.mktemp("vllm") / "vllm.log")
+    yield server.start()
     server.kill()
 
 
@@ -121,7 +77,7 @@ def test_grpo_trains_through_it_pushes_its_adapter_at_every_step_and_survives_it
     tokenizer = load_tokenizer(str(MODEL))
     prompts = [Prompt("", tokenizer(text)["input_ids"], text, {}) for text in ("Once upon a time", "Rain is") * 4]
     rollout = roll_out(
-        trained, tokenizer, prompts, max_new_tokens=24, keep_logprobs=True, engine=VLLM(server.url, model="smollm2")
+        trained, tokenizer, prompts, max_new_tokens=24, keep_logprobs=True, engine=VLLM(server.url, model="base")
     )
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     batch = rollout.batch
