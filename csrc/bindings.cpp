@@ -5,6 +5,7 @@
 #include <array>
 
 #include "cpu/distributional_value_loss.h"
+#include "cpu/few_rows.h"
 #include "cpu/gae.h"
 #include "cpu/group_advantages.h"
 #include "cpu/kl_estimate.h"
@@ -103,6 +104,17 @@ cpu::LoraLinear lora_linear(Address wide, Address narrow, int dtype, const std::
   cpu::LoraLinear op{.wide = at<>(wide), .narrow = at<>(narrow), .dtype = DType(dtype), .width = sizes[0],
                      .wide_stride = sizes[1], .narrow_stride = sizes[2], .bank = {}, .spans = {}};
   for (const auto& [matrix, rank, scale] : bank) op.bank.push_back({plane(matrix), rank, scale});
+  for (const auto& [adapter, start, stop] : spans) op.spans.push_back({adapter, start, stop});
+  return op;
+}
+
+// sizes = width, outputs, row stride of the weight; bank: A, B, rank, scale
+using AdapterArguments = std::tuple<PlaneArguments, PlaneArguments, int64_t, double>;
+cpu::FewRows few_rows(int dtype, const std::array<int64_t, 3>& sizes, const std::vector<AdapterArguments>& bank,
+                      const std::vector<std::array<int64_t, 3>>& spans) {
+  cpu::FewRows op{.dtype = DType(dtype), .width = sizes[0], .outer = sizes[1], .weight_stride = sizes[2], .bank = {},
+                  .spans = {}};
+  for (const auto& [down, up, rank, scale] : bank) op.bank.push_back({plane(down), plane(up), rank, scale});
   for (const auto& [adapter, start, stop] : spans) op.spans.push_back({adapter, start, stop});
   return op;
 }
@@ -402,6 +414,18 @@ PYBIND11_MODULE(_native, m) {
                             threads);
       },
       Release());
+  m.def("few_rows_is_fast", &cpu::few_rows_is_fast);
+  py::class_<cpu::FewRows>(m, "FewRows")
+      .def(py::init(&few_rows))
+      .def(
+          "__call__",
+          [](const cpu::FewRows& op, Address x, Address weight, Address bias, Address y, Address h, int64_t h_stride,
+             int threads) {
+            cpu::few_rows(op, {.x = at<>(x), .weight = at<>(weight), .bias = at<>(bias), .y = at<>(y), .h = at<>(h),
+                               .h_stride = h_stride},
+                          threads);
+          },
+          Release());
 
   // sizes = rows, vocabulary, row_stride; outputs = ids, logprobs, full_logprobs
   m.def(

@@ -149,7 +149,8 @@ class LoRALinear:
         # While tokens are generated each call is like the last, and finding out what to do takes longer than doing it.
         weight = None if self.quantized else self.weight
         backend = resolve("lora_linear", IMPLS, x.device)
-        key = (route, x.shape, x.dtype, x.device, weight is not None and weight.shape, backend, places)
+        form = None if weight is None else (weight.shape, weight.dtype, weight.stride())
+        key = (route, x.shape, x.dtype, x.device, form, backend, places)
         last, call = self._last
         if call is not None and key == last:
             return call(x, weight)

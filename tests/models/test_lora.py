@@ -168,6 +168,18 @@ def test_a_base_weight_of_another_shape_is_refused_by_the_next_call():
             lora(x)
 
 
+def test_a_base_weight_in_another_form_is_seen_by_the_next_call():
+    lora, x = make("linear without bias"), rows(CHANGED)
+    with torch.no_grad(), routed(CHANGED):
+        lora(x)
+        for weight in (torch.randn(IN, OUT).t(), torch.randn(OUT, 2 * IN)[:, :IN]):
+            lora.base.weight = nn.Parameter(weight, requires_grad=False)
+            assert torch.equal(lora(x), ordinary(lora, x, CHANGED))
+        lora.base.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
+        with pytest.raises(TypeError, match=r"must have the type of x, got x torch\.float32, weight torch\.bfloat16"):
+            lora(x)
+
+
 def test_a_change_of_the_input_is_seen_by_the_next_call():
     lora, route = make(), ROUTES["one adapter"]
     x = rows(route)

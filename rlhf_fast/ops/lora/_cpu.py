@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,6 +30,10 @@ NATIVE_LIMITS = {
     torch.bfloat16: (8, 128),
     torch.float16: (math.inf, math.inf),
 }
+# Up to so many rows the native product with the weight and the adapters together runs, up to rank FEW_ROWS_RANK: as
+# many as its registers and stack are made for (FewRows in csrc/cpu/few_rows.h). kernels/LOG.md has what was measured.
+FEW_ROWS_LIMITS = {torch.float32: 64, torch.bfloat16: 64, torch.float16: 64}
+FEW_ROWS_RANK = 64
 _NORM_BLOCK = 1024  # rows of weight + delta that are made at a time
 
 
@@ -69,6 +74,43 @@ def expand(h: Tensor, ups: list[Tensor], scales: list[float], spans: Spans, drop
         part *= factors[i]
         if bias is not None:
             part += bias
+
+
+@cache
+def few_rows_are_fast() -> bool:
+    """Whether this machine has the registers that the native product for few rows is written for."""
+    return native().few_rows_is_fast()
+
+
+def few_rows(
+    x: Tensor, weight: Tensor, downs: list[Tensor], ups: list[Tensor], scales: list[float], segments: Spans
+) -> Callable[..., Tensor] | None:
+    """f(x, weight, bias, h=None) -> y (N, out), every term in one pass over the weight; h (N, R) gets x @ down^T.
+
+    None where it does not run. For all contiguous x (N, in) and weight of these shapes, strides and types while the
+    adapters stay where they are. segments: spans that cover the rows in their order, with adapter -1 for none.
+    """
+    (rows, width), outer = x.shape, weight.shape[0]
+    types = (x.dtype, torch.float32)
+    if (
+        not 0 < rows <= FEW_ROWS_LIMITS.get(x.dtype, 0)
+        or not few_rows_are_fast()
+        or not outer
+        or weight.stride(1) != 1
+        or any(a.dtype not in types or a.stride(1) != 1 or a.shape[0] > FEW_ROWS_RANK for a in downs)
+    ):
+        return None
+    bank = [(plane(a), plane(b), a.shape[0], scale) for a, b, scale in zip(downs, ups, scales, strict=True)]
+    product = native().FewRows(DTYPE_CODES[x.dtype], (width, outer, weight.stride(0)), bank, segments)
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor | None = None) -> Tensor:
+        y = x.new_empty(rows, outer)
+        bias = None if bias is None else bias.contiguous()
+        product(packed(x), strided(weight)[0], packed(bias), packed(y), packed(h), 0 if h is None else h.shape[1],
+                threads())  # fmt: skip
+        return y
+
+    return call
 
 
 def prepare(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,12 @@ class Rows(NamedTuple):
             start += count
         return spans
 
+    def covering(self) -> Spans:
+        """`spans` with the rows that have no adapter, as adapter -1."""
+        ends = list(accumulate(self.segments[1::2]))
+        starts = [0, *ends[:-1]]
+        return [each for each in zip(self.segments[::2], starts, ends, strict=True) if each[1] < each[2]]
+
     def noise(self) -> Dropout:
         return None if self.seed is None else (threshold(self.dropout), self.seed)
 
@@ -104,6 +111,14 @@ def forward(layer: Layer, bank: Bank, rows: Rows, backend: str) -> list[Tensor]:
         unscaled if rows.keep_unscaled else None,
     )  # fmt: skip
     return [y, h, unscaled, norms]
+
+
+def few_rows(layer: Layer, bank: Bank, rows: Rows) -> Callable[..., Tensor] | None:
+    """See _cpu.few_rows; None also where there is dropout, a magnitude or no weight."""
+    x, weight, _ = layer
+    if weight is None or bank.magnitudes or rows.seed is not None:
+        return None
+    return _cpu.few_rows(x, weight, bank.downs, bank.ups, bank.scales, rows.covering())
 
 
 def _fake(layer: Layer, bank: Bank, rows: Rows, backend: str) -> list[Tensor]:

@@ -29,6 +29,10 @@ another 2 n R (in + out), reading x once more and reading and writing y once mor
 small products again for dA and dB. h (N, R) is kept. A magnitude adds one read of the weight and 2 R in out FLOPs to
 every forward, and keeps y - bias before f where m is trained (N out).
 
+On a CPU with AVX-512 up to 64 rows (_cpu.FEW_ROWS_LIMITS) can be one product that reads every byte of the weight once
+(`prepare` with one_pass, without gradients). A sum of it is 16 partial ones of every 16th column (bfloat16: pair of
+columns), then of the ranks, added in a fixed tree, so the bits of a row do not depend on the other rows.
+
 Numerics: products accumulate in float32; Triton keeps h in float32, the CPU in the type of x. Adapters can stay in
 float32 beside a bfloat16 base: the native CPU kernels read them in float32 (float64 beside a float64 x), Triton in
 TF32, and PyTorch's products, which the CPU uses past _cpu.NATIVE_LIMITS, in the type of x. Their gradients come
@@ -57,7 +61,7 @@ from rlhf_fast.ops.core import check
 from rlhf_fast.ops.core.philox import philox
 from rlhf_fast.ops.core.registration import only_autograd_looks
 from rlhf_fast.ops.lora import _cpu
-from rlhf_fast.ops.lora._op import IMPLS, Bank, Layer, Rows, forward, run, threshold
+from rlhf_fast.ops.lora._op import IMPLS, Bank, Layer, Rows, few_rows, forward, run, threshold
 
 
 class Adapter(NamedTuple):
@@ -123,13 +127,21 @@ def may_prepare(x: Tensor) -> bool:
 
 
 def prepare(
-    x: Tensor, weight: Tensor | None, bank: Sequence[Entry], segments: Sequence[tuple[int, int]], backend: str
+    x: Tensor,
+    weight: Tensor | None,
+    bank: Sequence[Entry],
+    segments: Sequence[tuple[int, int]],
+    backend: str,
+    one_pass: bool = False,
 ) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
     """f(x, weight, bias): lora_linear without dropout and gradient, its checks and its tables of adapters made before.
 
     For arguments that lora_linear has taken, with the backend that it resolved. f serves as long as x and weight keep
-    their shapes, types and device and the tensors of the bank their addresses, types, shapes and strides; what they
-    hold may change. While tokens are generated, what it leaves out takes longer than the products.
+    their shapes, strides, types and device and the tensors of the bank their addresses, types, shapes and strides; what
+    they hold may change. While tokens are generated, what it leaves out takes longer than the products.
+
+    one_pass: up to _cpu.FEW_ROWS_LIMITS rows by the one product for few rows, where the backend is cpu and it runs. Its
+    bits are not those of lora_linear; without it they are.
     """
     adapters = [Adapter(*entry) for entry in bank]
     entries, rows = _bank(adapters), Rows(_flat(segments), 0.0, None, False)
@@ -137,6 +149,12 @@ def prepare(
         return lambda x, weight, bias: lora_linear(x, weight, adapters, segments, bias=bias, backend=backend)
     outer = (entries.ups[0] if weight is None else weight).shape[0]
     shape, add = (*x.shape[:-1], outer), None
+    if (
+        one_pass
+        and backend == "cpu"
+        and (product := few_rows(Layer(check.rows(x), weight, None), entries, rows)) is not None
+    ):
+        return lambda x, weight, bias: product(x, weight, bias).view(shape)
     if backend == "cpu" and not entries.magnitudes:
         add = _cpu.prepare(x, outer, entries.downs, entries.ups, entries.scales, rows.spans())
     if add is None:
