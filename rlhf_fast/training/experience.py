@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import groupby
@@ -172,7 +172,8 @@ def everyone_alike(job: Job) -> Iterator[None]:
         return
     assert job.rewards is not None
     state, calls = random_state(), job.rewards.judge_calls
-    yield
+    with signals.apart() if job.backbone.shards is None else nullcontext():
+        yield
     set_random_state(state)
     job.rewards.judge_calls = calls + int(processes.all_sum(torch.tensor(job.rewards.judge_calls - calls)))
 
@@ -318,8 +319,10 @@ def score(
     """The unadapted layers' output, computed once, and the scores of every role, in passes of few rows."""
     batch = rollout.batch
     size = config.micro_batch_size or len(batch)
+    shared = job.backbone.shards is not None
     lowers, passes = [], []
-    for start in range(0, len(batch), size):
+    starts = list(range(0, len(batch), size))
+    for start in starts + [0] * job.backbone.idle_passes(len(starts)):
         rows = batch.rows(slice(start, start + size))
         lower = job.backbone.lower(rows.input_ids, rows.attention_mask)
         lowers.append(lower)
@@ -329,18 +332,20 @@ def score(
             ref_hidden=config.loss_kl is not None and processes.world() == 1,
         )  # fmt: skip
         # Hidden states are larger than what is worth keeping.
-        passes.append(scored() if config.loss_kl is not None else kept_scores(job, f"scores {start} of {size}", scored))
+        what = f"scores {start} of {size}"
+        passes.append(scored() if config.loss_kl is not None else kept_scores(job, what, scored, together=shared))
         signals.heed()
+    lowers, passes = lowers[: len(starts)], passes[: len(starts)]
     joined: dict[str, Any] = {f.name: _joined([getattr(p, f.name) for p in passes]) for f in fields(Scores)}
     return _joined(lowers), Scores(**joined)
 
 
-def kept_scores(job: Job, what: str, make: Callable[[], Scores]) -> Scores:
+def kept_scores(job: Job, what: str, make: Callable[[], Scores], *, together: bool) -> Scores:
     """One pass of scoring; a step that is done again reads it."""
     if job.kept is None:
         return make()
     kept: dict[str, Any] = job.kept(
-        what, lambda: {name: None if x is None else x.cpu() for name, x in vars(make()).items()}
+        what, lambda: {name: None if x is None else x.cpu() for name, x in vars(make()).items()}, together=together
     )
     placed: dict[str, Any] = {name: None if x is None else x.to(job.device) for name, x in kept.items()}
     return Scores(**placed)

@@ -12,13 +12,14 @@ import hashlib
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlhf_fast.training import ranks
 from rlhf_fast.training.files import WriteError, staged, writing
@@ -37,58 +38,74 @@ from rlhf_fast.training.job import (
 T = TypeVar("T")
 # The weights between two updates of a step are written when so many times what writing them takes has passed.
 PATIENCE = 50.0
+SPEED = 1e8  # bytes a second that a disk is taken to write
 
 
 class Kept:
-    """The results of the steps of a run. changed: an update of the present step was made."""
+    """The results of the steps of a run. changed: an update of the present step was made.
+
+    Of several processes each keeps the results of its own rows. Updates are those of all, and the first one keeps them.
+    """
 
     def __init__(self, job: Job, folder: Path) -> None:
         self.job, self.folder = job, folder / KEPT
-        # Several processes would have to go on from the same place.
-        self.active = ranks.world() == 1
+        self.active = True
         self.step = 0
         self.changed = False
         self._begun: dict[str, Any] = {}  # what passes, at the begin of the step
         self._base: dict[str, Any] | None = None  # the whole state there, once it is needed
-        self._key = ""  # of the state at the first result
+        self._state = ""  # of the weights and what passes, at the first result
+        self._key = ""  # of that and of the results so far
         self._number = 0  # of results so far
+        self._rows: dict[str, tuple[dict[str, Tensor], int]] | None = None  # that another number of processes made
+        self._told = False
         self._results: list[dict[str, Any]] = []  # of the updates so far
         self._stored: dict[str, Any] | None = None  # of the updates that an earlier process made
         self._boundary: dict[str, Any] = {}  # what passes, behind the last update or micro-batch
         self._sums: list[dict[str, Tensor]] = []  # of the micro-batches so far, in a step with one minibatch
-        self._cost, self._written = 0.0, 0.0  # seconds that the last writing of updates or sums took, and its time
+        # Seconds that the last writing of updates or sums took, when that was, and when the first micro-batch began.
+        self._cost, self._written, self._started = 0.0, 0.0, 0.0
 
     def begin(self, step: int) -> None:
         """Results are those of this step (from 0) from here on, until `end`."""
         self.step, self.changed, self._begun, self._base = step, False, passing_state(self.job), None
-        self._key, self._number, self._results, self._stored, self._sums = "", 0, [], None, []
-        self._boundary = {}
+        self._state, self._key, self._number, self._rows = "", "", 0, None
+        self._results, self._stored, self._sums, self._boundary = [], None, [], {}
         self.job.kept = self
 
     def end(self) -> None:
         self.job.kept = None
 
-    def __call__(self, what: str, make: Callable[[], T]) -> T:
-        """What `make` gives, or gave before: numbers, texts and tensors on the CPU, in lists, tuples and dicts."""
-        if not self.active:
-            return make()
-        self._key = self._key or key_of(self.job)
-        path = self._place / f"{self._number:04d}.pt"
+    def __call__(self, what: str, make: Callable[[], T], *, rows: Sequence[str] = (), together: bool = False) -> T:
+        """What `make` gives, or gave before: numbers, texts and tensors on the CPU, in lists, tuples and dicts.
+
+        rows: where that is of each row alone, (B, T) in a dict, what tells a row from others: then those that another
+        number of processes made count too. together: all processes take part in `make`.
+        """
+        self._key = hashlib.sha256(f"{self._key or self._key_of_step()} {what} {[*rows]}".encode()).hexdigest()
+        path = self._place / f"{self._number:04d}-{self._who}.pt"
         self._number += 1
-        stored = read(path, f"{self._key} {what}")
+        stored = read(path, self._key) if self.active else None
+        if stored is None and rows and self.active:
+            stored = self._of_others(rows)
+        if together and int(ranks.all_max(torch.tensor(int(stored is None)))):
+            stored = None
         if stored is not None:
             set_random_state(stored["random"])
             return stored["value"]
         value = make()
-        self._write(path, f"{self._key} {what}", {"value": value, "random": random_state()})
+        if together:
+            ranks.heed()
+        self._write(path, self._key, {"value": value, "random": random_state(), "of": self._state, "rows": [*rows]})
         return value
 
     def update(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """One of the several updates of a step: what `make` gives, with which the weights change."""
         if not self._results:
-            self._key = self._key or key_of(self.job)
-            self._base = copied(capture(self.job)) if FULL not in self.job.optimizers else None
-            self._stored = read(self._updates, self._key) if self.active else None
+            self._key_of_step()
+            if FULL not in self.job.optimizers:
+                self._base = copied(capture(self.job)) if ranks.is_first() else {}
+            self._stored = self._alike(read(self._updates, self._state) if self.active else None)
             self._written = time.monotonic()
         if self._stored is not None and len(self._results) < len(self._stored["results"]):
             self._results.append(self._stored["results"][len(self._results)])
@@ -103,9 +120,9 @@ class Kept:
         return self._results[-1]
 
     def sums(self) -> list[dict[str, Tensor]]:
-        """The metrics of the micro-batches that an earlier process did, whose gradients are put back."""
-        self._key, self._written = self._key or key_of(self.job), time.monotonic()
-        stored = read(self._gradients, self._key) if self.active else None
+        """The metrics of this process's micro-batches that were done before, whose gradients are put back."""
+        self._started = self._written = time.monotonic()
+        stored = read(self._gradients, self._key_of_step()) if self.active else None
         if stored is None:
             return []
         for parameter, gradient in zip(self._parameters(), stored["gradients"], strict=True):
@@ -117,7 +134,7 @@ class Kept:
     def keep_sums(self, sums: list[dict[str, Tensor]]) -> None:
         """The metrics of the micro-batches so far; their gradients are where an optimizer finds them."""
         self._sums, self._boundary = list(sums), passing_state(self.job)
-        if time.monotonic() - self._written >= PATIENCE * self._cost:
+        if FULL not in self.job.optimizers and time.monotonic() - self._written >= PATIENCE * self._cost:
             self._write_sums()
 
     def can_stop(self) -> bool:
@@ -129,12 +146,15 @@ class Kept:
         assert self.can_stop()
         return (capture(self.job) if self._base is None else self._base) | self._begun
 
-    def stop(self) -> None:
-        """Keep the updates, or the sums, that were made since they were last written."""
-        if self.changed and self._base is not None:
+    def stop(self) -> bool:
+        """Keep the updates, or the sums, that were made since they were last written; whether all of them are kept."""
+        if self.changed:
             self._write_updates()
-        elif self._sums and not self.changed:
+        elif self._sums:
+            if not self._worth_writing():
+                return False
             self._write_sums()
+        return self.active
 
     def forget(self, steps: int) -> None:
         """A checkpoint has what was learnt in the first so many steps."""
@@ -155,34 +175,80 @@ class Kept:
         return self.folder / f"step-{self.step + 1:06d}"
 
     @property
+    def _who(self) -> str:
+        return f"{ranks.rank()}-of-{ranks.world()}"
+
+    @property
     def _updates(self) -> Path:
         return self._place / "updates.pt"
 
     @property
     def _gradients(self) -> Path:
-        return self._place / "gradients.pt"
+        return self._place / f"gradients-{self._who}.pt"
+
+    def _key_of_step(self) -> str:
+        """The key of the state at the first result."""
+        if not self._state:
+            self._state = key_of(self.job)
+            self._tell()
+        return self._state
+
+    def _tell(self) -> None:
+        """Say it where another number of processes began the step."""
+        counts = {path.stem.rpartition("-of-")[2] for path in self._place.glob("*-of-*.pt")} - {str(ranks.world())}
+        if counts and not self._told and ranks.is_first():
+            self._told = True
+            print(f"warning: step {self.step + 1} was begun by {' or '.join(sorted(counts))} processes, not "
+                  f"{ranks.world()}: of what they kept completions and updates are taken, the rest is made anew",
+                  file=sys.stderr)  # fmt: skip
+
+    def _alike(self, stored: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The updates that all processes have read; None where one has not."""
+        count = 0 if stored is None else len(stored["results"])
+        most, least = ranks.all_max(torch.tensor([count, -count])).tolist()
+        return stored if most == -least else None
+
+    def _of_others(self, rows: Sequence[str]) -> dict[str, Any] | None:
+        """What another number of processes kept of all these rows."""
+        if self._rows is None:
+            self._rows = {}
+            for path in self._place.glob("[0-9]*-of-*.pt"):
+                found = None if path.stem.endswith(f"-of-{ranks.world()}") else read(path)
+                if found is not None and found["of"] == self._state:
+                    self._rows |= {row: (found["value"], place) for place, row in enumerate(found["rows"])}
+        if any(row not in self._rows for row in rows):
+            return None
+        values, places = zip(*(self._rows[row] for row in rows), strict=True)
+        made = dict(values[0])
+        for name in [name for name, value in made.items() if value.dim() > 1]:
+            of_rows = [value[name][place] for value, place in zip(values, places, strict=True)]
+            longest = max(map(len, of_rows))
+            made[name] = torch.stack([pad(row, (0, longest - len(row))) for row in of_rows])
+        return {"value": made, "random": random_state()}
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         optimizers = self.job.optimizers.values()
         return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
+    def _worth_writing(self) -> bool:
+        """Whether making the sums took longer than writing them does, which of all weights of a model is long."""
+        size = sum(p.grad.nbytes for p in self._parameters() if p.grad is not None) * ranks.world()
+        return FULL not in self.job.optimizers or time.monotonic() - self._started >= size / SPEED
+
     def _write_updates(self) -> None:
-        made = {"results": self._results}
-        self._write_state(self._updates, lambda: made | {"state": capture(self.job) | self._boundary})
+        if self._base is not None and ranks.is_first():
+            state = capture(self.job) | self._boundary
+            self._write_timed(self._updates, {"results": self._results, "state": state})
 
     def _write_sums(self) -> None:
         gradients = [p.grad for p in self._parameters()]
-        self._write_state(
-            self._gradients, lambda: {"sums": self._sums, "gradients": gradients, "passing": self._boundary}
-        )
+        self._write_timed(self._gradients, {"sums": self._sums, "gradients": gradients, "passing": self._boundary})
 
-    def _write_state(self, path: Path, make: Callable[[], Any]) -> None:
-        """What is large: not of all weights of a model."""
-        if FULL not in self.job.optimizers:
-            start = time.monotonic()
-            self._write(path, self._key, make())
-            self._written = time.monotonic()
-            self._cost = self._written - start
+    def _write_timed(self, path: Path, value: Any) -> None:
+        start = time.monotonic()
+        self._write(path, self._state, value)
+        self._written = time.monotonic()
+        self._cost = self._written - start
 
     def _write(self, path: Path, key: str, value: Any) -> None:
         """Where the system refuses, the run goes on without."""
@@ -196,9 +262,9 @@ class Kept:
             print(f"warning: {error}; what a step has made is not kept from here on", file=sys.stderr)
 
 
-def keep(job: Job, what: str, make: Callable[[], T]) -> T:
+def keep(job: Job, what: str, make: Callable[[], T], **how: Any) -> T:
     """What `make` gives, a result of the step that the job is in; outside of a step nothing is kept. See Kept."""
-    return make() if job.kept is None else job.kept(what, make)
+    return make() if job.kept is None else job.kept(what, make, **how)
 
 
 def key_of(job: Job) -> str:
@@ -207,6 +273,7 @@ def key_of(job: Job) -> str:
     digest = hashlib.sha256(f"{sorted(job.counters.items())} {coefficient}".encode())
     digest.update(torch.get_rng_state().numpy().tobytes())
     weights = [tensor for name in job.changing_adapters() for tensor in job.backbone.named_parameters_of(name).values()]
+    weights += job.backbone.model.parameters() if FULL in job.optimizers else []
     sampled = [w.detach().flatten()[:: max(1, w.numel() // 64)].float() for w in weights]
     digest.update(torch.cat(sampled).cpu().numpy().tobytes() if sampled else b"")
     return digest.hexdigest()
@@ -226,15 +293,17 @@ def write(path: Path, key: str, value: Any) -> None:
     waits for the disk."""
     data = io.BytesIO()
     torch.save({"key": key, "value": value}, data)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    while not path.parent.is_dir():  # which another process may remove while it is empty
+        with suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
     with staged(path).open("wb") as file:
         file.write(hashlib.sha256(data.getbuffer()).digest())
         file.write(data.getbuffer())
     staged(path).replace(path)
 
 
-def read(path: Path, key: str) -> Any:
-    """What was written there under this key; None where it is absent, damaged, or of something else."""
+def read(path: Path, key: str | None = None) -> Any:
+    """What was written there under this key, or any; None where it is absent, damaged, or of something else."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -242,4 +311,4 @@ def read(path: Path, key: str) -> Any:
     if hashlib.sha256(data[32:]).digest() != data[:32]:
         return None
     stored = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
-    return stored["value"] if stored["key"] == key else None
+    return stored["value"] if key in (None, stored["key"]) else None

@@ -68,6 +68,8 @@ def accumulate(loss: Loss[R], parts: Iterable[R], kept: Kept | None = None) -> d
     minibatch, where it keeps the sums so far, and has those of the parts that an earlier process did.
     """
     collected = [] if kept is None else kept.sums()
+    for _ in collected if ranks.world() > 1 else ():
+        ranks.heed()  # as often as the processes that have done fewer of them
     for rows in islice(parts, len(collected), None):
         total, metrics = loss(rows)
         (0.0 * total if rows.idle else total).backward()

@@ -8,7 +8,10 @@ In one process each function is the identity, and there is no process group.
 """
 
 import os
+import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +29,9 @@ from rlhf_fast.errors import UserError, first_line
 
 T = TypeVar("T")
 GRACE = 3.0  # seconds that another process leaves the first one to say what went wrong, before it does so itself
+LISTEN = 0.5  # seconds after which a process knows of a signal that another has caught
+# How long processes that end by a signal wait for each other: a launcher kills the others when one has ended.
+MEET = 25.0  # seconds, of the 30 that torchrun leaves them
 # How long a process waits for another, whose reward may take hours; one that has ended is seen at once.
 PATIENCE = timedelta(days=1)
 LOST = ("peer", "broken pipe", "socket", "timed out", "connection")  # in what a collective says of a process that ended
@@ -37,6 +43,23 @@ class _Group:
     def __init__(self, store: dist.Store) -> None:
         self.store = store
         self.lost = False
+
+    def stop(self, number: int) -> None:
+        """A signal ends the run: all processes shall know."""
+        self.store.set("stop", str(number))
+
+    def stopped(self) -> int:
+        """The number of the signal that ends the run; 0 while there is none."""
+        return int(self.store.get("stop")) if self.store.check(["stop"]) else 0
+
+    def meet(self, number: int) -> None:
+        """Wait until all processes are here, for MEET at most. The first one leaves last: it may hold the store."""
+        others = int(os.environ["WORLD_SIZE"]) - 1
+        with suppress(RuntimeError):  # the store has ended, with the first
+            self.store.add("here", 1)
+            self._until(lambda: self.store.add("here", 0) > others, MEET)
+            self.store.add("left", int(number > 0))
+            self._until(lambda: number > 0 or self.store.add("left", 0) == others)
 
     def why(self) -> str:
         """Why another process has ended: what it said, where it could."""
@@ -63,8 +86,9 @@ class _Group:
             return False
         return True
 
-    def _until(self, holds: Callable[[], bool]) -> bool:
-        end = time.monotonic() + GRACE
+    def _until(self, holds: Callable[[], bool], seconds: float | None = None) -> bool:
+        """Whether it holds within so long, GRACE by itself."""
+        end = time.monotonic() + (GRACE if seconds is None else seconds)
         while not holds():
             if time.monotonic() > end:
                 return False
@@ -100,7 +124,7 @@ def processes() -> Iterator[None]:
     of LOCAL_RANK.
 
     The first process speaks for all. What another one fails with is said by the first, in one line, or by that other
-    one where the first does not answer within GRACE.
+    one where the first does not answer within GRACE. A signal to one is a signal to all.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
@@ -125,13 +149,19 @@ def processes() -> Iterator[None]:
     _group = group = _Group(store)
     stdout, stderr = sys.stdout, sys.stderr
     try:
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w") as nowhere, _hearing(group):
             if number:
                 sys.stdout = sys.stderr = nowhere
             yield
     except Exception as error:
         signals.hold(lambda: False)  # torchrun ends what is left of the processes: what went wrong is said before
-        if number == 0:
+        if signals.caught():
+            group.stop(signals.caught())
+            dist.destroy_process_group()  # those that wait for this one in a collective go on to their end
+            group.meet(number)
+            if number:
+                raise SystemExit(getattr(error, "exit_code", 2)) from None
+        elif number == 0:
             group.tell()
         else:
             if not group.lost:
@@ -148,14 +178,55 @@ def processes() -> Iterator[None]:
 
 
 @contextmanager
+def _hearing(group: _Group) -> Iterator[None]:
+    """What signal one of the processes catches reaches all of them, also while they wait for each other.
+
+    A handler runs when Python does: while this process waits in a collective, a thread passes its signals on.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, theirs = socket.socketpair()
+    ours.settimeout(LISTEN)
+    theirs.setblocking(False)
+
+    def listen() -> None:
+        with suppress(RuntimeError):  # the store has ended, with the process that held it
+            while (number := group.stopped()) == 0:
+                with suppress(TimeoutError):
+                    caught = ours.recv(1)
+                    if not caught:
+                        return
+                    if caught[0] in signals.ENDING:
+                        group.stop(caught[0])
+            signals.hear(number)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    signals.with_others()
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()
+        thread.join()
+        ours.close()
+
+
+@contextmanager
 def _together() -> Iterator[None]:
-    """UserError where another process has ended, and this collective with it."""
+    """Where another process has ended, and this collective with it: Interrupted, if by a signal, or UserError."""
     try:
         yield
     except RuntimeError as error:
-        if _group is not None and any(word in str(error).lower() for word in LOST):
-            raise UserError(_group.why()) from None
-        raise
+        if _group is None or not any(word in str(error).lower() for word in LOST):
+            raise
+        with suppress(RuntimeError):  # the store has ended too
+            signals.catch(_group.stopped())
+        if signals.caught():
+            raise signals.Interrupted(signals.caught()) from None
+        raise UserError(_group.why()) from None
 
 
 def all_sum(values: Tensor) -> Tensor:

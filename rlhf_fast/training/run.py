@@ -119,6 +119,8 @@ class Run:
         self.task: TaskID = self.progress.add_task(config.algorithm, total=config.steps, completed=self.start, shown="")
         self.clock = self.saved_at = time.perf_counter()
         self._listening = ExitStack()
+        # Processes that share a model need each other in every layer, and stop in the same place.
+        self._shares_model = ranks.world() > 1 and job.backbone.shards is not None
 
     def _take(self, resume: str | None, *, overwrite: bool) -> None:
         self.lock = take_folder(
@@ -174,6 +176,8 @@ class Run:
 
     def __enter__(self) -> "Run":
         self._listening.enter_context(signals.listening())
+        if self._shares_model:
+            signals.hold(lambda: True, alone=False)
         self.progress.start()
         return self
 
@@ -191,6 +195,8 @@ class Run:
         finally:
             self._listening.close()
             self._release()
+        if error is None:
+            signals.release()
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, from 0; saves a checkpoint where one is due or asked for."""
@@ -216,22 +222,31 @@ class Run:
     def _checkpoint_is_due(self) -> bool:
         """After a step; ends the run where a signal asks for it in any of the processes."""
         asked, minutes = signals.checkpoint_wanted(), self.config.save_minutes
-        late = minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
+        late = ranks.is_first() and minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
         heard = ranks.all_max(torch.tensor([signals.caught(), int(asked), int(late)])).tolist()
         signals.catch(heard[0])
-        signals.release()
+        self._outside_of_steps()
         if heard[1]:
             print(f"SIGUSR1: the checkpoint of step {self._done} is saved", file=sys.stderr)
         return self._done % self.config.save_every == 0 or self._done == self.config.steps or any(heard[1:])
 
+    def _outside_of_steps(self) -> None:
+        """Outside of a step a signal ends the run at once, or here."""
+        if self._shares_model:
+            signals.hold(lambda: True, alone=False)
+            ranks.heed()
+        else:
+            signals.release()
+
     def _stopped(self, signal: signals.Interrupted) -> Stopped:
         """Save what there is to save when a signal ends the run."""
         steps, done = self.config.steps, self._done
-        if done and not is_whole(self._checkpoint):
+        whole = is_whole(self._checkpoint)
+        if done and not whole and (not self._in_step or self.kept.can_stop()):
             self._save()
+            whole = True
         if self._in_step:
-            self.kept.stop()
-            saved = [f"the checkpoint of step {done}"] * bool(done) + ["what was made in it"] * self.kept.active
+            saved = [f"the checkpoint of step {done}"] * whole + ["what was made in it"] * self.kept.stop()
             said = f"saved: {' and '.join(saved)}" if saved else ""
             return Stopped.by(signal, f"in step {done + 1} of {steps}", said)
         if self._tracked:
@@ -302,6 +317,8 @@ class Run:
         for part in parts:
             yield part
             self.progress.advance(task)
+            if self._shares_model:
+                ranks.heed()
         self._tracked = ""
         self.progress.remove_task(task)
 
@@ -375,6 +392,7 @@ class Run:
         """Evaluate after `done` steps and record it."""
         if self._evaluate is not None:
             result = self._evaluate(self.job, self.config)
+            self._outside_of_steps()
             self.evaluation(done, result)
             if isinstance(self.config, RolloutConfig):
                 keep_best(self.job, self.config, self.folder, done, result["metrics"])

@@ -34,11 +34,11 @@ class Processes:
             self.pipes.append(ours)
             self.running.append(process)
 
-    def run(self, case: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(self, case: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
         """What the case gives in each process; AssertionError with the traceback of the first one that fails."""
         port = _free_port()
         for pipe in self.pipes:
-            pipe.send((case, args, port))
+            pipe.send((case, args, options, port))
         answers = []
         for number, pipe in enumerate(self.pipes):
             assert pipe.poll(LIMIT), f"process {number} of {self.count} hangs in {case.__name__}"
@@ -60,12 +60,12 @@ def _serve(pipe: Connection, number: int, count: int) -> None:
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     while True:
         try:
-            case, args, port = pipe.recv()
+            case, args, options, port = pipe.recv()
         except EOFError:
             return
         os.environ["MASTER_PORT"] = str(port)
         try:
-            pipe.send((True, case(*args)))
+            pipe.send((True, case(*args, **options)))
         except (Exception, SystemExit):  # noqa: BLE001 - whatever a case raises is its answer
             pipe.send((False, traceback.format_exc()))
 
