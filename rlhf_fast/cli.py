@@ -128,7 +128,7 @@ def train(
     words = [f"{name}={x}" for name, x in context.params.items() if name in KEYS and x is not None] + words
     with _lasting_streams(), _one_line_errors():
         from rlhf_fast.algorithms.launch import launch
-        from rlhf_fast.training.run import Stopped
+        from rlhf_fast.signals import Stopped
 
         try:
             launch(config, parse_overrides(words), dry_run=dry_run, resume=resume, overwrite=overwrite)

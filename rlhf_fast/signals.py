@@ -27,6 +27,20 @@ class Interrupted(BaseException):
         self.number = number
 
 
+class Stopped(Exception):
+    """A signal has ended the program, and nothing that was to be saved is lost."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number, self.exit_code = number, 128 + number
+
+    @classmethod
+    def by(cls, signal: Interrupted, where: str, saved: str = "") -> "Stopped":
+        """where: what the program was at. saved: what it saved for that."""
+        again = "the same command with --resume auto continues"
+        return cls("; ".join(filter(None, [f"stopped {where} by {signal}", saved, again])), signal.number)
+
+
 class _State:
     """caught: the signal that ends the program, 0 for none. checkpoint: one was asked for. held: inside of a step.
     ready: whether the step can be left as it is. alone: whether this process decides that by itself. heard: the

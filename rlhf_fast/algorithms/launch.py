@@ -67,7 +67,7 @@ from rlhf_fast.training.rounds import (
     rounds_table,
     with_references,
 )
-from rlhf_fast.training.run import Run, Stopped, write_summary
+from rlhf_fast.training.run import Run, write_summary
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _stopping() -> Iterator[None]:
     try:
         yield
     except signals.Interrupted as signal:
-        raise Stopped.by(signal, "while getting ready", "saved: what was finished") from None
+        raise signals.Stopped.by(signal, "while getting ready", "saved: what was finished") from None
 
 
 def launch_here(

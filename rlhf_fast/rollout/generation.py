@@ -18,7 +18,8 @@ class _Sampler(LogitsProcessor):
     """Draws each token once, gives it to its row, and leaves it as the only one for all roles."""
 
     def __init__(self, drawing: Drawing, rows: Sequence[Row], tokens: int, stops: frozenset[int],
-                 ended: Callable[[Row], None], device: torch.device) -> None:  # fmt: skip
+                 ended: Callable[[Row], None], device: torch.device, in_step: bool) -> None:  # fmt: skip
+        self.in_step = in_step
         self.drawing, self.tokens, self.stops, self.ended = drawing, tokens, stops, ended
         self.rows: list[Row | None] = list(rows)
         self.numbers = torch.tensor([row.number for row in rows], device=device)
@@ -35,6 +36,8 @@ class _Sampler(LogitsProcessor):
         # Where generation looks a step ahead before it stops, that has no rows.
         self.rows = [None if row is None or len(row.tokens) == self.tokens else row for row in self.rows]
         drawn = samples.ids[:, None].repeat(len(self.drawing.roles), 1)
+        if self.in_step and signals.caught():  # all completions end, and the program behind them
+            drawn.fill_(min(self.stops))
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
@@ -59,7 +62,7 @@ def generate(
     mask = torch.tensor([[0] * (width - len(row.ids)) + [1] * len(row.ids) for row in rows], device=device)
     # What is drawn is left as the only token, which is then the greatest.
     settings = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=pad, eos_token_id=[*stops])
-    sampler = _Sampler(drawing, rows, tokens, frozenset(stops), ended, device)
+    sampler = _Sampler(drawing, rows, tokens, frozenset(stops), ended, device, in_step)
     hooks: dict[str, Any] = {"synced_gpus": True} if in_step else {}
     with backbone.using(*drawing.roles), without_settings_of_the_checkpoint(model):
         model.generate(

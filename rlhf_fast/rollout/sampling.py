@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_fast import signals
 from rlhf_fast.data.batches import pad_batch
 from rlhf_fast.data.encoding import Prompt, pad_id
 from rlhf_fast.errors import UserError
@@ -20,7 +22,7 @@ from rlhf_fast.rollout.engines import sample_rows, why_not_local
 from rlhf_fast.rollout.engines.protocol import Ask, Engine, Rule, sample_all
 from rlhf_fast.rollout.rows import Row
 
-Keep = Callable[[str, Callable[[], Any]], Any]
+Keep = Callable[..., Any]
 
 
 @torch.no_grad()
@@ -35,7 +37,7 @@ def roll_out(
     top_p: float = 1.0,
     rows_per_pass: int | None = None,
     chunk: int | None = None,
-    keep: "Keep" = lambda what, make: make(),
+    keep: "Keep" = lambda what, make, **how: make(),
     keep_logprobs: bool = False,
     on_finished: Callable[[int, str, list[int]], None] | None = None,
     mixture: float = 0.0,
@@ -53,7 +55,8 @@ def roll_out(
     rows there are. row_ids: the numbers of the prompts among all that are sampled, where these are a part; default:
     from 0. rows_per_pass: rows that are sampled at a time, which bounds the memory of keys and values.
     chunk: after so many tokens of a row what there is is kept, and the rest goes on with a new cache.
-    keep: is given a name and what makes a chunk, as tensors on the CPU, and gives what that gives, or gave before.
+    keep: is given a name and what makes a chunk, as tensors on the CPU, and gives what that gives, or gave before. rows
+    is what tells each row of the chunk from others, together whether the processes need each other to make it.
     keep_logprobs: also the sampler's log-probabilities. on_finished: called with a row, its completion and the ids of
     that as soon as it has ended, while others go on. engine: `local`, our loop, where the model's cache allows it, or
     `transformers`, its generate; or another one, which samples by one role alone, in one chunk, all rows at a time.
@@ -73,7 +76,8 @@ def roll_out(
                 on_finished(place, text_of(tokenizer, prompts[place], completion, stops), completion)
 
         asked = [Ask(prompt.ids, number) for prompt, number in zip(prompts, numbers, strict=True)]
-        found = sample_all(engine, backbone, sampling, asked, rule, keep=keep, ended=told)
+        with signals.apart() if backbone.shards is None else nullcontext():
+            found = sample_all(engine, backbone, sampling, asked, rule, keep=keep, ended=told)
         of_engine = ([one.logprobs for one in found], [one.drawn for one in found], None) if keep_logprobs else None
         return _rollout(backbone, tokenizer, prompts, [one.ids for one in found], stops, of_engine)
     if drawing is None:
@@ -97,7 +101,7 @@ def roll_out(
             place, completion = places[row.number], [*completions[places[row.number]], *row.tokens]
             on_finished(place, text_of(tokenizer, prompts[place], completion, stops), completion)
 
-    with backbone.sampling() as in_step:
+    with backbone.sampling() as in_step, nullcontext() if in_step else signals.apart():
         is_local = engine == "local" and why_not_local(backbone, in_step) is None
         size = len(prompts) if is_local else rows_per_pass or len(prompts)
 
@@ -120,14 +124,19 @@ def roll_out(
             }
             return {**made, "spread": torch.tensor(draws.spread)}
 
+        def idly() -> dict[str, Tensor]:
+            sample([Row(-1, [*prompts[0].ids], 0, max_new_tokens)], max_new_tokens)
+            return {}
+
         starts = range(0, len(prompts), size)
         idle = backbone.idle_passes(len(starts)) if in_step else 0
         most = max_new_tokens if in_step or chunk is None else chunk  # others would have to know how many chunks it was
         for start in starts:
             left = list(range(start, min(start + size, len(prompts))))
-            name = hashlib.sha256(repr([prompts[place].ids for place in left]).encode()).hexdigest()
             while left:  # of the pass, places of those that have not ended
-                made = keep(f"rows {name}", partial(sampled, left, min(most, max_new_tokens)))
+                names = [_name(seed, numbers[place], prompts[place].ids, len(completions[place])) for place in left]
+                make = partial(sampled, left, min(most, max_new_tokens))
+                made = keep("tokens", make, rows=names, together=in_step)
                 spreads.append(made["spread"])
                 for place, tokens, *values in zip(left, made["tokens"], made["logprobs"], made["drawn"], strict=True):
                     count = int((tokens >= 0).sum())
@@ -137,7 +146,7 @@ def roll_out(
                 left = [place for place in left if not over(completions[place])]
                 left.sort(key=lambda place: not completions[place])  # those that wait come last
         for _ in range(idle):
-            sample([Row(-1, [*prompts[0].ids], 0, max_new_tokens)], max_new_tokens)
+            keep("idle tokens", idly, together=True)
     of_sampler = (logprobs, drawn, float(torch.stack(spreads).mean())) if keep_logprobs else None
     return _rollout(backbone, tokenizer, prompts, completions, stops, of_sampler)
 
@@ -165,6 +174,11 @@ def _rollout(
         finished=torch.tensor([c[-1] in stops for c in completions]),
         sampler=sampler,
     )
+
+
+def _name(*what: object) -> str:
+    """Of the tokens of a row, by all that decides them beside the weights."""
+    return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
 def _padded(rows: Sequence[Sequence[float]], filler: float) -> Tensor:

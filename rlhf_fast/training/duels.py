@@ -169,7 +169,8 @@ def learn_units(
     history = []
 
     def minibatch(parts: tuple[Tensor, ...]) -> dict[str, float]:
-        metrics = accumulate(loss, micro_batches(job, config, experience, parts, together=units.shape[1]))
+        rows = micro_batches(job, config, experience, parts, together=units.shape[1], kept=job.kept)
+        metrics = accumulate(loss, rows, job.kept)
         return {**as_numbers(metrics), **update(job, config, metrics["loss"])}
 
     for _ in range(config.ppo_epochs):

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from rlhf_fast.training import ranks
 from rlhf_fast.training.files import WriteError, staged, writing
@@ -61,8 +60,12 @@ class Kept:
         self._told = False
         self._results: list[dict[str, Any]] = []  # of the updates so far
         self._stored: dict[str, Any] | None = None  # of the updates that an earlier process made
-        self._boundary: dict[str, Any] = {}  # what passes, behind the last update or micro-batch
-        self._sums: list[dict[str, Tensor]] = []  # of the micro-batches so far, in a step with one minibatch
+        self._boundary: dict[str, Any] = {}  # what passes, behind the last update
+        self._minibatch = 0  # of the step, from 0
+        self._sums: list[dict[str, Tensor]] = []  # of its micro-batches so far
+        self._passing: dict[str, Any] = {}  # behind the last of them
+        self.parts = 0  # of its micro-batches that were done before
+        self.logprobs: list[tuple[Tensor, Tensor]] = []  # (rows, log-probabilities) of its micro-batches so far
         # Seconds that the last writing of updates or sums took, when that was, and when the first micro-batch began.
         self._cost, self._written, self._started = 0.0, 0.0, 0.0
 
@@ -70,7 +73,8 @@ class Kept:
         """Results are those of this step (from 0) from here on, until `end`."""
         self.step, self.changed, self._begun, self._base = step, False, passing_state(self.job), None
         self._state, self._key, self._number, self._rows = "", "", 0, None
-        self._results, self._stored, self._sums, self._boundary = [], None, [], {}
+        self._results, self._stored, self._boundary, self._minibatch = [], None, {}, -1
+        self.close()
         self.job.kept = self
 
     def end(self) -> None:
@@ -79,8 +83,8 @@ class Kept:
     def __call__(self, what: str, make: Callable[[], T], *, rows: Sequence[str] = (), together: bool = False) -> T:
         """What `make` gives, or gave before: numbers, texts and tensors on the CPU, in lists, tuples and dicts.
 
-        rows: where that is of each row alone, (B, T) in a dict, what tells a row from others: then those that another
-        number of processes made count too. together: all processes take part in `make`.
+        rows: of a chunk of tokens, (B, T) with -1 behind each row's, what tells a row from others: then those that
+        another number of processes made count too. together: all processes take part in `make`.
         """
         self._key = hashlib.sha256(f"{self._key or self._key_of_step()} {what} {[*rows]}".encode()).hexdigest()
         path = self._place / f"{self._number:04d}-{self._who}.pt"
@@ -112,6 +116,7 @@ class Kept:
             if len(self._results) == len(self._stored["results"]):
                 restore(self.job, self._stored["state"])
                 self.changed, self._boundary = True, passing_state(self.job)
+            self.close()
             return self._results[-1]
         self._results.append(make())
         self._boundary = passing_state(self.job)
@@ -120,22 +125,28 @@ class Kept:
         return self._results[-1]
 
     def sums(self) -> list[dict[str, Tensor]]:
-        """The metrics of this process's micro-batches that were done before, whose gradients are put back."""
+        """The metrics of this process's `parts` micro-batches that were done before, whose gradients are put back."""
         self._started = self._written = time.monotonic()
-        stored = read(self._gradients, self._key_of_step()) if self.active else None
+        stored = read(self._gradients, self._key_of_sums()) if self.active else None
         if stored is None:
             return []
         for parameter, gradient in zip(self._parameters(), stored["gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
         restore_passing(self.job, stored["passing"])
-        self._sums = [{name: value.to(self.job.device) for name, value in part.items()} for part in stored["sums"]]
+        device = self.job.device
+        self._sums = [{name: value.to(device) for name, value in part.items()} for part in stored["sums"]]
+        self.parts, self.logprobs = len(self._sums), [(rows, made.to(device)) for rows, made in stored["logprobs"]]
         return list(self._sums)
 
     def keep_sums(self, sums: list[dict[str, Tensor]]) -> None:
         """The metrics of the micro-batches so far; their gradients are where an optimizer finds them."""
-        self._sums, self._boundary = list(sums), passing_state(self.job)
+        self._sums, self._passing = list(sums), passing_state(self.job)
         if FULL not in self.job.optimizers and time.monotonic() - self._written >= PATIENCE * self._cost:
             self._write_sums()
+
+    def close(self) -> None:
+        """The minibatch has all its micro-batches: what is added to their gradients is not theirs."""
+        self._minibatch, self._sums, self.parts, self.logprobs = self._minibatch + 1, [], 0, []
 
     def can_stop(self) -> bool:
         """Whether the state at the step's begin is still there."""
@@ -150,9 +161,9 @@ class Kept:
         """Keep the updates, or the sums, that were made since they were last written; whether all of them are kept."""
         if self.changed:
             self._write_updates()
-        elif self._sums:
-            if not self._worth_writing():
-                return False
+        if self._sums and not self._worth_writing():
+            return False
+        if self._sums:
             self._write_sums()
         return self.active
 
@@ -209,21 +220,27 @@ class Kept:
         return stored if most == -least else None
 
     def _of_others(self, rows: Sequence[str]) -> dict[str, Any] | None:
-        """What another number of processes kept of all these rows."""
+        """What another number of processes kept of these rows; of those that it has nothing of, no tokens."""
         if self._rows is None:
             self._rows = {}
             for path in self._place.glob("[0-9]*-of-*.pt"):
                 found = None if path.stem.endswith(f"-of-{ranks.world()}") else read(path)
                 if found is not None and found["of"] == self._state:
-                    self._rows |= {row: (found["value"], place) for place, row in enumerate(found["rows"])}
-        if any(row not in self._rows for row in rows):
+                    lengths = (found["value"]["tokens"] >= 0).sum(1).tolist() if found["rows"] else []
+                    named = zip(found["rows"], lengths, strict=True)
+                    self._rows |= {row: (found["value"], i) for i, (row, length) in enumerate(named) if length}
+        theirs = [self._rows.get(row) for row in rows]
+        known = [place for place in theirs if place is not None]
+        if not known:
             return None
-        values, places = zip(*(self._rows[row] for row in rows), strict=True)
-        made = dict(values[0])
+        width = max(value["tokens"].shape[1] for value, _ in known)
+        made = dict(known[0][0])
         for name in [name for name, value in made.items() if value.dim() > 1]:
-            of_rows = [value[name][place] for value, place in zip(values, places, strict=True)]
-            longest = max(map(len, of_rows))
-            made[name] = torch.stack([pad(row, (0, longest - len(row))) for row in of_rows])
+            made[name] = torch.full((len(rows), width), -1.0 if name == "tokens" else 0.0).to(made[name])
+            for row, place in zip(made[name], theirs, strict=True):
+                if place is not None:
+                    of_row = place[0][name][place[1]]
+                    row[: len(of_row)] = of_row
         return {"value": made, "random": random_state()}
 
     def _parameters(self) -> list[torch.nn.Parameter]:
@@ -238,15 +255,19 @@ class Kept:
     def _write_updates(self) -> None:
         if self._base is not None and ranks.is_first():
             state = capture(self.job) | self._boundary
-            self._write_timed(self._updates, {"results": self._results, "state": state})
+            self._write_timed(self._updates, self._state, {"results": self._results, "state": state})
 
     def _write_sums(self) -> None:
         gradients = [p.grad for p in self._parameters()]
-        self._write_timed(self._gradients, {"sums": self._sums, "gradients": gradients, "passing": self._boundary})
+        made = {"sums": self._sums, "logprobs": self.logprobs[: len(self._sums)], "passing": self._passing}
+        self._write_timed(self._gradients, self._key_of_sums(), made | {"gradients": gradients})
 
-    def _write_timed(self, path: Path, value: Any) -> None:
+    def _key_of_sums(self) -> str:
+        return f"{self._key_of_step()} {self._minibatch}"
+
+    def _write_timed(self, path: Path, key: str, value: Any) -> None:
         start = time.monotonic()
-        self._write(path, self._state, value)
+        self._write(path, key, value)
         self._written = time.monotonic()
         self._cost = self._written - start
 
@@ -264,7 +285,12 @@ class Kept:
 
 def keep(job: Job, what: str, make: Callable[[], T], **how: Any) -> T:
     """What `make` gives, a result of the step that the job is in; outside of a step nothing is kept. See Kept."""
-    return make() if job.kept is None else job.kept(what, make, **how)
+    if job.kept is not None:
+        return job.kept(what, make, **how)
+    value = make()
+    if how.get("together"):
+        ranks.heed()
+    return value
 
 
 def key_of(job: Job) -> str:

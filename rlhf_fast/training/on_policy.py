@@ -7,6 +7,7 @@ minibatch (`Rows.tokens`, `Rows.sequences`), so that micro-batches change nothin
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from rlhf_fast.training.experience import (
     samples_of,
 )
 from rlhf_fast.training.job import Job, dropout_seed
+from rlhf_fast.training.kept import Kept
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, learning_rate, set_learning_rates, update
 from rlhf_fast.training.resampling import resampled
 from rlhf_fast.training.run import Run
@@ -144,7 +146,9 @@ def improve(
     history = []
 
     def minibatch(parts: tuple[Tensor, ...]) -> dict[str, float]:
-        metrics = accumulate(loss, (rows_of or partial(micro_batches, job, config, experience))(parts))
+        kept = None if rows_of else job.kept
+        rows = (rows_of or partial(micro_batches, job, config, experience, kept=kept))(parts)
+        metrics = accumulate(loss, rows, kept)
         if beside is not None:
             metrics |= beside(sum(map(len, parts)))
         norms = update(job, config, metrics["loss"])
@@ -193,11 +197,12 @@ def minibatches(config: RolloutConfig, size: int) -> Iterator[tuple[Tensor, ...]
 
 
 def micro_batches(
-    job: Job, config: RolloutConfig, experience: Experience, parts: tuple[Tensor, ...], *, together: int = 1
-) -> Iterator[Rows]:
+    job: Job, config: RolloutConfig, experience: Experience, parts: tuple[Tensor, ...], *, together: int = 1,
+    kept: Kept | None = None,
+) -> Iterator[Rows]:  # fmt: skip
     """The rows `parts` of a minibatch, those of this process, each after a forward pass of every role that trains.
 
-    together: see `own_parts`.
+    together: see `own_parts`. kept: what has done some of them before.
     Where the policy was not scored, the experience keeps the log-probabilities of its first minibatch.
     """
     batch, backbone, learnt = experience.batch, job.backbone, experience.learnt(config)
@@ -205,21 +210,22 @@ def micro_batches(
     tokens, sequences = mask.sum(), mask.any(1).sum()
     sampler = experience.rollout.sampler if config.sampler_correction else None
     roles = [role for role in job.optimizers if role in backbone.adapters]  # the others are heads on theirs
-    first: list[tuple[Tensor, Tensor]] = []
-    for indices, idle in own_parts(batch, parts, together=together, whole=config.compares_rows):
+    first: list[tuple[Tensor, Tensor]] = [] if kept is None else kept.logprobs
+    dealt = own_parts(batch, parts, together=together, whole=config.compares_rows)
+    for indices, idle in islice(dealt, 0 if kept is None else kept.parts, None):
         part = batch.rows(indices)
         lower = None if experience.lower is None else experience.lower[indices]
         hidden = backbone.hidden(
             part.input_ids, part.attention_mask, roles, lower=lower, dropout_seed=dropout_seed(job, config),
         )  # fmt: skip
         kl, logprobs, entropy = predictions(job, config, hidden["policy"], part, experience.scores.ref_hidden, indices)
+        if not idle and experience.scores.logprobs is None:
+            first.append((indices, logprobs.detach()))
         yield Rows(
             indices, replace(part, mask=learnt[indices]), hidden, logprobs, entropy, experience.old_logprobs(indices),
             experience.scores.ref_logprobs[indices], None if sampler is None else sampler.logprobs[indices], kl,
             tokens, sequences, idle,
         )  # fmt: skip
-        if not idle:
-            first.append((indices, logprobs.detach()))
     experience.keep_logprobs(first)
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from typing import Protocol, TypeVar
 
 import torch
@@ -64,13 +63,13 @@ def set_learning_rates(job: Job, config: Config, step: int) -> None:
 def accumulate(loss: Loss[R], parts: Iterable[R], kept: Kept | None = None) -> dict[str, Tensor]:
     """Backward of this process's part of a minibatch, part by part; the minibatch's loss and metrics, detached.
 
-    Those of the parts add up, because each divides by the numbers of the whole minibatch. kept: of a step's only
-    minibatch, where it keeps the sums so far, and has those of the parts that an earlier process did.
+    Those of the parts add up, because each divides by the numbers of the whole minibatch. kept: of a step that keeps
+    the sums so far, and has those of the parts that were done before, which `parts` lack.
     """
     collected = [] if kept is None else kept.sums()
     for _ in collected if ranks.world() > 1 else ():
         ranks.heed()  # as often as the processes that have done fewer of them
-    for rows in islice(parts, len(collected), None):
+    for rows in parts:
         total, metrics = loss(rows)
         (0.0 * total if rows.idle else total).backward()
         metrics = {"loss": total, **metrics}
@@ -80,6 +79,8 @@ def accumulate(loss: Loss[R], parts: Iterable[R], kept: Kept | None = None) -> d
         if kept is not None:
             kept.keep_sums(collected)
         ranks.heed()
+    if kept is not None:
+        kept.close()
     stacked = {name: torch.stack([part[name] for part in collected]) for name in collected[0]}
     return over_processes({n: extreme(n, values) if n in EXTREMES else values.sum() for n, values in stacked.items()})
 

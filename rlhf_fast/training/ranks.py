@@ -30,8 +30,7 @@ from rlhf_fast.errors import UserError, first_line
 T = TypeVar("T")
 GRACE = 3.0  # seconds that another process leaves the first one to say what went wrong, before it does so itself
 LISTEN = 0.5  # seconds after which a process knows of a signal that another has caught
-# How long processes that end by a signal wait for each other: a launcher kills the others when one has ended.
-MEET = 25.0  # seconds, of the 30 that torchrun leaves them
+MEET = 25.0  # seconds that processes which a signal ends wait for each other, of the 30 that torchrun leaves them
 # How long a process waits for another, whose reward may take hours; one that has ended is seen at once.
 PATIENCE = timedelta(days=1)
 LOST = ("peer", "broken pipe", "socket", "timed out", "connection")  # in what a collective says of a process that ended
@@ -46,20 +45,26 @@ class _Group:
 
     def stop(self, number: int) -> None:
         """A signal ends the run: all processes shall know."""
-        self.store.set("stop", str(number))
+        with suppress(RuntimeError):  # the store has ended, with the first
+            self.store.set("stop", str(number))
 
     def stopped(self) -> int:
         """The number of the signal that ends the run; 0 while there is none."""
         return int(self.store.get("stop")) if self.store.check(["stop"]) else 0
 
     def meet(self, number: int) -> None:
-        """Wait until all processes are here, for MEET at most. The first one leaves last: it may hold the store."""
+        """All processes leave together: a launcher kills the others when one has ended, and the first may hold the
+        store. They wait for it to save what there is, and it waits for those that still live."""
         others = int(os.environ["WORLD_SIZE"]) - 1
         with suppress(RuntimeError):  # the store has ended, with the first
-            self.store.add("here", 1)
-            self._until(lambda: self.store.add("here", 0) > others, MEET)
-            self.store.add("left", int(number > 0))
-            self._until(lambda: number > 0 or self.store.add("left", 0) == others)
+            if number:
+                self.store.add("here", 1)
+                self._until(lambda: self.store.check(["leave"]), MEET)
+                self.store.add("left", 1)
+            else:
+                self._until(lambda: self.store.add("here", 0) == others, MEET / 3)
+                self.store.set("leave", "")
+                self._until(lambda: self.store.add("left", 0) == others, GRACE)
 
     def why(self) -> str:
         """Why another process has ended: what it said, where it could."""
@@ -73,12 +78,12 @@ class _Group:
         """The first process says what went wrong. It waits for the others to hear that where it holds the store."""
         self.store.set("told", "0")
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            self._until(lambda: self.store.add("heard", 0) == dist.get_world_size() - 1)
+            self._until(lambda: self.store.add("heard", 0) == dist.get_world_size() - 1, GRACE)
 
     def is_told(self, number: int) -> bool:
         """Whether somebody else than process `number` says what went wrong, or does so within GRACE."""
         try:
-            told = self._until(lambda: self.store.check(["told"]))
+            told = self._until(lambda: self.store.check(["told"]), GRACE)
             if not told:
                 return self.store.compare_set("told", "", str(number)).decode() != str(number)
             self.store.add("heard", 1)
@@ -86,9 +91,8 @@ class _Group:
             return False
         return True
 
-    def _until(self, holds: Callable[[], bool], seconds: float | None = None) -> bool:
-        """Whether it holds within so long, GRACE by itself."""
-        end = time.monotonic() + (GRACE if seconds is None else seconds)
+    def _until(self, holds: Callable[[], bool], seconds: float) -> bool:
+        end = time.monotonic() + seconds
         while not holds():
             if time.monotonic() > end:
                 return False
@@ -155,12 +159,12 @@ def processes() -> Iterator[None]:
             yield
     except Exception as error:
         signals.hold(lambda: False)  # torchrun ends what is left of the processes: what went wrong is said before
-        if signals.caught():
-            group.stop(signals.caught())
+        if isinstance(error, signals.Stopped):
+            group.stop(error.number)
             dist.destroy_process_group()  # those that wait for this one in a collective go on to their end
             group.meet(number)
             if number:
-                raise SystemExit(getattr(error, "exit_code", 2)) from None
+                raise SystemExit(error.exit_code) from None
         elif number == 0:
             group.tell()
         else:

@@ -57,20 +57,6 @@ T = TypeVar("T")
 SHOWN = ("loss", "policy_loss", "accuracy", "reward", "kl", "tokens_per_second")
 
 
-class Stopped(Exception):
-    """A signal has ended the program, and nothing that was to be saved is lost."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-    @classmethod
-    def by(cls, signal: signals.Interrupted, where: str, saved: str = "") -> "Stopped":
-        """where: what the program was at. saved: what it saved for that."""
-        again = "the same command with --resume auto continues"
-        return cls("; ".join(filter(None, [f"stopped {where} by {signal}", saved, again])), 128 + signal.number)
-
-
 class Run:
     """An open run folder. As a context manager it also listens to signals and owns the progress bar."""
 
@@ -238,22 +224,22 @@ class Run:
         else:
             signals.release()
 
-    def _stopped(self, signal: signals.Interrupted) -> Stopped:
+    def _stopped(self, signal: signals.Interrupted) -> signals.Stopped:
         """Save what there is to save when a signal ends the run."""
         steps, done = self.config.steps, self._done
-        whole = is_whole(self._checkpoint)
+        whole = ranks.is_first() and is_whole(self._checkpoint)
         if done and not whole and (not self._in_step or self.kept.can_stop()):
             self._save()
             whole = True
         if self._in_step:
             saved = [f"the checkpoint of step {done}"] * whole + ["what was made in it"] * self.kept.stop()
             said = f"saved: {' and '.join(saved)}" if saved else ""
-            return Stopped.by(signal, f"in step {done + 1} of {steps}", said)
+            return signals.Stopped.by(signal, f"in step {done + 1} of {steps}", said)
         if self._tracked:
-            return Stopped.by(signal, f"at {self._tracked}", "saved: what was made")
+            return signals.Stopped.by(signal, f"at {self._tracked}", "saved: what was made")
         if done:
-            return Stopped.by(signal, f"after step {done} of {steps}", f"saved: the checkpoint of step {done}")
-        return Stopped.by(signal, "before the first step")
+            return signals.Stopped.by(signal, f"after step {done} of {steps}", f"saved: the checkpoint of step {done}")
+        return signals.Stopped.by(signal, "before the first step")
 
     @property
     def _checkpoint(self) -> Path:

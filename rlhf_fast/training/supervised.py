@@ -18,6 +18,7 @@ from rlhf_fast.data.reading import Row
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import Job, dropout_seed
+from rlhf_fast.training.kept import Kept
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, learning_rate, set_learning_rates, update
 from rlhf_fast.training.pairs import Pair
 from rlhf_fast.training.rankings import Ranking
@@ -70,7 +71,7 @@ def batches(job: Job, config: Config, run: Run) -> Iterator[tuple[int, list[int]
 
 def learn(job: Job, config: Config, run: Run, step: int, indices: Sequence[int], loss: Loss[Rows]) -> dict[str, float]:
     """The update on one batch, recorded; its metrics."""
-    parts = micro_batches(job, job.train, indices, config.micro_batch_size, whole=config.compares_rows)
+    parts = micro_batches(job, job.train, indices, config.micro_batch_size, whole=config.compares_rows, kept=job.kept)
     metrics = accumulate(loss, parts, job.kept)
     numbers = {**as_numbers(metrics), **update(job, config, metrics["loss"])}
     tokens = sum(len(sequence.ids) for sequence in sequences_of([job.train[i] for i in indices]))
@@ -90,15 +91,17 @@ def held_out_metrics(job: Job, config: Config, loss: Loss[Rows]) -> dict[str, fl
 
 
 def micro_batches(
-    job: Job, data: Sequence[Any], indices: Sequence[int], size: int | None, *, whole: bool = False
-) -> Iterator[Rows]:
+    job: Job, data: Sequence[Any], indices: Sequence[int], size: int | None, *, whole: bool = False,
+    kept: Kept | None = None,
+) -> Iterator[Rows]:  # fmt: skip
     """One batch, the examples `indices` of `data`: those of this process in parts of at most `size` examples.
 
-    whole: the parts are those of one process, each in one of the processes.
+    whole: the parts are those of one process, each in one of the processes. kept: what has done some of them before.
     """
     examples = [data[i] for i in indices]
     tokens = sum(sum(sequence.learnt[1:]) for sequence in sequences_of(examples))
-    for places, idle in shared_out(examples, size, together=(size or len(indices)) if whole else 1):
+    dealt = shared_out(examples, size, together=(size or len(indices)) if whole else 1)
+    for places, idle in dealt[0 if kept is None else kept.parts :]:
         part = [indices[place] for place in places]
         yield Rows(part, padded(job, [data[i] for i in part]), len(indices), max(1, tokens), idle)
 

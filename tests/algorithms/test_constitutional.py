@@ -12,10 +12,11 @@ from rlhf_fast.algorithms.sft import loss_of
 from rlhf_fast.data.encoding import Prompt
 from rlhf_fast.data.reading import Row, read_jsonl
 from rlhf_fast.errors import UserError
+from rlhf_fast.signals import Stopped
 from rlhf_fast.training import revision
 from rlhf_fast.training.folder import written_rows
 from rlhf_fast.training.revision import Draft, repetition, revised, sifted
-from rlhf_fast.training.run import Run, Stopped
+from rlhf_fast.training.run import Run
 from rlhf_fast.training.supervised import micro_batches
 from tests.training.interruptions import contents, run
 from tests.training.tiny_runs import assert_close, folder, job_of, values_of, write_jsonl

@@ -3,54 +3,38 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
-from rlhf_fast import rollout
-from rlhf_fast.algorithms import preference
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.backbone import Backbone
-from rlhf_fast.rewards import Rewards
-from rlhf_fast.training import job, kept, on_policy, ranks, supervised
+from rlhf_fast.signals import Stopped
+from rlhf_fast.training import ranks
 from rlhf_fast.training.folder import KEPT
-from rlhf_fast.training.run import Run, Stopped
-from tests.distributed.test_equal_to_one import assert_same_run, run
-from tests.training.interruptions import Killed, contents, counted
+from rlhf_fast.training.run import Run
+from tests.distributed.test_equal_to_one import STEADY, assert_same_run, run
+from tests.training.interruptions import PHASES, Killed, contents, watched
 from tests.training.tiny_runs import values_of
 
-PLACES = {
-    "tokens": (rollout._Heed, "__call__"),
-    "scores": (Backbone, "score"),
-    "rewards": (Rewards, "__call__"),
-    "parts": (ranks, "heed"),
-    "updates": (on_policy, "update"),
-    "batches": (supervised, "update"),
-    "references": (preference, "references_of"),
-    "evaluations": (Run, "evaluate"),
-    "savings": (job, "save_adapter"),
-}
-PPO = values_of("ppo", steps=2, save_every=1, micro_batch_size=1, rollout_chunk=2, eval_every=1, lora_dropout=0.1)
+SMALL = {"steps": 2, "save_every": 1, "micro_batch_size": 1, "lora_dropout": 0.1, "self_test": False}
+PPO = values_of("ppo", **SMALL, rollout_chunk=2)
 VALUES = {
     "ppo": PPO,
-    "sft": values_of("sft", steps=2, save_every=1, micro_batch_size=1, eval_every=1, lora_dropout=0.1),
-    "full": values_of("sft", steps=2, save_every=1, micro_batch_size=1, lora_rank=0, learning_rate=0.001),
-    "dpo": values_of("dpo", steps=2, save_every=1, micro_batch_size=2),
+    "sft": values_of("sft", **SMALL, eval_every=1),
+    "dpo": values_of("dpo", **SMALL),
     "shards": {**PPO, "shards": 2, "whole_rollouts": False, "lora_dropout": 0.0},
 }
+BOTH = {0: signal.SIGTERM, 1: signal.SIGTERM}
 
 
-def attempt(values, sent=(), *, phase="", number=0, resume=None):
-    """A run in which, before what is done as number `number` of its phase, the signals `sent` = {rank: signal} come;
-    -9 stands for a kill. What the process says, how often everything was done, and seconds from the signal on."""
+def attempt(values, sent=None, *, phase="", number=0, resume=None):
+    """A run in which, before what is done as number `number` of its phase, the signals `sent` = {process: signal} come;
+    SIGKILL is an exception that nothing catches. What the process says, and how often everything was done."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept, "PATIENCE", 0.0)
         patch.setattr(ranks, "GRACE", 0.2)
-        calls, times = counted(patch, PLACES), []
+        calls = watched(patch)
 
         def act():
-            times.append(time.monotonic())
-            own = dict(sent).get(ranks.rank())
+            own = sent.get(ranks.rank())
             if own == signal.SIGKILL:
                 raise Killed
             if own is not None:
@@ -62,12 +46,12 @@ def attempt(values, sent=(), *, phase="", number=0, resume=None):
             run(values, resume)
         except (Stopped, UserError, SystemExit, Killed) as ended:
             said = f"{type(ended).__name__} {ended}"
-        return said, dict(calls), time.monotonic() - times[0] if times else None
+        return said, dict(calls), time.process_time()
 
 
 @pytest.fixture(scope="module")
 def whole(two, tmp_path_factory):
-    """Of each algorithm what a run of two processes leaves that nothing disturbs, and how often all was done in it."""
+    """Of an algorithm what a run of two processes leaves that nothing disturbs, and how often each did everything."""
     found = {}
 
     def of(algorithm):
@@ -80,14 +64,13 @@ def whole(two, tmp_path_factory):
     return of
 
 
-BOTH = {0: signal.SIGTERM, 1: signal.SIGTERM}
 CASES = [
-    ("ppo", "tokens", {1: signal.SIGTERM}), ("ppo", "tokens", {0: signal.SIGHUP}), ("ppo", "tokens", {1: signal.SIGKILL}),
-    ("ppo", "rewards", {1: signal.SIGTERM}), ("ppo", "parts", BOTH), ("ppo", "updates", {1: signal.SIGKILL}),
-    ("sft", "parts", {1: signal.SIGTERM}), ("sft", "batches", {0: signal.SIGKILL}),
-    ("sft", "evaluations", {1: signal.SIGTERM}), ("full", "parts", {0: signal.SIGTERM}),
-    ("dpo", "references", {1: signal.SIGTERM}), ("dpo", "savings", BOTH),
-    ("shards", "tokens", {1: signal.SIGTERM}), ("shards", "parts", {0: signal.SIGTERM}),
+    ("ppo", "tokens", {1: signal.SIGTERM}), ("ppo", "scores", {0: signal.SIGHUP}),
+    ("ppo", "rewards", {1: signal.SIGKILL}),
+    ("ppo", "micro_batches", {1: signal.SIGTERM}), ("ppo", "updates", {0: signal.SIGKILL}),
+    ("sft", "micro_batches", BOTH), ("sft", "evaluations", {1: signal.SIGTERM}),
+    ("dpo", "references", {1: signal.SIGTERM}), ("dpo", "savings", {0: signal.SIGTERM}),
+    ("shards", "tokens", {1: signal.SIGTERM}),
 ]  # fmt: skip
 
 
@@ -95,12 +78,56 @@ CASES = [
 def test_processes_end_together_and_go_on_from_there(algorithm, phase, sent, whole, two, tmp_path):
     expected, counts = whole(algorithm)
     values = {**VALUES[algorithm], "output_dir": str(tmp_path)}
-    number = max(counts[0].get(phase, 0), counts[1].get(phase, 0)) // 2 + 1
-    answers = two.run(attempt, values, sent, phase=phase, number=number)
-    print([said for said, _, _ in answers], [seconds for _, _, seconds in answers])
+    number = max(calls.get(phase, 0) for calls in counts) // 2 + 1
+    ended = two.run(attempt, values, sent, phase=phase, number=number)
+    (first, *_), (second, *_) = ended
+    by = next(iter(sent.values()))
+    if by == signal.SIGKILL:
+        assert "Killed " in (first, second)
+    else:
+        assert first.startswith("Stopped stopped ")
+        assert f" by {by.name}; saved: " in first
+        assert second == f"SystemExit {128 + by}"
     again = two.run(attempt, values, resume="auto")
-    assert [said for said, _, _ in again] == [None, None]
+    assert [said for said, *_ in again] == [None, None]
     assert contents(tmp_path) == expected
     assert not (tmp_path / KEPT).exists()
-    for (_, first, _), (_, second, _), all_of in zip(answers, again, counts, strict=True):
-        print({name: (first.get(name, 0), second.get(name, 0), all_of.get(name, 0)) for name in PLACES})
+    for (_, before, _), (_, after, t), all_of in zip(ended, again, counts, strict=True):
+        print({name: (before.get(name, 0), after.get(name, 0), all_of.get(name, 0)) for name in PHASES}, t)
+        for name, (_, often) in PHASES.items():
+            twice = before.get(name, 0) + after.get(name, 0) - all_of.get(name, 0)
+            if name not in ("evaluations", "savings"):
+                assert twice <= often, f"{name}: {twice} were done twice"
+
+
+def test_another_number_of_processes_takes_completions_and_updates(two, tmp_path, capsys):
+    values = {**PPO, **STEADY, "steps": 2, "lora_dropout": 0.0}
+    run({**values, "output_dir": str(tmp_path / "one")})
+    changing = {**values, "output_dir": str(tmp_path / "changing")}
+    two.run(attempt, changing, {1: signal.SIGKILL}, phase="updates", number=7)
+    capsys.readouterr()
+    said, calls, _ = attempt(changing, resume="auto")
+    assert said is None
+    assert "step 2 was begun by 2 processes, not 1: " in capsys.readouterr().err
+    assert "tokens" not in calls
+    assert calls["updates"] == 2
+    assert_same_run(tmp_path / "changing", tmp_path / "one")
+
+
+def late(values, *rest, **options):
+    """Each process but the first finds that its last checkpoint is old."""
+    with pytest.MonkeyPatch.context() as patch:
+        due = Run._checkpoint_is_due
+
+        def of_the_old(self):
+            self.saved_at -= 1e9 * ranks.rank()
+            return due(self)
+
+        patch.setattr(Run, "_checkpoint_is_due", of_the_old)
+        return attempt(values, *rest, **options)
+
+
+def test_any_process_may_be_asked_for_a_checkpoint_but_one_clock_counts(two, tmp_path):
+    values = {**VALUES["sft"], "steps": 3, "save_every": 50, "save_minutes": 60, "output_dir": str(tmp_path)}
+    two.run(late, values, {1: signal.SIGUSR1}, phase="batches", number=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-1", "step-3"]

@@ -8,10 +8,29 @@ from typing import Any
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
 
+from rlhf_fast.algorithms import preference
 from rlhf_fast.algorithms.launch import run_stage, single_stage
 from rlhf_fast.data.reading import read_jsonl
+from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.rewards import Rewards
+from rlhf_fast.rollout.drawing import Drawing
+from rlhf_fast.training import job, kept, on_policy, supervised
 from rlhf_fast.training.run import Run
+
+# name -> (what is counted, how often it may be done twice)
+PHASES = {
+    "tokens": ((Drawing, "draw"), 2),  # those of a chunk
+    "scores": ((Backbone, "score"), 1),
+    "rewards": ((Rewards, "__call__"), 1),
+    "micro_batches": ((Tensor, "backward"), 1),
+    "updates": ((on_policy, "update"), 1),
+    "batches": ((supervised, "update"), 1),
+    "references": ((preference, "references_of"), 2),  # a part, and the held-out pairs, which every process scores
+    "evaluations": ((Run, "evaluate"), 1),
+    "savings": ((job, "save_adapter"), 1),
+}
 
 
 class Killed(BaseException):
@@ -97,3 +116,19 @@ def assert_resumes(values, place: Path, monkeypatch, *, step: int) -> dict:
     found = contents(place / "killed")
     assert found == contents(place / "whole")
     return found
+
+
+def watched(patch: pytest.MonkeyPatch) -> "Calls":
+    """Counts what is done; of what is done in steps and elsewhere, that in steps."""
+    patch.setattr(kept, "PATIENCE", 0.0)
+    calls = counted(patch, {name: place for name, (place, _) in PHASES.items()})
+    calls.inside = {"tokens", "scores", "rewards", "micro_batches"}
+    for name, inside in (("begin", True), ("end", False)):
+        method = getattr(kept.Kept, name)
+
+        def marked(self, *arguments, method=method, inside=inside):
+            calls.in_step = inside
+            method(self, *arguments)
+
+        patch.setattr(kept.Kept, name, marked)
+    return calls

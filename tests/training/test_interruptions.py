@@ -7,32 +7,18 @@ from itertools import cycle
 import pytest
 
 from rlhf_fast import signals
-from rlhf_fast.algorithms import preference
-from rlhf_fast.models.backbone import Backbone
-from rlhf_fast.rewards import Rewards
-from rlhf_fast.rollout.decoder import Decoder
-from rlhf_fast.training import job, kept, on_policy, ranks, supervised
+from rlhf_fast.signals import Stopped
+from rlhf_fast.training import kept
 from rlhf_fast.training.folder import KEPT
-from rlhf_fast.training.run import Run, Stopped
-from tests.training.interruptions import Killed, contents, counted, interrupt, kill, run, terminate
+from rlhf_fast.training.run import Run
+from tests.training.interruptions import PHASES, Killed, contents, interrupt, kill, run, terminate, watched
 from tests.training.tiny_runs import values_of
 
-# name -> (what is counted, how often it may be done twice)
-PHASES = {
-    "tokens": ((Decoder, "_forward"), 2),  # those of a chunk
-    "scores": ((Backbone, "score"), 1),
-    "rewards": ((Rewards, "__call__"), 1),
-    "micro_batches": ((ranks, "heed"), 1),  # of PPO, those of a minibatch
-    "updates": ((on_policy, "update"), 1),
-    "batches": ((supervised, "update"), 1),
-    "references": ((preference, "references_of"), 2),  # a part, and the held-out pairs, which every process scores
-    "evaluations": ((Run, "evaluate"), 1),
-    "savings": ((job, "save_adapter"), 1),
-}
 VALUES = {
     "ppo": values_of("ppo", steps=2, save_every=1, micro_batch_size=1, rollout_chunk=2, eval_every=1),
     "sft": values_of("sft", steps=2, save_every=1, micro_batch_size=2, eval_every=1),
     "dpo": values_of("dpo", steps=2, save_every=1, micro_batch_size=2, eval_every=1),
+    "full": values_of("sft", steps=2, save_every=1, micro_batch_size=1, lora_rank=0, learning_rate=0.001),
 }
 
 
@@ -49,28 +35,12 @@ def whole(tmp_path_factory):
     return found
 
 
-def watched(patch):
-    """Counts what is done; of what is done in steps and elsewhere, that in steps."""
-    patch.setattr(kept, "PATIENCE", 0.0)
-    calls = counted(patch, {name: place for name, (place, _) in PHASES.items()})
-    calls.inside = {"tokens", "scores", "rewards", "micro_batches"}
-    for name, inside in (("begin", True), ("end", False)):
-        method = getattr(kept.Kept, name)
-
-        def marked(self, *arguments, method=method, inside=inside):
-            calls.in_step = inside
-            method(self, *arguments)
-
-        patch.setattr(kept.Kept, name, marked)
-    return calls
-
-
 CASES = [
     ("ppo", "tokens", kill), ("ppo", "tokens", terminate), ("ppo", "scores", terminate), ("ppo", "rewards", kill),
     ("ppo", "micro_batches", terminate), ("ppo", "updates", kill), ("ppo", "savings", terminate),
     ("sft", "micro_batches", terminate), ("sft", "batches", kill), ("sft", "evaluations", kill),
     ("dpo", "references", terminate), ("dpo", "micro_batches", kill), ("dpo", "evaluations", terminate),
-    ("dpo", "savings", kill),
+    ("dpo", "savings", kill), ("full", "micro_batches", terminate),
 ]  # fmt: skip
 
 
@@ -89,7 +59,6 @@ def test_a_run_that_ends_anywhere_goes_on_from_there(algorithm, phase, by, whole
     assert contents(tmp_path) == expected
     assert not (tmp_path / KEPT).exists()
     for name, (_, often) in PHASES.items():
-        often *= 2 if (algorithm, name) == ("ppo", "micro_batches") else 1
         if name not in ("evaluations", "savings"):
             twice = first.get(name, 0) + calls[name] - counts.get(name, 0)
             assert 0 <= twice <= often, f"{name}: {twice} of {counts[name]} were done twice"
@@ -137,6 +106,15 @@ def test_a_signal_says_in_one_line_where_it_ended_the_run_and_what_is_saved(tmp_
         run(values)
     assert info.value.exit_code == 128 + signal.SIGHUP
     assert calls["tokens"] == 8, "not one token more"
+
+
+def test_gradients_as_large_as_the_model_are_kept_where_they_took_longer_than_that(tmp_path, monkeypatch):
+    calls = watched(monkeypatch)
+    for name, speed, saved in [("slow", 1.0, ""), ("fast", 1e12, " and what was made in it")]:
+        monkeypatch.setattr(kept, "SPEED", speed)
+        calls.at("micro_batches", 7, terminate)
+        with pytest.raises(Stopped, match=f"saved: the checkpoint of step 1{saved}; the same"):
+            run({**VALUES["full"], "output_dir": str(tmp_path / name)})
 
 
 def test_sigusr1_saves_a_checkpoint_and_the_run_goes_on(whole, tmp_path, monkeypatch, capsys):

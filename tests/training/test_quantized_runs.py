@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.quantized import quantization_state
-from rlhf_fast.training.run import Stopped
+from rlhf_fast.signals import Stopped
 from rlhf_fast.training.setup import build_model
 from tests.algorithms.test_invariants import one_backward
 from tests.training.interruptions import contents, interrupt, run

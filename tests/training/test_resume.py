@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.training.run import Stopped
+from rlhf_fast.signals import Stopped
 from tests.training.interruptions import assert_resumes, contents, interrupt, run, terminate
 from tests.training.tiny_runs import ALGORITHMS, values_of
 from tests.training.tiny_runs import folder as data_folder

@@ -9,10 +9,11 @@ import pytest
 from rlhf_fast.algorithms.launch import all_stages
 from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
+from rlhf_fast.signals import Stopped
 from rlhf_fast.training.config import read_yaml
 from rlhf_fast.training.entries import FromStage
 from rlhf_fast.training.folder import written_rows
-from rlhf_fast.training.run import Run, Stopped
+from rlhf_fast.training.run import Run
 from tests.training.interruptions import contents
 from tests.training.test_run import go
 from tests.training.tiny_runs import folder, values_of, write_jsonl
