@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import pytest
 
@@ -46,7 +45,7 @@ def attempt(values, sent=None, *, phase="", number=0, resume=None):
             run(values, resume)
         except (Stopped, UserError, SystemExit, Killed) as ended:
             said = f"{type(ended).__name__} {ended}"
-        return said, dict(calls), time.process_time()
+        return said, dict(calls)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def whole(two, tmp_path_factory):
         if algorithm not in found:
             place = tmp_path_factory.mktemp(algorithm)
             answers = two.run(attempt, {**VALUES[algorithm], "output_dir": str(place)})
-            found[algorithm] = contents(place), [calls for _, calls, _ in answers]
+            found[algorithm] = contents(place), [calls for _, calls in answers]
         return found[algorithm]
 
     return of
@@ -80,7 +79,7 @@ def test_processes_end_together_and_go_on_from_there(algorithm, phase, sent, who
     values = {**VALUES[algorithm], "output_dir": str(tmp_path)}
     number = max(calls.get(phase, 0) for calls in counts) // 2 + 1
     ended = two.run(attempt, values, sent, phase=phase, number=number)
-    (first, *_), (second, *_) = ended
+    (first, _), (second, _) = ended
     by = next(iter(sent.values()))
     if by == signal.SIGKILL:
         assert "Killed " in (first, second)
@@ -89,12 +88,13 @@ def test_processes_end_together_and_go_on_from_there(algorithm, phase, sent, who
         assert f" by {by.name}; saved: " in first
         assert second == f"SystemExit {128 + by}"
     again = two.run(attempt, values, resume="auto")
-    assert [said for said, *_ in again] == [None, None]
+    assert [said for said, _ in again] == [None, None]
     assert contents(tmp_path) == expected
     assert not (tmp_path / KEPT).exists()
-    for (_, before, _), (_, after, t), all_of in zip(ended, again, counts, strict=True):
-        print({name: (before.get(name, 0), after.get(name, 0), all_of.get(name, 0)) for name in PHASES}, t)
+    for (_, before), (_, after), all_of in zip(ended, again, counts, strict=True):
         for name, (_, often) in PHASES.items():
+            if (algorithm, name) == ("shards", "tokens"):
+                often = 6  # processes that sample together keep whole completions
             twice = before.get(name, 0) + after.get(name, 0) - all_of.get(name, 0)
             if name not in ("evaluations", "savings"):
                 assert twice <= often, f"{name}: {twice} were done twice"
@@ -106,7 +106,7 @@ def test_another_number_of_processes_takes_completions_and_updates(two, tmp_path
     changing = {**values, "output_dir": str(tmp_path / "changing")}
     two.run(attempt, changing, {1: signal.SIGKILL}, phase="updates", number=7)
     capsys.readouterr()
-    said, calls, _ = attempt(changing, resume="auto")
+    said, calls = attempt(changing, resume="auto")
     assert said is None
     assert "step 2 was begun by 2 processes, not 1: " in capsys.readouterr().err
     assert "tokens" not in calls
