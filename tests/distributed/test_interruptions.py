@@ -10,7 +10,8 @@ from rlhf_fast.signals import Stopped
 from rlhf_fast.training import ranks
 from rlhf_fast.training.folder import KEPT
 from rlhf_fast.training.run import Run
-from tests.distributed.test_equal_to_one import STEADY, assert_same_run, run
+from tests.distributed.cases import STEADY
+from tests.distributed.runs import assert_same_run, run
 from tests.training.interruptions import PHASES, Killed, contents, watched
 from tests.training.tiny_runs import values_of
 
