@@ -52,6 +52,18 @@ class _Group:
         """The number of the signal that ends the run; 0 while there is none."""
         return int(self.store.get("stop")) if self.store.check(["stop"]) else 0
 
+    def leave(self, number: int) -> None:
+        """This process ends by a signal, and is not lost."""
+        self.stop(number)
+        with suppress(RuntimeError):
+            self.store.set("left by", str(number))
+
+    def left_by(self) -> int:
+        """By what signal another process has ended; 0 where none has, or where it is not known."""
+        with suppress(RuntimeError):  # the store has ended, with the first
+            return int(self.store.get("left by")) if self.store.check(["left by"]) else 0
+        return 0
+
     def meet(self, number: int) -> None:
         """All processes leave together: a launcher kills the others when one has ended, and the first may hold the
         store. They wait for it to save what there is, and it waits for those that still live."""
@@ -160,7 +172,7 @@ def processes() -> Iterator[None]:
     except Exception as error:
         signals.hold(lambda: False)  # torchrun ends what is left of the processes: what went wrong is said before
         if isinstance(error, signals.Stopped):
-            group.stop(error.number)
+            group.leave(error.number)
             dist.destroy_process_group()  # those that wait for this one in a collective go on to their end
             group.meet(number)
             if number:
@@ -226,10 +238,10 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         if _group is None or not any(word in str(error).lower() for word in LOST):
             raise
-        with suppress(RuntimeError):  # the store has ended too
-            signals.catch(_group.stopped())
-        if signals.caught():
-            raise signals.Interrupted(signals.caught()) from None
+        number = _group.left_by()
+        if number:
+            signals.catch(number)
+            raise signals.Interrupted(number) from None
         raise UserError(_group.why()) from None
 
 
