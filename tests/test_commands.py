@@ -172,6 +172,11 @@ def test_chat_continues_the_text_where_there_is_no_template(run):
     assert result.stdout == f"{first}\n{greedy(model, 'ab' + first + 'q')}\n{first}\n"
 
 
+def test_chat_reads_what_is_not_utf_8(run):
+    result = invoke("chat", run, "--temperature", 0, input=b"a\xffb\n")
+    assert (result.exit_code, result.stdout) == (0, greedy(peft_model(run), "a\ufffdb") + "\n"), result.output
+
+
 def test_chat_asks_through_the_template_with_the_turns_before(tmp_path):
     path = adapter(tmp_path / "run", template=TEMPLATE)
     result = invoke("chat", path, "--temperature", 0, "--system", "s", input="ab\nq\n")

@@ -1,5 +1,6 @@
 """A conversation with a run's policy, line by line."""
 
+import io
 import sys
 from typing import Any
 
@@ -22,6 +23,8 @@ def chat(run: str, *, system: str | None = None, before: bool = False, **changes
     turns = encoder.template.exists and encoder.chat is not False
     print(f"{HELP}; {'turns of the chat template' if turns else 'no chat template: each line continues the text'}",
           file=sys.stderr)  # fmt: skip
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is no character becomes one that says so
     messages, text = beginning(system)
     while (line := read_line()) is not None and line.strip() != "/quit":
         if line.strip() == "/reset":

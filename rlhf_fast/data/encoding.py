@@ -171,6 +171,7 @@ class Encoder:
 
         Each step is tokenised by itself and closed by the separator, the last one too, on whose last token its score is
         read. In running text a line break merges with its neighbours. Source: the recipe of TRL 0.29's PRM trainer.
+        What is behind max_tokens is never tokenised: such steps end at the same token, which is behind max_tokens too.
         """
         ids, ends = list(self.prompt(row).ids), []
         start, closing = len(ids), self._ids(row.where, separator)
@@ -181,7 +182,8 @@ class Encoder:
                 raise UserError(
                     f"{row.where}: completions must be a list of texts, one for each step, got {shown(step)}"
                 )
-            ids += self._ids(row.where, step) + closing
+            if len(ids) <= self.max_tokens:
+                ids += self._ids(row.where, step[: max(MANY, self.max_tokens * self._longest_token)]) + closing
             ends.append(len(ids) - 1)
         return start, ids, ends
 

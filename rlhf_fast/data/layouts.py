@@ -160,8 +160,20 @@ def _prm800k(row: Row) -> Values:
     """PRM800K: of each step the completion that the solution goes on with, rated -1, 0 or 1; neutral counts as right,
     and the first wrong step is the last one. https://github.com/openai/prm800k (Lightman et al. 2023, 2305.20050)"""
     question, label = row.values["question"], row.values["label"]
+    try:
+        texts, labels = _rated_steps(label["steps"])
+        problem = question["problem"]
+    except (AttributeError, IndexError, KeyError, TypeError):
+        texts, labels, problem = [], [], None
+    if not isinstance(problem, str) or not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{row.where}: must have question.problem and at least one step in label.steps")
+    return {"prompt": problem, "completions": texts, "labels": labels}
+
+
+def _rated_steps(steps: list[Values]) -> tuple[list[str], list[bool]]:
+    """The text of each step up to the first wrong one, and whether it is right."""
     texts, labels = [], []
-    for step in label["steps"]:
+    for step in steps:
         made, place = step.get("completions") or [], step.get("chosen_completion")
         chosen = step.get("human_completion") or (made[place or 0] if (place or 0) < len(made) else None)
         if chosen is None:
@@ -170,9 +182,7 @@ def _prm800k(row: Row) -> Values:
         labels.append(chosen.get("rating") != -1)
         if not labels[-1]:
             break
-    if not isinstance(question, dict) or not isinstance(question.get("problem"), str) or not texts:
-        raise UserError(f"{row.where}: must have question.problem and at least one step in label.steps")
-    return {"prompt": question["problem"], "completions": texts, "labels": labels}
+    return texts, labels
 
 
 def _math_shepherd(row: Row) -> Values:

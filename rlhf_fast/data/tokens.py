@@ -17,7 +17,7 @@ def load_tokenizer(folder: str, *, needs_eos: bool = True, trust_remote_code: bo
     with refusing(f"no tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **revision)
         ids = tokenizer("a b", verbose=False)["input_ids"]  # some of what is wrong shows in use only
-        tokenizer.decode(ids)
+        tokenizer.decode([*ids, *filter(None, tokenizer.all_special_ids)])
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no EOS token, so completions could never end")
     return tokenizer

@@ -4,6 +4,8 @@ import hashlib
 import json
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +19,29 @@ class Cache:
 
     def __init__(self, path: Path) -> None:
         self.path, self._lock = path, threading.Lock()
-        try:
+        with self._using():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._base = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
             self._base.execute("PRAGMA journal_mode=WAL")
             self._base.execute("CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, answer TEXT NOT NULL)")
-        except (OSError, sqlite3.Error) as error:
-            raise UserError(f"judge.cache {path} cannot be used: {error}") from None
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                yield
+        except (OSError, ValueError, sqlite3.Error) as error:
+            raise UserError(f"judge.cache {self.path} cannot be used: {error}") from None
 
     def get(self, request: Answer) -> Answer | None:
         """The answer to a request; None where it was never answered."""
-        with self._lock:
+        with self._using():
             row = self._base.execute("SELECT answer FROM answers WHERE question = ?", (_key(request),)).fetchone()
-        return None if row is None else json.loads(row[0])
+            return None if row is None else json.loads(row[0])
 
     def put(self, request: Answer, answer: Answer) -> None:
         """Keep an answer; it is on disk when this returns."""
-        with self._lock:
+        with self._using():
             self._base.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (_key(request), json.dumps(answer)))
 
 

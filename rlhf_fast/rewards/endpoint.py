@@ -7,9 +7,10 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any
 
 import httpx2
+from pydantic import BaseModel, Field, ValidationError
 
 from rlhf_fast.data.notes import say
 from rlhf_fast.errors import UserError
@@ -17,6 +18,35 @@ from rlhf_fast.http import Client
 from rlhf_fast.rewards.cache import Answer, Cache
 
 TOP_LOGPROBS = 20  # the most that the protocol allows
+LARGEST = 1 << 24  # bytes of an answer
+
+
+class _Likely(BaseModel):
+    token: str
+    logprob: Annotated[float, Field(le=1)]  # a little above 0 by rounding
+
+
+class _Token(_Likely):
+    top_logprobs: list[_Likely] | None = None
+
+
+class _Logprobs(BaseModel):
+    content: list[_Token] | None = None
+
+
+class _Message(BaseModel):
+    content: str | None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    logprobs: _Logprobs | None = None
+
+
+class _Reply(BaseModel):
+    """What is read of the answer to a request."""
+
+    choices: Annotated[list[_Choice], Field(min_length=1)]
 
 
 class Endpoint:
@@ -46,7 +76,7 @@ class Endpoint:
         self._logprobs = True
         self._client = Client(
             url, "judge", timeout=timeout, retries=retries, concurrency=concurrency, key_variable=key_variable,
-            kept="the answers so far are kept",
+            kept="the answers so far are kept", largest=LARGEST,
         )  # fmt: skip
 
     def ask(self, conversations: Sequence[list[dict[str, str]]], max_tokens: int) -> list[Answer]:
@@ -95,19 +125,22 @@ class Endpoint:
         if response.status_code >= 400:
             raise self._client.refusal(response)
         try:
-            choice = response.json()["choices"][0]
-            text = choice["message"]["content"] or ""
-            content = (choice.get("logprobs") or {}).get("content")
-            tokens = None if content is None else [[token["token"].strip(), _likeliest(token)] for token in content]
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"judge {self.url} answers in another form than chat completions: {error!r}") from None
-        return {"text": text, "tokens": tokens}
+            choice = _Reply.model_validate_json(response.content).choices[0]
+        except ValidationError as errors:
+            first = errors.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the answer"
+            raise UserError(
+                f"judge {self.url} answers in another form than chat completions: {where}: {first['msg']}"
+            ) from None
+        content = choice.logprobs.content if choice.logprobs is not None else None
+        tokens = None if content is None else [[token.token.strip(), _likeliest(token)] for token in content]
+        return {"text": choice.message.content or "", "tokens": tokens}
 
 
-def _likeliest(token: dict[str, Any]) -> dict[str, float]:
+def _likeliest(token: _Token) -> dict[str, float]:
     """{token: probability} in one place; spellings that differ in white space are one, and add up."""
     found: dict[str, float] = {}
-    for entry in token.get("top_logprobs") or [token]:
-        text = entry["token"].strip()
-        found[text] = found.get(text, 0.0) + math.exp(entry["logprob"])
+    for entry in token.top_logprobs or [token]:
+        text = entry.token.strip()
+        found[text] = found.get(text, 0.0) + math.exp(entry.logprob)
     return found

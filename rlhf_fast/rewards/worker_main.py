@@ -125,7 +125,10 @@ def _plain(value: Any) -> Any:
 
 
 def _failed(error: BaseException) -> bytes:
-    said = str(error).strip().splitlines()
+    try:
+        said = str(error).strip().splitlines()
+    except Exception:  # noqa: BLE001 - it is the function's own class
+        said = []
     line = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
     text = "".join(traceback.format_exception(error))
     return json.dumps({"error": line, "traceback": text}).encode()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, FiniteFloat, TypeAdapter
 from safetensors import SafetensorError
 
 from rlhf_fast.errors import UserError, first_line
@@ -75,15 +76,15 @@ def append_record(path: Path, values: dict[str, Any]) -> None:
 
 
 def cut_records(path: Path, step: int) -> None:
-    """Drop the records of steps after `step`, and all behind the first one that a power loss damaged: a line that is
-    cut off, is not UTF-8, holds NULs, or is no record of a step."""
+    """Drop the records of steps after `step`, and all behind the first damaged one: a line that is cut off, is not
+    UTF-8, holds NULs, or is no record of a step with the entries that are read again."""
     if not os.path.lexists(path):
         return
     kept: list[bytes] = []
     with writing(path):
         lines = path.read_bytes().split(b"\n") if path.is_file() else []
         for number, line in enumerate(lines[:-1], start=1):
-            found = _step_of(line)
+            found = _step_of(line, _ENTRIES.get(path.name))
             if found is None:
                 print(f"warning: {path} is damaged in line {number}, and cut there", file=sys.stderr)
             if found is None or found > step:
@@ -94,12 +95,38 @@ def cut_records(path: Path, step: int) -> None:
             replace_file(path, b"".join(kept).decode())
 
 
-def _step_of(line: bytes) -> int | None:
+class _Sample(BaseModel):
+    prompt: str
+    completion: str
+    reward: float = 0.0
+
+
+class _Evaluation(BaseModel):
+    metrics: dict[str, FiniteFloat]
+    samples: list[_Sample] = []
+
+
+class _Warning(BaseModel):
+    cause: str
+
+
+# What the lines of a file have, as far as the run, its detectors and its report read them.
+_ENTRIES = {
+    "metrics.jsonl": TypeAdapter(dict[str, float]), "eval.jsonl": TypeAdapter(_Evaluation),
+    "warnings.jsonl": TypeAdapter(_Warning),
+}  # fmt: skip
+
+
+def _step_of(line: bytes, entries: TypeAdapter[Any] | None) -> int | None:
+    """The step of a whole record, else None."""
     try:
-        step = json.loads(line.decode())["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        record = json.loads(line.decode())
+        if entries is not None:
+            entries.validate_python(record, strict=True)
+        step = record["step"]
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
-    return step if isinstance(step, int) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def flush(path: Path) -> None:

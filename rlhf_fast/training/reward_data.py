@@ -291,7 +291,7 @@ def _steps(encoder: Encoder, row: Row, reading: Reading) -> Judgement:
     start, ids, ends = encoder.steps(row, reading.step_separator)
     budget = encoder.max_tokens
     if len(ids) > budget and encoder.too_long != "truncate":
-        raise TooLong(f"{row.where}: prompt and steps have {len(ids)} tokens, the budget is {budget}")
+        raise TooLong(f"{row.where}: prompt and steps have more tokens than the budget, {budget}")
     whole = [end for end in ends if end < budget]
     if not whole:
         raise TooLong(f"{row.where}: not even the first step ends within {budget} tokens")

@@ -360,7 +360,7 @@ def test_steps_are_tokenised_one_by_one(tmp_path):
     short = Encoder(tokenizer, 50, 5, too_long="truncate")
     (one,) = encode_judged(short, [row], "steps", Reading("\n", ()), "data")
     assert (one.rows[0].ids, one.targets) == ([*b"qa.\n"], (1.0,))
-    with pytest.raises(UserError, match="prompt and steps have 6 tokens, the budget is 5"):
+    with pytest.raises(UserError, match="prompt and steps have more tokens than the budget, 5"):
         encode_judged(Encoder(tokenizer, 50, 5), [row], "steps", Reading("\n", ()), "data")
 
 

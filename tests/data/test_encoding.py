@@ -253,7 +253,13 @@ def test_megabytes_are_cut_before_they_are_tokenised(monkeypatch):
     assert cutting.prompt(large).ids == cutting.prompt(small).ids
     assert cutting.completion(large) == cutting.completion(small)
     assert cutting.conversation(large) == cutting.conversation(small)
-    assert max(seen) < 5 * MANY
+    few, many = (row(prompt="ab", completions=["de" * n, *["f"] * n]) for n in (50_000, 500_000))
+    seen.clear()
+    (start, ids, ends), (_, same, others) = (cutting.steps(steps, "\n") for steps in (few, many))
+    assert (ids[:-1], set(ends), set(others)) == (same[: len(ids) - 1], {len(ids) - 1}, {len(same) - 1})
+    assert start < cutting.max_tokens < len(ids)
+    assert (max(seen), len(ends), len(others)) == (MANY, 50_001, 500_001)
+    assert len(seen) < 20
     assert cutting.report(3)[0].startswith("1 of 3 rows: longer than the budget, and cut to it")
     with pytest.raises(TooLong, match=r"a\.jsonl:7: completion has a text of 10,000,001 characters, and the budget"):
         encoder().completion(large)

@@ -137,6 +137,15 @@ def test_what_a_layout_was_taken_for_is_said_once(capsys):
 
 
 @pytest.mark.parametrize(
+    "steps", [5, "x", [5], [{"completions": {}}], [{"completions": [5]}], [{"human_completion": {"text": 5}}], [{}]]
+)
+def test_step_ratings_of_another_form_are_one_line(steps):
+    strange = {**PRM800K, "label": {"steps": steps}}
+    with pytest.raises(UserError, match=r"d\.jsonl:1: must have question\.problem and at least one step"):
+        with_known_columns(rows(strange), "process_reward_model", "d.jsonl", family="reward_model")
+
+
+@pytest.mark.parametrize(
     ("values", "algorithms", "message"),
     [
         (KTO, ("sft", "dpo"), r"d\.jsonl:1: unpaired labels \(KTO\); .*: they need KTO, BCO or a reward model"),

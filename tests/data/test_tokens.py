@@ -1,9 +1,12 @@
 """Plain prompts and completions. The oracle is the whole text, tokenised once by transformers, with its offsets."""
 
+import json
+
 import pytest
 
-from rlhf_fast.data.encoding import Encoder
+from rlhf_fast.data.encoding import Encoder, load_tokenizer
 from rlhf_fast.data.reading import Row
+from rlhf_fast.errors import UserError
 from tests.data.chat import TOKENIZERS, tokenizer_of
 
 PAIRS = [
@@ -61,3 +64,12 @@ def test_a_word_that_is_cut_in_two_stays_one_word():
     example = one.completion(row(prompt="The cap", completion="ital of France"))
     assert one.tokenizer.decode(example.ids[1:-1]) == "The capital of France"
     assert example.ids[:-1] == one.tokenizer("The capital of France")["input_ids"]
+
+
+def test_a_tokenizer_that_fails_in_use_is_one_line(tmp_path):
+    """transformers asks for the id of its unknown token, which it does not know, for ever."""
+    tokenizer_of("byte").save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "unk_token": ""}))
+    with pytest.raises(UserError, match=r"no tokenizer in .*recursion"):
+        load_tokenizer(str(tmp_path))

@@ -2,24 +2,32 @@
 
 import contextlib
 import gc
+import json
 import os
 import resource
+import select
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from huggingface_hub import constants
 
-from tests.fuzz.inputs import KINDS
+from rlhf_fast.models.tiny import tiny
+from tests.fuzz.answers import endpoint
+from tests.fuzz.folders import RAN
+from tests.fuzz.inputs import KINDS, RUNS, base, rows_of
+from tests.fuzz.values import word
+from tests.training.tiny_runs import folder, write_jsonl
 
 SECONDS = 20  # of the processor; and three times as long by the clock, of which other work takes its part
 GROWTH = 1 << 30  # bytes
-LINES = 8  # of stderr with exit status 2
+LINES = 8  # of stderr; a word that is no option stands in a box of its own size
 
 
 @dataclass
@@ -44,25 +52,28 @@ ENVIRONMENT = {
 def tried(kind: str, random: Random, place: Path, source: Path) -> Outcome:
     """One input of a kind, made in the empty folder `place` from what is valid in `source`."""
     arguments = KINDS[kind](random, place, source)
-    return judged(arguments, *ran(arguments, place))
+    outcome = judged(arguments, *ran(arguments, place, plots=kind in ("run", "commands")))
+    if (place / RAN).exists():
+        outcome.finding = "foreign code ran"
+    return outcome
 
 
-def ran(arguments: list[str], place: Path) -> tuple[int, str, float, int]:
-    """(status, stderr, seconds, bytes of growth) of the command in a forked child."""
+def ran(arguments: list[str], place: Path, *, plots: bool = True) -> tuple[int, str, float, int]:
+    """(status, stderr, seconds, bytes of growth) of the command in a forked child, which reads place/stdin.
+
+    plots: without, a run draws no curves, which take as long as all else.
+    """
     before = resident()
     start = time.monotonic()
     log = place.parent / f"{place.name}.log"
     child = os.fork()
     if child == 0:
-        _child(arguments, place, log)
-    deadline = start + 3 * SECONDS
-    while True:
-        done, status, usage = os.wait4(child, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.002)
+        _child(arguments, place, log, plots)
+    ended = os.pidfd_open(child)
+    if not select.select([ended], [], [], 3 * SECONDS)[0]:
+        os.kill(child, signal.SIGKILL)
+    os.close(ended)
+    _, status, usage = os.wait4(child, 0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # what it started
     text = log.read_bytes().decode("utf-8", "replace")
@@ -70,12 +81,13 @@ def ran(arguments: list[str], place: Path) -> tuple[int, str, float, int]:
     return os.waitstatus_to_exitcode(status), text, time.monotonic() - start, usage.ru_maxrss * 1024 - before
 
 
-def _child(arguments: list[str], place: Path, log: Path) -> None:
+def _child(arguments: list[str], place: Path, log: Path, plots: bool) -> None:
     status = 70
     try:
         os.setsid()
         os.chdir(place)
-        for number, path in ((0, os.devnull), (1, os.devnull), (2, str(log))):
+        stdin = place / "stdin"
+        for number, path in enumerate([stdin if stdin.is_file() else os.devnull, os.devnull, log]):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
         sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
@@ -84,10 +96,15 @@ def _child(arguments: list[str], place: Path, log: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size + 2 * GROWTH, size + 2 * GROWTH))
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 28, 1 << 28))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        os.environ |= ENVIRONMENT
+        os.environ |= {**ENVIRONMENT, "HOME": str(place), "TMPDIR": str(place)}
+        tempfile.tempdir = None
         constants.HF_HUB_OFFLINE = True  # which was read when it was imported
         sys.argv = ["rlhf_fast", *arguments]
         from rlhf_fast.__main__ import main
+        from rlhf_fast.training import report
+
+        if not plots:
+            report.plot_curves = report.plot_frontier = lambda *_: None
 
         main()
         status = 0
@@ -117,7 +134,7 @@ def judged(arguments: list[str], status: int, stderr: str, seconds: float, growt
         finding = f"growth of {growth >> 20} MiB"
     elif status == 2 and not stderr.strip():
         finding = "refused without a word"
-    elif len(stderr.strip().splitlines()) > LINES or len(stderr) > 6000:
+    elif (len(stderr.strip().splitlines()) > LINES and not stderr.startswith("Usage:")) or len(stderr) > 6000:
         finding = f"{len(stderr.splitlines())} lines, {len(stderr)} characters on stderr"
     return Outcome(arguments, status, stderr, seconds, growth, finding)
 
@@ -129,32 +146,42 @@ def resident() -> int:
 
 
 @contextlib.contextmanager
-def valid_things():
-    """A folder with models, data, a reward function and two finished runs, which every input begins from."""
-    from tests.fuzz.inputs import rows_of
-    from tests.training.tiny_runs import folder, values_of, write_jsonl
-
-    with tempfile.TemporaryDirectory() as name:
+def valid_things() -> Iterator[Path]:
+    """A folder with what every input begins from: models, data, a reward function, the URL of an endpoint, and a
+    finished run of each of RUNS."""
+    with tempfile.TemporaryDirectory() as name, endpoint() as url:
         source = Path(name) / "valid"
         shutil.copytree(folder(), source)
-        write_jsonl(source / "chat.jsonl", rows_of(Random(0), source, "chat"))
-        for algorithm, run in (("sft", "sft_run"), ("reward_model", "reward_run")):
-            values = values_of(algorithm, steps=1, self_test=False, output_dir=str(source / run))
-            values = {k: v.replace(str(folder()), str(source)) if isinstance(v, str) else v for k, v in values.items()}
-            status, text, _, _ = ran(["train", *(f"{key}={value}" for key, value in values.items())], source)
+        (source / "url").write_text(url)
+        for made in ("chat", "checked"):
+            write_jsonl(source / f"{made}.jsonl", rows_of(Random(0), source, made))
+        # Room for the questions to a judge.
+        path = source / "model" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 512}))
+        shutil.copytree(source / "model", source / "sharded")
+        (source / "sharded" / "model.safetensors").unlink()
+        tiny(0, hidden_size=32, layers=2, heads=2, max_length=128)[0].save_pretrained(
+            source / "sharded", max_shard_size="20KB"
+        )
+        for run, (kind, keys) in RUNS.items():
+            values = base(kind, source, output_dir=str(source / run), **keys)
+            status, text, _, _ = ran(["train", *(f"{key}={word(value)}" for key, value in values.items())], source)
             if status != 0:
-                raise RuntimeError(f"the valid {algorithm} run fails: {text}")
+                raise RuntimeError(f"the valid run {run} fails: {text}")
         yield source
 
 
 def warm_up() -> None:
-    """Import in the parent what every child would."""
-    import peft  # noqa: F401
+    """Import in the parent what the children would, each by itself."""
+    import PIL.PngImagePlugin
+    import rlhf_fast._native
     import torch
+    import torch.utils.serialization
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import rlhf_fast.algorithms.launch
     import rlhf_fast.cli
+    import rlhf_fast.commands.chat
     import rlhf_fast.commands.export
     import rlhf_fast.commands.sample
     import rlhf_fast.commands.soup
@@ -162,6 +189,7 @@ def warm_up() -> None:
     import rlhf_fast.training.run  # noqa: F401
     from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
 
+    PIL.Image.preinit()
     torch.set_num_threads(1)
     for name in ALGORITHMS:
         load_algorithm(name)

@@ -18,6 +18,7 @@ from rlhf_fast.rewards.cache import Cache
 from rlhf_fast.rewards.endpoint import Endpoint
 from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rewards.speakers import EndpointSpeaker
+from tests.fuzz.answers import ANSWERS, endpoint
 from tests.training.interruptions import contents, run
 from tests.training.tiny_runs import values_of
 
@@ -119,6 +120,36 @@ def test_a_slow_answer_is_a_failure_after_the_time_out(server, tmp_path):
     server.start("slow")
     with pytest.raises(UserError, match=r"gave no answer in 2 tries, the last: ReadTimeout"):
         rated(judge_at(server, tmp_path, retries=1, timeout=0.2), ["abc"])
+
+
+def test_whatever_an_endpoint_answers_is_an_answer_or_a_line(monkeypatch):
+    monkeypatch.setattr(module, "LARGEST", 1 << 20)
+    said = []
+    with endpoint() as url:
+        for number, (status, headers, body) in enumerate(ANSWERS):
+            asked = Endpoint(f"{url}/{number}/v1", "m", retries=0, timeout=0.5)
+            try:
+                (answer,) = asked.ask([[{"role": "user", "content": "q"}]], 4)
+                assert status == 200
+                assert isinstance(answer["text"], str), body[:100]
+                json.dumps(answer, allow_nan=False)
+            except UserError as error:
+                said.append(str(error).removeprefix(f"judge {url}/{number}/v1 "))
+                assert len(said[-1]) < 500, headers
+    for wanted in (
+        "answers with more than 1 MiB", "gave no answer in 1 tries, the last: ReadTimeout: it is still answering",
+        "answers in another form than chat completions: choices.0.message.content: Input should be a valid string",
+        "answers in another form than chat completions: choices.0.logprobs.content.0.top_logprobs.0.logprob: Input",
+        "wants to be asked again in 1e+07 s",
+    ):  # fmt: skip
+        assert any(line.startswith(wanted) for line in said), wanted
+
+
+def test_a_key_or_an_address_that_no_request_can_have(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "clé")
+    for url in ("http://[/v1", "http://a/v1"):
+        with pytest.raises(UserError, match="cannot be asked"):
+            Endpoint(url, "m")
 
 
 def test_questions_are_asked_in_parallel_and_no_more_than_allowed(server, tmp_path):

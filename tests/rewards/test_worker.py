@@ -88,6 +88,8 @@ FAILS = {
     "returns what lies": ("return [1.0, type('Odd', (), {'__reduce__': lambda s: (os._exit, (9,))})()]",
                           "fn returned <.*Odd object at .*> for example 1"),
     "returns too large a number": ("return [1.0, 10 ** 9999]", "fn returned an integer of 33216 bits for example 1"),
+    "raises what cannot be shown": (
+        "raise type('Odd', (Exception,), {'__str__': lambda s: 1 / 0})", r"fn raised Odd \(example 0"),
     "returns itself": ("x = [1.0]; x.append(x); return x", "fn raised RecursionError"),
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ from rlhf_fast.training.run import Run
 from tests.training.interruptions import Killed, contents, interrupt, kill, run
 from tests.training.tiny_runs import folder, values_of
 
-RECORD = '{"step": %d, "text": "üb\u2028er"}\n'
+RECORD = '{"step": %d, "metrics": {"reward": 0.5}, "text": "üb\u2028er"}\n'
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +37,27 @@ def whole(tmp_path_factory) -> Path:
     [
         (b"", False),
         ((RECORD % 3).encode()[:-9], False),  # within the ü, which is two bytes
-        ((RECORD % 3).encode()[:24], False),
+        ((RECORD % 3).encode()[:54], False),
         (b"\0" * 40, False),
         (b"\0" * 40 + b"\n", True),
         (b"\xff\xfe\n" + (RECORD % 3).encode(), True),
         (b"5\n", True),
         (b"{}\n", True),
         (b'{"step": "x"}\n', True),
+        (b'{"step": true}\n', True),
+        (b'{"step": 3, "samples": [{"prompt": "a", "completion": 5}]}\n', True),
+        (b'{"step": 3, "metrics": {"reward": "x"}}\n', True),
+        (b'{"step": 3, "metrics": {"reward": NaN}}\n', True),
         (b"[" * 100_000 + b"\n", True),
     ],
 )
 def test_records_are_cut_behind_the_last_whole_one(tmp_path, end, told, capsys):
-    path = tmp_path / "metrics.jsonl"
+    path = tmp_path / "eval.jsonl"
     good = "".join(RECORD % step for step in (1, 2)).encode()
     path.write_bytes(good + end)
     cut_records(path, 9)
     assert path.read_bytes() == good
-    assert ("metrics.jsonl is damaged in line 3" in capsys.readouterr().err) == told
+    assert ("eval.jsonl is damaged in line 3" in capsys.readouterr().err) == told
     cut_records(path, 1)
     assert path.read_text(encoding="utf-8") == RECORD % 1
 
