@@ -111,7 +111,7 @@ class _Warning(BaseModel):
 
 
 # What the lines of a file have, as far as the run, its detectors and its report read them.
-_ENTRIES = {
+_ENTRIES: dict[str, TypeAdapter[Any]] = {
     "metrics.jsonl": TypeAdapter(dict[str, float]), "eval.jsonl": TypeAdapter(_Evaluation),
     "warnings.jsonl": TypeAdapter(_Warning),
 }  # fmt: skip

@@ -68,7 +68,7 @@ def test_a_word_that_is_cut_in_two_stays_one_word():
 
 def test_a_tokenizer_that_fails_in_use_is_one_line(tmp_path):
     """transformers asks for the id of its unknown token, which it does not know, for ever."""
-    tokenizer_of("byte").save_pretrained(tmp_path)
+    tokenizer_of("byte level").save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "unk_token": ""}))
     with pytest.raises(UserError, match=r"no tokenizer in .*recursion"):

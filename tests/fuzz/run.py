@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 from tests.fuzz.harness import GROWTH, SECONDS, tried, valid_things, warm_up
-from tests.fuzz.inputs import KINDS, TURNS
+from tests.fuzz.inputs import KINDS, ORDER
 
 WRITTEN = 60  # seconds between two times that the result is written
 
@@ -73,7 +73,7 @@ def outcomes(options: argparse.Namespace, source: Path, start: float) -> Iterato
 
 def work(job: int, writer: int, options: argparse.Namespace, source: Path, start: float) -> None:
     """What a job does, in a process of its own; it never returns."""
-    kinds = options.kind or TURNS
+    kinds = options.kind or ORDER
     status = 1
     try:
         for number in range(job, options.inputs, options.jobs):
