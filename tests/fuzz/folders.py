@@ -210,7 +210,7 @@ def spoil_file(random: Random, path: Path) -> None:
     elif action < 0.75 and path.suffix in SPOILED and path.stat().st_size < 1 << 20:
         try:
             SPOILED[path.suffix](random, path)
-        except (ValueError, SafetensorError, yaml.YAMLError, RuntimeError):  # it is spoiled already
+        except (ValueError, SafetensorError, yaml.YAMLError, RuntimeError, IndexError):  # it is spoiled already
             path.write_bytes(changed_bytes(random, path.read_bytes()))
     else:
         path.write_bytes(several(random, partial(changed_bytes, random), path.read_bytes()))
