@@ -23,8 +23,9 @@ class Client:
 
     A request that fails in the connection, takes longer than `timeout` seconds as a whole, or is answered with a status
     that may pass (429, 5xx) is tried `retries` times more, after 2^n / 2 seconds at random between half and all of it,
-    or what Retry-After says, up to LONGEST_ASKED. largest: bytes of an answer, as it is unpacked. what: names the server in messages. kept: what is not lost by the failure. key_variable: the
-    environment variable with the API key, which may be unset.
+    or what Retry-After says, up to LONGEST_ASKED. largest: bytes of an answer, as it is unpacked. what: names the
+    server in messages. kept: what is not lost by the failure. key_variable: the environment variable with the API key,
+    which may be unset.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Client:
                     raise UserError(f"{self.name} answers with more than {self.largest >> 20} MiB")
                 if time.monotonic() - start > self.timeout:
                     raise httpx2.ReadTimeout(f"it is still answering after {self.timeout:g} s")
-        kept = {name: value for name, value in response.headers.items() if name in ("retry-after", "content-type")}
+        kept = [header for header in response.headers.raw if header[0].lower() in (b"retry-after", b"content-type")]
         return httpx2.Response(response.status_code, headers=kept, content=bytes(content))
 
     def refusal(self, response: httpx2.Response) -> UserError:

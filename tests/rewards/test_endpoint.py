@@ -123,7 +123,7 @@ def test_a_slow_answer_is_a_failure_after_the_time_out(server, tmp_path):
 
 
 def test_whatever_an_endpoint_answers_is_an_answer_or_a_line(monkeypatch):
-    monkeypatch.setattr(module, "LARGEST", 1 << 20)
+    monkeypatch.setattr("rlhf_fast.rewards.endpoint.LARGEST", 1 << 20)
     said = []
     with endpoint() as url:
         for number, (status, headers, body) in enumerate(ANSWERS):
