@@ -15,7 +15,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def wherever_it_is_fast(monkeypatch):
-    """It runs on every machine, and is chosen where it is fast."""
+    """It runs on every machine and for 64 rows, and is chosen where it is fast."""
+    monkeypatch.setattr(_cpu, "FEW_ROWS_LIMITS", dict.fromkeys(DTYPES, 64))
     monkeypatch.setattr(_cpu, "few_rows_are_fast", lambda: True)
 
 
