@@ -95,6 +95,7 @@ class Backbone:
         for name, module in self.quantized.items():
             QuantizedForward(module, name)
         routed_layers = [RoutedLayer(layer, index) for index, layer in enumerate(layers.values())]
+        LoRALinear(model.get_output_embeddings(), stream=len(self._available))
         head = HeadInput(model.get_output_embeddings())
         self.shards = shards
         if shards is not None:
@@ -329,10 +330,11 @@ class Backbone:
         return min(adapted, default=len(self.layer_names) - 1)
 
     @contextmanager
-    def using(self, *roles: str | None) -> Iterator[None]:
+    def using(self, *roles: str | None, one_pass: bool = False) -> Iterator[None]:
         """`model` itself plays this role, or an equal share of its rows each of several: for `model.generate` and plain
-        forwards."""
-        with routed(Route(tuple(self._adapter_name(role) for role in roles))):
+        forwards. one_pass: of `Route`; weights that are split over ranks have none."""
+        adapters = tuple(self._adapter_name(role) for role in roles)
+        with routed(Route(adapters, one_pass=one_pass and self.shards is None)):
             yield
 
     @torch.no_grad()

@@ -31,11 +31,14 @@ class Route:
     tokens: rows of one segment (batch x time), which every linear is checked against; None leaves it open, as in
         generation, whose passes differ in length.
     dropout_seed: decides what the adapters' dropout drops, in a recomputation as well; None is without dropout.
+    one_pass: products of few rows read each weight once, where that is faster (see `prepare`): for decoding, whose
+        sums are then added in another order than a scoring pass adds them.
     """
 
     adapters: tuple[str | None, ...]
     tokens: int | None = None
     dropout_seed: int | None = None
+    one_pass: bool = False
 
 
 DROPOUT_STREAMS = 1 << 16  # linears of one model: seeds of different forwards and of different linears never meet
@@ -103,6 +106,7 @@ class LoRA:
 
 
 Prepared = Callable[[Tensor, Tensor | None], Tensor]  # (x, weight): see LoRALinear
+KEPT = 16  # prepared calls of a linear
 
 
 class LoRALinear:
@@ -120,7 +124,7 @@ class LoRALinear:
         self.base_forward = base.forward
         self.quantized = is_quantized(base)
         self.bank: dict[str, LoRA] = {}
-        self._last: tuple[object, Prepared | None] = (None, None)  # the last key, and what it prepared
+        self._calls: dict[tuple[Route, torch.Size], tuple[object, Prepared]] = {}  # all that it depends on, and the call
         base.forward = self  # type: ignore[assignment, method-assign]
 
     @property
@@ -144,19 +148,22 @@ class LoRALinear:
         if route.dropout_seed is not None or not may_prepare(x):
             return self._adapted(x, route)
         places = [self.bank[name].place if name in self.bank else None for name in route.adapters]
-        if not any(places):
+        if not any(places) and (self.quantized or not route.one_pass):
             return self.base_forward(x)
         # While tokens are generated each call is like the last, and finding out what to do takes longer than doing it.
         weight = None if self.quantized else self.weight
         backend = resolve("lora_linear", IMPLS, x.device)
         form = None if weight is None else (weight.shape, weight.dtype, weight.stride())
-        key = (route, x.shape, x.dtype, x.device, form, backend, places)
-        last, call = self._last
+        key = (x.dtype, x.device, form, backend, places)
+        last, call = self._calls.get((route, x.shape), (None, None))
         if call is not None and key == last:
             return call(x, weight)
         y = self._adapted(x, route)  # with all checks
-        self._last = (key, self._prepared(x, weight, route, backend))
-        return y
+        call = self._prepared(x, weight, route, backend)
+        if len(self._calls) >= KEPT:
+            self._calls.clear()
+        self._calls[route, x.shape] = key, call
+        return call(x, weight) if route.one_pass else y  # the same bits each time
 
     def _adapted(self, x: Tensor, route: Route) -> Tensor:
         pairs, segments = self._layout(x, route)
@@ -176,7 +183,8 @@ class LoRALinear:
     def _prepared(self, x: Tensor, weight: Tensor | None, route: Route, backend: str) -> Prepared:
         """`_adapted` for all x that have the key of this one."""
         pairs, segments = self._layout(x, route)
-        call = prepare(x, weight, [pair.adapter for pair in pairs.values()], segments, backend)
+        segments = segments or [(-1, x.numel() // x.shape[-1])]
+        call = prepare(x, weight, [pair.adapter for pair in pairs.values()], segments, backend, route.one_pass)
         if weight is None:
             return lambda x, weight: self.base_forward(x) + call(x, None, None)
         return lambda x, weight: call(x, weight, self.bias)

@@ -78,7 +78,7 @@ class Decoder:
         self.ids, self.places, self.numbers, self.steps = torch.zeros(4, count, dtype=torch.int64, device=self.device)
         self.attends = is_usable(self.backbone.model)
         with ExitStack() as entered:
-            entered.enter_context(self.backbone.using(*self.drawing.roles))
+            entered.enter_context(self.backbone.using(*self.drawing.roles, one_pass=True))
             if self.attends:
                 entered.enter_context(slot_attention(self.backbone.model))
             while self.waiting or any(self.rows):

@@ -228,4 +228,4 @@ def test_generation_checks_the_prompts_and_the_first_token_alone(checked_calls):
     prompts = [Prompt("", [257, 97, 98], "ab", {"prompt": "ab"})] * 2
     rollout = roll_out(backbone, tokenizer, prompts, max_new_tokens=8)
     assert rollout.batch.mask.sum(1).max() > 3
-    assert len(checked_calls) == 2 * len(backbone.adapters["policy"])
+    assert len(checked_calls) == 2 * (len(backbone.adapters["policy"]) + 1)  # and the head
