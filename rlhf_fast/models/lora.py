@@ -124,7 +124,7 @@ class LoRALinear:
         self.base_forward = base.forward
         self.quantized = is_quantized(base)
         self.bank: dict[str, LoRA] = {}
-        self._calls: dict[tuple[Route, torch.Size], tuple[object, Prepared]] = {}  # all that it depends on, and the call
+        self._calls: dict[tuple[Route, torch.Size], tuple[object, Prepared]] = {}  # what else a call depends on; itself
         base.forward = self  # type: ignore[assignment, method-assign]
 
     @property

@@ -122,7 +122,7 @@ def test_chunks_are_the_rollout_and_a_kept_one_is_not_sampled_again(backbone, to
         torch.manual_seed(5)
         return roll_out(backbone, tokenizer, asked, max_new_tokens=40, keep_logprobs=True, temperature=1.5, **options)
 
-    def keep(what, make):
+    def keep(what, make, **of_rows):
         made.append(make())
         return made[-1]
 
@@ -134,7 +134,7 @@ def test_chunks_are_the_rollout_and_a_kept_one_is_not_sampled_again(backbone, to
     assert len(made) > 1
     assert all(part["tokens"].shape[1] <= 3 for part in made)
     kept, backbone.model.forward = iter(made), None
-    again = sample(chunk=3, keep=lambda what, make: next(kept))
+    again = sample(chunk=3, keep=lambda what, make, **of_rows: next(kept))
     assert again.completion_ids() == chunks.completion_ids()
     assert torch.equal(again.sampler.logprobs, chunks.sampler.logprobs)
 
