@@ -12,9 +12,10 @@ from transformers import AutoTokenizer
 
 from rlhf_fast.algorithms.launch import all_stages, launch, run_stage, single_stage
 from rlhf_fast.errors import UserError
+from rlhf_fast.signals import Stopped
 from rlhf_fast.training import report
 from rlhf_fast.training.config import read_yaml
-from rlhf_fast.training.run import Run, Stopped, read_jsonl, write_summary
+from rlhf_fast.training.run import Run, read_jsonl, write_summary
 from tests.training.interruptions import interrupt
 from tests.training.tiny_runs import DEVICE, config_of, folder, job_of, values_of
 
