@@ -125,6 +125,8 @@ class LoRALinear:
         self.quantized = is_quantized(base)
         self.bank: dict[str, LoRA] = {}
         self._calls: dict[tuple[Route, torch.Size], tuple[object, Prepared]] = {}  # what else a call depends on; itself
+        # The last call in one pass. While its route is in force nothing but x changes: see `Backbone.using`.
+        self._bound: tuple[Route, torch.Size, Callable[[Tensor], Tensor]] | None = None
         base.forward = self  # type: ignore[assignment, method-assign]
 
     @property
@@ -142,9 +144,11 @@ class LoRALinear:
         return bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        route = _ROUTE.get()
+        route, bound = _ROUTE.get(), self._bound
         if route is None:
             return self.base_forward(x)
+        if bound is not None and bound[0] is route and bound[1] == x.shape and x.is_contiguous():
+            return bound[2](x)
         if route.dropout_seed is not None or not may_prepare(x):
             return self._adapted(x, route)
         places = [self.bank[name].place if name in self.bank else None for name in route.adapters]
@@ -153,7 +157,7 @@ class LoRALinear:
         # While tokens are generated each call is like the last, and finding out what to do takes longer than doing it.
         weight = None if self.quantized else self.weight
         backend = resolve("lora_linear", IMPLS, x.device)
-        form = None if weight is None else (weight.shape, weight.dtype, weight.stride())
+        form = None if weight is None else (weight.shape, weight.dtype, weight.stride(), weight.data_ptr())
         key = (x.dtype, x.device, form, backend, places)
         last, call = self._calls.get((route, x.shape), (None, None))
         if call is not None and key == last:
@@ -163,7 +167,11 @@ class LoRALinear:
         if len(self._calls) >= KEPT:
             self._calls.clear()
         self._calls[route, x.shape] = key, call
-        return call(x, weight) if route.one_pass else y  # the same bits each time
+        if not route.one_pass:
+            return y
+        prepared = call
+        self._bound = route, x.shape, lambda x: prepared(x, weight)
+        return call(x, weight)  # the same bits each time
 
     def _adapted(self, x: Tensor, route: Route) -> Tensor:
         pairs, segments = self._layout(x, route)
@@ -184,7 +192,9 @@ class LoRALinear:
         """`_adapted` for all x that have the key of this one."""
         pairs, segments = self._layout(x, route)
         segments = segments or [(-1, x.numel() // x.shape[-1])]
-        call = prepare(x, weight, [pair.adapter for pair in pairs.values()], segments, backend, route.one_pass)
+        bank = [pair.adapter for pair in pairs.values()]
+        bias = None if weight is None else self.bias
+        call = prepare(x, weight, bank, segments, backend, bias=bias, one_pass=route.one_pass)
         if weight is None:
             return lambda x, weight: self.base_forward(x) + call(x, None, None)
         return lambda x, weight: call(x, weight, self.bias)

@@ -78,7 +78,10 @@ def ran(arguments: list[str], place: Path, *, plots: bool = True) -> tuple[int, 
         os.killpg(child, signal.SIGKILL)  # what it started
     text = log.read_bytes().decode("utf-8", "replace")
     log.unlink()
-    return os.waitstatus_to_exitcode(status), text, time.monotonic() - start, usage.ru_maxrss * 1024 - before
+    own = place.parent / f"{place.name}.size"  # of the run, without what a reward function takes in its own process
+    size = int(own.read_text() or 0) if own.exists() else usage.ru_maxrss
+    own.unlink(missing_ok=True)
+    return os.waitstatus_to_exitcode(status), text, time.monotonic() - start, size * 1024 - before
 
 
 def _child(arguments: list[str], place: Path, log: Path, plots: bool) -> None:
@@ -116,6 +119,9 @@ def _child(arguments: list[str], place: Path, log: Path, plots: bool) -> None:
         traceback.print_exc()
         status = 1
     finally:
+        with contextlib.suppress(BaseException):
+            size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            (place.parent / f"{place.name}.size").write_text(str(size))
         with contextlib.suppress(BaseException):
             sys.stdout.flush()
             sys.stderr.flush()

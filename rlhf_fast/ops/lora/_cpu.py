@@ -6,7 +6,7 @@ Native kernels where they win, PyTorch's products otherwise. A span is (adapter,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -84,12 +84,13 @@ def few_rows_are_fast() -> bool:
 
 
 def few_rows(
-    x: Tensor, weight: Tensor, downs: list[Tensor], ups: list[Tensor], scales: list[float], segments: Spans
-) -> Callable[..., Tensor] | None:
-    """f(x, weight, bias, h=None) -> y (N, out), every term in one pass over the weight; h (N, R) gets x @ down^T.
+    x: Tensor, weight: Tensor, bias: Tensor | None, downs: list[Tensor], ups: list[Tensor], scales: list[float],
+    segments: Spans, shape: Sequence[int],
+) -> Callable[[Tensor], Tensor] | None:  # fmt: skip
+    """f(x) -> y, of a shape of N x out elements, every term in one pass over the weight.
 
-    None where it does not run. For all contiguous x (N, in) and weight of these shapes, strides and types while the
-    adapters stay where they are. segments: spans that cover the rows in their order, with adapter -1 for none.
+    None where it does not run. For all contiguous x of N x in elements of this type while weight, bias and adapters
+    stay where they are. segments: spans that cover the rows in their order, with adapter -1 for none.
     """
     (rows, width), outer = x.shape, weight.shape[0]
     types = (x.dtype, torch.float32)
@@ -103,13 +104,15 @@ def few_rows(
         return None
     bank = [(plane(a), plane(b), a.shape[0], scale) for a, b, scale in zip(downs, ups, scales, strict=True)]
     product = native().FewRows(DTYPE_CODES[x.dtype], (width, outer, weight.stride(0)), bank, segments)
+    held = weight, None if bias is None else bias.contiguous()
+    weight_at, bias_at = strided(held[0])[0], packed(held[1])
 
-    def call(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor | None = None) -> Tensor:
-        y = x.new_empty(rows, outer)
-        bias = None if bias is None else bias.contiguous()
-        product(packed(x), strided(weight)[0], packed(bias), packed(y), packed(h), 0 if h is None else h.shape[1],
-                threads())  # fmt: skip
+    def call(x: Tensor) -> Tensor:
+        y = x.new_empty(shape)
+        product(packed(x), weight_at, bias_at, packed(y), 0, 0, threads())
         return y
+
+    call.held = held  # type: ignore[attr-defined]
 
     return call
 

@@ -113,12 +113,12 @@ def forward(layer: Layer, bank: Bank, rows: Rows, backend: str) -> list[Tensor]:
     return [y, h, unscaled, norms]
 
 
-def few_rows(layer: Layer, bank: Bank, rows: Rows) -> Callable[..., Tensor] | None:
+def few_rows(layer: Layer, bank: Bank, rows: Rows, shape: Sequence[int]) -> Callable[[Tensor], Tensor] | None:
     """See _cpu.few_rows; None also where there is dropout, a magnitude or no weight."""
-    x, weight, _ = layer
+    x, weight, bias = layer
     if weight is None or bank.magnitudes or rows.seed is not None:
         return None
-    return _cpu.few_rows(x, weight, bank.downs, bank.ups, bank.scales, rows.covering())
+    return _cpu.few_rows(x, weight, bias, bank.downs, bank.ups, bank.scales, rows.covering(), shape)
 
 
 def _fake(layer: Layer, bank: Bank, rows: Rows, backend: str) -> list[Tensor]:

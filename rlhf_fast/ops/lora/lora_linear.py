@@ -132,6 +132,8 @@ def prepare(
     bank: Sequence[Entry],
     segments: Sequence[tuple[int, int]],
     backend: str,
+    *,
+    bias: Tensor | None = None,
     one_pass: bool = False,
 ) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
     """f(x, weight, bias): lora_linear without dropout and gradient, its checks and its tables of adapters made before.
@@ -141,7 +143,7 @@ def prepare(
     they hold may change. While tokens are generated, what it leaves out takes longer than the products.
 
     one_pass: up to _cpu.FEW_ROWS_LIMITS rows by the one product for few rows, where the backend is cpu and it runs. Its
-    bits are not those of lora_linear; without it they are.
+    bits are not those of lora_linear; without it they are. weight and bias must then stay where they are too.
     """
     adapters = [Adapter(*entry) for entry in bank]
     entries, rows = _bank(adapters), Rows(_flat(segments), 0.0, None, False)
@@ -152,9 +154,9 @@ def prepare(
     if (
         one_pass
         and backend == "cpu"
-        and (product := few_rows(Layer(check.rows(x), weight, None), entries, rows)) is not None
+        and (product := few_rows(Layer(check.rows(x), weight, bias), entries, rows, shape)) is not None
     ):
-        return lambda x, weight, bias: product(x, weight, bias).view(shape)
+        return lambda x, weight, bias: product(x)
     if backend == "cpu" and not entries.magnitudes:
         add = _cpu.prepare(x, outer, entries.downs, entries.ups, entries.scales, rows.spans())
     if add is None:

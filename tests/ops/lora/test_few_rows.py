@@ -39,7 +39,7 @@ def layer(dtype: torch.dtype, rows: int, width: int, outer: int, ranks=(3, 18), 
 
 
 def one_pass(x, weight, bank, segments, bias=None):
-    return prepare(x, weight, bank, segments, "cpu", one_pass=True)(x, weight, bias)
+    return prepare(x, weight, bank, segments, "cpu", bias=bias, one_pass=True)(x, weight, bias)
 
 
 def formula(x, weight, bias, bank, segments, dtype):
