@@ -23,6 +23,8 @@ from rlhf_fast.rollout.rows import Row, give
 
 # Tokens of prompts, padding included, that go through the model together: enough for products to be at their best.
 PROMPT_TOKENS = 4096
+# What models call their cache, the newer name first.
+CACHE_NAMES = {"cache", "past_key_values"}
 
 
 @dataclass

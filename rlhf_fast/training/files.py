@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, FiniteFloat, TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from safetensors import SafetensorError
 
 from rlhf_fast.errors import UserError, first_line
@@ -97,12 +97,12 @@ def cut_records(path: Path, step: int) -> None:
 
 class _Sample(BaseModel):
     prompt: str
-    completion: str
+    completion: str = ""
     reward: float = 0.0
 
 
 class _Evaluation(BaseModel):
-    metrics: dict[str, FiniteFloat]
+    metrics: dict[str, float]
     samples: list[_Sample] = []
 
 

@@ -64,7 +64,7 @@ def batches(job: Job, config: Config, run: Run) -> Iterator[tuple[int, list[int]
 
     for step in run.steps():
         set_learning_rates(job, config, step)
-        if isinstance(job.train, Encoded) and step + 1 < run.config.steps:
+        if isinstance(job.train, Encoded) and step + 1 < config.steps:
             job.train.ahead(of(step + 1))
         yield step, of(step)
 

@@ -11,6 +11,7 @@ from rlhf_fast.algorithms import best_of_n
 from rlhf_fast.algorithms.launch import run_stage, single_stage
 from rlhf_fast.data.reading import read_jsonl
 from rlhf_fast.errors import UserError
+from rlhf_fast.rollout.decoder import Decoder
 from rlhf_fast.training import on_policy
 from rlhf_fast.training.experience import collect, prompts_of_step
 from rlhf_fast.training.optim import accumulate
@@ -108,19 +109,19 @@ def score(prompts, completions, tag):
 """
 
 
-def test_a_hint_is_asked_with_and_learnt_without(tmp_path):
+def test_a_hint_is_asked_with_and_learnt_without(tmp_path, monkeypatch):
     """Where nothing was right the prompt is asked again; what is right then is an answer to the plain prompt."""
     (tmp_path / "reward.py").write_text(REWARD.format(calls=3))  # the trial and the rollout are never right
     job, config, experience = prepared("star", hint="{prompt} Say {tag}!", reward=f"{tmp_path}/reward.py:score")
     assert experience.rewards.sum() == 0
     asked = []
-    sample = job.backbone.model.generate
+    sample = Decoder.run
 
-    def generate(input_ids, **options):
-        asked.append(job.encoder.tokenizer.batch_decode(input_ids, skip_special_tokens=True))
-        return sample(input_ids=input_ids, **options)
+    def watched(self, rows, tokens):
+        asked.append([job.encoder.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows])
+        sample(self, rows, tokens)
 
-    job.backbone.model.generate = generate
+    monkeypatch.setattr(Decoder, "run", watched)
     (kept,) = best_of_n.kept(job, config, experience)
     plain = [prompt.text for prompt in experience.rollout.prompts]
     tags = [prompt.columns["tag"] for prompt in experience.rollout.prompts]

@@ -141,7 +141,7 @@ def check_command(words: list[str]) -> None:
     elif program == "pip":
         extras = re.findall(r"\[(.*)\]", " ".join(rest))
         assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras), words
-    elif program == "torchrun":
+    elif program in ("torchrun", "accelerate"):
         check_command(rest[rest.index("-m") + 1 :])
     elif program == "rlhf_fast":
         check_ours(rest)

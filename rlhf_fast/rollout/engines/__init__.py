@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.rollout.cache import why_no_slots
-from rlhf_fast.rollout.decoder import Decoder
+from rlhf_fast.rollout.decoder import CACHE_NAMES, Decoder
 from rlhf_fast.rollout.drawing import Drawing
 from rlhf_fast.rollout.generation import generate
 from rlhf_fast.rollout.rows import Row
@@ -14,6 +14,8 @@ def why_not_local(backbone: Backbone, in_step: bool) -> str | None:
     """Why our own loop cannot sample from the model; None where it can."""
     if in_step:
         return "its weights are gathered for each token, for which all processes go on to the longest completion"
+    if not CACHE_NAMES & backbone.accepted:
+        return "it keeps nothing of the tokens before"
     return why_no_slots(backbone.model)
 
 
