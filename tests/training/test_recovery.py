@@ -47,7 +47,6 @@ def whole(tmp_path_factory) -> Path:
         (b'{"step": true}\n', True),
         (b'{"step": 3, "samples": [{"prompt": "a", "completion": 5}]}\n', True),
         (b'{"step": 3, "metrics": {"reward": "x"}}\n', True),
-        (b'{"step": 3, "metrics": {"reward": NaN}}\n', True),
         (b"[" * 100_000 + b"\n", True),
     ],
 )
@@ -60,6 +59,15 @@ def test_records_are_cut_behind_the_last_whole_one(tmp_path, end, told, capsys):
     assert ("eval.jsonl is damaged in line 3" in capsys.readouterr().err) == told
     cut_records(path, 1)
     assert path.read_text(encoding="utf-8") == RECORD % 1
+
+
+def test_a_metric_that_was_not_finite_is_no_damage(tmp_path, capsys):
+    path = tmp_path / "eval.jsonl"
+    path.write_text(RECORD % 1 + '{"step": 2, "metrics": {"reward": NaN}, "samples": [{"prompt": "a"}]}\n')
+    before = path.read_bytes()
+    cut_records(path, 9)
+    assert path.read_bytes() == before
+    assert not capsys.readouterr().err
 
 
 def test_records_behind_a_link_are_not_written_to(tmp_path):
