@@ -140,7 +140,7 @@ def read_stats(folder: Path) -> dict[str, Any]:
         mean, std = float(stats["mean"]), float(stats["std"])
         outputs = [Output(str(o["name"]), float(o["mean"]), float(o["std"])) for o in stats.get("outputs", [])]
         members = [str(name) for name in stats.get("members", [])]
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} must hold a mean and a std: {error}") from None
     for m, s in [(mean, std), *((o.mean, o.std) for o in outputs)]:
         if not (math.isfinite(m) and math.isfinite(s) and s > 0):
