@@ -12,13 +12,15 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.peft_io import load_adapter, save_adapter
-from rlhf_fast.rollout import check_sampler
+from rlhf_fast.rollout import Drawing, check_sampler
+from rlhf_fast.rollout.engines import sample_rows
+from rlhf_fast.rollout.rows import Row as Sampled
 from tests.models.causal_models import VOCAB, make_causal
 from tests.models.tiny_models import scramble
 
@@ -127,26 +129,20 @@ def check_loads_pefts(backbone: Backbone, fresh: PreTrainedModel) -> None:
 
 
 def check_generation(backbone: Backbone) -> None:
-    """The log-probabilities that sampling had are those that are scored, of prompts of two lengths padded left."""
+    """The log-probabilities that sampling had are those that are scored, and those of the model's own logits of each
+    row alone; of prompts of two lengths."""
     prompts = [text.tolist() for text in texts("left")]
     found = check_sampler(backbone, prompts, pad=0)
     if not found.holds:
         raise UserError("it does not sample from the distribution that it is scored by")
-    ids, mask = rows("left")
-    settings = GenerationConfig(
-        max_new_tokens=5, do_sample=True, top_k=0, pad_token_id=0, output_logits=True, return_dict_in_generate=True
-    )
-    with backbone.using("policy"), torch.no_grad():
-        result = backbone.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-    completions = result.sequences[:, WIDTH:]
-    sampled = torch.stack(result.logits, 1).float().log_softmax(-1).gather(-1, completions[..., None]).squeeze(-1)
-    for row, (prompt, completion) in enumerate(zip(texts("left"), completions, strict=True)):
-        text = torch.cat([prompt, completion])[None]
-        everything = torch.ones_like(text)
-        with torch.no_grad():
-            hidden = backbone.hidden(text, everything, ["policy"])["policy"]
-            scores = backbone.logprobs(hidden, text, everything)[0, -len(completion) :]
-        assert_near(scores, sampled[row], f"row {row}")
+    asked = [Sampled(number, ids, 0, 5) for number, ids in enumerate(prompts)]
+    drawing = Drawing(["policy"], 1.0, 0, 1.0)
+    drawing.begin(0)
+    sample_rows(backbone, drawing, asked, 5, stops=(), pad=0)
+    for row in asked:
+        with backbone.using("policy"):
+            own = own_logprobs(backbone.model, torch.tensor([row.ids + row.tokens]))[0, -len(row.tokens) :]
+        assert_near(torch.tensor(row.logprobs), own, f"row {row.number}")
 
 
 def assert_near(ours: Tensor, theirs: Tensor, what: str) -> None:
