@@ -419,11 +419,8 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&few_rows))
       .def(
           "__call__",
-          [](const cpu::FewRows& op, Address x, Address weight, Address bias, Address y, Address h, int64_t h_stride,
-             int threads) {
-            cpu::few_rows(op, {.x = at<>(x), .weight = at<>(weight), .bias = at<>(bias), .y = at<>(y), .h = at<>(h),
-                               .h_stride = h_stride},
-                          threads);
+          [](const cpu::FewRows& op, Address x, Address weight, Address bias, Address y, int threads) {
+            cpu::few_rows(op, {.x = at<>(x), .weight = at<>(weight), .bias = at<>(bias), .y = at<>(y)}, threads);
           },
           Release());
 

@@ -256,13 +256,11 @@ RLHF_INLINE void shrink(const FewRows& op, const FewRows::Adapter& adapter, cons
   }
 }
 
-// Keeps h for a gradient, and scales it.
-template <typename T>
-RLHF_INLINE void finish(const FewRows::Adapter& adapter, const Span& span, float* h, T* kept, int64_t kept_stride) {
+// h is scaled, and 0 behind the adapter's rank.
+RLHF_INLINE void finish(const FewRows::Adapter& adapter, const Span& span, float* h) {
   for (int64_t i = span.start; i < span.stop; ++i)
     for (int64_t r = 0; r < padded(adapter.rank); ++r) {
       float& value = h[i * FewRows::kRank + r];
-      if (kept && r < adapter.rank) store(kept[i * kept_stride + r], value);
       value = r < adapter.rank ? value * float(adapter.scale) : 0.0f;
     }
 }
@@ -293,7 +291,7 @@ template <typename S, int BLOCK> RLHF_INLINE void outputs(const FewRows& op, con
     const FewRows::Adapter& adapter = op.bank[span.adapter];
     if (adapter.down.dtype == op.dtype) shrink<S, BLOCK>(op, adapter, at.x, span, h);
     else if constexpr (!std::is_same<S, Float>::value) shrink<Mixed<W>, BLOCK>(op, adapter, at.x, span, h);
-    finish(adapter, span, h, range.first == 0 ? static_cast<W*>(at.h) : nullptr, at.h_stride);
+    finish(adapter, span, h);
   }
   int64_t packed = -1;  // the adapter whose rows of B are in `up`
   for (int64_t o = range.first; o < range.stop; o += kOuts) {

@@ -24,12 +24,10 @@ struct FewRows {
   std::vector<Span> spans;  // in the order of the rows, all of which they cover; adapter -1 is none
 };
 
-// The tensors of one call: x (rows, width), weight (outer, width), bias (outer,) or null, y (rows, outer); h (rows,
-// h_stride) or null: gets x A^T, in the columns of the adapter's rank.
+// The tensors of one call: x (rows, width), weight (outer, width), bias (outer,) or null, y (rows, outer).
 struct FewRowsTensors {
   const void *x, *weight, *bias;
-  void *y, *h = nullptr;
-  int64_t h_stride = 0;
+  void* y;
 };
 
 // Whether this machine has the vector registers that few_rows is written for; it runs without them, slowly.

@@ -3,18 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError, refusing
-from rlhf_fast.models.loading import hub_id
+from rlhf_fast.models.loading import check_files, hub_id
 
 
 def load_tokenizer(folder: str, *, needs_eos: bool = True, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id; UserError when there is none, or needs_eos and it has no EOS token."""
     place, revision = hub_id(folder)
     with refusing(f"no tokenizer in {folder}"):
+        check_files(Path(place))
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **revision)
         ids = tokenizer("a b", verbose=False)["input_ids"]  # some of what is wrong shows in use only
         tokenizer.decode([*ids, *filter(None, tokenizer.all_special_ids)])

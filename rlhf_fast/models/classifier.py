@@ -1,6 +1,7 @@
 """A reward model of its own: any local sequence classifier, read at one of its outputs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from rlhf_fast.errors import UserError, refusing
-from rlhf_fast.models.loading import check_finite
+from rlhf_fast.models.loading import check_files, check_finite
 
 
 def load_classifier(
@@ -21,6 +22,7 @@ def load_classifier(
     """
     what = f"reward model {folder}"
     with refusing(f"{what} cannot be loaded"):
+        check_files(Path(folder))
         entries, _ = PreTrainedConfig.get_config_dict(folder)
         labels = _labels(entries)
         output = choose_output(labels, label, what)

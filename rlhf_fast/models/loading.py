@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def load_model(
     options = _quantized(quantization, device) | revision
     prefix = "" if Path(place).exists() else ": there is no such folder, and as a hub id"
     with refusing(f"model {path} cannot be loaded{prefix}"):
+        check_files(Path(place))
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **revision)
         if quantization is not None and hasattr(config, "quantization_config"):
             raise UserError(f"model {path} was saved quantised: leave out quantization {quantization}")
@@ -89,6 +91,21 @@ def _check_depth(config: PretrainedConfig) -> None:
     for name, value in vars(config.get_text_config(decoder=True)).items():
         if name.endswith("layers") and isinstance(value, int) and value > MOST_LAYERS:
             raise ValueError(f"its config has {name} {value}, and more than {MOST_LAYERS} are not made")
+
+
+def check_files(folder: Path) -> None:
+    """ValueError for what is no file of the folder and would be read as one: a device has no end, a pipe no beginning,
+    and the index of a model in several files may name any path."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path.name} is no file")
+        if path.name.endswith(".index.json"):
+            names = json.loads(path.read_text()).get("weight_map", {}).values()
+            for name in dict.fromkeys(names):
+                if Path(name).name != name or not (folder / name).is_file():
+                    raise ValueError(f"{path.name} names {short(name)}, which is no file of the folder")
 
 
 def hub_id(path: str | Path) -> tuple[str, dict[str, str]]:

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -110,6 +111,30 @@ def test_a_damaged_weight_file_is_one_line(folder):
     (folder / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"cannot be loaded: .*header"):
         load_model(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../model.safetensors", "absent.safetensors", "", "."])
+def test_an_index_names_files_of_the_folder_alone(folder, name):
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "part.safetensors", "lm_head.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json names .*, which is no file of the folder"):
+        load_model(folder, dtype=torch.float32)
+
+
+def test_a_device_or_a_pipe_in_the_place_of_weights_is_not_read(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"model\.safetensors is no file"):
+        load_model(folder, dtype=torch.float32)
+
+
+def test_a_pipe_is_no_tokenizer(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"no tokenizer in .*: tokenizer\.json is no file"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_quantization_says_what_it_needs(folder, monkeypatch):

@@ -44,7 +44,17 @@ def test_an_adapter_without_statistics_counts_as_it_is(adapter):
     assert rewards([""], [""], {}, torch.tensor([4.0]))[0].tolist() == [4.0]
 
 
-@pytest.mark.parametrize("text", ["{", '{"mean": 0}', '{"mean": 0, "std": 0}', '{"mean": NaN, "std": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"mean": 0}',
+        '{"mean": 0, "std": 0}',
+        '{"mean": NaN, "std": 1}',
+        '{"mean": 1%s, "std": 1}' % ("0" * 400),
+        "[" * 100_000,
+    ],
+)
 def test_broken_statistics_are_refused(adapter, text):
     (adapter / "reward_stats.json").write_text(text)
     with pytest.raises(UserError, match=r"reward_stats\.json"):

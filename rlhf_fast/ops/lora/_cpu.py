@@ -109,7 +109,7 @@ def few_rows(
 
     def call(x: Tensor) -> Tensor:
         y = x.new_empty(shape)
-        product(packed(x), weight_at, bias_at, packed(y), 0, 0, threads())
+        product(packed(x), weight_at, bias_at, packed(y), threads())
         return y
 
     call.held = held  # type: ignore[attr-defined]
