@@ -1,6 +1,7 @@
 """Triton kernels run in the interpreter where there is no GPU; this must be set before triton is imported."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Started by nohup, tests would find SIGHUP ignored, which the program then leaves so.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # The files that take longest, in the order in which they start: one that came last would leave the other worker idle.

@@ -24,7 +24,7 @@ from rlhf_fast.rollout.rows import Row, give
 # Tokens of prompts, padding included, that go through the model together: enough for products to be at their best.
 PROMPT_TOKENS = 4096
 # What models call their cache, the newer name first.
-CACHE_NAMES = {"cache", "past_key_values"}
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 @dataclass
@@ -55,13 +55,12 @@ class Decoder:
         pad: int,
         ended: Callable[[Row], None] = lambda row: None,
     ) -> None:
-        """slots: rows that are sampled at a time. ended: is told of each row that has
-        ended, while others go on."""
+        """slots: rows that are sampled at a time. ended: is told of each row that has ended, while others go on."""
         self.backbone, self.drawing, self.slots = backbone, drawing, slots
         self.sliding = sliding_layers(backbone.model)
         self.stops, self.pad, self.ended = frozenset(stops), pad, ended
         self.device, self.copies = backbone.model.device, len(drawing.roles)
-        self.cache_name = "cache" if "cache" in backbone.accepted else "past_key_values"
+        self.cache_name = next(name for name in CACHE_NAMES if name in backbone.accepted)
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row], tokens: int) -> None:

@@ -14,7 +14,7 @@ def why_not_local(backbone: Backbone, in_step: bool) -> str | None:
     """Why our own loop cannot sample from the model; None where it can."""
     if in_step:
         return "its weights are gathered for each token, for which all processes go on to the longest completion"
-    if not CACHE_NAMES & backbone.accepted:
+    if backbone.accepted.isdisjoint(CACHE_NAMES):
         return "it keeps nothing of the tokens before"
     return why_no_slots(backbone.model)
 
