@@ -422,9 +422,10 @@ def usable_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {first_line(error)}") from None
+        torch.zeros(1, device=device).item()  # some have names and memory, and nothing to compute with
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = first_line(error).partition(". ")[0]  # what follows are PyTorch's backends
+        raise UserError(f"device {name!r} cannot be used: {why}") from None
     return device
 
 

@@ -1,4 +1,4 @@
-"""What a run trains on and what it holds out."""
+"""What a run trains on, what it holds out, and the device that it runs on."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from rlhf_fast.data import notes
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.pairs import load_pair_rows
-from rlhf_fast.training.setup import load_rows, prepare_rollouts
+from rlhf_fast.training.setup import load_rows, prepare_rollouts, usable_device
 from tests.training.tiny_runs import config_of, write_jsonl
 
 
@@ -131,3 +131,12 @@ def test_a_column_that_any_row_lacks_is_missed_before_the_run_starts(key, tmp_pa
     changes = {key: f"{tmp_path / 'needs.py'}:score"} | ({"cost_limit": 0.0} if key == "cost" else {})
     with pytest.raises(UserError, match=r"score needs 'tag', which d\.jsonl:7 lacks \(prompt\)"):
         prepare_rollouts(config(tmp_path, rows, "grpo", **changes))
+
+
+@pytest.mark.parametrize("name", ["meta", "hpu", "xla", "privateuseone", "cuda:-1", "cpu:99999999999", "gpu", ""])
+def test_a_device_that_cannot_compute_is_refused_in_a_short_line(name):
+    with pytest.raises(UserError) as error:
+        usable_device(name)
+    assert str(error.value).startswith(f"device {name!r} cannot be used: ")
+    assert len(str(error.value)) < 250
+    assert "\n" not in str(error.value)
