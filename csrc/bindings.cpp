@@ -16,6 +16,7 @@
 #include "cpu/pages.h"
 #include "cpu/sample_tokens.h"
 #include "cpu/policy_loss.h"
+#include "cpu/program.h"
 #include "cpu/shaped_rewards.h"
 #include "cpu/slot_attention.h"
 #include "cpu/token_kl.h"
@@ -421,6 +422,61 @@ PYBIND11_MODULE(_native, m) {
           "__call__",
           [](const cpu::FewRows& op, Address x, Address weight, Address bias, Address y, int threads) {
             cpu::few_rows(op, {.x = at<>(x), .weight = at<>(weight), .bias = at<>(bias), .y = at<>(y)}, threads);
+          },
+          Release());
+
+  // See csrc/cpu/program.h. waits: whether the next stage needs what other threads make in this one.
+  py::class_<cpu::Program>(m, "Program")
+      .def(py::init([](int dtype, int64_t rows) {
+        return cpu::Program{.dtype = DType(dtype), .rows = rows, .stages = {}};
+      }))
+      .def("product",
+           [](cpu::Program& program, const cpu::FewRows& op, const std::array<Address, 4>& addresses, bool waits) {
+             program.stages.push_back({cpu::Product{op, {.x = at<>(addresses[0]), .weight = at<>(addresses[1]),
+                                                         .bias = at<>(addresses[2]), .y = at<>(addresses[3])}},
+                                       waits});
+           })
+      // addresses = x, added or 0, weight, out; sizes = rows, width, strides of the rows of x and out
+      .def("norm",
+           [](cpu::Program& program, const std::array<Address, 4>& addresses, const std::array<int64_t, 4>& sizes,
+              double eps, double offset, bool rounds, bool waits) {
+             program.stages.push_back({cpu::Norm{.x = at<>(addresses[0]), .added = at<>(addresses[1]),
+                                                 .weight = at<>(addresses[2]), .out = at<>(addresses[3]),
+                                                 .rows = sizes[0], .width = sizes[1], .x_stride = sizes[2],
+                                                 .out_stride = sizes[3], .eps = eps, .offset = offset,
+                                                 .rounds = rounds},
+                                       waits});
+           })
+      // addresses = query, key, value, keys and values of the cache, out; row_strides = of the first three; sizes =
+      // heads, key heads, D, D of the values, window or 0, rotated; strides = of the cache's keys and values
+      .def("attend",
+           [](cpu::Program& program, const std::array<Address, 6>& addresses, const std::array<int64_t, 3>& row_strides,
+              const std::array<int64_t, 6>& sizes, const std::array<int64_t, 6>& strides, double scale,
+              double softcap) {
+             const cpu::SlotAttention op{
+                 .query = at<>(addresses[0]), .keys = at<>(addresses[3]), .values = at<>(addresses[4]),
+                 .out = at<>(addresses[5]), .dtype = program.dtype, .rows = program.rows, .heads = sizes[0],
+                 .key_heads = sizes[1], .columns = 0, .width = sizes[2], .value_width = sizes[3],
+                 .query_strides = {row_strides[0], sizes[2]}, .key_strides = {strides[0], strides[1], strides[2]},
+                 .value_strides = {strides[3], strides[4], strides[5]}, .starts = nullptr, .window = sizes[4],
+                 .scale = scale, .softcap = softcap};
+             program.stages.push_back({cpu::Attend{.query = at<>(addresses[0]), .key = at<>(addresses[1]),
+                                                   .value = at<>(addresses[2]),
+                                                   .row_strides = {row_strides[0], row_strides[1], row_strides[2]},
+                                                   .op = op, .rotated = sizes[5]},
+                                       true});
+           })
+      .def("gate",
+           [](cpu::Program& program, Address gate, Address up, int64_t width, bool gelu) {
+             program.stages.push_back({cpu::Gate{.gate = at<>(gate), .up = at<>(up), .rows = program.rows,
+                                                 .width = width, .gelu = gelu},
+                                       true});
+           })
+      .def(
+          "__call__",
+          [](const cpu::Program& program, Address cos, Address sin, Address places, int64_t column, int threads) {
+            cpu::run(program, {.cos = at<>(cos), .sin = at<>(sin), .places = at<int64_t>(places), .column = column},
+                     threads);
           },
           Release());
 

@@ -273,12 +273,8 @@ RLHF_INLINE void copy_up(const FewRows::Adapter& adapter, int64_t first, int64_t
       up[o * FewRows::kRank + r] = float(load(data[o * adapter.up.row_stride + r * adapter.up.column_stride]));
 }
 
-struct Range {
-  int64_t first, stop;  // outputs
-};
-
 // The outputs of a thread. Each thread makes h for itself: cheaper than to wait for the others.
-template <typename S, int BLOCK> RLHF_INLINE void outputs(const FewRows& op, const FewRowsTensors& at, Range range) {
+template <typename S, int BLOCK> RLHF_INLINE void outputs(const FewRows& op, const FewRowsTensors& at, OutputRange range) {
   using W = typename S::Weight;
   const int64_t group_bytes = kOuts * op.weight_stride * int64_t(sizeof(W));
   const char* first = static_cast<const char*>(at.weight) + range.first * op.weight_stride * int64_t(sizeof(W));
@@ -321,16 +317,16 @@ template <typename S, int BLOCK> RLHF_INLINE void outputs(const FewRows& op, con
   }
 }
 
-using Run = void (*)(const FewRows&, const FewRowsTensors&, Range);
+using Run = void (*)(const FewRows&, const FewRowsTensors&, OutputRange);
 
-template <typename S> void run(const FewRows& op, const FewRowsTensors& at, Range range) {
+template <typename S> void run(const FewRows& op, const FewRowsTensors& at, OutputRange range) {
   outputs<S, 1>(op, at, range);
 }
 
 #if defined(RLHF_AVX512)
 // No clones: what is faster than PyTorch needs 32 registers. The plain code is for a machine without, and for tests.
 #define RLHF_RUN(NAME, S) \
-  RLHF_AVX512 void NAME(const FewRows& op, const FewRowsTensors& at, Range range) { outputs<S, 4>(op, at, range); }
+  RLHF_AVX512 void NAME(const FewRows& op, const FewRowsTensors& at, OutputRange range) { outputs<S, 4>(op, at, range); }
 RLHF_RUN(run_float, Float)
 RLHF_RUN(run_bf16, Bf16)
 RLHF_RUN(run_pairs, Bf16Pairs)
@@ -361,13 +357,20 @@ bool few_rows_is_fast() {
 #endif
 }
 
+OutputRange few_rows_outputs(int64_t outer, int thread, int threads) {
+  const int64_t groups = (outer + kOuts - 1) / kOuts;
+  return {groups * thread / threads * kOuts, std::min(groups * (thread + 1) / threads * kOuts, outer)};
+}
+
+void few_rows_part(const FewRows& op, const FewRowsTensors& at, int thread, int threads) {
+  const OutputRange range = few_rows_outputs(op.outer, thread, threads);
+  if (range.first < range.stop) chosen(op.dtype)(op, at, range);
+}
+
 void few_rows(const FewRows& op, const FewRowsTensors& at, int threads) {
-  const int64_t groups = (op.outer + kOuts - 1) / kOuts;
-  const Run run = chosen(op.dtype);
   if (op.outer * op.width < kParallel) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int t = 0; t < threads; ++t)
-    run(op, at, {groups * t / threads * kOuts, std::min(groups * (t + 1) / threads * kOuts, op.outer)});
+  for (int t = 0; t < threads; ++t) few_rows_part(op, at, t, threads);
 }
 
 }  // namespace rlhf::cpu

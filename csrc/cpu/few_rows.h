@@ -36,4 +36,11 @@ bool few_rows_is_fast();
 // A sum's order depends on width, rank and types alone: a row has the same bits whatever other rows there are.
 void few_rows(const FewRows& op, const FewRowsTensors& at, int threads);
 
+// What one of so many threads makes of it, and which outputs these are: [first, stop).
+struct OutputRange {
+  int64_t first, stop;
+};
+OutputRange few_rows_outputs(int64_t outer, int thread, int threads);
+void few_rows_part(const FewRows& op, const FewRowsTensors& at, int thread, int threads);
+
 }  // namespace rlhf::cpu

@@ -95,6 +95,13 @@ template <typename T> void run(const SlotAttention& op, int threads) {
 
 }  // namespace
 
+void slot_attention_task(const SlotAttention& op, int64_t row, int64_t key_head, void* room) {
+  dispatch(op.dtype, [&](auto type) {
+    using T = decltype(type);
+    attend_to(T(), op, row, key_head, static_cast<typename Compute<T>::type*>(room));
+  });
+}
+
 void slot_attention(const SlotAttention& op, int threads) {
   dispatch(op.dtype, [&](auto type) { run<decltype(type)>(op, threads); });
 }

@@ -19,4 +19,7 @@ struct SlotAttention {
 // row alone.
 void slot_attention(const SlotAttention& op, int threads);
 
+// The query heads that read one key head, of one row. room: for columns + width numbers of the type of sums.
+void slot_attention_task(const SlotAttention& op, int64_t row, int64_t key_head, void* room);
+
 }  // namespace rlhf::cpu

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import TypedDict
 
 from torch import nn
@@ -30,6 +32,19 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
+def config_number(config: PretrainedConfig, name: str) -> float | None:
+    """The entry of that name, None where there is none; UserError for one that is no finite number."""
+    value = getattr(config, name, None)
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)):
+        return value
+    raise UserError(f"config.json of the model: {name} must be a finite number, got {repr(value)[:60]}")
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Positions that the model has; very many where its config names no number."""
+    return int(config_number(model.config, "max_position_embeddings") or 1 << 20)
+
+
 def logit_transforms(model: PreTrainedModel) -> list[LogitTransform]:
     """What the entries of the config that name it (Gemma, Cohere, Granite, Falcon-H1, RecurrentGemma, xLSTM) may mean.
 
@@ -38,8 +53,7 @@ def logit_transforms(model: PreTrainedModel) -> list[LogitTransform]:
     """
     config = text_config(model)
 
-    def entry(name: str) -> float | None:
-        return getattr(config, name, None)
+    entry = partial(config_number, config)
 
     softcap = next((float(cap) for cap in map(entry, _CAPS) if cap), None)
     scale = (entry("logit_scale") or 1.0) * (entry("lm_head_multiplier") or 1.0)

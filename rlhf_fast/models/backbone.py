@@ -25,6 +25,7 @@ from rlhf_fast import signals
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.architecture import (
     adaptable_linears,
+    config_number,
     decoder_layers,
     linear_shape,
     logit_transforms,
@@ -417,7 +418,7 @@ class Backbone:
         if self._not_shared is None:
             self._not_shared = why_not_shared(self) or ""
         text = self.model.config.get_text_config(decoder=True)
-        windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        windows = [config_number(text, name) for name in ("sliding_window", "attention_chunk_size")]
         window = min((size for size in windows if size), default=longest)
         if self._not_shared or window >= longest:
             return self._not_shared or None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from rlhf_fast.errors import UserError, refusing
+from rlhf_fast.models.architecture import context_length
 from rlhf_fast.models.loading import check_files, check_finite
 
 
@@ -61,7 +62,7 @@ def choose_output(labels: Sequence[str], label: str | None, what: str) -> int:
 def context_of(model: PreTrainedModel) -> int:
     """How many tokens the classifier can read. RoBERTa's kind has fewer positions than rows for them: they begin behind
     that of the padding."""
-    rows = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    rows = context_length(model)
     tables = [getattr(module, "position_embeddings", None) for module in model.modules()]
     unused = [t.padding_idx + 1 for t in tables if isinstance(t, nn.Embedding) and t.padding_idx is not None]
     return rows - max(unused, default=0)

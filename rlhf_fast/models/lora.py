@@ -20,7 +20,15 @@ from rlhf_fast.backends import resolve
 from rlhf_fast.models.architecture import linear_shape
 from rlhf_fast.models.pieces import whole_tensor
 from rlhf_fast.models.quantized import is_quantized
-from rlhf_fast.ops.lora.lora_linear import IMPLS, Adapter, lora_linear, may_prepare, prepare
+from rlhf_fast.ops.lora.lora_linear import (
+    IMPLS,
+    Adapter,
+    FewRowsProduct,
+    lora_linear,
+    may_prepare,
+    prepare,
+    prepare_few_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,10 @@ def routed(route: Route | None) -> Iterator[None]:
         yield
     finally:
         _ROUTE.reset(token)
+
+
+def current_route() -> Route | None:
+    return _ROUTE.get()
 
 
 @dataclass(frozen=True)
@@ -198,6 +210,16 @@ class LoRALinear:
         if weight is None:
             return lambda x, weight: self.base_forward(x) + call(x, None, None)
         return lambda x, weight: call(x, weight, self.bias)
+
+    def product(self, x: Tensor, route: Route) -> FewRowsProduct | None:
+        """The product of few rows for what has the shape and the type of x, in one pass over the weight; None where
+        there is none. It serves as long as nothing moves."""
+        pairs, segments = self._layout(x, route)
+        if self.quantized or any(pair.magnitude is not None for pair in pairs.values()):
+            return None
+        bank = [pair.adapter for pair in pairs.values()]
+        segments = segments or [(-1, x.numel() // x.shape[-1])]
+        return prepare_few_rows(x, self.weight, bank, segments, bias=self.bias)
 
     def _layout(self, x: Tensor, route: Route) -> tuple[dict[str, LoRA], list[tuple[int, int]]]:
         """The adapters of the route that this linear has, and the segments with their places among them."""

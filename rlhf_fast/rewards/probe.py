@@ -21,6 +21,7 @@ from rlhf_fast.data.batches import pad_batch
 from rlhf_fast.data.encoding import Encoder, Example, load_tokenizer
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.architecture import context_length
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import embedding_rows, load_model
 from rlhf_fast.models.peft_io import base_of
@@ -212,7 +213,7 @@ def load_score(model: str, *, device: torch.device, chat: bool = False) -> Score
         backbone = Backbone(load_model(base, dtype=torch.float32, device=device))
         source = load_adapter_source(backbone, model, 1.0)
         own = (folder / "tokenizer_config.json").is_file()
-        context = getattr(backbone.model.config, "max_position_embeddings", None) or 1 << 20
+        context = context_length(backbone.model)
         encoder = Encoder(load_tokenizer(model if own else base), context, context, chat or "auto", "truncate",
                           vocab_size=embedding_rows(backbone.model))  # fmt: skip
         return lambda prompts, completions: _adapter_scores(backbone, source, encoder, prompts, completions)

@@ -10,6 +10,7 @@ from rlhf_fast.data.batches import pad_batch
 from rlhf_fast.data.encoding import Encoder, Example, load_tokenizer
 from rlhf_fast.data.reading import Row
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.architecture import context_length
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import embedding_rows
 from rlhf_fast.models.peft_io import base_of, load_adapter
@@ -42,7 +43,7 @@ class StepRewardModel:
         if self.stats["members"]:
             raise UserError(f"reward {folder} is an ensemble of process reward models, of which there must be one")
         own = (Path(folder) / "tokenizer_config.json").is_file()
-        context = getattr(backbone.model.config, "max_position_embeddings", None) or 1 << 20
+        context = context_length(backbone.model)
         self.encoder = Encoder(
             load_tokenizer(folder if own else base_of(folder)), context, context, chat or "auto", "truncate",
             vocab_size=embedding_rows(backbone.model),

@@ -28,6 +28,11 @@ class SlotCache(Cache):
         return [block for block in self._blocks if block.is_initialized]
 
     @property
+    def held(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer that has some, (slots, heads, width, head size): the memory itself."""
+        return [block.held for block in self._used]
+
+    @property
     def begun(self) -> bool:
         return bool(self._used)
 

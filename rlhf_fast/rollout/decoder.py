@@ -19,6 +19,7 @@ from rlhf_fast.ops.tokens.sample_tokens import Samples
 from rlhf_fast.rollout.attention import UnknownArgument, is_usable, reading, slot_attention
 from rlhf_fast.rollout.cache import SlotCache, sliding_layers
 from rlhf_fast.rollout.drawing import Drawing
+from rlhf_fast.rollout.program import Program
 from rlhf_fast.rollout.rows import Row, give
 
 # Tokens of prompts, padding included, that go through the model together: enough for products to be at their best.
@@ -78,6 +79,8 @@ class Decoder:
         # Of each slot its last token, the place of that in its row, the row's number, and that of its next token.
         self.ids, self.places, self.numbers, self.steps = torch.zeros(4, count, dtype=torch.int64, device=self.device)
         self.attends = is_usable(self.backbone.model)
+        self.program: Program | None = None  # of the cache's memory, where it may make the steps
+        self.may_list = True
         with ExitStack() as entered:
             entered.enter_context(self.backbone.using(*self.drawing.roles, one_pass=True))
             if self.attends:
@@ -97,22 +100,44 @@ class Decoder:
         cache.first = cache.column - longest
         if cache.column == cache.width:
             cache.shift(-cache.first)
+        logits = self._listed()
+        samples = self.drawing.draw(logits, self.numbers, self.steps)
+        self.ids = samples.ids
+        self.places += 1
+        self.steps += 1
+        self._give(samples, list(range(len(self.rows))))
+
+    def _listed(self) -> Tensor:
+        """The next logits, by the native list of stages where there is one and it was found to be right."""
+        if self.program is None and self.may_list:
+            self.program = Program.of(self.backbone, self.cache, self.copies * len(self.rows))
+            self.may_list = self.program is not None
+        if self.program is None:
+            return self._passed()
+        theirs = None if self.program.is_tried else self._passed()
+        if theirs is not None:
+            self.cache.column -= 1
+        signals.heed()
+        logits = self.program(self.ids.repeat(self.copies), self.places.repeat(self.copies), self.cache.column)
+        self.cache.column += 1
+        if theirs is not None and not self.program.agrees(logits, theirs):
+            self.program, self.may_list = None, False
+            return theirs
+        return logits
+
+    def _passed(self) -> Tensor:
+        """The next logits, by the model's own pass."""
+        cache = self.cache
         starts = cache.column - cache.first - self.places
         columns = torch.arange(cache.column - cache.first + 1, device=self.device)
         given = cache, self.ids[:, None], (columns >= starts[:, None]).long(), self.places[:, None]
         if self.attends:
             try:
                 with reading(starts.repeat(self.copies)):
-                    logits = self._forward(*given)
+                    return self._forward(*given)
             except UnknownArgument:
                 self.attends = False
-        if not self.attends:
-            logits = self._forward(*given)
-        samples = self.drawing.draw(logits, self.numbers, self.steps)
-        self.ids = samples.ids
-        self.places += 1
-        self.steps += 1
-        self._give(samples, list(range(len(self.rows))))
+        return self._forward(*given)
 
     def _forward(self, cache: SlotCache, ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         """(roles x B, V), the logits behind the last of the ids (B, T), which the cache then has too."""
@@ -206,6 +231,7 @@ class Decoder:
         if not live or 4 * len(live) > 3 * len(self.rows):
             return
         self.cache.take(self._of_roles(live, len(self.rows)))
+        self.program = None
         self.rows = [self.rows[slot] for slot in live]
         at = torch.tensor(live, device=self.device)
         self.ids, self.places, self.numbers, self.steps = (

@@ -5,6 +5,7 @@ from typing import Any
 
 from rlhf_fast.data.encoding import Encoder, load_tokenizer
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.architecture import context_length
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import embedding_rows, load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter
@@ -48,7 +49,7 @@ def _speaker(chosen: JudgeConfig, config: SamplingConfig, backbone: Backbone, to
     elif isinstance(chosen.adapter, str):
         load_adapter(backbone, "judge", chosen.adapter, trainable=False)
         role = "judge"
-    context = getattr(backbone.model.config, "max_position_embeddings", None) or 1 << 20
+    context = context_length(backbone.model)
     room = context - max(chosen.thought_tokens, chosen.argument_tokens * (chosen.debate > 0), VERDICT_TOKENS)
     encoder = Encoder(tokenizer, room, context, config.chat, vocab_size=embedding_rows(backbone.model))
     return LocalSpeaker(backbone, encoder, role, config.micro_batch_size or 16)

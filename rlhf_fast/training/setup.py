@@ -22,6 +22,7 @@ from rlhf_fast.data.reading import Row
 from rlhf_fast.data.rows import Prepared, View, facts_of, joined, picked
 from rlhf_fast.data.sources import GATHERED, read_rows
 from rlhf_fast.errors import UserError, first_line
+from rlhf_fast.models.architecture import context_length
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import attention_for, embedding_rows, load_model
 from rlhf_fast.models.peft_io import base_of, load_adapter
@@ -202,7 +203,7 @@ def add_constraints(
 
 def build_encoder(config: Config, backbone: Backbone, tokenizer: Any, *, new_tokens: int = 0) -> Encoder:
     """The encoder with its budgets: the model's context, less what will be generated and the end of its turn."""
-    context = getattr(backbone.model.config, "max_position_embeddings", None) or 1 << 20
+    context = context_length(backbone.model)
     max_tokens = min(config.max_tokens or context, context)
     if new_tokens >= max_tokens:
         raise UserError(f"max_new_tokens {new_tokens} leaves no room for a prompt in {max_tokens} tokens")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def few_rows_are_fast() -> bool:
 def few_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, downs: list[Tensor], ups: list[Tensor], scales: list[float],
     segments: Spans, shape: Sequence[int],
-) -> Callable[[Tensor], Tensor] | None:  # fmt: skip
+) -> FewRowsProduct | None:  # fmt: skip
     """f(x) -> y, of a shape of N x out elements, every term in one pass over the weight.
 
     None where it does not run. For all contiguous x of N x in elements of this type while weight, bias and adapters
@@ -104,17 +105,21 @@ def few_rows(
         return None
     bank = [(plane(a), plane(b), a.shape[0], scale) for a, b, scale in zip(downs, ups, scales, strict=True)]
     product = native().FewRows(DTYPE_CODES[x.dtype], (width, outer, weight.stride(0)), bank, segments)
-    held = weight, None if bias is None else bias.contiguous()
-    weight_at, bias_at = strided(held[0])[0], packed(held[1])
+    return FewRowsProduct(product, weight, None if bias is None else bias.contiguous(), shape)
 
-    def call(x: Tensor) -> Tensor:
-        y = x.new_empty(shape)
-        product(packed(x), weight_at, bias_at, packed(y), threads())
+
+class FewRowsProduct:
+    """What `few_rows` gives."""
+
+    def __init__(self, product: Any, weight: Tensor, bias: Tensor | None, shape: Sequence[int]) -> None:
+        """product: the native one. shape: of y."""
+        self.product, self.shape, self.held = product, shape, (weight, bias)
+        self.weight_at, self.bias_at = strided(weight)[0], packed(bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = x.new_empty(self.shape)
+        self.product(packed(x), self.weight_at, self.bias_at, packed(y), threads())
         return y
-
-    call.held = held  # type: ignore[attr-defined]
-
-    return call
 
 
 def prepare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -113,7 +113,7 @@ def forward(layer: Layer, bank: Bank, rows: Rows, backend: str) -> list[Tensor]:
     return [y, h, unscaled, norms]
 
 
-def few_rows(layer: Layer, bank: Bank, rows: Rows, shape: Sequence[int]) -> Callable[[Tensor], Tensor] | None:
+def few_rows(layer: Layer, bank: Bank, rows: Rows, shape: Sequence[int]) -> _cpu.FewRowsProduct | None:
     """See _cpu.few_rows; None also where there is dropout, a magnitude or no weight."""
     x, weight, bias = layer
     if weight is None or bank.magnitudes or rows.seed is not None:

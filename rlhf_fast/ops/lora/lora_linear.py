@@ -61,6 +61,7 @@ from rlhf_fast.ops.core import check
 from rlhf_fast.ops.core.philox import philox
 from rlhf_fast.ops.core.registration import only_autograd_looks
 from rlhf_fast.ops.lora import _cpu
+from rlhf_fast.ops.lora._cpu import FewRowsProduct
 from rlhf_fast.ops.lora._op import IMPLS, Bank, Layer, Rows, few_rows, forward, run, threshold
 
 
@@ -151,12 +152,10 @@ def prepare(
         return lambda x, weight, bias: lora_linear(x, weight, adapters, segments, bias=bias, backend=backend)
     outer = (entries.ups[0] if weight is None else weight).shape[0]
     shape, add = (*x.shape[:-1], outer), None
-    if (
-        one_pass
-        and backend == "cpu"
-        and (product := few_rows(Layer(check.rows(x), weight, bias), entries, rows, shape)) is not None
-    ):
-        return lambda x, weight, bias: product(x)
+    if one_pass and backend == "cpu":
+        product = few_rows(Layer(check.rows(x), weight, bias), entries, rows, shape)
+        if product is not None:
+            return lambda x, weight, bias: product(x)
     if backend == "cpu" and not entries.magnitudes:
         add = _cpu.prepare(x, outer, entries.downs, entries.ups, entries.scales, rows.spans())
     if add is None:
@@ -170,6 +169,15 @@ def prepare(
         return y
 
     return call
+
+
+def prepare_few_rows(
+    x: Tensor, weight: Tensor, bank: Sequence[Entry], segments: Sequence[tuple[int, int]], *, bias: Tensor | None = None
+) -> FewRowsProduct | None:
+    """What `prepare` with one_pass calls on a CPU, for a caller that hands it to native code; None where it does not
+    run. All tensors but x must stay where they are."""
+    entries, rows = _bank([Adapter(*entry) for entry in bank]), Rows(_flat(segments), 0.0, None, False)
+    return few_rows(Layer(check.rows(x), weight, bias), entries, rows, (*x.shape[:-1], weight.shape[0]))
 
 
 @without_autocast
