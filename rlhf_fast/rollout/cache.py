@@ -5,7 +5,8 @@ before the column, and what is left of them is masked: to a model this is a batc
 can take that can take rows of any lengths, of which one leaves and another takes its slot.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class SlotCache(Cache):
     def __init__(self, sliding: Sequence[bool], width: int) -> None:
         """sliding: of `sliding_layers`."""
         self.width, self.column, self.first = width, 0, 0
+        self.fixed: tuple[Tensor, int] | None = None  # of `at`
         self._blocks = [_Block(self, slides) for slides in sliding]
         super().__init__(layers=[*self._blocks])
 
@@ -26,6 +28,16 @@ class SlotCache(Cache):
     def _used(self) -> "list[_Block]":
         """Some models have layers that read the keys of another."""
         return [block for block in self._blocks if block.is_initialized]
+
+    @contextmanager
+    def at(self, column: Tensor, reach: int) -> Iterator[None]:
+        """One token of each row goes to the column, (1,) on the device, and all columns below `reach` are handed on:
+        the same shapes at every step, and no number that the host would have to know."""
+        self.fixed = column, reach
+        try:
+            yield
+        finally:
+            self.fixed = None
 
     @property
     def held(self) -> list[tuple[Tensor, Tensor]]:
@@ -92,6 +104,11 @@ class _Block(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.held
+        if self.cache.fixed is not None:
+            at, reach = self.cache.fixed
+            keys.index_copy_(2, at, key_states)
+            values.index_copy_(2, at, value_states)
+            return keys[:, :, :reach], values[:, :, :reach]
         first, column = self.cache.first, self.cache.column
         end = column + key_states.shape[2]
         keys[:, :, column:end] = key_states

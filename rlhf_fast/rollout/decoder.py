@@ -9,18 +9,20 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fast import signals
 from rlhf_fast.models.backbone import Backbone
-from rlhf_fast.ops.tokens.sample_tokens import Samples
+from rlhf_fast.rollout import graphs
 from rlhf_fast.rollout.attention import UnknownArgument, is_usable, reading, slot_attention
 from rlhf_fast.rollout.cache import SlotCache, sliding_layers
 from rlhf_fast.rollout.drawing import Drawing
-from rlhf_fast.rollout.program import Program
-from rlhf_fast.rollout.rows import Row, give
+from rlhf_fast.rollout.graphs import Graphs, State
+from rlhf_fast.rollout.program import TRIALS, Program
+from rlhf_fast.rollout.rows import Row, give, told
 
 # Tokens of prompts, padding included, that go through the model together: enough for products to be at their best.
 PROMPT_TOKENS = 4096
@@ -41,6 +43,14 @@ class _Prompt:
     def last_logits(self) -> Tensor:
         """(roles, V)"""
         return self.logits[:, self.row]
+
+
+@dataclass
+class _Flight:
+    """A step whose tokens the rows have not got: the rows by their slots, and what waits for the tokens."""
+
+    rows: list[Row | None]
+    fetch: Callable[[], Tensor]
 
 
 class Decoder:
@@ -76,10 +86,12 @@ class Decoder:
         # Where rows come at any time, columns are moved to the left now and then; the more there are, the less often.
         self.cache = SlotCache(self.sliding, longest if count == len(rows) else longest + longest // 2)
         self.rows: list[Row | None] = [None] * count
-        # Of each slot its last token, the place of that in its row, the row's number, and that of its next token.
-        self.ids, self.places, self.numbers, self.steps = torch.zeros(4, count, dtype=torch.int64, device=self.device)
+        self.state = State.empty(count, self.device)
+        self.flights: deque[_Flight] = deque()
         self.attends = is_usable(self.backbone.model)
-        self.program: Program | None = None  # of the cache's memory, where it may make the steps
+        # Of the cache's memory, where they may make the steps.
+        self.program: Program | None = None
+        self.graphs: Graphs | None = None
         self.may_list = True
         with ExitStack() as entered:
             entered.enter_context(self.backbone.using(*self.drawing.roles, one_pass=True))
@@ -95,73 +107,106 @@ class Decoder:
     def _step(self) -> None:
         """One more token for each slot; those of free slots are nobody's."""
         cache = self.cache
-        # The last token of a row is not in the cache yet.
-        longest = max(len(row.ids) + len(row.tokens) - 1 for row in self.rows if row is not None)
-        cache.first = cache.column - longest
+        # The last token of a row is not in the cache yet, but those that have not landed are.
+        longest = max(len(row.ids) + len(row.tokens) - 1 for row in self.rows if row is not None) + len(self.flights)
+        cache.first = max(0, cache.column - longest)
         if cache.column == cache.width:
             cache.shift(-cache.first)
-        logits = self._listed()
-        samples = self.drawing.draw(logits, self.numbers, self.steps)
-        self.ids = samples.ids
-        self.places += 1
-        self.steps += 1
-        self._give(samples, list(range(len(self.rows))))
+        self.flights.append(_Flight([*self.rows], _fetched(self._taken())))
+        if len(self.flights) > lag(self.device):
+            self._land()
 
-    def _listed(self) -> Tensor:
-        """The next logits, by the native list of stages where there is one and it was found to be right."""
-        if self.program is None and self.may_list:
-            self.program = Program.of(self.backbone, self.cache, self.copies * len(self.rows))
-            self.may_list = self.program is not None
-        if self.program is None:
-            return self._passed()
-        theirs = None if self.program.is_tried else self._passed()
-        if theirs is not None:
+    def _taken(self) -> Tensor:
+        """What is told of the samples of a step (see `told`), by the quickest way that was found to be right."""
+        backbone, copies = self.backbone, self.copies
+        if self.may_list and self.program is None and self.graphs is None:
+            if graphs.is_usable(backbone.model) and not graphs.TRIALS.has_failed(backbone):
+                self.graphs = Graphs(backbone.model, self.cache, self.state, self.sliding, self._made)
+            else:
+                self.program = Program.of(backbone, self.cache, copies * len(self.rows))
+            self.may_list = self.program is not None or self.graphs is not None
+        if self.graphs is None and self.program is None:
+            return self._advanced(self._passed())
+        trials = TRIALS if self.graphs is None else graphs.TRIALS
+        theirs = None
+        if trials.is_due(backbone):
+            theirs, before = self._passed(), self.state.copy()
             self.cache.column -= 1
         signals.heed()
-        logits = self.program(self.ids.repeat(self.copies), self.places.repeat(self.copies), self.cache.column)
-        self.cache.column += 1
-        if theirs is not None and not self.program.agrees(logits, theirs):
-            self.program, self.may_list = None, False
-            return theirs
-        return logits
+        if self.graphs is not None:
+            logits, samples = self.graphs.step()
+        else:
+            assert self.program is not None
+            state = self.state
+            logits = self.program(state.ids.repeat(copies), state.places.repeat(copies), self.cache.column)
+            self.cache.column += 1
+            samples = None
+        if theirs is not None and not trials.agree(backbone, logits, theirs):
+            self.program, self.graphs, self.may_list = None, None, False
+            self.state.become(before)
+            return self._advanced(theirs)
+        return self._advanced(logits) if samples is None else samples
+
+    def _made(self, masks: Any) -> tuple[Tensor, Tensor]:
+        """A step of the graphs: logits, and what is told of the samples."""
+        logits = self._forward(self.cache, self.state.ids[:, None], masks, self.state.places[:, None])
+        return logits, self._advanced(logits)
+
+    def _advanced(self, logits: Tensor) -> Tensor:
+        """Draw the next tokens, which the next step begins with."""
+        samples = self.drawing.draw(logits, self.state.numbers, self.state.steps)
+        self.state.advance(samples.ids)
+        return told(samples)
 
     def _passed(self) -> Tensor:
         """The next logits, by the model's own pass."""
-        cache = self.cache
-        starts = cache.column - cache.first - self.places
+        cache, state = self.cache, self.state
+        starts = cache.column - cache.first - state.places
         columns = torch.arange(cache.column - cache.first + 1, device=self.device)
-        given = cache, self.ids[:, None], (columns >= starts[:, None]).long(), self.places[:, None]
+        given = cache, state.ids[:, None], (columns >= starts[:, None]).long(), state.places[:, None]
+        logits = None
         if self.attends:
             try:
                 with reading(starts.repeat(self.copies)):
-                    return self._forward(*given)
+                    logits = self._forward(*given)
             except UnknownArgument:
                 self.attends = False
-        return self._forward(*given)
+        logits = self._forward(*given) if logits is None else logits
+        cache.column += 1
+        return logits
 
-    def _forward(self, cache: SlotCache, ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
-        """(roles x B, V), the logits behind the last of the ids (B, T), which the cache then has too."""
+    def _forward(self, cache: SlotCache, ids: Tensor, mask: Any, places: Tensor) -> Tensor:
+        """(roles x B, V), the logits behind the last of the ids (B, T), which go into the cache's next columns."""
         signals.heed()
         given = {
-            "input_ids": ids.repeat(self.copies, 1), "attention_mask": mask.repeat(self.copies, 1),
-            "position_ids": places.repeat(self.copies, 1), self.cache_name: cache, "use_cache": True,
-            "logits_to_keep": 1,
+            "input_ids": self._of_all(ids), "attention_mask": self._of_all(mask), "position_ids": self._of_all(places),
+            self.cache_name: cache, "use_cache": True, "logits_to_keep": 1,
         }  # fmt: skip
         accepted = self.backbone.accepted
         logits = self.backbone.model(**{name: value for name, value in given.items() if name in accepted}).logits
-        cache.column += ids.shape[1]
         return logits[:, -1]
 
-    def _give(self, samples: Samples, slots: Sequence[int]) -> None:
+    def _of_all(self, given: Any) -> Any:
+        """For each role the same: of a tensor whose rows are the slots', or of several by name."""
+        if isinstance(given, dict):
+            return {name: self._of_all(one) for name, one in given.items()}
+        return given.repeat(self.copies, *[1] * (given.dim() - 1))
+
+    def _land(self) -> None:
+        """The oldest step's tokens to the rows that are still in their slots."""
+        flight = self.flights.popleft()
+        rows = [row if row is self.rows[slot] else None for slot, row in enumerate(flight.rows)]
+        self._give(rows, flight.fetch(), range(len(rows)))
+
+    def _give(self, rows: Sequence[Row | None], samples: Tensor, slots: Sequence[int]) -> None:
         """The tokens to the rows in the slots, of which those that end leave."""
-        rows = [self.rows[slot] for slot in slots]
         ended = [slots[place] for place in give(rows, samples, self.stops)]
         for slot in ended:
             row, self.rows[slot] = self.rows[slot], None
             assert row is not None
             self.ended(row)
         if ended:  # a free slot stays within the positions that the model has
-            self.places[ended] = 0
+            self.state.places[ended] = 0
 
     def _admit(self) -> None:
         """Give free slots to rows that wait, and these rows their first tokens."""
@@ -178,12 +223,11 @@ class Decoder:
         self._place(slots, coming)
         at = torch.tensor(slots, device=self.device)
         numbers = torch.tensor([[row.number, row.first, len(row.ids)] for row in coming], device=self.device)
-        self.numbers[at], self.steps[at], self.places[at] = numbers.unbind(1)
+        of_rows, first, places = numbers.unbind(1)
         logits = torch.stack([self.read[row.prompt].last_logits for row in coming], 1)
-        samples = self.drawing.draw(logits.flatten(0, 1), self.numbers[at], self.steps[at])
-        self.ids[at] = samples.ids
-        self.steps[at] += 1
-        self._give(samples, slots)
+        samples = self.drawing.draw(logits.flatten(0, 1), of_rows, first)
+        self.state.put(at, ids=samples.ids, numbers=of_rows, steps=first + 1, places=places)
+        self._give(coming, told(samples), slots)
         self.asked.subtract(row.prompt for row in coming)
         self.read = {prompt: found for prompt, found in self.read.items() if self.asked[prompt] > 0}
 
@@ -198,6 +242,7 @@ class Decoder:
             logits = self._forward(cache, ids, (places >= 0).long(), places.clamp_min(0)).unflatten(
                 0, (self.copies, -1)
             )
+            cache.column = width
             self.read |= {prompt: _Prompt(cache, logits, row) for row, prompt in enumerate(batch)}
 
     def _place(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
@@ -227,16 +272,38 @@ class Decoder:
 
     def _shrink(self) -> None:
         """Without rows that wait, free slots cost time and bring nothing."""
+        if 4 * sum(row is not None for row in self.rows) > 3 * len(self.rows):
+            return
+        while self.flights:  # they know their rows by the slots
+            self._land()
         live = [slot for slot, row in enumerate(self.rows) if row is not None]
-        if not live or 4 * len(live) > 3 * len(self.rows):
+        if not live:
             return
         self.cache.take(self._of_roles(live, len(self.rows)))
-        self.program = None
+        self.program, self.graphs = None, None
         self.rows = [self.rows[slot] for slot in live]
-        at = torch.tensor(live, device=self.device)
-        self.ids, self.places, self.numbers, self.steps = (
-            values[at] for values in (self.ids, self.places, self.numbers, self.steps)
-        )
+        self.state = self.state.take(torch.tensor(live, device=self.device))
+
+
+def lag(device: torch.device) -> int:
+    """How many steps run ahead of the host, which then reads the tokens of one while the next one runs."""
+    return int(device.type == "cuda")
+
+
+def _fetched(samples: Tensor) -> Callable[[], Tensor]:
+    """A call that waits for what is on its way to the host."""
+    if samples.device.type != "cuda":
+        return lambda: samples
+    here = torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True)
+    here.copy_(samples, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def fetch() -> Tensor:
+        event.synchronize()
+        return here
+
+    return fetch
 
 
 def _batches(prompts: Sequence[tuple[int, ...]], tokens: int) -> list[list[tuple[int, ...]]]:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from rlhf_fast import signals
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.rollout.drawing import Drawing
-from rlhf_fast.rollout.rows import Row, give
+from rlhf_fast.rollout.rows import Row, give, told
 
 
 class _Sampler(LogitsProcessor):
@@ -29,7 +29,7 @@ class _Sampler(LogitsProcessor):
         signals.heed()
         samples = self.drawing.draw(scores, self.numbers, self.steps)
         self.steps += 1
-        for place in give(self.rows, samples, self.stops):
+        for place in give(self.rows, told(samples), self.stops):
             row, self.rows[place] = self.rows[place], None
             assert row is not None
             self.ended(row)

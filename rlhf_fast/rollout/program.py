@@ -9,27 +9,24 @@ make the others.
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_fast.backends import DTYPE_CODES, native, packed, strided, threads
-from rlhf_fast.data.notes import say
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.lora import LoRALinear, current_route
 from rlhf_fast.models.routing import HeadInput
 from rlhf_fast.ops.lora.lora_linear import FewRowsProduct, prepare_few_rows
 from rlhf_fast.rollout.cache import SlotCache
+from rlhf_fast.rollout.trials import Trials
 
 # Layers that are x + attention(norm(x)), then x + down(act(gate(norm(x))) * up(norm(x))), with rotated heads; and what
 # comes before them.
 LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Embedding"}
 ACTIVATIONS = {"SiLUActivation": False, "SiLU": False, "GELUTanh": True}  # class -> whether it is gelu
-# How far, of the largest logit, the list may be from the model's own: it adds in another order.
-CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-_agrees: WeakKeyDictionary[Backbone, bool] = WeakKeyDictionary()  # whether the list gave the model's own logits
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRIALS = Trials("a native step")
 
 
 class Unknown(Exception):
@@ -44,7 +41,7 @@ class Program:
         self.backbone, model = backbone, backbone.model
         self.decoder, self.embeddings = model.get_decoder(), model.get_input_embeddings()
         weight = self.embeddings.weight
-        if weight.device.type != "cpu" or weight.dtype not in CLOSE or backbone.shards is not None:
+        if weight.device.type != "cpu" or weight.dtype not in DTYPES or backbone.shards is not None:
             raise Unknown("weights in this place or type")
         layers = [model.get_submodule(name) for name in backbone.layer_names]
         for module in (self.embeddings, *layers):
@@ -64,26 +61,12 @@ class Program:
     @classmethod
     def of(cls, backbone: Backbone, cache: SlotCache, rows: int) -> Program | None:
         """None where there is none, or where it was found to differ from the model."""
-        if not _agrees.get(backbone, True):
+        if TRIALS.has_failed(backbone):
             return None
         try:
             return cls(backbone, cache, rows)
         except Unknown:
             return None
-
-    @property
-    def is_tried(self) -> bool:
-        """Whether it was compared with the model before."""
-        return self.backbone in _agrees
-
-    def agrees(self, logits: Tensor, theirs: Tensor) -> bool:
-        """Whether it may make the other steps. logits: its own; theirs: of the model's own pass, (rows, V) each."""
-        gap = float((logits.float() - theirs.float()).abs().max())
-        agrees = gap <= CLOSE[logits.dtype] * float(theirs.abs().max())  # False for NaN
-        _agrees[self.backbone] = agrees
-        if not agrees:
-            say(f"decoding by the model's own layers: a native step gave logits that differ by up to {gap:.2g}")
-        return agrees
 
     def __call__(self, ids: Tensor, places: Tensor, column: int) -> Tensor:
         """The last tokens (rows,), whose places in their rows are (rows,), go into the column of the cache -> logits of

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.ops.tokens.sample_tokens import Samples
@@ -30,11 +31,15 @@ class Row:
         return tuple(self.ids)
 
 
-def give(rows: Sequence[Row | None], samples: Samples, stops: frozenset[int]) -> list[int]:
+def told(samples: Samples) -> Tensor:
+    """(3, B) float64, what `give` reads: in one tensor, which is fetched from a GPU at once."""
+    return torch.stack([x.double() for x in (samples.ids, samples.full_logprobs, samples.logprobs)])
+
+
+def give(rows: Sequence[Row | None], told: Tensor, stops: frozenset[int]) -> list[int]:
     """A token to each row, (B,); None takes none. The places of those that this ends."""
-    numbers = torch.stack([x.double() for x in (samples.ids, samples.full_logprobs, samples.logprobs)]).tolist()
     ended = []
-    for place, (row, token, logprob, drawn) in enumerate(zip(rows, *numbers, strict=True)):
+    for place, (row, token, logprob, drawn) in enumerate(zip(rows, *told.tolist(), strict=True)):
         if row is None:
             continue
         if logprob != logprob:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from rlhf_fast.data import notes
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.ops.lora import _cpu
-from rlhf_fast.rollout import program, roll_out
+from rlhf_fast.rollout import program, roll_out, trials
 from rlhf_fast.rollout.cache import SlotCache, sliding_layers
 from rlhf_fast.rollout.program import Program
 from tests.models.tiny_models import make_model, scramble
@@ -140,12 +140,12 @@ def test_the_loop_takes_it_where_the_model_agrees_and_only_there(monkeypatch, to
     assert tokens(backbone) == whole
     assert len(calls) > 12
     notes.forget()
-    monkeypatch.setattr(program, "CLOSE", dict.fromkeys(program.CLOSE, 0.0))
+    monkeypatch.setattr(trials, "CLOSE", dict.fromkeys(trials.CLOSE, 0.0))
     other = Backbone(make_model("llama"))
     other.add_adapter("policy")
     assert tokens(other) == whole
     assert len(calls) == 1
-    assert "decoding by the model's own layers" in capsys.readouterr().out
+    assert "sampling by the model's own passes" in capsys.readouterr().out
     backbone = Backbone(make_model("gpt2"))
     backbone.add_adapter("policy")
     tokens(backbone)

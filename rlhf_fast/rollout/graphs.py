@@ -1,0 +1,146 @@
+"""A step of decoding on a GPU as one captured CUDA graph: layers, head, sampling, and what the next step begins with.
+
+A step's some thousand launches take longer than its kernels. What changes from step to step, the column of the cache
+among it, lies in tensors that the graph itself advances; how many columns attention reads is a shape, so there is a
+graph for each 256 columns. Nothing inside waits for the host, which reads a step's tokens while the next one runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_fast.data.notes import say
+from rlhf_fast.errors import first_line
+from rlhf_fast.models.architecture import text_config
+from rlhf_fast.rollout.cache import SlotCache
+from rlhf_fast.rollout.trials import Trials
+
+COLUMNS = 256
+TRIALS = Trials("a step for a CUDA graph")
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def is_usable(model: PreTrainedModel) -> bool:
+    """Whether steps may be captured: on a GPU, with attention that PyTorch can make of a mask of columns."""
+    kinds = getattr(text_config(model), "layer_types", None) or []
+    return model.device.type == "cuda" and model._supports_sdpa and LAYER_TYPES.issuperset(kinds)
+
+
+@dataclass
+class State:
+    """What a step reads and advances, at fixed addresses: of each slot its last token, the place of that in its row,
+    the row's number and that of its next token, (B,) int64 each; and the column that the token goes to, (1,)."""
+
+    ids: Tensor
+    places: Tensor
+    numbers: Tensor
+    steps: Tensor
+    column: Tensor
+
+    @classmethod
+    def empty(cls, slots: int, device: torch.device) -> State:
+        ids, places, numbers, steps = torch.zeros(4, slots, dtype=torch.int64, device=device)
+        return cls(ids, places, numbers, steps, torch.zeros(1, dtype=torch.int64, device=device))
+
+    def take(self, slots: Tensor) -> State:
+        return State(self.ids[slots], self.places[slots], self.numbers[slots], self.steps[slots], self.column)
+
+    def copy(self) -> State:
+        return State(*(values.clone() for values in vars(self).values()))
+
+    def become(self, other: State) -> None:
+        for ours, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            ours.copy_(theirs)
+
+    def put(self, slots: Tensor, **values: Tensor) -> None:
+        for name, of_slots in values.items():
+            getattr(self, name)[slots] = of_slots
+
+    def advance(self, ids: Tensor) -> None:
+        self.ids.copy_(ids)
+        for values in (self.places, self.steps, self.column):
+            values += 1
+
+
+@dataclass
+class Graphs:
+    """The graphs of one cache's memory, by the columns that are read.
+
+    make: a step, which reads so many columns with these masks: (logits, what is told of the samples), and advances the
+    state.
+    """
+
+    model: PreTrainedModel
+    cache: SlotCache
+    state: State
+    sliding: Sequence[bool]
+    make: Callable[[Any], tuple[Tensor, Tensor]]
+    _replays: dict[int, Callable[[], tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    _warm: set[int] = field(default_factory=set)
+    _may_capture: bool = True
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """What `make` gives, until the next step."""
+        reach = min(-(-(self.cache.column + 1) // COLUMNS) * COLUMNS, self.cache.width)
+        self.state.column.fill_(self.cache.column)
+        if reach not in self._replays:
+            if reach not in self._warm or not self._may_capture:  # kernels are compiled, tables are copied
+                self._warm.add(reach)
+                made = self._made(reach)
+                self.cache.column += 1
+                return made
+            try:
+                self._replays[reach] = captured(lambda: self._made(reach))
+            except RuntimeError as error:
+                self._may_capture = False
+                say(f"sampling without CUDA graphs: {first_line(error)}")
+                return self.step()
+        made = self._replays[reach]()
+        self.cache.column += 1
+        return made
+
+    def _made(self, reach: int) -> tuple[Tensor, Tensor]:
+        with self.cache.at(self.state.column, reach), _attention(self.model):
+            return self.make(self._masks(reach))
+
+    def _masks(self, reach: int) -> Any:
+        """(B, 1, 1, reach) bool, whether a row reads a column; for models with layers of two kinds one of each."""
+        columns, column = torch.arange(reach, device=self.state.column.device), self.state.column
+        read = (columns >= (column - self.state.places)[:, None]) & (columns <= column)
+        if not any(self.sliding):
+            return read[:, None, None]
+        window = read & (columns > column - text_config(self.model).sliding_window)
+        if all(self.sliding):
+            return window[:, None, None]
+        return {"full_attention": read[:, None, None], "sliding_attention": window[:, None, None]}
+
+
+@contextmanager
+def _attention(model: PreTrainedModel) -> Iterator[None]:
+    """By PyTorch: what takes flash-attn's place of the mask has lengths on the host."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def captured(make: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A call that runs it again as one graph. Raises RuntimeError where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = make()
+
+    def replay() -> tuple[Tensor, Tensor]:
+        graph.replay()
+        return made
+
+    return replay
