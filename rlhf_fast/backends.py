@@ -28,6 +28,7 @@ _CUDA_FIRST = ("gae",)
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
 _HUGE = 4 << 20  # bytes from which on a tensor gains by huge pages of 2 MiB
 _override: ContextVar[str | None] = ContextVar("rlhf_fast_backend", default=None)
+_meta_device: ContextVar[str] = ContextVar("rlhf_fast_meta_device", default="meta")
 
 
 class BackendError(RuntimeError):
@@ -44,11 +45,29 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
+@contextmanager
+def meta_stands_for(device: str) -> Iterator[None]:
+    """Ops on the meta device, where memory is counted, choose their backend inside as on a device of this type."""
+    token = _meta_device.set(device)
+    try:
+        yield
+    finally:
+        _meta_device.reset(token)
+
+
+def device_type(tensor: torch.Tensor) -> str:
+    """Of the device that it is on, or that the meta device stands for."""
+    kind = tensor.device.type
+    return _meta_device.get() if kind == "meta" else kind
+
+
 def resolve(op: str, impls: Collection[str], device: torch.device, backend: str | None = None) -> str:
     """The name of the backend that runs `op` on `device`, out of `impls` and "reference".
 
     Raises BackendError where the one asked for is unknown or cannot run.
     """
+    if device.type == "meta" and _meta_device.get() != "meta":
+        return next(name for name in _AUTOMATIC[_meta_device.get()] if name == "reference" or name in impls)
     return _resolve(op, tuple(impls), device.type, backend)
 
 

@@ -294,7 +294,8 @@ def test_dry_run_prints_plan_and_bytes_and_writes_nothing(tmp_path):
     result = invoke("train", *words_of("ppo", output_dir=str(tmp_path / "run")), "--dry-run")
     assert result.exit_code == 0, result.output
     assert "adapter:critic" in result.stdout
-    assert "AdamW:policy" in result.stdout
+    assert "optimizers" in result.stdout
+    assert "micro_batch_size 2, gradient_checkpointing false (as given)" in result.stdout
     assert not (tmp_path / "run").exists()
 
 

@@ -46,6 +46,7 @@ class AlgorithmConfig(SamplingConfig):
     before and after."""
 
     family = "constitutional"
+    counted = False
     reads = "grpo"
     gives = ("model", "data")
     divides = False
@@ -63,7 +64,7 @@ def prepare(config: AlgorithmConfig) -> Job:
     train, held_out = load_rows(config, [("prompt",)])
     backbone, tokenizer, saved = build_model(config)
     add_policy(backbone, config, saved)
-    backbone.enable_checkpointing(config.gradient_checkpointing)
+    backbone.enable_checkpointing(bool(config.gradient_checkpointing))
     encoder = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
     job = Job(
         backbone, encoder, encode_rows(encoder, train, Encoder.prompt, "data"),

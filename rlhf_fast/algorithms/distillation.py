@@ -35,6 +35,7 @@ class AlgorithmConfig(DivergenceConfig):
     """Distillation's keys; batch_size counts completions. `objective` is that of learn: advantage."""
 
     family = "grpo"
+    counted = False
 
     learn: Literal["divergence", "advantage"] = Field("divergence", description="the form of the loss")
 

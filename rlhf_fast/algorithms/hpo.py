@@ -41,6 +41,7 @@ class AlgorithmConfig(SamplingConfig):
     """HPO's keys; batch_size counts pairs. `reward` pays the data's answers, and samples before and after."""
 
     family = "dpo"
+    counted = False
 
     objective: PreferenceObjective = Field(
         "hpo", validate_default=True, description="the loss: its name, or a mapping of its numbers"

@@ -48,6 +48,7 @@ class AlgorithmConfig(SamplingConfig):
     """ILQL's keys; batch_size counts answers."""
 
     family = "reward_model"
+    counted = False
 
     gamma: float = Field(0.99, ge=0, le=1, description="discount per token")
     tau: float = Field(0.7, gt=0, lt=1, description="expectile of the values")

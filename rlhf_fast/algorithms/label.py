@@ -29,6 +29,7 @@ class AlgorithmConfig(SamplingConfig):
     """The keys of labelling; batch_size counts answers, and the run is one pass over the prompts."""
 
     family = "label"
+    counted = False
     reads = "grpo"
     gives = ("data",)
     divides = False

@@ -15,10 +15,8 @@ from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
-from torch.optim import RMSprop
 
 from rlhf_fast import signals
 from rlhf_fast.algorithms import ALGORITHMS, load_algorithm
@@ -29,7 +27,7 @@ from rlhf_fast.data.sources import read_rows
 from rlhf_fast.errors import UserError, first_line, short
 from rlhf_fast.rewards.functions import begun
 from rlhf_fast.rewards.sources import is_function
-from rlhf_fast.training import core_yaml, ranks
+from rlhf_fast.training import core_yaml, memory_plan, ranks
 from rlhf_fast.training.config import (
     Config,
     FromStage,
@@ -317,7 +315,8 @@ def run_stage(
         ranks.first_alone(lambda: run_stage(console, stage, resume=resume, overwrite=overwrite, whole=whole))
         return
     job = prepare(stage)
-    module, config, folder = stage.module, stage.config.for_data(len(job.train)), Path(stage.config.output_dir)
+    config = memory_plan.fitted(job, stage.config.for_data(len(job.train)))
+    module, folder = stage.module, Path(stage.config.output_dir)
     with Run(config, job, resume=resume, overwrite=overwrite, evaluate=module.evaluate, whole=whole) as run:
         try:
             if run.start == 0:
@@ -353,20 +352,11 @@ def _with_log(path: Path, error: BaseException) -> str:
 
 
 def print_plan(console: Console, stage: Stage, job: Job) -> None:
-    """What would run, and the bytes that stay resident while it does."""
+    """What would run, and the memory that it takes."""
     config = stage.config.for_data(len(job.train))
     sources = [reference.stage for key, reference in references(stage.config) if key == "data"]
     examples = f"the examples of {', '.join(sources)}" if sources else f"{len(job.train)} examples"
     console.print(f"{stage.name or config.algorithm}: {examples}, {len(job.held_out)} held out, "
                   f"{config.steps} steps of {config.batch_size}, into {config.output_dir}")  # fmt: skip
-    sizes = job.backbone.bytes()
-    for role, optimizer in job.optimizers.items():
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        moments = 1 if isinstance(optimizer, RMSprop) else 2
-        sizes[f"{type(optimizer).__name__}:{role}"] = sum(moments * p.numel() * p.element_size() for p in parameters)
-    table = Table("resident", "bytes", "of the base")
-    table.columns[1].justify = table.columns[2].justify = "right"
-    for name, size in [*sizes.items(), ("all", sum(sizes.values()))]:
-        table.add_row(name, f"{size:,}", f"{size / sizes['base']:.4f}")
-    console.print(table)
+    memory_plan.print_plan(console, job, config)
     console.print(core_yaml.dump(config.model_dump(mode="json", by_alias=True)))

@@ -61,7 +61,7 @@ def prepare(config: AlgorithmConfig) -> RewardJob:
     encoder = build_encoder(config, backbone, tokenizer)
     data = load_judged(config, encoder, backbone)
     outputs = add_members(backbone, config, saved, data.outputs)
-    backbone.enable_checkpointing(config.gradient_checkpointing)
+    backbone.enable_checkpointing(bool(config.gradient_checkpointing))
     optimizers = {role: adamw(backbone.parameters_of(role), config) for role in backbone.reward_roles}
     return RewardJob(backbone, encoder, data.train, data.held_out, optimizers, outputs=outputs, data=data)
 

@@ -44,7 +44,7 @@ def prepare(config: AlgorithmConfig) -> Job:
     else:
         add_trained_adapter(backbone, "policy", config, saved)
         optimizers = {"policy": adamw(backbone.parameters_of("policy"), config)}
-    backbone.enable_checkpointing(config.gradient_checkpointing)
+    backbone.enable_checkpointing(bool(config.gradient_checkpointing))
     encode = partial(_encode, config)
     train = encode_rows(encoder, train_rows, encode, "data")
     held_out = encode_rows(encoder, held_out_rows, encode, "held-out data")

@@ -106,6 +106,7 @@ class Backbone:
         self.heads: dict[str, nn.Linear] = {}
         self._read_by: dict[str, str] = {}  # head -> the role whose hidden states it is given, where it is not its own
         self._recompute = False
+        self.head_chunk: int | None = None  # rows of logits at a time; None: what is fast
         self.accepted = _accepted(model)
         self._lower_runs_once: dict[int, bool] = {}  # by the first adapted layer
         self._not_shared: str | None = None  # why prompts cannot be shared, "" where they can; None: not tried yet
@@ -545,7 +546,8 @@ class Backbone:
         """linear_logprobs of the tokens. Row t - 1 predicts token t."""
         return linear_logprobs(
             hidden, self.lm_head_weight, input_ids.roll(-1, 1), bias=self.lm_head_bias,
-            mask=F.pad(mask[:, 1:], (0, 1)), mask_count=mask_count, **self.logit_transform, **flags,
+            mask=F.pad(mask[:, 1:], (0, 1)), mask_count=mask_count, chunk_tokens=self.head_chunk,
+            **self.logit_transform, **flags,
         )  # fmt: skip
 
     def divergence(
@@ -557,7 +559,7 @@ class Backbone:
         result = linear_kl(
             hidden, ref_hidden, self.lm_head_weight, input_ids.roll(-1, 1), bias=self.lm_head_bias,
             mask=F.pad(mask[:, 1:], (0, 1)), mask_count=mask_count, temperature=temperature, variant=variant,
-            return_entropy=return_entropy, **self.logit_transform,
+            return_entropy=return_entropy, chunk_tokens=self.head_chunk, **self.logit_transform,
         )  # fmt: skip
         return LinearKl(*(None if values is None else _behind(values) for values in result))  # type: ignore[arg-type]
 
@@ -573,7 +575,7 @@ class Backbone:
         states, targets = hidden[counted], input_ids.roll(-1, 1)[counted]
         places = []
         weight = self.lm_head_weight
-        size = default_chunk_tokens(weight)
+        size = self.head_chunk or default_chunk_tokens(weight)
         for rows, ids in zip(states.split(size), targets.split(size), strict=True):
             logits = F.linear(rows, weight, self.lm_head_bias)
             places.append((logits > logits.gather(1, ids[:, None])).sum(1) + 1)

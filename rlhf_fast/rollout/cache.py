@@ -5,6 +5,7 @@ before the column, and what is left of them is masked: to a model this is a batc
 can take that can take rows of any lengths, of which one leaves and another takes its slot.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -82,7 +83,8 @@ class _Block(CacheLayerMixin):
 
     def __init__(self, cache: SlotCache, slides: bool) -> None:
         super().__init__()
-        self.cache, self.is_sliding = cache, slides
+        # Whoever lets go of the cache gets its memory back at once, and not when Python looks for cycles.
+        self.cache, self.is_sliding = weakref.proxy(cache), slides
 
     @property
     def held(self) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,22 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from rlhf_fast.errors import UserError, short
 from rlhf_fast.ops.core.check import nearest
 from rlhf_fast.ops.policy.objective import PolicyObjective
 from rlhf_fast.training import core_yaml
+from rlhf_fast.training.byte_sizes import bytes_of
 from rlhf_fast.training.entries import EngineConfig, FromStage, JudgeConfig, VerifyConfig
 from rlhf_fast.training.foreign_keys import (
     ACCUMULATION,
@@ -37,6 +47,9 @@ class Config(BaseModel):
     reads: ClassVar[str] = ""  # the algorithm whose layouts of data it takes, where that is not its family
     gives: ClassVar[tuple[str, ...]] = ("model",)  # what a later stage may take: a model, data
     divides: ClassVar[bool] = True  # whether several processes divide the work, which else is that of the first
+    counted: ClassVar[bool] = True  # whether training/memory_plan.py knows its passes
+
+    _as_given: dict[str, Any] = PrivateAttr(default_factory=dict)  # of the keys that were fitted
 
     algorithm: str = Field(description="what learns; `rlhf_fast keys` lists all")
     model: str | FromStage = Field(description="model folder, adapter folder of a run, or tiny (built by code)")
@@ -108,7 +121,18 @@ class Config(BaseModel):
     use_rslora: bool = Field(False, description="scale lora_alpha / sqrt(lora_rank), not lora_alpha / lora_rank")
     use_dora: bool = Field(False, description="adapters with a magnitude per output")
     top_layers: int | None = Field(None, ge=1, description="adapters on the top layers only; the rest runs once")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = Field(
+        None, description="compute activations again in the backward; default: false, or what memory takes"
+    )
+    head_chunk_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="tokens whose logits exist at a time; default: 1 GiB of them on a GPU, 128 MiB on a CPU",
+    )
+    memory: int | None = Field(
+        None, ge=1, description="8GiB, 500MB or bytes, of each device: fits micro_batch_size, gradient_checkpointing, "
+        "head_chunk_tokens and rollout_rows where they are not given; --dry-run shows how"
+    )  # fmt: skip
 
     log_every: int = Field(10, ge=1, description="lines on a terminal that cannot show a progress bar")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: before and after only")
@@ -132,7 +156,19 @@ class Config(BaseModel):
     def values(self) -> dict[str, Any]:
         """The keys as config.yaml has them; reading that gives this config again."""
         replaced = {other for short, other in EXCLUSIVE.items() if getattr(self, short) is not None}
-        return {k: v for k, v in self.model_dump(mode="json", by_alias=True).items() if k not in replaced}
+        given = self.model_dump(mode="json", by_alias=True) | self._as_given
+        return {k: v for k, v in given.items() if k not in replaced}
+
+    def fitted(self: "C", changes: Mapping[str, Any]) -> "C":
+        """With what `memory` leaves to be fitted; `values` stay as they were."""
+        fitted = self.model_copy(update=changes)
+        fitted._as_given = {key: getattr(self, key) for key in changes}
+        return fitted
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return bytes_of(value) if isinstance(value, str) else value
 
     @property
     def examples_per_step(self) -> int:
@@ -191,6 +227,9 @@ class SamplingConfig(Config):
     max_new_tokens: int = Field(64, ge=1)
     rollout_chunk: int = Field(
         512, ge=1, description="tokens after which a rollout is kept for a resume, and what has ended leaves it"
+    )
+    rollout_rows: int | None = Field(
+        None, ge=1, description="completions of a process that are sampled at a time, by our own loop; default: all"
     )
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0, description="0: off. Truncated sampling biases the importance ratio")

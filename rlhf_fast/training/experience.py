@@ -147,8 +147,8 @@ def collect(
     asked = [prompts[row] for row in own.rows]
     rollout = roll_out(
         job.backbone, job.encoder.tokenizer, asked, max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, chunk=config.rollout_chunk,
-        keep=partial(keep, job), keep_logprobs=keep_sampler,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, rows_per_pass=config.rollout_rows,
+        chunk=config.rollout_chunk, keep=partial(keep, job), keep_logprobs=keep_sampler,
         on_finished=(lambda row, *of_row: submit(job, row, asked[row], *of_row)) if early else None,
         mixture=mixture, drawing=drawing, row_ids=own.rows, engine=engine_of(job, config),
     )  # fmt: skip

@@ -44,7 +44,7 @@ def prepare_offline(
     train_rows, held_out_rows = rows
     backbone, tokenizer, saved = build_model(config)
     add_policy(backbone, config, saved)
-    backbone.enable_checkpointing(config.gradient_checkpointing)
+    backbone.enable_checkpointing(bool(config.gradient_checkpointing))
     rewards = add_rewards(backbone, config, joined([train_rows, held_out_rows]), tokenizer)
     encoder = build_encoder(config, backbone, tokenizer)
     job = OfflineJob(

@@ -49,7 +49,8 @@ NOT_OF_DATA = {
     "batch_size", "micro_batch_size", "steps", "epochs", "learning_rate", "lr_schedule", "warmup_steps",
     "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm", "max_bad_steps",
     "max_loss_growth", "max_norm_growth", "explosion_steps", "lora_rank", "lora_alpha", "lora_targets", "lora_dropout",
-    "use_rslora", "use_dora", "top_layers", "gradient_checkpointing", "log_every", "eval_every", "save_every",
+    "use_rslora", "use_dora", "top_layers", "gradient_checkpointing", "head_chunk_tokens", "memory", "rollout_rows",
+    "log_every", "eval_every", "save_every",
     "save_minutes", "keep_checkpoints", "allow_changed_inputs", "report_to", "self_test", "seed", "data_seed",
 }  # fmt: skip
 
@@ -363,7 +364,7 @@ def prepare_rollouts(config: RolloutConfig) -> Job:
     backbone, tokenizer, saved = build_model(config)
     moving = config.reference_ema is not None or config.reference_refresh_every is not None
     add_policy(backbone, config, saved, moving_reference=moving)
-    backbone.enable_checkpointing(config.gradient_checkpointing)
+    backbone.enable_checkpointing(bool(config.gradient_checkpointing))
     encoder = build_encoder(config, backbone, tokenizer, new_tokens=config.max_new_tokens)
     rows = joined([train, held_out])
     rewards = add_rewards(backbone, config, rows, tokenizer) or Rewards()

@@ -10,13 +10,13 @@ Source: tiling over tokens as in Wijmans et al. 2024, "Cut Your Losses in Large-
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import prefer_huge_pages
+from rlhf_fast.backends import device_type, prefer_huge_pages
 from rlhf_fast.ops.core import check
 from rlhf_fast.ops.head import _products
 from rlhf_fast.ops.head.head import Head, row_stride
@@ -73,10 +73,32 @@ def checked_rows(
 
 def default_chunk_tokens(weight: Tensor) -> int:
     """How many rows of logits fit TILE_BYTES, at least 16: a multiple of 16, on a GPU of GPU_ROWS where so many fit."""
-    budget = TILE_BYTES.get(weight.device.type, TILE_BYTES["cuda"])
+    kind = device_type(weight)
+    budget = TILE_BYTES.get(kind, TILE_BYTES["cuda"])
     fitting = budget // (row_stride(weight.shape[0], weight.device) * check.compute_dtype(weight.dtype).itemsize)
-    step = GPU_ROWS if weight.device.type != "cpu" and fitting >= GPU_ROWS else 16
+    step = GPU_ROWS if kind != "cpu" and fitting >= GPU_ROWS else 16
     return max(16, fitting // step * step)
+
+
+class Scratch(NamedTuple):
+    """Bytes that a call holds: of logits and their gradient, and of the tile's hidden states and their gradient."""
+
+    logits: int
+    hidden: int
+
+
+def scratch_of(op: str, given: Mapping[str, Any], device: str) -> Scratch:
+    """Of a call of an op on a head, 0 of another op, on a device of this type. given: its arguments by name; all rows
+    count, or mask_count of them."""
+    if "chunk_tokens" not in given:
+        return Scratch(0, 0)
+    hidden, weight, count = given["hidden"], given["weight"], given["mask_count"]
+    rows = min(hidden.shape[0] if count is None else count, hidden.shape[0], given["chunk_tokens"])
+    rows *= 2 if op.startswith("linear_kl") else 1
+    wide, narrow = check.compute_dtype(weight.dtype).itemsize, weight.dtype.itemsize
+    gradient = narrow if device != "cpu" and narrow < wide else 0
+    logits = rows * row_stride(weight.shape[0], torch.device(device)) * (wide + gradient)
+    return Scratch(logits, rows * weight.shape[1] * (wide + (0 if count is None else narrow)))
 
 
 class Order(NamedTuple):
