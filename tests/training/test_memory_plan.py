@@ -133,5 +133,5 @@ def test_bytes_as_people_write_them(text, size):
 
 
 def test_what_is_no_number_of_bytes_is_refused():
-    with pytest.raises(ValueError, match="memory: must be bytes, such as 8GiB, 500MB or 8589934592, got '8 apples'"):
+    with pytest.raises(UserError, match="memory: must be bytes, such as 8GiB, 500MB or 8589934592, got '8 apples'"):
         parse(load_algorithm("sft").AlgorithmConfig, values_of("sft", memory="8 apples"))
