@@ -69,9 +69,7 @@ def learn(job: TaughtJob, config: AlgorithmConfig, taught: Experience, read: Bat
     if config.learn == "advantage":
         advantages = advantages_of(job, config, taught, read)
         return improve(job, config, taught, partial(surprise, config, advantages))
-    return improve(
-        job, config, taught, divergence_of(job, config), rows_of=partial(parts_of, job, config, taught, read)
-    )
+    return improve(job, config, taught, divergence_of(job, config), rows_of=partial(parts_of, read=read))
 
 
 def advantages_of(job: TaughtJob, config: AlgorithmConfig, taught: Experience, read: Batch) -> Tensor:
@@ -94,7 +92,7 @@ def evaluate(job: TaughtJob, config: AlgorithmConfig) -> dict[str, Any]:
         with separate_randomness(config.seed + 1):
             experience = collect(job, config, job.held_out)
             whole = torch.arange(len(job.held_out)).split(config.micro_batch_size or len(job.held_out))
-            parts = parts_of(job, config, experience, experience.batch, whole)
+            parts = parts_of(job, config, experience, whole, read=experience.batch)
             loss = divergence_of(job, config)
             means = [0.0 if part.idle else float(loss(part)[1]["divergence"]) for part in parts]
             result["metrics"]["loss"] = float(ranks.all_sum(torch.tensor(sum(means), dtype=torch.float64)))

@@ -139,6 +139,8 @@ def launch_here(
     if resume not in (None, "auto") and Path(resume).resolve() != folder.resolve():
         raise UserError(f"--resume {resume}: a run of stages goes on in its own folder, {folder}: say --resume auto")
     ranks.from_first(lambda: check_folder(folder, resume=resume is not None, overwrite=overwrite, inputs=read))
+    if resume is not None:
+        ranks.from_first(lambda: _check_finished(stages))
     check_stages(console, stages, dry_run=dry_run)
     if dry_run:
         return
@@ -167,6 +169,23 @@ def _is_finished(stage: Stage) -> bool:
     key = "steps" if config.epochs is None else "epochs"
     made = read_yaml(folder / CONFIG_FILE).get(key)
     return not isinstance(made, (int, float)) or made >= getattr(config, key)
+
+
+def _check_finished(stages: list[Stage]) -> None:
+    """UserError where a stage that is finished was made of one that is to go on, and would stay as it is."""
+    changing = {stage.name for stage in stages if not _is_finished(stage)}
+    first, stale = "", []
+    for stage in stages:
+        made_of = [reference.stage for _, reference in references(stage.config) if reference.stage in changing]
+        if made_of and stage.name not in changing and not stage.config.allow_changed_inputs:
+            first = first or made_of[0]
+            stale.append(stage)
+            changing.add(stage.name)
+    if stale:
+        names = " and ".join(stage.name for stage in stale)
+        folders = " and ".join(stage.config.output_dir for stage in stale)
+        raise UserError(f"{first} is to go on, but {names}, made of it, finished before: remove {folders} to make that "
+                        "anew, or keep what is there by allow_changed_inputs: true")  # fmt: skip
 
 
 def _of_run(place: Path, overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -31,7 +31,7 @@ from rlhf_fast.training.experience import Experience, evaluate_policy
 from rlhf_fast.training.job import Job, save_roles
 from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, policy_term, reward_kl
 from rlhf_fast.training.optim import Loss
-from rlhf_fast.training.ptx import PtxConfig, add_ptx, add_ptx_gradient
+from rlhf_fast.training.ptx import PtxConfig, add_ptx, ptx_term
 from rlhf_fast.training.reward_scale import RewardScaleConfig, follow_rewards, token_rewards
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.setup import prepare_rollouts
@@ -69,7 +69,7 @@ def prepare(config: AlgorithmConfig) -> Job:
 
 def train(job: Job, config: AlgorithmConfig, run: Run) -> None:
     """Roll out, score, estimate advantages, update; repeat."""
-    beside = partial(add_ptx_gradient, job, config) if job.pretraining else None
+    beside = partial(ptx_term, job, config) if job.pretraining else None
     exact_kl = config.kl_variant == "exact" and config.kl_coef > 0
     for step, experience in experiences(job, config, run, exact_kl=exact_kl):
         warming = step < config.critic_warmup_steps

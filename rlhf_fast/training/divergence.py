@@ -11,6 +11,7 @@ from rlhf_fast.data.batches import Batch
 from rlhf_fast.ops.head.linear_kl import linear_kl
 from rlhf_fast.training.experience import Experience
 from rlhf_fast.training.job import dropout_seed
+from rlhf_fast.training.kept import Kept
 from rlhf_fast.training.on_policy import own_parts
 from rlhf_fast.training.optim import Loss
 from rlhf_fast.training.teachers import TaughtJob, TeacherConfig, teacher_hidden
@@ -36,12 +37,17 @@ class Part(NamedTuple):
 
 
 def parts_of(
-    job: TaughtJob, config: DivergenceConfig, taught: Experience, read: Batch, parts: tuple[Tensor, ...]
-) -> Iterator[Part]:
-    """The rows `parts` of a minibatch, those of this process, after a pass of policy and teacher each."""
+    job: TaughtJob, config: DivergenceConfig, taught: Experience, parts: tuple[Tensor, ...], *, read: Batch,
+    kept: Kept | None = None,
+) -> Iterator[Part]:  # fmt: skip
+    """The rows `parts` of a minibatch, those of this process, after a pass of policy and teacher each.
+
+    read: the tokens as the teacher reads them. kept: what has done some of the parts before.
+    """
     old, tokens = taught.scores.logprobs, taught.batch.mask[torch.cat(parts)].sum()
     assert old is not None  # scores_policy
-    for indices, idle in own_parts(taught.batch, parts):
+    dealt = own_parts(taught.batch, parts)
+    for indices, idle in dealt if kept is None else kept.undone(dealt):
         batch, theirs = taught.batch.rows(indices), read.rows(indices)
         hidden = job.backbone.hidden(
             batch.input_ids, batch.attention_mask, ["policy"], dropout_seed=dropout_seed(job, config),

@@ -64,7 +64,7 @@ class Kept:
         self._minibatch = 0  # of the step, from 0
         self._sums: list[dict[str, Tensor]] = []  # of its micro-batches so far
         self._passing: dict[str, Any] = {}  # behind the last of them
-        self.parts = 0  # of its micro-batches that were done before
+        self._before = 0  # of its micro-batches that were done before, and that `undone` has not left out yet
         self.logprobs: list[tuple[Tensor, Tensor]] = []  # (rows, log-probabilities) of its micro-batches so far
         # Seconds that the last writing of updates or sums took, when that was, and when the first micro-batch began.
         self._cost, self._written, self._started = 0.0, 0.0, 0.0
@@ -125,7 +125,8 @@ class Kept:
         return self._results[-1]
 
     def sums(self) -> list[dict[str, Tensor]]:
-        """The metrics of this process's `parts` micro-batches that were done before, whose gradients are put back."""
+        """The metrics of this process's micro-batches that were done before, whose gradients are put back; `undone`
+        leaves them out."""
         self._started = self._written = time.monotonic()
         stored = read(self._gradients, self._key_of_sums()) if self.active else None
         if stored is None:
@@ -135,8 +136,14 @@ class Kept:
         restore_passing(self.job, stored["passing"])
         device = self.job.device
         self._sums = [{name: value.to(device) for name, value in part.items()} for part in stored["sums"]]
-        self.parts, self.logprobs = len(self._sums), [(rows, made.to(device)) for rows, made in stored["logprobs"]]
+        self._before, self.logprobs = len(self._sums), [(rows, made.to(device)) for rows, made in stored["logprobs"]]
         return list(self._sums)
+
+    def undone(self, parts: Sequence[T]) -> Sequence[T]:
+        """Of this process's micro-batches, or of the next ones of them, those that were not done before."""
+        done = min(self._before, len(parts))
+        self._before -= done
+        return parts[done:]
 
     def keep_sums(self, sums: list[dict[str, Tensor]]) -> None:
         """The metrics of the micro-batches so far; their gradients are where an optimizer finds them."""
@@ -146,7 +153,7 @@ class Kept:
 
     def close(self) -> None:
         """The minibatch has all its micro-batches: what is added to their gradients is not theirs."""
-        self._minibatch, self._sums, self.parts, self.logprobs = self._minibatch + 1, [], 0, []
+        self._minibatch, self._sums, self._before, self.logprobs = self._minibatch + 1, [], 0, []
 
     def can_stop(self) -> bool:
         """Whether the state at the step's begin is still there."""

@@ -7,7 +7,6 @@ minibatch (`Rows.tokens`, `Rows.sequences`), so that micro-batches change nothin
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -135,22 +134,19 @@ def improve(
     experience: Experience,
     loss: Loss[Any],
     *,
-    beside: Callable[[int], dict[str, Tensor]] | None = None,
-    rows_of: Callable[[tuple[Tensor, ...]], Iterable[Any]] | None = None,
+    beside: Callable[[int], tuple[Loss[Any], Iterable[Any]]] | None = None,
+    rows_of: Callable[..., Iterable[Any]] | None = None,
 ) -> dict[str, float]:
     """The epochs of minibatches over the experience, an update each; metrics averaged over the updates.
 
-    beside: adds a further gradient to that of each minibatch, whose number of rows it is given; returns its metrics.
-    rows_of: what the loss is given of a minibatch, from the row indices of its parts; default: `micro_batches`.
+    beside: given a minibatch's number of rows, what is learnt beside it; see `accumulate`.
+    rows_of: makes what the loss is given of a minibatch, as `micro_batches` does, which is the default.
     """
     history = []
 
     def minibatch(parts: tuple[Tensor, ...]) -> dict[str, float]:
-        kept = None if rows_of else job.kept
-        rows = (rows_of or partial(micro_batches, job, config, experience, kept=kept))(parts)
-        metrics = accumulate(loss, rows, kept)
-        if beside is not None:
-            metrics |= beside(sum(map(len, parts)))
+        rows = (rows_of or micro_batches)(job, config, experience, parts, kept=job.kept)
+        metrics = accumulate(loss, rows, job.kept, beside=beside and beside(sum(map(len, parts))))
         norms = update(job, config, metrics["loss"])
         return {**as_numbers(metrics), **norms}
 
@@ -212,7 +208,7 @@ def micro_batches(
     roles = [role for role in job.optimizers if role in backbone.adapters]  # the others are heads on theirs
     first: list[tuple[Tensor, Tensor]] = [] if kept is None else kept.logprobs
     dealt = own_parts(batch, parts, together=together, whole=config.compares_rows)
-    for indices, idle in islice(dealt, 0 if kept is None else kept.parts, None):
+    for indices, idle in dealt if kept is None else kept.undone(dealt):
         part = batch.rows(indices)
         lower = None if experience.lower is None else experience.lower[indices]
         hidden = backbone.hidden(
@@ -231,7 +227,7 @@ def micro_batches(
 
 def own_parts(
     batch: Batch, parts: Sequence[Tensor], *, together: int = 1, whole: bool = False
-) -> Iterator[tuple[Tensor, bool]]:
+) -> Sequence[tuple[Tensor, bool]]:
     """(rows, idle) of this process's micro-batches, no larger than the first of `parts`, which are all of a minibatch.
 
     together: so many rows in a row are a unit, and stay so; of a micro-batch come the first rows of all its units, then
@@ -244,8 +240,7 @@ def own_parts(
         lengths = batch.attention_mask.sum(1).cpu()[rows].tolist()
         dealt = ranks.share(lengths, size=len(parts[0]), together=len(parts[0]) if whole else together)
         own = [(rows[torch.tensor(part.rows)], part.idle) for part in dealt]
-    for part, idle in own:
-        yield part.view(-1, together).T.flatten(), idle
+    return [(part.view(-1, together).T.flatten(), idle) for part, idle in own]
 
 
 def predictions(

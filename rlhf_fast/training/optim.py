@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -60,19 +60,27 @@ def set_learning_rates(job: Job, config: Config, step: int) -> None:
             group["lr"] = learning_rate(config, step, role=role)
 
 
-def accumulate(loss: Loss[R], parts: Iterable[R], kept: Kept | None = None) -> dict[str, Tensor]:
+def accumulate(
+    loss: Loss[R],
+    parts: Iterable[R],
+    kept: Kept | None = None,
+    *,
+    beside: tuple[Loss[Any], Iterable[Any]] | None = None,
+) -> dict[str, Tensor]:
     """Backward of this process's part of a minibatch, part by part; the minibatch's loss and metrics, detached.
 
     Those of the parts add up, because each divides by the numbers of the whole minibatch. kept: of a step that keeps
-    the sums so far, and has those of the parts that were done before, which `parts` lack.
+    the sums so far, and has those of the parts that were done before, which `parts` lack. beside: a further loss, whose
+    gradient is added, and its parts, behind the others; of it come the metrics alone.
     """
     collected = [] if kept is None else kept.sums()
     for _ in collected if ranks.world() > 1 else ():
         ranks.heed()  # as often as the processes that have done fewer of them
-    for rows in parts:
-        total, metrics = loss(rows)
+    terms = [(loss, parts, True), *([] if beside is None else [(*beside, False)])]
+    for of_rows, rows, counts in ((of_rows, rows, counts) for of_rows, those, counts in terms for rows in those):
+        total, metrics = of_rows(rows)
         (0.0 * total if rows.idle else total).backward()
-        metrics = {"loss": total, **metrics}
+        metrics = {"loss": total, **metrics} if counts else metrics
         # The extremes of idle rows are among those of the process that has them.
         found = {name: metric.detach() for name, metric in metrics.items()}
         collected.append({n: 0.0 * m if rows.idle and n not in EXTREMES else m for n, m in found.items()})
@@ -81,7 +89,8 @@ def accumulate(loss: Loss[R], parts: Iterable[R], kept: Kept | None = None) -> d
         ranks.heed()
     if kept is not None:
         kept.close()
-    stacked = {name: torch.stack([part[name] for part in collected]) for name in collected[0]}
+    names = dict.fromkeys(name for part in collected for name in part)
+    stacked = {name: torch.stack([part[name] for part in collected if name in part]) for name in names}
     return over_processes({n: extreme(n, values) if n in EXTREMES else values.sum() for n, values in stacked.items()})
 
 

@@ -7,6 +7,8 @@ multiplies a mean over tokens, as the policy loss is one. Ouyang et al. 2022 (22
 of log p(x) over whole sequences, and its code is not public: their 27.8 may belong to sums over tokens.
 """
 
+from collections.abc import Iterator
+
 from pydantic import Field
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.training import supervised
 from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.job import Job
-from rlhf_fast.training.optim import Loss, accumulate
+from rlhf_fast.training.optim import Loss
 from rlhf_fast.training.setup import known_of
 from rlhf_fast.training.supervised import Rows, logprobs_of
 
@@ -51,16 +53,16 @@ def add_ptx(job: Job, config: PtxConfig) -> None:
     job.pretraining = encode_rows(job.encoder, rows, supervised.encode, "ptx_data")
 
 
-def add_ptx_gradient(job: Job, config: PtxConfig, rows: int) -> dict[str, Tensor]:
-    """Adds the gradient of the next examples to that of a minibatch of `rows` completions; their mean loss per token.
+def ptx_term(job: Job, config: PtxConfig, rows: int) -> tuple[Loss[Rows], Iterator[Rows]]:
+    """The loss, and the next examples, that are learnt beside a minibatch of `rows` completions.
 
     How many were taken is among the counters, so that a resumed run goes on where it was.
     """
     count, taken = config.ptx_batch_size or rows, int(job.counters.get("ptx_examples", 0))
     indices = shuffled_indices(len(job.pretraining), config.order_seed, taken, count)
     job.counters["ptx_examples"] = taken + count
-    parts = supervised.micro_batches(job, job.pretraining, indices, config.micro_batch_size)
-    return {"ptx_loss": accumulate(loss_of(job, config), parts)["ptx_loss"]}
+    parts = supervised.micro_batches(job, job.pretraining, indices, config.micro_batch_size, kept=job.kept)
+    return loss_of(job, config), parts
 
 
 def loss_of(job: Job, config: PtxConfig) -> Loss[Rows]:

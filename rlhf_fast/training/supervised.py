@@ -100,8 +100,8 @@ def micro_batches(
     """
     examples = [data[i] for i in indices]
     tokens = sum(sum(sequence.learnt[1:]) for sequence in sequences_of(examples))
-    dealt = shared_out(examples, size, together=(size or len(indices)) if whole else 1)
-    for places, idle in dealt[0 if kept is None else kept.parts :]:
+    dealt: Sequence[ranks.Part] = shared_out(examples, size, together=(size or len(indices)) if whole else 1)
+    for places, idle in dealt if kept is None else kept.undone(dealt):
         part = [indices[place] for place in places]
         yield Rows(part, padded(job, [data[i] for i in part]), len(indices), max(1, tokens), idle)
 

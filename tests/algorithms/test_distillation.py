@@ -93,7 +93,7 @@ def test_the_loss_is_the_mean_divergence_from_another_model(js_weight, of, micro
     theirs = gradients(job)
     taught, read = shown(job, config, e)
     parts = torch.randperm(4).split(micro_batch_size or 4)
-    metrics = accumulate(divergence_of(job, config), parts_of(job, config, taught, read, parts))
+    metrics = accumulate(divergence_of(job, config), parts_of(job, config, taught, parts, read=read))
     assert float(metrics["loss"]) == pytest.approx(float(expected.detach()), rel=1e-4)
     for name, value in gradients(job).items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4 * float(theirs[name].abs().max()))
@@ -107,7 +107,7 @@ def test_an_adapter_on_the_same_model_is_a_teacher_and_no_second_model_is_loaded
     assert job.teacher.backbone is job.backbone
     e = collect(job, config, prompts_of_step(job, config, 0))
     taught, read = shown(job, config, e)
-    found = accumulate(divergence_of(job, config), parts_of(job, config, taught, read, (torch.arange(4),)))["loss"]
+    found = accumulate(divergence_of(job, config), parts_of(job, config, taught, (torch.arange(4),), read=read))["loss"]
     with first.backbone.using("policy"):
         expected = expected_divergence(job, config, e.batch, first.backbone.model, kl)
     assert float(found) == pytest.approx(float(expected.detach()), rel=1e-4)
@@ -189,7 +189,7 @@ def test_sdpo_is_the_reverse_kl_to_what_the_teacher_says_behind_its_own_prompt_w
     ).exp()
     assert (ratio > 1.1).any()
     expected = (ratio.clamp(max=1.1) * kl(policy, teacher)).mean()
-    found = accumulate(divergence_of(job, config), parts_of(job, config, taught, read, (torch.arange(1),)))["loss"]
+    found = accumulate(divergence_of(job, config), parts_of(job, config, taught, (torch.arange(1),), read=read))["loss"]
     assert float(found) == pytest.approx(float(expected.detach()), rel=1e-3)
 
 

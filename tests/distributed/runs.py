@@ -58,9 +58,10 @@ def _lines(place: Path, name: str) -> list[dict[str, Any]]:
 
 def _comparable(row: dict[str, Any], *, after: bool) -> dict[str, Any]:
     """after: the row tells of the policy after its step, not of the one before it."""
-    # Rounding alone decides the sign of margins that are 0, those of a policy that is still its reference.
+    # Rounding alone decides the sign of margins that are 0, those of a policy that is still its reference: in the first
+    # of a step's updates, whatever the margin is in the others.
     still = row["step"] == (0 if after else 1)
-    even = {"accuracy"} if abs(row.get("margin", 0.0 if still else 1.0)) < 1e-6 else set()
+    even = {"accuracy"} if still or abs(row.get("margin", 1.0)) < 1e-6 else set()
     return {key: value for key, value in row.items() if key not in UNEQUAL | even}
 
 

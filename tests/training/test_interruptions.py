@@ -11,14 +11,20 @@ from rlhf_fast.signals import Stopped
 from rlhf_fast.training import kept
 from rlhf_fast.training.folder import KEPT
 from rlhf_fast.training.run import Run
+from tests.algorithms.test_presets import values_of_row
 from tests.training.interruptions import PHASES, Killed, contents, interrupt, kill, run, terminate, watched
-from tests.training.tiny_runs import values_of
+from tests.training.tiny_runs import folder, values_of
 
+ONE_UPDATE = {
+    "reward": f"{folder()}/reward.py:letters", "micro_batch_size": 1, "ppo_epochs": 1, "num_minibatches": 1,
+}  # fmt: skip
 VALUES = {
     "ppo": values_of("ppo", steps=2, save_every=1, micro_batch_size=1, rollout_chunk=2, eval_every=1),
     "sft": values_of("sft", steps=2, save_every=1, micro_batch_size=2, eval_every=1),
     "dpo": values_of("dpo", steps=2, save_every=1, micro_batch_size=2, eval_every=1),
     "full": values_of("sft", steps=2, save_every=1, micro_batch_size=1, lora_rank=0, learning_rate=0.001),
+    "ptx": values_of_row("ppo_ptx", ptx_batch_size=8, **ONE_UPDATE),
+    "divergence": values_of_row("on_policy_distillation", **ONE_UPDATE),
 }
 
 
@@ -41,6 +47,7 @@ CASES = [
     ("sft", "micro_batches", terminate), ("sft", "batches", kill), ("sft", "evaluations", kill),
     ("dpo", "references", terminate), ("dpo", "micro_batches", kill), ("dpo", "evaluations", terminate),
     ("dpo", "savings", kill), ("full", "micro_batches", terminate),
+    ("ptx", "micro_batches", terminate), ("divergence", "micro_batches", kill),
 ]  # fmt: skip
 
 

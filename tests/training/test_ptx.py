@@ -10,7 +10,7 @@ from rlhf_fast.training import on_policy
 from rlhf_fast.training.experience import collect, prompts_of_step
 from rlhf_fast.training.on_policy import improve, micro_batches
 from rlhf_fast.training.optim import accumulate
-from rlhf_fast.training.ptx import add_ptx_gradient
+from rlhf_fast.training.ptx import ptx_term
 from tests.training.tiny_runs import config_of, folder, gradients, job_of
 
 
@@ -48,7 +48,7 @@ def test_one_optimizer_step_has_the_policys_gradient_plus_gamma_times_the_texts(
         return {}
 
     monkeypatch.setattr(on_policy, "update", update)
-    metrics = improve(job, config, experience, loss, beside=lambda rows: add_ptx_gradient(job, config, rows))
+    metrics = improve(job, config, experience, loss, beside=lambda rows: ptx_term(job, config, rows))
     (found,) = seen
     assert metrics["ptx_loss"] == pytest.approx(mean, rel=1e-4)
     assert job.counters["ptx_examples"] == 11

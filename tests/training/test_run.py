@@ -224,10 +224,11 @@ def test_interrupted_stages_resume_where_they_were(tmp_path, monkeypatch):
     def logged(self, step, metrics, **rest):
         log(self, step, metrics, **rest)
         calls.append((self.config.algorithm, step))
-        if calls[-1] == ("reward_model", 1):
+        if calls[-1] == ("reward_model", 1) and not stopped:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Run, "log", logged)
+    stopped = 0
     with pytest.raises(Stopped):
         go(path)
     stopped = len(calls)
@@ -236,6 +237,19 @@ def test_interrupted_stages_resume_where_they_were(tmp_path, monkeypatch):
     stopped = len(calls)
     go(path, {"ppo.steps": 6}, resume="auto")
     assert calls[stopped:] == [("ppo", 5)]
+    stale = [tmp_path / "run" / name for name in ("reward_model", "ppo")]
+    places = f"{stale[0]} and {stale[1]}"
+    message = f"sft is to go on, but reward_model and ppo, made of it, finished before: remove {places}"
+    with pytest.raises(UserError, match=f"^{message} to make that anew, or keep what is there by allow_changed_inputs"):
+        go(path, {"sft.steps": 6}, resume="auto")
+    stopped = len(calls)
+    go(path, {"sft.steps": 6, "allow_changed_inputs": True}, resume="auto")
+    assert calls[stopped:] == [("sft", 5)]
+    for place in stale:
+        shutil.rmtree(place)
+    stopped = len(calls)
+    go(path, {"sft.steps": 7}, resume="auto")
+    assert calls[stopped:] == [("sft", 6)] + [(name, i) for name in ("reward_model", "ppo") for i in range(5)]
 
 
 def test_a_dry_run_of_stages_writes_nothing(tmp_path, capsys):
