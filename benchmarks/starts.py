@@ -177,34 +177,37 @@ def table(results: dict[str, Any]) -> str:
             peak = max(first["peak_mib"], second["peak_mib"])
             seconds = f"{first['seconds']:.1f} | {second['seconds']:.1f}"
             lines.append(f"| {row['rows']:,} {row['case']} | {name} | {seconds} | {work} | {peak:,} |")
-    where = results["machine"]
-    lines += ["", f"{where['cpu']}, {results['processors']} processors, load {results['load']} from elsewhere, torch "
-              f"{where['torch']}, {results['peer']}. Command: `{where['command']}`."]  # fmt: skip
+    where, loads = results["machine"], [row["load"] for row in results["starts"]]
+    lines += ["", f"{where['cpu']}, {results['processors']} processors, load {min(loads)} to {max(loads)} from "
+              f"elsewhere, torch {where['torch']}, {results['peer']}. Command: `{where['command']}`."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.starts", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="JSON, whose other cases stay")
     parser.add_argument("--rows", type=int, action="append", help="default: 200000 and 2000000")
     parser.add_argument("--case", action="append", choices=CASES, help="default: all")
     parser.add_argument("--tokenizer", default=".cache/smollm2-135m-instruct", help="folder or hub id")
     parser.add_argument("--peer", help="a Python that has TRL: beside sft and dpo")
     parser.add_argument("--peer-rows", type=int, default=200_000, help="most rows that the peer starts on")
     arguments = parser.parse_args()
-    load = os.getloadavg()[0]
-    peer = "no peer"
+    peer, before = "no peer", {}
+    if arguments.out.exists():
+        before = json.loads(arguments.out.read_text())
+        peer = before["peer"]
     if arguments.peer:
         asks = "import trl, datasets; print(f'TRL {trl.__version__}, datasets {datasets.__version__}')"
         asked = subprocess.run([arguments.peer, "-c", asks], capture_output=True, text=True, check=True)
         peer = asked.stdout.strip().splitlines()[-1]
     results: dict[str, Any] = {
-        "machine": machine("cpu"), "processors": len(os.sched_getaffinity(0)), "load": round(load, 1), "peer": peer,
-        "starts": [],
+        "machine": machine("cpu"), "processors": len(os.sched_getaffinity(0)), "peer": peer,
+        "starts": before.get("starts", []),
     }  # fmt: skip
     for rows in arguments.rows or [200_000, 2_000_000]:
         for case in arguments.case or CASES:
             kind, suffix, algorithm = CASES[case]
+            load = round(os.getloadavg()[0], 1)
             with tempfile.TemporaryDirectory() as name:
                 place = Path(name)
                 data = place / f"{kind}.{suffix}"
@@ -212,7 +215,9 @@ def main() -> int:
                 write_model(place / "model", arguments.tokenizer)
                 beside = arguments.peer if algorithm in PEERS and rows <= arguments.peer_rows else None
                 found = measure(place, data, algorithm, beside)
-            results["starts"].append({"rows": rows, "case": case, "found": found})
+            others = [row for row in results["starts"] if (row["rows"], row["case"]) != (rows, case)]
+            row = {"rows": rows, "case": case, "commit": results["machine"]["commit"], "load": load, "found": found}
+            results["starts"] = [*others, row]
             print(rows, case, json.dumps(found), flush=True)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")
