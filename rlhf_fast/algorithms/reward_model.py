@@ -47,7 +47,6 @@ class AlgorithmConfig(Config):
         None, description="{criterion: weight}: learn the weighted sum of `ratings`; default: an output for each"
     )
     step_separator: str = Field("\n", min_length=1, description="closes every step; its last token has the score")
-    share_prompts: bool = Field(True, description="compute a prompt once for all of its answers, where that is exact")
     ensemble: int = Field(1, ge=1, le=256, description="members, trained together in one traversal")
     ensemble_of: Literal["adapters", "heads"] = Field("adapters", description="heads share one adapter")
     bound: bool = Field(False, description="keep what the bound of reward_combine for one model needs, (D, D)")
@@ -59,7 +58,7 @@ def prepare(config: AlgorithmConfig) -> RewardJob:
     """The roles of the members, each a fresh adapter, or one that starts from a saved adapter, and a head."""
     backbone, tokenizer, saved = build_model(config)
     encoder = build_encoder(config, backbone, tokenizer)
-    data = load_judged(config, encoder, backbone)
+    data = load_judged(config, encoder)
     outputs = add_members(backbone, config, saved, data.outputs)
     backbone.enable_checkpointing(bool(config.gradient_checkpointing))
     optimizers = {role: adamw(backbone.parameters_of(role), config) for role in backbone.reward_roles}

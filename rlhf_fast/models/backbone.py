@@ -25,14 +25,15 @@ from rlhf_fast import signals
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.architecture import (
     adaptable_linears,
-    config_number,
     decoder_layers,
     linear_shape,
     logit_transforms,
     peft_conflicts,
     select_linears,
+    text_config,
 )
 from rlhf_fast.models.lora import LoRA, LoRALinear, LoRAShape, Route, routed
+from rlhf_fast.models.packing import Layout, layout_of, packed
 from rlhf_fast.models.pieces import local_tensor, whole_tensor, whole_weight
 from rlhf_fast.models.quantized import QuantizedForward, is_quantized, quantization_state
 from rlhf_fast.models.routing import HeadInput, RoutedLayer, Traversal, traversing
@@ -43,7 +44,7 @@ from rlhf_fast.models.self_test import (
     observing,
     runs_lower_layers_once,
     unsupported,
-    why_not_shared,
+    why_not_packed,
 )
 from rlhf_fast.models.sharding import Shards
 from rlhf_fast.ops.head.linear_kl import LinearKl, linear_kl
@@ -86,8 +87,9 @@ class Backbone:
     Raises UserError, with the reason, for an architecture that cannot be one.
     """
 
-    def __init__(self, model: PreTrainedModel, shards: Shards | None = None) -> None:
-        """shards: splits the weights over ranks; every method that runs the model is then a call of all of them."""
+    def __init__(self, model: PreTrainedModel, shards: Shards | None = None, *, padding_free: bool = True) -> None:
+        """shards: splits the weights over ranks; every method that runs the model is then a call of all of them.
+        padding_free: pack rows where `why_not_packed` says nothing."""
         layers = decoder_layers(model)
         self._available = adaptable_linears(model, layers)
         self.model = model.eval().requires_grad_(False)
@@ -95,7 +97,7 @@ class Backbone:
         self.quantized = {name: module for name, module in model.named_modules() if is_quantized(module)}
         for name, module in self.quantized.items():
             QuantizedForward(module, name)
-        routed_layers = [RoutedLayer(layer, index) for index, layer in enumerate(layers.values())]
+        routed_layers = [RoutedLayer(layer, index, text_config(model)) for index, layer in enumerate(layers.values())]
         LoRALinear(model.get_output_embeddings(), stream=len(self._available))
         head = HeadInput(model.get_output_embeddings())
         self.shards = shards
@@ -109,7 +111,9 @@ class Backbone:
         self.head_chunk: int | None = None  # rows of logits at a time; None: what is fast
         self.accepted = _accepted(model)
         self._lower_runs_once: dict[int, bool] = {}  # by the first adapted layer
-        self._not_shared: str | None = None  # why prompts cannot be shared, "" where they can; None: not tried yet
+        self.padding_free = padding_free
+        # Why rows cannot be packed, "" where they can, and how long they may then be.
+        self._not_packed: tuple[str, int | None] = ("there are no values to try it on", None)
         # Rows of the head that give logits; further ones only round its size up.
         self.vocabulary = self.model.get_output_embeddings().out_features
         self.logit_transform = logit_transforms(model)[0]
@@ -129,6 +133,7 @@ class Backbone:
         with observing(self._available, TRIAL_ROWS) as unadaptable:
             check_logits(self)
         self.left_out = {**check_gradients(self, self._available), **unadaptable, **self.left_out}
+        self._not_packed = why_not_packed(self)
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -347,18 +352,26 @@ class Backbone:
         valid until an adapter is added or removed.
         """
         first = self._first_shared_layer()
-        return None if first == 0 else self.reach(first, input_ids, attention_mask)
+        if first == 0:
+            return None
+        layout = self._layout(input_ids, attention_mask)
+        lower = self.reach(first, *_packed(layout, input_ids, attention_mask), layout)
+        return lower if layout is None else layout.unpack(lower)
 
-    def reach(self, first: int, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor:
-        """The input of layer `first` of the base model."""
-        traversal = Traversal(Route((None,)), first, stop=True)
-        self._traverse(traversal, input_ids, attention_mask, branches)
+    def reach(self, first: int, input_ids: Tensor, attention_mask: Tensor, layout: Layout | None = None) -> Tensor:
+        """The input of layer `first` of the base model; of packed rows with their layout."""
+        traversal = Traversal(Route((None,)), first, stop=True, layout=layout)
+        self._traverse(traversal, input_ids, attention_mask)
         assert traversal.reached is not None
         return traversal.reached
 
-    def start_at(self, first: int, lower: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The last hidden states of the base model from the input of layer `first`."""
-        return self._traverse(Traversal(Route((None,)), first, start=lower), input_ids, attention_mask)
+    def run(
+        self, input_ids: Tensor, attention_mask: Tensor, layout: Layout | None = None, *, first: int = 0,
+        lower: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The last hidden states of the base model for rows as they are, (B, T, D), or for packed ones with their
+        layout; from the input `lower` of layer `first`, where it is given."""
+        return self._traverse(Traversal(Route((None,)), first, start=lower, layout=layout), input_ids, attention_mask)
 
     def _first_shared_layer(self) -> int:
         """The first adapted layer, or 0 where the layers below it cannot run once for all roles."""
@@ -377,19 +390,17 @@ class Backbone:
         *,
         lower: Tensor | None = None,
         dropout_seed: int | None = None,
-        branches: Tensor | None = None,
     ) -> dict[str | None, Tensor]:
         """Last hidden states (after the final norm) of every role: role -> (B, T, D), in one traversal.
+
+        Where `why_not_packed` says nothing, it is one of the real tokens alone, and of what rows begin with alike, such
+        as a prompt with several answers, once. What padding gets means nothing.
 
         input_ids, attention_mask: (B, T); padding may be on either side. None is the base model, and so is
         "reference" without an adapter. lower: what `lower` gave for these rows. dropout_seed: a number per pass, from 0
         to 2^47, turns on the dropout of the adapters, which must then be the same for all roles; None leaves it off.
-        branches: (B, T) int64, for rows that hold several answers to one prompt: 0 at the prompt, k at the k-th answer.
-        Each answer then reads the prompt and itself, at the positions that it would have alone, which is exact where
-        `why_not_shared` says nothing.
         """
         signals.heed()
-        batch, time = input_ids.shape
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask must be {tuple(input_ids.shape)} like input_ids, got {tuple(attention_mask.shape)}"
@@ -401,65 +412,61 @@ class Backbone:
             given = f"{tuple(lower.shape)} with input_ids {tuple(input_ids.shape)}"
             raise ValueError(f"lower must be (B, T, D) for the input of layer {first} > 0, got {given}")
         adapters = tuple(self._adapter_name(role) for role in roles)
-        if copies > 1 and lower is None and self._first_shared_layer() > 0:
-            lower = self.reach(first, input_ids, attention_mask, branches)
+        layout = self._layout(input_ids, attention_mask)
+        ids, real = _packed(layout, input_ids, attention_mask)
+        if lower is not None:
+            lower = lower if layout is None else layout.pack(lower)
+        elif copies > 1 and self._first_shared_layer() > 0:
+            lower = self.reach(first, ids, real, layout)
         traversal = Traversal(
-            Route(adapters, batch * time, dropout_seed),
+            Route(adapters, ids.numel(), dropout_seed),
             first,
             start=None if lower is None else lower.repeat(copies, 1, 1),
             recompute=self._recompute and torch.is_grad_enabled(),
+            layout=layout,
         )
-        branches = None if branches is None else branches.repeat(copies, 1)
-        states = self._traverse(traversal, input_ids.repeat(copies, 1), attention_mask.repeat(copies, 1), branches)
-        return dict(zip(roles, states.split(batch), strict=True))
+        states = self._traverse(traversal, ids.repeat(copies, 1), real.repeat(copies, 1)).split(len(ids))
+        if layout is not None:
+            states = tuple(map(layout.unpack, states))
+        return dict(zip(roles, states, strict=True))
 
-    def why_not_shared(self, longest: int) -> str | None:
-        """Why answers of up to `longest` tokens, prompt included, cannot share their prompt (`branches` of `hidden`);
-        None where they can."""
-        if self._not_shared is None:
-            self._not_shared = why_not_shared(self) or ""
-        text = self.model.config.get_text_config(decoder=True)
-        windows = [config_number(text, name) for name in ("sliding_window", "attention_chunk_size")]
-        window = min((size for size in windows if size), default=longest)
-        if self._not_shared or window >= longest:
-            return self._not_shared or None
+    def _layout(self, input_ids: Tensor, attention_mask: Tensor) -> Layout | None:
+        """How the rows are packed; None: not at all."""
+        if not self.padding_free or self.why_not_packed(input_ids.shape[1]):
+            return None
+        return layout_of(input_ids, attention_mask)
+
+    def why_not_packed(self, longest: int = 1) -> str | None:
+        """Why rows of up to `longest` tokens go through the model as they are, with their padding; None where they need
+        not."""
+        reason, window = self._not_packed
+        if reason or window is None or longest <= window:
+            return reason or None
         return f"its attention reaches {window} tokens back, and the longest row has {longest}"
 
-    def _traverse(
-        self, traversal: Traversal, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None
-    ) -> Tensor:
+    def _traverse(self, traversal: Traversal, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What the head is given, (B, T, D)."""
         if self.model.training:
             raise RuntimeError("the model is in training mode, where dropout would make the roles differ: call eval()")
-        with traversing(traversal):
-            self.model(**self.inputs(input_ids, attention_mask, branches))
+        with traversing(traversal), packed(text_config(self.model), traversal.layout):
+            self.model(**self.inputs(input_ids, attention_mask, traversal.layout))
         hidden = traversal.hidden
         if hidden is None or hidden.shape[:2] != input_ids.shape:
             given = "nothing" if hidden is None else f"{tuple(hidden.shape)} hidden states"
             raise unsupported(self.model, f"its head is given {given} for {tuple(input_ids.shape)} tokens")
         return hidden
 
-    def inputs(self, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> dict[str, Any]:
-        """The arguments of `model` for a batch, (B, T) each: those that it accepts."""
+    def inputs(self, input_ids: Tensor, attention_mask: Tensor, layout: Layout | None = None) -> dict[str, Any]:
+        """The arguments of `model` for a batch, (B, T) each: those that it accepts. layout: of packed rows."""
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
             "use_cache": False,
         }
-        if branches is not None:
-            given["attention_mask"], given["position_ids"] = self._branching(attention_mask, branches)
+        if layout is not None:
+            given["position_ids"] = layout.position_ids.expand(len(input_ids), -1)
         return {name: value for name, value in given.items() if name in self.accepted}
-
-    def _branching(self, attention_mask: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
-        """What is added to the attention scores, (B, 1, T, T), and position_ids (B, T), for `branches` of `hidden`."""
-        ours, theirs = branches[:, :, None], branches[:, None, :]
-        read = ((theirs == 0) | (theirs == ours)) & (attention_mask[:, None, :] != 0)
-        # Padding reads itself: a row of the softmax needs something.
-        read = (read | torch.eye(branches.shape[1], dtype=torch.bool, device=branches.device)).tril()
-        dtype = self.model.get_input_embeddings().weight.dtype
-        added = torch.zeros(read.shape, dtype=dtype, device=read.device).masked_fill(~read, torch.finfo(dtype).min)
-        return added[:, None], read.sum(-1) - 1
 
     # Heads on hidden states
 
@@ -690,6 +697,11 @@ class Backbone:
             tensors.append({(m, part): p for m, pair in pairs.items() for part, p in pair.parameters.items()})
         _check_same(tensors[0], tensors[1], f"adapters {dst!r} and {src!r}")
         return [(tensors[0][key], tensors[1][key]) for key in tensors[0]]
+
+
+def _packed(layout: Layout | None, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask as the model takes them."""
+    return (input_ids, attention_mask) if layout is None else (layout.pack(input_ids), layout.pack(attention_mask))
 
 
 def last_states(hidden: Tensor, attention_mask: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
 from rlhf_fast.models.lora import LoRALinear, Route, routed
+from rlhf_fast.models.packing import Layout, packed
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Traversal:
 
     route: the roles' adapters. first: index of the first adapted layer. start: the known input of that layer; the
     layers below are then skipped. stop: skip that layer and those above, and keep its input in `reached`.
-    recompute: activation checkpointing. hidden: what the head was given.
+    recompute: activation checkpointing. layout: of the packed rows, where they are. hidden: what the head was given.
     """
 
     route: Route
@@ -33,6 +35,7 @@ class Traversal:
     start: Tensor | None = None
     stop: bool = False
     recompute: bool = False
+    layout: Layout | None = None
     reached: Tensor | None = None
     hidden: Tensor | None = None
 
@@ -73,9 +76,11 @@ class RoutedLayer:
     It takes the place of the instance's `forward`, like `LoRALinear`.
     """
 
-    def __init__(self, layer: nn.Module, index: int) -> None:
+    def __init__(self, layer: nn.Module, index: int, config: PretrainedConfig) -> None:
+        """config: names the attention of the layer."""
         self.layer = layer
         self.index = index
+        self.config = config
         self.returns: tuple[type, int] | None = (
             None  # the kind of what it returns and its length; None until it has run
         )
@@ -102,14 +107,14 @@ class RoutedLayer:
                 return self.layer_forward(hidden, *args[1:], **kwargs)
             return self.layer_forward(**{**kwargs, self.hidden_name: hidden})
 
-        output = (
-            self._recomputed(traversal.route, hidden_states, forward) if traversal.recompute else forward(hidden_states)
-        )
+        output = self._recomputed(traversal, hidden_states, forward) if traversal.recompute else forward(hidden_states)
         self.returns = (type(output), len(output)) if isinstance(output, (tuple, list)) else (Tensor, 1)
         return output
 
-    def _recomputed(self, route: Route, hidden_states: Tensor, layer_forward: Callable[[Tensor], Any]) -> Any:
-        """Keep only the layer's input; the backward computes the layer again, in the route of this forward."""
+    def _recomputed(self, traversal: Traversal, hidden_states: Tensor, layer_forward: Callable[[Tensor], Any]) -> Any:
+        """Keep only the layer's input; the backward computes the layer again, in the route and layout of this
+        forward."""
+        route, layout = traversal.route, traversal.layout
         pairs = [
             lora.bank[name]
             for lora in adapted_linears(self.layer).values()
@@ -125,7 +130,7 @@ class RoutedLayer:
                     f"an adapter of layer {self.index} was changed between its forward and its backward: "
                     "call backward before the optimizer step, copy_adapter, lerp_adapter or restore"
                 )
-            with routed(route):
+            with routed(route), packed(self.config, layout):
                 return layer_forward(hidden)
 
         # The base has no dropout, and an adapter's comes from the route's seed: there is no random state to preserve.

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.errors import UserError, first_line
-from rlhf_fast.models.architecture import logit_transforms
+from rlhf_fast.models.architecture import logit_transforms, text_config
+from rlhf_fast.models.packing import layout_of
 from rlhf_fast.models.quantized import is_quantized
 
 if TYPE_CHECKING:
@@ -150,12 +151,12 @@ def runs_lower_layers_once(backbone: Backbone, first: int) -> bool:
     whole model gives. It does not where layers hand on more than their output, or the model works between them.
     """
     input_ids, mask = trial(backbone.model)
-    whole = backbone.hidden(input_ids, mask, [None])[None]
+    whole = backbone.run(input_ids, mask)
     try:
         lower = backbone.reach(first, input_ids, mask)
         if lower.dim() != 3 or lower.shape[:2] != input_ids.shape:
             return False
-        upper = backbone.start_at(first, lower, input_ids, mask)
+        upper = backbone.run(input_ids, mask, first=first, lower=lower)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         return False
     bound = (1e-4 if whole.dtype == torch.float32 else 0.05) * whole.abs().max()
@@ -163,29 +164,35 @@ def runs_lower_layers_once(backbone: Backbone, first: int) -> bool:
 
 
 @torch.no_grad()
-def why_not_shared(backbone: Backbone) -> str | None:
-    """Why two answers behind one prompt in the same row do not give what each gives alone; None where they do.
+def why_not_packed(backbone: Backbone) -> tuple[str, int | None]:
+    """Why rows that begin alike, and one that does not, do not give packed what they give with padding, "" where they
+    do; and how long rows may be, None where that does not matter.
 
-    They do where attention alone carries a token to later ones, takes a mask for every two tokens, and counts positions
-    as it is told: no recurrence, no convolution, no flash-attention.
+    They do where attention alone carries a token to later ones, goes through transformers' interface, and the model
+    counts positions as it is told: no recurrence, no convolution. Of windows of attention that no row of this trial
+    reaches the end of, the attention must be told, not its mask alone.
     """
     if "position_ids" not in backbone.accepted:
-        return "it counts positions in a way of its own"
-    ids = torch.tensor([_ordinary_ids(backbone.model, TOKENS + PADDING)], device=backbone.model.device)
-    real, prompt = torch.ones_like(ids), TOKENS // 2
-    branches = torch.tensor([[0] * prompt + [1] * PADDING + [2] * (TOKENS - prompt)], device=ids.device)
+        return "it counts positions in a way of its own", None
+    implementation = text_config(backbone.model)._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        return f"its attention is {implementation}", None
+    ids, begin = _ordinary_ids(backbone.model, TOKENS + PADDING), TOKENS // 2
+    rows = [ids[:TOKENS], ids[:begin] + ids[TOKENS:], ids[PADDING : PADDING + begin + 1]]
+    input_ids = torch.tensor([row + ids[:1] * (TOKENS - len(row)) for row in rows], device=backbone.model.device)
+    real = torch.tensor([[place < len(row) for place in range(TOKENS)] for row in rows], device=input_ids.device).long()
+    layout = layout_of(input_ids, real)
+    assert layout is not None
     try:
-        packed = backbone.hidden(ids, real, [None], branches=branches)[None]
-        for answer in (1, 2):
-            columns = (branches[0] == 0) | (branches[0] == answer)
-            alone = backbone.hidden(ids[:, columns], real[:, columns], [None])[None]
-            bound = (1e-4 if alone.dtype == torch.float32 else 0.05) * alone.abs().max()
-            difference = (packed[:, columns] - alone).abs().max()
-            if not difference <= bound:
-                return f"its hidden states would differ by {difference:.3g}"
+        padded = backbone.run(input_ids, real)
+        states = layout.unpack(backbone.run(layout.pack(input_ids), layout.pack(real), layout))
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
-        return f"it takes no mask for every two tokens: {first_line(error)}"
-    return None
+        return f"its layers do not take packed rows: {first_line(error)}", None
+    bound = (1e-4 if padded.dtype == torch.float32 else 0.05) * padded.abs().max()
+    difference = (states - padded)[real.bool()].abs().max()
+    if not difference <= bound:
+        return f"its hidden states would differ by {difference:.3g}", None
+    return "", min(layout.masked - layout.told, default=None)
 
 
 @contextmanager

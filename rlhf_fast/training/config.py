@@ -94,6 +94,9 @@ class Config(BaseModel):
 
     batch_size: int = Field(32, ge=1, description="sequences per step, of all processes together")
     micro_batch_size: int | None = Field(None, ge=1, description="rows per pass of a process; default: all that it has")
+    padding_free: bool = Field(
+        True, description="passes leave padding out, and compute a prompt once for its answers, where that is exact"
+    )
     steps: int = Field(100, ge=1, description="optimizer steps; for ppo and grpo, rollouts")
     epochs: float | None = Field(None, gt=0, description="in place of steps: passes over the examples or prompts")
     learning_rate: float = Field(1e-4, gt=0, description="after the warm-up")

@@ -20,7 +20,7 @@ from rlhf_fast.rewards.adapter import Output, member_folders, write_covariance, 
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.job import Job, dropout_seed
-from rlhf_fast.training.reward_data import Judgement, JudgementData, Places
+from rlhf_fast.training.reward_data import Judgement, JudgementData, places_of
 from rlhf_fast.training.setup import add_trained_adapter
 from rlhf_fast.training.supervised import padded, shared_out
 
@@ -73,11 +73,8 @@ def member_scores(job: Job, config: Config, batch: Batch, judged: Sequence[Judge
     """(S, M) scores of all outputs of all members, in one traversal, and (S, D), the states that the first has them
     from; `batch` has the rows of `judged`."""
     roles, backbone = job.backbone.reward_roles, job.backbone
-    places = Places.of(judged, tuple(batch.input_ids.shape), batch.input_ids.device)
-    hidden = backbone.hidden(
-        batch.input_ids, batch.attention_mask, roles, dropout_seed=dropout_seed(job, config), branches=places.branches
-    )
-    states = [hidden[role][places.rows, places.columns].float() for role in roles]
+    hidden = backbone.hidden(batch.input_ids, batch.attention_mask, roles, dropout_seed=dropout_seed(job, config))
+    states = [hidden[role][places_of(judged)].float() for role in roles]
     return torch.cat([backbone.head(role)(x) for role, x in zip(roles, states, strict=True)], 1), states[0]
 
 

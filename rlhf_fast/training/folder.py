@@ -58,8 +58,8 @@ FOLDERS = (
 # What may differ between a run and its continuation.
 FREE_KEYS = {
     "steps", "epochs", "eval_every", "log_every", "save_every", "save_minutes", "keep_checkpoints", "report_to",
-    "output_dir", "micro_batch_size", "repeat", "self_test", "allow_changed_inputs", "shards", "whole_rollouts",
-    "data_cache", "memory", "head_chunk_tokens", "rollout_rows",
+    "output_dir", "micro_batch_size", "padding_free", "repeat", "self_test", "allow_changed_inputs", "shards",
+    "whole_rollouts", "data_cache", "memory", "head_chunk_tokens", "rollout_rows",
 }  # fmt: skip
 
 

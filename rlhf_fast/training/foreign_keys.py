@@ -121,7 +121,7 @@ NO_EQUAL = {
     "fp16": "dtype is float32 or bfloat16",
     "load_in_4bit": "quantization: nf4", "load_in_8bit": "quantization: int8",
     "optim": "the optimizer is AdamW", "optimizer": "the optimizer is AdamW",
-    "packing": "sequences are padded, not packed",
+    "packing": "no row is cut or joined to another; padding_free leaves their padding out",
     "push_to_hub": "the run folder is local; huggingface-cli upload sends it", "hub_model_id": "see push_to_hub",
     "resume_from_checkpoint": "it is the flag --resume", "overwrite_output_dir": "it is the flag --overwrite",
     "save_strategy": "save_every counts steps", "eval_strategy": "eval_every counts steps",

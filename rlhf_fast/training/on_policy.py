@@ -187,8 +187,12 @@ def first_ratio_error(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def minibatches(config: RolloutConfig, size: int) -> Iterator[tuple[Tensor, ...]]:
-    """One epoch over `size` shuffled rows: for each minibatch, its micro-batches' row indices."""
+    """One epoch over `size` shuffled rows: for each minibatch, its micro-batches' row indices.
+
+    Within a minibatch they are in order, so that completions of one prompt, which follow each other, share its pass.
+    """
     for rows in torch.randperm(size).chunk(config.num_minibatches):
+        rows = rows if config.compares_rows else rows.sort().values
         yield rows.split(config.micro_batch_size or len(rows))
 
 

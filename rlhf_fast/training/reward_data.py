@@ -1,8 +1,4 @@
-"""What people said of answers, in every form that a reward model learns from, as rows of tokens.
-
-Answers to one prompt share its tokens: they stand in one row, behind it, and each reads the prompt and itself
-(Backbone.hidden, `branches`), where the architecture allows that.
-"""
+"""What people said of answers, in every form that a reward model learns from, as rows of tokens."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +13,8 @@ from torch import Tensor
 from rlhf_fast.data.encoded import Encoded, encode_rows
 from rlhf_fast.data.encoding import Encoder, Example, TooLong
 from rlhf_fast.data.layouts import JUDGEMENTS
-from rlhf_fast.data.notes import say
 from rlhf_fast.data.reading import Row, shown
-from rlhf_fast.data.tokens import common_prefix
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.training.pairs import take_apart
 from rlhf_fast.training.setup import load_rows, rows_of
 
@@ -31,8 +24,7 @@ class Judgement:
     """Answers that are learnt from together, and what was said of them.
 
     form: a name of data/layouts.JUDGEMENTS.
-    rows: their tokens, a row for each answer, or one for all behind their common prompt; the mask marks the ends.
-    branches: in the latter, for each token, 0 in the prompt and k in the k-th answer.
+    rows: their tokens, a row for each answer; the mask marks the ends.
     ends: (row, column) of the tokens where scores are read: the last one of each answer, or of each step.
     targets: of pairs (margin, chance that the first answer is the better one); of rankings the rank of each answer, 1
     the best; of ratings a number for each criterion; of likes 1 or 0; of steps a label in [0, 1] for each.
@@ -44,7 +36,6 @@ class Judgement:
     ends: tuple[tuple[int, int], ...]
     targets: tuple[float, ...]
     lengths: tuple[int, ...]
-    branches: tuple[int, ...] | None = None
     annotator: str | None = None
 
     @property
@@ -53,51 +44,23 @@ class Judgement:
         ranks = {"pairs": (1.0, 2.0), "rankings": self.targets}.get(self.form, ())
         return [(i, j) for i, one in enumerate(ranks) for j, other in enumerate(ranks) if one < other]
 
-    def joined(self) -> "Judgement":
-        """With the beginning that all answers have in common, at least up to the last token of the shortest, once."""
-        if len(self.rows) < 2:
-            return self
-        ids = [row.ids for row in self.rows]
-        prompt = min(min(len(row) - 1 for row in ids), *(common_prefix(ids[0], row) for row in ids[1:]))
-        if prompt < 1:
-            return self
-        tokens, branches, ends = list(ids[0][:prompt]), [0] * prompt, []
-        for number, row in enumerate(ids, start=1):
-            tokens += row[prompt:]
-            branches += [number] * (len(row) - prompt)
-            ends.append((0, len(tokens) - 1))
-        shared = Example(tokens, prompt, marked(len(tokens), [end for _, end in ends]))
-        return replace(self, rows=(shared,), branches=tuple(branches), ends=tuple(ends))
-
 
 def marked(length: int, places: Sequence[int]) -> list[int]:
     """1 at the places, 0 elsewhere."""
     return [int(place in places) for place in range(length)]
 
 
-class Places(NamedTuple):
-    """Where the scores of a batch are read. rows, columns: (S,). branches: (R, T) or None, see Backbone.hidden."""
-
-    rows: Tensor
-    columns: Tensor
-    branches: Tensor | None
-
-    @classmethod
-    def of(cls, judged: Sequence[Judgement], shape: tuple[int, ...], device: torch.device) -> "Places":
-        """shape: (R, T) of the batch with all rows of `judged` in order, padded on the right."""
-        rows, columns, first = [], [], 0
-        branches = torch.zeros(shape, dtype=torch.int64)
-        for one in judged:
-            rows += [first + row for row, _ in one.ends]
-            columns += [column for _, column in one.ends]
-            if one.branches is not None:
-                branches[first, : len(one.branches)] = torch.tensor(one.branches)
-            first += len(one.rows)
-        shared = any(one.branches is not None for one in judged)
-        return cls(
-            torch.tensor(rows, device=device), torch.tensor(columns, device=device),
-            branches.to(device) if shared else None,
-        )  # fmt: skip
+def places_of(judged: Sequence[Judgement]) -> tuple[list[int], list[int]]:
+    """Rows and columns where the scores of a batch are read, which has all rows of `judged` in order, padded on the
+    right."""
+    rows: list[int] = []
+    columns: list[int] = []
+    first = 0
+    for one in judged:
+        rows += [first + row for row, _ in one.ends]
+        columns += [column for _, column in one.ends]
+        first += len(one.rows)
+    return rows, columns
 
 
 @dataclass(frozen=True)
@@ -112,7 +75,7 @@ class JudgementData:
     scales: list[tuple[float, float]]
 
 
-def load_judged(config: Any, encoder: Encoder, backbone: Backbone) -> JudgementData:
+def load_judged(config: Any, encoder: Encoder) -> JudgementData:
     """The judgements of config.data in the form config.form, and those held out."""
     forms = [form for form in JUDGEMENTS if config.form in ("auto", form)]
     layouts = [names for form in forms for names in JUDGEMENTS[form]]
@@ -137,8 +100,6 @@ def load_judged(config: Any, encoder: Encoder, backbone: Backbone) -> JudgementD
         scales = scales_of(train.numbers("ratings", lambda one: one.targets))
         train, held_out = (standardised(x, scales) for x in (train, held_out))
         criteria = ["weighted sum"] if config.criterion_weights else criteria
-    if config.share_prompts:
-        train, held_out = sharing(backbone, train), sharing(backbone, held_out)
     references = {"train": train, "held_out": held_out}.get(config.center_on)
     if references is None:
         rows = rows_of(config, config.center_on, [("prompt", "completion")])
@@ -191,23 +152,6 @@ def standardised(judged: Encoded[Judgement], scales: Sequence[tuple[float, float
 def targets_of(judged: Sequence[Judgement], like: Tensor) -> Tensor:
     """(len(judged), numbers): the targets of judgements that have as many numbers each, on the device of `like`."""
     return torch.tensor([one.targets for one in judged], device=like.device)
-
-
-def sharing(backbone: Backbone, judged: Encoded[Judgement]) -> Encoded[Judgement]:
-    """The same, with every prompt once where that is exact; where it is not, the first reason is said."""
-    said = False
-
-    def joined(one: Judgement) -> Judgement:
-        nonlocal said
-        reason = backbone.why_not_shared(max(len(row.ids) for row in one.rows)) if len(one.rows) > 1 else None
-        if reason is None:
-            return one.joined()
-        if not said:
-            said = True
-            say(f"prompts are computed once for each answer: {reason}")
-        return one
-
-    return judged.map(joined)
 
 
 class Reading(NamedTuple):

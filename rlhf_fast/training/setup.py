@@ -46,7 +46,7 @@ OTHER_WEIGHTS = 0.3
 # Keys of which nothing that is found in the data depends; a key that is not here makes another entry of the cache.
 NOT_OF_DATA = {
     "data_cache", "output_dir", "device", "dtype", "quantization", "shards", "whole_rollouts", "attn_implementation",
-    "batch_size", "micro_batch_size", "steps", "epochs", "learning_rate", "lr_schedule", "warmup_steps",
+    "batch_size", "micro_batch_size", "padding_free", "steps", "epochs", "learning_rate", "lr_schedule", "warmup_steps",
     "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm", "max_bad_steps",
     "max_loss_growth", "max_norm_growth", "explosion_steps", "lora_rank", "lora_alpha", "lora_targets", "lora_dropout",
     "use_rslora", "use_dora", "top_layers", "gradient_checkpointing", "head_chunk_tokens", "memory", "rollout_rows",
@@ -73,7 +73,7 @@ def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
 
         built, tokenizer = tiny(config.seed)
         built.to(device=device, dtype=dtype)  # type: ignore[call-arg]
-        return Backbone(built, shards), tokenizer, None
+        return Backbone(built, shards, padding_free=config.padding_free), tokenizer, None
     adapter = config.model if (Path(config.model) / "adapter_config.json").is_file() else None
     base = base_of(adapter) if adapter else config.model
     attention = attention_for(config.attn_implementation, device) or config.attn_implementation
@@ -84,7 +84,9 @@ def build_model(config: Config) -> tuple[Backbone, Any, str | None]:
             trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
 
-    backbone = Backbone(load(device) if shards is None else shards.load(load), shards)
+    backbone = Backbone(load(device) if shards is None else shards.load(load), shards, padding_free=config.padding_free)
+    if config.padding_free and (reason := backbone.why_not_packed()):
+        say(f"padding_free: rows of this model keep their padding: {reason}")
     if backbone.quantized and config.lora_rank == 0 and adapter is None:
         raise UserError(f"lora_rank 0 trains every weight, but those of {base} are quantised")
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()

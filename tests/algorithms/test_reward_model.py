@@ -126,17 +126,10 @@ def test_the_gradient_is_that_of_the_formula_on_separate_rows(case, micro_batch_
     assert_close(ours, gradients(job))
 
 
-def test_prompts_are_in_the_rows_once_or_not_shared_at_all():
-    """The tokens are those of the answers and one prompt; the scores are the same."""
-    shared, apart = config_for("rankings"), config_for("rankings", share_prompts=False)
-    jobs = job_of(shared), job_of(apart)
-    for job, prompts in zip(jobs, (1, 3), strict=True):
-        assert len(supervised.sequences_of(job.train[1:2])) == prompts
-    rows = [row.ids for row in jobs[0].train[1].rows]
-    row = judged(1)
-    answers = [a for a, rank in zip(row["completions"], row["ranks"], strict=True) if rank is not None]
-    assert [len(ids) for ids in rows] == [1 + len(row["prompt"]) + sum(len(a) + 1 for a in answers)]
-    ours, theirs = (all_scores(job, config, job.train) for job, config in zip(jobs, (shared, apart), strict=True))
+def test_scores_do_not_depend_on_whether_prompts_are_computed_once():
+    configs = [config_for("rankings", padding_free=padding_free) for padding_free in (True, False)]
+    jobs = [job_of(config) for config in configs]
+    ours, theirs = (all_scores(job, config, job.train) for job, config in zip(jobs, configs, strict=True))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

@@ -22,14 +22,17 @@ close = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def logits_of(backbone: Backbone, role: str) -> torch.Tensor:
-    hidden = backbone.hidden(*make_batch(), [role])[role]
+    """Of the real tokens."""
+    input_ids, attention_mask = make_batch()
+    hidden = backbone.hidden(input_ids, attention_mask, [role])[role][attention_mask.bool()]
     return torch.nn.functional.linear(hidden, backbone.lm_head_weight, backbone.lm_head_bias)
 
 
 def peft_logits(model: torch.nn.Module) -> torch.Tensor:
     input_ids, attention_mask = make_batch()
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).logits
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).logits
+    return logits[attention_mask.bool()]
 
 
 @families
