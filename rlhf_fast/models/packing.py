@@ -30,6 +30,7 @@ HARMLESS = {
     "dropout",
 }  # fmt: skip
 SHORTEST = 4  # tokens that rows must have in common
+WORTHWHILE = 0.95  # of the tokens may be left: gathering the others is not free
 NOWHERE = 1 << 40  # a position that nothing reads
 
 Places = NDArray[np.int64]
@@ -164,7 +165,7 @@ class Unit(NamedTuple):
 
 
 def layout_of(input_ids: Tensor, attention_mask: Tensor) -> Layout | None:
-    """The layout of rows with padding anywhere, (B, T) each; None where it would leave nothing out, or a row is empty.
+    """The layout of rows with padding anywhere, (B, T) each; None where it would leave little out, or a row is empty.
 
     It reads the tokens: on a GPU this waits for them.
     """
@@ -173,7 +174,7 @@ def layout_of(input_ids: Tensor, attention_mask: Tensor) -> Layout | None:
     rows = [row[own] for row, own in zip(ids, columns, strict=True)]
     groups = groups_of(rows)
     count = sum(map(len, rows)) - sum(shared * (len(members) - 1) for members, shared in groups)
-    if count == ids.size or not all(map(len, rows)):
+    if count > WORTHWHILE * ids.size or not all(map(len, rows)):
         return None
     sources, positions = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
     places, units, at = np.zeros(ids.shape, dtype=np.int64), list[Unit](), 0

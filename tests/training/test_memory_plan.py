@@ -75,7 +75,7 @@ def prompts(tmp_path_factory):
 
 def sampled(prompts: str, **changes):
     values = {"model": "tiny", "data": prompts, "batch_size": 6, "max_new_tokens": 48, "steps": 1, **changes}
-    values = {"lora_rank": 8, "ppo_epochs": 1, "num_minibatches": 1, **values}
+    values = {"lora_rank": 8, "ppo_epochs": 1, "num_minibatches": 1, "padding_free": False, **values}
     return config_of("grpo", num_generations=2, objective={"kl_coef": 0.1}, reference_refresh_every=None, **values)
 
 
