@@ -16,7 +16,7 @@ from rlhf_fast.data.encoding import Encoder, Example, Prompt, TooLong
 from rlhf_fast.data.notes import say
 from rlhf_fast.data.processes import Ahead, in_order
 from rlhf_fast.data.reading import Row
-from rlhf_fast.data.rows import CHUNK, FORKED, Picked, facts_of, shown, take
+from rlhf_fast.data.rows import FORKED, Picked, chunks, facts_of, shown, take
 from rlhf_fast.errors import UserError
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ class Encoded(Sequence[T], Generic[T]):
             return np.array([of(outline) for outline in self.outlines(places)], dtype=np.float64)
 
         def read() -> Entry:
-            parts = _parts(len(self))
+            parts = chunks(self.rows)
             found = in_order(part, parts, alone=len(self) < FORKED)
             return {"numbers": np.concatenate([*shown(found, f"reading {name}", len(parts))])}
 
@@ -222,7 +222,7 @@ def _tried(encoded: Encoded[Any], what: str) -> _Found:
     some: Sequence[int] = range(len(rows))
     alone = len(rows) < FORKED
     if len(rows) > KEPT and "skip" not in (encoder.too_long, encoder.bad_rows):
-        parts: list[Sequence[int]] = [*_parts(len(rows))]
+        parts: list[Sequence[int]] = [*chunks(rows)]
         for part in shown(in_order(outlined, parts, alone=alone), f"checking {what}", len(parts)):
             found.add(part)
         some = first_and_longest(rows, LOOKED_AT)
@@ -230,10 +230,6 @@ def _tried(encoded: Encoded[Any], what: str) -> _Found:
     for part in shown(in_order(encodes, parts, alone=alone), f"reading {what}", len(parts)):
         found.add(part)
     return found
-
-
-def _parts(size: int) -> list[range]:
-    return [range(start, min(size, start + CHUNK)) for start in range(0, size, CHUNK)]
 
 
 def first_and_longest(rows: Sequence[Row], count: int) -> list[int]:

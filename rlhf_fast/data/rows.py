@@ -25,7 +25,8 @@ from rlhf_fast.data.processes import in_order
 from rlhf_fast.data.reading import Row, line_row, parquet_file, table_rows
 from rlhf_fast.errors import UserError, first_line
 
-CHUNK = 4096  # rows that are read at a time where all are
+CHUNK = 4096  # rows that are read at a time where all are, at most
+READ = 1 << 24  # bytes of their files, about
 FORKED = 4 * CHUNK  # rows that more than one process reads
 _BLOCK = 1 << 24
 _LINE_FEED, _SPACE = ord("\n"), list(b" \t\n\r\v\f")
@@ -58,8 +59,15 @@ class View(Sequence[Row]):
         return self.take(places) if isinstance(places, range) else self.take([places])[0]
 
     def __iter__(self) -> Iterator[Row]:
-        for start in range(0, len(self), CHUNK):
-            yield from self.take(range(start, min(len(self), start + CHUNK)))
+        for places in chunks(self):
+            yield from self.take(places)
+
+
+def chunks(rows: Sequence[Row]) -> list[range]:
+    """All places, in parts whose rows may be in memory together: of long rows fewer."""
+    size = len(rows)
+    step = CHUNK if not isinstance(rows, View) else max(1, min(CHUNK, READ * size // max(1, rows.size)))
+    return [range(start, min(size, start + step)) for start in range(0, size, step)]
 
 
 def take(rows: Sequence[Row], places: Sequence[int]) -> list[Row]:
@@ -238,16 +246,16 @@ class Prepared(View):
         def part(places: range) -> tuple[Entry, notes.Tally]:
             with notes.tallied(self._first[0].where) as tally:
                 made = list(self._made(places))
-            of_rows = [(row, str(row.values)) for _, _, row in made]
-            found = {fact: np.array([of(*one) for one in of_rows], np.uint64) for fact, of in FACTS.items()}
+            of_rows = [[of(row, text) for of in FACTS.values()] for _, _, row in made for text in [str(row.values)]]
+            facts = np.array(of_rows, np.uint64).reshape(-1, len(FACTS))
+            found = {fact: facts[:, number] for number, fact in enumerate(FACTS)}
             found["places"] = np.array([place for place, _, _ in made], np.int64)
             found["parts"] = np.array([number for _, number, _ in made], np.int32)
             return found, tally
 
-        size, told = len(self.rows), notes.Tally(self._first[0].where)
-        parts = [range(start, min(size, start + CHUNK)) for start in range(0, size, CHUNK)]
-        found = []
-        for arrays, tally in shown(in_order(part, parts, alone=size < FORKED), f"reading {name}", len(parts)):
+        parts, told = chunks(self.rows), notes.Tally(self._first[0].where)
+        found, alone = [], len(self.rows) < FORKED
+        for arrays, tally in shown(in_order(part, parts, alone=alone), f"reading {name}", len(parts)):
             told.merge(tally)
             found.append(arrays)
         return {"told": packed(told.values)} | {key: np.concatenate([one[key] for one in found]) for key in found[0]}

@@ -11,7 +11,7 @@ from rlhf_fast.data.cache import Cache, packed, unpacked
 from rlhf_fast.data.encoding import Encoder
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.tiny import tiny
-from rlhf_fast.training.config import Config
+from rlhf_fast.training.config import RolloutConfig
 from rlhf_fast.training.setup import NOT_OF_DATA, load_rows
 from tests.data.test_rows import TABLE, config_of, write
 
@@ -145,7 +145,7 @@ def test_which_rows_are_left_out_is_known_at_a_second_start(tmp_path, monkeypatc
 
 
 def test_keys_that_the_cache_looks_past_are_keys():
-    assert Config.model_fields.keys() >= NOT_OF_DATA
+    assert RolloutConfig.model_fields.keys() >= NOT_OF_DATA
 
 
 def test_a_large_file_is_known_by_its_size_its_time_and_parts(tmp_path, monkeypatch):

@@ -194,3 +194,15 @@ def test_weights_are_of_places(data, weights, message, tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", ALGORITHMS["sft"])
     with pytest.raises(UserError, match=message):
         load_rows(config_of("sft", data, data_weights=weights), WEIGHED)
+
+
+def test_of_long_rows_fewer_are_in_memory_together(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "READ", 4096)
+    short, long = ({"prompt": "ask", "completion": "yes" * times} for times in (1, 400))
+    seen, take = [], Lines.take
+    monkeypatch.setattr(Lines, "take", lambda self, places: seen.append(len(places)) or take(self, places))
+    for row, most in ((short, 8), (long, 3)):
+        data = write(tmp_path / f"{most}.jsonl", [row] * 20)
+        seen.clear()
+        load_rows(single_stage({"algorithm": "sft", "data": data, "model": "none"}).config, [("prompt", "completion")])
+        assert max(seen) == most

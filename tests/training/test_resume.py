@@ -1,12 +1,14 @@
 """A run that was stopped or killed inside an epoch and resumed is the uninterrupted run, bit for bit."""
 
+import os
 import signal
 
 import pytest
 
+from rlhf_fast.data import encoded
 from rlhf_fast.errors import UserError
 from rlhf_fast.signals import Stopped
-from tests.training.interruptions import assert_resumes, contents, interrupt, run, terminate
+from tests.training.interruptions import Killed, assert_resumes, contents, interrupt, kill, run, terminate
 from tests.training.tiny_runs import ALGORITHMS, values_of
 from tests.training.tiny_runs import folder as data_folder
 
@@ -55,6 +57,33 @@ def test_all_that_ppo_may_carry_from_step_to_step_resumes_bit_for_bit(tmp_path, 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch):
     assert_resumes(values_of("sft"), tmp_path, monkeypatch, step=1)
+
+
+@pytest.mark.parametrize("ends", [kill, terminate])
+def test_a_run_that_ends_while_another_process_encodes_the_rows_ahead_resumes_bit_for_bit(ends, tmp_path, monkeypatch):
+    """It is the run in which nobody does."""
+    values = values_of("sft", batch_size=2, save_every=2)
+    monkeypatch.setattr(encoded, "KEPT", 5)
+    workers, ahead = [], encoded.Ahead
+    monkeypatch.setattr(encoded, "Ahead", lambda work: workers.append(ahead(work)) or workers[-1])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    run({**values, "output_dir": str(tmp_path / "alone")})
+    assert not workers
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    values["output_dir"] = str(tmp_path / "ended")
+    begun = []
+
+    def end():
+        begun.append(len(workers[-1]._asked) + len(workers[-1]._done))
+        ends()
+
+    interrupt(monkeypatch, 2, end)
+    with pytest.raises((Killed, Stopped)):
+        run(values)
+    assert begun[0] > 0, "rows of the fourth step"
+    run(values, resume="auto")
+    assert len(workers) == 2
+    assert contents(tmp_path / "ended") == contents(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])

@@ -7,6 +7,7 @@ import torch
 
 from rlhf_fast.algorithms import load_algorithm
 from rlhf_fast.algorithms.launch import single_stage
+from rlhf_fast.data import rows, sources
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.tiny import tiny
 from rlhf_fast.rewards import Verifier
@@ -15,6 +16,7 @@ from rlhf_fast.training.config import parse_overrides
 from rlhf_fast.training.entries import VerifyConfig
 from rlhf_fast.training.experience import collect, evaluate_policy, prompts_of_step
 from rlhf_fast.training.job import seed_everything
+from rlhf_fast.training.setup import all_rows, check_answers
 from tests.training.test_experience import trained
 from tests.training.tiny_runs import config_of, folder, job_of, values_of, write_jsonl
 
@@ -54,6 +56,21 @@ def test_what_verify_cannot_mean_is_one_line(verify, message):
 def test_a_run_without_any_reward_is_refused():
     with pytest.raises(UserError, match=r"missing key 'reward' .*, 'verify' or 'judge'"):
         config_with(None)
+
+
+def test_answers_of_many_rows_are_looked_at_once(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "gold.jsonl", [{"prompt": f"p{i}", "answer": str(i % 6)} for i in range(20)])
+    monkeypatch.setattr(sources, "IN_MEMORY", 0)
+    monkeypatch.setattr(rows, "CHUNK", 4)
+    calls, problem = [], Verifier._problem
+    monkeypatch.setattr(Verifier, "_problem", lambda self, gold: calls.append(gold) or problem(self, gold))
+    counts = []
+    for verify in ("exact", "exact", {"kind": "exact", "normalize": False}):
+        config = config_with(verify, data=str(tmp_path / "gold.jsonl"), data_cache=str(tmp_path / "cache"))
+        calls.clear()
+        check_answers(config, Verifier(config.verify), all_rows(config, [("prompt",)]))
+        counts.append(len(calls))
+    assert counts == [6, 0, 6]
 
 
 def test_an_answer_that_cannot_be_used_fails_before_the_run():
