@@ -81,8 +81,8 @@ def load_model(
 
 def _check_stops(config: GenerationConfig | None) -> None:
     stops = getattr(config, "eos_token_id", None)
-    for stop in stops if isinstance(stops, list) else [stops]:
-        if stop is not None and (isinstance(stop, bool) or not isinstance(stop, int)):
+    for stop in stops if isinstance(stops, list) else [] if stops is None else [stops]:
+        if isinstance(stop, bool) or not isinstance(stop, int):
             raise ValueError(f"eos_token_id of its generation config is {short(stop)}, not the id of a token")
 
 

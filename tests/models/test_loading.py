@@ -163,9 +163,10 @@ def test_weights_of_eight_bits_are_checked():
         check_finite(model, "model m")
 
 
-def test_a_generation_config_that_stops_at_no_token_is_refused(folder):
-    (folder / "generation_config.json").write_text('{"eos_token_id": [1, "x"]}')
-    with pytest.raises(UserError, match="eos_token_id of its generation config is 'x', not the id of a token"):
+@pytest.mark.parametrize(("stop", "shown"), [('"x"', "'x'"), ("null", "None"), ("true", "True"), ("2.0", "2.0")])
+def test_a_generation_config_that_stops_at_no_token_is_refused(stop, shown, folder):
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": [1, {stop}]}}')
+    with pytest.raises(UserError, match=f"eos_token_id of its generation config is {shown}, not the id of a token"):
         load_model(folder, dtype=torch.float32)
 
 
