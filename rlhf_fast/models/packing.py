@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -91,7 +92,8 @@ class Block:
 class Layout:
     """sources: (N,), the place of every packed token in the flattened rows. places: (B, T), where in the packed row the
     token of each row stands; that of padding is any. position_ids: (1, N). order: (N,), the place of every packed token
-    in the queries of all blocks, one behind the other.
+    in the queries of all blocks, one behind the other. segments: for flash-attn the places of what each sequence has
+    before it and of its own tokens, in the order of the packed row.
 
     masked, told: the windows that the model asks masks for, and those that its layers tell their attention.
     """
@@ -101,6 +103,7 @@ class Layout:
     position_ids: Tensor
     blocks: list[Block]
     order: Tensor
+    segments: list[tuple[Places, Places]]
     masked: set[int] = field(default_factory=set)
     told: set[int] = field(default_factory=set)
 
@@ -117,6 +120,43 @@ class Layout:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         parts = [block.attend(query, key, value, window, **how) for block in self.blocks]
         return torch.cat(parts, 1).index_select(1, self.order)
+
+    def attend_by_flash(
+        self, query: Tensor, key: Tensor, value: Tensor, window: int | None, *, scaling: float | None,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """`attend` by the kernels of flash-attn, whose causal attention ends at the last key of every sequence."""
+        from flash_attn import flash_attn_varlen_func
+
+        copies, places = len(query), self._flash_places
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        states = flash_attn_varlen_func(
+            query.flatten(0, 1), *(x.index_select(1, places.keys).flatten(0, 1) for x in (key, value)),
+            *(torch.cat([ends.new_zeros(1), *(ends + i * ends[-1] for i in range(copies))])
+              for ends in (places.query_ends, places.key_ends)),
+            places.longest_query, places.longest_key, softmax_scale=scaling, causal=True, softcap=softcap or 0.0,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
+        )  # fmt: skip
+        return states.unflatten(0, (copies, -1))
+
+    @cached_property
+    def _flash_places(self) -> FlashPlaces:
+        keys = [np.concatenate(segment) for segment in self.segments]
+        own, read = [len(own) for _, own in self.segments], list(map(len, keys))
+        device = self.order.device
+        query_ends, key_ends = (torch.tensor(lengths, device=device).cumsum(0).int() for lengths in (own, read))
+        return FlashPlaces(torch.from_numpy(np.concatenate(keys)).to(device), query_ends, key_ends, max(own), max(read))
+
+
+class FlashPlaces(NamedTuple):
+    """keys: (K,), the places of what each sequence reads, one behind the other. query_ends, key_ends: (sequences,)
+    int32, where those of each sequence end."""
+
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    longest_query: int
+    longest_key: int
 
 
 def _taken(x: Tensor, places: Tensor) -> Tensor:
@@ -177,7 +217,9 @@ def layout_of(input_ids: Tensor, attention_mask: Tensor) -> Layout | None:
     if count > WORTHWHILE * ids.size or not all(map(len, rows)):
         return None
     sources, positions = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-    places, units, at = np.zeros(ids.shape, dtype=np.int64), list[Unit](), 0
+    places, at = np.zeros(ids.shape, dtype=np.int64), 0
+    units: list[Unit] = []
+    segments: list[tuple[Places, Places]] = []
 
     def placed(row: int, start: int, end: int) -> Places:
         nonlocal at
@@ -194,6 +236,8 @@ def layout_of(input_ids: Tensor, attention_mask: Tensor) -> Layout | None:
         alike = alike_units([Unit(prefix, [taken]) for taken in own if len(taken)])
         units += [Unit(prefix, [unit.own[0] for unit in some]) for some in alike]
         units += [Unit(prefix[:0], [prefix])] if shared else []
+        segments += [(prefix[:0], prefix)] if shared else []
+        segments += [(prefix, taken) for taken in own if len(taken)]
     sets, device = alike_units(units), input_ids.device
     tables = [_table([own for unit in some for own in unit.own]) for some in sets]
     shown = np.concatenate([table.flatten() for table in tables])
@@ -209,7 +253,7 @@ def layout_of(input_ids: Tensor, attention_mask: Tensor) -> Layout | None:
         starts = np.array([len(prefix) for prefix in prefixes])
         before = (moved(_table(prefixes).clip(0)), moved(starts)) if starts.any() else (None, None)
         blocks.append(Block(moved(table.clip(0)), *before))
-    return Layout(moved(sources), moved(places), moved(positions[None]), blocks, moved(order))
+    return Layout(moved(sources), moved(places), moved(positions[None]), blocks, moved(order), segments)
 
 
 def groups_of(rows: Sequence[Places]) -> list[tuple[list[int], int]]:
@@ -265,7 +309,9 @@ def _table(rows: Sequence[Places]) -> Places:
 
 # What transformers' layers call
 
-_LAYOUT: ContextVar[Layout | None] = ContextVar("rlhf_fast_layout", default=None)
+FLASH = "flash_attention_2"
+# And the attention that the model has for rows as they are.
+_LAYOUT: ContextVar[tuple[Layout | None, str | None]] = ContextVar("rlhf_fast_layout", default=(None, None))
 
 
 class UnknownArgument(NotImplementedError):
@@ -278,7 +324,8 @@ def packed(config: PretrainedConfig, layout: Layout | None) -> Iterator[None]:
     if layout is None:
         yield
         return
-    before, token = config._attn_implementation, _LAYOUT.set(layout)
+    before = config._attn_implementation
+    token = _LAYOUT.set((layout, _LAYOUT.get()[1] if before == NAME else before))
     config._attn_implementation = NAME
     try:
         yield
@@ -291,7 +338,7 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    layout = _LAYOUT.get()
+    layout, attention = _LAYOUT.get()
     if layout is None:  # of another thread
         options: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **others)
@@ -299,11 +346,12 @@ def _attend(
     if unknown:
         raise UnknownArgument(f"its attention takes {unknown[0]}")
     layout.told.update(filter(None, [sliding_window]))
-    return layout.attend(query, key, value, sliding_window, scaling=scaling, softcap=softcap), None
+    attend = layout.attend_by_flash if attention == FLASH else layout.attend
+    return attend(query, key, value, sliding_window, scaling=scaling, softcap=softcap), None
 
 
 def _no_mask(*args: Any, **options: Any) -> Tensor | None:
-    layout = _LAYOUT.get()
+    layout, _ = _LAYOUT.get()
     if layout is None:
         return sdpa_mask(*args, **options)
     layout.masked.update(filter(None, [options.get("local_size")]))

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.models.architecture import logit_transforms, text_config
-from rlhf_fast.models.packing import layout_of
+from rlhf_fast.models.packing import FLASH, layout_of
 from rlhf_fast.models.quantized import is_quantized
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def why_not_packed(backbone: Backbone) -> tuple[str, int | None]:
     if "position_ids" not in backbone.accepted:
         return "it counts positions in a way of its own", None
     implementation = text_config(backbone.model)._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in ("sdpa", "eager", FLASH):
         return f"its attention is {implementation}", None
     ids, begin = _ordinary_ids(backbone.model, TOKENS + PADDING), TOKENS // 2
     rows = [ids[:TOKENS], ids[:begin] + ids[TOKENS:], ids[PADDING : PADDING + begin + 1]]

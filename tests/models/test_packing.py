@@ -3,6 +3,8 @@ cannot."""
 
 import itertools
 import re
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -125,6 +127,49 @@ def tokens_left(rows, labels) -> int:
         shared = next((n for n in range(min(map(len, members)), 3, -1) if len({tuple(r[:n]) for r in members}) == 1), 0)
         total -= shared * (len(members) - 1)
     return total
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal, window_size, softcap
+):
+    """flash-attn's, as its documentation (2.8.3) has it: a query and the last key of its sequence end together."""
+    assert causal
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    ends = [ends.tolist() for ends in (cu_seqlens_q, cu_seqlens_k)]
+    assert [max(j - i for i, j in itertools.pairwise(e)) for e in ends] == [max_seqlen_q, max_seqlen_k]
+    parts = []
+    for (a, b), (c, d) in zip(*map(itertools.pairwise, ends), strict=True):
+        query, key, value = q[a:b].transpose(0, 1), k[c:d].transpose(0, 1), v[c:d].transpose(0, 1)
+        groups = len(query) // len(key)
+        scores = query @ key.repeat_interleave(groups, 0).mT * (softmax_scale or q.shape[-1] ** -0.5)
+        scores = softcap * (scores / softcap).tanh() if softcap else scores
+        distance = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
+        read = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
+        scores = scores.masked_fill(~read, float("-inf")).softmax(-1)
+        parts.append((scores @ value.repeat_interleave(groups, 0)).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, 2.0)])
+def test_flash_attn_is_given_what_each_sequence_reads(monkeypatch, window, softcap):
+    """Beside our own calls: outputs and gradients, of two roles, with fewer heads of keys than of queries."""
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    _, input_ids, real = batch()
+    layout, generator = layout_of(input_ids, real), torch.Generator().manual_seed(0)
+    states = [
+        torch.randn(2, heads, len(layout.sources), 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    how = {"scaling": 0.3, "softcap": softcap}
+    made = []
+    for attend in (layout.attend, layout.attend_by_flash):
+        output = attend(*states, window, **how)
+        weights = torch.arange(output.numel(), dtype=torch.float64).view(output.shape).sin()
+        made.append([output, *torch.autograd.grad((output * weights).sum(), states)])
+    for ours, theirs in zip(*made, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # our softmax behind a cap is in fp32
 
 
 def test_half_precision_and_eager_attention_are_packed_too():
