@@ -2,13 +2,16 @@
 
 import contextlib
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from safetensors.torch import load_file
 
 from rlhf_fast.algorithms.launch import launch
 from rlhf_fast.data.reading import read_jsonl
+from tests.training.interruptions import Killed, interrupt, kill
 
 BAR = 1e-4  # of each difference: what float32 leaves of sums in another order, after a few steps of Adam
 # What has no equal: clocks, and ranks, which rounding decides between answers of one score.
@@ -18,6 +21,13 @@ UNEQUAL = {"seconds", "tokens_per_second", "spearman_length"}
 def run(values: dict[str, Any], resume: str | None = None) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         launch(None, values, dry_run=False, resume=resume, overwrite=False)
+
+
+def run_killed(values: dict[str, Any]) -> None:
+    """A run that is lost at the end of its second step, before what is saved there."""
+    with pytest.MonkeyPatch.context() as patch, suppress(Killed, Exception, SystemExit):
+        interrupt(patch, 1, kill)
+        run(values)
 
 
 class Difference(NamedTuple):

@@ -17,6 +17,8 @@ from benchmarks.scale import (
     scale_bytes,
     whole_rollout_bytes,
 )
+from rlhf_fast.data.batches import pad_batch
+from rlhf_fast.data.encoding import Example
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.loading import load_model
 from rlhf_fast.models.sharding import Shards
@@ -41,7 +43,9 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional") and not any(name in str(func) for name in WITHOUT_BYTES):
-            if str(func) in GATHERS:
+            if str(func) == "c10d.allgather_.default":
+                self.bytes["gather"] += sum(tensor.nbytes for tensors in args[0] for tensor in tensors)
+            elif str(func) in GATHERS:
                 place = GATHERS[str(func)]
                 self.bytes["gather"] += (result if place is None else args[place]).nbytes
             else:
@@ -119,6 +123,20 @@ def test_a_rollout_carries_a_copy_of_the_weights_or_one_for_each_token_of_the_lo
     layered = two.run(count_rollout, False, 7)
     flags = (7 + 1) * 4  # whether a process still samples, asked before each token and behind the last
     assert layered == [(layered_rollout_bytes(LLAMA, 2, 7), flags)] * 2
+
+
+def count_completions(count, tokens):
+    """Of an experience of rows that have so many tokens, with what its scores are."""
+    with ranks.processes():
+        example = Example([1] * tokens, 1)
+        batch = pad_batch([example] * count, 0)
+        numbers = [torch.zeros(count, tokens) for _ in range(2)]
+        return Traffic().of(lambda: ranks.all_gather_objects((batch.packed(), numbers)))[0][0]
+
+
+def test_a_token_of_a_completion_travels_in_6_bytes_and_4_for_each_number_of_it(two):
+    short, long = (two.run(count_completions, 3, tokens)[0] for tokens in (300, 800))
+    assert 0 <= (long - short) - 2 * 3 * 500 * (6 + 2 * 4) < 100  # the numbers of the shapes are pickled too
 
 
 def count_packed(folder):
