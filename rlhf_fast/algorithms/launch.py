@@ -52,6 +52,7 @@ from rlhf_fast.training.folder import (
     take_folder,
     write_rows,
 )
+from rlhf_fast.training.halving import TO_SET, is_out_of_memory
 from rlhf_fast.training.inputs import inputs_of
 from rlhf_fast.training.job import Job, seed_everything
 from rlhf_fast.training.optim import check_progress
@@ -356,6 +357,12 @@ def run_stage(
             if error.__cause__ is not None:
                 said = _with_log(folder / "error.log", error.__cause__) + said
             raise UserError(f"{error}{said}") from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory: {TO_SET}, or rollout_rows; {first_line(error)}{run.rescue(error)}"
+            ) from None
         except (OSError, SafetensorError) as error:
             refused = getattr(error, "filename", None) or folder
             raise UserError(f"{refused}: {refusal(error) or first_line(error)}{run.rescue(error)}") from None

@@ -1,6 +1,6 @@
 """How far the policy is from a teacher at the tokens of a completion, over the whole vocabulary, and that as a loss."""
 
-from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_fast.data.batches import Batch
 from rlhf_fast.ops.head.linear_kl import linear_kl
 from rlhf_fast.training.experience import Experience
+from rlhf_fast.training.halving import Parts
 from rlhf_fast.training.job import dropout_seed
 from rlhf_fast.training.kept import Kept
 from rlhf_fast.training.on_policy import own_parts
@@ -39,24 +40,27 @@ class Part(NamedTuple):
 def parts_of(
     job: TaughtJob, config: DivergenceConfig, taught: Experience, parts: tuple[Tensor, ...], *, read: Batch,
     kept: Kept | None = None,
-) -> Iterator[Part]:  # fmt: skip
+) -> Parts[Tensor, Part]:  # fmt: skip
     """The rows `parts` of a minibatch, those of this process, after a pass of policy and teacher each.
 
     read: the tokens as the teacher reads them. kept: what has done some of the parts before.
     """
     old, tokens = taught.scores.logprobs, taught.batch.mask[torch.cat(parts)].sum()
     assert old is not None  # scores_policy
-    dealt = own_parts(taught.batch, parts)
-    for indices, idle in dealt if kept is None else kept.undone(dealt):
+
+    def make(indices: Tensor, idle: bool) -> Part:
         batch, theirs = taught.batch.rows(indices), read.rows(indices)
         hidden = job.backbone.hidden(
             batch.input_ids, batch.attention_mask, ["policy"], dropout_seed=dropout_seed(job, config),
             lower=None if taught.lower is None else taught.lower[indices],
         )["policy"]  # fmt: skip
-        yield Part(
+        return Part(
             predicting(hidden, batch), predicting(teacher_hidden(job, theirs), theirs),
             batch.input_ids[batch.mask.bool()], old[indices][batch.mask.bool()], tokens, idle,
         )  # fmt: skip
+
+    deal = partial(own_parts, taught.batch, parts)
+    return Parts(job, "update", deal, make, before=None if kept is None else kept.before)
 
 
 def divergence_of(job: TaughtJob, config: DivergenceConfig) -> Loss[Part]:

@@ -21,6 +21,7 @@ from rlhf_fast.rollout import Drawing, Rollout, agreement, roll_out, token_that_
 from rlhf_fast.training import ranks as processes
 from rlhf_fast.training.config import RolloutConfig, SamplingConfig
 from rlhf_fast.training.engine import engine_of
+from rlhf_fast.training.halving import in_passes
 from rlhf_fast.training.job import Job, random_state, seed_everything, set_random_state
 from rlhf_fast.training.joined import joined, on_device
 from rlhf_fast.training.kept import keep
@@ -301,7 +302,8 @@ def sampler_gap(job: Job, config: SamplingConfig, rollout: Rollout) -> dict[str,
     token: of whole completions, those that have the most padding on the left."""
     assert rollout.sampler is not None
     shortest = torch.tensor([len(p.ids) for p in rollout.prompts]).argsort(stable=True)
-    rows = shortest[: config.micro_batch_size or len(shortest)]
+    size = config.micro_batch_size or len(shortest)
+    rows = shortest[: min(size, job.most_rows.get("scoring", size))]
     sampler = replace(rollout.sampler, logprobs=rollout.sampler.logprobs[rows], drawn=rollout.sampler.drawn[rows])
     comparison = agreement(job.backbone, rollout.batch.rows(rows), sampler, config.temperature)
     return {"sampler_gap": comparison.gap, "sampler_gap_limit": comparison.bar}
@@ -320,12 +322,10 @@ def score(
     batch = rollout.batch
     size = config.micro_batch_size or len(batch)
     shared = job.backbone.shards is not None
-    lowers, passes = [], []
-    starts = list(range(0, len(batch), size))
-    for start in starts + [0] * job.backbone.idle_passes(len(starts)):
+
+    def scores_of(start: int, size: int) -> tuple[Tensor | None, Scores]:
         rows = batch.rows(slice(start, start + size))
         lower = job.backbone.lower(rows.input_ids, rows.attention_mask)
-        lowers.append(lower)
         scored = partial(
             job.backbone.score, rows.input_ids, rows.attention_mask, rows.mask, mask_count=rows.count,
             temperature=config.temperature, lower=lower, policy=policy, exact_kl=exact_kl, ranks=ranks,
@@ -333,9 +333,14 @@ def score(
         )  # fmt: skip
         # Hidden states are larger than what is worth keeping.
         what = f"scores {start} of {size}"
-        passes.append(scored() if config.loss_kl is not None else kept_scores(job, what, scored, together=shared))
+        scores = scored() if config.loss_kl is not None else kept_scores(job, what, scored, together=shared)
         signals.heed()
-    lowers, passes = lowers[: len(starts)], passes[: len(starts)]
+        return lower, scores
+
+    made = list(in_passes(job, "scoring", len(batch), size, scores_of))
+    for _ in range(job.backbone.idle_passes(len(made))):
+        scores_of(0, size)
+    lowers, passes = zip(*made, strict=True)
     joined: dict[str, Any] = {f.name: _joined([getattr(p, f.name) for p in passes]) for f in fields(Scores)}
     return _joined(lowers), Scores(**joined)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
+from torch import nn
 
 from rlhf_fast.data.encoded import Encoded
 from rlhf_fast.data.encoding import Encoder
@@ -50,10 +51,22 @@ class Job:
     bad_tensor: str | None = None  # of the last update that was skipped
     kept: "Kept | None" = None  # what the present step has made; None outside of a step
     engine: str | Engine | None = None  # what samples; None: none was needed yet
+    most_rows: dict[str, int] = field(default_factory=dict)  # of a kind of pass that has once not fitted the memory
 
     @property
     def device(self) -> torch.device:
         return next(self.backbone.model.parameters()).device
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every weight of the model trains."""
+        return FULL in self.optimizers
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Those of all optimizers."""
+        optimizers = self.optimizers.values()
+        return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
     def changing_adapters(self) -> list[str]:
         """The adapters that this run trains or moves."""

@@ -64,7 +64,8 @@ class Kept:
         self._minibatch = 0  # of the step, from 0
         self._sums: list[dict[str, Tensor]] = []  # of its micro-batches so far
         self._passing: dict[str, Any] = {}  # behind the last of them
-        self._before = 0  # of its micro-batches that were done before, and that `undone` has not left out yet
+        self._before = 0  # rows of its micro-batches that were done before, and that `before` has not told of yet
+        self._done = 0  # rows of its micro-batches so far
         self.logprobs: list[tuple[Tensor, Tensor]] = []  # (rows, log-probabilities) of its micro-batches so far
         # Seconds that the last writing of updates or sums took, when that was, and when the first micro-batch began.
         self._cost, self._written, self._started = 0.0, 0.0, 0.0
@@ -125,29 +126,31 @@ class Kept:
         return self._results[-1]
 
     def sums(self) -> list[dict[str, Tensor]]:
-        """The metrics of this process's micro-batches that were done before, whose gradients are put back; `undone`
-        leaves them out."""
+        """The metrics of this process's micro-batches that were done before, whose gradients are put back; `before`
+        says which."""
         self._started = self._written = time.monotonic()
         stored = read(self._gradients, self._key_of_sums()) if self.active else None
         if stored is None:
             return []
-        for parameter, gradient in zip(self._parameters(), stored["gradients"], strict=True):
+        for parameter, gradient in zip(self.job.trained_parameters, stored["gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
         restore_passing(self.job, stored["passing"])
         device = self.job.device
         self._sums = [{name: value.to(device) for name, value in part.items()} for part in stored["sums"]]
-        self._before, self.logprobs = len(self._sums), [(rows, made.to(device)) for rows, made in stored["logprobs"]]
+        self._before = self._done = stored["rows"]
+        self.logprobs = [(rows, made.to(device)) for rows, made in stored["logprobs"]]
         return list(self._sums)
 
-    def undone(self, parts: Sequence[T]) -> Sequence[T]:
-        """Of this process's micro-batches, or of the next ones of them, those that were not done before."""
-        done = min(self._before, len(parts))
+    def before(self, rows: int) -> int:
+        """How many of this process's rows, or of the next ones of them, were done before."""
+        done = min(self._before, rows)
         self._before -= done
-        return parts[done:]
+        return done
 
-    def keep_sums(self, sums: list[dict[str, Tensor]]) -> None:
-        """The metrics of the micro-batches so far; their gradients are where an optimizer finds them."""
-        self._sums, self._passing = list(sums), passing_state(self.job)
+    def keep_sums(self, sums: list[dict[str, Tensor]], rows: int) -> None:
+        """The metrics of the micro-batches so far, of so many rows; their gradients are where an optimizer finds
+        them."""
+        self._sums, self._done, self._passing = list(sums), rows, passing_state(self.job)
         if FULL not in self.job.optimizers and time.monotonic() - self._written >= PATIENCE * self._cost:
             self._write_sums()
 
@@ -250,13 +253,9 @@ class Kept:
                     row[: len(of_row)] = of_row
         return {"value": made, "random": random_state()}
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        optimizers = self.job.optimizers.values()
-        return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-
     def _worth_writing(self) -> bool:
         """Whether making the sums took longer than writing them does, which of all weights of a model is long."""
-        size = sum(p.grad.nbytes for p in self._parameters() if p.grad is not None) * ranks.world()
+        size = sum(p.grad.nbytes for p in self.job.trained_parameters if p.grad is not None) * ranks.world()
         return FULL not in self.job.optimizers or time.monotonic() - self._started >= size / SPEED
 
     def _write_updates(self) -> None:
@@ -265,8 +264,8 @@ class Kept:
             self._write_timed(self._updates, self._state, {"results": self._results, "state": state})
 
     def _write_sums(self) -> None:
-        gradients = [p.grad for p in self._parameters()]
-        made = {"sums": self._sums, "logprobs": self.logprobs[: len(self._sums)], "passing": self._passing}
+        gradients = [p.grad for p in self.job.trained_parameters]
+        made = {"sums": self._sums, "rows": self._done, "logprobs": self.logprobs, "passing": self._passing}
         self._write_timed(self._gradients, self._key_of_sums(), made | {"gradients": gradients})
 
     def _key_of_sums(self) -> str:

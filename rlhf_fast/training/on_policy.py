@@ -27,6 +27,7 @@ from rlhf_fast.training.experience import (
     sampler_gap,
     samples_of,
 )
+from rlhf_fast.training.halving import Parts
 from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.kept import Kept
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, learning_rate, set_learning_rates, update
@@ -199,7 +200,7 @@ def minibatches(config: RolloutConfig, size: int) -> Iterator[tuple[Tensor, ...]
 def micro_batches(
     job: Job, config: RolloutConfig, experience: Experience, parts: tuple[Tensor, ...], *, together: int = 1,
     kept: Kept | None = None,
-) -> Iterator[Rows]:  # fmt: skip
+) -> Parts[Tensor, Rows]:  # fmt: skip
     """The rows `parts` of a minibatch, those of this process, each after a forward pass of every role that trains.
 
     together: see `own_parts`. kept: what has done some of them before.
@@ -210,23 +211,34 @@ def micro_batches(
     tokens, sequences = mask.sum(), mask.any(1).sum()
     sampler = experience.rollout.sampler if config.sampler_correction else None
     roles = [role for role in job.optimizers if role in backbone.adapters]  # the others are heads on theirs
-    first: list[tuple[Tensor, Tensor]] = [] if kept is None else kept.logprobs
-    dealt = own_parts(batch, parts, together=together, whole=config.compares_rows)
-    for indices, idle in dealt if kept is None else kept.undone(dealt):
+    own: list[tuple[Tensor, Tensor]] = []
+
+    def make(indices: Tensor, idle: bool) -> Rows:
         part = batch.rows(indices)
         lower = None if experience.lower is None else experience.lower[indices]
         hidden = backbone.hidden(
             part.input_ids, part.attention_mask, roles, lower=lower, dropout_seed=dropout_seed(job, config),
         )  # fmt: skip
         kl, logprobs, entropy = predictions(job, config, hidden["policy"], part, experience.scores.ref_hidden, indices)
-        if not idle and experience.scores.logprobs is None:
-            first.append((indices, logprobs.detach()))
-        yield Rows(
+        return Rows(
             indices, replace(part, mask=learnt[indices]), hidden, logprobs, entropy, experience.old_logprobs(indices),
             experience.scores.ref_logprobs[indices], None if sampler is None else sampler.logprobs[indices], kl,
             tokens, sequences, idle,
         )  # fmt: skip
-    experience.keep_logprobs(first)
+
+    def made() -> list[tuple[Tensor, Tensor]]:
+        """Of the first minibatch, where the policy was not scored."""
+        return own if kept is None else kept.logprobs
+
+    def scored(rows: Rows) -> None:
+        if not rows.idle and experience.scores.logprobs is None:
+            made().append((rows.indices, rows.logprobs.detach()))
+
+    return Parts(
+        job, "update", partial(own_parts, batch, parts, together=together, whole=config.compares_rows), make,
+        together=together, whole=config.compares_rows, before=None if kept is None else kept.before,
+        learnt=scored, end=lambda: experience.keep_logprobs(made()),
+    )  # fmt: skip
 
 
 def own_parts(

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.training import ranks
+from rlhf_fast.training import halving, ranks
 from rlhf_fast.training.config import Config, RolloutConfig
+from rlhf_fast.training.halving import Parts
 from rlhf_fast.training.job import FULL, Job
 from rlhf_fast.training.kept import Kept
 
@@ -76,17 +78,28 @@ def accumulate(
     collected = [] if kept is None else kept.sums()
     for _ in collected if ranks.world() > 1 else ():
         ranks.heed()  # as often as the processes that have done fewer of them
-    terms = [(loss, parts, True), *([] if beside is None else [(*beside, False)])]
-    for of_rows, rows, counts in ((of_rows, rows, counts) for of_rows, those, counts in terms for rows in those):
+
+    def learn(of_rows: Loss[Any], counts: bool, rows: Any) -> dict[str, Tensor]:
         total, metrics = of_rows(rows)
         (0.0 * total if rows.idle else total).backward()
         metrics = {"loss": total, **metrics} if counts else metrics
         # The extremes of idle rows are among those of the process that has them.
         found = {name: metric.detach() for name, metric in metrics.items()}
-        collected.append({n: 0.0 * m if rows.idle and n not in EXTREMES else m for n, m in found.items()})
-        if kept is not None:
-            kept.keep_sums(collected)
-        ranks.heed()
+        return {n: 0.0 * m if rows.idle and n not in EXTREMES else m for n, m in found.items()}
+
+    terms: list[tuple[Loss[Any], Iterable[Any], bool]] = [(loss, parts, True)]
+    terms += [] if beside is None else [(*beside, False)]
+    finished = 0  # rows of the terms that are over
+    for of_rows, those, counts in terms:
+        for made in halving.each(those, partial(learn, of_rows, counts)):
+            if made is None:
+                collected.clear()
+                continue
+            collected.append(made)
+            if kept is not None and isinstance(those, Parts):
+                kept.keep_sums(collected, finished + those.done)
+            ranks.heed()
+        finished += those.done if isinstance(those, Parts) else 0
     if kept is not None:
         kept.close()
     names = dict.fromkeys(name for part in collected for name in part)

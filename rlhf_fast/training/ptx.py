@@ -7,7 +7,7 @@ multiplies a mean over tokens, as the policy loss is one. Ouyang et al. 2022 (22
 of log p(x) over whole sequences, and its code is not public: their 27.8 may belong to sums over tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from pydantic import Field
 from torch import Tensor
@@ -53,7 +53,7 @@ def add_ptx(job: Job, config: PtxConfig) -> None:
     job.pretraining = encode_rows(job.encoder, rows, supervised.encode, "ptx_data")
 
 
-def ptx_term(job: Job, config: PtxConfig, rows: int) -> tuple[Loss[Rows], Iterator[Rows]]:
+def ptx_term(job: Job, config: PtxConfig, rows: int) -> tuple[Loss[Rows], Iterable[Rows]]:
     """The loss, and the next examples, that are learnt beside a minibatch of `rows` completions.
 
     How many were taken is among the counters, so that a resumed run goes on where it was.

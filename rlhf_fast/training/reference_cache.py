@@ -15,6 +15,7 @@ from rlhf_fast.models.pieces import whole_tensor
 from rlhf_fast.training import ranks
 from rlhf_fast.training.config import Config
 from rlhf_fast.training.folder import REFERENCE_FILE, replace_file
+from rlhf_fast.training.halving import Parts
 from rlhf_fast.training.job import Job
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.supervised import answer_logprobs, padded, sequences_of, shared_out
@@ -104,9 +105,12 @@ def reference_logprobs(
     job: Job, config: Config, examples: Sequence[Any], logprobs: Logprobs = answer_logprobs
 ) -> Tensor:
     """(examples, K): the reference's log-probability of each of the K answers of every example, in nats."""
-    made = []
-    for rows, idle in shared_out(examples, config.micro_batch_size or config.batch_size):
+
+    def of_part(rows: list[int], idle: bool) -> list[tuple[list[int], Tensor]]:
         part = [examples[row] for row in rows]
         sums = logprobs(job, config, "reference", padded(job, part)).view(-1, len(part)).T
-        made += [] if idle else [(rows, sums)]
-    return ranks.in_order(made).to(job.device)
+        return [] if idle else [(rows, sums)]
+
+    size = config.micro_batch_size or config.batch_size
+    parts = Parts(job, "reference", lambda: shared_out(examples, size), of_part)
+    return ranks.in_order([one for made in parts.each(lambda made: made) for one in made or ()]).to(job.device)

@@ -15,8 +15,9 @@ from rlhf_fast.data.batches import Batch, pad_batch, shuffled_indices
 from rlhf_fast.data.encoded import Encoded
 from rlhf_fast.data.encoding import Encoder, Example
 from rlhf_fast.data.reading import Row
-from rlhf_fast.training import ranks
+from rlhf_fast.training import halving, ranks
 from rlhf_fast.training.config import Config
+from rlhf_fast.training.halving import Parts
 from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.kept import Kept
 from rlhf_fast.training.optim import Loss, accumulate, as_numbers, learning_rate, set_learning_rates, update
@@ -83,27 +84,38 @@ def learn(job: Job, config: Config, run: Run, step: int, indices: Sequence[int],
 def held_out_metrics(job: Job, config: Config, loss: Loss[Rows]) -> dict[str, float]:
     """The loss and its metrics over all held-out examples, as one batch in parts."""
     size, totals = config.micro_batch_size or config.batch_size, defaultdict[str, float](float)
-    for rows in micro_batches(job, job.held_out, range(len(job.held_out)), size, whole=config.compares_rows):
+
+    def judged(rows: Rows) -> dict[str, float]:
         part, metrics = loss(rows)
-        for name, value in as_numbers({"loss": part, **metrics}).items():
-            totals[name] += 0.0 if rows.idle else value
+        return {n: 0.0 if rows.idle else m for n, m in as_numbers({"loss": part, **metrics}).items()}
+
+    parts = micro_batches(job, job.held_out, range(len(job.held_out)), size, whole=config.compares_rows)
+    for made in halving.each(parts, judged):
+        for name, value in (made or {}).items():
+            totals[name] += value
     return dict(zip(totals, ranks.all_sum(torch.tensor([*totals.values()], dtype=torch.float64)).tolist(), strict=True))
 
 
 def micro_batches(
     job: Job, data: Sequence[Any], indices: Sequence[int], size: int | None, *, whole: bool = False,
     kept: Kept | None = None,
-) -> Iterator[Rows]:  # fmt: skip
+) -> Parts[list[int], Rows]:  # fmt: skip
     """One batch, the examples `indices` of `data`: those of this process in parts of at most `size` examples.
 
     whole: the parts are those of one process, each in one of the processes. kept: what has done some of them before.
     """
     examples = [data[i] for i in indices]
     tokens = sum(sum(sequence.learnt[1:]) for sequence in sequences_of(examples))
-    dealt: Sequence[ranks.Part] = shared_out(examples, size, together=(size or len(indices)) if whole else 1)
-    for places, idle in dealt if kept is None else kept.undone(dealt):
+
+    def make(places: list[int], idle: bool) -> Rows:
         part = [indices[place] for place in places]
-        yield Rows(part, padded(job, [data[i] for i in part]), len(indices), max(1, tokens), idle)
+        return Rows(part, padded(job, [data[i] for i in part]), len(indices), max(1, tokens), idle)
+
+    return Parts(
+        job, "update" if torch.is_grad_enabled() else "evaluation",
+        lambda: shared_out(examples, size, together=(size or len(indices)) if whole else 1), make, whole=whole,
+        before=None if kept is None else kept.before,
+    )  # fmt: skip
 
 
 def shared_out(examples: Sequence[Any], size: int | None, *, together: int = 1) -> list[ranks.Part]:
