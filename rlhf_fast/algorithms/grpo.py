@@ -64,7 +64,11 @@ class AlgorithmConfig(RolloutConfig):
 
     @property
     def scores_policy(self) -> bool:
-        return super().scores_policy or self.advantage == "optimal_token_baseline"
+        return super().scores_policy or self.needs_collisions
+
+    @property
+    def needs_collisions(self) -> bool:
+        return self.advantage == "optimal_token_baseline"
 
 
 def prepare(config: AlgorithmConfig) -> Job:

@@ -17,6 +17,8 @@ from rlhf_fast.rollout.drawing import Drawing, spread_of
 from rlhf_fast.rollout.engines import sample_rows
 from rlhf_fast.rollout.rows import Row
 
+ROUNDING = 1e-4  # nats per token, of the worst row: ten times what float32 makes of a small model
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -34,6 +36,11 @@ class Agreement:
     @property
     def holds(self) -> bool:
         return self.gap <= self.bar  # False for NaN
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the sampler's may stand for the scored ones."""
+        return self.holds and self.gap <= ROUNDING
 
     def __str__(self) -> str:
         return (

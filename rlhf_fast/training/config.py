@@ -364,6 +364,11 @@ class RolloutConfig(SamplingConfig):
         """
         return self.num_minibatches > 1 or self.lora_dropout > 0 or self.kl_coef > 0
 
+    @property
+    def needs_collisions(self) -> bool:
+        """Whether the policy's sums of squared probabilities are asked for, which only a scoring pass gives."""
+        return False
+
     @field_validator("objective", mode="before")
     @classmethod
     def _objective(cls, value: Any, info: ValidationInfo) -> PolicyObjective:

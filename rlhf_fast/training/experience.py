@@ -132,6 +132,7 @@ def collect(
     score_policy: bool = True,
     keep_sampler: bool = False,
     exact_kl: bool = False,
+    collisions: bool = False,
     mixture: float = 0.0,
     ranks: bool = False,
     drawing: Drawing | None = None,
@@ -139,22 +140,29 @@ def collect(
     """Sample a completion for each prompt and score all roles in one traversal (micro_batch_size rows at a time).
 
     score_policy: False leaves the policy's log-probabilities to the first minibatch, which must have all rows: its
-    weights are still those that sampled. keep_sampler: the rollout has the sampler's log-probabilities. exact_kl: the
-    experience's KL is over the whole vocabulary. mixture: the weight of the reference in what samples. ranks: also
-    the sampled tokens' ranks by the reference. drawing: what draws the tokens in the policy's place.
+    weights are still those that sampled. keep_sampler: the rollout has the sampler's log-probabilities, which are the
+    policy's where they are, to rounding, those of a scoring pass. exact_kl: the experience's KL is over the whole
+    vocabulary. collisions: the scores have them. mixture: the weight of the reference in what samples. ranks: also the
+    sampled tokens' ranks by the reference. drawing: what draws the tokens in the policy's place.
     """
+    sampler_scores = job.sampler_scores and not (exact_kl or collisions or mixture) and drawing is None
     early = any(rewards.early for rewards in judges_of(job))
     own = own_prompts(prompts)
     asked = [prompts[row] for row in own.rows]
     rollout = roll_out(
         job.backbone, job.encoder.tokenizer, asked, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, rows_per_pass=config.rollout_rows,
-        chunk=config.rollout_chunk, keep=partial(keep, job), keep_logprobs=keep_sampler,
+        chunk=config.rollout_chunk, keep=partial(keep, job),
+        keep_logprobs=keep_sampler or (score_policy and sampler_scores),
         on_finished=(lambda row, *of_row: submit(job, row, asked[row], *of_row)) if early else None,
         mixture=mixture, drawing=drawing, row_ids=own.rows, engine=engine_of(job, config),
     )  # fmt: skip
     with everyone_alike(job):
-        experience = judge(job, config, rollout, score_policy=score_policy, exact_kl=exact_kl, ranks=ranks)
+        by_pass = score_policy and not sampler_scores
+        experience = judge(job, config, rollout, score_policy=by_pass, exact_kl=exact_kl, ranks=ranks)
+    if score_policy and sampler_scores:
+        assert rollout.sampler is not None
+        experience.scores = replace(experience.scores, logprobs=rollout.sampler.logprobs)
     return gathered(experience, prompts, own)
 
 

@@ -52,6 +52,7 @@ class Job:
     kept: "Kept | None" = None  # what the present step has made; None outside of a step
     engine: str | Engine | None = None  # what samples; None: none was needed yet
     most_rows: dict[str, int] = field(default_factory=dict)  # of a kind of pass that has once not fitted the memory
+    sampler_scores: bool = False  # the sampler's log-probabilities are, to rounding, those of a scoring pass
 
     @property
     def device(self) -> torch.device:

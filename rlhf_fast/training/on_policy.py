@@ -79,7 +79,14 @@ def experiences(
         if config.final_reward_weights is not None:
             assert job.rewards is not None
             job.rewards.reweigh(reward_weights_at(config, step))
-        more = partial(sample, job, config, score_policy=config.scores_policy, exact_kl=exact_kl)
+        more = partial(
+            sample,
+            job,
+            config,
+            score_policy=config.scores_policy,
+            exact_kl=exact_kl,
+            collisions=config.needs_collisions,
+        )
         compared = step == run.start == 0
         experience = more(prompts_of_step(job, config, step), keep_sampler=config.sampler_correction or compared)
         told = (

@@ -418,6 +418,7 @@ def try_rewards(job: Job, config: SamplingConfig, prompts: Sequence[Prompt]) -> 
                     f"the model does not sample from the distribution that it is scored by; {comparison} (an "
                     "architecture that is not safe under left padding, or one that changes its logits while generating)"
                 )
+            job.sampler_scores = comparison.is_rounding
         short = config.model_copy(update={"max_new_tokens": tokens})
         experience = collect(job, short, prompts[:2], keep_sampler=not isinstance(engine, str))
         if not isinstance(engine, str):

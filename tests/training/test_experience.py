@@ -62,17 +62,24 @@ def trained(algorithm, steps, **changes):
     return job, log.metrics
 
 
-@pytest.mark.parametrize(("algorithm", "changes", "passes"), [
-    ("grpo", {"ppo_epochs": 1}, ["reference", "policy"]),
-    ("grpo", {"ppo_epochs": 2}, ["reference", "policy", "policy"]),
-    ("grpo", {"ppo_epochs": 1, "num_minibatches": 2}, ["policy reference", "policy", "policy"]),
-    ("grpo", {"ppo_epochs": 1, "kl_coef": 0.1}, ["policy reference", "policy"]),
-    ("ppo", {"ppo_epochs": 1, "kl_coef": 0.0}, ["reference critic", "policy critic"]),
-    ("ppo", {"ppo_epochs": 1}, ["policy reference critic", "policy critic"]),
+@pytest.mark.parametrize(("algorithm", "changes", "sampler", "passes"), [
+    ("grpo", {"ppo_epochs": 1}, False, ["reference", "policy"]),
+    ("grpo", {"ppo_epochs": 2}, False, ["reference", "policy", "policy"]),
+    ("grpo", {"ppo_epochs": 1, "num_minibatches": 2}, False, ["policy reference", "policy", "policy"]),
+    ("grpo", {"ppo_epochs": 1, "num_minibatches": 2}, True, ["reference", "policy", "policy"]),
+    ("grpo", {"advantage": "optimal_token_baseline"}, True, ["policy reference", "policy"]),
+    ("grpo", {"ppo_epochs": 1, "kl_coef": 0.1}, False, ["policy reference", "policy"]),
+    ("grpo", {"ppo_epochs": 1, "kl_coef": 0.1}, True, ["reference", "policy"]),
+    ("ppo", {"ppo_epochs": 1, "kl_coef": 0.0}, False, ["reference critic", "policy critic"]),
+    ("ppo", {"ppo_epochs": 1}, False, ["policy reference critic", "policy critic"]),
+    ("ppo", {"ppo_epochs": 1}, True, ["reference critic", "policy critic"]),
 ], ids=str)  # fmt: skip
-def test_the_policy_is_scored_only_where_its_first_minibatch_comes_too_late(algorithm, changes, passes, monkeypatch):
-    config = config_of(algorithm, **{"num_minibatches": 1} | changes)
+def test_the_policy_is_scored_only_where_nothing_else_tells_in_time(algorithm, changes, sampler, passes, monkeypatch):
+    """Neither the first minibatch nor a sampler that is found to be the scorer."""
+    config = config_of(algorithm, **{"num_minibatches": 1, "ppo_epochs": 1} | changes)
     job, traversals, hidden = job_of(config), [], Backbone.hidden
+    assert job.sampler_scores
+    job.sampler_scores = sampler
 
     def counted(self, input_ids, attention_mask, roles, **options):
         traversals.append(" ".join(roles))
@@ -83,6 +90,20 @@ def test_the_policy_is_scored_only_where_its_first_minibatch_comes_too_late(algo
     monkeypatch.setattr(Backbone, "hidden", counted)
     load_algorithm(algorithm).train(job, config, log)
     assert traversals == passes
+
+
+def test_what_the_sampler_tells_is_what_a_scoring_pass_finds():
+    """Also under a temperature and truncation."""
+    config = config_of("grpo", temperature=0.7, top_p=0.8, max_new_tokens=12)
+    job, found = job_of(config), []
+    for job.sampler_scores in (True, False):
+        torch.manual_seed(7)
+        found.append(collect(job, config, prompts_of_step(job, config, 0)))
+    ours, theirs = found
+    assert ours.rollout.completions == theirs.rollout.completions
+    torch.testing.assert_close(ours.scores.logprobs, theirs.scores.logprobs, rtol=0, atol=1e-4)
+    assert ours.scores.collisions is None
+    assert theirs.scores.collisions is not None
 
 
 @pytest.mark.parametrize(("algorithm", "changes"), [
