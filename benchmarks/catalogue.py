@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import costs, memory, methods, plots, processes, reliability, roofline, scale, tables
+from benchmarks import costs, fits, memory, methods, plots, processes, reliability, roofline, scale, tables
 from benchmarks.results_file import best_of, floor_ms, source
 from benchmarks.steps import parity
 from benchmarks.steps import report as steps
@@ -175,6 +175,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "what a step carries": scale.per_step,
         "rollouts": scale.rollouts,
         "the head": scale.head,
+        "what fits a GPU": of("fits.json", fits.table),
         "the processes": of("processes.json", processes.table),
     },
     ROOT / "docs" / "reliability.md": {"the attacks": of("reliability.json", reliability.table)},

@@ -26,6 +26,7 @@ from benchmarks.machine import git
 CONTENDERS = {
     "ours": "rlhf_fast: adapters and heads on one frozen backbone",
     "ours-checkpointed": "rlhf_fast, with activation checkpointing",
+    "sft": "LoRA SFT of rlhf_fast on the same tokens: one role, one pass",
     "separate": "four models: policy + LoRA (PEFT), reference, full critic, reward",
     "separate-checkpointed": "four models, with activation checkpointing",
 }
@@ -61,18 +62,26 @@ def load(folder: str) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def losses(
-    logprobs: Tensor, old: Tensor, ref: Tensor, values: Tensor, old_values: Tensor, scores: Tensor, mask: Tensor
-):
-    """The PPO losses from what the roles said: KL-shaped rewards, GAE, whitening, clipped losses."""
+def estimates(old: Tensor, ref: Tensor, old_values: Tensor, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Whitened advantages and returns, from KL-shaped rewards by GAE."""
     import rlhf_fast as ops
 
     kl = ops.kl_estimate(old, ref, variant="k1")
     rewards = ops.shaped_rewards(scores, kl, mask=mask, kl_coef=0.05)
     advantages, returns = ops.gae(rewards, old_values, mask=mask)
-    policy, _ = ops.policy_loss(logprobs, old, ops.whiten(advantages, mask), mask=mask)
-    value, _ = ops.value_loss(values, old_values, returns, mask=mask, clip_eps=0.2)
-    return policy + 0.5 * value
+    return ops.whiten(advantages, mask), returns
+
+
+def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    import rlhf_fast as ops
+
+    return ops.policy_loss(logprobs, old, advantages, mask=mask)[0]
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    import rlhf_fast as ops
+
+    return 0.5 * ops.value_loss(values, old_values, returns, mask=mask, clip_eps=0.2)[0]
 
 
 def ours(folder: str, checkpointed: bool) -> tuple[Callable[[], None], Callable[[], list[Tensor]]]:
@@ -91,10 +100,11 @@ def ours(folder: str, checkpointed: bool) -> tuple[Callable[[], None], Callable[
 
     def update() -> None:
         old = backbone.score(ids, attention, mask)
-        hidden = backbone.hidden(ids, attention, ("policy", "critic"))
-        logprobs = backbone.logprobs(hidden["policy"], ids, mask)
-        values = backbone.values("critic", hidden["critic"])
-        losses(logprobs, old.logprobs, old.ref_logprobs, values, old.values, old.scores, mask).backward()
+        advantages, returns = estimates(old.logprobs, old.ref_logprobs, old.values, old.scores, mask)
+        logprobs = backbone.logprobs(backbone.hidden(ids, attention, ["policy"])["policy"], ids, mask)
+        policy_loss(logprobs, old.logprobs, advantages, mask).backward()
+        values = backbone.values("critic", backbone.hidden(ids, attention, ["critic"])["critic"])
+        value_loss(values, old.values, returns, mask).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -104,6 +114,24 @@ def ours(folder: str, checkpointed: bool) -> tuple[Callable[[], None], Callable[
         return [*backbone.model.parameters(), *adapters, *states(optimizers)]
 
     return update, tensors
+
+
+def sft(folder: str) -> tuple[Callable[[], None], Callable[[], list[Tensor]]]:
+    from rlhf_fast.models.backbone import Backbone
+    from rlhf_fast.models.loading import load_model
+
+    backbone = Backbone(load_model(folder, dtype=torch.float32, device="cpu"))
+    backbone.add_adapter("policy", rank=RANK)
+    optimizer = torch.optim.AdamW(backbone.parameters_of("policy"), lr=LEARNING_RATE)
+    ids, attention, mask = batch_of(backbone.model.config.vocab_size)
+
+    def update() -> None:
+        hidden = backbone.hidden(ids, attention, ["policy"])["policy"]
+        (-backbone.logprobs(hidden, ids, mask).sum() / mask.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update, lambda: [*backbone.model.parameters(), *backbone.parameters_of("policy"), *states([optimizer])]
 
 
 def separate(folder: str, checkpointed: bool) -> tuple[Callable[[], None], Callable[[], list[Tensor]]]:
@@ -138,8 +166,10 @@ def separate(folder: str, checkpointed: bool) -> tuple[Callable[[], None], Calla
             old, ref = logprobs_of(policy), logprobs_of(reference)
             old_values = nn.functional.pad(values_of(critic, value_head)[:, :-1], (1, 0))
             scores = values_of(reward, score_head)[:, -1]
+        advantages, returns = estimates(old, ref, old_values, scores, mask)
+        policy_loss(logprobs_of(policy), old, advantages, mask).backward()
         values = nn.functional.pad(values_of(critic, value_head)[:, :-1], (1, 0))
-        losses(logprobs_of(policy), old, ref, values, old_values, scores, mask).backward()
+        value_loss(values, old_values, returns, mask).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -169,8 +199,11 @@ def measure(contender: str, folder: str) -> dict[str, float]:
 
     torch.manual_seed(0)
     imported = memory_kib("VmRSS")
-    build = ours if contender.startswith("ours") else separate
-    update, tensors = build(folder, contender.endswith("checkpointed"))
+    if contender == "sft":
+        update, tensors = sft(folder)
+    else:
+        build = ours if contender.startswith("ours") else separate
+        update, tensors = build(folder, contender.endswith("checkpointed"))
     update()
     resident = resident_kib()
     update()

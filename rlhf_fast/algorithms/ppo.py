@@ -9,6 +9,7 @@ Sources: Schulman et al. 2017 (1707.06347); Ziegler et al. 2019 (1909.08593) for
 ops/advantages/gae.py.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,12 +26,13 @@ from rlhf_fast.training.critic import (
     critic_term,
     critic_values,
     explained_variance,
+    reads,
     save_critic,
 )
 from rlhf_fast.training.experience import Experience, evaluate_policy
 from rlhf_fast.training.job import Job, save_roles
 from rlhf_fast.training.on_policy import Rows, experiences, finish_step, improve, policy_term, reward_kl
-from rlhf_fast.training.optim import Loss
+from rlhf_fast.training.optim import Term, Terms
 from rlhf_fast.training.ptx import PtxConfig, add_ptx, ptx_term
 from rlhf_fast.training.reward_scale import RewardScaleConfig, follow_rewards, token_rewards
 from rlhf_fast.training.run import Run
@@ -105,15 +107,20 @@ def estimate(job: Job, config: AlgorithmConfig, experience: Experience) -> Estim
     return Estimates(advantages, returns, values)
 
 
-def loss_of(job: Job, config: AlgorithmConfig, estimates: Estimates, *, warming: bool = False) -> Loss[Rows]:
-    """The policy's loss and the critic's. warming: the critic alone learns."""
+def loss_of(job: Job, config: AlgorithmConfig, estimates: Estimates, *, warming: bool = False) -> Terms[Rows]:
+    """The policy's loss and the critic's, one after the other where each has a pass of its own. warming: the critic
+    alone learns."""
+    together = reads(config) == "policy" or job.backbone.shards is not None
 
-    def loss(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(rows: Rows) -> Iterator[Term]:
         advantages, returns, old_values = (x[rows.indices] for x in estimates)
         policy_loss, metrics = policy_term(config, rows, advantages)
+        metrics = {**metrics, "policy_loss": policy_loss.detach()}
+        policy_loss = policy_loss.detach() if warming else policy_loss
+        if not together:
+            yield policy_loss, metrics
         critic_loss, found = critic_term(job, config, rows, old_values, returns, alone=warming)
-        loss = (policy_loss.detach() if warming else policy_loss) + critic_loss
-        return loss, {**metrics, **found, "policy_loss": policy_loss}
+        yield (policy_loss + critic_loss, {**metrics, **found}) if together else (critic_loss, found)
 
     return loss
 

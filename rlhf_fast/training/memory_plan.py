@@ -175,40 +175,41 @@ class Counter:
         return ids, torch.ones_like(ids), lower
 
     def _update(self, rows: int, settings: Settings) -> int:
-        """A forward and backward of all roles that train."""
+        """A forward and backward of each role that trains, of samples one after the other."""
         backbone, config = self.backbone, self.config
         backbone.enable_checkpointing(settings.gradient_checkpointing)
         backbone.head_chunk = settings.head_chunk_tokens
         full = FULL in self.trained
         roles = [None] if full else [role for role in self.trained if role in backbone.adapters]
+        passes = [[role] for role in roles] if isinstance(config, RolloutConfig) else [roles]
+        heads = [role for role, head in backbone.heads.items() if head.weight.requires_grad]
         ids, real, lower = self._rows(rows)
-        states = backbone.hidden_size, backbone.model.dtype
 
         def function() -> None:
-            seed = 0 if config.lora_dropout else None
-            hidden = backbone.hidden(ids, real, roles, lower=lower, dropout_seed=seed)
-            total: list[Tensor] = []
-            of_tokens: dict[str, Any] = {"mask_count": rows * self.shape.learnt}
-            for role, h in hidden.items():
-                if role not in (None, "policy"):
-                    continue
-                if self._loss_kl:
-                    theirs = torch.empty(*ids.shape, states[0], dtype=states[1], device="meta")
-                    found = backbone.divergence(h, theirs, ids, real, return_entropy=True, **of_tokens)
-                    total += [found.kl.sum(), found.logprobs.sum()]  # type: ignore[union-attr]
-                elif isinstance(config, RolloutConfig):
-                    total += [backbone.logprobs(h, ids, real, return_entropy=True, **of_tokens)[0].sum()]
-                else:
-                    total += [backbone.logprobs(h, ids, real, **of_tokens).sum()]
-            for role in backbone.heads:
-                if backbone.heads[role].weight.requires_grad:
-                    total += [backbone.values(role, hidden.get(role, next(iter(hidden.values())))).sum()]
-            del hidden, h
-            sum(total[1:], total[0]).backward()
+            for some in passes:
+                hidden = backbone.hidden(ids, real, some, lower=lower, dropout_seed=0 if config.lora_dropout else None)
+                total = [self._predicted(h, ids, real) for role, h in hidden.items() if role in (None, "policy")]
+                read = [role for role in heads if role in some or (role not in backbone.adapters and role not in roles)]
+                total += [backbone.values(role, hidden.get(role, hidden[some[0]])).sum() for role in read]
+                del hidden
+                sum(total[1:], total[0]).backward()
+                del total
             for parameter in self._trained_parameters():
                 parameter.grad = None
 
         return self._peak(("update", rows, settings[1:3]), function)
+
+    def _predicted(self, hidden: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+        """What the loss reads of the policy's predictions."""
+        backbone = self.backbone
+        of_tokens: dict[str, Any] = {"mask_count": len(ids) * self.shape.learnt}
+        if self._loss_kl:
+            found = backbone.divergence(hidden, torch.empty_like(hidden), ids, real, return_entropy=True, **of_tokens)
+            assert found.logprobs is not None
+            return found.kl.sum() + found.logprobs.sum()
+        if isinstance(self.config, RolloutConfig):
+            return backbone.logprobs(hidden, ids, real, return_entropy=True, **of_tokens)[0].sum()
+        return backbone.logprobs(hidden, ids, real, **of_tokens).sum()
 
     def _scoring(self, rows: int, settings: Settings) -> int:
         """A pass of scoring of all roles."""
@@ -369,8 +370,10 @@ class Fit:
         if not isinstance(self.config, RolloutConfig) or self.config.rollout_rows is not None:
             return getattr(self.config, "rollout_rows", None)
         counter, rows = self.counter, self.counter.shape.all
-        held = counter.parts(Settings(1, True, LEAST_CHUNK, 1)).held
-        while rows > 1 and held + counter._rollout(rows) > self.budget:
+        while rows > 1:
+            parts = counter.parts(Settings(1, True, LEAST_CHUNK, rows))
+            if parts.held + parts.rollout <= self.budget:
+                break
             rows = -(-rows // 2)
         return None if rows == counter.shape.all else rows
 

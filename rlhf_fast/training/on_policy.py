@@ -30,19 +30,32 @@ from rlhf_fast.training.experience import (
 from rlhf_fast.training.halving import Parts
 from rlhf_fast.training.job import Job, dropout_seed
 from rlhf_fast.training.kept import Kept
-from rlhf_fast.training.optim import Loss, accumulate, as_numbers, learning_rate, set_learning_rates, update
+from rlhf_fast.training.optim import Loss, Terms, accumulate, as_numbers, learning_rate, set_learning_rates, update
 from rlhf_fast.training.resampling import resampled
 from rlhf_fast.training.run import Run
+
+
+class Hidden(dict[str | None, Tensor]):
+    """Role -> (M, T, D), in a pass of its own when it is asked for: what one role keeps for its backward is gone before
+    the next one begins. Of a model in shards all roles are there, from one pass."""
+
+    def __init__(self, of: Callable[[Sequence[str | None]], dict[str | None, Tensor]]) -> None:
+        super().__init__()
+        self.of = of
+
+    def __missing__(self, role: str | None) -> Tensor:
+        self[role] = self.of([role])[role]
+        return self[role]
 
 
 class Rows(NamedTuple):
     """A micro-batch of an experience, as the weights that train see it; M rows of T tokens.
 
     indices: (M,), its rows of the experience, on the CPU. batch: their tokens. hidden: role -> (M, T, D), of every role
-    that trains. logprobs, entropy: (M, T), nats, of the policy. old_logprobs: (M, T), those of the policy that sampled;
-    None: the same as logprobs. ref_logprobs: (M, T), the reference's. sampler_logprobs: (M, T), those that the sampler
-    itself gave, where `sampler_correction` asks for them. kl: (M, T), the divergence from the reference over the whole
-    vocabulary, nats, where the loss has it.
+    that trains; see Hidden. logprobs, entropy: (M, T), nats, of the policy. old_logprobs: (M, T), those of the policy
+    that sampled; None: the same as logprobs. ref_logprobs: (M, T), the reference's. sampler_logprobs: (M, T), those
+    that the sampler itself gave, where `sampler_correction` asks for them. kl: (M, T), the divergence from the
+    reference over the whole vocabulary, nats, where the loss has it.
     tokens, sequences: 0-d, what counts in the whole minibatch. idle: see ranks.Part.
     """
 
@@ -140,7 +153,7 @@ def improve(
     job: Job,
     config: RolloutConfig,
     experience: Experience,
-    loss: Loss[Any],
+    loss: Loss[Any] | Terms[Any],
     *,
     beside: Callable[[int], tuple[Loss[Any], Iterable[Any]]] | None = None,
     rows_of: Callable[..., Iterable[Any]] | None = None,
@@ -223,9 +236,12 @@ def micro_batches(
     def make(indices: Tensor, idle: bool) -> Rows:
         part = batch.rows(indices)
         lower = None if experience.lower is None else experience.lower[indices]
-        hidden = backbone.hidden(
-            part.input_ids, part.attention_mask, roles, lower=lower, dropout_seed=dropout_seed(job, config),
-        )  # fmt: skip
+        seed = dropout_seed(job, config)
+        hidden = Hidden(lambda some: backbone.hidden(
+            part.input_ids, part.attention_mask, some, lower=lower, dropout_seed=seed
+        ))  # fmt: skip
+        if backbone.shards is not None:
+            hidden.update(hidden.of(roles))
         kl, logprobs, entropy = predictions(job, config, hidden["policy"], part, experience.scores.ref_hidden, indices)
         return Rows(
             indices, replace(part, mask=learnt[indices]), hidden, logprobs, entropy, experience.old_logprobs(indices),

@@ -24,7 +24,9 @@ class Idle(Protocol):
 
 
 R = TypeVar("R", bound=Idle)
-Loss = Callable[[R], tuple[Tensor, dict[str, Tensor]]]  # what a method brings: rows -> (loss, metrics)
+Term = tuple[Tensor, dict[str, Tensor]]  # (loss, metrics)
+Loss = Callable[[R], Term]  # what a method brings: rows -> (loss, metrics)
+Terms = Callable[[R], Iterator[Term]]  # or several that add up, each made when the one before is back-propagated
 EXTREMES = ("ratio_max", "ratio_min")  # of the metrics; the others add up
 
 
@@ -63,7 +65,7 @@ def set_learning_rates(job: Job, config: Config, step: int) -> None:
 
 
 def accumulate(
-    loss: Loss[R],
+    loss: Loss[R] | Terms[R],
     parts: Iterable[R],
     kept: Kept | None = None,
     *,
@@ -79,15 +81,19 @@ def accumulate(
     for _ in collected if ranks.world() > 1 else ():
         ranks.heed()  # as often as the processes that have done fewer of them
 
-    def learn(of_rows: Loss[Any], counts: bool, rows: Any) -> dict[str, Tensor]:
-        total, metrics = of_rows(rows)
-        (0.0 * total if rows.idle else total).backward()
+    def learn(of_rows: Loss[Any] | Terms[Any], counts: bool, rows: Any) -> dict[str, Tensor]:
+        said = of_rows(rows)
+        total, metrics = torch.zeros(()), dict[str, Tensor]()
+        for term, of_term in [said] if isinstance(said, tuple) else said:
+            if isinstance(said, tuple) or term.requires_grad:  # one of several may be a constant
+                (0.0 * term if rows.idle else term).backward()
+            total, metrics = total.to(term) + term.detach(), metrics | of_term
         metrics = {"loss": total, **metrics} if counts else metrics
         # The extremes of idle rows are among those of the process that has them.
         found = {name: metric.detach() for name, metric in metrics.items()}
         return {n: 0.0 * m if rows.idle and n not in EXTREMES else m for n, m in found.items()}
 
-    terms: list[tuple[Loss[Any], Iterable[Any], bool]] = [(loss, parts, True)]
+    terms: list[tuple[Loss[Any] | Terms[Any], Iterable[Any], bool]] = [(loss, parts, True)]
     terms += [] if beside is None else [(*beside, False)]
     finished = 0  # rows of the terms that are over
     for of_rows, those, counts in terms:

@@ -73,7 +73,7 @@ def test_gradients_and_metrics_are_those_of_whole_passes(algorithm, backward, er
     expected, whole = learn(), gradients(job)
     with memory_for(1, monkeypatch, error, backward=backward) as seen:
         found = learn()
-    assert seen == [3, 2, 1, 1, 1, 1][: len(seen)]
+    assert [rows for rows in seen if rows > 1] == [3, 2]
     assert job.most_rows == {"update": 1}
     assert_close(gradients(job), whole)
     assert found.keys() == expected.keys()

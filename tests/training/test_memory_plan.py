@@ -38,13 +38,16 @@ def update(backbone: Backbone, roles: list[str], *, padded: bool) -> None:
     real[0, -1] = not padded
     mask = torch.zeros_like(ids)
     mask[:, -LEARNT:] = 1
-    hidden = backbone.hidden(ids, real, roles)
-    logprobs, _ = backbone.logprobs(hidden["policy"], ids, mask, mask_count=ROWS * LEARNT, return_entropy=True)
-    loss = logprobs.sum()
-    if "critic" in hidden:
-        loss = loss + backbone.values("critic", hidden["critic"]).sum()
-    del hidden
-    loss.backward()
+    for role in roles:  # one after the other
+        hidden = backbone.hidden(ids, real, [role])[role]
+        if role == "policy":
+            flags = {"mask_count": ROWS * LEARNT, "return_entropy": True}
+            loss = backbone.logprobs(hidden, ids, mask, **flags)[0].sum()
+        else:
+            loss = backbone.values(role, hidden).sum()
+        del hidden
+        loss.backward()
+        del loss
     for role in roles:
         for parameter in backbone.parameters_of(role):
             parameter.grad = None
