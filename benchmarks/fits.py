@@ -119,7 +119,18 @@ class Deep:
     def parts(self, settings: Settings) -> Parts:
         few, more = (counter.parts(settings) for counter in self.counters)
         steps = (self.layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-        return Parts(*(round(a + (b - a) * steps) for a, b in zip(few, more, strict=True)))
+        whole = Parts(*(round(a + (b - a) * steps) for a, b in zip(few, more, strict=True)))
+        cached = few.rollout + (self.layers - DEPTHS[0]) * self._cache_bytes(settings.rollout_rows or ROWS)
+        return whole._replace(rollout=max(whole.rollout, cached if few.rollout else 0))
+
+    def _cache_bytes(self, rows: int) -> int:
+        """Of keys and values of a layer: of all rows, and of their prompts, which a rollout begins with. In few layers
+        they are less than what a pass makes, so that a straight line would miss them."""
+        shape, model = self.shape, self.counters[0].backbone.model.config
+        rows, head = min(rows, ROWS), model.hidden_size // model.num_attention_heads
+        width = shape.width if rows == ROWS else shape.width * 3 // 2
+        prompts = -(-rows // self.config.num_generations)
+        return (rows * width + prompts * shape.prompt) * 2 * model.num_key_value_heads * head * 2
 
 
 def row_of(plan: Plan) -> dict[str, Any]:
