@@ -120,8 +120,10 @@ class Deep:
         few, more = (counter.parts(settings) for counter in self.counters)
         steps = (self.layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
         whole = Parts(*(round(a + (b - a) * steps) for a, b in zip(few, more, strict=True)))
+        if not few.rollout:
+            return whole
         cached = few.rollout + (self.layers - DEPTHS[0]) * self._cache_bytes(settings.rollout_rows or ROWS)
-        return whole._replace(rollout=max(whole.rollout, cached if few.rollout else 0))
+        return whole._replace(rollout=max(whole.rollout, cached))
 
     def _cache_bytes(self, rows: int) -> int:
         """Of keys and values of a layer: of all rows, and of their prompts, which a rollout begins with. In few layers
