@@ -2,9 +2,9 @@
 
     peak = weights + roles + what a step keeps + the largest of: a rollout, a pass of scoring, a pass that trains
 
-Passes are run on the meta device by models/counting.py with rows as long as the longest that were read, so that no
-micro-batch is larger. Bytes are those of tensors: what an allocator loses between them, and what CUDA takes for itself
-(about half a GiB), comes on top.
+Passes are run on the meta device by models/counting.py with rows as long as the longest that were read, none of which
+begins as another, so that no micro-batch is larger: what is packed (models/packing.py) takes less. Bytes are those of
+tensors: what an allocator loses between them, and what CUDA takes for itself (about half a GiB), comes on top.
 """
 
 from __future__ import annotations
