@@ -76,6 +76,9 @@ def check_logits(backbone: Backbone) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever the code of an architecture may raise
+        if backbone.shards is not None and "DTensor" in str(error):  # the type of a weight of which this has a part
+            why = "it reads the weight of an embedding itself, of which each process holds but a part: shards must be 1"
+            raise unsupported(model, why) from error
         raise unsupported(model, f"it fails on text alone: {first_line(error)}") from error
     if not difference <= bound:
         raise unsupported(model, f"its log-probabilities differ from those of its head by {difference:.3g} nats")

@@ -19,6 +19,7 @@ from rlhf_fast.rewards.speakers import LocalSpeaker
 from rlhf_fast.training import ranks
 from tests.distributed.cases import STEADY
 from tests.distributed.runs import assert_same_run, run
+from tests.models.causal_models import make_causal
 from tests.models.tiny_models import add_roles, make_batch, make_model, scramble
 from tests.training.tiny_runs import values_of
 
@@ -230,6 +231,17 @@ def test_what_cannot_be_split_is_said_in_every_process(two):
         Shards(2, CPU)
     assert two.run(why_not, 3, "") == ["shards must divide the number of processes, 2, got 3"] * 2
     assert two.run(why_not, 2, "/nowhere") == ["model /nowhere cannot be loaded: there is no such folder"] * 2
+
+
+def why_no_backbone(kind):
+    with ranks.processes(), pytest.raises(UserError) as error:
+        Backbone(make_causal(kind), Shards(ranks.world(), CPU))
+    return str(error.value)
+
+
+def test_a_model_that_reads_a_part_of_a_weight_as_if_it_were_whole_is_refused_with_why(two):
+    why = "it reads the weight of an embedding itself, of which each process holds but a part: shards must be 1"
+    assert two.run(why_no_backbone, "gemma4") == [f"unsupported architecture Gemma4ForConditionalGeneration: {why}"] * 2
 
 
 RUNS = {
