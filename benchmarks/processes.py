@@ -13,7 +13,8 @@ def table(results: dict[str, Any]) -> str:
     for module in dict.fromkeys(case["module"] for case in cases):
         own = [case["differences"] for case in cases if case["module"] == module]
         worst = [max((max(found[kind]) for found in own if kind in found), default=None) for kind in kinds]
-        cells = ("not split" if value is None else f"{value:.1e}" for value in worst)
+        none = ["not split" if "shards" in kind else "not run" for kind in kinds]
+        cells = (gap if value is None else f"{value:.1e}" for value, gap in zip(worst, none, strict=True))
         lines.append(f"| `{module}` | {len(own)} | {' | '.join(cells)} |")
     commits = ", ".join(sorted({commit[:7] for case in cases for commit in case["commits"].values()}))
     machine = results["machine"]
