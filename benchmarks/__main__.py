@@ -2,6 +2,7 @@
 
     python -m benchmarks --out out/cpu.json                      groups bars, ops and ragged, on the GPU if there is one
     python -m benchmarks --group bars --out out/bars.json        the cases with bars alone
+    python -m benchmarks --group products --out out/products.json  products of few rows, as in generation
     python -m benchmarks --group scaling --out out/scaling.json  contexts to 128k tokens, vocabularies to 262k
     python -m benchmarks --out out/new.json --compare out/old.json
     python -m benchmarks report out/cpu.json --out out/report    tables and plots; also with --compare

@@ -12,6 +12,7 @@ GROUPS = {
     "bars": "Cases with bars",
     "ops": "Every op",
     "ragged": "Ragged batches",
+    "products": "Products of few rows",
     "scaling": "Growing contexts and vocabularies",
 }
 ROUNDING = 1e-6  # errors below it are of the last bits of float32

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 
 #include "cpu/distributional_value_loss.h"
@@ -89,6 +90,54 @@ cpu::Gae gae_call(Address rewards, Address values, int dtype, const std::array<i
           .value_stride = strides[1], .sequences = sequences(s), .gamma = rates[0], .lam = rates[1],
           .value_lam = rates[2], .lams = at<double>(lams), .decoupled = decoupled, .advantages = at<>(outputs[0]),
           .returns = at<>(outputs[1])};
+}
+
+// --- Tensors as they are, for what is called with few numbers: each step of Python costs as much as a hundred of them ---
+
+py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+// A name is made an object once, in each place.
+#define RLHF_NAME(NAME) ([] { static PyObject* const name = PyUnicode_InternFromString(NAME); return name; }())
+#define RLHF_CALLED(OBJECT, METHOD) checked(PyObject_CallMethodNoArgs((OBJECT).ptr(), RLHF_NAME(METHOD)))
+
+// Throws ValueError where memory holds no elements, or not these but their negatives.
+void* address_of(py::handle tensor) {
+  const auto address = RLHF_CALLED(tensor, "data_ptr").cast<Address>();
+  if (RLHF_CALLED(tensor, "is_neg").ptr() == Py_True || (!address && RLHF_CALLED(tensor, "numel").cast<int64_t>()))
+    throw py::value_error("a kernel takes a tensor whose elements are in memory");
+  return at<>(address);
+}
+
+DType dtype_of(py::handle tensor) {
+  static const auto types = [] {
+    std::array<PyObject*, 4> found;
+    const auto torch = py::module_::import("torch");
+    const char* const names[] = {"float32", "float64", "bfloat16", "float16"};  // in the order of DType
+    for (int i = 0; i < 4; ++i) found[i] = py::object(torch.attr(names[i])).release().ptr();
+    return found;
+  }();
+  const py::object dtype = checked(PyObject_GetAttr(tensor.ptr(), RLHF_NAME("dtype")));
+  const auto place = std::find(types.begin(), types.end(), dtype.ptr());
+  if (place == types.end()) throw py::type_error("a kernel takes a tensor of floats");
+  return DType(place - types.begin());
+}
+
+// The address of a contiguous tensor; null for None.
+void* packed(py::handle tensor) {
+  if (tensor.is_none()) return nullptr;
+  if (RLHF_CALLED(tensor, "is_contiguous").ptr() != Py_True)
+    throw py::value_error("a kernel takes a contiguous tensor");
+  return address_of(tensor);
+}
+
+// (rows, columns), or (columns,) as one row, or () for all elements.
+cpu::Plane plane_of(py::handle tensor) {
+  const auto strides = py::reinterpret_borrow<py::tuple>(RLHF_CALLED(tensor, "stride"));
+  const size_t n = strides.size();
+  return {address_of(tensor), dtype_of(tensor), n > 1 ? strides[0].cast<int64_t>() : 0,
+          n > 0 ? strides[n - 1].cast<int64_t>() : 0};
 }
 
 // address, type code, row stride, column stride
@@ -218,21 +267,30 @@ PYBIND11_MODULE(_native, m) {
       },
       Release());
 
-  // variant: a functor of math/losses.h; outputs = loss, metrics, divisor, one coefficient per differentiable input
-  m.def(
-      "masked_loss",
-      [](const std::string& variant, const std::vector<PlaneArguments>& inputs, Address mask, Address denominator,
-         const std::vector<double>& parameters, int64_t rows, int64_t columns, bool is_double,
-         const std::vector<Address>& outputs, int threads) {
-        cpu::Loss op{.inputs = {}, .mask = at<uint8_t>(mask), .denominator = at<>(denominator),
-                     .parameters = parameters, .rows = rows, .columns = columns, .is_double = is_double,
-                     .loss = at<>(outputs[0]), .metrics = at<>(outputs[1]), .divisor = at<>(outputs[2]),
-                     .coefficients = {}};
-        for (const auto& input : inputs) op.inputs.push_back(plane(input));
-        for (size_t k = 3; k < outputs.size(); ++k) op.coefficients.push_back(at<>(outputs[k]));
-        cpu::masked_loss(variant, op, threads);
-      },
-      Release());
+  // numbers = the name of a functor of math/losses.h and its parameters; inputs: tensors, or None, for which `absent` has
+  // a number, or which the functor does not read; over = mask, denominator; outputs = loss, metrics, coefficients
+  m.def("masked_loss", [](const py::tuple& numbers, const py::tuple& inputs, const py::tuple& absent,
+                          const py::tuple& over, const py::list& outputs, int threads) {
+    std::vector<double> elsewhere(inputs.size());
+    const auto sizes = py::reinterpret_borrow<py::tuple>(RLHF_CALLED(py::object(inputs[0]), "size"));
+    cpu::Loss op{.inputs = {}, .mask = static_cast<const uint8_t*>(packed(over[0])), .denominator = packed(over[1]),
+                 .parameters = {}, .rows = 1, .columns = 1, .is_double = dtype_of(outputs[0]) == DType::f64,
+                 .loss = packed(outputs[0]), .metrics = packed(outputs[1]),
+                 .metric_count = RLHF_CALLED(py::object(outputs[1]), "numel").cast<int>(), .coefficients = {}};
+    for (const auto& size : sizes) op.rows *= op.columns, op.columns = size.cast<int64_t>();
+    for (size_t k = 0; k < inputs.size(); ++k) {
+      if (!inputs[k].is_none()) op.inputs.push_back(plane_of(inputs[k]));
+      else if (!absent.empty()) {
+        elsewhere[k] = absent[k - inputs.size() + absent.size()].cast<double>();
+        op.inputs.push_back({&elsewhere[k], DType::f64, 0, 0});
+      }
+    }
+    for (size_t k = 1; k < numbers.size(); ++k) op.parameters.push_back(numbers[k].cast<double>());
+    for (size_t k = 2; k < outputs.size(); ++k) op.coefficients.push_back(packed(outputs[k]));
+    const auto variant = numbers[0].cast<std::string>();
+    const py::gil_scoped_release release;
+    cpu::masked_loss(variant, op, threads);
+  });
   // planes = the inputs and the weights; sizes = rows, columns, sequences; outputs = loss, metrics, the coefficients
   m.def(
       "policy_loss",
@@ -340,35 +398,33 @@ PYBIND11_MODULE(_native, m) {
       Release());
 
   // sizes = rows, width, row stride; inputs = weight, bias, old_values, returns, mask, denominator;
-  // outputs = loss, clip fraction, values, divisor, coefficients, weight_sums, bias_sum
+  // outputs = loss, clip fraction, values, coefficients, weight_sums, bias_sum
   m.def(
       "linear_value_loss",
       [](Address hidden, int dtype, std::array<int64_t, 3> sizes, std::array<Address, 6> inputs, double clip_eps,
-         std::array<Address, 7> outputs, int threads) {
+         std::array<Address, 6> outputs, int threads) {
         cpu::linear_value_loss({.hidden = at<>(hidden), .dtype = DType(dtype), .rows = sizes[0], .width = sizes[1],
                                 .row_stride = sizes[2], .weight = at<>(inputs[0]), .bias = at<>(inputs[1]),
                                 .old_values = at<>(inputs[2]), .returns = at<>(inputs[3]),
                                 .mask = at<uint8_t>(inputs[4]), .denominator = at<>(inputs[5]),
                                 .clip_eps = clip_eps, .loss = at<>(outputs[0]), .clip_fraction = at<>(outputs[1]),
-                                .values = at<>(outputs[2]), .divisor = at<>(outputs[3]),
-                                .coefficients = at<>(outputs[4]), .weight_sums = at<>(outputs[5]),
-                                .bias_sum = at<>(outputs[6])},
+                                .values = at<>(outputs[2]), .coefficients = at<>(outputs[3]),
+                                .weight_sums = at<>(outputs[4]), .bias_sum = at<>(outputs[5])},
                                threads);
       },
       Release());
   // sizes = rows, bins, row stride; inputs = returns, mask, denominator; parameters = v_min, v_max, sigma;
-  // outputs = loss, outside fraction, values, divisor, coefficients
+  // outputs = loss, outside fraction, values, coefficients
   m.def(
       "distributional_value_loss",
       [](Address logits, int dtype, std::array<int64_t, 3> sizes, std::array<Address, 3> inputs,
-         std::array<double, 3> parameters, std::array<Address, 5> outputs, int threads) {
+         std::array<double, 3> parameters, std::array<Address, 4> outputs, int threads) {
         cpu::distributional_value_loss({.logits = at<>(logits), .dtype = DType(dtype), .rows = sizes[0],
                                         .bins = sizes[1], .row_stride = sizes[2], .returns = at<>(inputs[0]),
                                         .mask = at<uint8_t>(inputs[1]), .denominator = at<>(inputs[2]),
                                         .v_min = parameters[0], .v_max = parameters[1], .sigma = parameters[2],
                                         .loss = at<>(outputs[0]), .outside = at<>(outputs[1]),
-                                        .values = at<>(outputs[2]), .divisor = at<>(outputs[3]),
-                                        .coefficients = at<>(outputs[4])},
+                                        .values = at<>(outputs[2]), .coefficients = at<>(outputs[3])},
                                        threads);
       },
       Release());

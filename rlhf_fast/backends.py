@@ -74,6 +74,8 @@ def resolve(op: str, impls: Collection[str], device: torch.device, backend: str 
 def _resolve(op: str, impls: tuple[str, ...], device: str, backend: str | None) -> str:
     name = backend or _override.get() or os.environ.get("RLHF_FAST_BACKEND")
     if name is None:
+        if device == "cpu" and "cpu" in impls and _native_error() is None:
+            return "cpu"
         order = _AUTOMATIC.get(device, ("reference",))
         if device == "cuda" and op in _CUDA_FIRST and why_not(op, impls, device, "cuda") is None:
             order = ("cuda",)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.cases import advantages, head, losses, scaling, tokens
+from benchmarks.cases import advantages, head, losses, products, scaling, tokens
 from benchmarks.cases.sizes import CPU, GPU, Sizes
 from benchmarks.harness import Case
 
@@ -26,6 +26,7 @@ GROUPS: dict[str, Cases] = {
     # Every op that has no case with a bar, and every pass that those leave out.
     "ops": together(advantages.ops, losses.ops, tokens.ops, head.ops),
     "ragged": together(tokens.ragged, head.ragged),
+    "products": products.cases,
     "scaling": scaling.cases,
 }
 QUICK = Sizes(N=64, V=2048, D=64, B=8, T=256, packed=512, dtype=torch.float32)

@@ -115,7 +115,6 @@ template <typename T> void run(const DistributionalValueLoss& op, int threads) {
   }
   *static_cast<C*>(op.loss) = C(total.loss / denominator);
   *static_cast<C*>(op.outside) = C(total.outside / denominator);
-  *static_cast<C*>(op.divisor) = 1;
 }
 
 }  // namespace

@@ -15,7 +15,6 @@ struct DistributionalValueLoss {
   double v_min, v_max, sigma;  // ends of the first and the last bin; standard deviation of the Gaussian
   void *loss, *outside;        // one number each; the share of returns outside of the bins
   void* values;                // (rows,) numbers: expected values
-  void* divisor;               // 1: what the coefficients have yet to be divided by
   void* coefficients;          // (rows, bins) numbers: d loss / d logits
 };
 

@@ -101,7 +101,6 @@ template <typename T> void run(const LinearValueLoss& op, int threads) {
   }
   *static_cast<C*>(op.loss) = C(total.loss / denominator);
   *static_cast<C*>(op.clip_fraction) = C(total.clipped / denominator);
-  *static_cast<C*>(op.divisor) = 1;
   if (op.bias_sum) *static_cast<C*>(op.bias_sum) = C(total.coefficients);
   if (!op.weight_sums) return;
   C* out = static_cast<C*>(op.weight_sums);

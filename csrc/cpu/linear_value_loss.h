@@ -16,7 +16,6 @@ struct LinearValueLoss {
   double clip_eps;
   void *loss, *clip_fraction;         // one number each
   void* values;                       // (rows,) numbers
-  void* divisor;                      // 1: what the coefficients and their sums have yet to be divided by
   void* coefficients;                 // (rows,) numbers: d loss / d value
   void *weight_sums, *bias_sum;       // (width,) and one number: sums of coefficient * hidden and of them, or null
 };

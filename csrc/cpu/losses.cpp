@@ -109,7 +109,8 @@ template <typename C> Sums part(const Loss& op, int inputs, Add<C> add, C scale,
   return sums;
 }
 
-template <typename C> void run(const Loss& op, int inputs, Add<C> add, int threads) {
+template <typename F, typename C> void run(const Loss& op, Add<C> add, int threads) {
+  constexpr int inputs = F::inputs;
   const int64_t n = op.rows * op.columns;
   const double denominator = denominator_of<C>(op.denominator, op.mask, n);
   const C scale = C(1 / denominator);
@@ -122,8 +123,9 @@ template <typename C> void run(const Loss& op, int inputs, Add<C> add, int threa
     for (int m = 0; m < 4; ++m) total.metrics[m] += parts[p].metrics[m];
   }
   *static_cast<C*>(op.loss) = C(total.loss / denominator);
-  for (int m = 0; m < 4; ++m) static_cast<C*>(op.metrics)[m] = C(total.metrics[m] / denominator);
-  *static_cast<C*>(op.divisor) = 1;
+  for (double& metric : total.metrics) metric /= denominator;
+  if constexpr (requires { F::finish(total.metrics); }) F::finish(total.metrics);
+  std::copy_n(total.metrics, op.metric_count, static_cast<C*>(op.metrics));
 }
 
 // Name and functor of every variant.
@@ -161,10 +163,10 @@ template <typename C> void run(const Loss& op, int inputs, Add<C> add, int threa
   void run_##NAME(const Loss& op, int threads) {                                                                     \
     const bool wanted = op.coefficients.size() > 0;                                                                  \
     if (op.inputs.size() != size_t(F::inputs) || (wanted && op.coefficients.size() != size_t(F::coefficients)) ||    \
-        op.parameters.size() > kParameters)                                                                          \
+        op.parameters.size() > kParameters || op.metric_count > 4)                                                                          \
       throw std::invalid_argument("wrong number of inputs, outputs or parameters");                                  \
-    if (op.is_double) run<double>(op, F::inputs, add<F, double>, threads);                                           \
-    else run<float>(op, F::inputs, add_##NAME, threads);                                                             \
+    if (op.is_double) run<F, double>(op, add<F, double>, threads);                                           \
+    else run<F, float>(op, add_##NAME, threads);                                                                     \
   }
 RLHF_LOSSES(RLHF_LOSS)
 

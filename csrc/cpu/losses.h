@@ -17,7 +17,8 @@ struct Loss {
   std::vector<double> parameters;
   int64_t rows, columns;
   bool is_double;  // whether everything below (and `denominator`) is double or float
-  void *loss, *metrics, *divisor;  // one number; four; 1, what the coefficients have yet to be divided by
+  void *loss, *metrics;  // one number; the first metric_count of the variant's
+  int metric_count;
   std::vector<void*> coefficients;  // (rows, columns) each: d loss / d input k; or none at all
 };
 

@@ -87,8 +87,8 @@ def distributional_value_loss(
     sigma: float,
     outputs: list[Tensor],
 ) -> None:
-    """Fills outputs = [loss (), outside fraction (), values (N,), divisor (), coefficients (N, K)]."""
-    loss, outside, values, divisor, coefficients = outputs
+    """Fills outputs = [loss (), outside fraction (), values (N,), coefficients (N, K), divisor ()]."""
+    loss, outside, values, coefficients, divisor = outputs
     rows, bins = logits.shape
     block_k = triton.next_power_of_2(bins)
     block_rows = max(1, BLOCK_ELEMENTS // block_k)

@@ -141,10 +141,10 @@ def linear_value_loss(
 ) -> None:
     """Fills outputs.
 
-    outputs: [loss (), clip fraction (), values (N,), divisor (), coefficients (N,), weight sums (D,) or (0,), bias sum
-    ()].
+    outputs: [loss (), clip fraction (), values (N,), coefficients (N,), weight sums (D,) or (0,), bias sum (),
+    divisor ()].
     """
-    loss, clip_fraction, values, divisor, coefficients, weight_sums, bias_sum = outputs
+    loss, clip_fraction, values, coefficients, weight_sums, bias_sum, divisor = outputs
     rows, width = hidden.shape
     block_d = triton.next_power_of_2(width)
     block_rows = max(1, min(16, BLOCK_ELEMENTS // block_d))

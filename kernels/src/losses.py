@@ -56,11 +56,20 @@ def step_mse(x, p):
     return error * error, 2 * error, 0.0, tl.where((score > 0.5) == (label > 0.5), 1.0, 0.0), 0.0, 0.0, 0.0
 
 
+@triton.jit
+def as_they_are(m0, m1, m2, m3):
+    return m0, m1, m2, m3
+
+
 class Variant(NamedTuple):
-    """function: (inputs, parameters) -> (loss, d loss / d input 0 and 1, 4 metrics), of one element each."""
+    """function: (inputs, parameters) -> (loss, d loss / d input 0 and 1, 4 metrics), of one element each.
+
+    finish: (means of the 4 metrics) -> the 4 metrics.
+    """
 
     function: triton.JITFunction
     inputs: int
+    finish: triton.JITFunction = as_they_are
 
 
 VARIANTS = {
@@ -139,10 +148,12 @@ def _means_kernel(
     partials,  # (6, programs)
     denominator,  # () or None
     loss,  # ()
-    metrics,  # (4,)
+    metrics,  # (METRICS,)
     divisor,  # (): what the coefficients have yet to be divided by
     programs,
     HAS_DENOMINATOR: tl.constexpr,
+    METRICS: tl.constexpr,
+    FINISH: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     parts = load_parts(partials, 6, programs, PARTS)
@@ -151,8 +162,12 @@ def _means_kernel(
         count = tl.load(denominator)
     count = tl.where(count == 0, 1.0, count)  # nothing counts: every sum is 0
     tl.store(loss, divide(tl.sum(parts[0], 0), count))
-    for k in tl.static_range(4):
-        tl.store(metrics + k, divide(tl.sum(parts[k + 1], 0), count))
+    m = FINISH(
+        divide(tl.sum(parts[1], 0), count), divide(tl.sum(parts[2], 0), count), divide(tl.sum(parts[3], 0), count),
+        divide(tl.sum(parts[4], 0), count),
+    )  # fmt: skip
+    for k in tl.static_range(METRICS):
+        tl.store(metrics + k, m[k])
     tl.store(divisor, count)
 
 
@@ -164,12 +179,12 @@ def masked_loss(
     parameters: list[float],
     outputs: list[Tensor],
 ) -> None:
-    """Fills outputs = [loss (), metrics (4,), divisor (), a coefficient per differentiable input, or none].
+    """Fills outputs = [loss (), metrics, at most four, a coefficient per differentiable input, or none, divisor ()].
 
     inputs, coefficients: (rows, columns), or (N,) for one row.
     """
-    function, count = VARIANTS[variant]
-    loss, metrics, divisor, *coefficients = outputs
+    function, count, finish = VARIANTS[variant]
+    loss, metrics, *coefficients, divisor = outputs
     n, columns = inputs[0].numel(), inputs[0].shape[-1]
     first, last = (coefficients[0], coefficients[-1]) if coefficients else (loss, loss)
     block = BLOCK if count <= 5 else BLOCK // 4
@@ -186,6 +201,7 @@ def masked_loss(
     )  # fmt: skip
     launch(
         _means_kernel, (1,),
-        partials, denominator, loss, metrics, divisor, programs, HAS_DENOMINATOR=denominator is not None, PARTS=PARTS,
+        partials, denominator, loss, metrics, divisor, programs, HAS_DENOMINATOR=denominator is not None,
+        METRICS=len(metrics), FINISH=finish, PARTS=PARTS,
         num_warps=8,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.scalar import expm1, log1p, product, sigmoid, softplus
+from rlhf_fast.kernels.scalar import divide, expm1, log1p, product, sigmoid, softplus
 
 # --- What every loss of pairs begins and ends with --------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ def bradley_terry(x, p):
     return _pair(x, p, loss + product(centring, a + b), slope + 2 * centring, 2 * centring - slope)
 
 
-# --- x: logprob, ref_logprob, 1 for desirable or 0, weight, reward shift; p: beta, weights of desirable and not ------
+# --- x: logprob, ref_logprob, 1 for desirable or 0, weight, shift; p: beta, both weights, the shift's scale
 
 
 @triton.jit
@@ -240,18 +240,26 @@ def _unpaired(x, p, reward, loss, slope):
 @triton.jit
 def kto(x, p):
     reward = p[0] * (x[0] - x[1])
-    u = tl.where(x[2] > 0, reward - x[4], x[4] - reward)
+    u = tl.where(x[2] > 0, reward - p[3] * x[4], p[3] * x[4] - reward)
     return _unpaired(x, p, reward, sigmoid(-u), -sigmoid(u) * sigmoid(-u))
 
 
 @triton.jit
 def bco(x, p):
     reward = p[0] * (x[0] - x[1])
-    u = tl.where(x[2] > 0, reward - x[4], x[4] - reward)
+    u = tl.where(x[2] > 0, reward - p[3] * x[4], p[3] * x[4] - reward)
     return _unpaired(x, p, reward, softplus(-u), -sigmoid(-u))
 
 
-# name -> (function, number of inputs)
+@triton.jit
+def of_classes(share, reward, other_share, other_reward):
+    """The mean rewards of desirable and undesirable answers, 0 of none, and their difference."""
+    good = divide(reward, tl.where(share == 0, 1.0, share))
+    bad = divide(other_reward, tl.where(other_share == 0, 1.0, other_share))
+    return good, bad, good - bad, 0.0
+
+
+# name -> (function, number of inputs, what makes the metrics of their means)
 PAIRED = {
     name: (function, 9)
     for name, function in {
@@ -262,4 +270,4 @@ PAIRED = {
         "bradley_terry": bradley_terry,
     }.items()
 }  # fmt: skip
-UNPAIRED = {"kto": (kto, 5), "bco": (bco, 5)}
+UNPAIRED = {"kto": (kto, 5, of_classes), "bco": (bco, 5, of_classes)}

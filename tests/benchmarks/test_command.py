@@ -29,6 +29,7 @@ TINY = {
     "bars": Sizes(N=24, V=1031, D=32, B=17, T=33, packed=99, dtype=torch.float32),
     "ops": Sizes(N=24, V=131, D=16, B=4, T=33, packed=99, dtype=torch.float32),
     "ragged": Sizes(N=80, V=131, D=16, B=4, T=33, packed=99, dtype=torch.float32),
+    "products": Sizes(N=16, V=64, D=16, B=2, T=64, packed=0, dtype=torch.float32),
     "scaling": Sizes(N=16, V=64, D=16, B=2, T=64, packed=0, dtype=torch.float32),
 }
 

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import native, packed, prefer_huge_pages, threads, triton_kernels
-from rlhf_fast.backends import plane as native_plane
+from rlhf_fast.backends import native, prefer_huge_pages, threads, triton_kernels
 from rlhf_fast.ops.core import check, registration
 from rlhf_fast.ops.core.loss import Loss
 
@@ -39,18 +38,21 @@ def constant(tensor: Tensor) -> Tensor:
 
 def floats(shape: tuple[int, ...], meaning: str, **tensors: Tensor | None) -> None:
     """Every tensor that is there must be floating, of exactly `shape` and on the device of the first."""
-    first = next(iter(tensors))
+    first, like = next(iter(tensors.items()))
+    device = like.device  # type: ignore[union-attr]
     for name, tensor in tensors.items():
         if tensor is not None:
-            check.shaped(name, check.floating(name, tensor), shape, meaning)
-            check.same_device((first, tensors[first]), (name, tensor))  # type: ignore[arg-type]
+            if tensor.dtype not in check.FLOATS or tensor.shape != shape:
+                check.shaped(name, check.floating(name, tensor), shape, meaning)
+            if tensor.device != device:
+                check.same_device((first, like), (name, tensor))  # type: ignore[arg-type]
 
 
 def denominator_tensor(denominator: Tensor | float | None, like: Tensor, name: str = "denominator") -> Tensor | None:
     """A 0-d tensor of the compute dtype, without synchronising. Raises for a number that is not positive."""
-    dtype = check.compute_dtype(like.dtype)
     if denominator is None:
         return None
+    dtype = check.compute_dtype(like.dtype)
     if not isinstance(denominator, Tensor):
         return like.new_full((), check.positive(name, denominator), dtype=dtype)
     check.shaped(name, denominator, (), "a number or a 0-d tensor")
@@ -102,17 +104,20 @@ def means(loss: Tensor, over: Over, **metrics: Tensor) -> Loss:
 
 
 class PairInputs(NamedTuple):
-    """What the kernel of a loss of pairs reads, (B,) each; what is not given has stride 0."""
+    """What the kernel of a loss of pairs reads, (B,) each; None for what is not given."""
 
     chosen: Tensor
     rejected: Tensor
-    ref_chosen: Tensor
-    ref_rejected: Tensor
-    chosen_lengths: Tensor
-    rejected_lengths: Tensor
-    weights: Tensor
-    chosen_shifts: Tensor
-    rejected_shifts: Tensor
+    ref_chosen: Tensor | None = None
+    ref_rejected: Tensor | None = None
+    chosen_lengths: Tensor | None = None
+    rejected_lengths: Tensor | None = None
+    weights: Tensor | None = None
+    chosen_shifts: Tensor | None = None
+    rejected_shifts: Tensor | None = None
+
+
+ABSENT = (0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0)  # from ref_chosen on
 
 
 class PairNumbers(NamedTuple):
@@ -126,84 +131,114 @@ class PairNumbers(NamedTuple):
     divergence_alpha: float = 0.0
 
 
-def constants(like: Tensor, *values: float) -> list[Tensor]:
-    """Each of `values` in the compute dtype and the shape of `like`, with stride 0."""
-    dtype = check.compute_dtype(like.dtype)
-    return [like.new_full((), value, dtype=dtype).expand(like.shape) for value in values]
+def constant_plane(like: Tensor, value: float) -> Tensor:
+    """`value` in the compute dtype and the shape of `like`, with stride 0."""
+    return like.new_full((), value, dtype=check.compute_dtype(like.dtype)).expand(like.shape)
 
 
-def cpu(inputs: list[Tensor], over: Over, numbers: tuple[Any, ...], outputs: list[Tensor]) -> None:
-    """Fills outputs, see `empty_outputs`. numbers: the kernel's name, then what it takes."""
-    shape, (kernel, *parameters) = inputs[0].shape, numbers
-    native().masked_loss(
-        kernel, [native_plane(x) for x in inputs], packed(over.mask), packed(over.denominator), parameters,
-        *(shape if len(shape) == 2 else (1, *shape)), outputs[0].dtype == torch.float64,
-        [packed(x) for x in outputs], threads(),
-    )  # fmt: skip
+def cpu(
+    inputs: tuple[Any, ...], absent: tuple[float, ...], over: Over, numbers: tuple[Any, ...], outputs: list[Tensor]
+) -> None:
+    """Fills outputs, see `empty_outputs`. inputs, absent: see `register`. numbers: the kernel's name, its numbers."""
+    native().masked_loss(numbers, inputs, absent, over, outputs, threads())
 
 
-def triton(inputs: list[Tensor], over: Over, numbers: tuple[Any, ...], outputs: list[Tensor]) -> None:
+def triton(
+    inputs: tuple[Any, ...], absent: tuple[float, ...], over: Over, numbers: tuple[Any, ...], outputs: list[Tensor]
+) -> None:
     """The same in Triton."""
     kernel, *parameters = numbers
-    triton_kernels("losses").masked_loss(kernel, inputs, over.mask, over.denominator, parameters, outputs)
+    planes = present(inputs, absent)
+    triton_kernels("losses").masked_loss(kernel, planes, over.mask, over.denominator, parameters, outputs)
 
 
 IMPLS = {"cpu": cpu, "triton": triton}
 
 
-def empty_outputs(like: Tensor, gradients: int) -> list[Tensor]:
-    """What an implementation fills: [loss (), metrics (4,), divisor (), a coefficient like `like` per gradient].
+def empty_outputs(like: Tensor, metrics: int, gradients: int, backend: str) -> list[Tensor]:
+    """What an implementation fills: [loss (), metrics, a coefficient like `like` per gradient], and last the divisor ()
+    of these, where it counts the elements only after them."""
+    dtype, device = check.compute_dtype(like.dtype), like.device
+    outputs = [torch.empty((), dtype=dtype, device=device), torch.empty(metrics, dtype=dtype, device=device)]
+    alike = like.dtype == dtype and like.is_contiguous()
+    for _ in range(gradients):
+        outputs.append(torch.empty_like(like) if alike else torch.empty(like.shape, dtype=dtype, device=device))
+    if backend != "cpu":
+        outputs.append(torch.empty((), dtype=dtype, device=device))
+    return outputs
 
-    divisor: what the coefficients have yet to be divided by.
+
+def register(
+    op: str, inputs: type, numbers: type, *, differentiable: Sequence[str], metrics: Sequence[str],
+    absent: tuple[float, ...] = (),
+) -> Callable[..., Loss]:  # fmt: skip
+    """Registers ``rlhf_fast::<op>`` and returns its call: (inputs, over, numbers, backend) -> loss and metrics.
+
+    inputs: a NamedTuple of tensors (B, T) or (N,), or () for all elements, in the order of the kernel.
+    differentiable: the first ones of them.
+    absent: what the kernel reads for the last ones where they are None; without it, it has fewer inputs then.
+    numbers: a NamedTuple of the kernel's name and its numbers. metrics: the names of the kernel's.
     """
-    dtype = check.compute_dtype(like.dtype)
-    return [like.new_empty(shape, dtype=dtype) for shape in ((), (4,), (), *[like.shape] * gradients)]
 
+    count = len(metrics)
 
-def register(op: str, inputs: type, numbers: type, *, differentiable: Sequence[str]) -> Callable[..., list[Tensor]]:
-    """Registers ``rlhf_fast::<op>`` and returns its call: (inputs, over, numbers, backend) -> `empty_outputs`, filled.
-
-    inputs: a NamedTuple of tensors (B, T) or (N,), in the order of the kernel, which takes those that are not None.
-    numbers: a NamedTuple of the kernel's name and its numbers. differentiable: the first ones of the inputs.
-    """
-
-    def compute(inputs: Any, over: Over, numbers: Any, backend: str, gradients: int = len(differentiable)):  # type: ignore[no-untyped-def]
-        outputs = empty_outputs(inputs[0], gradients)
-        IMPLS[backend]([x for x in inputs if x is not None], over, numbers, outputs)
+    def compute(
+        inputs: Any, over: Over, numbers: Any, backend: str, gradients: int = len(differentiable)
+    ) -> list[Tensor]:
+        outputs = empty_outputs(inputs[0], count, gradients, backend)
+        IMPLS[backend](inputs, absent, over, numbers, outputs)
         return outputs
 
-    return registration.op(
-        op, (inputs, Over, numbers), compute, fake=lambda inputs, *_: empty_outputs(inputs[0], len(differentiable)),
-        differentiable=differentiable, saves_results=slice(2, None),
-        backward=scaled_gradients(differentiable, divided=True), returned=2,
-        without_gradient=partial(compute, gradients=0),
+    run = registration.op(
+        op, (inputs, Over, numbers), compute,
+        fake=lambda inputs, over, numbers, backend: empty_outputs(
+            inputs[0], len(metrics), len(differentiable), backend
+        ),
+        differentiable=differentiable, saves_results=slice(2, None), backward=scaled_gradients(differentiable),
+        returned=2, without_gradient=partial(compute, gradients=0), saves_gradients=True,
     )  # fmt: skip
 
+    def call(inputs: Any, over: Over, numbers: Any, backend: str) -> Loss:
+        loss, values, *_ = run(inputs, over, numbers, backend)
+        return Loss(loss, dict(zip(metrics, values.detach().unbind(0), strict=True)))
 
-def call(run: Callable[..., list[Tensor]], inputs: Any, over: Over, numbers: Any, backend: str,
-         metrics: Sequence[str]) -> Loss:  # fmt: skip
-    """Calls what `register` returned. metrics: the names of the first ones."""
-    loss, values, *_ = run(inputs, over, numbers, backend)
-    return Loss(loss, dict(zip(metrics, values.detach().unbind(0), strict=False)))
+    return call
+
+
+def computed(
+    inputs: Any, absent: tuple[float, ...], over: Over, numbers: Any, backend: str, metrics: int, gradients: int
+) -> list[Tensor]:
+    outputs = empty_outputs(inputs[0], metrics, gradients, backend)
+    IMPLS[backend](inputs, absent, over, numbers, outputs)
+    return outputs
+
+
+def present(inputs: Sequence[Tensor | None], absent: Sequence[float]) -> list[Tensor]:
+    """Planes of the inputs that are there, and of the numbers that `absent` has for the last ones."""
+    like, numbers = inputs[0], (*[None] * (len(inputs) - len(absent)), *absent)
+    assert like is not None
+    return [
+        constant_plane(like, number) if x is None else x.expand(like.shape)  # type: ignore[arg-type]
+        for x, number in zip(inputs, numbers, strict=True)
+        if x is not None or number is not None
+    ]
 
 
 def scaled_gradients(
-    fields: Sequence[str], *, divided: bool = False
+    fields: Sequence[str],
 ) -> Callable[[registration.Saved, Sequence[Tensor | None]], dict[str, registration.Gradient]]:
-    """The backward pass of a loss that saves d loss / d field for the first of `fields`, in their order.
-
-    divided: before them it saves a divisor, which they have yet to be divided by.
-    """
+    """The backward pass of a loss that saves d loss / d field for the first of `fields`, in their order, and last,
+    where there is one more, what they have yet to be divided by."""
 
     def backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> dict[str, registration.Gradient]:
         scale, coefficients = upstream[0], saved.results
         if scale is None:
             return {}
-        if divided:
-            divisor, *coefficients = coefficients
-            scale = scale / divisor
+        if len(coefficients) > len(fields):
+            scale = scale / coefficients[-1]
+        as_it_is = registration.is_one(scale)
         return {
-            name: scaled_gradient(coefficient, scale, saved.dtypes[name])
+            name: scaled_gradient(coefficient, scale, saved.dtypes[name], as_it_is)
             for name, coefficient in zip(fields, coefficients, strict=False)
             if saved.needs[name]
         }
@@ -211,13 +246,12 @@ def scaled_gradients(
     return backward
 
 
-def scaled_gradient(coefficient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_gradient(coefficient: Tensor, scale: Tensor, dtype: torch.dtype, as_it_is: bool = False) -> Tensor:
     """coefficient * scale in `dtype`: what the backward pass of a loss returns.
 
-    On the CPU the coefficient itself for the 1 of loss.backward(): a head's is large. Autograd keeps the version of
-    what it saved: who writes into this gradient and goes backward again gets an error.
+    as_it_is: `registration.is_one(scale)`. Then it is the coefficient itself: a head's is large. Autograd keeps the
+    version of what it saved: who writes into this gradient and goes backward again gets an error.
     """
-    plain = type(scale) is Tensor and scale.dim() == 0 and scale.device.type == "cpu"
-    if plain and coefficient.dtype == dtype and scale.item() == 1:
+    if as_it_is and coefficient.dtype == dtype:
         return coefficient
     return torch.mul(coefficient, scale, out=prefer_huge_pages(torch.empty_like(coefficient, dtype=dtype)))

@@ -111,7 +111,10 @@ def only_autograd_looks(tensors: Iterable[Any]) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    return all([x is None or ((type(x) is Tensor or type(x) is Parameter) and not x.is_neg()) for x in tensors])
+    for x in tensors:  # faster than all(...)
+        if x is not None and ((type(x) is not Tensor and type(x) is not Parameter) or x.is_neg()):
+            return False
+    return True
 
 
 def filled(impls: Mapping[str, Callable[..., None]], empty: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
@@ -156,7 +159,7 @@ def op(
     name: str, takes: Sequence[type], compute: Callable[..., list[Tensor]], *, fake: Callable[..., list[Tensor]],
     differentiable: Sequence[str], backward: Callable[[Saved, Sequence[Tensor | None]], Mapping[str, Gradient]],
     returned: int, saves: Sequence[str] = (), saves_results: slice = slice(None),
-    without_gradient: Callable[..., list[Tensor]] | None = None,
+    without_gradient: Callable[..., list[Tensor]] | None = None, saves_gradients: bool = False,
 ) -> Callable[..., list[Tensor]]:  # fmt: skip
     """Registers ``rlhf_fast::<name>`` and returns how to call it, as compute: (*inputs, backend) -> results.
 
@@ -168,12 +171,16 @@ def op(
     saves, saves_results: which fields and which of the results backward reads.
     returned: how many of the results, the first ones, callers see; they may write into them. The others are kept.
     without_gradient: the computation of an eager call where none of them requires a gradient; `compute` by default.
+    saves_gradients: the first result is a loss, and the results that are saved, where they are one for each
+    differentiable field, are its gradients: under the 1 of loss.backward() they are handed through without `backward`.
     """
     fields = _Fields(name, takes)
     places = [fields.names.index(field) for field in differentiable]
     saved_places = [fields.names.index(field) for field in saves]
     has_lists = not fields.lists.isdisjoint(places)
     pick_tensors, pick_differentiable, pick_saved = map(fields.picks, (fields.tensors, places, saved_places))
+    pick_others = fields.picks(fields.others)
+    may_read_returned = bool(saves) or (saves_results.start or 0) < returned
 
     def save(ctx: Any, flat: Sequence[Any], results: Sequence[Tensor]) -> None:
         ctx.set_materialize_grads(False)
@@ -181,7 +188,7 @@ def op(
         ctx.save_for_backward(*tensors, *results[saves_results])
         ctx.saved_inputs = len(tensors)
         ctx.dtypes = [None if x is None else x.dtype for x in pick_differentiable(flat)]
-        ctx.others = [flat[i] for i in fields.others]
+        ctx.others = pick_others(flat)
         if fields.lists:
             ctx.lengths = {i: len(flat[i]) for i in fields.lists}
 
@@ -227,20 +234,34 @@ def op(
                 padded += [None] * ctx.lengths[i] if gradient is None else gradient
         return [gradient if needed else None for gradient, needed in zip(padded, needs, strict=True)]
 
+    def handed_through(ctx: Any, saved_tensors: Sequence[Tensor], upstream: Tensor | None) -> bool:
+        """Autograd keeps the version of what it saved: who writes into such a gradient and goes backward again gets an
+        error, and it drops those that are not needed."""
+        dtypes = ctx.dtypes
+        return (
+            len(saved_tensors) == len(dtypes)
+            and is_one(upstream)
+            and all([x.dtype == dtype for x, dtype in zip(saved_tensors, dtypes, strict=True)])
+        )
+
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
             flat, run, arguments = given[-3:]  # the others are what autograd looks at; it takes its time for each
             results = run(*arguments)
             save(ctx, flat, results)
+            if not may_read_returned:
+                return tuple(results)
             # What backward reads is no tensor that a caller could write into.
             read = {id(x) for x in ctx.to_save or ()}
-            return tuple(x.clone() if i < returned and id(x) in read else x for i, x in enumerate(results))
+            return tuple([x.clone() if i < returned and id(x) in read else x for i, x in enumerate(results)])
 
         @staticmethod
         def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
             saved_tensors = ctx.saved_tensors  # read once: a recomputed pass gives them no second time
             if not torch.is_grad_enabled():
+                if saves_gradients and handed_through(ctx, saved_tensors, upstream[0]):
+                    return *saved_tensors, None, None, None
                 return *gradients(ctx, saved_tensors, upstream), None, None, None
             with torch.no_grad():
                 each = gradients(ctx, saved_tensors, upstream)
@@ -267,6 +288,9 @@ def op(
     torch.library.register_fake(qualified)(lambda *flat: fake(*fields.together(flat)))
     _refuse_vmap(name)
 
+    # Function.apply looks for what `only_autograd_looks` has excluded, argument by argument.
+    apply = super(torch.autograd.Function, Differentiable).apply
+
     def call(*arguments: Any) -> list[Tensor]:
         flat = fields.apart(arguments)
         if torch.compiler.is_compiling() or not only_autograd_looks(pick_tensors(flat)):
@@ -274,10 +298,17 @@ def op(
         if torch.is_grad_enabled():
             inputs = pick_differentiable(flat)
             if any([x is not None and x.requires_grad for x in inputs]):
-                return Differentiable.apply(*inputs, flat, compute, arguments)
+                return apply(*inputs, flat, compute, arguments)
         return (without_gradient or compute)(*arguments)
 
     return call
+
+
+def is_one(upstream: Tensor | None) -> bool:
+    """Whether it is the 1 of loss.backward(), where that can be seen without waiting: on the CPU."""
+    if upstream is None or type(upstream) is not Tensor or upstream.dim() > 0 or upstream.device.type != "cpu":
+        return False
+    return upstream.item() == 1
 
 
 def _refuse_tangents(name: str, tensors: Iterable[Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,10 +54,22 @@ class PreferenceObjective(Objective):
     auxiliary_weight: float = 1.0
     auxiliary_temperature: float = 1.0
 
+    if TYPE_CHECKING:  # made of the fields above; no cached_property, whose lock torch.compile refuses
+        terms: ClassVar[tuple[tuple[str, float], ...]]  # (variant, weight) of every loss in the sum
+        name: ClassVar[str]  # the losses of the sum
+        flags: ClassVar[frozenset[str]]  # of all variants of the sum
+        kernels: ClassVar[tuple[str, ...]]  # the backends that have every loss of the sum beside "reference"
+        needs: ClassVar[
+            dict[str, bool]
+        ]  # which constants of the pairs the loss must have, and whether it looks at them
+        numbers: ClassVar[dict[str, PairNumbers]]  # what the kernel of each variant takes
+
     def __post_init__(self) -> None:
         check.fields(self)
         if not isinstance(self.variant, (str, Mapping)):
             raise ValueError(f"variant must be a name or weights of several, got {self.variant!r}")
+        terms = tuple(self.variant.items()) if isinstance(self.variant, Mapping) else ((self.variant, 1.0),)
+        self._keep(terms=terms, name=" + ".join([str(name) for name, _ in terms]))
         for name, weight in self.terms:
             check.one_of("variant", name, VARIANTS)
             if not math.isfinite(weight):
@@ -68,36 +80,42 @@ class PreferenceObjective(Objective):
             check.positive(name, getattr(self, name))
         for name in ("nll_weight", "auxiliary_weight"):
             check.that(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
+        variants = [VARIANTS[name] for name, _ in terms]
+        flags = [flag for variant in variants for flag, is_set in variant._asdict().items() if is_set]
+        self._keep(flags=frozenset(flags))
         self._check_smoothing()
         self._check_divergence()
+        self._keep(**self._derived())
 
-    @property
-    def terms(self) -> tuple[tuple[str, float], ...]:
-        """(variant, weight) of every loss in the sum."""
-        return ((self.variant, 1.0),) if isinstance(self.variant, str) else tuple(self.variant.items())
-
-    @property
-    def name(self) -> str:
-        """The losses of the sum."""
-        return self.variant if isinstance(self.variant, str) else " + ".join(self.variant)
+    def _keep(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def looks_at(self, what: str) -> bool:
         """Whether some variant of the sum has the flag `what`: "reference", "averaged", "smooths", ..."""
-        return any([getattr(VARIANTS[name], what) for name, _ in self.terms])
+        return what in self.flags
 
     @property
     def compares_rows(self) -> bool:
         """Whether the loss of a pair depends on the other pairs of the call."""
         return self.looks_at("ranks") or "bco_pair" in dict(self.terms)
 
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        """The backends that have every loss of the sum beside "reference"."""
-        return () if any([VARIANTS[name].kernel is None for name, _ in self.terms]) else KERNELS
+    def _derived(self) -> dict[str, Any]:
+        """What every call asks for."""
+        of_halves = {
+            "ref_{}": self.looks_at("reference") and not self.reference_free,
+            "{}_lengths": self.looks_at("averaged"),
+            "{}_advantages": self.looks_at("advantages"),
+        }
+        return {
+            "kernels": () if any([VARIANTS[name].kernel is None for name, _ in self.terms]) else KERNELS,
+            "needs": {
+                name.format(half): wanted for name, wanted in of_halves.items() for half in ("chosen", "rejected")
+            },
+            "numbers": {name: self._numbers(VARIANTS[name]) for name, _ in self.terms},
+        }
 
-    def numbers(self, name: str) -> PairNumbers:
-        """What the kernel of variant `name` takes."""
-        variant = VARIANTS[name]
+    def _numbers(self, variant: Variant) -> PairNumbers:
         code, alpha = DIVERGENCES[self.divergence_variant if variant.reference else "reverse_kl"]
         return PairNumbers(
             str(variant.kernel), self.beta, self.label_smoothing,

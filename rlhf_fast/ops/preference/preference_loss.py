@@ -67,7 +67,7 @@ from torch import Tensor
 from rlhf_fast.backends import resolve
 from rlhf_fast.ops.core import check, masked_loss
 from rlhf_fast.ops.core.loss import Loss
-from rlhf_fast.ops.core.masked_loss import IMPLS, Over, PairInputs, PairNumbers
+from rlhf_fast.ops.core.masked_loss import ABSENT, IMPLS, Over, PairInputs, PairNumbers
 from rlhf_fast.ops.preference.objective import (
     VARIANTS,
     PairConstants,
@@ -128,7 +128,7 @@ def checked(pairs: Pairs, objective: PreferenceObjective) -> Pairs:
     """`pairs` with what `objective` does not look at left out. Raises for what is missing or does not fit."""
     chosen, rejected, *constants = pairs
     check.that(chosen.dim() == 1, "chosen", "(B,)", chosen)
-    masked_loss.floats(tuple(chosen.shape), "(B,)", chosen=chosen, rejected=rejected)
+    masked_loss.floats(chosen.shape, "(B,)", chosen=chosen, rejected=rejected)
     return Pairs(chosen, rejected, *checked_constants(PairConstants(*constants), ("chosen", chosen), objective))
 
 
@@ -136,20 +136,15 @@ def checked_constants(
     constants: PairConstants, like: tuple[str, Tensor], objective: PreferenceObjective
 ) -> PairConstants:
     """The same for the constants of pairs of which `like` has one number each."""
-    wanted = {
-        "ref_chosen": not objective.reference_free and objective.looks_at("reference"),
-        "chosen_lengths": objective.looks_at("averaged"),
-        "chosen_advantages": objective.looks_at("advantages"),
-    }
     tensors = constants._asdict()
-    for of_chosen, needed in wanted.items():
-        for name in (of_chosen, of_chosen.replace("chosen", "rejected")):
-            if needed and tensors[name] is None:
-                raise ValueError(f"{name} must be given for {objective.name}")
-            tensors[name] = tensors[name] if needed else None
+    for name, needed in objective.needs.items():
+        if needed and tensors[name] is None:
+            raise ValueError(f"{name} must be given for {objective.name}")
+        if not needed:
+            tensors[name] = None
     if constants.weights is not None and objective.looks_at("ranks"):
         raise ValueError(f"weights are not of {objective.name}, which takes its pairs apart")
-    shape = tuple(like[1].shape)
+    shape, device = like[1].shape, like[1].device
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -157,8 +152,10 @@ def checked_constants(
         check.shaped(name, tensor, expected, meaning)
         if not name.endswith("lengths"):
             check.floating(name, tensor)
-        check.same_device(like, (name, tensor))
-        tensors[name] = masked_loss.constant(tensor)
+        if tensor.device != device:
+            check.same_device(like, (name, tensor))
+        if tensor.requires_grad:
+            tensors[name] = tensor.detach()
     return PairConstants(**tensors)
 
 
@@ -170,10 +167,10 @@ def evaluate(
     over = Over(None, denominator)
     if name == "reference":
         return reference(pairs, objective, over)
-    terms = [
-        masked_loss.call(_run, planes(pairs, objective, term), over, objective.numbers(term), name, METRICS)
-        for term, _ in objective.terms
-    ]
+    if objective.terms == ((objective.variant, 1.0),):
+        term = objective.terms[0][0]
+        return _run(planes(pairs, objective, term), over, objective.numbers[term], name)
+    terms = [_run(planes(pairs, objective, term), over, objective.numbers[term], name) for term, _ in objective.terms]
     return Loss(_weighted([term.loss for term in terms], objective), terms[0].metrics)
 
 
@@ -186,14 +183,14 @@ def coefficients(
     """
     losses, metrics, by_chosen, by_rejected = [], [], [], []
     for term, _ in objective.terms:
-        inputs = [x.detach() for x in planes(pairs, objective, term)]
-        outputs = masked_loss.empty_outputs(inputs[0], 2)
-        IMPLS[backend](inputs, Over(None, denominator), objective.numbers(term), outputs)
-        loss, values, divisor, chosen, rejected = outputs
+        inputs = tuple([None if x is None else x.detach() for x in planes(pairs, objective, term)])
+        loss, values, chosen, rejected, *divisor = masked_loss.computed(
+            inputs, ABSENT, Over(None, denominator), objective.numbers[term], backend, len(METRICS), 2
+        )
         losses.append(loss)
         metrics.append(dict(zip(METRICS, values.unbind(0), strict=True)))
-        by_chosen.append(chosen / divisor)
-        by_rejected.append(rejected / divisor)
+        by_chosen.append(chosen / divisor[0] if divisor else chosen)
+        by_rejected.append(rejected / divisor[0] if divisor else rejected)
     loss, chosen, rejected = (_weighted(terms, objective) for terms in (losses, by_chosen, by_rejected))
     return loss, metrics[0], chosen, rejected
 
@@ -209,17 +206,17 @@ def _weighted(terms: Sequence[Tensor], objective: PreferenceObjective) -> Tensor
 def planes(pairs: Pairs, objective: PreferenceObjective, name: str) -> PairInputs:
     """What the kernel of variant `name` reads."""
     variant = VARIANTS[name]
-    zero, one = masked_loss.constants(pairs.chosen, 0.0, 1.0)
-    references, lengths, shifts = (zero, zero), (one, one), (zero, zero)
+    references: tuple[Tensor | None, Tensor | None] = (None, None)
+    lengths, shifts = references, references
     if variant.reference and not objective.reference_free:
-        references = pairs.ref_chosen, pairs.ref_rejected  # type: ignore[assignment]  # `checked` has seen both
+        references = pairs.ref_chosen, pairs.ref_rejected
     if variant.averaged:
-        lengths = tuple(x.to(zero.dtype) for x in (pairs.chosen_lengths, pairs.rejected_lengths))  # type: ignore
+        dtype = check.compute_dtype(pairs.chosen.dtype)
+        lengths = tuple(x.to(dtype) for x in (pairs.chosen_lengths, pairs.rejected_lengths))  # type: ignore
     if variant.shifts is not None:
         detached = pairs._replace(chosen=pairs.chosen.detach(), rejected=pairs.rejected.detach())
         shifts = variant.shifts(scored(detached, objective, name), objective)
-    weights = one if pairs.weights is None else pairs.weights
-    return PairInputs(pairs.chosen, pairs.rejected, *references, *lengths, weights, *shifts)
+    return PairInputs(pairs.chosen, pairs.rejected, *references, *lengths, pairs.weights, *shifts)
 
 
 def reference(pairs: Pairs, objective: PreferenceObjective, over: Over) -> Loss:
@@ -249,4 +246,6 @@ def _counted(pairs: Pairs, view: Scored) -> Pairs:
 
 
 OPS = {"preference_loss": tuple(IMPLS)}
-_run = masked_loss.register("preference_loss", PairInputs, PairNumbers, differentiable=("chosen", "rejected"))
+_run = masked_loss.register(
+    "preference_loss", PairInputs, PairNumbers, differentiable=("chosen", "rejected"), metrics=METRICS, absent=ABSENT
+)

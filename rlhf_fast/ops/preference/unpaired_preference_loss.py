@@ -112,9 +112,15 @@ def unpaired_preference_loss(
     name = resolve(f"unpaired_preference_loss of {objective.variant}", impls, logprobs.device, backend)
     if name == "reference":
         return reference(inputs, objective, over)
-    numbers = Numbers(str(kernel), objective.beta, objective.desirable_weight, objective.undesirable_weight)
-    loss, sums = masked_loss.call(_run, inputs, over, numbers, name, _SUMS)
-    return Loss(loss, _metrics(**sums))
+    numbers = Numbers(
+        str(kernel), objective.beta, objective.desirable_weight, objective.undesirable_weight, shift_scale(objective)
+    )
+    return _run(inputs, over, numbers, name)
+
+
+def shift_scale(objective: UnpairedPreferenceObjective) -> float:
+    """From the units of the given shift to those of rewards."""
+    return objective.beta if VARIANTS[objective.variant].shift == "kl" else 1.0
 
 
 def _inputs(
@@ -126,8 +132,7 @@ def _inputs(
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable must be bool, got {desirable.dtype}")
     check.shaped("desirable", desirable, shape, "(B,)")
-    zero, one = masked_loss.constants(logprobs, 0.0, 1.0)
-    weights, shift = one if weights is None else weights, zero
+    shift = None
     masked_loss.floats(shape, "(B,)", logprobs=logprobs, ref_logprobs=ref_logprobs, weights=weights)
     source = VARIANTS[objective.variant].shift
     if source is not None:
@@ -135,9 +140,10 @@ def _inputs(
         if given is None:
             raise ValueError(f"{source} must be given for {objective.variant}")
         check.shaped(source, check.floating(source, given), (), "a 0-d tensor")
-        shift = (given.detach().to(dtype) * (objective.beta if source == "kl" else 1.0)).expand(shape)
+        shift = masked_loss.constant(given)
     check.same_device(("logprobs", logprobs), ("desirable", desirable), (str(source), shift))
-    return Inputs(logprobs, ref_logprobs.detach(), desirable.to(dtype), weights.detach(), shift)
+    weights = None if weights is None else masked_loss.constant(weights)
+    return Inputs(logprobs, masked_loss.constant(ref_logprobs), desirable.to(dtype), weights, shift)
 
 
 def mismatched_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -166,8 +172,11 @@ def running_reward_shift(reward_shift: Tensor, metrics: dict[str, Tensor], *, de
 def reference(inputs: Inputs, objective: UnpairedPreferenceObjective, over: Over) -> Loss:
     """By definition, differentiable any number of times."""
     dtype = check.compute_dtype(inputs.logprobs.dtype)
-    logprobs, ref_logprobs, desirable, weights, shifts = (x.to(dtype) for x in inputs)
-    reward, good = objective.beta * (logprobs - ref_logprobs), desirable > 0
+    logprobs, ref_logprobs, desirable, weights, shifts = (
+        x.to(dtype)
+        for x in masked_loss.present(inputs, ABSENT)  # type: ignore[arg-type]
+    )
+    reward, good, shifts = objective.beta * (logprobs - ref_logprobs), desirable > 0, shift_scale(objective) * shifts
     losses = VARIANTS[objective.variant].loss(torch.where(good, reward - shifts, shifts - reward))
     of_class = torch.where(good, objective.desirable_weight * weights, objective.undesirable_weight * weights)
     reward = reward.detach()
@@ -191,8 +200,11 @@ class Inputs(NamedTuple):
     logprobs: Tensor
     ref_logprobs: Tensor
     desirable: Tensor  # 1 or 0
-    weights: Tensor
-    shifts: Tensor
+    weights: Tensor | None
+    shifts: Tensor | None  # (), in the units that it was given in
+
+
+ABSENT = (1.0, 0.0)  # weights and shifts where they are None
 
 
 class Numbers(NamedTuple):
@@ -200,7 +212,10 @@ class Numbers(NamedTuple):
     beta: float
     desirable_weight: float
     undesirable_weight: float
+    shift_scale: float
 
 
 OPS = {"unpaired_preference_loss": tuple(IMPLS)}
-_run = masked_loss.register("unpaired_preference_loss", Inputs, Numbers, differentiable=("logprobs",))
+_run = masked_loss.register(
+    "unpaired_preference_loss", Inputs, Numbers, differentiable=("logprobs",), metrics=METRICS, absent=ABSENT
+)

@@ -35,7 +35,7 @@ from torch.nn.functional import logsigmoid
 from rlhf_fast.backends import resolve
 from rlhf_fast.ops.core import check, masked_loss
 from rlhf_fast.ops.core.loss import Loss
-from rlhf_fast.ops.core.masked_loss import IMPLS, Over, PairInputs, PairNumbers
+from rlhf_fast.ops.core.masked_loss import ABSENT, IMPLS, Over, PairInputs, PairNumbers
 
 
 @check.takes_numbers
@@ -62,43 +62,47 @@ def reward_loss(
     whose chosen reward is the greater one) and margin (mean of chosen - rejected), both without the `margin`.
     No pair gives a loss of 0. Raises ValueError or TypeError for what does not fit.
     """
-    check.that(chosen_rewards.dim() == 1, "chosen_rewards", "(B,)", chosen_rewards)
-    check.that(0 <= label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)", label_smoothing)
-    check.that(0 <= centring < math.inf, "centring", ">= 0 and finite", centring)
-    zero, one = masked_loss.constants(chosen_rewards, 0.0, 1.0)
+    if chosen_rewards.dim() != 1 or not (0 <= label_smoothing < 0.5 and 0 <= centring < math.inf):
+        check.that(chosen_rewards.dim() == 1, "chosen_rewards", "(B,)", chosen_rewards)
+        check.that(0 <= label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)", label_smoothing)
+        check.that(0 <= centring < math.inf, "centring", ">= 0 and finite", centring)
     if not isinstance(margin, Tensor):
-        margin = masked_loss.constants(chosen_rewards, margin)[0] if margin else zero
+        margin = masked_loss.constant_plane(chosen_rewards, margin) if margin else None
     masked_loss.floats(
-        tuple(chosen_rewards.shape), "(B,)", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards,
+        chosen_rewards.shape, "(B,)", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards,
         margin=margin, preferences=preferences,
     )  # fmt: skip
+    margin = None if margin is None else margin.detach()
     over = Over(None, masked_loss.denominator_tensor(denominator, chosen_rewards))
-    name, margin = resolve("reward_loss", IMPLS, chosen_rewards.device, backend), margin.detach()
+    name = resolve("reward_loss", IMPLS, chosen_rewards.device, backend)
     if name == "reference":
         hard = reference(
             chosen_rewards, rejected_rewards, margin, over, label_smoothing=label_smoothing, centring=centring
         )
     else:
-        inputs = PairInputs(chosen_rewards, rejected_rewards, zero, zero, one, one, one, margin, zero)
-        numbers = PairNumbers("bradley_terry", 1.0, label_smoothing, centring)
-        hard = masked_loss.call(_run, inputs, over, numbers, name, ("accuracy", "margin"))
+        inputs = PairInputs(chosen_rewards, rejected_rewards, chosen_shifts=margin)
+        hard = _run(inputs, over, PairNumbers("bradley_terry", 1.0, label_smoothing, centring), name)
     if preferences is None:
         return hard
     dtype = check.compute_dtype(chosen_rewards.dtype)
-    h = chosen_rewards.to(dtype) - rejected_rewards.to(dtype) - margin.to(dtype)
+    h = _gap(chosen_rewards.to(dtype) - rejected_rewards.to(dtype), margin)
     flipped = (1 - preferences.detach().to(dtype)) * (1 - 2 * label_smoothing)
     return Loss(hard.loss + masked_loss.mean(masked_loss.product(flipped, h), over), hard.metrics)
 
 
+def _gap(lead: Tensor, margin: Tensor | None) -> Tensor:
+    return lead if margin is None else lead - margin.to(lead.dtype)
+
+
 def reference(
-    chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor, over: Over, *,
+    chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor | None, over: Over, *,
     label_smoothing: float = 0.0, centring: float = 0.0,
 ) -> Loss:  # fmt: skip
     """By definition, differentiable any number of times."""
     dtype = check.compute_dtype(chosen_rewards.dtype)
     chosen, rejected = chosen_rewards.to(dtype), rejected_rewards.to(dtype)
     lead = chosen - rejected
-    h = lead - margin.to(dtype)
+    h = _gap(lead, margin)
     losses = -(1 - label_smoothing) * logsigmoid(h) - masked_loss.product(label_smoothing, logsigmoid(-h))
     losses = losses + masked_loss.product(centring, (chosen + rejected).square())
     return masked_loss.means(losses, over, accuracy=(lead > 0).to(dtype), margin=lead)
@@ -106,8 +110,9 @@ def reference(
 
 OPS = {"reward_loss": tuple(IMPLS)}
 _run = masked_loss.register(
-    "reward_loss", PairInputs, PairNumbers, differentiable=("chosen", "rejected")
-)  # chosen_shifts are the margins
+    "reward_loss", PairInputs, PairNumbers, differentiable=("chosen", "rejected"), metrics=("accuracy", "margin"),
+    absent=ABSENT,
+)  # fmt: skip  # chosen_shifts are the margins
 
 
 def _deviation(variance: Tensor) -> Tensor:

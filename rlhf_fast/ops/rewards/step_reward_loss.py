@@ -76,7 +76,7 @@ def step_reward_loss(
     if name == "reference":
         return reference(scores, labels, over, variant=variant)
     inputs, numbers = Inputs(scores, labels.detach()), Numbers(VARIANTS[variant].kernel)
-    return masked_loss.call(_run, inputs, over, numbers, name, ("accuracy",))
+    return _run(inputs, over, numbers, name)
 
 
 def reference(scores: Tensor, labels: Tensor, over: Over, *, variant: str) -> Loss:
@@ -98,4 +98,4 @@ class Numbers(NamedTuple):
 
 
 OPS = {"step_reward_loss": tuple(IMPLS)}
-_run = masked_loss.register("step_reward_loss", Inputs, Numbers, differentiable=("scores",))
+_run = masked_loss.register("step_reward_loss", Inputs, Numbers, differentiable=("scores",), metrics=("accuracy",))

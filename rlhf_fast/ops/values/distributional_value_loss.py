@@ -120,17 +120,14 @@ OPS = {"distributional_value_loss": tuple(IMPLS)}
 
 
 def _outputs(inputs: Inputs, over: Over, numbers: Numbers, backend: str) -> list[Tensor]:
-    """[loss (), outside fraction (), values (N,), divisor (), q - p (N, K)].
-
-    divisor: what q - p has yet to be divided by.
-    """
+    """[loss (), outside fraction (), values (N,), q - p (N, K)], and as in masked_loss the divisor of the last."""
     logits = inputs.logits
-    shapes = ((), (), logits.shape[:1], (), logits.shape)
+    shapes = ((), (), logits.shape[:1], logits.shape, *[()] * (backend != "cpu"))
     return [logits.new_empty(shape, dtype=check.compute_dtype(logits.dtype)) for shape in shapes]
 
 
 _run = registration.op(
     "distributional_value_loss", (Inputs, Over, Numbers), registration.filled(IMPLS, _outputs), fake=_outputs,
     differentiable=("logits",), saves_results=slice(3, None),
-    backward=masked_loss.scaled_gradients(("logits",), divided=True), returned=3,
+    backward=masked_loss.scaled_gradients(("logits",)), returned=3,
 )  # fmt: skip

@@ -142,12 +142,10 @@ OPS = {"linear_value_loss": tuple(IMPLS)}
 
 
 def _outputs(inputs: Inputs, over: Over, numbers: Numbers, backend: str) -> list[Tensor]:
-    """[loss (), clip fraction (), values (N,), divisor (), c (N,), sum of c hidden (D,), sum of c ()].
-
-    divisor: what c and its sums have yet to be divided by.
-    """
+    """[loss (), clip fraction (), values (N,), c (N,), sum of c hidden (D,), sum of c ()], and as in masked_loss the
+    divisor of c and its sums."""
     rows, width = inputs.hidden.shape
-    shapes = ((), (), (rows,), (), (rows,), (width if numbers.wants_weight else 0,), ())
+    shapes = ((), (), (rows,), (rows,), (width if numbers.wants_weight else 0,), (), *[()] * (backend != "cpu"))
     dtype = check.compute_dtype(inputs.hidden.dtype)
     return [inputs.hidden.new_empty(shape, dtype=dtype) for shape in shapes]
 
@@ -156,8 +154,9 @@ def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> M
     if upstream[0] is None:
         return {}
     inputs, *_ = saved.inputs
-    divisor, coefficients, weight_sums, bias_sum = saved.results
-    scale = upstream[0] / divisor
+    coefficients, weight_sums, bias_sum, *divisor = saved.results
+    scale = upstream[0] / divisor[0] if divisor else upstream[0]
+    as_it_is = registration.is_one(scale)
     gradients: dict[str, registration.Gradient] = {}
     if saved.needs["hidden"]:
         gradients["hidden"] = masked_loss.scaled_gradient(
@@ -165,7 +164,7 @@ def _backward(saved: registration.Saved, upstream: Sequence[Tensor | None]) -> M
         )
     for name, sums in (("weight", weight_sums), ("bias", bias_sum)):
         if saved.needs[name]:
-            gradients[name] = masked_loss.scaled_gradient(sums, scale, sums.dtype)
+            gradients[name] = masked_loss.scaled_gradient(sums, scale, sums.dtype, as_it_is)
     return gradients
 
 

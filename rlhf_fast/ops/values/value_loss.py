@@ -69,7 +69,7 @@ def value_loss(
         return reference(values, old_values, returns, over, clip_eps=clip_eps)
     inputs = Inputs(values, returns.detach(), None if old_values is None else old_values.detach())
     numbers = Numbers("value", 0.0) if clip_eps is None else Numbers("value_clip", clip_eps)
-    return masked_loss.call(_run, inputs, over, numbers, name, ("clip_fraction",))
+    return _run(inputs, over, numbers, name)
 
 
 def looked_at(old_values: Tensor | None, clip_eps: float | None) -> Tensor | None:
@@ -110,4 +110,4 @@ class Numbers(NamedTuple):
 
 
 OPS = {"value_loss": tuple(IMPLS)}
-_run = masked_loss.register("value_loss", Inputs, Numbers, differentiable=("values",))
+_run = masked_loss.register("value_loss", Inputs, Numbers, differentiable=("values",), metrics=("clip_fraction",))
