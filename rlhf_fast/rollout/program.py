@@ -44,6 +44,8 @@ class Program:
         if weight.device.type != "cpu" or weight.dtype not in DTYPES or backbone.shards is not None:
             raise Unknown("weights in this place or type")
         layers = [model.get_submodule(name) for name in backbone.layer_names]
+        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+            raise Unknown("hooks")
         for module in (self.embeddings, *layers):
             name = type(module).__name__
             if name not in LAYERS or not type(module).__module__.startswith(("torch.", "transformers.models.")):

@@ -138,7 +138,7 @@ def test_the_optimal_token_baseline_weighs_returns_by_the_energy_so_far():
 def test_the_optimal_token_baseline_of_a_run_reads_the_policy_s_squared_probabilities():
     config = config_of("grpo", advantage="optimal_token_baseline", temperature=0.7, num_minibatches=1)
     job = job_of(config)
-    e = experience_of(job, config, score_policy=config.scores_policy)
+    e = experience_of(job, config, score_policy=config.scores_policy, collisions=config.needs_collisions)
     hidden = job.backbone.hidden(e.batch.input_ids, e.batch.attention_mask, ["policy"])["policy"]
     p = ((hidden @ job.backbone.lm_head_weight.T) / 0.7).double().softmax(-1)
     expected = torch.nn.functional.pad(p.square().sum(-1)[:, :-1], (1, 0)) * e.batch.mask

@@ -30,5 +30,5 @@ def test_the_reward_rises_far_beyond_noise(algorithm, tmp_path):
     before, after = (row["metrics"] for row in read_jsonl(tmp_path / "run" / "eval.jsonl"))
     noise = (before["reward_se"] ** 2 + after["reward_se"] ** 2) ** 0.5
     assert after["reward"] - before["reward"] > 8 * noise
-    assert before["kl"] == 0.0
+    assert before["kl"] == pytest.approx(0.0, abs=1e-6)  # the sampler's log-probabilities beside scored ones
     assert after["kl"] > 1.0

@@ -70,9 +70,9 @@ def trained(algorithm, steps, **changes):
     ("grpo", {"advantage": "optimal_token_baseline"}, True, ["policy reference", "policy"]),
     ("grpo", {"ppo_epochs": 1, "kl_coef": 0.1}, False, ["policy reference", "policy"]),
     ("grpo", {"ppo_epochs": 1, "kl_coef": 0.1}, True, ["reference", "policy"]),
-    ("ppo", {"ppo_epochs": 1, "kl_coef": 0.0}, False, ["reference critic", "policy critic"]),
-    ("ppo", {"ppo_epochs": 1}, False, ["policy reference critic", "policy critic"]),
-    ("ppo", {"ppo_epochs": 1}, True, ["reference critic", "policy critic"]),
+    ("ppo", {"ppo_epochs": 1, "kl_coef": 0.0}, False, ["reference critic", "policy", "critic"]),
+    ("ppo", {"ppo_epochs": 1}, False, ["policy reference critic", "policy", "critic"]),
+    ("ppo", {"ppo_epochs": 1}, True, ["reference critic", "policy", "critic"]),
 ], ids=str)  # fmt: skip
 def test_the_policy_is_scored_only_where_nothing_else_tells_in_time(algorithm, changes, sampler, passes, monkeypatch):
     """Neither the first minibatch nor a sampler that is found to be the scorer."""

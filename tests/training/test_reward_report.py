@@ -27,7 +27,7 @@ from rlhf_fast.training.reward_report import (
 def judged(form, targets, lengths, annotator=None) -> Judgement:
     rows = tuple(Example([0] * (n + 1), 1) for n in lengths)
     places = [(0, i) for i in range(len(targets))] if form == "steps" else enumerate(lengths)
-    return Judgement(form, rows, tuple(places), tuple(targets), tuple(lengths), None, annotator)
+    return Judgement(form, rows, tuple(places), tuple(targets), tuple(lengths), annotator)
 
 
 def pair(longer: int = 0, margin: float = 0.0, chance: float = 1.0, annotator=None) -> Judgement:
