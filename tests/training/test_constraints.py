@@ -116,7 +116,7 @@ def test_the_multiplier_rises_until_the_limit_holds(tmp_path):
     common = {"model": str(tmp_path / "model"), "reward": odd, "num_generations": 8, "batch_size": 32,
               "max_new_tokens": 8, "objective": "ppo_clip", "learning_rate": 0.01,
               "reference_refresh_every": None}  # fmt: skip
-    _, free = trained("grpo", 16, **common)
+    _, free = trained("grpo", 20, **common)
     assert free[-1]["reward"] > 0.8
     held = {"cost": odd, "cost_limit": 0.5, "cost_multiplier": 0.1, "cost_multiplier_rate": 3.0, "cost_window": 32}
     _, log = trained("grpo", 30, **common, **held)
