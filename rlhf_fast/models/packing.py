@@ -6,7 +6,7 @@ is told by a `Layout` which tokens each one reads. transformers' layers find it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -318,6 +318,13 @@ class UnknownArgument(NotImplementedError):
     """The model hands its attention something that is not known here."""
 
 
+def check_known(arguments: Mapping[str, Any]) -> None:
+    """UnknownArgument for one that is there and may change what attention gives."""
+    unknown = [name for name, given in arguments.items() if given is not None and name not in HARMLESS]
+    if unknown:
+        raise UnknownArgument(f"its attention takes {unknown[0]}")
+
+
 @contextmanager
 def packed(config: PretrainedConfig, layout: Layout | None) -> Iterator[None]:
     """The model of this config takes packed rows inside, by this layout; None changes nothing."""
@@ -342,9 +349,7 @@ def _attend(
     if layout is None:  # of another thread
         options: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **others)
-    unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
-    if unknown:
-        raise UnknownArgument(f"its attention takes {unknown[0]}")
+    check_known(others)
     layout.told.update(filter(None, [sliding_window]))
     attend = layout.attend_by_flash if attention == FLASH else layout.attend
     return attend(query, key, value, sliding_window, scaling=scaling, softcap=softcap), None

@@ -14,25 +14,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf_fast.backends import DTYPE_CODES, native, packed, strided, threads
+from rlhf_fast.models.architecture import text_config
+from rlhf_fast.models.packing import check_known
 
 NAME = "rlhf_fast_slots"
-# What models hand to their attention that changes nothing for one new token.
-HARMLESS = {
-    "is_causal", "position_ids", "position_embeddings", "cache", "past_key_values", "past_key_value", "cache_position",
-    "use_cache", "output_attentions", "output_hidden_states", "return_dict", "training",
-}  # fmt: skip
-
 _STARTS: ContextVar[Tensor | None] = ContextVar("rlhf_fast_starts", default=None)
-
-
-class UnknownArgument(Exception):
-    """The model hands its attention something that is not known here."""
 
 
 @contextmanager
 def slot_attention(model: PreTrainedModel) -> Iterator[None]:
     """The model's layers use it inside, for passes within `reading`, where they can."""
-    config = model.config
+    config = text_config(model)
     before = config._attn_implementation
     config._attn_implementation = NAME
     try:
@@ -56,7 +48,7 @@ def is_usable(model: PreTrainedModel) -> bool:
     return (
         model.device.type == "cpu"
         and model._supports_attention_backend
-        and model.config._attn_implementation == "sdpa"
+        and text_config(model)._attn_implementation == "sdpa"
         and model.dtype in DTYPE_CODES
     )
 
@@ -73,9 +65,7 @@ def _attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window,
             softcap=softcap, **others,
         )  # fmt: skip
-    unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
-    if unknown:
-        raise UnknownArgument(unknown[0])
+    check_known(others)
     query_at, code, (rows, heads, _, *query_strides, _) = strided(query)
     keys_at, _, (_, key_heads, columns, *key_strides) = strided(key)
     values_at, _, (_, _, _, *value_strides) = strided(value)

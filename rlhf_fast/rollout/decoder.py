@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rlhf_fast import signals
 from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.models.packing import UnknownArgument
 from rlhf_fast.rollout import graphs
-from rlhf_fast.rollout.attention import UnknownArgument, is_usable, reading, slot_attention
+from rlhf_fast.rollout.attention import is_usable, reading, slot_attention
 from rlhf_fast.rollout.cache import SlotCache, sliding_layers
 from rlhf_fast.rollout.drawing import Drawing
 from rlhf_fast.rollout.graphs import Graphs, State

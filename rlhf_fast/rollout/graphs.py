@@ -125,12 +125,13 @@ class Graphs:
 @contextmanager
 def _attention(model: PreTrainedModel) -> Iterator[None]:
     """By PyTorch: what takes flash-attn's place of the mask has lengths on the host."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "sdpa"
+    config = text_config(model)
+    before = config._attn_implementation
+    config._attn_implementation = "sdpa"
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        config._attn_implementation = before
 
 
 def captured(make: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, Tensor]]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rlhf_fast.models.packing import UnknownArgument
 from rlhf_fast.rollout import attention
 
 
@@ -41,5 +42,5 @@ def test_each_row_reads_from_its_start_on(heads, window, softcap, dtype):
 
 def test_what_it_does_not_know_is_said():
     x = torch.zeros(1, 1, 1, 4)
-    with attention.reading(torch.tensor([0])), pytest.raises(attention.UnknownArgument, match="s_aux"):
+    with attention.reading(torch.tensor([0])), pytest.raises(UnknownArgument, match="s_aux"):
         attention._attend(torch.nn.Module(), x, x, x, None, s_aux=torch.zeros(1))
