@@ -54,6 +54,7 @@ class Program:
         self.held: list[object] = []  # what the list knows by its address
         self.native = native().Program(DTYPE_CODES[weight.dtype], rows)
         self.x = self._room(weight, weight.shape[1])
+        self.rotated = self._angles(torch.zeros(rows, dtype=torch.int64))[0].shape[1]
         added = None
         for layer, (keys, values) in zip(layers, cache.held, strict=True):
             added = self._layer(layer, keys, values, added)
@@ -74,9 +75,13 @@ class Program:
         """The last tokens (rows,), whose places in their rows are (rows,), go into the column of the cache -> logits of
         the next ones, (rows, V), until the next call."""
         torch.index_select(self.embeddings.weight, 0, ids, out=self.x)
-        cos, sin = (part[:, 0].contiguous() for part in self.decoder.rotary_emb(self.x[:, None], places[:, None]))
+        cos, sin = self._angles(places)
         self.native(packed(cos), packed(sin), packed(places), column, threads())
         return self.logits
+
+    def _angles(self, places: Tensor) -> tuple[Tensor, ...]:
+        """Cosine and sine of each row's position, (rows, what is rotated of a head) each."""
+        return tuple(part[:, 0].contiguous() for part in self.decoder.rotary_emb(self.x[:, None], places[:, None]))
 
     def _layer(self, layer: Any, keys: Tensor, values: Tensor, added: Tensor | None) -> Tensor:
         """What is to be added to x behind the layer; `added` is that of the layer before."""
@@ -89,6 +94,8 @@ class Program:
         )
         value = self._product(attention.v_proj, normed)
         width, value_width = keys.shape[3], values.shape[3]
+        if self.rotated != width:
+            raise Unknown(f"rotation of {self.rotated} of {width} places of a head")
         for states, name in ((query, "q_norm"), (key, "k_norm")):
             if hasattr(attention, name):
                 heads = states.view(-1, width)

@@ -25,6 +25,14 @@ def sampled(backbone, tokenizer, prompts, **options):
     return roll_out(backbone, tokenizer, prompts, keep_logprobs=True, **options)
 
 
+def check_against_generate(backbone, tokenizer, *, max_new_tokens):
+    asked = prompts_of(min(backbone.vocabulary, 60))
+    rules = {"max_new_tokens": max_new_tokens, "temperature": 0.7, "rows_per_pass": 3}
+    ours, theirs = (sampled(backbone, tokenizer, asked, engine=engine, **rules) for engine in ("local", "transformers"))
+    assert ours.completion_ids() == theirs.completion_ids()
+    torch.testing.assert_close(ours.sampler.logprobs, theirs.sampler.logprobs, rtol=1e-3, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny(0, hidden_size=32, layers=1, heads=2)[1]
@@ -34,15 +42,8 @@ def tokenizer():
 def test_every_family_gets_the_tokens_of_transformers_generate(family, tokenizer):
     """Prompts of all lengths in three slots, so that rows come and go at any column."""
     model = make_model(family)
-    backbone = Backbone(model)
     assert why_no_slots(model) is None
-    asked = prompts_of(min(backbone.vocabulary, 60))
-    ours, theirs = (
-        sampled(backbone, tokenizer, asked, max_new_tokens=6, temperature=0.7, rows_per_pass=3, engine=engine)
-        for engine in ("local", "transformers")
-    )
-    assert ours.completion_ids() == theirs.completion_ids()
-    torch.testing.assert_close(ours.sampler.logprobs, theirs.sampler.logprobs, rtol=1e-3, atol=1e-4)
+    check_against_generate(Backbone(model), tokenizer, max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")

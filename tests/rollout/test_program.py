@@ -158,3 +158,15 @@ def counted(function, calls):
         return function(*args)
 
     return call
+
+
+def test_a_head_that_is_rotated_in_part_is_left_to_the_model():
+    """Its angles are fewer than the native step would read."""
+    backbone = backbone_of("llama", torch.float32)
+    rotary = backbone.model.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq[:3]
+    with torch.no_grad(), backbone.using("policy", one_pass=True):
+        cache = SlotCache(sliding_layers(backbone.model), 4)
+        for block in cache.layers:
+            block.begin(2, torch.zeros(1, 2, 1, 12), torch.zeros(1, 2, 1, 12))
+        assert Program.of(backbone, cache, 2) is None
