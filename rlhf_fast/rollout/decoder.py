@@ -21,9 +21,10 @@ from rlhf_fast.rollout import graphs
 from rlhf_fast.rollout.attention import is_usable, reading, slot_attention
 from rlhf_fast.rollout.cache import SlotCache, sliding_layers
 from rlhf_fast.rollout.drawing import Drawing
-from rlhf_fast.rollout.graphs import Graphs, State
-from rlhf_fast.rollout.program import TRIALS, Program
+from rlhf_fast.rollout.graphs import Graphs
+from rlhf_fast.rollout.program import Program
 from rlhf_fast.rollout.rows import Row, give, told
+from rlhf_fast.rollout.state import State
 
 # Tokens of prompts, padding included, that go through the model together: enough for products to be at their best.
 PROMPT_TOKENS = 4096
@@ -90,10 +91,8 @@ class Decoder:
         self.state = State.empty(count, self.device)
         self.flights: deque[_Flight] = deque()
         self.attends = is_usable(self.backbone.model)
-        # Of the cache's memory, where they may make the steps.
-        self.program: Program | None = None
-        self.graphs: Graphs | None = None
-        self.may_list = True
+        self.quick: Program | Graphs | None = None  # of the cache's memory, where there is one
+        self.may_be_quick = True
         with ExitStack() as entered:
             entered.enter_context(self.backbone.using(*self.drawing.roles, one_pass=True))
             if self.attends:
@@ -119,34 +118,29 @@ class Decoder:
 
     def _taken(self) -> Tensor:
         """What is told of the samples of a step (see `told`), by the quickest way that was found to be right."""
-        backbone, copies = self.backbone, self.copies
-        if self.may_list and self.program is None and self.graphs is None:
-            if graphs.is_usable(backbone.model) and not graphs.TRIALS.has_failed(backbone):
-                self.graphs = Graphs(backbone.model, self.cache, self.state, self.sliding, self._made)
-            else:
-                self.program = Program.of(backbone, self.cache, copies * len(self.rows))
-            self.may_list = self.program is not None or self.graphs is not None
-        if self.graphs is None and self.program is None:
+        if self.quick is None and self.may_be_quick:
+            self.quick = self._quickest()
+            self.may_be_quick = self.quick is not None
+        if self.quick is None:
             return self._advanced(self._passed())
-        trials = TRIALS if self.graphs is None else graphs.TRIALS
-        theirs = None
-        if trials.is_due(backbone):
+        theirs, backbone = None, self.backbone
+        if self.quick.trials.is_due(backbone):
             theirs, before = self._passed(), self.state.copy()
             self.cache.column -= 1
         signals.heed()
-        if self.graphs is not None:
-            logits, samples = self.graphs.step()
-        else:
-            assert self.program is not None
-            state = self.state
-            logits = self.program(state.ids.repeat(copies), state.places.repeat(copies), self.cache.column)
-            self.cache.column += 1
-            samples = None
-        if theirs is not None and not trials.agree(backbone, logits, theirs):
-            self.program, self.graphs, self.may_list = None, None, False
+        logits, samples = self.quick.step()
+        if theirs is not None and not self.quick.trials.agree(backbone, logits, theirs):
+            self.quick, self.may_be_quick = None, False
             self.state.become(before)
             return self._advanced(theirs)
         return self._advanced(logits) if samples is None else samples
+
+    def _quickest(self) -> Program | Graphs | None:
+        """For the cache's memory as it is."""
+        backbone = self.backbone
+        if graphs.is_usable(backbone.model) and not Graphs.trials.has_failed(backbone):
+            return Graphs(backbone.model, self.cache, self.state, self.sliding, self._made)
+        return Program.of(backbone, self.cache, self.state, self.copies)
 
     def _made(self, masks: Any) -> tuple[Tensor, Tensor]:
         """A step of the graphs: logits, and what is told of the samples."""
@@ -281,7 +275,7 @@ class Decoder:
         if not live:
             return
         self.cache.take(self._of_roles(live, len(self.rows)))
-        self.program, self.graphs = None, None
+        self.quick = None
         self.rows = [self.rows[slot] for slot in live]
         self.state = self.state.take(torch.tensor(live, device=self.device))
 

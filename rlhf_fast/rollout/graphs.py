@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from rlhf_fast.data.notes import say
 from rlhf_fast.errors import first_line
 from rlhf_fast.models.architecture import text_config
 from rlhf_fast.rollout.cache import SlotCache
+from rlhf_fast.rollout.state import State
 from rlhf_fast.rollout.trials import Trials
 
 COLUMNS = 256
@@ -31,42 +32,6 @@ def is_usable(model: PreTrainedModel) -> bool:
     """Whether steps may be captured: on a GPU, with attention that PyTorch can make of a mask of columns."""
     kinds = getattr(text_config(model), "layer_types", None) or []
     return model.device.type == "cuda" and model._supports_sdpa and LAYER_TYPES.issuperset(kinds)
-
-
-@dataclass
-class State:
-    """What a step reads and advances, at fixed addresses: of each slot its last token, the place of that in its row,
-    the row's number and that of its next token, (B,) int64 each; and the column that the token goes to, (1,)."""
-
-    ids: Tensor
-    places: Tensor
-    numbers: Tensor
-    steps: Tensor
-    column: Tensor
-
-    @classmethod
-    def empty(cls, slots: int, device: torch.device) -> State:
-        ids, places, numbers, steps = torch.zeros(4, slots, dtype=torch.int64, device=device)
-        return cls(ids, places, numbers, steps, torch.zeros(1, dtype=torch.int64, device=device))
-
-    def take(self, slots: Tensor) -> State:
-        return State(self.ids[slots], self.places[slots], self.numbers[slots], self.steps[slots], self.column)
-
-    def copy(self) -> State:
-        return State(*(values.clone() for values in vars(self).values()))
-
-    def become(self, other: State) -> None:
-        for ours, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
-            ours.copy_(theirs)
-
-    def put(self, slots: Tensor, **values: Tensor) -> None:
-        for name, of_slots in values.items():
-            getattr(self, name)[slots] = of_slots
-
-    def advance(self, ids: Tensor) -> None:
-        self.ids.copy_(ids)
-        for values in (self.places, self.steps, self.column):
-            values += 1
 
 
 @dataclass
@@ -82,6 +47,7 @@ class Graphs:
     state: State
     sliding: Sequence[bool]
     make: Callable[[Any], tuple[Tensor, Tensor]]
+    trials: ClassVar[Trials] = TRIALS
     _replays: dict[int, Callable[[], tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _warm: set[int] = field(default_factory=set)
     _may_capture: bool = True

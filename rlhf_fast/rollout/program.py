@@ -19,6 +19,7 @@ from rlhf_fast.models.lora import LoRALinear, current_route
 from rlhf_fast.models.routing import HeadInput
 from rlhf_fast.ops.lora.lora_linear import FewRowsProduct, prepare_few_rows
 from rlhf_fast.rollout.cache import SlotCache
+from rlhf_fast.rollout.state import State
 from rlhf_fast.rollout.trials import Trials
 
 # Layers that are x + attention(norm(x)), then x + down(act(gate(norm(x))) * up(norm(x))), with rotated heads; and what
@@ -34,11 +35,14 @@ class Unknown(Exception):
 
 
 class Program:
-    """The list for the rows of one cache, whose memory must stay where it is, in the current route."""
+    """The list for the slots of one cache, whose memory must stay where it is, for each role of the current route."""
 
-    def __init__(self, backbone: Backbone, cache: SlotCache, rows: int) -> None:
+    trials = TRIALS
+
+    def __init__(self, backbone: Backbone, cache: SlotCache, state: State, copies: int) -> None:
         """Raises Unknown for a model or a number of rows that it is not written for."""
-        self.backbone, model = backbone, backbone.model
+        self.cache, self.state, self.copies, model = cache, state, copies, backbone.model
+        rows = copies * len(state.ids)
         self.decoder, self.embeddings = model.get_decoder(), model.get_input_embeddings()
         weight = self.embeddings.weight
         if weight.device.type != "cpu" or weight.dtype not in DTYPES or backbone.shards is not None:
@@ -62,22 +66,24 @@ class Program:
         self.logits = self._product(model.get_output_embeddings(), normed)
 
     @classmethod
-    def of(cls, backbone: Backbone, cache: SlotCache, rows: int) -> Program | None:
+    def of(cls, backbone: Backbone, cache: SlotCache, state: State, copies: int) -> Program | None:
         """None where there is none, or where it was found to differ from the model."""
         if TRIALS.has_failed(backbone):
             return None
         try:
-            return cls(backbone, cache, rows)
+            return cls(backbone, cache, state, copies)
         except Unknown:
             return None
 
-    def __call__(self, ids: Tensor, places: Tensor, column: int) -> Tensor:
-        """The last tokens (rows,), whose places in their rows are (rows,), go into the column of the cache -> logits of
-        the next ones, (rows, V), until the next call."""
+    def step(self) -> tuple[Tensor, None]:
+        """The last tokens go into the cache's column: logits of the next ones, (rows, V), until the next step. The
+        state is as it was."""
+        ids, places = self.state.ids.repeat(self.copies), self.state.places.repeat(self.copies)
         torch.index_select(self.embeddings.weight, 0, ids, out=self.x)
         cos, sin = self._angles(places)
-        self.native(packed(cos), packed(sin), packed(places), column, threads())
-        return self.logits
+        self.native(packed(cos), packed(sin), packed(places), self.cache.column, threads())
+        self.cache.column += 1
+        return self.logits, None
 
     def _angles(self, places: Tensor) -> tuple[Tensor, ...]:
         """Cosine and sine of each row's position, (rows, what is rotated of a head) each."""

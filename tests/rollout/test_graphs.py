@@ -99,7 +99,7 @@ def test_what_cannot_be_captured_or_differs_is_said_and_samples_the_same(roles, 
         patch.setattr(graphs, "captured", refused)
         assert sampled(backbone, tokenizer, asked, **rules).completion_ids() == whole
     assert "sampling without CUDA graphs: operation not permitted when stream is capturing\n" in capsys.readouterr().out
-    monkeypatch.setattr(graphs, "TRIALS", trials.Trials("a step"))
+    monkeypatch.setattr(graphs.Graphs, "trials", trials.Trials("a step"))
     monkeypatch.setattr(trials, "CLOSE", dict.fromkeys(trials.CLOSE, 0.0))
     assert sampled(backbone, tokenizer, asked, **rules).completion_ids() == whole
     assert "sampling by the model's own passes: a step gave logits that differ" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from rlhf_fast.ops.lora import _cpu
 from rlhf_fast.rollout import program, roll_out, trials
 from rlhf_fast.rollout.cache import SlotCache, sliding_layers
 from rlhf_fast.rollout.program import Program
+from rlhf_fast.rollout.state import State
 from tests.models.tiny_models import make_model, scramble
 from tests.rollout.test_decoder import prompts_of, tokenizer  # noqa: F401
 
@@ -74,14 +75,14 @@ def stepped(backbone, rows, roles, *, threads=2, kept=(0, 1, 2, 3)):
         )  # fmt: skip
         cache.column = width
         cache.take(torch.tensor([role * len(rows) + row for role in range(copies) for row in kept]))
-        made = Program.of(backbone, cache, copies * len(kept))
+        state = State.empty(len(kept), ids.device)
+        made = Program.of(backbone, cache, state, copies)
         assert made is not None
         found = []
         for step in range(4):
-            last = torch.stack([rows[row][LENGTHS[row] + step] for row in kept])
-            logits = made(last.repeat(copies), (lengths[list(kept)] + step).repeat(copies), cache.column)
-            found.append(logits.clone().unflatten(0, (copies, -1)))
-            cache.column += 1
+            state.ids.copy_(torch.stack([rows[row][LENGTHS[row] + step] for row in kept]))
+            state.places.copy_(lengths[list(kept)] + step)
+            found.append(made.step()[0].clone().unflatten(0, (copies, -1)))
     return torch.stack(found, 2)
 
 
@@ -126,7 +127,7 @@ def test_a_row_has_the_same_bits_on_any_number_of_threads_and_beside_any_others(
 
 def test_the_loop_takes_it_where_the_model_agrees_and_only_there(monkeypatch, tokenizer, capsys):  # noqa: F811
     calls = []
-    monkeypatch.setattr(Program, "__call__", counted(Program.__call__, calls))
+    monkeypatch.setattr(Program, "step", counted(Program.step, calls))
     asked, rules = prompts_of(60), {"max_new_tokens": 6, "rows_per_pass": 3}
 
     def tokens(backbone, engine="local"):
@@ -169,4 +170,4 @@ def test_a_head_that_is_rotated_in_part_is_left_to_the_model():
         cache = SlotCache(sliding_layers(backbone.model), 4)
         for block in cache.layers:
             block.begin(2, torch.zeros(1, 2, 1, 12), torch.zeros(1, 2, 1, 12))
-        assert Program.of(backbone, cache, 2) is None
+        assert Program.of(backbone, cache, State.empty(2, torch.device("cpu")), 1) is None
