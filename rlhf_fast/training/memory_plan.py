@@ -24,7 +24,7 @@ from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.counting import peak_of, twin_of
 from rlhf_fast.rollout.cache import SlotCache, sliding_layers
-from rlhf_fast.rollout.decoder import PROMPT_TOKENS
+from rlhf_fast.rollout.decoder import CACHE_NAMES, PROMPT_TOKENS
 from rlhf_fast.rollout.engines import why_not_local
 from rlhf_fast.training import ranks
 from rlhf_fast.training.byte_sizes import shown
@@ -235,13 +235,13 @@ class Counter:
         width = shape.prompt + self.config.max_new_tokens
         width += 0 if rows == shape.all else width // 2
         sliding, model = sliding_layers(backbone.model), backbone.model
-        names = {"cache", "past_key_values"} & backbone.accepted
+        cache_name = next(name for name in CACHE_NAMES if name in backbone.accepted)
 
         def run(cache: SlotCache, count: int, tokens: int, seen: int) -> Tensor:
             ids = torch.zeros(count, tokens, dtype=torch.int64, device="meta")
             given = {
                 "input_ids": ids, "attention_mask": torch.ones(count, seen, dtype=torch.int64, device="meta"),
-                "position_ids": ids, min(names): cache, "use_cache": True, "logits_to_keep": 1,
+                "position_ids": ids, cache_name: cache, "use_cache": True, "logits_to_keep": 1,
             }  # fmt: skip
             given = {name: value for name, value in given.items() if name in backbone.accepted}
             logits = model(**given).logits[:, -1]
