@@ -306,7 +306,7 @@ def encoded_rows(random: Random, rows: list[Any], suffix: str) -> bytes:
         content = ("[" + ",".join(map(as_json, rows)) + "]").encode()
     else:
         content = "".join(as_json(row) + "\n" for row in rows).encode()
-    return gzip.compress(content) if suffix.endswith(".gz") else content
+    return gzip.compress(content, mtime=0) if suffix.endswith(".gz") else content
 
 
 MODEL = ["train", "algorithm=sft", "model=X", "device=cpu", "data={}/sft.jsonl", "--dry-run"]
